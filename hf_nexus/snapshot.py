@@ -1,0 +1,131 @@
+"""Fused work on lists of tensors: the one extra copy of the parameters that a Nexus window needs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+__all__ = ["TensorCopy", "add_scaled_", "global_norm"]
+
+# What an off-device copy may hold on the device at a time while it is being updated.
+STAGING_BYTES = 64 * 2**20
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """
+    The L2 norm over all elements of all tensors, computed in float32 or wider.
+
+    Args:
+        tensors (`Sequence[Tensor]`):
+            At least one tensor, any shapes.
+
+    Returns:
+        `Tensor`: 0-d.
+    """
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)))
+
+
+def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:
+    """
+    `target += scale * tensor` for each pair where `apply` is true, without asking the device for its value.
+
+    This is a fused SGD step with learning rate `-scale`: the kernel reads the flag on the device and leaves the targets
+    untouched where it is set. (Multiplying by zero instead would not do: NaN times zero is NaN.)
+
+    Args:
+        targets (`Sequence[Tensor]`):
+            Updated in place.
+        tensors (`Sequence[Tensor]`):
+            Same shapes, dtypes and devices as the targets.
+        scale (`Tensor`):
+            0-d factor; may be non-finite where `apply` is false.
+        apply (`Tensor`):
+            0-d bool.
+    """
+    # The fused kernels walk memory, not indices: a pair of different layouts would be matched up wrongly.
+    aligned = [
+        t if t.stride() == target.stride() else torch.empty_like(target).copy_(t)
+        for target, t in zip(targets, tensors, strict=True)
+    ]
+    sgd(
+        list(targets),
+        aligned,
+        [None] * len(aligned),
+        fused=True,
+        found_inf=(~apply).to(torch.float32),
+        lr=-scale if scale.device.type == "cpu" else -scale.float(),
+        weight_decay=0.0,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+class TensorCopy:
+    """
+    A second set of tensors, shaped like the first, allocated at first use and reused from then on.
+
+    Args:
+        tensors (`Sequence[Tensor]`):
+            The tensors to mirror. They are only ever written in place.
+        device (`str` or `torch.device`, *optional*):
+            Where the copy lives; beside each tensor by default. `"cpu"` keeps it in (pinned) host memory: at most
+            64 MB of it is staged on the device at a time.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: str | torch.device | None = None):
+        self._tensors = list(tensors)
+        self._device = None if device is None else torch.device(device)
+        self._copies: list[Tensor] | None = None
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """The mirrored tensors, in order (allocated when first asked for)."""
+        if self._copies is None:
+            self._copies = [self._allocate(t) for t in self._tensors]
+        return self._copies
+
+    def _allocate(self, tensor: Tensor) -> Tensor:
+        device = self._device or tensor.device
+        offloaded = device.type == "cpu" and tensor.device.type != "cpu"
+        return torch.empty_like(tensor, device=device, requires_grad=False, pin_memory=offloaded)
+
+    def save(self) -> None:
+        """Copy the tensors into the mirror."""
+        torch._foreach_copy_(self.copies, self._tensors, non_blocking=True)
+
+    def restore(self) -> None:
+        """Copy the mirror back into the tensors, bit for bit."""
+        torch._foreach_copy_(self._tensors, self.copies, non_blocking=True)
+
+    def zero(self) -> None:
+        """Fill the mirror with zeros."""
+        torch._foreach_zero_(self.copies)
+
+    def minus_tensors(self, indices: Sequence[int]) -> list[Tensor]:
+        """New tensors `copy - tensor` on the tensors' device, for the given positions."""
+        differences = [torch.empty_like(self._tensors[i]) for i in indices]
+        torch._foreach_copy_(differences, [self.copies[i] for i in indices], non_blocking=True)
+        torch._foreach_sub_(differences, [self._tensors[i] for i in indices])
+        return differences
+
+    def to_tensors(self, indices: Sequence[int]) -> list[Tensor]:
+        """New tensors holding the mirror's values on the tensors' device, for the given positions."""
+        values = [torch.empty_like(self._tensors[i]) for i in indices]
+        torch._foreach_copy_(values, [self.copies[i] for i in indices], non_blocking=True)
+        return values
+
+    def add_scaled(self, indices: Sequence[int], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:
+        """`copy += scale * tensor` at the given positions where `apply` (0-d bool) is true."""
+        copies = [self.copies[i] for i in indices]
+        if copies[0].device == tensors[0].device:
+            add_scaled_(copies, tensors, scale, apply)
+        elif apply.item():  # off the device the host has to know
+            for copy, tensor in zip(copies, tensors, strict=True):
+                rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes if tensor.ndim else tensor.nbytes))
+                parts = zip(copy.split(rows), tensor.split(rows), strict=True) if tensor.ndim else [(copy, tensor)]
+                for copy_part, part in parts:
+                    copy_part.add_((part * scale).to(copy.device))
