@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler, split_sources, tag_source
+from hf_nexus.mixture.schedule import SourceSchedule
+
+WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified"])
+def test_any_stretch_equals_the_same_stretch_of_the_whole(kind):
+    whole = SourceSchedule(WEIGHTS, 7, kind).sources(0, 10_000)
+    for start, stop in [(0, 1), (4095, 4097), (5000, 9000), (9999, 10_000)]:
+        assert np.array_equal(SourceSchedule(WEIGHTS, 7, kind).sources(start, stop), whole[start:stop])
+
+
+def test_shares_converge_to_the_weights():
+    for kind, tolerance in [("random", 0.01), ("stratified", 1e-4)]:
+        drawn = SourceSchedule(WEIGHTS, 1, kind).sources(0, 50_000)
+        shares = np.bincount(drawn, minlength=3) / len(drawn)
+        assert np.abs(shares - list(WEIGHTS.values())).max() < tolerance
+
+
+def test_stratified_is_within_one_micro_batch_of_every_target_at_every_prefix():
+    drawn = SourceSchedule(WEIGHTS, 0, "stratified").sources(0, 500)
+    counts = np.cumsum(np.eye(3)[drawn], axis=0)
+    targets = np.outer(np.arange(1, 501), list(WEIGHTS.values()))
+    assert np.abs(counts - targets).max() < 1 + 1e-9
+
+
+def test_the_seed_matters_for_random_draws():
+    assert not np.array_equal(SourceSchedule(WEIGHTS, 0).sources(0, 100), SourceSchedule(WEIGHTS, 1).sources(0, 100))
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified"])
+def test_a_source_of_weight_zero_never_comes(kind):
+    schedule = SourceSchedule({"a": 0.0, "b": 1.0, "c": 0.0}, 0, kind)
+    assert set(schedule.sources(0, 5000).tolist()) == {1}
+
+
+@pytest.mark.parametrize("weights", [{}, {"a": -1.0, "b": 2.0}, {"a": 0.0}, {"a": float("nan")}])
+def test_bad_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="weights"):
+        SourceSchedule(weights)
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'random' or 'stratified'"):
+        SourceSchedule(WEIGHTS, kind="rando")
+
+
+# ---- The order of rows ----
+
+
+def build(sizes: dict[str, int], rows: int, seed: int = 0, weights=None) -> MixtureSampler:
+    dataset = MixtureDataset({name: [{"row": (name, i)} for i in range(n)] for name, n in sizes.items()})
+    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed), rows, seed)
+
+
+def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, int]]]:
+    sampler.set_epoch(epoch)
+    indices = list(sampler)
+    rows = [sampler.dataset[i]["row"] for i in indices]
+    return [rows[i : i + sampler.rows] for i in range(0, len(rows), sampler.rows)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_one_source_per_micro_batch_and_no_row_lost_or_repeated_within_a_pass(sizes, rows, seed):
+    sampler = build({f"s{i}": n for i, n in enumerate(sizes)}, rows, seed)
+    read: dict[str, list[int]] = {}
+    for epoch in range(3):
+        batches = micro_batches(sampler, epoch)
+        assert len(batches) == sum(sizes) // rows == len(sampler) // rows
+        for batch in batches:
+            assert len({name for name, _ in batch}) == 1
+            read.setdefault(batch[0][0], []).extend(i for _, i in batch)
+    for name, order in read.items():
+        size = sizes[int(name[1:])]
+        for start in range(0, len(order) - size + 1, size):
+            assert sorted(order[start : start + size]) == list(range(size))
+
+
+def test_each_pass_over_a_source_has_its_own_order():
+    sampler = build({"only": 50}, 1)
+    assert micro_batches(sampler, 0) != micro_batches(sampler, 1)
+    assert micro_batches(sampler, 1) == micro_batches(build({"only": 50}, 1), 1)
+
+
+def test_order_of_one_source_does_not_depend_on_the_others():
+    def of(sizes):
+        return [b for b in micro_batches(build(sizes, 2, weights=dict.fromkeys(sizes, 1.0)), 0) if b[0][0] == "a"]
+
+    shared = min(len(of({"a": 30})), len(of({"z": 30, "a": 30})))
+    assert of({"a": 30})[:shared] == of({"z": 30, "a": 30})[:shared]
+
+
+def test_a_source_smaller_than_one_micro_batch_is_refused():
+    with pytest.raises(ValueError, match=r"'small' has 3 rows, fewer than one micro-batch of 4"):
+        build({"big": 40, "small": 3}, 4)
+
+
+def test_rows_of_a_micro_batch_carry_their_source():
+    dataset = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]})
+    batch = tag_source(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
+    assert batch == {"x": [4, 3], "nexus_source": "b"}
+
+
+def test_a_collator_that_returns_no_mapping_is_refused():
+    dataset = MixtureDataset({"a": [{"x": 1}]})
+    with pytest.raises(ValueError, match="returned a list"):
+        tag_source(lambda rows: rows)(dataset.__getitems__([0]))
+
+
+def test_bad_sources_are_refused():
+    import torch
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield {}
+
+    with pytest.raises(ValueError, match="no sources"):
+        MixtureDataset({})
+    with pytest.raises(ValueError, match="'a' is empty"):
+        MixtureDataset({"a": []})
+    with pytest.raises(ValueError, match="'a' is a Stream, which cannot be indexed"):
+        MixtureDataset({"a": Stream()})
+
+
+def test_a_source_column_makes_sources():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "source": ["b", "a", "b", "a"]})
+    sources = split_sources(rows)
+    assert {name: part["x"][:] for name, part in sources.items()} == {"b": [1, 3], "a": [2, 4]}
+    assert split_sources(rows.remove_columns("source")) is None
