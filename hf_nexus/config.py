@@ -1,0 +1,125 @@
+"""The Nexus fields of the training arguments."""
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+__all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
+
+_CHOICES = {
+    "inner_lr_schedule": ("constant", "follow"),
+    "inner_direction": ("gradient", "random"),
+    "inner_sync": ("global", "local"),
+    "snapshot_device": (None, "cpu"),
+    "source_schedule": ("random", "stratified"),
+}
+
+
+@dataclass
+class NexusConfigMixin:
+    """
+    The fields that Nexus adds to any [`~transformers.TrainingArguments`] subclass. The number of inner steps k is
+    `gradient_accumulation_steps`.
+
+    Args:
+        nexus (`bool`, *optional*, defaults to `True`):
+            Apply the Nexus update. When off, training is the plain Trainer's; a mixture is still sampled and logged
+            per source.
+        inner_lr (`float`, *optional*, defaults to 0.05):
+            Length gamma of one inner step, in parameter space (the gradient is normalized). 0 averages the normalized
+            gradients without moving: the control that isolates the path's effect.
+        inner_lr_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, or `"follow"`: `inner_lr * lr_t / peak lr` of the first parameter group.
+        inner_direction (`str`, *optional*, defaults to `"gradient"`):
+            `"gradient"`, or `"random"`: walk random directions of the same length (a control).
+        inner_sync (`str`, *optional*, defaults to `"global"`):
+            `"global"` reduces every inner gradient over the ranks. `"local"` (DDP only) lets each rank walk its own
+            path and averages the pseudo-gradient once per outer step.
+        snapshot_device (`str`, *optional*):
+            `"cpu"` keeps the extra copy of the parameters in host memory; beside the parameters by default.
+        mixture_weights (`dict[str, float]` or JSON `str`, *optional*):
+            Share of each source, in micro-batches (which are tokens where rows are packed). Defaults to the
+            mixture's own weights, else proportional to rows.
+        source_schedule (`str`, *optional*, defaults to `"random"`):
+            How the source of each inner step is chosen: `"random"` draws it from the weights, as in the paper;
+            `"stratified"` takes the source furthest below its target share.
+        gradient_cosine_steps (`int`, *optional*, defaults to 0):
+            Log the gradient cosine of each pair of sources at the restored weights every this many outer steps
+            (0: never). One measurement costs about S^2/2 backward passes for S sources.
+    """
+
+    nexus: bool = field(default=True, metadata={"help": "Apply the Nexus update; off: plain Trainer."})
+    inner_lr: float = field(default=0.05, metadata={"help": "Length gamma of one normalized inner step; 0: no path."})
+    inner_lr_schedule: str = field(
+        default="constant", metadata={"help": "'constant', or 'follow': scale inner_lr with the learning rate."}
+    )
+    inner_direction: str = field(
+        default="gradient", metadata={"help": "'gradient', or 'random' (a control of the same step length)."}
+    )
+    inner_sync: str = field(
+        default="global", metadata={"help": "'global': reduce every inner gradient; 'local': once per outer step."}
+    )
+    snapshot_device: str | None = field(
+        default=None, metadata={"help": "'cpu' keeps the extra copy of the parameters in host memory."}
+    )
+    mixture_weights: dict | str | None = field(
+        default=None, metadata={"help": 'Share of each source, as JSON: \'{"text": 0.6, "code": 0.4}\'.'}
+    )
+    source_schedule: str = field(
+        default="random", metadata={"help": "'random' draws the source of each inner step; 'stratified' balances them."}
+    )
+    gradient_cosine_steps: int = field(
+        default=0, metadata={"help": "Log gradient cosines between sources every this many outer steps; 0: never."}
+    )
+
+    def __post_init__(self) -> None:
+        self.mixture_weights = _parse_weights(self.mixture_weights)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {list(allowed)}.")
+        if not (math.isfinite(self.inner_lr) and self.inner_lr >= 0):
+            raise ValueError(f"inner_lr={self.inner_lr} is not allowed; it must be finite and >= 0 (0.05 is the default).")
+        if self.gradient_cosine_steps < 0:
+            raise ValueError(f"gradient_cosine_steps={self.gradient_cosine_steps} is not allowed; use 0 for never.")
+        super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments this is mixed into
+
+
+@dataclass
+class NexusConfig(NexusConfigMixin, TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the fields of [`NexusConfigMixin`].
+
+    Example:
+        >>> from hf_nexus import NexusConfig
+        >>> args = NexusConfig(output_dir="out", inner_lr=0.05, gradient_accumulation_steps=4, report_to="none")
+        >>> args.inner_lr
+        0.05
+    """
+
+
+def _parse_weights(weights: dict | str | None) -> dict[str, float] | None:
+    if weights is None:
+        return None
+    fix = 'Pass a mapping of source to share, on the command line as JSON: \'{"text": 0.6, "code": 0.4}\'.'
+    if isinstance(weights, str):
+        try:
+            weights = json.loads(weights)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"mixture_weights={weights!r} is not valid JSON ({error}). {fix}") from error
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"mixture_weights={weights!r} is not a non-empty mapping. {fix}")
+    for source, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"mixture_weights[{source!r}]={weight!r} is not a finite number >= 0. {fix}")
+    if sum(weights.values()) <= 0:
+        raise ValueError(f"mixture_weights={weights} sum to zero. {fix}")
+    return {str(source): float(weight) for source, weight in weights.items()}
+
+
+def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The Nexus fields of `args` with k, as plain data: what is saved beside a model and compared on resume."""
+    settings = {f.name: getattr(args, f.name) for f in fields(NexusConfigMixin)}
+    return {**settings, "gradient_accumulation_steps": args.gradient_accumulation_steps}

@@ -1,0 +1,166 @@
+"""What a run has trained on so far, and how it went since the last log line."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+__all__ = ["TrainingMeter", "peak_flops"]
+
+# Dense bfloat16 peak in FLOP/s, from the makers' data sheets, by the start of the device's name.
+_PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s, or `None` if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for start, peak in _PEAK_FLOPS.items() if name.startswith(start)), None)
+
+
+@dataclass
+class _Interval:
+    """Sums since the last log line; tensors stay on the device until then."""
+
+    loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
+    tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))
+    unsettled: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # tokens not in the totals yet
+    cosines: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    skipped: int = 0
+    flos: float | None = None  # at its start
+    started: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0
+
+
+class TrainingMeter(TrainerCallback, ExportableState):
+    """
+    Counts what each source has contributed. The totals travel in `trainer_state.json` and survive a resume.
+
+    Args:
+        sources (`Sequence[str]`):
+            Names of the sources; one nameless source, which is counted but not logged, for one plain dataset.
+    """
+
+    def __init__(self, sources: Sequence[str] = ("",)):
+        self.sources = list(sources)
+        self._begin(dict.fromkeys(self.sources, 0), 0, 0)
+
+    def _begin(self, trained_tokens: dict[str, int], inner_steps_skipped: float, windows_dropped: int) -> None:
+        self.trained_tokens = trained_tokens
+        self.inner_steps_skipped = inner_steps_skipped
+        self.windows_dropped = windows_dropped
+        self._interval = _Interval()
+
+    def state(self) -> dict:
+        """The totals up to the last [`settle`], for `trainer_state.json`."""
+        totals = ("trained_tokens", "inner_steps_skipped", "windows_dropped")
+        return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start from the resumed checkpoint's totals, or from nothing."""
+        saved = state.stateful_callbacks.get(type(self).__name__) or self.state()
+        fresh = {"trained_tokens": dict.fromkeys(self.sources, 0), "inner_steps_skipped": 0, "windows_dropped": 0}
+        self._begin(**(saved["attributes"] if state.global_step else fresh))
+
+    def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
+        """Count one trained micro-batch: `loss` is the sum over its tokens on this rank, both 0-d tensors."""
+        interval = self._interval
+        interval.loss[source] = interval.loss[source] + loss
+        interval.tokens[source] = interval.tokens[source] + tokens
+        interval.unsettled[source] = interval.unsettled[source] + tokens
+
+    def add_window(self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int) -> None:
+        """Count one outer step."""
+        self._interval.skipped += steps_skipped
+        if pseudo_gradient_norm is None:
+            return
+        self._interval.norms.append(pseudo_gradient_norm)
+        if (k := steps_taken) > 1:
+            self._interval.cosines.append((k * pseudo_gradient_norm**2 - 1) / (k - 1))
+
+    def pause(self, seconds: float) -> None:
+        """Leave a stretch of wall time (evaluation, saving) out of the throughput."""
+        self._interval.paused += seconds
+
+    def settle(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """
+        Bring the totals up to date. All ranks must call it.
+
+        Args:
+            sum_over_ranks (`Callable[[Tensor], Tensor]`):
+                Adds a 1-d tensor up over the ranks.
+            device (`torch.device`):
+                Where that tensor has to live.
+        """
+        interval = self._interval
+        tokens = [interval.unsettled[source] for source in self.sources]
+        *counts, skipped, ranks = sum_over_ranks(_stack([*tokens, interval.skipped, 1], device)).tolist()
+        for source, count in zip(self.sources, counts, strict=True):
+            self.trained_tokens[source] += round(count)
+        self.inner_steps_skipped += skipped / ranks  # on average over the ranks, which may differ in local mode
+        interval.unsettled.clear()
+        interval.skipped = 0
+
+    def read(
+        self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device, total_flos: float = 0.0
+    ) -> dict[str, float]:
+        """
+        Settle, then return the figures since the last call. All ranks must call it.
+
+        Args:
+            sum_over_ranks (`Callable[[Tensor], Tensor]`), device (`torch.device`):
+                As in [`settle`].
+            total_flos (`float`, *optional*, defaults to 0):
+                Floating-point operations of all ranks so far.
+
+        Returns:
+            `dict[str, float]`: `loss/<source>` for the sources met, `tokens/<source>` for all (tokens that carried loss,
+            since the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped`, `tokens_per_second`, and
+            `mfu` where the device's peak is known.
+        """
+        self.settle(sum_over_ranks, device)
+        interval, self._interval = self._interval, _Interval()
+        seconds = time.perf_counter() - interval.started - interval.paused
+        sums = [interval.loss[s] for s in self.sources] + [interval.tokens[s] for s in self.sources]
+        local = _stack([*sums, _mean(interval.cosines), _mean(interval.norms), 1], device)
+        *sums, cosine, norm, ranks = sum_over_ranks(local).tolist()
+        losses, tokens = sums[: len(self.sources)], sums[len(self.sources) :]
+        logs = {f"loss/{s}": x / n for s, x, n in zip(self.sources, losses, tokens, strict=True) if s and n}
+        logs |= {f"tokens/{s}": count for s, count in self.trained_tokens.items() if s}
+        if interval.cosines:
+            logs["path_cosine"] = cosine / ranks
+        if interval.norms:
+            logs["pseudo_gradient_norm"] = norm / ranks
+            logs["inner_steps_skipped"] = self.inner_steps_skipped
+        if sum(tokens):
+            logs["tokens_per_second"] = sum(tokens) / seconds
+        if (peak := peak_flops(device)) and interval.flos is not None:
+            logs["mfu"] = (total_flos - interval.flos) / seconds / (peak * ranks)
+        self._interval.flos = total_flos
+        return logs
+
+
+def _mean(values: list[Tensor]) -> Tensor | float:
+    return torch.stack(values).mean() if values else 0.0
+
+
+def _stack(values: list, device: torch.device) -> Tensor:
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # float64 keeps token counts exact
+    return torch.stack([torch.as_tensor(value, device=device).to(dtype) for value in values])

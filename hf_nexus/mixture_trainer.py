@@ -1,0 +1,254 @@
+"""Mixtures in a Trainer: one source per micro-batch, losses and token counts per source, one evaluation of them all."""
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from .config import NexusConfig, NexusConfigMixin
+from .meter import TrainingMeter
+from .mixture.indexed import SOURCE_KEY, MixtureDataset, MixtureSampler, split_sources, tag_source
+from .mixture.loading import Mixture
+from .mixture.schedule import SourceSchedule
+
+__all__ = ["MixtureTrainerMixin", "Window"]
+
+# The name under which the sources that are not trained on are summed up in evaluations.
+OOD = "ood"
+
+
+@dataclass
+class Window:
+    """The micro-batches of one outer step, and for each its source and counts of loss tokens, both shape (k,)."""
+
+    batches: list = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    tokens: Tensor | None = None  # on this rank
+    divisors: Tensor | None = None  # what the loss is divided by: over all ranks with average_tokens_across_devices
+    items: Any = None  # the window's total, as upstream passes it around
+    position: int = 0  # micro-batches seen by training_step
+
+    def count(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
+        """Source, summed loss and tokens on this rank of micro-batch `i`, given its mean loss."""
+        if self.tokens is None or self.divisors is None:  # no labels to count: every micro-batch weighs one
+            return self.sources[i], mean_loss, torch.ones_like(mean_loss)
+        # Upstream multiplies the loss by the number of ranks where it divides by the tokens of all of them.
+        scale = 1 if self.divisors is self.tokens else ranks
+        return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
+
+
+class MixtureTrainerMixin:
+    """The half of [`NexusTrainerMixin`] that knows about sources and not about the update."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs = _by_name(super().__init__, args, kwargs)
+        training_args = _with_defaults(kwargs.get("args"))
+        train, evaluation = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
+        weights = None
+        if isinstance(train, Mixture):
+            weights, evaluation = train.weights, train.eval if evaluation is None else evaluation
+            train = train.train
+        if (sources := split_sources(train)) is not None:
+            train = MixtureDataset(sources)
+            weights = _resolve_weights(training_args.mixture_weights or weights, train)
+            _check_loader_settings(training_args)
+        elif training_args.mixture_weights is not None:
+            raise ValueError(
+                "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of datasets, or "
+                "give it a `source` column."
+            )
+        _check_eval_names(evaluation)
+        self.mixture_weights: dict[str, float] | None = weights
+        self._window = Window()
+        self._collecting = False
+        super().__init__(**{**kwargs, "args": training_args, "train_dataset": train, "eval_dataset": evaluation})
+        self.add_callback(TrainingMeter(train.names if sources is not None else ("",)))
+
+    @property
+    def meter(self) -> TrainingMeter:
+        """What this run has trained on (upstream may replace the instance on resume)."""
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingMeter))
+
+    # ---- Data ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, MixtureDataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        schedule = SourceSchedule(self.mixture_weights, seed, self.args.source_schedule)
+        # Accelerate deals batches to the ranks in turn: as many in a row as there are ranks share their source.
+        return MixtureSampler(dataset, schedule, self._train_batch_size * self.args.world_size, seed)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        collate = super()._get_collator_with_removed_columns(data_collator, description)
+        if description == "Training" and isinstance(self.train_dataset, MixtureDataset):
+            return tag_source(collate)
+        return collate
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Fetch one window of micro-batches and note their sources."""
+        self._window = window = Window()
+        window.batches, window.items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        window.sources = [b.pop(SOURCE_KEY, "") if isinstance(b, Mapping) else "" for b in window.batches]
+        return window.batches, window.items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the window's loss tokens, and beside the total each micro-batch's own."""
+        count = super()._get_num_items_in_batch
+        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:  # local counts first: then one collective serves them all
+            counts = [count([batch], device) for batch in batch_samples]
+        finally:
+            self.args.average_tokens_across_devices = average
+        if not counts or any(not isinstance(n, Tensor) for n in counts):
+            return count(batch_samples, device)
+        self._window.tokens = self._window.divisors = torch.stack(counts)
+        if average and self.args.world_size > 1:
+            self._window.divisors = self.accelerator.reduce(self._window.tokens, "sum")
+        return self._window.divisors.sum()
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The base class's step, counted per source."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        window, i = self._window, self._window.position
+        window.position += 1
+        # Upstream has divided by the whole window's tokens, or by its length; the meter wants this micro-batch's mean.
+        if window.divisors is None:
+            mean = loss * self.current_gradient_accumulation_steps
+        else:
+            mean = loss * window.items / window.divisors[i]
+        self.meter.add_micro_batch(*window.count(i, mean, self.args.world_size))
+        return loss
+
+    # ---- Logs and evaluation ----
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures per source to the training log line."""
+        if self._collecting:
+            return
+        if self.is_in_train and "loss" in logs:
+            logs |= self.meter.read(self._sum_over_ranks, self.args.device, self.state.total_flos)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """
+        Evaluate one set as the base class does, or several sets at once.
+
+        Several sets are logged and given to `on_evaluate` once, with two means over them: `<prefix>_loss`, the macro
+        loss over the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the
+        others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is absent.
+
+        Args:
+            eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
+                As in [`~transformers.Trainer.evaluate`]. The name `ood` is reserved.
+            **kwargs:
+                Passed on to the base class (`Seq2SeqTrainer`'s generation arguments, for example).
+
+        Returns:
+            `dict[str, float]`: the metrics of all sets, `<prefix>_<name>_loss` among them.
+        """
+        started = time.perf_counter()
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(sets, Mapping):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        else:
+            _check_eval_names(sets)
+            metrics = {}
+            with self._collect_evaluations():
+                for name, dataset in sets.items():
+                    chosen = name if eval_dataset is None else dataset
+                    metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
+            metrics |= _mean_losses(metrics, list(sets), self.mixture_weights or {}, metric_key_prefix)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.meter.pause(time.perf_counter() - started)
+        return metrics
+
+    @contextmanager
+    def _collect_evaluations(self) -> Iterator[None]:
+        """Hold back the log line and the event of each single evaluation."""
+        handler = self.callback_handler
+        handler.on_evaluate = lambda args, state, control, metrics: control
+        self._collecting = True
+        try:
+            yield
+        finally:
+            self._collecting = False
+            del handler.on_evaluate  # uncovers the method
+
+
+def _by_name(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as keywords, whatever their order in the class we are mixed into."""
+    bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def _with_defaults(args: TrainingArguments | None) -> Any:
+    """Training arguments that certainly have the Nexus fields."""
+    if args is None:
+        return NexusConfig(output_dir="tmp_trainer")
+    if not isinstance(args, NexusConfigMixin):
+        for f in fields(NexusConfigMixin):
+            setattr(args, f.name, f.default)
+    return args
+
+
+def _resolve_weights(weights: Mapping[str, float] | None, dataset: MixtureDataset) -> dict[str, float]:
+    """The share of each source, summing to one: what was asked for, or proportional to rows."""
+    if weights is None:
+        weights = dict(zip(dataset.names, dataset.sizes, strict=True))
+    if set(weights) != set(dataset.names):
+        raise ValueError(
+            f"mixture_weights name {sorted(weights)}, but the sources are {sorted(dataset.names)}. Give each source a "
+            "weight; 0 leaves it out."
+        )
+    total = sum(weights.values())
+    return {name: weights[name] / total for name in dataset.names}
+
+
+def _check_loader_settings(args: TrainingArguments) -> None:
+    config = args.accelerator_config
+    for name, value in (("dispatch_batches", config.dispatch_batches), ("split_batches", config.split_batches)):
+        if value:
+            raise ValueError(
+                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, or "
+                "pass one plain dataset."
+            )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is set "
+            "by source_schedule. Leave it at 'random', or pass one plain dataset."
+        )
+
+
+def _check_eval_names(evaluation: Any) -> None:
+    if isinstance(evaluation, Mapping) and OOD in evaluation:
+        raise ValueError(f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set.")
+
+
+def _mean_losses(metrics: dict[str, float], names: list[str], weights: Mapping[str, float], prefix: str) -> dict:
+    losses = {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
+    inside = {name: weights[name] for name in losses if weights.get(name)} or dict.fromkeys(losses, 1.0)
+    outside = [loss for name, loss in losses.items() if name not in inside and name not in weights]
+    means = {}
+    if losses:
+        means[f"{prefix}_loss"] = sum(losses[name] * w for name, w in inside.items()) / sum(inside.values())
+    if outside:
+        means[f"{prefix}_{OOD}_loss"] = sum(outside) / len(outside)
+    return means

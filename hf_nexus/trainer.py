@@ -1,0 +1,252 @@
+"""The Trainer extension: one Nexus window per optimizer step, the rest is the Trainer's."""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .config import nexus_settings
+from .distributed import average_pseudo_gradients, check_supported, check_weights
+from .evaluation.closeness import gradient_cosines
+from .mixture.indexed import MixtureDataset
+from .mixture_trainer import MixtureTrainerMixin, Window
+from .nexus import Nexus
+
+__all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
+
+logger = logging.get_logger(__name__)
+
+# The Nexus settings, saved beside each model.
+SETTINGS_NAME = "nexus.yaml"
+
+
+class NexusTrainerMixin(MixtureTrainerMixin):
+    """
+    Trains any [`~transformers.Trainer`] subclass with the Nexus update: `class MyTrainer(NexusTrainerMixin, Base)`.
+
+    Beyond the base class's, `train_dataset` may be a dict or `DatasetDict` of sources, a [`Mixture`], or a dataset with a
+    `source` column. Every micro-batch then holds one source, the same on all ranks. A plain dataset is loaded as always,
+    and its micro-batches play the sources.
+
+    The whole window of k = `gradient_accumulation_steps` micro-batches runs inside its last `training_step`, so that no
+    displaced weight exists outside that call. The logged `loss` is a *path loss*: micro-batch m is evaluated at weights
+    already moved by the ones before it. Compare runs by `evaluate`, never by it.
+
+    Raises:
+        ValueError: an unsupported launch or precision, or a mixture that cannot be sampled; see docs/troubleshooting.md.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._nexus: Nexus | None = None
+        self._cosines: dict[str, float] = {}
+        super().__init__(*args, **kwargs)
+        if not self.args.nexus:
+            return
+        check_supported(self)
+        check_weights(self.model)
+        # It would synchronise at each of the window's zero losses, and let one NaN micro-batch replace them all.
+        self.args.logging_nan_inf_filter = False
+        if self.args.gradient_accumulation_steps == 1:
+            logger.warning(
+                "gradient_accumulation_steps=1: a window of one inner step is a normalized gradient, and there is nothing "
+                "to align. Set it to 4 or more (and divide per_device_train_batch_size) to use Nexus."
+            )
+
+    # ---- The window ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """
+        One micro-batch of the base class's loop. All but the window's last are kept; the last runs the whole window.
+
+        Returns:
+            `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
+        """
+        if not self.args.nexus:
+            return super().training_step(model, inputs, num_items_in_batch)
+        window = self._window
+        window.position += 1
+        if window.position == len(window.batches):
+            if self.accelerator.gradient_state.sync_gradients:
+                return self._run_window(model, window)
+            # The stream ended inside the window: the Trainer will not step, and neither do we.
+            self.meter.windows_dropped += 1
+            logger.warning(f"The data ended inside a window: its {len(window.batches)} micro-batches were dropped.")
+        return torch.zeros((), device=self.args.device)
+
+    def _run_window(self, model: nn.Module, window: Window) -> Tensor:
+        nexus = self._prepare_nexus(model)
+        self._measure_cosines()
+        local = self.args.inner_sync == "local" and self.args.world_size > 1
+        losses: list[Tensor] = []
+        # Each micro-batch is a mean of its own: upstream must not divide it by the window's length as well.
+        steps, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
+        try:
+            with nexus.window():
+                for i, inputs in enumerate(window.batches):
+                    items = None if window.divisors is None else window.divisors[i]
+                    with self.accelerator.no_sync(model) if local else nullcontext():
+                        # past MixtureTrainerMixin, whose accounting is for accumulated micro-batches
+                        losses.append(super(MixtureTrainerMixin, self).training_step(model, inputs, items))
+                    nexus.inner_step()
+        finally:
+            self.current_gradient_accumulation_steps = steps
+        self.meter.add_window(nexus.pseudo_gradient_norm, nexus.steps_taken, len(losses) - nexus.steps_taken)
+        for i, taken in enumerate(nexus.taken):
+            if taken:
+                self.meter.add_micro_batch(*window.count(i, losses[i], self.args.world_size))
+        if local:
+            average_pseudo_gradients(nexus.params, nexus.steps_taken > 0)
+        return self._window_loss(torch.stack(losses), window)
+
+    def _prepare_nexus(self, model: nn.Module) -> Nexus:
+        """The walker with this step's settings."""
+        if self._nexus is None:
+            self._nexus = Nexus(
+                [p for p in model.parameters() if p.requires_grad],
+                self.args.inner_lr,
+                direction=self.args.inner_direction,
+                snapshot_device=self.args.snapshot_device,
+                seed=self.args.seed,
+                # in global mode all ranks walk one path, so their random directions must be one as well
+                shard=self.args.process_index if self.args.inner_sync == "local" else 0,
+            )
+            if 0 < self.args.inner_lr < self._nexus.min_inner_lr:
+                logger.warning(
+                    f"inner_lr={self.args.inner_lr} is below {self._nexus.min_inner_lr:.1e}, where rounding would drown "
+                    "the path of a model of this size: normalized gradients are averaged without moving instead."
+                )
+        self._nexus.outer_step = self.state.global_step
+        self._nexus.inner_lr = self.args.inner_lr * self._schedule_factor()
+        return self._nexus
+
+    def _schedule_factor(self) -> float:
+        if self.args.inner_lr_schedule == "constant":
+            return 1.0
+        group = self.optimizer.param_groups[0]
+        peak = group.get("initial_lr", self.args.learning_rate)
+        return float(group["lr"]) / float(peak) if peak else 0.0
+
+    def _window_loss(self, losses: Tensor, window: Window) -> Tensor:
+        """Token-weighted mean of the finite losses (k,), or the running mean where there is none; all on the device."""
+        weights = torch.ones_like(losses) if window.divisors is None else window.divisors.to(losses.dtype)
+        finite = losses.isfinite()
+        total = torch.where(finite, weights, 0).sum()
+        mean = torch.where(finite, losses * weights, 0).sum() / total
+        running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(total > 0, mean, running)
+
+    def _restore(self) -> None:
+        """Weights are only ever displaced inside a window; this also covers one whose own restore was broken off."""
+        if self._nexus is not None:
+            self._nexus.restore()
+
+    # ---- Gradient cosines, on request ----
+
+    def _measure_cosines(self) -> None:
+        every = self.args.gradient_cosine_steps
+        if not every or self.state.global_step % every or not isinstance(self.train_dataset, MixtureDataset):
+            return
+        started = time.perf_counter()
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+
+        def loss_of(name: str) -> Any:
+            held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            dataset = held_out.get(name, self.train_dataset.sources[name])
+            rows = range(min(len(dataset), self.args.per_device_train_batch_size))  # fixed, and the same on all ranks
+            batch = self._prepare_inputs(collate([dataset[i] for i in rows]))
+
+            def loss() -> Tensor:
+                with self.compute_loss_context_manager():
+                    return self.compute_loss(self.model, dict(batch))
+
+            return loss
+
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        self.model.eval()
+        with torch.random.fork_rng(devices, device_type=self.args.device.type if devices else "cuda"):
+            params = [p for p in self.model.parameters() if p.requires_grad]
+            cosines = gradient_cosines({name: loss_of(name) for name in self.train_dataset.names}, params)
+        self.model.train()
+        self._cosines = {f"cosine/{a}-{b}": value for (a, b), value in cosines.items()}
+        self.meter.pause(time.perf_counter() - started)
+
+    # ---- Logging, saving, resuming ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's figures to the training log line."""
+        if self.is_in_train and "loss" in logs and self._nexus is not None:
+            logs["inner_lr"] = self._nexus.effective_inner_lr
+            logs |= self._cosines
+            self._cosines = {}
+        super().log(logs, start_time)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._nexus = None  # the wrapped model and its parameters may be new
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        self._restore()
+        self.meter.settle(self._sum_over_ranks, self.args.device)
+        super()._save_checkpoint(*args, **kwargs)
+        self.meter.pause(time.perf_counter() - started)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the restored weights, and the resolved Nexus settings beside them."""
+        self._restore()
+        super().save_model(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate at the restored weights."""
+        self._restore()
+        return super().evaluate(*args, **kwargs)
+
+    evaluate.__doc__ = MixtureTrainerMixin.evaluate.__doc__
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict at the restored weights."""
+        self._restore()
+        return super().predict(*args, **kwargs)
+
+    def nexus_settings(self) -> dict[str, Any]:
+        """The resolved Nexus fields, mixture weights included, as plain data."""
+        return {**nexus_settings(self.args), "mixture_weights": self.mixture_weights}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            path = Path(output_dir or self.args.output_dir, SETTINGS_NAME)
+            path.write_text(yaml.safe_dump(self.nexus_settings(), sort_keys=False))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        path = Path(resume_from_checkpoint, SETTINGS_NAME)
+        saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        for name, value in self.nexus_settings().items():
+            if name in saved and saved[name] != value:
+                logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")
+
+
+class NexusTrainer(NexusTrainerMixin, Trainer):
+    """
+    [`~transformers.Trainer`] with the Nexus update; see [`NexusTrainerMixin`].
+
+    Example:
+
+    ```python
+    trainer = NexusTrainer(
+        model=model,
+        args=NexusConfig(output_dir="out", gradient_accumulation_steps=4, inner_lr=0.05),
+        train_dataset={"text": text, "code": code},
+        eval_dataset={"text": text_held_out, "law": law},  # "law" is not trained on: it is OOD
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    ```
+    """

@@ -1,0 +1,402 @@
+"""NexusTrainer as its users meet it: what it takes, logs, evaluates, saves, resumes and refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_nexus import NexusTrainer
+from tests.conftest import Rows, tiny_llama
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+def last_log(trainer, key="loss") -> dict:
+    return [entry for entry in trainer.state.log_history if key in entry][-1]
+
+
+class Batches(TrainerCallback):
+    """Records the sources of each window."""
+
+    def __init__(self):
+        self.trainer, self.windows = None, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.windows.append(list(self.trainer._window.sources))
+
+
+# ---- Data ----
+
+
+def test_dict_of_sources_trains_and_logs_each_source(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=6)
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(before, weights(trainer))
+    logs = last_log(trainer)
+    tokens = {name: logs[f"tokens/{name}"] for name in sources}
+    assert sum(tokens.values()) == 6 * 4 * 2 * 15  # windows, micro-batches, rows, predicted positions
+    for key in ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second"):
+        assert key in logs
+    assert logs["inner_lr"] == 0.05
+    assert any(f"loss/{name}" in logs for name in sources)
+
+
+def test_loss_per_source_is_that_sources_mean_loss(make_trainer, sources):
+    trainer = make_trainer({"text": sources["text"]}, max_steps=1, inner_lr=0.0, gradient_accumulation_steps=3)
+    trainer.train()
+    logs = last_log(trainer)
+    assert logs["loss/text"] == pytest.approx(logs["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_padded_micro_batches_weigh_by_their_tokens(make_trainer, nexus):
+    """The window's loss and the loss per source are token-weighted means, counted by hand here."""
+    rows = Rows(8, 3, pad=True)
+    trainer = make_trainer(
+        {"text": rows}, max_steps=1, learning_rate=0.0, inner_lr=0.0, nexus=nexus, gradient_accumulation_steps=4
+    )
+    trainer.train()
+    model, total, count = tiny_llama(), 0.0, 0
+    for i in range(8):
+        n = int((rows.labels[i, 1:] != -100).sum())
+        loss = model(input_ids=rows.ids[i : i + 1], labels=rows.labels[i : i + 1]).loss
+        total, count = total + float(loss.detach()) * n, count + n
+    logs = last_log(trainer)
+    assert logs["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert logs["loss/text"] == pytest.approx(total / count, rel=1e-5)
+    assert logs["tokens/text"] == count
+
+
+def test_every_micro_batch_holds_one_source_in_the_schedules_order(make_trainer, sources):
+    from hf_nexus.mixture import SourceSchedule
+
+    batches = Batches()
+    share = {"text": 0.5, "code": 0.25, "math": 0.25}
+    trainer = make_trainer(sources, trainer_kwargs={"callbacks": [batches]}, max_steps=5, mixture_weights=share)
+    batches.trainer = trainer
+    trainer.train()
+    schedule = SourceSchedule(share, trainer.args.seed)
+    expected = [schedule.names[s] for s in schedule.sources(0, 20)]
+    assert [name for window in batches.windows for name in window] == expected
+
+
+def test_stratified_schedule_balances_each_window(make_trainer, sources):
+    batches = Batches()
+    trainer = make_trainer(
+        sources,
+        trainer_kwargs={"callbacks": [batches]},
+        max_steps=4,
+        gradient_accumulation_steps=3,
+        source_schedule="stratified",
+        mixture_weights='{"text": 1, "code": 1, "math": 1}',
+    )
+    batches.trainer = trainer
+    trainer.train()
+    assert all(sorted(window) == ["code", "math", "text"] for window in batches.windows)
+
+
+def test_epochs_count_rows_whatever_the_weights(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=-1, num_train_epochs=2, mixture_weights={"text": 8, "code": 1, "math": 1})
+    trainer.train()
+    micro_batches = sum(len(rows) for rows in sources.values()) // 2
+    assert trainer.state.global_step == 2 * math.ceil(micro_batches / 4)
+    assert trainer.state.epoch == 2
+    assert last_log(trainer)["tokens/text"] > 10 * last_log(trainer)["tokens/math"] / 2
+
+
+def test_datasets_and_collators_of_other_kinds(make_trainer, sources, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    hf = datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict({"input_ids": rows.ids.tolist(), "labels": rows.labels.tolist(), "note": ["x"] * len(rows)})
+            for name, rows in sources.items()
+        }
+    )
+    one = datasets.concatenate_datasets([part.add_column("source", [name] * len(part)) for name, part in hf.items()])
+
+    def collate(features):
+        return {key: torch.tensor([f[key] for f in features]) for key in ("input_ids", "labels")}
+
+    reference = make_trainer(sources, max_steps=3)
+    reference.train()
+    for data, kwargs in [(hf, {}), (one, {}), (hf, {"data_collator": collate})]:
+        trainer = make_trainer(data, trainer_kwargs=kwargs, max_steps=3)
+        trainer.train()
+        assert torch.equal(weights(trainer), weights(reference))
+
+
+def test_dataloader_workers_change_nothing(make_trainer, sources):
+    plain, workers = make_trainer(sources), make_trainer(sources, dataloader_num_workers=2)
+    plain.train()
+    workers.train()
+    assert torch.equal(weights(plain), weights(workers))
+
+
+def test_one_plain_dataset_uses_the_stock_loader(make_trainer, sources):
+    trainer = make_trainer(sources["text"], max_steps=3)
+    trainer.train()
+    logs = last_log(trainer)
+    assert "path_cosine" in logs
+    assert not [key for key in logs if key.startswith(("loss/", "tokens/"))]
+
+
+def test_a_mixture_without_nexus_is_the_trainer_on_the_same_batches(make_trainer, sources, tmp_path):
+    ours = make_trainer(sources, nexus=False, max_steps=6)
+    loader = make_trainer(sources, nexus=False).get_train_dataloader()
+    loader.set_epoch(0)
+    batches = [{k: v for k, v in batch.items() if k != "nexus_source"} for batch in loader]
+    rows = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(2)]
+    kept = {k: v for k, v in ours.args.to_dict().items() if k in TrainingArguments.__dataclass_fields__}
+    args = TrainingArguments(**{**kept, "accelerator_config": None, "train_sampling_strategy": "sequential"})
+    stock = Trainer(model=tiny_llama(), args=args, train_dataset=rows)
+    ours.train()
+    stock.train()
+    assert torch.equal(weights(ours), weights(stock))
+    assert last_log(ours)["loss"] == last_log(stock)["loss"]
+    assert any(key.startswith("loss/") for key in last_log(ours))
+
+
+def test_plain_training_arguments_are_enough(sources, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, gradient_accumulation_steps=2, report_to="none", use_cpu=True
+    )
+    trainer = NexusTrainer(tiny_llama(), args, train_dataset=sources)
+    trainer.train()
+    assert last_log(trainer, "train_loss")["step"] == 1
+    assert trainer.args.inner_lr == 0.05
+
+
+# ---- inner_lr ----
+
+
+def test_follow_scales_the_inner_step_with_the_learning_rate(make_trainer, sources):
+    trainer = make_trainer(
+        sources, max_steps=4, inner_lr_schedule="follow", lr_scheduler_type="linear", warmup_steps=2, inner_lr=0.1
+    )
+    trainer.train()
+    gammas = [entry["inner_lr"] for entry in trainer.state.log_history if "inner_lr" in entry]
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "inner_lr" in entry]
+    assert gammas[0] == 0.0  # warm-up begins at zero: averaged without moving
+    assert gammas == pytest.approx([0.1 * rate / 1e-2 for rate in rates])
+
+
+def test_random_direction_runs_and_differs(make_trainer, sources):
+    nexus, random = make_trainer(sources), make_trainer(sources, inner_direction="random")
+    nexus.train()
+    random.train()
+    assert not torch.equal(weights(nexus), weights(random))
+
+
+def test_k_1_warns(make_trainer, sources, caplog):
+    import logging
+
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        make_trainer(sources, gradient_accumulation_steps=1)
+    assert "nothing to align" in caplog.text
+
+
+# ---- Evaluation ----
+
+
+def test_several_sets_are_logged_and_announced_once_with_macro_and_ood(make_trainer, sources):
+    seen = []
+
+    class Listener(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(metrics)
+
+    held_out = {"text": Rows(8, 0), "code": Rows(8, 1), "law": Rows(8, 5), "poems": Rows(8, 6)}
+    share = {"text": 0.5, "code": 0.25, "math": 0.25}
+    kwargs = {"eval_dataset": held_out, "callbacks": [Listener()]}
+    trainer = make_trainer(sources, trainer_kwargs=kwargs, mixture_weights=share)
+    metrics = trainer.evaluate()
+    assert seen == [metrics]
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 1
+    assert len(trainer.state.log_history) == 1
+    macro = (0.5 * metrics["eval_text_loss"] + 0.25 * metrics["eval_code_loss"]) / 0.75
+    assert metrics["eval_loss"] == pytest.approx(macro)
+    assert metrics["eval_ood_loss"] == pytest.approx((metrics["eval_law_loss"] + metrics["eval_poems_loss"]) / 2)
+
+
+def test_without_matching_names_the_macro_covers_all(make_trainer, sources):
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": {"a": Rows(8, 5), "b": Rows(8, 6)}})
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx((metrics["eval_a_loss"] + metrics["eval_b_loss"]) / 2)
+    assert "eval_ood_loss" not in metrics
+
+
+def test_the_name_ood_is_reserved(make_trainer, sources):
+    with pytest.raises(ValueError, match="'ood' is reserved"):
+        make_trainer(sources, trainer_kwargs={"eval_dataset": {"ood": Rows(8, 5)}})
+
+
+def test_early_stopping_and_best_model_work_on_the_macro_loss(make_trainer, sources):
+    held_out = {"text": Rows(8, 0), "law": Rows(8, 5)}
+    trainer = make_trainer(
+        sources,
+        trainer_kwargs={
+            "eval_dataset": held_out,
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
+        },
+        max_steps=6,
+        learning_rate=10.0,  # diverges at once
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    assert trainer.state.global_step < 6
+    assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+def test_keyword_arguments_reach_the_parents_evaluate(make_trainer, sources):
+    received = []
+
+    class Parent(Trainer):
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", max_length=None):
+            received.append(max_length)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    from hf_nexus import NexusTrainerMixin
+
+    class Ours(NexusTrainerMixin, Parent):
+        pass
+
+    trainer = make_trainer(sources, trainer_class=Ours, trainer_kwargs={"eval_dataset": {"text": Rows(4, 0)}})
+    trainer.evaluate(max_length=7)
+    assert received == [7]
+
+
+def test_gradient_cosines_on_request(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=4, gradient_cosine_steps=2)
+    trainer.train()
+    logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
+    assert logged == [1, 3]  # measured at the weights of steps 0 and 2, before their updates
+    assert all(-1 <= last_log(trainer, "cosine/code-math")[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math"))
+    plain = make_trainer(sources, max_steps=4)
+    plain.train()
+    assert torch.equal(weights(trainer), weights(plain))  # measuring changes nothing
+
+
+# ---- Saving and resuming ----
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"inner_direction": "random"},
+        {"inner_lr_schedule": "follow", "lr_scheduler_type": "linear"},
+        {"dataloader_num_workers": 2},
+        {"nexus": False},
+    ],
+    ids=["gradient", "random", "follow", "workers", "off"],
+)
+def test_resume_is_bit_exact(make_trainer, sources, tmp_path, config):
+    """Stop in the middle of the second epoch and go on: weights, logs of tokens and epoch are those of one run."""
+    config = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "logging_steps": 4} | config
+    whole = make_trainer(sources, output_dir=str(tmp_path / "whole"), **config)
+    whole.train()
+    resumed = make_trainer(sources, model=tiny_llama(seed=9), output_dir=str(tmp_path / "again"), **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-15"))
+    assert torch.equal(weights(whole), weights(resumed))
+    assert whole.state.epoch == resumed.state.epoch
+    for name in sources:
+        assert last_log(whole)[f"tokens/{name}"] == last_log(resumed)[f"tokens/{name}"]
+
+
+def test_settings_are_saved_beside_the_model_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):
+    import logging
+
+    trainer = make_trainer(sources, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    for folder in (Path(trainer.args.output_dir), Path(trainer.args.output_dir, "checkpoint-1")):
+        settings = yaml.safe_load((folder / "nexus.yaml").read_text())
+        assert settings["inner_lr"] == 0.05
+        assert settings["gradient_accumulation_steps"] == 4
+        assert settings["mixture_weights"]["text"] == pytest.approx(40 / 96)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["TrainingMeter"]["attributes"]["trained_tokens"].keys() == sources.keys()
+    logging.getLogger("transformers").propagate = True
+    changed = make_trainer(sources, inner_lr=0.2)
+    with caplog.at_level(logging.WARNING):
+        changed.train(resume_from_checkpoint=str(folder))
+    assert "Resuming with inner_lr=0.2; the checkpoint was trained with 0.05" in caplog.text
+    assert "inner_direction" not in caplog.text
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"inner_direction": "up"}, "inner_direction='up' is not allowed"),
+        ({"inner_lr": -0.1}, "inner_lr=-0.1 is not allowed"),
+        ({"inner_lr_schedule": "cosine"}, "inner_lr_schedule='cosine'"),
+        ({"mixture_weights": "{text: 1}"}, "not valid JSON"),
+        ({"mixture_weights": {"text": -1}}, r"mixture_weights\['text'\]=-1"),
+        ({"mixture_weights": {"text": 1.0}}, r"the sources are \['code', 'math', 'text'\]"),
+        ({"train_sampling_strategy": "group_by_length"}, "order is set by source_schedule"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
+        ({"optim": "adalomo"}, "inside the backward pass"),
+        ({"snapshot_device": "disk"}, "snapshot_device='disk'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_fix(make_trainer, sources, config, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(sources, **config)
+
+
+def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.*bfloat16.*model\.float\(\)"):
+        make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16))
+    make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # the plain Trainer allows it
+
+
+def test_data_parallel_is_refused_with_the_torchrun_line(make_trainer, sources, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    with pytest.raises(ValueError, match=r"torchrun --nproc_per_node 4"):
+        make_trainer(sources)
+
+
+def test_models_spread_at_load_time_are_refused(make_trainer, sources):
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="device_map"):
+        make_trainer(sources, model=model, place_model_on_device=False) if False else make_trainer(sources, model=model)
+
+
+def test_weights_for_a_dataset_without_sources_are_refused(make_trainer, sources):
+    with pytest.raises(ValueError, match="without sources"):
+        make_trainer(sources["text"], mixture_weights={"text": 1.0})
+
+
+# ---- Streams ----
+
+
+def test_a_stream_that_ends_inside_a_window_drops_it(make_trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rows = Rows(11, 0)
+            yield from (rows[i] for i in range(11))
+
+    trainer = make_trainer(Stream(), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    start = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.meter.windows_dropped >= 1
+    assert not torch.equal(start, weights(trainer))
