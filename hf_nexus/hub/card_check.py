@@ -1,0 +1,148 @@
+"""The Hub's rules for a card's metadata, checked here because an upload is a late and lossy place to learn of them."""
+
+import math
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+__all__ = ["check_card", "is_repo_id", "split_card"]
+
+# The identifiers that the Hub's documentation lists under "Licenses".
+_LICENSE_IDS = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+other
+"""
+LICENSES = frozenset(_LICENSE_IDS.split())
+
+
+def check_card(card: ModelCard | str) -> None:
+    """Checks a model card without a network: metadata that parses back, types, licence, ids, model-index, no token.
+
+    Args:
+        card (`ModelCard` or `str`): The card, or the text of its README.
+
+    Raises:
+        ValueError: Naming everything that is wrong.
+
+    Example:
+        ```python
+        >>> check_card("---\\nlicense: mit\\nlanguage: en\\n---\\n# A model")
+
+        ```
+    """
+    text = str(card)
+    metadata, _ = split_card(text)
+    problems = [*_field_problems(metadata), *_license_problems(metadata), *_index_problems(metadata)]
+    if re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
+        problems.append("the text holds what looks like an access token (hf_...): remove it, and revoke the token")
+    if problems:
+        raise ValueError("The model card is not valid:\n- " + "\n- ".join(problems))
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """Splits a README into its metadata, `{}` if it has none, and the text below.
+
+    Raises:
+        ValueError: If the metadata block is not a YAML mapping.
+
+    Example:
+        ```python
+        >>> split_card("---\\nlicense: mit\\n---\\n# A model")
+        ({'license': 'mit'}, '# A model')
+
+        ```
+    """
+    match = re.match(r"\s*---[ \t]*\n(.*?)^---[ \t]*$\n?", text, flags=re.DOTALL | re.MULTILINE)
+    if match is None:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"The card's metadata is not YAML, mend it or delete the block: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"The card's metadata is a {type(metadata).__name__}, not a mapping: write `key: value` lines."
+        )
+    return metadata, text[match.end() :]
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name.
+
+    Example:
+        ```python
+        >>> is_repo_id("org/model"), is_repo_id("/home/me/model")
+        (True, False)
+
+        ```
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _field_problems(metadata: dict[str, Any]) -> Iterator[str]:
+    """Wrong types, and values that are no ids or codes. An unquoted `no` or `on` in YAML is a bool, not a language."""
+    for key in ("language", "datasets", "base_model", "tags", "metrics"):
+        for value in raw if isinstance(raw := metadata.get(key, []), list) else [raw]:
+            if not isinstance(value, str) or not value:
+                yield f"`{key}` must be a text or a list of texts, got {value!r}: quote it"
+            elif key == "language" and not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", value):
+                yield f"`language` must hold ISO 639 codes (`en`), `code` or `multilingual`, got {value!r}"
+            elif key in ("datasets", "base_model") and (value.startswith("builtin/") or not is_repo_id(value)):
+                yield f"`{key}` must hold ids of the Hub, got {value!r}: leave out what is not published there"
+    for key in ("library_name", "pipeline_tag"):
+        if not isinstance(metadata.get(key, ""), str):
+            yield f"`{key}` must be a text, got {metadata[key]!r}"
+
+
+def _license_problems(metadata: dict[str, Any]) -> Iterator[str]:
+    name = metadata.get("license")
+    if name is None:
+        return
+    if not isinstance(name, str) or name not in LICENSES:
+        close = get_close_matches(str(name).lower(), LICENSES, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "use `other` with a `license_name`"
+        yield f"`license` must be one of the Hub's identifiers, got {name!r}: {hint}"
+    elif name == "other" and not metadata.get("license_name"):
+        yield "`license: other` needs a `license_name` (and a `license_link`)"
+
+
+def _index_problems(metadata: dict[str, Any]) -> Iterator[str]:
+    """The structure that the Hub requires of `model-index`; a NaN in it is no JSON and makes the Hub refuse all."""
+    models = metadata.get("model-index", [])
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        yield f"`model-index` must be a list of mappings, got {models!r}"
+        return
+    for model in models:
+        if not isinstance(model.get("name"), str) or not isinstance(model.get("results"), list):
+            yield f"`model-index` entries need a `name` and a list of `results`, got {model!r}"
+            continue
+        for result in model["results"]:
+            try:
+                needed = [result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
+                needed += [metric["type"] for metric in result["metrics"]]
+                values = [metric["value"] for metric in result["metrics"]]
+            except (KeyError, TypeError) as error:
+                yield f"a result of `model-index` lacks {error} (task, dataset and metrics are needed): {result!r}"
+                continue
+            if not values or not all(isinstance(text, str) and text for text in needed):
+                yield f"a result of `model-index` needs at least one metric, and texts as types and names: {result!r}"
+            if bad := [
+                v for v in values if isinstance(v, bool | None) or (isinstance(v, float) and not math.isfinite(v))
+            ]:
+                yield f"metric values in `model-index` must be finite numbers, got {bad}: {result['dataset']!r}"
