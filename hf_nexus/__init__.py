@@ -18,14 +18,18 @@ _EXPORTS = {
     "load_mixture": "mixture.loading",
 }
 
-__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604  # names, all of them strings
+__all__ = [*_EXPORTS, "__version__"]
 
-if TYPE_CHECKING:
-    from .config import NexusConfig, NexusConfigMixin
-    from .mixture.config import MixtureConfig, SourceConfig
-    from .mixture.loading import Mixture, load_mixture
-    from .nexus import Nexus
-    from .trainer import NexusTrainer, NexusTrainerMixin
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .config import NexusConfig as NexusConfig
+    from .config import NexusConfigMixin as NexusConfigMixin
+    from .mixture.config import MixtureConfig as MixtureConfig
+    from .mixture.config import SourceConfig as SourceConfig
+    from .mixture.loading import Mixture as Mixture
+    from .mixture.loading import load_mixture as load_mixture
+    from .nexus import Nexus as Nexus
+    from .trainer import NexusTrainer as NexusTrainer
+    from .trainer import NexusTrainerMixin as NexusTrainerMixin
 
 
 def __getattr__(name: str) -> Any:

@@ -69,7 +69,8 @@ class NexusConfigMixin:
         default=None, metadata={"help": 'Share of each source, as JSON: \'{"text": 0.6, "code": 0.4}\'.'}
     )
     source_schedule: str = field(
-        default="random", metadata={"help": "'random' draws the source of each inner step; 'stratified' balances them."}
+        default="random",
+        metadata={"help": "'random' draws the source of each inner step; 'stratified' balances them."},
     )
     gradient_cosine_steps: int = field(
         default=0, metadata={"help": "Log gradient cosines between sources every this many outer steps; 0: never."}
@@ -81,7 +82,9 @@ class NexusConfigMixin:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {list(allowed)}.")
         if not (math.isfinite(self.inner_lr) and self.inner_lr >= 0):
-            raise ValueError(f"inner_lr={self.inner_lr} is not allowed; it must be finite and >= 0 (0.05 is the default).")
+            raise ValueError(
+                f"inner_lr={self.inner_lr} is not allowed; it must be finite and >= 0 (0.05 is the default)."
+            )
         if self.gradient_cosine_steps < 0:
             raise ValueError(f"gradient_cosine_steps={self.gradient_cosine_steps} is not allowed; use 0 for never.")
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments this is mixed into
@@ -112,7 +115,11 @@ def _parse_weights(weights: dict | str | None) -> dict[str, float] | None:
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"mixture_weights={weights!r} is not a non-empty mapping. {fix}")
     for source, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not (math.isfinite(weight) and weight >= 0)
+        ):
             raise ValueError(f"mixture_weights[{source!r}]={weight!r} is not a finite number >= 0. {fix}")
     if sum(weights.values()) <= 0:
         raise ValueError(f"mixture_weights={weights} sum to zero. {fix}")

@@ -29,7 +29,7 @@ def check_supported(trainer: Trainer) -> None:
     args, kind = trainer.args, trainer.accelerator.distributed_type
     if args.n_gpu > 1:
         raise ValueError(
-            f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process): start one process per GPU with "
+            f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
             f"`torchrun --nproc_per_node {args.n_gpu} your_script.py ...`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
     if trainer.is_model_parallel or getattr(trainer, "is_distributed_loading_by_transformers", False):
@@ -74,8 +74,8 @@ def check_weights(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"Parameter {name!r} is {p.dtype}; Nexus needs float32 trainable weights, since 69 to 99.7 % of an inner "
-                "step is lost in bfloat16. Load with `from_pretrained(..., dtype=torch.float32)` or call "
+                f"Parameter {name!r} is {p.dtype}; Nexus needs float32 trainable weights, since 69 to 99.7 % of an "
+                "inner step is lost in bfloat16. Load with `from_pretrained(..., dtype=torch.float32)` or call "
                 "`model.float()`, and pass bf16=True to compute in bfloat16."
             )
 
@@ -99,7 +99,9 @@ def average_pseudo_gradients(params: Sequence[Tensor], moved: bool) -> int:
     """
     device = params[0].device
     # Which gradients are None may differ by rank and must not decide what is sent: a flag for each travels along.
-    flags = torch.tensor([moved, *(moved and p.grad is not None for p in params)], dtype=params[0].dtype, device=device)
+    flags = torch.tensor(
+        [moved, *(moved and p.grad is not None for p in params)], dtype=params[0].dtype, device=device
+    )
     values = [p.grad if moved and p.grad is not None else torch.zeros_like(p) for p in params]
     flat = torch.cat([flags, *(v.reshape(-1) for v in values)])
     del values

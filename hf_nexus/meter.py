@@ -131,8 +131,9 @@ class TrainingMeter(TrainerCallback, ExportableState):
                 Floating-point operations of all ranks so far.
 
         Returns:
-            `dict[str, float]`: `loss/<source>` for the sources met, `tokens/<source>` for all (tokens that carried loss,
-            since the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped`, `tokens_per_second`, and
+            `dict[str, float]`: `loss/<source>` for the sources met, `tokens/<source>` for all (tokens that carried
+            loss, since the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped`,
+            `tokens_per_second`, and
             `mfu` where the device's peak is known.
         """
         self.settle(sum_over_ranks, device)

@@ -1,4 +1,4 @@
-"""Mixtures in a Trainer: one source per micro-batch, losses and token counts per source, one evaluation of them all."""
+"""Mixtures in a Trainer: one source per micro-batch, figures per source, one evaluation of them all."""
 
 import inspect
 import time
@@ -60,8 +60,8 @@ class MixtureTrainerMixin:
             _check_loader_settings(training_args)
         elif training_args.mixture_weights is not None:
             raise ValueError(
-                "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of datasets, or "
-                "give it a `source` column."
+                "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of datasets, "
+                "or give it a `source` column."
             )
         _check_eval_names(evaluation)
         self.mixture_weights: dict[str, float] | None = weights
@@ -152,7 +152,8 @@ class MixtureTrainerMixin:
 
         Several sets are logged and given to `on_evaluate` once, with two means over them: `<prefix>_loss`, the macro
         loss over the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the
-        others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is absent.
+        others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is
+        absent.
 
         Args:
             eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
@@ -227,19 +228,21 @@ def _check_loader_settings(args: TrainingArguments) -> None:
     for name, value in (("dispatch_batches", config.dispatch_batches), ("split_batches", config.split_batches)):
         if value:
             raise ValueError(
-                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, or "
-                "pass one plain dataset."
+                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, "
+                "or pass one plain dataset."
             )
     if args.train_sampling_strategy != "random":
         raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is set "
-            "by source_schedule. Leave it at 'random', or pass one plain dataset."
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
+            "set by source_schedule. Leave it at 'random', or pass one plain dataset."
         )
 
 
 def _check_eval_names(evaluation: Any) -> None:
     if isinstance(evaluation, Mapping) and OOD in evaluation:
-        raise ValueError(f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set.")
+        raise ValueError(
+            f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set."
+        )
 
 
 def _mean_losses(metrics: dict[str, float], names: list[str], weights: Mapping[str, float], prefix: str) -> dict:

@@ -1,20 +1,19 @@
 """
-The Nexus update (arXiv 2604.09258, Algorithm 1), for any torch training loop.
+The Nexus update (arXiv 2604.09258) for any torch training loop.
 
 One *window* replaces one gradient accumulation of k micro-batches, each drawn from one source:
 
-    theta_0 <- snapshot of the parameters                                       (1) `window()` is entered
+    theta_0 <- snapshot of the parameters                              (1) `nexus.window()` is entered
     for m = 1..k:
-        g_m     <- gradient of micro-batch m at theta_{m-1}                         your `loss.backward()`
-        theta_m <- theta_{m-1} - inner_lr * g_m / ||g_m||                       (2) `inner_step()`
-    p <- (theta_0 - theta_k) / (inner_lr * k)                                   (3) `window()` is left: p goes to `.grad`
-    theta <- theta_0, bit for bit                                               (4) however it is left
-    an ordinary optimizer steps on p                                                your `optimizer.step()`
+        g_m     <- gradient of micro-batch m at theta_{m-1}                your `loss.backward()`
+        theta_m <- theta_{m-1} - inner_lr * g_m / ||g_m||              (2) `nexus.inner_step()`
+    p <- (theta_0 - theta_k) / (inner_lr * k)                          (3) the window is left: p goes to `.grad`
+    theta <- theta_0, bit for bit                                      (4) however it is left
+    an ordinary optimizer steps on p                                       your `optimizer.step()`
 
-An inner step whose norm is zero or not finite is left out, and k counts the steps taken.
+An inner step whose norm is zero or not finite is left out; k counts the steps taken.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .snapshot import TensorCopy, add_scaled_, global_norm
+from .snapshot import TensorCopy, add_scaled_, fill_normal_, global_norm
 
 __all__ = ["Nexus"]
 
@@ -33,20 +32,20 @@ class Nexus:
 
     Args:
         params (`Iterable[Tensor]`):
-            The trainable parameters, float32 or float64. All share one norm.
+            The trainable parameters, float32 or float64. All of them share one norm.
         inner_lr (`float`, *optional*, defaults to 0.05):
-            Length of an inner step (gamma). 0 averages the normalized gradients without moving. May be changed
-            between windows; below [`min_inner_lr`] rounding would drown the path, and the form for 0 is used.
-        direction (`"gradient"` or `"random"`, *optional*, defaults to `"gradient"`):
+            Length gamma of an inner step. 0 averages the normalized gradients without moving. May be set anew between
+            windows. Below [`min_inner_lr`] rounding would drown the path, and the form for 0 is used.
+        direction (`str`, *optional*, defaults to `"gradient"`):
             `"random"` is a control: the parameters move along random directions of the same length, and p is the mean
-            of the normalized gradients met there.
+            of the normalized gradients met on the way.
         snapshot_device (`str` or `torch.device`, *optional*):
             Where the extra copy lives; beside the parameters by default, `"cpu"` to offload it.
         reduce_norm (`Callable[[Tensor], Tensor]`, *optional*):
             Makes the global norm of this process's 0-d norm, where the parameters are sharded.
-        seed (`int`, *optional*, defaults to 0), shard (`int`, *optional*, defaults to 0):
-            Key the random directions, together with `outer_step` and the inner step. Processes that hold the same
-            parameters and walk the same path need the same shard.
+        key (`tuple[int, ...]`, *optional*, defaults to `(0,)`):
+            Keys the random directions, with `outer_step` and the inner step: a seed, and a shard's number where
+            processes hold different parameters or walk different paths.
 
     Raises:
         ValueError: a negative `inner_lr`, an unknown direction, no parameter, or one of less than 32 bits.
@@ -73,18 +72,17 @@ class Nexus:
         *,
         direction: str = "gradient",
         snapshot_device: str | torch.device | None = None,
-        reduce_norm: Callable[[Tensor], Tensor] | None = None,
-        seed: int = 0,
-        shard: int = 0,
+        reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
+        key: tuple[int, ...] = (0,),
     ):
         self.params = list(params)
         if not self.params:
-            raise ValueError("Nexus got no parameters: at least one tensor with `requires_grad=True` is needed.")
+            raise ValueError("Nexus got no parameters; pass at least one tensor that requires a gradient.")
         for p in self.params:
             if p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"Nexus got a {p.dtype} parameter of shape {tuple(p.shape)}; inner steps are lost in less than 32 "
-                    "bits. Keep the weights in float32 (`model.float()`) and compute under bfloat16 autocast."
+                    f"Nexus got a {p.dtype} parameter of shape {tuple(p.shape)}, in which inner steps would be lost. "
+                    "Keep the weights in float32 (`model.float()`) and compute under bfloat16 autocast."
                 )
         if direction not in ("gradient", "random"):
             raise ValueError(f"direction={direction!r} is not known; use 'gradient' or 'random'.")
@@ -92,47 +90,47 @@ class Nexus:
         self.direction = direction
         self.outer_step = 0  # counts windows; set it when resuming, for the same random directions
         self.taken: list[bool] = []  # per inner step of the last window
-        self.pseudo_gradient_norm: Tensor | None = None
-        self._reduce_norm = reduce_norm or (lambda norm: norm)
-        self._key = (seed, shard)
+        self.pseudo_gradient_norm: Tensor | None = None  # of the last window; None if no step was taken
+        self._reduce_norm = reduce_norm
+        self._key = key
         self._snapshot = TensorCopy(self.params, snapshot_device)
-        # With gamma 0 nothing moves and the snapshot's memory serves as the sum; random directions need both.
+        # Without a path nothing needs restoring, and the copy holds the sum instead. Random directions need both.
         self._sum = self._snapshot if direction == "gradient" else TensorCopy(self.params, snapshot_device)
-        self._displaced = self._in_window = False
+        self._displaced = self._open = False
 
     @property
     def inner_lr(self) -> float:
-        """Length of the next window's inner steps."""
+        """Length gamma of the next window's inner steps."""
         return self._inner_lr
 
     @inner_lr.setter
     def inner_lr(self, value: float) -> None:
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"inner_lr={value!r} is not allowed; it must be a finite number >= 0 (0.05 is a good start).")
+            raise ValueError(f"inner_lr={value!r} is not allowed; it must be finite and >= 0 (0.05 is the default).")
         self._inner_lr = float(value)
 
     @property
     def min_inner_lr(self) -> float:
         """
-        Below this the displacement's rounding error exceeds 1 %. It grows as sqrt(N) / inner_lr for N parameters and was
-        measured at 5 % for N = 1e6 and inner_lr = 1e-5 in float32.
+        Where the displacement's rounding error exceeds 1 %. The error grows as sqrt(N) / inner_lr for N parameters and
+        was measured at 5 % for N = 1e6 and inner_lr = 1e-5 in float32.
         """
-        eps = max(torch.finfo(p.dtype).eps for p in self.params) / torch.finfo(torch.float32).eps
-        return 5e-8 * eps * math.sqrt(sum(p.numel() for p in self.params))
+        precision = max(torch.finfo(p.dtype).eps for p in self.params) / torch.finfo(torch.float32).eps
+        return 5e-8 * precision * math.sqrt(sum(p.numel() for p in self.params))
 
     @property
     def effective_inner_lr(self) -> float:
-        """The step length really walked: `inner_lr`, or 0 where that is too small to be told from rounding."""
+        """The step length really walked: `inner_lr`, or 0 where that is below [`min_inner_lr`]."""
         return self.inner_lr if self.inner_lr >= self.min_inner_lr else 0.0
 
     @property
     def steps_taken(self) -> int:
-        """Inner steps of the last window that moved, k in the formulas."""
+        """Inner steps of the last window that were not left out: k in the formulas."""
         return sum(self.taken)
 
     @property
     def path_cosine(self) -> float:
-        """Mean pairwise cosine of the last window's inner gradients: (k * ||p||^2 - 1) / (k - 1); NaN for k < 2."""
+        """Mean pairwise cosine of the last window's inner gradients, (k ||p||^2 - 1) / (k - 1); NaN for k < 2."""
         k = self.steps_taken
         return (k * float(self.pseudo_gradient_norm) ** 2 - 1) / (k - 1) if k > 1 else math.nan
 
@@ -141,14 +139,14 @@ class Nexus:
         """
         One outer step: run `loss.backward(); nexus.inner_step()` for each micro-batch inside.
 
-        Leaving normally puts the pseudo-gradient into `.grad` (None where no micro-batch gave a gradient, and everywhere
-        if no step was taken). Leaving by an exception clears `.grad`. The parameters are restored either way.
+        Leaving normally puts the pseudo-gradient into `.grad` (None where no step taken met a gradient). Leaving by an
+        exception clears `.grad`. Either way the parameters are restored bit for bit.
         """
-        if self._in_window:
+        if self._open:
             raise RuntimeError("A Nexus window is already open: windows cannot be nested.")
         try:
             try:
-                self._begin()
+                self._enter()
                 yield self
                 self._load_pseudo_gradient()
             except BaseException:
@@ -158,16 +156,17 @@ class Nexus:
                 self.restore()  # (4)
         finally:
             self.restore()  # again, in case a second interrupt (Ctrl-C twice) broke off the first
-            self._in_window = False
+            self._open = False
 
     @torch.no_grad()
-    def _begin(self) -> None:
+    def _enter(self) -> None:
+        self._open = True
         self._clear_gradients()
         self._norms: list[Tensor] = []
         self._met: list[list[int]] = []  # per inner step: positions of the parameters that had a gradient
         self._gamma = self.effective_inner_lr
-        self._in_window = True
-        if not self._gamma or self.direction == "random":
+        self._summing = not self._gamma or self.direction == "random"
+        if self._summing:
             self._sum.zero()
         if self._gamma:
             self._snapshot.save()  # (1)
@@ -179,43 +178,34 @@ class Nexus:
         Take one normalized step along the gradients in `.grad`, and clear them.
 
         Returns:
-            `Tensor`: 0-d, the gradient's norm. Zero or not finite means that the step was left out.
+            `Tensor`: 0-d, the gradient's norm. If it is zero or not finite, the step was left out.
 
         Raises:
             RuntimeError: outside a window, or without any gradient.
             ValueError: a sparse gradient.
         """
-        if not self._in_window:
+        if not self._open:
             raise RuntimeError("inner_step() was called outside `with nexus.window():`.")
         met = [i for i, p in enumerate(self.params) if p.grad is not None]
         if not met:
             raise RuntimeError("inner_step() found no gradient: call loss.backward() before it.")
-        grads = [self.params[i].grad for i in met]
+        params, grads = zip(*[(self.params[i], self.params[i].grad) for i in met], strict=True)
         if any(g.is_sparse for g in grads):
-            raise ValueError("Sparse gradients are not supported; build the embedding with sparse=False.")
+            raise ValueError("Nexus does not support sparse gradients; build the embedding with sparse=False.")
         norm = self._reduce_norm(global_norm(grads))
         usable = norm.isfinite() & (norm > 0)
-        if not self._gamma or self.direction == "random":
+        length = norm
+        if self._summing:
             self._sum.add_scaled(met, grads, 1 / norm, usable)
+        if self._gamma and self.direction == "random":
+            fill_normal_(grads, (*self._key, self.outer_step, len(self._norms)))
+            length = self._reduce_norm(global_norm(grads))
         if self._gamma:
-            if self.direction == "random":
-                norm_of_step = self._draw_direction(grads)
-            else:
-                norm_of_step = norm
-            add_scaled_([self.params[i] for i in met], grads, -self._gamma / norm_of_step, usable)  # (2)
+            add_scaled_(params, grads, -self._gamma / length, usable)  # (2)
         self._norms.append(norm)
         self._met.append(met)
         self._clear_gradients()
         return norm
-
-    def _draw_direction(self, out: list[Tensor]) -> Tensor:
-        """Overwrite `out` with normal noise; return its norm. The global random state is left alone."""
-        key = repr((*self._key, self.outer_step, len(self._norms))).encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-        generator = torch.Generator(out[0].device).manual_seed(seed)
-        for tensor in out:
-            tensor.normal_(generator=generator)
-        return self._reduce_norm(global_norm(out))
 
     @torch.no_grad()
     def _load_pseudo_gradient(self) -> None:
@@ -224,15 +214,15 @@ class Nexus:
         self.taken = [math.isfinite(norm) and norm > 0 for norm in norms]
         self.pseudo_gradient_norm = None
         self.outer_step += 1
-        if not self.steps_taken:
+        if not any(self.taken):
             return
-        met = sorted({i for step, ok in zip(self._met, self.taken, strict=True) if ok for i in step})
-        if self._gamma and self.direction == "gradient":
+        met = sorted({i for step, taken in zip(self._met, self.taken, strict=True) if taken for i in step})
+        if self._summing:
+            pseudo_gradient = self._sum.values(met)
+            torch._foreach_div_(pseudo_gradient, self.steps_taken)
+        else:
             pseudo_gradient = self._snapshot.minus_tensors(met)
             torch._foreach_div_(pseudo_gradient, self._gamma * self.steps_taken)  # (3)
-        else:
-            pseudo_gradient = self._sum.to_tensors(met)
-            torch._foreach_div_(pseudo_gradient, self.steps_taken)
         for i, gradient in zip(met, pseudo_gradient, strict=True):
             self.params[i].grad = gradient
         self.pseudo_gradient_norm = self._reduce_norm(global_norm(pseudo_gradient))

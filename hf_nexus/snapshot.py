@@ -1,12 +1,13 @@
 """Fused work on lists of tensors: the one extra copy of the parameters that a Nexus window needs."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-__all__ = ["TensorCopy", "add_scaled_", "global_norm"]
+__all__ = ["TensorCopy", "add_scaled_", "fill_normal_", "global_norm"]
 
 # What an off-device copy may hold on the device at a time while it is being updated.
 STAGING_BYTES = 64 * 2**20
@@ -31,8 +32,8 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Ten
     """
     `target += scale * tensor` for each pair where `apply` is true, without asking the device for its value.
 
-    This is a fused SGD step with learning rate `-scale`: the kernel reads the flag on the device and leaves the targets
-    untouched where it is set. (Multiplying by zero instead would not do: NaN times zero is NaN.)
+    This is a fused SGD step with learning rate `-scale`: the kernel reads the flag on the device and leaves the
+    targets untouched where it is set. (Multiplying by zero instead would not do: NaN times zero is NaN.)
 
     Args:
         targets (`Sequence[Tensor]`):
@@ -62,6 +63,22 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Ten
         nesterov=False,
         maximize=False,
     )
+
+
+def fill_normal_(tensors: Sequence[Tensor], key: tuple[int, ...]) -> None:
+    """
+    Overwrite the tensors with normal noise that depends on the key alone. The global random state is left alone.
+
+    Args:
+        tensors (`Sequence[Tensor]`):
+            All on one device.
+        key (`tuple[int, ...]`):
+            Any integers.
+    """
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+    generator = torch.Generator(tensors[0].device).manual_seed(seed)
+    for tensor in tensors:
+        tensor.normal_(generator=generator)
 
 
 class TensorCopy:
@@ -105,18 +122,17 @@ class TensorCopy:
         """Fill the mirror with zeros."""
         torch._foreach_zero_(self.copies)
 
-    def minus_tensors(self, indices: Sequence[int]) -> list[Tensor]:
-        """New tensors `copy - tensor` on the tensors' device, for the given positions."""
-        differences = [torch.empty_like(self._tensors[i]) for i in indices]
-        torch._foreach_copy_(differences, [self.copies[i] for i in indices], non_blocking=True)
-        torch._foreach_sub_(differences, [self._tensors[i] for i in indices])
-        return differences
-
-    def to_tensors(self, indices: Sequence[int]) -> list[Tensor]:
-        """New tensors holding the mirror's values on the tensors' device, for the given positions."""
+    def values(self, indices: Sequence[int]) -> list[Tensor]:
+        """New tensors with the mirror's values on the tensors' device, for the given positions."""
         values = [torch.empty_like(self._tensors[i]) for i in indices]
         torch._foreach_copy_(values, [self.copies[i] for i in indices], non_blocking=True)
         return values
+
+    def minus_tensors(self, indices: Sequence[int]) -> list[Tensor]:
+        """New tensors `copy - tensor` on the tensors' device, for the given positions."""
+        differences = self.values(indices)
+        torch._foreach_sub_(differences, [self._tensors[i] for i in indices])
+        return differences
 
     def add_scaled(self, indices: Sequence[int], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:
         """`copy += scale * tensor` at the given positions where `apply` (0-d bool) is true."""

@@ -30,16 +30,18 @@ class NexusTrainerMixin(MixtureTrainerMixin):
     """
     Trains any [`~transformers.Trainer`] subclass with the Nexus update: `class MyTrainer(NexusTrainerMixin, Base)`.
 
-    Beyond the base class's, `train_dataset` may be a dict or `DatasetDict` of sources, a [`Mixture`], or a dataset with a
-    `source` column. Every micro-batch then holds one source, the same on all ranks. A plain dataset is loaded as always,
-    and its micro-batches play the sources.
+    Beyond the base class's, `train_dataset` may be a dict or `DatasetDict` of sources, a [`Mixture`], or a dataset
+    with a
+    `source` column. Every micro-batch then holds one source, the same on all ranks. A plain dataset is loaded as
+    always, and its micro-batches play the sources.
 
-    The whole window of k = `gradient_accumulation_steps` micro-batches runs inside its last `training_step`, so that no
-    displaced weight exists outside that call. The logged `loss` is a *path loss*: micro-batch m is evaluated at weights
-    already moved by the ones before it. Compare runs by `evaluate`, never by it.
+    The whole window of k = `gradient_accumulation_steps` micro-batches runs inside its last `training_step`, so that
+    no displaced weight exists outside that call. The logged `loss` is a *path loss*: micro-batch m is evaluated at
+    weights already moved by the ones before it. Compare runs by `evaluate`, never by it.
 
     Raises:
-        ValueError: an unsupported launch or precision, or a mixture that cannot be sampled; see docs/troubleshooting.md.
+        ValueError: an unsupported launch or precision, or a mixture that cannot be sampled; see
+        docs/troubleshooting.md.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -54,8 +56,8 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         self.args.logging_nan_inf_filter = False
         if self.args.gradient_accumulation_steps == 1:
             logger.warning(
-                "gradient_accumulation_steps=1: a window of one inner step is a normalized gradient, and there is nothing "
-                "to align. Set it to 4 or more (and divide per_device_train_batch_size) to use Nexus."
+                "gradient_accumulation_steps=1: a window of one inner step is a normalized gradient, and there is "
+                "nothing to align. Set it to 4 or more (and divide per_device_train_batch_size) to use Nexus."
             )
 
     # ---- The window ----
@@ -112,14 +114,13 @@ class NexusTrainerMixin(MixtureTrainerMixin):
                 self.args.inner_lr,
                 direction=self.args.inner_direction,
                 snapshot_device=self.args.snapshot_device,
-                seed=self.args.seed,
                 # in global mode all ranks walk one path, so their random directions must be one as well
-                shard=self.args.process_index if self.args.inner_sync == "local" else 0,
+                key=(self.args.seed, self.args.process_index if self.args.inner_sync == "local" else 0),
             )
             if 0 < self.args.inner_lr < self._nexus.min_inner_lr:
                 logger.warning(
-                    f"inner_lr={self.args.inner_lr} is below {self._nexus.min_inner_lr:.1e}, where rounding would drown "
-                    "the path of a model of this size: normalized gradients are averaged without moving instead."
+                    f"inner_lr={self.args.inner_lr} is below {self._nexus.min_inner_lr:.1e}, where rounding would "
+                    "drown the path of a model of this size: normalized gradients are averaged without moving instead."
                 )
         self._nexus.outer_step = self.state.global_step
         self._nexus.inner_lr = self.args.inner_lr * self._schedule_factor()
@@ -133,7 +134,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         return float(group["lr"]) / float(peak) if peak else 0.0
 
     def _window_loss(self, losses: Tensor, window: Window) -> Tensor:
-        """Token-weighted mean of the finite losses (k,), or the running mean where there is none; all on the device."""
+        """Token-weighted mean of the finite losses (k,), else the running mean; decided on the device."""
         weights = torch.ones_like(losses) if window.divisors is None else window.divisors.to(losses.dtype)
         finite = losses.isfinite()
         total = torch.where(finite, weights, 0).sum()

@@ -1,4 +1,4 @@
-"""The facts about the update, on the algebra and through NexusTrainer on a tiny Llama; then the window's own promises."""
+"""The facts about the update, on the algebra and through NexusTrainer on a tiny Llama; then the window itself."""
 
 import math
 
@@ -47,7 +47,9 @@ def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
-def pseudo_gradient(problem: Problem, order: list[int], gamma: float = GAMMA, scale: float = 1.0, **kwargs) -> torch.Tensor:
+def pseudo_gradient(
+    problem: Problem, order: list[int], gamma: float = GAMMA, scale: float = 1.0, **kwargs
+) -> torch.Tensor:
     """Run one window over the sources in `order` and return the flat pseudo-gradient."""
     params = problem.params()
     nexus = Nexus(params, gamma, **kwargs)
@@ -292,7 +294,9 @@ class TestThroughTrainer:
     def test_fact_6_switched_off_it_is_the_plain_trainer_bit_for_bit(self, make_trainer, tmp_path):
         ours = make_trainer(Rows(40, 1, pad=True), nexus=False, max_steps=7, weight_decay=0.1)
         stock_args = {k: v for k, v in ours.args.to_dict().items() if k in TrainingArguments.__dataclass_fields__}
-        stock_args = TrainingArguments(**{**stock_args, "output_dir": str(tmp_path / "stock"), "accelerator_config": None})
+        stock_args = TrainingArguments(
+            **{**stock_args, "output_dir": str(tmp_path / "stock"), "accelerator_config": None}
+        )
         stock = Trainer(model=tiny_llama(), args=stock_args, train_dataset=Rows(40, 1, pad=True))
         assert ours.train().training_loss == stock.train().training_loss
         assert torch.equal(flat(list(ours.model.parameters())), flat(list(stock.model.parameters())))
@@ -352,6 +356,23 @@ class TestWindow:
         assert len(calls) == 2
         assert torch.equal(flat(params), problem.start)
 
+    def test_an_interrupt_inside_the_snapshot_restores_nothing_half_copied(self, monkeypatch):
+        problem, params = Problem(), Problem().params()
+        nexus = Nexus(params, GAMMA)
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_foreach_copy_", interrupted)
+            with pytest.raises(KeyboardInterrupt), nexus.window():
+                pytest.fail("the window was entered")
+        assert torch.equal(flat(params), problem.start)
+        with nexus.window():  # and it can be used again
+            problem.loss(0, params).backward()
+            nexus.inner_step()
+        assert torch.equal(flat(params), problem.start)
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
     def test_an_unusable_inner_step_is_left_out_and_k_counts_the_rest(self, bad):
         problem, params = Problem(), Problem().params()
@@ -399,7 +420,7 @@ class TestWindow:
     def test_random_directions_have_the_same_length_and_leave_the_global_generator_alone(self):
         problem, params = Problem(), Problem().params()
         state = torch.random.get_rng_state()
-        nexus = Nexus(params, GAMMA, direction="random", seed=3)
+        nexus = Nexus(params, GAMMA, direction="random", key=(3,))
         steps = []
         with nexus.window():
             for m in range(3):
@@ -418,10 +439,10 @@ class TestWindow:
             total, theta = total + g / g.norm(), theta + steps[m]
         torch.testing.assert_close(flat([p.grad for p in params]), total / 3)
 
-    def test_random_directions_depend_on_seed_step_and_shard_only(self):
+    def test_random_directions_depend_on_key_and_step_only(self):
         def moved(**kwargs):
             params, problem = Problem().params(), Problem()
-            nexus = Nexus(params, GAMMA, direction="random", seed=kwargs.get("seed", 0), shard=kwargs.get("shard", 0))
+            nexus = Nexus(params, GAMMA, direction="random", key=kwargs.get("key", (0, 0)))
             nexus.outer_step = kwargs.get("outer_step", 0)
             with nexus.window():
                 problem.loss(0, params).backward()
@@ -429,7 +450,7 @@ class TestWindow:
                 return flat(params)
 
         assert torch.equal(moved(), moved())
-        for change in ({"seed": 1}, {"shard": 1}, {"outer_step": 1}):
+        for change in ({"key": (1, 0)}, {"key": (0, 1)}, {"outer_step": 1}):
             assert not torch.allclose(moved(), moved(**change))
 
     def test_a_step_too_small_for_the_dtype_is_not_walked(self):

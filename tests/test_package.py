@@ -59,7 +59,9 @@ import json, sys
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 hidden = {"datasets", "evaluate", "peft", "matplotlib", "lm_eval", "trl"}
-PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] in hidden else find_spec(name, *args)
+PathFinder.find_spec = staticmethod(
+    lambda name, *args: None if name.split(".")[0] in hidden else find_spec(name, *args)
+)
 import hf_nexus
 alone = sorted(m for m in ("torch", "transformers") if m in sys.modules)
 from hf_nexus import Nexus, NexusConfig, NexusTrainer

@@ -1,4 +1,4 @@
-"""What we rely on in transformers, accelerate and torch beyond their documented interfaces. A failure here says what moved."""
+"""What we rely on upstream beyond documented interfaces: a failure here says what moved."""
 
 import inspect
 

@@ -24,7 +24,8 @@ def gradient_cosines(
             The parameters to differentiate by.
 
     Returns:
-        `dict[tuple[str, str], float]`: the cosine of each pair, in the order of `losses`; NaN where a gradient is zero.
+        `dict[tuple[str, str], float]`: the cosine of each pair, in the order of `losses`; NaN where a gradient is
+        zero.
 
     Example:
         >>> import torch

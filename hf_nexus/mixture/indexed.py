@@ -43,8 +43,8 @@ class MixtureDataset(torch.utils.data.Dataset):
                 callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))
             ):
                 raise ValueError(
-                    f"Source {name!r} is a {type(dataset).__name__}, which cannot be indexed; streaming sources are not "
-                    "supported in a mixture yet. Load it without streaming=True, or pass it alone as train_dataset."
+                    f"Source {name!r} is a {type(dataset).__name__}, which cannot be indexed: streaming sources are "
+                    "not supported in a mixture yet. Load it without streaming=True, or pass only it as train_dataset."
                 )
             if len(dataset) == 0:
                 raise ValueError(f"Source {name!r} is empty. Remove it, or give it rows.")
@@ -82,9 +82,9 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
     """
     Row indices of a [`MixtureDataset`] such that each stretch of `rows` is one micro-batch of one source.
 
-    The run is one sequence of micro-batches; epoch e is its e-th stretch of `total rows // rows` micro-batches, whatever
-    the weights. Each source is read in an order drawn from (seed, source, pass), a new one for each pass over it, without
-    losing or repeating a row within a pass.
+    The run is one sequence of micro-batches; epoch e is its e-th stretch of `total rows // rows` micro-batches,
+    whatever the weights. Each source is read in an order drawn from (seed, source, pass), a new one for each pass over
+    it, without losing or repeating a row within a pass.
 
     Args:
         dataset (`MixtureDataset`):
@@ -105,8 +105,8 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         for name, size, share in zip(dataset.names, dataset.sizes, schedule.shares, strict=True):
             if share > 0 and size < rows:
                 raise ValueError(
-                    f"Source {name!r} has {size} rows, fewer than one micro-batch of {rows} (batch size per device times "
-                    "ranks). Lower per_device_train_batch_size, or give the source more rows."
+                    f"Source {name!r} has {size} rows, fewer than one micro-batch of {rows} (batch size per device "
+                    "times ranks). Lower per_device_train_batch_size, or give the source more rows."
                 )
         self.dataset = dataset
         self.schedule = schedule
@@ -157,7 +157,9 @@ class _Tagger:  # a class, not a closure: data loader workers may have to pickle
     def __call__(self, rows: SourceRows) -> Any:
         batch = self.collate(list(rows))
         if not isinstance(batch, Mapping):
-            raise ValueError(f"The collator returned a {type(batch).__name__}; a mixture needs one that returns a dict.")
+            raise ValueError(
+                f"The collator returned a {type(batch).__name__}; a mixture needs one that returns a dict."
+            )
         batch[SOURCE_KEY] = rows.source  # type: ignore[index]
         return batch
 
@@ -170,7 +172,11 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     if isinstance(train_dataset, Mapping):
         return dict(train_dataset)
     columns = getattr(train_dataset, "column_names", None)
-    if not isinstance(columns, list) or "source" not in columns or not callable(getattr(train_dataset, "select", None)):
+    if (
+        not isinstance(columns, list)
+        or "source" not in columns
+        or not callable(getattr(train_dataset, "select", None))
+    ):
         return None
     labels = np.asarray(train_dataset["source"][:])
     rows = train_dataset.remove_columns("source")
