@@ -102,13 +102,14 @@ class TensorCopy:
     def copies(self) -> list[Tensor]:
         """The mirrored tensors, in order (allocated when first asked for)."""
         if self._copies is None:
-            self._copies = [self._allocate(t) for t in self._tensors]
+            device, pinned = self._device, self.offloaded and self._device == torch.device("cpu")
+            self._copies = [torch.empty_like(t, device=device, pin_memory=pinned) for t in self._tensors]
         return self._copies
 
-    def _allocate(self, tensor: Tensor) -> Tensor:
-        device = self._device or tensor.device
-        offloaded = device.type == "cpu" and tensor.device.type != "cpu"
-        return torch.empty_like(tensor, device=device, requires_grad=False, pin_memory=offloaded)
+    @property
+    def offloaded(self) -> bool:
+        """Whether the mirror lives on another device than the tensors."""
+        return self._device is not None and self._device.type != self._tensors[0].device.type
 
     def save(self) -> None:
         """Copy the tensors into the mirror."""
@@ -120,6 +121,8 @@ class TensorCopy:
 
     def zero(self) -> None:
         """Fill the mirror with zeros."""
+        if self.offloaded:  # an earlier copy to the device may still be reading
+            torch.accelerator.synchronize(self._tensors[0].device)
         torch._foreach_zero_(self.copies)
 
     def values(self, indices: Sequence[int]) -> list[Tensor]:
@@ -137,11 +140,16 @@ class TensorCopy:
     def add_scaled(self, indices: Sequence[int], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:
         """`copy += scale * tensor` at the given positions where `apply` (0-d bool) is true."""
         copies = [self.copies[i] for i in indices]
-        if copies[0].device == tensors[0].device:
+        if not self.offloaded:
             add_scaled_(copies, tensors, scale, apply)
         elif apply.item():  # off the device the host has to know
             for copy, tensor in zip(copies, tensors, strict=True):
-                rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes if tensor.ndim else tensor.nbytes))
-                parts = zip(copy.split(rows), tensor.split(rows), strict=True) if tensor.ndim else [(copy, tensor)]
-                for copy_part, part in parts:
-                    copy_part.add_((part * scale).to(copy.device))
+                _add_in_parts_(copy, tensor, scale)
+
+
+def _add_in_parts_(copy: Tensor, tensor: Tensor, scale: Tensor) -> None:
+    """`copy += scale * tensor` across devices, staging at most STAGING_BYTES (or one row) on the tensor's."""
+    copy, tensor = torch.atleast_1d(copy, tensor)
+    rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes))
+    for copy_part, part in zip(copy.split(rows), tensor.split(rows), strict=True):
+        copy_part.add_((part * scale).to(copy.device))

@@ -151,6 +151,15 @@ def test_one_plain_dataset_uses_the_stock_loader(make_trainer, sources):
     assert not [key for key in logs if key.startswith(("loss/", "tokens/"))]
 
 
+@pytest.mark.parametrize(
+    "config", [{"accelerator_config": {"split_batches": True}}, {"train_sampling_strategy": "sequential"}]
+)
+def test_loader_settings_are_honoured_for_one_plain_dataset(make_trainer, sources, config):
+    trainer = make_trainer(sources["text"], max_steps=1, **config)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_a_mixture_without_nexus_is_the_trainer_on_the_same_batches(make_trainer, sources, tmp_path):
     ours = make_trainer(sources, nexus=False, max_steps=6)
     loader = make_trainer(sources, nexus=False).get_train_dataloader()

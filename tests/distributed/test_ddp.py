@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import Rows, tiny_llama
-from tests.distributed.worker import WEIGHTS, make, sources, weights
+from tests.distributed.worker import RESUMES_ON_CPU, WEIGHTS, make, sources, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +87,7 @@ def test_not_finite_steps_are_left_out(ranks):
         assert torch.tensor(ranks[0][f"{sync}_nan"]["weights"]).isfinite().all()
 
 
+@pytest.mark.skipif(not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all")
 def test_resume_on_two_ranks_is_bit_exact(ranks):
     for rank in ranks:
         assert rank["resumed"]["weights"] == rank["whole"]["weights"]

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
+from packaging import version
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
 from tests.conftest import Rows, tiny_llama
 
+# Earlier versions load the optimizer of several CPU processes to the device "cpu:0", which torch does not know.
+RESUMES_ON_CPU = version.parse(transformers.__version__) >= version.parse("5.23")
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
 
@@ -144,9 +148,10 @@ def main(out: Path) -> None:
     save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}  # into the second epoch
     found["whole"] = run(out / "whole", sources(), **save)
     dist.barrier()
-    resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
-    resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
-    found["resumed"] = {"weights": weights(resumed)}
+    if RESUMES_ON_CPU:
+        resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
+        resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
+        found["resumed"] = {"weights": weights(resumed)}
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

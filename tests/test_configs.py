@@ -1,0 +1,92 @@
+"""The configurations that come with the package say what they claim: sizes, budgets, schedules, sources."""
+
+import pytest
+import torch
+from transformers.optimization import get_scheduler
+
+from hf_nexus.command_line import available_configs, load_config, parse_arguments
+from hf_nexus.models import count_parameters, model_config
+from hf_nexus.planning import plan_run
+
+SIZES = {"130m": 130e6, "300m": 300e6, "1b": 1e9}
+LARGE = [*SIZES, "3b"]
+
+
+def arguments_of(name: str, *flags: str):
+    return parse_arguments(["--config", name, "--dry_run", *flags])
+
+
+def parameters_of(name: str) -> int:
+    arguments = arguments_of(name)
+    return count_parameters(model_config(arguments.model, arguments.data.sequence_length))
+
+
+def test_the_five_configurations_are_found_by_name():
+    assert available_configs() == sorted(["demo", *LARGE])
+
+
+def test_the_3b_run_is_the_default():
+    assert parse_arguments(["--dry_run"]).resolved == arguments_of("3b").resolved
+
+
+def test_3b_has_about_three_billion_parameters():
+    assert 2.8e9 <= parameters_of("3b") <= 3.3e9
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_within_a_tenth_of_the_name(name):
+    assert parameters_of(name) == pytest.approx(SIZES[name], rel=0.1)
+
+
+def test_parameters_equal_the_closed_form_of_a_llama():
+    m = arguments_of("3b").model
+    kv = m.hidden_size // m.num_attention_heads * m.num_key_value_heads
+    layer = 2 * m.hidden_size**2 + 2 * m.hidden_size * kv + 3 * m.hidden_size * m.intermediate_size + 2 * m.hidden_size
+    expected = m.num_hidden_layers * layer + m.vocab_size * m.hidden_size + m.hidden_size
+    assert parameters_of("3b") == expected
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_budget_is_twenty_tokens_per_parameter_or_more_and_the_sources_hold_it(name):
+    arguments = arguments_of(name)
+    plan = plan_run(arguments, arguments.model.accelerators)
+    assert 20 <= plan.tokens / plan.parameters <= 30
+    assert len(plan.mixture) == 4
+    for row in plan.mixture:
+        assert row.epochs <= 1
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_runs_compute_in_bfloat16_and_anneal_to_zero(name):
+    args = arguments_of(name).training
+    assert args.bf16 and args.gradient_accumulation_steps >= 4
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(args.max_steps),
+        num_training_steps=args.max_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    at = schedule.lr_lambdas[0]
+    warmup, decay = args.warmup_steps, args.lr_scheduler_kwargs["num_decay_steps"]
+    assert at(0) == 0 and at(warmup / 2) == pytest.approx(0.5)
+    assert {at(warmup), at(args.max_steps // 2), at(args.max_steps - decay)} == {1.0}
+    assert at(args.max_steps - decay // 2) < 0.5
+    assert at(args.max_steps) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["demo", *LARGE])
+def test_inner_steps_can_align_sources(name):
+    config = load_config(name)
+    assert config["training"]["gradient_accumulation_steps"] >= 4
+    assert len(config["data"]["sources"]) >= 4
+
+
+def test_the_demo_is_small_and_needs_no_accelerator():
+    arguments = arguments_of("demo")
+    assert arguments.model.accelerators == 0
+    assert parameters_of("demo") < 3e6
+    assert all(source.path.startswith("builtin/") for source in arguments.mixture.sources.values())
+    assert len(arguments.mixture.train_sources) >= 5 and len(arguments.mixture.ood_sources) >= 3
+    assert arguments.training.eval_on_start

@@ -1,0 +1,106 @@
+"""The plan of a mixture: what each source gives, and limits that cannot be met."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from hf_nexus.mixture import MixtureConfig
+from hf_nexus.mixture.plan import MAP_STYLE_LIMIT, check_map_style, format_plan, mixture_plan
+
+
+def config(**web: Any) -> MixtureConfig:
+    return MixtureConfig.from_dict({"sources": {"web": {"path": "org/web", **web}}, "sequence_length": 8})
+
+
+def test_epochs_are_tokens_seen_over_size() -> None:
+    web, code = mixture_plan({"web": 800, "code": 100}, {"web": 0.8, "code": 0.2}, 1000, {"web": None, "code": 2})
+    assert (web.train_tokens, web.epochs, web.share) == (800, 1.0, 0.8)
+    assert (code.train_tokens, code.epochs, code.max_epochs) == (200, 2.0, 2)
+
+
+def test_weights_need_not_sum_to_one() -> None:
+    assert mixture_plan({"a": 10, "b": 10}, {"a": 3, "b": 1}, 40) == mixture_plan(
+        {"a": 10, "b": 10}, {"a": 0.75, "b": 0.25}, 40
+    )
+
+
+sources = st.dictionaries(st.sampled_from("abc"), st.tuples(st.integers(1, 10**9), st.floats(0.01, 1)), min_size=1)
+
+
+@given(sources, st.integers(1, 10**10))
+def test_all_tokens_of_the_run_are_accounted_for(sources: dict[str, tuple[int, float]], total: int) -> None:
+    rows = mixture_plan({n: s for n, (s, _) in sources.items()}, {n: w for n, (_, w) in sources.items()}, total)
+    assert sum(row.train_tokens for row in rows) == total
+    assert all(row.train_tokens == pytest.approx(row.share * total, abs=1.01) for row in rows)
+    assert sum(row.share for row in rows) == pytest.approx(1)
+
+
+def test_a_cap_that_cannot_be_met_names_the_key_and_numbers_that_work() -> None:
+    tokens, weights, caps = {"web": 8000, "code": 1000}, {"web": 0.5, "code": 0.5}, {"code": 3.0, "web": None}
+    with pytest.raises(
+        ValueError, match=r"^sources\.code\.max_epochs: .*1,000 tokens 5 times, but 3 are allowed"
+    ) as e:
+        mixture_plan(tokens, weights, 10_000, caps)
+    weight = float(re.search(r"sources\.code\.weight to at most ([\d.]+)", str(e.value))[1])
+    fewer = int(re.search(r"train for at most ([\d,]+)", str(e.value))[1].replace(",", ""))
+    assert (weight, fewer) == (0.3, 6000)
+    mixture_plan(tokens, {"web": 1 - weight, "code": weight}, 10_000, caps)
+    mixture_plan(tokens, weights, fewer, caps)
+
+
+def test_caps_that_no_weights_can_meet_say_so() -> None:
+    with pytest.raises(ValueError, match="together allow 300 tokens, whatever their weights") as error:
+        mixture_plan({"a": 100, "b": 50}, {"a": 0.5, "b": 0.5}, 1000, {"a": 2, "b": 2})
+    assert "weight to at most" not in str(error.value)
+
+
+def test_a_cap_met_exactly_is_met() -> None:
+    # 2.1 / (0.9 + 2.1) * 1000 / 700 is 1.0000000000000002 in floating point.
+    rows = mixture_plan({"a": 300, "b": 700}, {"a": 0.9, "b": 2.1}, 1000, {"a": 1.0, "b": 1.0})
+    assert [row.epochs for row in rows] == pytest.approx([1, 1])
+
+
+def test_sizes_and_weights_must_be_of_the_same_sources() -> None:
+    with pytest.raises(ValueError, match="sizes are of a, but the weights of b"):
+        mixture_plan({"a": 1}, {"b": 1.0}, 10)
+    with pytest.raises(ValueError, match=r"sources\.a\.tokens"):
+        mixture_plan({"a": 0}, {"a": 1.0}, 10)
+
+
+def test_sources_too_large_to_be_loaded_whole_are_refused_unless_limited() -> None:
+    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*streaming is not available.*max_tokens"):
+        check_map_style(config(tokens=MAP_STYLE_LIMIT + 1))
+    check_map_style(config(tokens=MAP_STYLE_LIMIT))
+    check_map_style(config(tokens=10 * MAP_STYLE_LIMIT, max_tokens=MAP_STYLE_LIMIT))
+    check_map_style(config())
+    with pytest.raises(ValueError, match=r"sources\.web"):
+        check_map_style(config(max_tokens=MAP_STYLE_LIMIT + 1))
+
+
+def render(table: Any) -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_table_shows_every_source_and_the_total() -> None:
+    rows = mixture_plan({"web": 8000, "code": 1000}, {"web": 0.8, "code": 0.2}, 10_000, {"web": None, "code": 4})
+    text = render(
+        format_plan(
+            rows,
+            licenses={"web": "odc-by", "code": None, "law": "mit"},
+            ood_tokens={"law": 512, "med": None},
+            steps=1234,
+        )
+    )
+    assert "1,234 steps" in text
+    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
+    assert all(part in lines["web"] for part in ("train", "odc-by", "8,000", "80.0%", "1.00"))
+    assert all(part in lines["code"] for part in ("train", "unknown", "1,000", "20.0%", "2,000", "2.00 (at most 4)"))
+    assert all(part in lines["law"] for part in ("ood", "mit", "512"))
+    assert all(part in lines["med"] for part in ("ood", "unknown"))
+    assert all(part in lines["total"] for part in ("9,000", "100.0%", "10,000", "1.11"))
