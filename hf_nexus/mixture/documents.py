@@ -1,0 +1,213 @@
+"""Where documents come from (the Hub, local files, the built-in corpus) and which columns of a row make one."""
+
+import glob
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .config import SourceConfig
+from .strict import BUILTIN_PREFIX
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["DocumentReader", "load_documents", "require_chat_template", "source_license"]
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+def load_documents(name: str, source: SourceConfig, split: str, cache_dir: str | None = None) -> "Dataset":
+    """
+    Load one split of a source, one row per document.
+
+    Args:
+        name (`str`), source ([`SourceConfig`]):
+            The source.
+        split (`str`):
+            Which part of it; slices such as `"train[:10%]"` work where the source is no folder of `save_to_disk`.
+        cache_dir (`str`, *optional*):
+            As in [`~datasets.load_dataset`].
+
+    Raises:
+        ValueError: nothing there, no such split or subset, no documents, or none of the columns that `source` names.
+
+    Example:
+        >>> from hf_nexus.mixture import SourceConfig
+        >>> from hf_nexus.mixture.documents import load_documents
+        >>> load_documents("web", SourceConfig(path="web.jsonl"), "train").column_names  # doctest: +SKIP
+        ['text']
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path = os.path.expanduser(source.path)
+    try:
+        if source.path.startswith(BUILTIN_PREFIX):
+            documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
+        elif _is_local(path):
+            documents = _load_local(path, source, split, cache_dir)
+        else:
+            documents = load_dataset(path, source.subset, split=split, revision=source.revision, cache_dir=cache_dir)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {error.__cause__ or error}\n"
+            "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
+        ) from error
+    for key, column in source.columns.items():
+        if column not in documents.column_names:
+            raise ValueError(
+                f"sources.{name}.{key}: the source has no column {column!r}. Name one of "
+                f"{', '.join(documents.column_names)}."
+            )
+    return documents
+
+
+def source_license(source: SourceConfig, documents: "Dataset") -> str | None:
+    """The licence of a source: as configured, else as the built-in corpus or the dataset states it, else `None`."""
+    if source.license is not None:
+        return source.license
+    if source.path.startswith(BUILTIN_PREFIX):
+        from .builtin import BUILTIN_SOURCES
+
+        return BUILTIN_SOURCES[source.path.removeprefix(BUILTIN_PREFIX)].license
+    return documents.info.license or None
+
+
+def _load_builtin(name: str) -> "Dataset":
+    from datasets import Dataset
+
+    from .builtin import builtin_documents
+
+    return Dataset.from_dict({"text": builtin_documents(name)})
+
+
+def _is_local(path: str) -> bool:
+    data_file = os.path.splitext(_uncompressed(path))[1] in _FORMATS
+    return os.path.exists(path) or glob.has_magic(path) or path.startswith((".", "/")) or data_file
+
+
+def _uncompressed(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix in _COMPRESSIONS else path
+
+
+def _load_local(path: str, source: SourceConfig, split: str, cache_dir: str | None) -> "Dataset":
+    from datasets import load_dataset
+
+    if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
+            return _load_saved(path, split)
+        return load_dataset(path, source.subset, split=split, cache_dir=cache_dir)
+    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not files:
+        raise ValueError(f"no file matches {path!r} in {os.getcwd()!r}.")
+    suffixes = {os.path.splitext(_uncompressed(file))[1] for file in files}
+    formats = {_FORMATS.get(suffix) for suffix in suffixes}
+    if len(formats) > 1 or None in formats:
+        raise ValueError(f"the files end in {', '.join(sorted(suffixes))}; use files of one of {', '.join(_FORMATS)}.")
+    (format,) = formats
+    # A line or a paragraph of a text file is no document: an EOS after each would cut the text to pieces.
+    options = {"sample_by": "document"} if format == "text" else {}
+    return load_dataset(format, data_files=files, split=split, cache_dir=cache_dir, **options)
+
+
+def _load_saved(path: str, split: str) -> "Dataset":
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(path)
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise ValueError(f"there is no split {split!r} in the saved folder, only {', '.join(saved)}.")
+        return saved[split]
+    if split != "train":
+        raise ValueError("the saved folder holds one dataset without splits; leave `split` and `eval_split` out.")
+    return saved
+
+
+@dataclass(frozen=True)
+class DocumentReader:
+    """
+    Turns rows of a source into the text of documents.
+
+    Args:
+        name (`str`), source ([`SourceConfig`]):
+            The source.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its chat template renders messages.
+        available (`Sequence[str]`):
+            Columns of the source, for errors.
+
+    Example:
+        >>> from hf_nexus.mixture import SourceConfig
+        >>> from hf_nexus.mixture.documents import DocumentReader
+        >>> sums = SourceConfig(path="sums.jsonl", prompt_column="question", completion_column="answer")
+        >>> read = DocumentReader("sums", sums, tokenizer=None, available=["question", "answer"])
+        >>> read({"question": ["1 + 1?"], "answer": ["2"]}, first_row=0)
+        ['1 + 1?\\n2']
+    """
+
+    name: str
+    source: SourceConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    available: Sequence[str]
+
+    def __call__(self, batch: Mapping[str, list], first_row: int) -> list[str]:
+        """
+        The documents of a batch of rows; `first_row` is the number of its first row, for errors.
+
+        Raises:
+            ValueError: a value that is no string, or no list of messages where messages are read.
+        """
+        columns = {key: batch[column] for key, column in self.source.columns.items()}
+        if self.source.messages_column is not None:
+            return self._messages(columns, first_row)
+        if self.source.prompt_column is not None and any(isinstance(v, list) for c in columns.values() for v in c):
+            return self._messages(columns, first_row)
+        self._check(columns, first_row, lambda value: isinstance(value, str), "a string")
+        return [_join(*parts) for parts in zip(*columns.values(), strict=True)]
+
+    def _messages(self, columns: dict[str, list], first_row: int) -> list[str]:
+        require_chat_template(self.name, self.source, self.tokenizer)
+        self._check(columns, first_row, _is_conversation, "a list of messages with a role and content")
+        texts = []
+        for parts in zip(*columns.values(), strict=True):
+            # Every message may come with the keys of all of them, as None; templates expect those to be absent.
+            messages = [{k: v for k, v in message.items() if v is not None} for part in parts for message in part]
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            texts.append(text.removesuffix(self.tokenizer.eos_token))  # tokenizing adds it
+        return texts
+
+    def _check(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:
+        for key, values in columns.items():
+            for number, value in enumerate(values, first_row):
+                if not allowed(value):
+                    raise ValueError(
+                        f"sources.{self.name}.{key}: row {number} holds {repr(value)[:80]} in the column "
+                        f"{self.source.columns[key]!r}, which must hold {what}. Repair or remove such rows, or name "
+                        f"another column of {', '.join(self.available)}."
+                    )
+
+
+def require_chat_template(name: str, source: SourceConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise `ValueError` if the tokenizer cannot render the messages of a source."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"sources.{name}.{next(iter(source.columns))}: messages are rendered with a chat template, and the "
+            "tokenizer has none. Set tokenizer.chat_template, use a tokenizer that has one, or name a text_column."
+        )
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+    )
+
+
+def _join(prompt: str, completion: str = "") -> str:
+    apart = not completion or prompt[-1:].isspace() or completion[:1].isspace()
+    return prompt + ("" if apart else "\n") + completion

@@ -1,0 +1,174 @@
+"""Loading a mixture: every source read, held out, tokenized and packed, so that training starts from rows."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .config import MixtureConfig, SourceConfig
+from .documents import DocumentReader, load_documents, require_chat_template, source_license
+from .packing import SourcePacker, tokenizer_fingerprint
+from .plan import check_map_style
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Mixture", "load_mixture"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Mixture:
+    """
+    A loaded mixture. Rows are `{"input_ids": (L,), "labels": (L,)}`, the labels equal to the tokens: causal models of
+    transformers shift them.
+
+    Attributes:
+        config ([`MixtureConfig`]):
+            What was loaded.
+        train (`dict[str, Dataset]`):
+            Rows of the training sources.
+        eval (`dict[str, Dataset]`):
+            Held-out rows of training sources, then the rows of OOD sources.
+        weights (`dict[str, float]`):
+            Shares of the training tokens.
+        tokens (`dict[str, int]`), eval_tokens (`dict[str, int]`):
+            Number of rows times L, for `train` and `eval`.
+        licenses (`dict[str, str | None]`):
+            Licence of each source, `None` where nothing states it.
+    """
+
+    config: MixtureConfig
+    train: "dict[str, Dataset]"
+    eval: "dict[str, Dataset]"
+    weights: dict[str, float]
+    tokens: dict[str, int]
+    eval_tokens: dict[str, int]
+    licenses: dict[str, str | None]
+
+
+def load_mixture(
+    config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase", *, cache_dir: str | Path | None = None
+) -> Mixture:
+    """
+    Load, tokenize and pack the sources of a mixture.
+
+    An EOS ends each document, and no row crosses sources. A document that is held out anywhere (by `eval_rows`, in an
+    `eval_split` or in an OOD source) is trained on nowhere, whichever source it is in and however often. Everything is
+    cached: a second call with the same files and tokenizer reads the rows from disk. Of several processes let one go
+    first (`with args.main_process_first(): ...`), or each does the work.
+
+    Args:
+        config ([`MixtureConfig`]):
+            What to load.
+        tokenizer (`PreTrainedTokenizerBase`):
+            With an EOS token. It adds no other special tokens.
+        cache_dir (`str` or `Path`, *optional*):
+            Where `datasets` keeps its files, and the rows lie in a folder `hf_nexus`; by default its usual cache.
+
+    Raises:
+        ValueError: a source that cannot be loaded, holds something else than text, fills no row, or is too large.
+        ImportError: `datasets` is not installed.
+
+    Example:
+        >>> from hf_nexus.mixture import MixtureConfig, load_mixture
+        >>> config = MixtureConfig.from_yaml("mixture.yaml")  # doctest: +SKIP
+        >>> mixture = load_mixture(config, tokenizer)  # doctest: +SKIP
+        >>> mixture.train["code"][0]["input_ids"].shape  # doctest: +SKIP
+        torch.Size([1024])
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Loading a mixture needs the datasets library: pip install datasets") from error
+    _check(config, tokenizer)
+    files = None if cache_dir is None else str(cache_dir)
+    rows_dir = Path(files or datasets.config.HF_DATASETS_CACHE) / "hf_nexus"
+    rows_dir.mkdir(parents=True, exist_ok=True)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    packers, licenses, documents, held_out = {}, {}, {}, {}
+    for name, source in config.sources.items():
+        whole = load_documents(name, source, source.split, files)
+        reader = DocumentReader(name, source, tokenizer, available=whole.column_names)
+        packers[name] = SourcePacker(reader, fingerprint, rows_dir, config.num_proc)
+        licenses[name] = source_license(source, whole)
+        if source.role == "ood":
+            held_out[name] = _text_only(whole, source)
+            continue
+        documents[name] = _text_only(whole, source)
+        if source.eval_split is not None:
+            held_out[name] = _text_only(load_documents(name, source, source.eval_split, files), source)
+        elif source.eval_rows is not None:
+            held_out[name] = _hold_out(packers[name], documents[name], source.eval_rows)
+    hashes = np.concatenate([np.empty(0, np.int64), *(packers[n].hash_documents(d) for n, d in held_out.items())])
+    for name in documents:
+        documents[name] = _without(packers[name], documents[name], hashes, config.sources[name].eval_rows or 0)
+    train = {name: _pack_train(packers[name], documents[name], config) for name in documents}
+    order = [*config.train_sources, *config.ood_sources]
+    evaluation = {name: _pack_eval(packers[name], held_out[name], config) for name in order if name in held_out}
+    tokens = {name: len(rows) * config.sequence_length for name, rows in train.items()}
+    eval_tokens = {name: len(rows) * config.sequence_length for name, rows in evaluation.items()}
+    return Mixture(config, train, evaluation, config.weights(tokens), tokens, eval_tokens, licenses)
+
+
+def _check(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    check_map_style(config)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no EOS token, which must end each document. Set tokenizer.eos_token.")
+    for name, source in config.sources.items():
+        if source.messages_column is not None:
+            require_chat_template(name, source, tokenizer)
+
+
+def _text_only(documents: "Dataset", source: SourceConfig) -> "Dataset":
+    # A dataset may have been saved with a format, such as tensors.
+    return documents.select_columns(list(source.columns.values())).with_format(None)
+
+
+def _hold_out(packer: SourcePacker, documents: "Dataset", count: int) -> "Dataset":
+    """The documents with the `count` smallest hashes, each once, whatever their order."""
+    distinct, first = np.unique(packer.hash_documents(documents), return_index=True)
+    if count >= len(distinct):
+        raise ValueError(
+            f"sources.{packer.reader.name}.eval_rows: {count} documents are to be held out, but the source has only "
+            f"{len(distinct)} different ones. Hold out fewer."
+        )
+    return documents.select(first[:count])
+
+
+def _without(packer: SourcePacker, documents: "Dataset", held_out: np.ndarray, expected: int) -> "Dataset":
+    """The documents whose hash is not among those held out."""
+    # Hashed even if nothing is held out: this finds rows that are no text, by their number, before the slow pass.
+    kept = np.flatnonzero(~np.isin(packer.hash_documents(documents), held_out))
+    name, left_out = packer.reader.name, len(documents) - len(kept)
+    if len(kept) == 0:
+        raise ValueError(
+            f"sources.{name}: all of its {len(documents)} documents are held out for evaluation, here or in an OOD "
+            "source. Remove the overlap."
+        )
+    if left_out > expected:
+        logger.warning(
+            "Source %r: %d more documents are not trained on, because they are copies of held-out ones.",
+            name,
+            left_out - expected,
+        )
+    return documents.select(kept) if left_out else documents
+
+
+def _pack_train(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":
+    limit = config.sources[packer.reader.name].max_tokens
+    fix = "raise max_tokens, or add documents" if limit else "add documents"
+    return packer.pack_documents(documents, config.sequence_length, limit, what="the training documents", fix=fix)
+
+
+def _pack_eval(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":
+    source = config.sources[packer.reader.name]
+    if source.role == "ood":
+        return packer.pack_documents(documents, config.sequence_length, source.max_tokens)
+    fix = "raise eval_rows" if source.eval_rows is not None else "choose a larger eval_split"
+    what = f"the {len(documents)} held-out documents"
+    return packer.pack_documents(documents, config.sequence_length, what=what, fix=fix)
