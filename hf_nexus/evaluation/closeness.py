@@ -44,17 +44,17 @@ def gradient_cosines(
         return float(torch.stack(products).sum())
 
     names = list(losses)
-    norms: dict[str, float] = {}
+    squares: dict[str, float] = {}
     dots: dict[tuple[str, str], float] = {}
     for i, a in enumerate(names[:-1]):
         first = gradient(a)
-        norms[a] = dot(first, first) ** 0.5
+        squares[a] = dot(first, first)
         for b in names[i + 1 :]:
             second = gradient(b)
             dots[a, b] = dot(first, second)
-            norms[b] = dot(second, second) ** 0.5
+            squares[b] = dot(second, second)
             del second
     return {
-        (a, b): dots[a, b] / (norms[a] * norms[b]) if norms[a] * norms[b] else float("nan")
+        (a, b): dots[a, b] / (squares[a] * squares[b]) ** 0.5 if squares[a] * squares[b] else float("nan")
         for a, b in itertools.combinations(names, 2)
     }
