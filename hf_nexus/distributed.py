@@ -45,7 +45,7 @@ def check_supported(trainer: Trainer) -> None:
         )
     if args.optim in _LAYERWISE | _FUSED_BACKWARD:
         raise ValueError(
-            f"optim={args.optim.value!r} updates weights inside the backward pass, where Nexus has not finished its "
+            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, where Nexus has not finished its "
             "window. Use an ordinary optimizer such as optim='adamw_torch_fused'."
         )
     single = {DistributedType.NO}

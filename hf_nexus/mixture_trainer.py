@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,6 +21,10 @@ __all__ = ["MixtureTrainerMixin", "Window"]
 
 # The name under which the sources that are not trained on are summed up in evaluations.
 OOD = "ood"
+
+
+# What the mixins are mixed into has the Trainer's attributes; this tells type checkers not to look for them.
+Base: Any = object
 
 
 @dataclass
@@ -43,14 +47,16 @@ class Window:
         return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
 
 
-class MixtureTrainerMixin:
+class MixtureTrainerMixin(Base):
     """The half of [`NexusTrainerMixin`] that knows about sources and not about the update."""
+
+    control: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs = _by_name(super().__init__, args, kwargs)
         training_args = _with_defaults(kwargs.get("args"))
         train, evaluation = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
-        weights = None
+        weights, names = None, [""]  # one plain dataset is one nameless source
         if isinstance(train, Mixture):
             weights, evaluation = train.weights, train.eval if evaluation is None else evaluation
             train = train.train
@@ -58,6 +64,7 @@ class MixtureTrainerMixin:
             train = MixtureDataset(sources)
             weights = _resolve_weights(training_args.mixture_weights or weights, train)
             _check_loader_settings(training_args)
+            names = train.names
         elif training_args.mixture_weights is not None:
             raise ValueError(
                 "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of datasets, "
@@ -68,7 +75,7 @@ class MixtureTrainerMixin:
         self._window = Window()
         self._collecting = False
         super().__init__(**{**kwargs, "args": training_args, "train_dataset": train, "eval_dataset": evaluation})
-        self.add_callback(TrainingMeter(train.names if sources is not None else ("",)))
+        self.add_callback(TrainingMeter(names))
 
     @property
     def meter(self) -> TrainingMeter:
@@ -82,6 +89,7 @@ class MixtureTrainerMixin:
         if not isinstance(dataset, MixtureDataset):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        assert self.mixture_weights is not None
         schedule = SourceSchedule(self.mixture_weights, seed, self.args.source_schedule)
         # Accelerate deals batches to the ranks in turn: as many in a row as there are ranks share their source.
         return MixtureSampler(dataset, schedule, self._train_batch_size * self.args.world_size, seed)
@@ -96,7 +104,7 @@ class MixtureTrainerMixin:
         """Fetch one window of micro-batches and note their sources."""
         self._window = window = Window()
         window.batches, window.items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        window.sources = [b.pop(SOURCE_KEY, "") if isinstance(b, Mapping) else "" for b in window.batches]
+        window.sources = [b.pop(SOURCE_KEY, "") if isinstance(b, MutableMapping) else "" for b in window.batches]
         return window.batches, window.items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
@@ -224,7 +232,7 @@ def _resolve_weights(weights: Mapping[str, float] | None, dataset: MixtureDatase
 
 
 def _check_loader_settings(args: TrainingArguments) -> None:
-    config = args.accelerator_config
+    config: Any = args.accelerator_config
     for name, value in (("dispatch_batches", config.dispatch_batches), ("split_batches", config.split_batches)):
         if value:
             raise ValueError(

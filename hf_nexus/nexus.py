@@ -131,8 +131,8 @@ class Nexus:
     @property
     def path_cosine(self) -> float:
         """Mean pairwise cosine of the last window's inner gradients, (k ||p||^2 - 1) / (k - 1); NaN for k < 2."""
-        k = self.steps_taken
-        return (k * float(self.pseudo_gradient_norm) ** 2 - 1) / (k - 1) if k > 1 else math.nan
+        k, norm = self.steps_taken, self.pseudo_gradient_norm
+        return math.nan if norm is None or k < 2 else (k * float(norm) ** 2 - 1) / (k - 1)
 
     @contextmanager
     def window(self) -> Iterator["Nexus"]:

@@ -56,7 +56,7 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Ten
         [None] * len(aligned),
         fused=True,
         found_inf=(~apply).to(torch.float32),
-        lr=-scale if scale.device.type == "cpu" else -scale.float(),
+        lr=-scale if scale.device.type == "cpu" else -scale.float(),  # type: ignore[arg-type]  # a tensor is allowed
         weight_decay=0.0,
         momentum=0.0,
         dampening=0.0,

@@ -44,6 +44,8 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         docs/troubleshooting.md.
     """
 
+    current_gradient_accumulation_steps: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         self._nexus: Nexus | None = None
         self._cosines: dict[str, float] = {}

@@ -145,7 +145,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
             epoch, position = epoch + 1, 0
 
 
-def tag_source(collate: Callable[[list], Any]) -> Callable[[list], Any]:
+def tag_source(collate: Callable[[list], Any]) -> Callable[[SourceRows], Any]:
     """Wrap a collator so that the micro-batches of a [`MixtureDataset`] carry their source's name."""
     return _Tagger(collate)
 

@@ -1,0 +1,137 @@
+"""What a pretraining run can be told: the sections of its configuration."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import NexusConfig
+from .mixture.config import MixtureConfig
+
+__all__ = ["SECTIONS", "DataArguments", "ModelArguments", "PretrainArguments", "PretrainConfig", "RunArguments"]
+
+DEFAULT_CONFIG = "3b"
+
+
+@dataclass
+class RunArguments:
+    """What to do, as opposed to how to train; only from the command line."""
+
+    config: str = field(default=DEFAULT_CONFIG, metadata={"help": "Name of a built-in configuration, or a YAML file."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop; needs no network and no GPU."})
+    devices: int | None = field(
+        default=None,
+        metadata={"help": "Number of devices to plan for; the launcher's or the configuration's if unset."},
+    )
+
+
+@dataclass
+class ModelArguments:
+    """
+    The `model` section: the shape of a Llama, as in [`~transformers.LlamaConfig`], and its tokenizer.
+
+    Args:
+        vocab_size (`int`):
+            Rows of the embedding; at least the tokenizer's length.
+        hidden_size (`int`), intermediate_size (`int`), num_hidden_layers (`int`), num_attention_heads (`int`):
+            The shape.
+        num_key_value_heads (`int`, *optional*):
+            Heads of keys and values; as many as attention heads if unset.
+        max_position_embeddings (`int`, *optional*):
+            Longest context; the `sequence_length` of the data if unset.
+        rope_theta (`float`, *optional*, defaults to 10000.0), rms_norm_eps (`float`, *optional*, defaults to 1e-5),
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`), attn_implementation (`str`, *optional*):
+            As in transformers.
+        tokenizer (`str`, *optional*, defaults to `"train"`):
+            Hub id or local path; `"train"` trains a byte-level BPE of `vocab_size` entries on the built-in training
+            sources of the mixture.
+        accelerators (`int`, *optional*, defaults to 0):
+            Number of accelerators that the configuration is laid out for. 0: it runs on a CPU as well.
+    """
+
+    _argument_group_name = "model"
+
+    vocab_size: int = field(default=4096, metadata={"help": "Rows of the embedding."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the residual stream."})
+    intermediate_size: int = field(default=384, metadata={"help": "Width of the feed-forward layers."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Number of layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Number of attention heads."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key and value heads (grouped queries)."})
+    max_position_embeddings: int | None = field(default=None, metadata={"help": "Longest context, in tokens."})
+    rope_theta: float = field(default=10000.0, metadata={"help": "Base of the rotary embedding."})
+    rms_norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the normalization layers."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel, as in transformers."})
+    tokenizer: str = field(default="train", metadata={"help": "Hub id, local path, or 'train'."})
+    accelerators: int = field(default=0, metadata={"help": "Accelerators it is laid out for; 0: a CPU will do."})
+
+
+@dataclass
+class DataArguments:
+    """
+    The scalar fields of the `data` section; its `sources` are in the YAML only.
+
+    Args:
+        sequence_length (`int`, *optional*, defaults to 1024):
+            Tokens per packed row.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Sources without weights are sampled in proportion to `size ** (1 / temperature)`.
+        num_proc (`int`, *optional*):
+            Processes that tokenize.
+    """
+
+    _argument_group_name = "data"
+
+    sequence_length: int = field(default=1024, metadata={"help": "Tokens per packed row."})
+    temperature: float = field(default=1.0, metadata={"help": "Above 1, small sources are sampled more often."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+
+@dataclass
+class PretrainConfig(NexusConfig):
+    """
+    The `training` section: [`NexusConfig`], with what concerns the process and a folder that is used again.
+
+    Args:
+        cpu_threads (`int`, *optional*):
+            Threads that compute on a CPU; torch's choice if unset.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Delete the `checkpoint-*` folders of an earlier run in `output_dir` and start anew. When off, such a folder
+            is refused unless the run is resumed.
+    """
+
+    cpu_threads: int | None = field(default=None, metadata={"help": "Threads that compute on a CPU."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete an earlier run's checkpoints in output_dir instead of refusing it."}
+    )
+
+
+SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": PretrainConfig}
+
+
+@dataclass
+class PretrainArguments:
+    """
+    A parsed command line.
+
+    Attributes:
+        model, data, training, mixture:
+            The sections; `mixture` is the whole `data` section, sources included.
+        devices (`int`, *optional*), dry_run (`bool`), config (`str`):
+            From the command line.
+        resolved (`dict`):
+            Every field with the value it was given, as plain data: what is saved, and can be given back as `--config`.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: PretrainConfig
+    mixture: MixtureConfig
+    config: str
+    dry_run: bool
+    devices: int | None
+    resolved: dict[str, dict[str, Any]]
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`."""
+        return Path(str(self.training.output_dir))

@@ -1,0 +1,189 @@
+"""From a command line to the arguments of a run: a YAML file by name or path, then every other flag on top of it."""
+
+import argparse
+import dataclasses
+import difflib
+import enum
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser
+
+from .arguments import SECTIONS, DataArguments, ModelArguments, PretrainArguments, PretrainConfig, RunArguments
+from .mixture.config import MixtureConfig
+from .mixture.strict import parse_yaml
+
+__all__ = ["available_configs", "load_config", "parse_arguments"]
+
+# Never written to disk: the first would make a saved run resume itself, the second is a secret.
+_NOT_SAVED = ("resume_from_checkpoint", "hub_token")
+
+
+def available_configs() -> list[str]:
+    """Names of the configurations that come with the package."""
+    files = resources.files("hf_nexus").joinpath("configs").iterdir()
+    return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """
+    Read a configuration by name (`"demo"`) or path and check its sections and keys.
+
+    Raises:
+        ValueError: no such configuration, not a mapping, or an unknown section or key.
+
+    Example:
+        >>> from hf_nexus.command_line import load_config
+        >>> load_config("3b")["model"]["num_hidden_layers"]
+        28
+    """
+    names = available_configs()
+    if name_or_path in names:
+        text = resources.files("hf_nexus").joinpath("configs", f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"There is no configuration {name_or_path!r}{_suggest(name_or_path, names)} "
+            f"Use one of {', '.join(names)}, or the path of a YAML file."
+        )
+    config = parse_yaml(text, name_or_path)
+    if not all(isinstance(section, dict) for section in config.values()):
+        raise ValueError(f"{name_or_path} must hold the mappings {', '.join(SECTIONS)}.")
+    for section, values in config.items():
+        if section not in SECTIONS:
+            raise ValueError(
+                f"{name_or_path} has an unknown section {section!r}{_suggest(section, SECTIONS)} "
+                f"Allowed: {', '.join(SECTIONS)}."
+            )
+        _check_keys(name_or_path, section, values)
+    if not config.get("data", {}).get("sources"):
+        raise ValueError(f"{name_or_path} names no sources: `data: sources:` needs at least one.")
+    return config
+
+
+def _check_keys(where: str, section: str, values: dict[str, Any]) -> None:
+    allowed = _keys(section)
+    for key in values:
+        if key in allowed:
+            continue
+        home = next((name for name in SECTIONS if key in _keys(name)), None)
+        hint = f"; it belongs to the section {home!r}." if home else _suggest(str(key), allowed)
+        raise ValueError(f"{where} has an unknown key {key!r} in the section {section!r}{hint}")
+
+
+def _keys(section: str) -> list[str]:
+    names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
+    return [*names, "sources"] if section == "data" else names
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+_DATACLASSES: Any = [RunArguments, *SECTIONS.values()]
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _make_parser() -> _Parser:
+    return _Parser(  # abbreviations would let a misspelt flag pass as another one
+        _DATACLASSES,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Pretrain a Llama on a mixture of sources with the Nexus update.",
+    )
+
+
+def parse_arguments(argv: list[str]) -> PretrainArguments:
+    """
+    Parse a command line: the YAML that `--config` names, then every other argument on top.
+
+    Nothing is downloaded. With `--dry_run` the training arguments are built for a CPU, so that those of a GPU run
+    (`bf16`) can be planned anywhere.
+
+    Args:
+        argv (`list[str]`):
+            For instance `["--config", "demo", "--max_steps", "20"]`.
+
+    Raises:
+        ValueError: an unknown key or argument, or a value of the wrong type, named in the message.
+    """
+    parser = _make_parser()
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ValueError(_describe_unknown(rest, parser))
+    config = load_config(known.config)
+    values: list[str] = []
+    for section, content in config.items():
+        types = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}
+        for key, value in content.items():
+            if key == "sources":
+                continue
+            if isinstance(value, dict | list) and "str" not in str(types[key]):
+                raise ValueError(f"{known.config}: {section}.{key} must be a single value, not {value!r}.")
+            if value is None or isinstance(value, dict | list):
+                parser.set_defaults(**{key: value})
+            else:  # through argparse, which converts and checks it as if it had been typed
+                values.append(f"--{key}={value}")
+    try:
+        parser.parse_args(values)
+    except ValueError as error:
+        raise ValueError(f"{known.config}: {error}") from error
+    return _build(vars(parser.parse_args([*values, *argv])), config["data"]["sources"])
+
+
+def _build(values: dict[str, Any], sources: dict[str, Any]) -> PretrainArguments:
+    resolved = {
+        section: {key: _plain(key, values[key]) for key in _keys(section) if key not in ("sources", *_NOT_SAVED)}
+        for section in SECTIONS
+    }
+    mixture = MixtureConfig.from_dict({**resolved["data"], "sources": sources})
+    resolved["data"]["sources"] = sources
+    given = {name: {key: values[key] for key in _keys(name) if key != "sources"} for name in SECTIONS}
+    if values["dry_run"]:
+        given["training"]["use_cpu"] = True
+    else:
+        _require_accelerator(values)
+    return PretrainArguments(
+        model=ModelArguments(**given["model"]),
+        data=DataArguments(**given["data"]),
+        training=PretrainConfig(**given["training"]),
+        mixture=mixture,
+        config=values["config"],
+        dry_run=values["dry_run"],
+        devices=values["devices"],
+        resolved=resolved,
+    )
+
+
+def _require_accelerator(values: dict[str, Any]) -> None:
+    if values["accelerators"] > 0 and not torch.accelerator.is_available():
+        raise ValueError(
+            f"The configuration {values['config']!r} needs an accelerator, and this machine has none. Run the demo: "
+            "accelerate launch recipes/pretrain_3b.py --config demo. Or plan this one: add --dry_run."
+        )
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # a dictionary field given as JSON
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{key} is not valid JSON: {value!r} ({error}).") from error
+    return value
+
+
+def _describe_unknown(rest: list[str], parser: argparse.ArgumentParser) -> str:
+    word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return f"Unknown argument {word!r}{_suggest(word, flags)} `--help` lists what is allowed."

@@ -1,0 +1,44 @@
+"""What a run ran on."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+__all__ = ["describe_hardware", "installed_versions"]
+
+_PACKAGES = ("hf-nexus", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface-hub")
+
+
+def installed_versions() -> dict[str, str]:
+    """
+    Versions of Python and of the packages that a run depends on, by distribution name.
+
+    Example:
+        >>> from hf_nexus.environment import installed_versions
+        >>> "transformers" in installed_versions()
+        True
+    """
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # not installed, as in a checkout that is only on the path
+            continue
+    return found
+
+
+def describe_hardware(processes: int = 1) -> str:
+    """
+    The device that each of the processes trains on, in words.
+
+    Example:
+        >>> from hf_nexus.environment import describe_hardware
+        >>> isinstance(describe_hardware(), str)
+        True
+    """
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    if torch.accelerator.is_available():
+        return f"{processes} x {torch.accelerator.current_accelerator()}"
+    return f"CPU, {torch.get_num_threads()} threads" + (f", {processes} processes" if processes > 1 else "")
