@@ -120,6 +120,8 @@ class PretrainArguments:
             From the command line.
         resolved (`dict`):
             Every field with the value it was given, as plain data: what is saved, and can be given back as `--config`.
+        changed (`dict`):
+            Those of the `training` section that differ from their defaults.
     """
 
     model: ModelArguments
@@ -130,6 +132,7 @@ class PretrainArguments:
     dry_run: bool
     devices: int | None
     resolved: dict[str, dict[str, Any]]
+    changed: dict[str, Any]
 
     @property
     def folder(self) -> Path:

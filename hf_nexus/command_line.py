@@ -117,6 +117,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         ValueError: an unknown key or argument, or a value of the wrong type, named in the message.
     """
     parser = _make_parser()
+    defaults = vars(parser.parse_args([]))
     known, rest = parser.parse_known_args(argv)
     if rest:
         raise ValueError(_describe_unknown(rest, parser))
@@ -137,10 +138,10 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         parser.parse_args(values)
     except ValueError as error:
         raise ValueError(f"{known.config}: {error}") from error
-    return _build(vars(parser.parse_args([*values, *argv])), config["data"]["sources"])
+    return _build(vars(parser.parse_args([*values, *argv])), config["data"]["sources"], defaults)
 
 
-def _build(values: dict[str, Any], sources: dict[str, Any]) -> PretrainArguments:
+def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, Any]) -> PretrainArguments:
     resolved = {
         section: {key: _plain(key, values[key]) for key in _keys(section) if key not in ("sources", *_NOT_SAVED)}
         for section in SECTIONS
@@ -161,6 +162,7 @@ def _build(values: dict[str, Any], sources: dict[str, Any]) -> PretrainArguments
         dry_run=values["dry_run"],
         devices=values["devices"],
         resolved=resolved,
+        changed={key: value for key, value in resolved["training"].items() if value != _plain(key, defaults[key])},
     )
 
 
@@ -186,4 +188,5 @@ def _plain(key: str, value: Any) -> Any:
 def _describe_unknown(rest: list[str], parser: argparse.ArgumentParser) -> str:
     word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    return f"Unknown argument {word!r}{_suggest(word, flags)} `--help` lists what is allowed."
+    sections = ", ".join(SECTIONS)
+    return f"Unknown argument {word!r}{_suggest(word, flags)} Allowed are the fields of the sections {sections}."

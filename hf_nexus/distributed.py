@@ -1,15 +1,18 @@
 """Which launches Nexus supports, and what it sends between ranks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-__all__ = ["average_pseudo_gradients", "check_supported", "check_weights"]
+__all__ = ["Shards", "average_pseudo_gradients", "check_supported", "check_weights", "reshard"]
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
 _FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
@@ -45,8 +48,8 @@ def check_supported(trainer: Trainer) -> None:
         )
     if args.optim in _LAYERWISE | _FUSED_BACKWARD:
         raise ValueError(
-            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, where Nexus has not finished its "
-            "window. Use an ordinary optimizer such as optim='adamw_torch_fused'."
+            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, where Nexus is not "
+            "done with its window. Use an ordinary optimizer such as optim='adamw_torch_fused'."
         )
     single = {DistributedType.NO}
     ddp = {
@@ -55,13 +58,29 @@ def check_supported(trainer: Trainer) -> None:
         DistributedType.MULTI_NPU,
         DistributedType.MULTI_XPU,
     }
-    if kind not in single | ddp or trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer)
+    elif kind not in single | ddp:
         raise ValueError(
-            f"Nexus does not support {kind.value} yet. Use DDP: `torchrun --nproc_per_node <GPUs> your_script.py ...` "
-            "without fsdp or deepspeed arguments, and snapshot_device='cpu' if memory is short."
+            f"Nexus does not support {kind.value}. Use DDP (`torchrun --nproc_per_node <GPUs> your_script.py ...`) "
+            "or FSDP2 (add `--fsdp True --fsdp_config '{\"fsdp_version\": 2}'`)."
         )
     if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() != 1:
         raise ValueError("Nexus does not support tensor, context or sequence parallelism. Use DDP (torchrun) instead.")
+
+
+def _check_fsdp(trainer: Trainer) -> None:
+    args: Any = trainer.args
+    if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            "Nexus does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: set fsdp_version to 2 "
+            "in fsdp_config or in the accelerate configuration."
+        )
+    if args.inner_sync == "local":
+        raise ValueError(
+            "inner_sync='local' is not possible under FSDP: no rank holds all of the weights that it would walk. Use "
+            "inner_sync='global', or DDP."
+        )
 
 
 def check_weights(model: nn.Module) -> None:
@@ -78,6 +97,47 @@ def check_weights(model: nn.Module) -> None:
                 "inner step is lost in bfloat16. Load with `from_pretrained(..., dtype=torch.float32)` or call "
                 "`model.float()`, and pass bf16=True to compute in bfloat16."
             )
+
+
+class Shards:
+    """
+    How the parameters of a model lie across processes.
+
+    Args:
+        params (`Sequence[Tensor]`):
+            The trainable parameters, after wrapping.
+
+    Raises:
+        ValueError: some are sharded and some are not, or in different ways.
+    """
+
+    def __init__(self, params: Sequence[Tensor]):
+        layouts = {(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in params}
+        if len(layouts) > 1:
+            raise ValueError(
+                f"The trainable parameters are sharded in {len(layouts)} different ways; Nexus needs one for all. "
+                "Wrap the whole model, adapters included, with FSDP2."
+            )
+        layout = layouts.pop()
+        # Under HSDP only the dimension that shards: the replicas all hold the same.
+        dims = [] if layout is None else [i for i, placement in enumerate(layout[1]) if placement.is_shard()]
+        self.group = layout[0].get_group(dims[0]) if layout and dims else None
+        self.index = layout[0].get_local_rank(dims[0]) if layout and dims else 0
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm over all shards, given this process's (0-d), by one scalar reduction if anything is sharded."""
+        if self.group is None:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2 modules that a broken-off step has left gathered back to their shards, which alone were restored."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .snapshot import TensorCopy, add_scaled_, fill_normal_, global_norm
+from .snapshot import TensorCopy, add_scaled_, as_gradient, fill_normal_, global_norm, shard
 
 __all__ = ["Nexus"]
 
@@ -189,7 +189,8 @@ class Nexus:
         met = [i for i, p in enumerate(self.params) if p.grad is not None]
         if not met:
             raise RuntimeError("inner_step() found no gradient: call loss.backward() before it.")
-        params, grads = zip(*[(self.params[i], self.params[i].grad) for i in met], strict=True)
+        params = [shard(self.params[i]) for i in met]
+        grads = [shard(p.grad) for p in self.params if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ValueError("Nexus does not support sparse gradients; build the embedding with sparse=False.")
         norm = self._reduce_norm(global_norm(grads))
@@ -223,8 +224,8 @@ class Nexus:
         else:
             pseudo_gradient = self._snapshot.minus_tensors(met)
             torch._foreach_div_(pseudo_gradient, self._gamma * self.steps_taken)  # (3)
-        for i, gradient in zip(met, pseudo_gradient, strict=True):
-            self.params[i].grad = gradient
+        for i, values in zip(met, pseudo_gradient, strict=True):
+            self.params[i].grad = as_gradient(values, self.params[i])
         self.pseudo_gradient_norm = self._reduce_norm(global_norm(pseudo_gradient))
 
     @torch.no_grad()

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, TrainerCallback
 
-from .arguments import PretrainArguments, PretrainConfig
+from .arguments import PretrainArguments
 from .environment import describe_hardware, installed_versions
 from .hub.card import save_card
 from .hub.card_check import is_repo_id
@@ -107,19 +106,18 @@ def summarize(arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "M
     total = max(1, sum(trained.values()))
     weights, model = trainer.mixture_weights, trainer.model
     assert weights is not None and isinstance(model, PreTrainedModel)
-    rows = [
+    rows = [  # the first token of a row is not predicted, and so not counted
         MixtureRow(
             source=name,
             weight=float(weights[name]) / sum(weights.values()),
             share=trained[name] / total,
-            epochs=trained[name] / mixture.tokens[name],
+            epochs=trained[name] / (len(mixture.train[name]) * (mixture.config.sequence_length - 1)),
             tokens=trained[name],
             license=mixture.licenses[name],
             dataset=_public_path(mixture.config.sources[name].path),
         )
         for name in mixture.train
     ]
-    training = arguments.resolved["training"]
     return RunSummary(
         model_name=args.hub_model_id or arguments.folder.resolve().name,
         model_type=model.config.model_type,
@@ -127,8 +125,8 @@ def summarize(arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "M
         nexus=trainer.nexus_settings(),
         mixture=rows,
         evaluations=evaluations(log, mixture),
-        hyperparameters=training,
-        changed_hyperparameters={key: value for key, value in training.items() if value != _default(key)},
+        hyperparameters=arguments.resolved["training"],
+        changed_hyperparameters=arguments.changed,
         numbers={key: float(last[key]) for key in _NUMBERS if key in last},
         repo_id=args.hub_model_id,
         datasets=[hub_id for source in mixture.config.train_sources.values() if (hub_id := _hub_id(source.path))],
@@ -138,11 +136,6 @@ def summarize(arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "M
         versions=installed_versions(),
         plot=PLOT_NAME,
     )
-
-
-def _default(name: str) -> Any:
-    default = next(f.default for f in fields(PretrainConfig) if f.name == name)
-    return None if default is MISSING else getattr(default, "value", default)
 
 
 def _hub_id(path: str) -> str | None:

@@ -5,12 +5,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
-__all__ = ["TensorCopy", "add_scaled_", "fill_normal_", "global_norm"]
+__all__ = ["TensorCopy", "add_scaled_", "as_gradient", "fill_normal_", "global_norm", "shard"]
 
 # What an off-device copy may hold on the device at a time while it is being updated.
 STAGING_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the local part, not a copy, if it is sharded (FSDP2), else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_gradient(values: Tensor, param: Tensor) -> Tensor:
+    """The values of this process's shard of a parameter as its `.grad`, sharded like the parameter."""
+    if not isinstance(param, DTensor):
+        return values
+    # Without the shape, uneven shards would need a collective to find it out.
+    shape, stride = param.shape, param.stride()
+    return DTensor.from_local(values, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -87,16 +103,21 @@ class TensorCopy:
 
     Args:
         tensors (`Sequence[Tensor]`):
-            The tensors to mirror. They are only ever written in place.
+            The tensors to mirror: of sharded ones, this process's shards. They are only ever written in place.
         device (`str` or `torch.device`, *optional*):
             Where the copy lives; beside each tensor by default. `"cpu"` keeps it in (pinned) host memory: at most
             64 MB of it is staged on the device at a time.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: str | torch.device | None = None):
-        self._tensors = list(tensors)
+        self._sources = list(tensors)
         self._device = None if device is None else torch.device(device)
         self._copies: list[Tensor] | None = None
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        # Looked up anew each time: FSDP2 moves its shards into padded memory at the first forward.
+        return [shard(tensor) for tensor in self._sources]
 
     @property
     def copies(self) -> list[Tensor]:
@@ -109,7 +130,7 @@ class TensorCopy:
     @property
     def offloaded(self) -> bool:
         """Whether the mirror lives on another device than the tensors."""
-        return self._device is not None and self._device.type != self._tensors[0].device.type
+        return self._device is not None and self._device.type != self._sources[0].device.type
 
     def save(self) -> None:
         """Copy the tensors into the mirror."""
@@ -122,19 +143,19 @@ class TensorCopy:
     def zero(self) -> None:
         """Fill the mirror with zeros."""
         if self.offloaded:  # an earlier copy to the device may still be reading
-            torch.accelerator.synchronize(self._tensors[0].device)
+            torch.accelerator.synchronize(self._sources[0].device)
         torch._foreach_zero_(self.copies)
 
     def values(self, indices: Sequence[int]) -> list[Tensor]:
         """New tensors with the mirror's values on the tensors' device, for the given positions."""
-        values = [torch.empty_like(self._tensors[i]) for i in indices]
+        values = [torch.empty_like(shard(self._sources[i])) for i in indices]
         torch._foreach_copy_(values, [self.copies[i] for i in indices], non_blocking=True)
         return values
 
     def minus_tensors(self, indices: Sequence[int]) -> list[Tensor]:
         """New tensors `copy - tensor` on the tensors' device, for the given positions."""
         differences = self.values(indices)
-        torch._foreach_sub_(differences, [self._tensors[i] for i in indices])
+        torch._foreach_sub_(differences, [shard(self._sources[i]) for i in indices])
         return differences
 
     def add_scaled(self, indices: Sequence[int], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .config import nexus_settings
-from .distributed import average_pseudo_gradients, check_supported, check_weights
+from .distributed import Shards, average_pseudo_gradients, check_supported, check_weights, reshard
 from .evaluation.closeness import gradient_cosines
 from .mixture.indexed import MixtureDataset
 from .mixture_trainer import MixtureTrainerMixin, Window
@@ -98,6 +98,9 @@ class NexusTrainerMixin(MixtureTrainerMixin):
                         # past MixtureTrainerMixin, whose accounting is for accumulated micro-batches
                         losses.append(super(MixtureTrainerMixin, self).training_step(model, inputs, items))
                     nexus.inner_step()
+        except BaseException:
+            reshard(model)
+            raise
         finally:
             self.current_gradient_accumulation_steps = steps
         self.meter.add_window(nexus.pseudo_gradient_norm, nexus.steps_taken, len(losses) - nexus.steps_taken)
@@ -111,13 +114,17 @@ class NexusTrainerMixin(MixtureTrainerMixin):
     def _prepare_nexus(self, model: nn.Module) -> Nexus:
         """The walker with this step's settings."""
         if self._nexus is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+            shards = Shards(params)
+            # Ranks that walk one path together need the same random directions, those that walk their own do not.
+            walker = self.args.process_index if self.args.inner_sync == "local" else shards.index
             self._nexus = Nexus(
-                [p for p in model.parameters() if p.requires_grad],
+                params,
                 self.args.inner_lr,
                 direction=self.args.inner_direction,
                 snapshot_device=self.args.snapshot_device,
-                # in global mode all ranks walk one path, so their random directions must be one as well
-                key=(self.args.seed, self.args.process_index if self.args.inner_sync == "local" else 0),
+                reduce_norm=shards.norm,
+                key=(self.args.seed, walker),
             )
             if 0 < self.args.inner_lr < self._nexus.min_inner_lr:
                 logger.warning(

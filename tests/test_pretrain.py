@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_nexus.arguments import PretrainConfig
-from hf_nexus.command_line import parse_arguments
+from hf_nexus.command_line import load_config, parse_arguments
 from hf_nexus.mixture.tokenizer import train_tokenizer
 from hf_nexus.models import build_model, count_parameters, model_config
 from hf_nexus.planning import estimate_memory, plan_run
@@ -103,6 +103,13 @@ def test_the_command_line_goes_before_the_yaml_in_every_section(config):
     assert arguments.model.hidden_size == 48
     assert arguments.mixture.sequence_length == arguments.data.sequence_length == 16
     assert arguments.training.learning_rate == 1e-2  # the YAML's, which no flag touched
+
+
+def test_changed_fields_are_those_that_differ_from_their_defaults(config):
+    arguments = parse_arguments(["--config", str(config), "--inner_lr", "0.05", "--weight_decay", "0.1"])
+    given = yaml.safe_load(config.read_text())["training"]
+    same_as_default = {"save_strategy", "report_to"}
+    assert arguments.changed.keys() == (given.keys() | {"weight_decay"}) - same_as_default
 
 
 def test_values_of_the_yaml_are_converted_like_flags(config, tmp_path):
@@ -393,6 +400,20 @@ def test_an_error_in_training_keeps_its_traceback(config, tmp_path, monkeypatch)
     monkeypatch.setattr(NexusTrainer, "train", fail)
     with pytest.raises(ValueError, match="in the middle"):
         main(["--config", str(config), "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_the_demo_lowers_every_loss_and_resumes_exactly(tmp_path):
+    output = tmp_path / "demo"
+    first = pretrain(parse_arguments(["--config", "demo", "--output_dir", str(output)]))
+    evaluations = [entry for entry in first.state.log_history if "eval_loss" in entry]
+    keys = [f"eval_{name}_loss" for name in load_config("demo")["data"]["sources"]]
+    assert len(keys) == 9
+    for key in keys:
+        assert evaluations[-1][key] <= evaluations[0][key] - 0.5, key
+    flags = ["--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(output / "checkpoint-100")]
+    pretrain(parse_arguments(["--config", str(output / "pretrain.yaml"), *flags]))
+    assert same_weights(output, tmp_path / "resumed")
 
 
 @pytest.mark.slow

@@ -1,29 +1,16 @@
 """Two CPU processes under torchrun, one launch for all tests: what the ranks found is read from their files."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.conftest import Rows, tiny_llama
+from tests.distributed.launcher import launch
 from tests.distributed.worker import RESUMES_ON_CPU, WEIGHTS, make, sources, weights
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    out = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.distributed.worker", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((out / f"rank{r}.json").read_text()) for r in range(2)]
+    return launch("tests.distributed.worker", 2, tmp_path_factory.mktemp("ddp"))
 
 
 def distance(a, b) -> float:
