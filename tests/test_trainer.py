@@ -216,6 +216,62 @@ def test_k_1_warns(make_trainer, sources, caplog):
     assert "nothing to align" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"inner_lr": 1e-7}, "without moving"),
+        ({"inner_lr": 1e-4, "bf16": True}, r"Raise inner_lr to 0\.000"),
+        ({"inner_lr": 1e-4}, None),
+        ({"inner_lr": 0.05, "bf16": True}, None),
+        ({"inner_lr": 0.0, "bf16": True}, None),
+    ],
+)
+def test_steps_too_short_for_the_precision_are_warned_of(make_trainer, sources, caplog, config, expected):
+    import logging
+    import re
+
+    logging.getLogger("transformers").propagate = True
+    trainer = make_trainer(sources, max_steps=1, **config)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    found = re.search(r"without moving|Raise inner_lr to [\d.e-]+", caplog.text)
+    assert re.match(expected, found.group()) if expected else not found
+
+
+def test_a_window_costs_at_most_one_host_synchronisation(make_trainer, sources):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        """Reads of a device value by the host, which on an accelerator wait for it."""
+
+        def __init__(self):
+            super().__init__()
+            self.reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+            self.reads += function in reads
+            return function(*args, **(kwargs or {}))
+
+    reads = []
+
+    class Counted(NexusTrainer):
+        def training_step(self, *args, **kwargs):
+            with Count() as count:
+                loss = super().training_step(*args, **kwargs)
+            reads.append(count.reads)
+            return loss
+
+    make_trainer(sources, trainer_class=Counted, max_steps=2).train()
+    with Count() as control:
+        torch.ones(()).item()
+    assert control.reads == 1
+    # The window's one `tolist()` of k norms reads k values on a CPU, which is one copy from an accelerator.
+    assert len(reads) == 8
+    assert all(count == 0 for i, count in enumerate(reads) if i % 4 != 3)
+    assert reads[3] <= 4 and reads[7] <= 4
+
+
 # ---- Evaluation ----
 
 
