@@ -41,4 +41,5 @@ def describe_hardware(processes: int = 1) -> str:
         return f"{processes} x {torch.cuda.get_device_name()}"
     if torch.accelerator.is_available():
         return f"{processes} x {torch.accelerator.current_accelerator()}"
-    return f"CPU, {torch.get_num_threads()} threads" + (f", {processes} processes" if processes > 1 else "")
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" + (f", {processes} processes" if processes > 1 else "")
