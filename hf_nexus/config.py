@@ -78,6 +78,7 @@ class NexusConfigMixin:
 
     def __post_init__(self) -> None:
         self.mixture_weights = _parse_weights(self.mixture_weights)
+        self.inner_lr = float(self.inner_lr)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {list(allowed)}.")

@@ -1,5 +1,6 @@
 """What a run has trained on so far, and how it went since the last log line."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ class _Interval:
     unsettled: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # tokens not in the totals yet
     cosines: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)  # of each window, whether any of its losses was
     skipped: int = 0
     flos: float | None = None  # at its start
     started: float = field(default_factory=time.perf_counter)
@@ -75,9 +77,12 @@ class TrainingMeter(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Start from the resumed checkpoint's totals, or from nothing."""
-        saved = state.stateful_callbacks.get(type(self).__name__) or self.state()
-        fresh = {"trained_tokens": dict.fromkeys(self.sources, 0), "inner_steps_skipped": 0, "windows_dropped": 0}
-        self._begin(**(saved["attributes"] if state.global_step else fresh))
+        totals: dict[str, Any] = {"trained_tokens": {}, "inner_steps_skipped": 0, "windows_dropped": 0}
+        if state.global_step and (saved := state.stateful_callbacks.get(type(self).__name__)):
+            totals |= saved["attributes"]
+        # A resumed mixture may have gained sources, or lost some.
+        known = totals["trained_tokens"]
+        self._begin(**totals | {"trained_tokens": {source: known.get(source, 0) for source in self.sources}})
 
     def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
         """Count one trained micro-batch: `loss` is the sum over its tokens on this rank, both 0-d tensors."""
@@ -86,9 +91,12 @@ class TrainingMeter(TrainerCallback, ExportableState):
         interval.tokens[source] = interval.tokens[source] + tokens
         interval.unsettled[source] = interval.unsettled[source] + tokens
 
-    def add_window(self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int) -> None:
-        """Count one outer step."""
+    def add_window(
+        self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
+    ) -> None:
+        """Count one outer step; `finite` (0-d bool) says whether any of its losses was."""
         self._interval.skipped += steps_skipped
+        self._interval.finite.append(finite)
         if pseudo_gradient_norm is None:
             return
         self._interval.norms.append(pseudo_gradient_norm)
@@ -132,34 +140,37 @@ class TrainingMeter(TrainerCallback, ExportableState):
 
         Returns:
             `dict[str, float]`: `loss/<source>` for the sources met, `tokens/<source>` for all (tokens that carried
-            loss, since the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped`,
-            `tokens_per_second`, and
-            `mfu` where the device's peak is known.
+            loss, since the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped` (since the
+            beginning), `tokens_per_second`, and `mfu` where the device's peak is known. `loss` is among them, as NaN,
+            if windows ran and none of their losses was finite.
         """
         self.settle(sum_over_ranks, device)
         interval, self._interval = self._interval, _Interval()
         seconds = time.perf_counter() - interval.started - interval.paused
         sums = [interval.loss[s] for s in self.sources] + [interval.tokens[s] for s in self.sources]
-        local = _stack([*sums, _mean(interval.cosines), _mean(interval.norms), 1], device)
-        *sums, cosine, norm, ranks = sum_over_ranks(local).tolist()
+        # On one rank a window may have taken no step: sums and counts, not means, are what adds up.
+        lists = [interval.cosines, interval.norms, interval.finite]
+        sums += [x for values in lists for x in (sum(values), len(values))]
+        *sums, cosine, cosines, norm, norms, finite, windows, ranks = sum_over_ranks(
+            _stack([*sums, 1], device)
+        ).tolist()
         losses, tokens = sums[: len(self.sources)], sums[len(self.sources) :]
         logs = {f"loss/{s}": x / n for s, x, n in zip(self.sources, losses, tokens, strict=True) if s and n}
         logs |= {f"tokens/{s}": count for s, count in self.trained_tokens.items() if s}
-        if interval.cosines:
-            logs["path_cosine"] = cosine / ranks
-        if interval.norms:
-            logs["pseudo_gradient_norm"] = norm / ranks
+        if cosines:
+            logs["path_cosine"] = cosine / cosines
+        if norms:
+            logs["pseudo_gradient_norm"] = norm / norms
+        if windows:
             logs["inner_steps_skipped"] = self.inner_steps_skipped
+            if not finite:
+                logs["loss"] = math.nan
         if sum(tokens):
             logs["tokens_per_second"] = sum(tokens) / seconds
         if (peak := peak_flops(device)) and interval.flos is not None:
             logs["mfu"] = (total_flos - interval.flos) / seconds / (peak * ranks)
         self._interval.flos = total_flos
         return logs
-
-
-def _mean(values: list[Tensor]) -> Tensor | float:
-    return torch.stack(values).mean() if values else 0.0
 
 
 def _stack(values: list, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .config import NexusConfig, NexusConfigMixin
 from .meter import TrainingMeter
@@ -146,6 +146,8 @@ class MixtureTrainerMixin(Base):
             return
         if self.is_in_train and "loss" in logs:
             logs |= self.meter.read(self._sum_over_ranks, self.args.device, self.state.total_flos)
+        elif "train_loss" in logs:  # the end of training
+            self.meter.settle(self._sum_over_ranks, self.args.device)
         super().log(logs, start_time)
 
     def evaluate(
@@ -204,8 +206,16 @@ class MixtureTrainerMixin(Base):
 
 def _by_name(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call as keywords, whatever their order in the class we are mixed into."""
-    bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    return {**bound, **bound.pop("kwargs", {})}
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # it passes on what it is given
+        parameters = list(inspect.signature(Trainer.__init__).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise TypeError(f"{len(args)} positional arguments were given; at most {len(names)} are possible: {names}.")
+    positional = dict(zip(names, args, strict=False))
+    if repeated := sorted(positional.keys() & kwargs.keys()):
+        raise TypeError(f"Given by position and by name: {', '.join(repeated)}.")
+    return positional | kwargs
 
 
 def _with_defaults(args: TrainingArguments | None) -> Any:
@@ -255,8 +265,11 @@ def _check_eval_names(evaluation: Any) -> None:
 
 def _mean_losses(metrics: dict[str, float], names: list[str], weights: Mapping[str, float], prefix: str) -> dict:
     losses = {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
-    inside = {name: weights[name] for name in losses if weights.get(name)} or dict.fromkeys(losses, 1.0)
-    outside = [loss for name, loss in losses.items() if name not in inside and name not in weights]
+    sources = [name for name in losses if name in weights] or list(losses)
+    inside = {name: weights.get(name, 0.0) for name in sources}
+    if not sum(inside.values()):  # no set's name matches a source, or only those that are left out of training
+        inside = dict.fromkeys(sources, 1.0)
+    outside = [loss for name, loss in losses.items() if name not in inside]
     means = {}
     if losses:
         means[f"{prefix}_loss"] = sum(losses[name] * w for name, w in inside.items()) / sum(inside.values())

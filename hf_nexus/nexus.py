@@ -155,8 +155,8 @@ class Nexus:
             finally:
                 self.restore()  # (4)
         finally:
-            self.restore()  # again, in case a second interrupt (Ctrl-C twice) broke off the first
             self._open = False
+            self.restore()  # again, in case a second interrupt (Ctrl-C twice) broke off the first
 
     @torch.no_grad()
     def _enter(self) -> None:
@@ -228,11 +228,16 @@ class Nexus:
             self.params[i].grad = as_gradient(values, self.params[i])
         self.pseudo_gradient_norm = self._reduce_norm(global_norm(pseudo_gradient))
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Put the parameters back to the snapshot if they are displaced. Idempotent."""
+        """
+        Put the parameters back to the snapshot if they are displaced. Idempotent.
+
+        Leaving a window does it. After an interrupt in a loop of your own it does no harm to call it once more: a
+        signal that arrives just as Python begins to leave the `with` block can keep it from being left.
+        """
         if self._displaced:
-            self._snapshot.restore()
+            with torch.no_grad():
+                self._snapshot.restore()
             self._displaced = False
 
     def _clear_gradients(self) -> None:

@@ -15,7 +15,6 @@ from transformers.utils import logging
 from .config import nexus_settings
 from .distributed import Shards, average_pseudo_gradients, check_supported, check_weights, reshard
 from .evaluation.closeness import gradient_cosines
-from .mixture.indexed import MixtureDataset
 from .mixture_trainer import MixtureTrainerMixin, Window
 from .nexus import Nexus
 
@@ -51,8 +50,12 @@ class NexusTrainerMixin(MixtureTrainerMixin):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._nexus: Nexus | None = None
-        self._cosines: dict[str, float] = {}
         super().__init__(*args, **kwargs)
+        if self.args.gradient_cosine_steps and (self.is_fsdp_enabled or self.mixture_weights is None):
+            raise ValueError(
+                f"gradient_cosine_steps={self.args.gradient_cosine_steps} needs a train_dataset of several sources, "
+                "and is not possible under FSDP. Set it to 0."
+            )
         if not self.args.nexus:
             return
         check_supported(self)
@@ -74,9 +77,14 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         Returns:
             `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
         """
+        window = self._window
+        if window.position >= len(window.batches):
+            raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
+        if window.position == 0:
+            self._measure_cosines()
         if not self.args.nexus:
             return super().training_step(model, inputs, num_items_in_batch)
-        window = self._window
+        window.batches[window.position] = inputs  # a subclass may have changed them
         window.position += 1
         if window.position == len(window.batches):
             if self.accelerator.gradient_state.sync_gradients:
@@ -88,7 +96,6 @@ class NexusTrainerMixin(MixtureTrainerMixin):
 
     def _run_window(self, model: nn.Module, window: Window) -> Tensor:
         nexus = self._prepare_nexus(model)
-        self._measure_cosines()
         local = self.args.inner_sync == "local" and self.args.world_size > 1
         losses: list[Tensor] = []
         # Each micro-batch is a mean of its own: upstream must not divide it by the window's length as well.
@@ -106,7 +113,15 @@ class NexusTrainerMixin(MixtureTrainerMixin):
             raise
         finally:
             self.current_gradient_accumulation_steps = steps
-        self.meter.add_window(nexus.pseudo_gradient_norm, nexus.steps_taken, len(losses) - nexus.steps_taken)
+        skipped = len(losses) - nexus.steps_taken
+        self.meter.add_window(
+            nexus.pseudo_gradient_norm, nexus.steps_taken, skipped, torch.stack(losses).isfinite().any()
+        )
+        if not nexus.steps_taken:
+            logger.warning_once(
+                f"Step {self.state.global_step}: no inner step had a usable gradient (zero or not finite), so the "
+                "weights stay as they are. Further steps like this show up in inner_steps_skipped only."
+            )
         for i, taken in enumerate(nexus.taken):
             if taken:
                 self.meter.add_micro_batch(*window.count(i, losses[i], self.args.world_size))
@@ -138,11 +153,15 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         if self.args.inner_lr_schedule == "constant":
             return 1.0
         group = self.optimizer.param_groups[0]
-        peak = group.get("initial_lr", self.args.learning_rate)
+        # Schedulers start from `initial_lr`; OneCycleLR climbs from there to `max_lr`.
+        peak = max(group["lr"], group.get("max_lr", group.get("initial_lr", self.args.learning_rate)))
         return float(group["lr"]) / float(peak) if peak else 0.0
 
     def _window_loss(self, losses: Tensor, window: Window) -> Tensor:
-        """Token-weighted mean of the finite losses (k,), else the running mean; decided on the device."""
+        """
+        Token-weighted mean of the finite losses (k,). Without any, the running mean of the log interval, since a NaN
+        would stay in upstream's sum for ever; that the interval had none at all is logged as NaN.
+        """
         weights = torch.ones_like(losses) if window.divisors is None else window.divisors.to(losses.dtype)
         finite = losses.isfinite()
         total = torch.where(finite, weights, 0).sum()
@@ -159,7 +178,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
 
     def _measure_cosines(self) -> None:
         every = self.args.gradient_cosine_steps
-        if not every or self.state.global_step % every or not isinstance(self.train_dataset, MixtureDataset):
+        if not every or self.state.global_step % every:
             return
         started = time.perf_counter()
         collate = self._get_collator_with_removed_columns(self.data_collator)
@@ -182,7 +201,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
             params = [p for p in self.model.parameters() if p.requires_grad]
             cosines = gradient_cosines({name: loss_of(name) for name in self.train_dataset.names}, params)
         self.model.train()
-        self._cosines = {f"cosine/{a}-{b}": value for (a, b), value in cosines.items()}
+        self.log({f"cosine/{a}-{b}": value for (a, b), value in cosines.items()})
         self.meter.pause(time.perf_counter() - started)
 
     # ---- Logging, saving, resuming ----
@@ -191,8 +210,6 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         """Add the window's figures to the training log line."""
         if self.is_in_train and "loss" in logs and self._nexus is not None:
             logs["inner_lr"] = self._nexus.effective_inner_lr
-            logs |= self._cosines
-            self._cosines = {}
         super().log(logs, start_time)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

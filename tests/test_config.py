@@ -45,6 +45,14 @@ def test_every_field_can_be_set_from_the_command_line():
     }
 
 
+def test_numpy_numbers_become_plain_ones():
+    import numpy as np
+    import yaml
+
+    args = NexusConfig(output_dir="out", inner_lr=np.float64(0.1), report_to="none")
+    assert yaml.safe_load(yaml.safe_dump(nexus_settings(args)))["inner_lr"] == 0.1
+
+
 def test_every_field_has_help():
     for name in nexus_settings(parse()):
         assert NexusConfig.__dataclass_fields__[name].metadata["help"]

@@ -32,7 +32,7 @@ def test_losses_are_token_weighted_since_the_last_reading_and_tokens_add_up():
 def test_figures_of_two_ranks_are_summed_and_averaged():
     meter = TrainingMeter(["text"])
     count(meter, "text", 2.0, 10)
-    meter.add_window(torch.tensor(0.5), steps_taken=4, steps_skipped=2)
+    meter.add_window(torch.tensor(0.5), steps_taken=4, steps_skipped=2, finite=torch.tensor(True))
     figures = meter.read(lambda tensor: 2 * tensor, CPU)  # the other rank saw the same
     assert figures["tokens/text"] == 20
     assert figures["loss/text"] == 2.0
@@ -61,6 +61,28 @@ def test_a_resumed_run_goes_on_from_the_totals_and_a_new_one_from_zero():
     assert meter.trained_tokens == {"text": 10}
     old.on_train_begin(None, TrainerState(stateful_callbacks={"TrainingMeter": old.state()}), None)
     assert old.trained_tokens == {"text": 0}
+
+
+def test_ranks_without_a_step_do_not_bend_the_means():
+    meter = TrainingMeter(["text"])
+    meter.add_window(torch.tensor(0.5), steps_taken=2, steps_skipped=0, finite=torch.tensor(True))
+
+    def with_an_idle_rank(tensor: torch.Tensor) -> torch.Tensor:
+        idle = torch.zeros_like(tensor)
+        idle[-1] = 1  # it counts as a rank
+        return tensor + idle
+
+    figures = meter.read(with_an_idle_rank, CPU)
+    assert figures["pseudo_gradient_norm"] == 0.5
+    assert figures["path_cosine"] == -0.5
+
+
+def test_an_interval_without_a_finite_loss_has_none():
+    meter = TrainingMeter(["text"])
+    meter.add_window(None, steps_taken=0, steps_skipped=4, finite=torch.tensor(False))
+    figures = meter.read(alone, CPU)
+    assert figures["loss"] != figures["loss"]
+    assert figures["inner_steps_skipped"] == 4
 
 
 def test_pauses_do_not_count_as_training_time():

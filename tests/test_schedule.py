@@ -139,3 +139,6 @@ def test_a_source_column_makes_sources():
     sources = split_sources(rows)
     assert {name: part["x"][:] for name, part in sources.items()} == {"b": [1, 3], "a": [2, 4]}
     assert split_sources(rows.remove_columns("source")) is None
+    named = rows.cast_column("source", datasets.ClassLabel(names=["a", "b"]))
+    assert set(split_sources(named)) == {"a", "b"}
+    assert split_sources(rows.to_iterable_dataset()) is None

@@ -186,6 +186,59 @@ def test_plain_training_arguments_are_enough(sources, tmp_path):
     assert trainer.args.inner_lr == 0.05
 
 
+def test_a_subclass_may_change_the_micro_batches(make_trainer, sources):
+    seen = []
+
+    class Ours(NexusTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, {**inputs, "marked": True}, num_items_in_batch)
+
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs.pop("marked"))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    make_trainer(sources, trainer_class=Ours, max_steps=1).train()
+    assert seen == [True] * 4
+
+
+def test_training_step_outside_train_is_an_error(make_trainer, sources):
+    trainer = make_trainer(sources)
+    with pytest.raises(RuntimeError, match=r"inside train\(\) only"):
+        trainer.training_step(trainer.model, {})
+
+
+def test_parents_that_pass_their_arguments_on(make_trainer, sources, tmp_path):
+    from hf_nexus import NexusConfig, NexusTrainerMixin
+
+    class Parent(Trainer):
+        def __init__(self, *args, extra=1, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = extra
+
+    class Ours(NexusTrainerMixin, Parent):
+        pass
+
+    args = NexusConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    for trainer in (
+        Ours(tiny_llama(), args, None, sources, extra=2),
+        Ours(model=tiny_llama(), args=args, train_dataset=sources, extra=2),
+    ):
+        assert trainer.extra == 2
+        assert trainer.train_dataset.names == list(sources)
+    with pytest.raises(TypeError, match="by position and by name: args"):
+        NexusTrainer(tiny_llama(), args, args=args)
+
+
+def test_the_training_mixture_can_be_evaluated(make_trainer, sources):
+    trainer = make_trainer(sources, per_device_eval_batch_size=7)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+
+
+def test_splits_are_not_taken_for_sources(make_trainer, sources):
+    with pytest.raises(ValueError, match=r"look like splits.*dataset\['train'\]"):
+        make_trainer({"train": sources["text"], "test": sources["code"]})
+
+
 # ---- inner_lr ----
 
 
@@ -198,6 +251,49 @@ def test_follow_scales_the_inner_step_with_the_learning_rate(make_trainer, sourc
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "inner_lr" in entry]
     assert gammas[0] == 0.0  # warm-up begins at zero: averaged without moving
     assert gammas == pytest.approx([0.1 * rate / 1e-2 for rate in rates])
+
+
+def test_follow_never_exceeds_inner_lr_with_a_schedule_that_climbs(make_trainer, sources):
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
+    trainer = make_trainer(
+        sources,
+        model=model,
+        trainer_kwargs={"optimizers": (optimizer, schedule)},
+        max_steps=8,
+        inner_lr_schedule="follow",
+    )
+    trainer.train()
+    gammas = [entry["inner_lr"] for entry in trainer.state.log_history if "inner_lr" in entry]
+    assert 0.045 < max(gammas) <= 0.05
+    assert min(gammas) < 0.01
+
+
+def poison(trainer, calls: set[int]) -> None:
+    compute_loss, count = trainer.compute_loss, [0]
+
+    def poisoned(*args, **kwargs):
+        count[0] += 1
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("nan") if count[0] in calls else loss
+
+    trainer.compute_loss = poisoned
+
+
+def test_a_window_without_a_usable_gradient_steps_nothing_and_says_so(make_trainer, sources, caplog):
+    import logging
+
+    logging.getLogger("transformers").propagate = True
+    trainer = make_trainer(sources, max_steps=3)
+    poison(trainer, {5, 6, 7, 8, 10})
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry["inner_steps_skipped"] for entry in logs] == [0, 4, 5]
+    assert [math.isnan(entry["loss"]) for entry in logs] == [False, True, False]
+    assert "no inner step had a usable gradient" in caplog.text
+    assert weights(trainer).isfinite().all()
 
 
 def test_random_direction_runs_and_differs(make_trainer, sources):
@@ -302,6 +398,14 @@ def test_without_matching_names_the_macro_covers_all(make_trainer, sources):
     assert "eval_ood_loss" not in metrics
 
 
+def test_a_source_left_out_of_training_counts_neither_as_ood_nor_in_the_macro(make_trainer, sources):
+    share = {"text": 1.0, "code": 0.0, "math": 0.0}
+    kwargs = {"eval_dataset": {"text": Rows(8, 0), "code": Rows(8, 1), "law": Rows(8, 5)}}
+    metrics = make_trainer(sources, trainer_kwargs=kwargs, mixture_weights=share).evaluate()
+    assert metrics["eval_loss"] == metrics["eval_text_loss"]
+    assert metrics["eval_ood_loss"] == metrics["eval_law_loss"]
+
+
 def test_the_name_ood_is_reserved(make_trainer, sources):
     with pytest.raises(ValueError, match="'ood' is reserved"):
         make_trainer(sources, trainer_kwargs={"eval_dataset": {"ood": Rows(8, 5)}})
@@ -351,12 +455,21 @@ def test_gradient_cosines_on_request(make_trainer, sources):
     trainer = make_trainer(sources, max_steps=4, gradient_cosine_steps=2)
     trainer.train()
     logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
-    assert logged == [1, 3]  # measured at the weights of steps 0 and 2, before their updates
+    assert logged == [0, 2]  # at the weights before the third step, say
     logs = last_log(trainer, "cosine/code-math")
     assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math", "code-math"))
     plain = make_trainer(sources, max_steps=4)
     plain.train()
     assert torch.equal(weights(trainer), weights(plain))  # measuring changes nothing
+    control = make_trainer(sources, max_steps=1, gradient_cosine_steps=1, nexus=False)
+    control.train()
+    first = next(entry for entry in trainer.state.log_history if "cosine/text-code" in entry)
+    assert last_log(control, "cosine/text-code")["cosine/text-code"] == first["cosine/text-code"]
+
+
+def test_gradient_cosines_of_one_plain_dataset_are_refused(make_trainer, sources):
+    with pytest.raises(ValueError, match="several sources"):
+        make_trainer(sources["text"], gradient_cosine_steps=1)
 
 
 # ---- Saving and resuming ----
@@ -384,6 +497,20 @@ def test_resume_is_bit_exact(make_trainer, sources, tmp_path, config):
     assert whole.state.epoch == resumed.state.epoch
     for name in sources:
         assert last_log(whole)[f"tokens/{name}"] == last_log(resumed)[f"tokens/{name}"]
+
+
+def test_resuming_with_other_sources_goes_on_from_what_is_known(make_trainer, sources, tmp_path):
+    config = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    make_trainer(sources, **config, max_steps=1).train()
+    changed = make_trainer({"text": sources["text"], "new": Rows(40, 4)}, **config, max_steps=3)
+    changed.train(resume_from_checkpoint=True)
+    assert set(changed.meter.trained_tokens) == {"text", "new"}
+
+
+def test_token_counts_are_complete_at_the_end_whatever_was_logged(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=3, logging_steps=100)
+    trainer.train()
+    assert sum(trainer.meter.trained_tokens.values()) == 3 * 4 * 2 * 15
 
 
 def test_settings_are_saved_beside_the_model_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):

@@ -1,7 +1,8 @@
 """Map-style mixtures: several sources as one dataset, and the order in which their rows are read."""
 
+import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from .schedule import SourceSchedule
 
 __all__ = ["SOURCE_KEY", "MixtureDataset", "MixtureSampler", "split_sources", "tag_source"]
+
+logger = logging.getLogger(__name__)
 
 # Key under which a collated micro-batch names its source, between the data loader and the trainer.
 SOURCE_KEY = "nexus_source"
@@ -61,11 +64,12 @@ class MixtureDataset(torch.utils.data.Dataset):
         source = int(np.searchsorted(self.offsets, index, side="right")) - 1
         return self.sources[self.names[source]][int(index - self.offsets[source])]
 
-    def __getitems__(self, indices: list[int]) -> SourceRows:
-        """The rows of one micro-batch, which are all of one source."""
+    def __getitems__(self, indices: list[int]) -> list:
+        """The rows of one micro-batch; if they are all of one source, as in training, they know which."""
         source = int(np.searchsorted(self.offsets, indices[0], side="right")) - 1
         offset, end = self.offsets[source], self.offsets[source + 1]
-        assert all(offset <= i < end for i in indices), "a micro-batch crosses sources"
+        if not all(offset <= i < end for i in indices):
+            return [self[i] for i in indices]  # evaluated in order, say
         dataset, local = self.sources[self.names[source]], [int(i - offset) for i in indices]
         fetch = getattr(dataset, "__getitems__", None)
         rows = SourceRows(fetch(local) if fetch is not None else (dataset[i] for i in local))
@@ -155,6 +159,7 @@ class _Tagger:  # a class, not a closure: data loader workers may have to pickle
         self.collate = collate
 
     def __call__(self, rows: SourceRows) -> Any:
+        assert isinstance(rows, SourceRows), "a training micro-batch crosses sources"
         batch = self.collate(list(rows))
         if not isinstance(batch, Mapping):
             raise ValueError(
@@ -168,16 +173,26 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     """
     The sources of what was passed as `train_dataset`: a dict or `DatasetDict` as it is, a `datasets.Dataset` with a
     `source` column split by it, `None` for anything else (one plain dataset).
+
+    Raises:
+        ValueError: a dict of splits instead of sources.
     """
     if isinstance(train_dataset, Mapping):
+        if "train" in train_dataset and {"test", "validation"} & set(train_dataset):
+            raise ValueError(
+                f"train_dataset has the keys {list(train_dataset)}, which look like splits: all would be trained on. "
+                "Pass dataset['train'], or a dict of sources."
+            )
         return dict(train_dataset)
     columns = getattr(train_dataset, "column_names", None)
-    if (
-        not isinstance(columns, list)
-        or "source" not in columns
-        or not callable(getattr(train_dataset, "select", None))
-    ):
+    if not isinstance(columns, list) or "source" not in columns:
+        return None
+    if not isinstance(train_dataset, Sized):
+        logger.warning("The stream's `source` column is not looked at: its micro-batches mix sources.")
         return None
     labels = np.asarray(train_dataset["source"][:])
     rows = train_dataset.remove_columns("source")
-    return {str(name): rows.select(np.flatnonzero(labels == name)) for name in dict.fromkeys(labels.tolist())}
+    classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel
+    names = {label: str(label) if classes is None else classes[label] for label in dict.fromkeys(labels.tolist())}
+    logger.info("The dataset's `source` column names %d sources; remove it to train on one plain dataset.", len(names))
+    return {name: rows.select(np.flatnonzero(labels == label)) for label, name in names.items()}
