@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -187,7 +187,7 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     columns = getattr(train_dataset, "column_names", None)
     if not isinstance(columns, list) or "source" not in columns:
         return None
-    if not isinstance(train_dataset, Sized):
+    if isinstance(train_dataset, torch.utils.data.IterableDataset):
         logger.warning("The stream's `source` column is not looked at: its micro-batches mix sources.")
         return None
     labels = np.asarray(train_dataset["source"][:])
