@@ -112,6 +112,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
             reshard(model)
             raise
         finally:
+            nexus.restore()  # should a signal have kept the window from being left
             self.current_gradient_accumulation_steps = steps
         skipped = len(losses) - nexus.steps_taken
         self.meter.add_window(
@@ -213,6 +214,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         super().log(logs, start_time)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._restore()
         self._nexus = None  # the wrapped model and its parameters may be new
         return super()._prepare_for_training(*args, **kwargs)
 

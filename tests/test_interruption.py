@@ -1,6 +1,7 @@
 """Whatever breaks off a window, the weights are the snapshot's, also for what is saved or evaluated right after."""
 
 import functools
+import signal
 
 import pytest
 import torch
@@ -147,3 +148,33 @@ def test_saving_in_the_middle_of_a_window_from_a_callback_sees_clean_weights(mak
     trainer.train()
     assert len(seen) == 3
     assert all(torch.equal(at, start) for at in seen)
+
+
+def test_signals_at_any_moment_leave_the_weights_as_they_were(make_trainer, tmp_path):
+    """A real timer interrupts training wherever it happens to be; without learning, any change is a displacement."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    random, steps = torch.Generator().manual_seed(0), []
+
+    def arm(model):
+        steps.append(trainer.state.global_step)
+        if trainer.state.global_step == 2 and steps[-2] == 2:  # its beginning, after two whole windows
+            signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.2 * float(torch.rand((), generator=random)))
+
+    trainer = make_trainer(Rows(64, 0), max_steps=1000, learning_rate=0.0, inner_lr=1.0, logging_steps=1000)
+    trainer.add_callback(Between(arm))
+    trainer.eval_dataset = Rows(4, 1)
+    start, loss = weights(trainer.model), trainer.evaluate()["eval_loss"]
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(12):
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            assert steps[-1] >= 2
+            assert trainer.evaluate()["eval_loss"] == loss
+            assert torch.equal(weights(trainer.model), start)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
