@@ -2,14 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-OUT ?= runs/demo
 # One BLAS thread per test worker: more would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: demo test test-all lint format lock clean
 
 demo: $(READY)
-	$(BIN)/python recipes/pretrain_3b.py --config demo --output_dir $(OUT)
+	$(BIN)/python recipes/pretrain_3b.py --config demo
 
 test: $(READY)
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
