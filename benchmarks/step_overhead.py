@@ -10,6 +10,8 @@ round is one outer step of each arm in random order, and ratios are taken within
 cancels. An outer step is everything from one `on_step_end` to the next: data, k forward and backward passes, clipping,
 AdamW, counting. (Switching `args.nexus` within one run would be simpler, but off it still counts tokens per source,
 which the stock Trainer does not.) On a CPU the ratio is also given in CPU time, which other processes disturb less.
+`extra` is the difference to plain accumulation. It hardly depends on the number of tokens, and is measured best where
+little else happens: hence the 16 tokens, and the control arms there.
 
 Memory. Each arm runs alone for two outer steps. Counted is every byte that torch allocates from before the model is
 built: on CUDA by the allocator's statistics, on a CPU from each allocation and release in the profiler's trace. `held`
@@ -113,7 +115,7 @@ def read_clocks() -> Seconds:
 def measure_time(
     case: Case, arms: list[str], repeats: int | None, limit: float, threads: int
 ) -> list[dict[str, Seconds]]:
-    """Rounds of `{arm: time of one outer step}`: `repeats`, or as many as fit into `limit` seconds, at least 3."""
+    """Rounds of `{arm: time of one outer step}`: `repeats`, or as many as fit into `limit` seconds, at least 5."""
     most = repeats or MAX_ROUNDS
     steps = most + 3  # one to warm up, and the loader reads ahead
     sources = case.sources(steps)
@@ -124,7 +126,7 @@ def measure_time(
         run.step()  # allocates the optimizer's state and the snapshot
     rounds: list[dict[str, Seconds]] = []
     started = time.perf_counter()
-    while len(rounds) < most and (repeats or len(rounds) < 3 or time.perf_counter() - started < limit):
+    while len(rounds) < most and (repeats or len(rounds) < 5 or time.perf_counter() - started < limit):
         rounds.append({arm: runs[arm].step() for arm in random.sample(arms, len(arms))})
     for run in runs.values():
         run.stop()
@@ -193,14 +195,15 @@ def add_rows(table: Table, case: Case, arms: list[str], repeats: int | None, lim
     rounds = measure_time(case, arms, repeats, limit, threads)
     parameters = sum(p.numel() for p in case.build_model().parameters())
     for arm in arms:
-        median = statistics.median(times[arm][0] for times in rounds)
+        typical = statistics.median(times[arm][0] for times in rounds)
+        head = f"{parameters / 1e6:.1f}M", str(case.tokens), arm, f"{typical * 1e3:,.0f} ms"
         if arm == PLAIN:
-            cells = [*["1"] * (1 if CUDA else 2), "0", "0"]
-        else:
-            cells = [quartiles([times[arm][i] / times[PLAIN][i] for times in rounds]) for i in range(1 if CUDA else 2)]
-            cells += [f"{(a - b) / parameters:+.3f}" for a, b in zip(memory[arm], memory[PLAIN], strict=True)]
-        head = f"{parameters / 1e6:.1f}M", str(case.tokens), arm, f"{median * 1e3:,.0f} ms"
-        table.add_row(*head, *cells, str(len(rounds)))
+            table.add_row(*head, "", *["1"] * (1 if CUDA else 2), "", "", str(len(rounds)))
+            continue
+        extra = statistics.median(times[arm][0] - times[PLAIN][0] for times in rounds)
+        ratios = [quartiles([times[arm][i] / times[PLAIN][i] for times in rounds]) for i in range(1 if CUDA else 2)]
+        held, peak = (f"{(a - b) / parameters:+.3f}" for a, b in zip(memory[arm], memory[PLAIN], strict=True))
+        table.add_row(*head, f"{extra * 1e3:+,.0f} ms", *ratios, held, peak, str(len(rounds)))
 
 
 def quartiles(values: list[float]) -> str:
@@ -222,10 +225,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = list(MODELS) if CUDA else ["1M", "15M"]
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=sizes)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="per micro-batch")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512, 2048], help="per micro-batch")
     parser.add_argument("--k", type=int, default=4, help="micro-batches per outer step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, help="rounds of each case, instead of --minutes")
-    parser.add_argument("--minutes", type=float, default=3.5, help="for all timed rounds (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=3, help="for all timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     options = parser.parse_args()
     if any(tokens < 2 or (tokens > LENGTH and tokens % LENGTH) for tokens in options.tokens):
@@ -236,11 +239,20 @@ def main() -> None:
     # A longer step gets more time for its rounds, though not in proportion.
     shares = [(MODELS[case.model]["hidden_size"] ** 2 * case.tokens) ** 0.5 for case in cases]
     times = ["time / plain"] if CUDA else ["time / plain", "CPU time / plain"]
-    columns = ["parameters", "tokens", "arm", "outer step", *times, "held, B/param", "peak, B/param", "rounds"]
+    columns = [
+        "parameters",
+        "tokens",
+        "arm",
+        "outer step",
+        "extra",
+        *times,
+        "held, B/param",
+        "peak, B/param",
+        "rounds",
+    ]
     table = Table(*columns, box=box.MARKDOWN)
     for case, share in zip(cases, shares, strict=True):
         print(f"{case.model}, {case.tokens} tokens per micro-batch ...", file=sys.stderr)
-        # The fixed cost of a window weighs most where micro-batches are small: the controls are shown there.
         arms = list(ARMS) if case.tokens == min(options.tokens) else [PLAIN, NEXUS]
         add_rows(table, case, arms, options.repeats, 60 * options.minutes * share / sum(shares), options.threads)
         gc.collect()

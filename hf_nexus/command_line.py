@@ -149,14 +149,20 @@ def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, 
     mixture = MixtureConfig.from_dict({**resolved["data"], "sources": sources})
     resolved["data"]["sources"] = sources
     given = {name: {key: values[key] for key in _keys(name) if key != "sources"} for name in SECTIONS}
+    model = ModelArguments(**given["model"])
+    _check_shape(model)
+    if values["devices"] is not None and values["devices"] < 1:
+        raise ValueError(f"--devices {values['devices']} is not allowed; plan for 1 or more.")
     if values["dry_run"]:
         given["training"]["use_cpu"] = True
     else:
         _require_accelerator(values)
+    training = PretrainConfig(**given["training"])
+    _check_weights(training, mixture)
     return PretrainArguments(
-        model=ModelArguments(**given["model"]),
+        model=model,
         data=DataArguments(**given["data"]),
-        training=PretrainConfig(**given["training"]),
+        training=training,
         mixture=mixture,
         config=values["config"],
         dry_run=values["dry_run"],
@@ -164,6 +170,34 @@ def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, 
         resolved=resolved,
         changed={key: value for key, value in resolved["training"].items() if value != _plain(key, defaults[key])},
     )
+
+
+def _check_shape(model: ModelArguments) -> None:
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{name}={value} is not allowed; it must be 1 or more.")
+    if model.hidden_size % (2 * heads):
+        raise ValueError(
+            f"model.hidden_size={model.hidden_size} with model.num_attention_heads={heads} is not allowed: each head "
+            f"needs the same even width. Make hidden_size a multiple of {2 * heads}, or change num_attention_heads."
+        )
+    if groups is not None and heads % groups:
+        raise ValueError(
+            f"model.num_key_value_heads={groups} is not allowed with model.num_attention_heads={heads}: it must "
+            "divide them evenly. Leave it out for as many as attention heads."
+        )
+
+
+def _check_weights(training: PretrainConfig, mixture: MixtureConfig) -> None:
+    weights, sources = training.mixture_weights, mixture.train_sources
+    if isinstance(weights, dict) and weights.keys() != sources.keys():
+        raise ValueError(
+            f"mixture_weights names {', '.join(weights)}, but the training sources are {', '.join(sources)}. Give "
+            "each of them a weight, and no other name; 0 leaves a source out."
+        )
 
 
 def _require_accelerator(values: dict[str, Any]) -> None:

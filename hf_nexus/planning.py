@@ -1,12 +1,13 @@
 """What a run will take, before anything is downloaded: parameters, tokens, steps and memory."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers import SchedulerType
 
-from .arguments import PretrainArguments
+from .arguments import PretrainArguments, PretrainConfig
 from .mixture.plan import PlanRow, format_plan, mixture_plan
 from .models import count_parameters, model_config
 
@@ -93,7 +94,8 @@ class RunPlan:
         tokens_per_step (`int`):
             Of one outer step over all devices.
         steps (`int`, *optional*), tokens (`int`, *optional*):
-            In all; unknown where they depend on data of unknown size.
+            In all; unknown where they depend on data of unknown size. The tokens may be fewer than `steps *
+            tokens_per_step`: the last window of an epoch has only the micro-batches that are left.
         mixture (`list[PlanRow]`, *optional*):
             What becomes of each training source.
     """
@@ -102,12 +104,9 @@ class RunPlan:
     devices: int
     tokens_per_step: int
     steps: int | None
+    tokens: int | None
     mixture: list[PlanRow] | None
     memory: MemoryEstimate
-
-    @property
-    def tokens(self) -> int | None:
-        return None if self.steps is None else self.steps * self.tokens_per_step
 
 
 def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int] | None = None) -> RunPlan:
@@ -123,7 +122,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
             Tokens of each training source; what the configuration states by default.
 
     Raises:
-        ValueError: a cap on repetition that the sizes cannot meet.
+        ValueError: a cap on repetition that the sizes cannot meet, or a source smaller than one micro-batch.
 
     Example:
         >>> from hf_nexus.command_line import parse_arguments
@@ -134,21 +133,41 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     """
     t, length = arguments.training, arguments.data.sequence_length
     parameters = count_parameters(model_config(arguments.model, length))
-    micro_batch = t.per_device_train_batch_size * length * devices
-    tokens_per_step = micro_batch * t.gradient_accumulation_steps
+    rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources
     known = tokens or {name: s.known_tokens for name, s in sources.items() if s.known_tokens is not None}
-    complete = len(known) == len(sources)
     steps: int | None = t.max_steps if t.max_steps > 0 else None
-    if steps is None and complete:
-        steps = int(t.num_train_epochs * (sum(known.values()) // micro_batch) // t.gradient_accumulation_steps)
-    rows = None
-    if complete and steps is not None:
+    total = None if steps is None else steps * window * rows * length
+    mixture = None
+    if len(known) == len(sources):
         weights = t.mixture_weights if isinstance(t.mixture_weights, dict) else arguments.mixture.weights(known)
+        _check_sizes({name: size // length for name, size in known.items() if weights[name] > 0}, rows)
+        epoch = sum(size // length for size in known.values()) // rows
+        steps, micro_batches = _count_steps(t, epoch)
+        total = micro_batches * rows * length
         caps = {name: source.max_epochs for name, source in sources.items()}
-        rows = mixture_plan(known, weights, steps * tokens_per_step, caps)
+        mixture = mixture_plan(known, weights, total, caps)
     memory = estimate_memory(arguments, parameters, devices)
-    return RunPlan(parameters, devices, tokens_per_step, steps, rows, memory)
+    return RunPlan(parameters, devices, window * rows * length, steps, total, mixture, memory)
+
+
+def _check_sizes(sizes: Mapping[str, int], rows: int) -> None:
+    for name, size in sizes.items():
+        if size < rows:
+            raise ValueError(
+                f"sources.{name}: it has {size} rows, fewer than one micro-batch of {rows} ("
+                "per_device_train_batch_size times devices). Lower per_device_train_batch_size or sequence_length, or "
+                "add documents."
+            )
+
+
+def _count_steps(training: PretrainConfig, epoch: int) -> tuple[int, int]:
+    """Outer steps and micro-batches of a run, from the micro-batches of an epoch, as the Trainer counts them."""
+    window = training.gradient_accumulation_steps
+    per_epoch = max(1, math.ceil(epoch / window))
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    epochs, rest = divmod(steps, per_epoch)
+    return steps, epochs * epoch + min(rest * window, epoch)
 
 
 def print_plan(
@@ -176,6 +195,8 @@ def _run_table(arguments: PretrainArguments, plan: RunPlan) -> "Table":
 
     t, m = arguments.training, arguments.model
     table = Table(title=f"Plan of {arguments.config}", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
     shape = f"{m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary {m.vocab_size}"
     table.add_row("parameters", f"{plan.parameters:,} ({shape})")
     factors = (

@@ -1,6 +1,8 @@
 """A pretraining run, from a configuration to a folder with a model, its curves and its card."""
 
+import gc
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,15 +46,25 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
         >>> from hf_nexus.pretrain import main
         >>> main(["--config", "3b", "--dry_run"])  # doctest: +SKIP
     """
+    run = None
     try:
         run = _from_command_line(sys.argv[1:] if argv is None else argv, debug)
         if run is not None:
             disable_progress_bar()  # of writing shards; a line per log entry says enough
             run.train()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+            run.trainer.accelerator.wait_for_everyone()  # nobody leaves while another still communicates
+    except BaseException as error:
+        if torch.distributed.is_initialized():
+            traceback.clear_frames(error.__traceback__)  # they hold the model; the traceback can still be printed
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
     finally:
         if torch.distributed.is_initialized():
+            # The model first: as the last owner of the group, DDP would join the group's threads with Python's lock
+            # held, and wait forever for one that waits for that lock.
+            del run
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 
@@ -81,6 +93,8 @@ def pretrain(arguments: PretrainArguments) -> "NexusTrainer":
     """
     Train a model from scratch and leave in `output_dir`: the model (float32) and its tokenizer, `trainer_state.json`,
     `training.png`, `README.md`, and `pretrain.yaml`, which given as `--config` repeats the run.
+
+    Of several processes, drop the trainer before `torch.distributed.destroy_process_group()`, as [`main`] does.
 
     Args:
         arguments ([`PretrainArguments`]):

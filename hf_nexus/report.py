@@ -102,7 +102,7 @@ def summarize(arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "M
     last: dict[str, Any] = {}
     for entry in log:
         last.update(entry)
-    trained = {name: int(last.get(f"tokens/{name}", 0)) for name in mixture.train}
+    trained = {name: trainer.meter.trained_tokens[name] for name in mixture.train}
     total = max(1, sum(trained.values()))
     weights, model = trainer.mixture_weights, trainer.model
     assert weights is not None and isinstance(model, PreTrainedModel)

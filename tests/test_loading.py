@@ -338,6 +338,15 @@ def test_a_source_that_cannot_be_used_is_named_with_the_reason(load: Any, source
         load(a=source, sequence_length=64)
 
 
+@pytest.mark.parametrize("role", ["train", "ood"])
+def test_documents_longer_than_max_tokens_say_to_raise_it(load: Any, role: str) -> None:
+    write("a.jsonl", texts(20))
+    write("long.jsonl", [" ".join(texts(40, "judge"))])
+    sources = {"a": {"path": "a.jsonl"}, "b": {"path": "long.jsonl", "role": role, "max_tokens": 70}}
+    with pytest.raises(ValueError, match=r"sources\.b: .*within max_tokens=70.*raise max_tokens"):
+        load(**sources, sequence_length=64)
+
+
 def test_a_source_that_is_held_out_elsewhere_as_a_whole_is_refused(load: Any) -> None:
     write("a.jsonl", texts(20))
     with pytest.raises(ValueError, match=r"sources\.a: all of its 20 documents are held out"):

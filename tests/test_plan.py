@@ -81,8 +81,8 @@ def test_sources_too_large_to_be_loaded_whole_are_refused_unless_limited() -> No
         check_map_style(config(max_tokens=MAP_STYLE_LIMIT + 1))
 
 
-def render(table: Any) -> str:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def render(table: Any, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table)
     return console.export_text()
 
@@ -100,7 +100,26 @@ def test_the_table_shows_every_source_and_the_total() -> None:
     assert "1,234 steps" in text
     lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
     assert all(part in lines["web"] for part in ("train", "odc-by", "8,000", "80.0%", "1.00"))
-    assert all(part in lines["code"] for part in ("train", "unknown", "1,000", "20.0%", "2,000", "2.00 (at most 4)"))
+    assert all(part in lines["code"] for part in ("train", "unknown", "1,000", "20.0%", "2,000", "2.00 (max 4)"))
     assert all(part in lines["law"] for part in ("ood", "mit", "512"))
     assert all(part in lines["med"] for part in ("ood", "unknown"))
-    assert all(part in lines["total"] for part in ("9,000", "100.0%", "10,000", "1.11"))
+    assert all(part in lines["total"] for part in ("9,000", "100.0%", "10.0k", "1.11"))
+
+
+def test_no_number_is_cut_at_80_columns() -> None:
+    tokens = {"english-web-pages-and-books": 1_300_000_000_000, "code": 1_730_000, "mathematics": 999_600}
+    weights = {"english-web-pages-and-books": 0.99990, "code": 0.00007, "mathematics": 0.00003}
+    caps = {"code": 4.0, "mathematics": 12.5, "english-web-pages-and-books": None}
+    licenses = {"english-web-pages-and-books": "odc-by and others", "code": "apache-2.0", "law": "cc-by-nc-sa-4.0"}
+    rows = mixture_plan(tokens, weights, 62_914_560_000, caps)
+    lines = render(format_plan(rows, licenses=licenses, ood_tokens={"law": 10_000_000_000}), 80).splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    cells = [[cell.strip() for cell in line.split("│")[4:8]] for line in lines if line.startswith("│")]
+    for numbers in (
+        ["1.30T", "100.0%", "62.9B", "0.05"],
+        ["1.73M", "0.0%", "4.40M", "2.55 (max 4)"],
+        ["1.00M", "0.0%", "1.89M", "1.89 (max 12.5)"],
+        ["10.0B", "", "", ""],
+        ["1.30T", "100.0%", "62.9B", "0.05"],
+    ):
+        assert numbers in cells, numbers

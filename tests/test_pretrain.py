@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -208,10 +210,19 @@ def test_plan_follows_the_number_of_devices_and_the_steps(config):
     assert [row.share for row in one.mixture] == [0.75, 0.25]
 
 
-def test_plan_of_epochs_takes_the_rows_that_there_are(config):
-    arguments = parse_arguments(["--config", str(config), "--dry_run", "--max_steps", "-1", "--num_train_epochs", "2"])
-    plan = plan_run(arguments, 1, {"letters": 32 * 50, "digits": 32 * 53})  # 103 rows: 51 micro-batches an epoch
-    assert plan.steps == 2 * 51 // 4
+@pytest.mark.parametrize("epochs", ["0.5", "1", "2", "2.2", "3"])
+def test_plan_of_epochs_is_what_the_trainer_does(config, tmp_path, epochs):
+    # 5 rows a micro-batch and 4 of them a window: the last window of an epoch is short.
+    flags = ["--sequence_length", "256", "--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "4"]
+    flags += ["--max_steps", "-1", "--num_train_epochs", epochs, "--eval_strategy", "no", "--save_strategy", "no"]
+    trainer = run(config, tmp_path, *flags, "--eval_on_start", "false", "--logging_steps", "1")
+    sizes = dict(zip(trainer.train_dataset.names, trainer.train_dataset.sizes, strict=True))
+    assert sum(sizes.values()) // 5 % 4 != 0
+    arguments = parse_arguments(["--config", str(config), "--dry_run", *flags])
+    plan = plan_run(arguments, 1, {name: rows * 256 for name, rows in sizes.items()})
+    assert plan.steps == trainer.state.global_step
+    assert plan.tokens // 256 * 255 == sum(trainer.meter.trained_tokens.values())  # a row's first is not predicted
+    assert sum(row.train_tokens for row in plan.mixture) == plan.tokens
     assert plan_run(arguments, 1).steps is None
 
 
@@ -265,6 +276,42 @@ def saved_bytes(arguments) -> int:
         output = model(input_ids=ids, labels=ids)
     assert output.loss.isfinite()
     return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--hidden_size", "100", "--num_attention_heads", "7"], ["hidden_size=100", "num_attention_heads=7", "14"]),
+        (["--hidden_size", "36"], ["hidden_size=36", "even width", "multiple of 8"]),
+        (["--num_key_value_heads", "3"], ["num_key_value_heads=3", "num_attention_heads=4"]),
+        (["--num_hidden_layers", "0"], ["num_hidden_layers=0", "1 or more"]),
+        (["--mixture_weights", '{"code": 1}'], ["mixture_weights", "code", "digits, letters", "0 leaves"]),
+        (["--mixture_weights", '{"letters": 1}'], ["mixture_weights", "digits, letters", "0 leaves"]),
+        (["--devices", "0"], ["--devices 0", "1 or more"]),
+        (["--devices", "-2"], ["--devices -2"]),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_line(config, tmp_path, flags, words, dry):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config), "--output_dir", str(tmp_path), *flags, *(["--dry_run"] if dry else [])])
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_source_smaller_than_a_micro_batch_is_refused_before_the_first_step(config, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config), "--output_dir", str(tmp_path), "--per_device_train_batch_size", "5000"])
+    message = str(stop.value.code)
+    assert message.startswith("error: sources.digits: ") and "\n" not in message
+    assert "micro-batch of 5000" in message and "per_device_train_batch_size" in message
+    arguments = parse_arguments(["--config", str(config), "--dry_run"])
+    with pytest.raises(ValueError, match=r"sources\.digits: .*1 rows.*micro-batch of 2"):
+        plan_run(arguments, 1, {"letters": 32 * 50, "digits": 63})
+    weights = ["--mixture_weights", '{"letters": 1, "digits": 0}']
+    arguments = parse_arguments(["--config", str(config), "--dry_run", *weights])
+    plan_run(arguments, 1, {"letters": 32 * 50, "digits": 63})  # it is never read
 
 
 # ---- A finished run ----
@@ -400,6 +447,38 @@ def test_an_error_in_training_keeps_its_traceback(config, tmp_path, monkeypatch)
     monkeypatch.setattr(NexusTrainer, "train", fail)
     with pytest.raises(ValueError, match="in the middle"):
         main(["--config", str(config), "--output_dir", str(tmp_path)])
+
+
+def test_the_card_of_a_run_without_a_log_line_counts_its_tokens(config, tmp_path):
+    run(config, tmp_path, "--max_steps", "2", "--logging_steps", "50")
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert not any("tokens/letters" in entry for entry in log)
+    card = (tmp_path / "README.md").read_text()
+    rows = [re.search(rf"^\| {name} \|.*\| ([\d,]+) \|", card, re.MULTILINE) for name in ("letters", "digits")]
+    assert sum(int(row[1].replace(",", "")) for row in rows) == 2 * 4 * 2 * 31
+
+
+@pytest.mark.parametrize("fails", [None, ValueError, KeyboardInterrupt])
+def test_the_model_is_gone_before_the_process_group(config, tmp_path, monkeypatch, fails):
+    train, destroy = NexusTrainer.train, torch.distributed.destroy_process_group
+    models, alive = [], []
+
+    def watched(self, *args, **kwargs):
+        models.append(weakref.ref(self.model))
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        if fails:
+            raise fails("in the middle")
+        return train(self, *args, **kwargs)
+
+    def watch():
+        alive.append(models[0]() is not None)
+        destroy()
+
+    monkeypatch.setattr(NexusTrainer, "train", watched)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", watch)
+    with pytest.raises(SystemExit if fails is KeyboardInterrupt else fails) if fails else nullcontext():
+        main(["--config", str(config), "--output_dir", str(tmp_path)])
+    assert alive == [False]
 
 
 @pytest.mark.slow

@@ -161,14 +161,19 @@ def _without(packer: SourcePacker, documents: "Dataset", held_out: np.ndarray, e
 
 def _pack_train(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":
     limit = config.sources[packer.reader.name].max_tokens
-    fix = "raise max_tokens, or add documents" if limit else "add documents"
-    return packer.pack_documents(documents, config.sequence_length, limit, what="the training documents", fix=fix)
+    what, fix = "the training documents", _more_documents(limit)
+    return packer.pack_documents(documents, config.sequence_length, limit, what=what, fix=fix)
 
 
 def _pack_eval(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":
     source = config.sources[packer.reader.name]
     if source.role == "ood":
-        return packer.pack_documents(documents, config.sequence_length, source.max_tokens)
+        limit = source.max_tokens
+        return packer.pack_documents(documents, config.sequence_length, limit, fix=_more_documents(limit))
     fix = "raise eval_rows" if source.eval_rows is not None else "choose a larger eval_split"
     what = f"the {len(documents)} held-out documents"
     return packer.pack_documents(documents, config.sequence_length, what=what, fix=fix)
+
+
+def _more_documents(max_tokens: int | None) -> str:
+    return "raise max_tokens, or add documents" if max_tokens else "add documents"

@@ -159,19 +159,29 @@ def format_plan(
         return "" if licenses is None else licenses.get(name) or "unknown"
 
     table = Table(title="Mixture" if steps is None else f"Mixture over {steps:,} steps")
-    for column in ("source", "role", "licence"):
-        table.add_column(column, no_wrap=column == "source")
-    for column in ("tokens", "share", "tokens seen", "epochs"):
-        table.add_column(column, justify="right")
+    # Numbers keep their width in a narrow terminal; names and licences go on in the next line.
+    table.add_column("source", overflow="fold")
+    table.add_column("role", no_wrap=True)
+    table.add_column("licence", overflow="fold")
+    for column in ("tokens", "share", "seen", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cap = "" if row.max_epochs is None else f" (at most {row.max_epochs:g})"
-        numbers = (f"{row.tokens:,}", f"{row.share:.1%}", f"{row.train_tokens:,}", f"{row.epochs:.2f}{cap}")
+        cap = "" if row.max_epochs is None else f" (max {row.max_epochs:g})"
+        numbers = (_compact(row.tokens), f"{row.share:.1%}", _compact(row.train_tokens), f"{row.epochs:.2f}{cap}")
         table.add_row(row.source, "train", licence(row.source), *numbers)
     for name, size in (ood_tokens or {}).items():
-        table.add_row(name, "ood", licence(name), "unknown" if size is None else f"{size:,}")
+        table.add_row(name, "ood", licence(name), "unknown" if size is None else _compact(size))
     tokens, seen = sum(row.tokens for row in rows), sum(row.train_tokens for row in rows)
     table.add_section()
-    table.add_row(
-        "total", "train", "", f"{tokens:,}", f"{sum(r.share for r in rows):.1%}", f"{seen:,}", f"{seen / tokens:.2f}"
-    )
+    share = f"{sum(r.share for r in rows):.1%}"
+    table.add_row("total", "train", "", _compact(tokens), share, _compact(seen), f"{seen / tokens:.2f}")
     return table
+
+
+def _compact(count: int) -> str:
+    """Three digits and a unit; numbers below 10,000 in full."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= max(10_000, 0.9995 * size):  # what rounds to 1000 of a unit is 1.00 of the next
+            value = count / size
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{unit}"
+    return f"{count:,}"
