@@ -21,30 +21,23 @@ is what lives between outer steps (parameters, optimizer state, snapshot), `peak
 
 import argparse
 import gc
-import json
 import os
 import platform
 import random
 import re
 import statistics
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells of its every start and stop
-
 import torch
+from allocations import measure_memory
 from arms import ARMS, CUDA, LENGTH, MODELS, NEXUS, PLAIN, Case
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
 MAX_ROUNDS = 60
@@ -133,58 +126,6 @@ def measure_time(
     return rounds
 
 
-# ---- Memory ----
-
-
-class AfterLastStep(TrainerCallback):
-    """Calls back when the last outer step is over, while its micro-batches are still there."""
-
-    def __init__(self, call: Callable[[], None]):
-        self.call = call
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == args.max_steps:
-            self.call()
-
-
-def measure_memory(case: Case, arm: str) -> tuple[int, int]:
-    """Bytes held after two outer steps, and the most that were held at once."""
-    case = replace(case, k=min(case.k, 2))  # the third micro-batch meets the same memory as the second
-    sources = case.sources(3)
-
-    def train_twice(call: Callable[[], None]) -> None:
-        trainer = case.trainer(arm, sources, steps=2)
-        trainer.add_callback(AfterLastStep(call))
-        trainer.train()
-
-    gc.collect()
-    return _allocated_on_gpu(train_twice) if CUDA else _allocated_on_cpu(train_twice)
-
-
-def _allocated_on_cpu(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-    profiler.start()
-    train(profiler.stop)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return live, peak
-
-
-def _allocated_on_gpu(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
-    train(lambda: None)  # the libraries' own workspaces stay from here on
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before, held = torch.cuda.memory_allocated(), []
-    train(lambda: held.append(torch.cuda.memory_allocated() - before))
-    return held[0], torch.cuda.max_memory_allocated() - before
-
-
 # ---- The table ----
 
 
@@ -228,7 +169,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512, 2048], help="per micro-batch")
     parser.add_argument("--k", type=int, default=4, help="micro-batches per outer step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, help="rounds of each case, instead of --minutes")
-    parser.add_argument("--minutes", type=float, default=3, help="for all timed rounds (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=2.5, help="for all timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     options = parser.parse_args()
     if any(tokens < 2 or (tokens > LENGTH and tokens % LENGTH) for tokens in options.tokens):

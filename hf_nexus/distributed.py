@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-__all__ = ["Shards", "average_pseudo_gradients", "check_supported", "check_weights", "reshard"]
+__all__ = ["Shards", "average_pseudo_gradients", "check_supported", "reshard"]
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
 _FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
@@ -81,22 +81,6 @@ def _check_fsdp(trainer: Trainer) -> None:
             "inner_sync='local' is not possible under FSDP: no rank holds all of the weights that it would walk. Use "
             "inner_sync='global', or DDP."
         )
-
-
-def check_weights(model: nn.Module) -> None:
-    """
-    Refuse trainable weights of less than 32 bits: most of an inner step would be rounded away.
-
-    Raises:
-        ValueError: names the first such parameter and the fix.
-    """
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"Parameter {name!r} is {p.dtype}; Nexus needs float32 trainable weights, since 69 to 99.7 % of an "
-                "inner step is lost in bfloat16. Load with `from_pretrained(..., dtype=torch.float32)` or call "
-                "`model.float()`, and pass bf16=True to compute in bfloat16."
-            )
 
 
 class Shards:

@@ -12,15 +12,13 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from .config import NexusConfig, NexusConfigMixin
+from .evaluation.losses import OOD, mean_losses
 from .meter import TrainingMeter
 from .mixture.indexed import SOURCE_KEY, MixtureDataset, MixtureSampler, split_sources, tag_source
 from .mixture.loading import Mixture
 from .mixture.schedule import SourceSchedule
 
 __all__ = ["MixtureTrainerMixin", "Window"]
-
-# The name under which the sources that are not trained on are summed up in evaluations.
-OOD = "ood"
 
 
 # What the mixins are mixed into has the Trainer's attributes; this tells type checkers not to look for them.
@@ -185,7 +183,7 @@ class MixtureTrainerMixin(Base):
                 for name, dataset in sets.items():
                     chosen = name if eval_dataset is None else dataset
                     metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
-            metrics |= _mean_losses(metrics, list(sets), self.mixture_weights or {}, metric_key_prefix)
+            metrics |= mean_losses(metrics, list(sets), self.mixture_weights or {}, metric_key_prefix)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meter.pause(time.perf_counter() - started)
@@ -261,18 +259,3 @@ def _check_eval_names(evaluation: Any) -> None:
         raise ValueError(
             f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set."
         )
-
-
-def _mean_losses(metrics: dict[str, float], names: list[str], weights: Mapping[str, float], prefix: str) -> dict:
-    losses = {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
-    sources = [name for name in losses if name in weights] or list(losses)
-    inside = {name: weights.get(name, 0.0) for name in sources}
-    if not sum(inside.values()):  # no set's name matches a source, or only those that are left out of training
-        inside = dict.fromkeys(sources, 1.0)
-    outside = [loss for name, loss in losses.items() if name not in inside]
-    means = {}
-    if losses:
-        means[f"{prefix}_loss"] = sum(losses[name] * w for name, w in inside.items()) / sum(inside.values())
-    if outside:
-        means[f"{prefix}_{OOD}_loss"] = sum(outside) / len(outside)
-    return means

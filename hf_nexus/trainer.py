@@ -1,6 +1,5 @@
 """The Trainer extension: one Nexus window per optimizer step, the rest is the Trainer's."""
 
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +12,11 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .config import nexus_settings
-from .distributed import Shards, average_pseudo_gradients, check_supported, check_weights, reshard
-from .evaluation.closeness import gradient_cosines
+from .distributed import Shards, average_pseudo_gradients, check_supported, reshard
 from .mixture_trainer import MixtureTrainerMixin, Window
 from .nexus import Nexus
+from .precision import check_weights, warn_of_short_steps
+from .source_cosines import source_cosines
 
 __all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
 
@@ -24,8 +24,6 @@ logger = logging.get_logger(__name__)
 
 # The Nexus settings, saved beside each model.
 SETTINGS_NAME = "nexus.yaml"
-# Root mean square of an inner step below which bfloat16 autocast's noise drowns over a third of the path's signal.
-AUTOCAST_FLOOR = 3e-6
 
 
 class NexusTrainerMixin(MixtureTrainerMixin):
@@ -145,7 +143,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
                 reduce_norm=shards.norm,
                 key=(self.args.seed, walker),
             )
-            _warn_of_short_steps(self._nexus, autocast=self.accelerator.mixed_precision == "bf16")
+            warn_of_short_steps(self._nexus, autocast=self.accelerator.mixed_precision == "bf16")
         self._nexus.outer_step = self.state.global_step
         self._nexus.inner_lr = self.args.inner_lr * self._schedule_factor()
         return self._nexus
@@ -175,34 +173,12 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         if self._nexus is not None:
             self._nexus.restore()
 
-    # ---- Gradient cosines, on request ----
-
     def _measure_cosines(self) -> None:
         every = self.args.gradient_cosine_steps
         if not every or self.state.global_step % every:
             return
         started = time.perf_counter()
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-
-        def loss_of(name: str) -> Any:
-            held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            dataset = held_out.get(name, self.train_dataset.sources[name])
-            rows = range(min(len(dataset), self.args.per_device_train_batch_size))  # fixed, and the same on all ranks
-            batch = self._prepare_inputs(collate([dataset[i] for i in rows]))
-
-            def loss() -> Tensor:
-                with self.compute_loss_context_manager():
-                    return self.compute_loss(self.model, dict(batch))
-
-            return loss
-
-        devices = [] if self.args.device.type == "cpu" else [self.args.device]
-        self.model.eval()
-        with torch.random.fork_rng(devices, device_type=self.args.device.type if devices else "cuda"):
-            params = [p for p in self.model.parameters() if p.requires_grad]
-            cosines = gradient_cosines({name: loss_of(name) for name in self.train_dataset.names}, params)
-        self.model.train()
-        self.log({f"cosine/{a}-{b}": value for (a, b), value in cosines.items()})
+        self.log({f"cosine/{a}-{b}": value for (a, b), value in source_cosines(self).items()})
         self.meter.pause(time.perf_counter() - started)
 
     # ---- Logging, saving, resuming ----
@@ -259,22 +235,6 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         for name, value in self.nexus_settings().items():
             if name in saved and saved[name] != value:
                 logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")
-
-
-def _warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
-    size = sum(p.numel() for p in nexus.params)
-    per_weight = nexus.inner_lr / math.sqrt(size)
-    if 0 < nexus.inner_lr < nexus.min_inner_lr:
-        logger.warning(
-            f"inner_lr={nexus.inner_lr} is below {nexus.min_inner_lr:.1e}, where rounding would drown the path of "
-            f"{size:,} parameters: normalized gradients are averaged without moving instead."
-        )
-    elif autocast and 0 < per_weight < AUTOCAST_FLOOR:
-        logger.warning(
-            f"inner_lr={nexus.inner_lr} moves each of {size:,} weights by {per_weight:.1e} on average. At 3e-6, "
-            "bfloat16 autocast was measured to keep 63 % of the path's signal, at 3e-7 only 8 %. Raise inner_lr to "
-            f"{AUTOCAST_FLOOR * math.sqrt(size):.2g} or more."
-        )
 
 
 class NexusTrainer(NexusTrainerMixin, Trainer):

@@ -48,7 +48,7 @@ def test_rooms_import_neither_one_another_nor_what_lies_above(path):
 
 
 def test_the_directions_test_sees_imports():
-    assert {"nexus", "mixture_trainer", "evaluation", "distributed"} <= imports(PACKAGE / "trainer.py")
+    assert {"nexus", "mixture_trainer", "precision", "distributed"} <= imports(PACKAGE / "trainer.py")
     assert imports(PACKAGE / "nexus.py") == {"snapshot"}
 
 

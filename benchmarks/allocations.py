@@ -1,0 +1,68 @@
+"""How much memory torch allocates for a training run, to the byte, on a CPU as on a GPU."""
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells of its every start and stop
+
+import torch
+from arms import CUDA, Case
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+__all__ = ["measure_memory"]
+
+
+class AfterLastStep(TrainerCallback):
+    """Calls back when the last outer step is over, while its micro-batches are still there."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call = call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == args.max_steps:
+            self.call()
+
+
+def measure_memory(case: Case, arm: str) -> tuple[int, int]:
+    """Bytes held after two outer steps, and the most that were held at once."""
+    case = replace(case, k=min(case.k, 2))  # the third micro-batch meets the same memory as the second
+    sources = case.sources(3)
+
+    def train_twice(call: Callable[[], None]) -> None:
+        trainer = case.trainer(arm, sources, steps=2)
+        trainer.add_callback(AfterLastStep(call))
+        trainer.train()
+
+    gc.collect()
+    return _allocated_on_gpu(train_twice) if CUDA else _allocated_on_cpu(train_twice)
+
+
+def _allocated_on_cpu(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    profiler.start()
+    train(profiler.stop)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return live, peak
+
+
+def _allocated_on_gpu(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+    train(lambda: None)  # the libraries' own workspaces stay from here on
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before, held = torch.cuda.memory_allocated(), []
+    train(lambda: held.append(torch.cuda.memory_allocated() - before))
+    return held[0], torch.cuda.max_memory_allocated() - before
