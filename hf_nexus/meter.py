@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class TrainingMeter(TrainerCallback, ExportableState):
         self.inner_steps_skipped = inner_steps_skipped
         self.windows_dropped = windows_dropped
         self._interval = _Interval()
+        self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
 
     def state(self) -> dict:
         """The totals up to the last [`settle`], for `trainer_state.json`."""
@@ -84,17 +86,35 @@ class TrainingMeter(TrainerCallback, ExportableState):
         known = totals["trained_tokens"]
         self._begin(**totals | {"trained_tokens": {source: known.get(source, 0) for source in self.sources}})
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Forget a window that was broken off."""
+        self._window.clear()
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Count the window; a checkpoint saved before this step repeats it, and must not count it twice."""
+        for count in self._window:
+            count()
+        self._window.clear()
+
     def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
-        """Count one trained micro-batch: `loss` is the sum over its tokens on this rank, both 0-d tensors."""
+        """Note one trained micro-batch: `loss` is the sum over its tokens on this rank, both 0-d tensors."""
+        self._window.append(partial(self._count_micro_batch, source, loss, tokens))
+
+    def add_window(
+        self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
+    ) -> None:
+        """Note one outer step; `finite` (0-d bool) says whether any of its losses was."""
+        self._window.append(partial(self._count_window, pseudo_gradient_norm, steps_taken, steps_skipped, finite))
+
+    def _count_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
         interval.loss[source] = interval.loss[source] + loss
         interval.tokens[source] = interval.tokens[source] + tokens
         interval.unsettled[source] = interval.unsettled[source] + tokens
 
-    def add_window(
+    def _count_window(
         self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
     ) -> None:
-        """Count one outer step; `finite` (0-d bool) says whether any of its losses was."""
         self._interval.skipped += steps_skipped
         self._interval.finite.append(finite)
         if pseudo_gradient_norm is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from .checkpoints import CheckpointMixin
 from .config import NexusConfig, NexusConfigMixin
 from .evaluation.losses import OOD, mean_losses
 from .meter import TrainingMeter
@@ -19,10 +20,6 @@ from .mixture.loading import Mixture
 from .mixture.schedule import SourceSchedule
 
 __all__ = ["MixtureTrainerMixin", "Window"]
-
-
-# What the mixins are mixed into has the Trainer's attributes; this tells type checkers not to look for them.
-Base: Any = object
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Window:
         return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
 
 
-class MixtureTrainerMixin(Base):
+class MixtureTrainerMixin(CheckpointMixin):
     """The half of [`NexusTrainerMixin`] that knows about sources and not about the update."""
 
     control: Any

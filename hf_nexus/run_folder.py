@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import PretrainArguments
+from .checkpoints import last_checkpoint
 from .environment import installed_versions
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
                 f"--resume_from_checkpoint {resume} is not a folder; give a checkpoint's path, or 'last'."
             )
         return resume
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     if last is None:
-        raise ValueError(f"{folder} holds no checkpoint to resume from; leave out --resume_from_checkpoint to start.")
+        raise ValueError(
+            f"{folder} holds no complete checkpoint to resume from; leave out --resume_from_checkpoint to start."
+        )
     return last
 
 

@@ -79,6 +79,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         if window.position >= len(window.batches):
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
         if window.position == 0:
+            self._random_states.begin_window()
             self._measure_cosines()
         if not self.args.nexus:
             return super().training_step(model, inputs, num_items_in_batch)

@@ -12,6 +12,7 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
 
 def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> None:
     meter.add_micro_batch(source, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
+    meter.on_optimizer_step(None, None, None)
 
 
 def test_losses_are_token_weighted_since_the_last_reading_and_tokens_add_up():
@@ -33,6 +34,7 @@ def test_figures_of_two_ranks_are_summed_and_averaged():
     meter = TrainingMeter(["text"])
     count(meter, "text", 2.0, 10)
     meter.add_window(torch.tensor(0.5), steps_taken=4, steps_skipped=2, finite=torch.tensor(True))
+    meter.on_optimizer_step(None, None, None)
     figures = meter.read(lambda tensor: 2 * tensor, CPU)  # the other rank saw the same
     assert figures["tokens/text"] == 20
     assert figures["loss/text"] == 2.0
@@ -51,6 +53,17 @@ def test_totals_settled_at_a_checkpoint_are_not_counted_twice():
     assert figures["loss/text"] == 2.0  # the interval's loss is still whole
 
 
+def test_a_window_counts_once_the_optimizer_has_stepped():
+    meter = TrainingMeter(["text"])
+    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10))
+    meter.settle(alone, CPU)
+    assert meter.trained_tokens == {"text": 0}
+    meter.on_step_begin(None, None, None)  # it was broken off, and another begins
+    count(meter, "text", 2.0, 10)
+    meter.settle(alone, CPU)
+    assert meter.trained_tokens == {"text": 10}
+
+
 def test_a_resumed_run_goes_on_from_the_totals_and_a_new_one_from_zero():
     old = TrainingMeter(["text"])
     count(old, "text", 2.0, 10)
@@ -66,6 +79,7 @@ def test_a_resumed_run_goes_on_from_the_totals_and_a_new_one_from_zero():
 def test_ranks_without_a_step_do_not_bend_the_means():
     meter = TrainingMeter(["text"])
     meter.add_window(torch.tensor(0.5), steps_taken=2, steps_skipped=0, finite=torch.tensor(True))
+    meter.on_optimizer_step(None, None, None)
 
     def with_an_idle_rank(tensor: torch.Tensor) -> torch.Tensor:
         idle = torch.zeros_like(tensor)
@@ -80,6 +94,7 @@ def test_ranks_without_a_step_do_not_bend_the_means():
 def test_an_interval_without_a_finite_loss_has_none():
     meter = TrainingMeter(["text"])
     meter.add_window(None, steps_taken=0, steps_skipped=4, finite=torch.tensor(False))
+    meter.on_optimizer_step(None, None, None)
     figures = meter.read(alone, CPU)
     assert figures["loss"] != figures["loss"]
     assert figures["inner_steps_skipped"] == 4
