@@ -202,6 +202,7 @@ class Nexus:
             fill_normal_(grads, (*self._key, self.outer_step, len(self._norms)))
             length = self._reduce_norm(global_norm(grads))
         if self._gamma:
+            self._snapshot.wait()  # it may still be on its way to another device
             add_scaled_(params, grads, -self._gamma / length, usable)  # (2)
         self._norms.append(norm)
         self._met.append(met)

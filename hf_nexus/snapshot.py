@@ -97,6 +97,28 @@ def fill_normal_(tensors: Sequence[Tensor], key: tuple[int, ...]) -> None:
         tensor.normal_(generator=generator)
 
 
+class _SideStream:
+    """Copies that run beside the device's other work until they are waited for."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.Stream(device)
+        self._done: torch.Event | None = None
+
+    def copy(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._stream:
+            torch._foreach_copy_(list(targets), list(tensors), non_blocking=True)
+        for tensor in tensors:  # should it be freed meanwhile, its memory is not to be used anew before the copy
+            tensor.record_stream(self._stream)
+        self._done = self._stream.record_event()
+
+    def wait(self) -> None:
+        if self._done is not None:
+            torch.accelerator.current_stream(self._device).wait_event(self._done)
+            self._done = None
+
+
 class TensorCopy:
     """
     A second set of tensors, shaped like the first, allocated at first use and reused from then on.
@@ -105,14 +127,15 @@ class TensorCopy:
         tensors (`Sequence[Tensor]`):
             The tensors to mirror: of sharded ones, this process's shards. They are only ever written in place.
         device (`str` or `torch.device`, *optional*):
-            Where the copy lives; beside each tensor by default. `"cpu"` keeps it in (pinned) host memory: at most
-            64 MB of it is staged on the device at a time.
+            Where the copy lives; beside each tensor by default. `"cpu"` keeps it in (pinned) host memory: it is
+            written while the device goes on, and at most 64 MB of it is staged on the device at a time.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: str | torch.device | None = None):
         self._sources = list(tensors)
         self._device = None if device is None else torch.device(device)
         self._copies: list[Tensor] | None = None
+        self._side: _SideStream | None = None
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -133,21 +156,33 @@ class TensorCopy:
         return self._device is not None and self._device.type != self._sources[0].device.type
 
     def save(self) -> None:
-        """Copy the tensors into the mirror."""
-        torch._foreach_copy_(self.copies, self._tensors, non_blocking=True)
+        """Copy the tensors into the mirror. Before they are written to, `wait` must be called."""
+        if not self.offloaded:
+            torch._foreach_copy_(self.copies, self._tensors)
+            return
+        if self._side is None:
+            self._side = _SideStream(self._sources[0].device)
+        self._side.copy(self.copies, self._tensors)
+
+    def wait(self) -> None:
+        """Let what the device does from now on come after the last `save`. The host does not wait."""
+        if self._side is not None:
+            self._side.wait()
 
     def restore(self) -> None:
         """Copy the mirror back into the tensors, bit for bit."""
+        self.wait()
         torch._foreach_copy_(self._tensors, self.copies, non_blocking=True)
 
     def zero(self) -> None:
         """Fill the mirror with zeros."""
-        if self.offloaded:  # an earlier copy to the device may still be reading
+        if self.offloaded:  # an earlier copy from or to the device may still be under way
             torch.accelerator.synchronize(self._sources[0].device)
         torch._foreach_zero_(self.copies)
 
     def values(self, indices: Sequence[int]) -> list[Tensor]:
         """New tensors with the mirror's values on the tensors' device, for the given positions."""
+        self.wait()
         values = [torch.empty_like(shard(self._sources[i])) for i in indices]
         torch._foreach_copy_(values, [self.copies[i] for i in indices], non_blocking=True)
         return values

@@ -67,10 +67,11 @@ def test_an_offloaded_copy_gives_the_same_update_and_stages_little(monkeypatch, 
                 if m == 1:
                     params[0].grad[0, 0] = float("nan")
                 nexus.inner_step()
-        return [p.grad for p in params]
+        return [p.grad for p in params] + [p.detach() for p in params]
 
     expected = update()
     monkeypatch.setattr(TensorCopy, "offloaded", True)
+    monkeypatch.setattr(snapshot, "_SideStream", LateCopies)
     monkeypatch.setattr(TensorCopy, "copies", property(lambda self: self._mirror()))
     monkeypatch.setattr(TensorCopy, "_mirror", _mirror, raising=False)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
@@ -81,6 +82,22 @@ def test_an_offloaded_copy_gives_the_same_update_and_stages_little(monkeypatch, 
         assert max(staged) == 3 * 8 * 4
     else:
         assert not staged
+
+
+class LateCopies:
+    """A stream that copies as late as it may: when it is waited for."""
+
+    def __init__(self, device: torch.device):
+        self.pending = None
+
+    def copy(self, targets, tensors):
+        assert self.pending is None
+        self.pending = targets, tensors
+
+    def wait(self):
+        if self.pending is not None:
+            torch._foreach_copy_(*self.pending)
+            self.pending = None
 
 
 def _mirror(self) -> list[torch.Tensor]:
