@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_sagemaker_mp_enabled
 
 __all__ = ["Shards", "average_pseudo_gradients", "check_supported", "reshard"]
 
@@ -40,6 +41,11 @@ def check_supported(trainer: Trainer) -> None:
             "Nexus does not support models that are spread over devices at load time (device_map, tp_plan, "
             "distributed_config). Load the model without them and start with "
             "`torchrun --nproc_per_node <GPUs> your_script.py ...`."
+        )
+    if is_sagemaker_mp_enabled():
+        raise ValueError(
+            "Nexus does not support SageMaker model parallelism. Use DDP (`torchrun --nproc_per_node <GPUs> "
+            "your_script.py ...`) or FSDP2."
         )
     if args.fp16:
         raise ValueError(

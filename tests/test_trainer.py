@@ -549,7 +549,6 @@ def test_settings_are_saved_beside_the_model_and_a_change_is_named(make_trainer,
         ({"train_sampling_strategy": "group_by_length"}, "order is set by source_schedule"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
-        ({"optim": "adalomo"}, "inside the backward pass"),
         ({"snapshot_device": "disk"}, "snapshot_device='disk'"),
     ],
 )
@@ -562,19 +561,6 @@ def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.*bfloat16.*model\.float\(\)"):
         make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16))
     make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # the plain Trainer allows it
-
-
-def test_data_parallel_is_refused_with_the_torchrun_line(make_trainer, sources, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
-    with pytest.raises(ValueError, match=r"torchrun --nproc_per_node 4"):
-        make_trainer(sources)
-
-
-def test_models_spread_at_load_time_are_refused(make_trainer, sources):
-    model = tiny_llama()
-    model.hf_device_map = {"model": 0, "lm_head": 1}
-    with pytest.raises(ValueError, match="device_map"):
-        make_trainer(sources, model=model)
 
 
 def test_weights_for_a_dataset_without_sources_are_refused(make_trainer, sources):
