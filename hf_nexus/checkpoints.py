@@ -125,6 +125,10 @@ class CheckpointMixin(Base):
         if not self._staging:  # it is pushed once it is complete
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._random_states.loaded()
+
     def _save_rng_state(self, output_dir: str) -> None:
         with self._random_states.of_resumption():
             super()._save_rng_state(output_dir)
@@ -157,6 +161,11 @@ class RandomStates(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         """Note the states: where an epoch starts, Trainer resumes before the data loader draws its seed."""
         self._epoch = _random_states() if float(state.epoch or 0).is_integer() else None
+
+    def loaded(self) -> None:
+        """Note the states anew: where a resumed run begins with an epoch, Trainer loads them after that event."""
+        if self._epoch is not None:
+            self._epoch = _random_states()
 
     def begin_window(self) -> None:
         """Note the states before the first micro-batch."""

@@ -241,6 +241,26 @@ class Nexus:
                 self._snapshot.restore()
             self._displaced = False
 
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """
+        The weights of the window's start inside, those reached on the path again after: for a save in the middle of a
+        window that goes on, as by a signal handler. Without an open window it is [`restore`].
+        """
+        if not (self._open and self._displaced):
+            self.restore()
+            yield
+            return
+        # Through `.data`: autograd would take a forward's saved weights for changed ones, and they will not be.
+        self._snapshot.wait()
+        path = [shard(p).data for p in self.params]
+        walked = [p.clone() for p in path]
+        torch._foreach_copy_(path, self._snapshot.copies)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(path, walked)
+
     def _clear_gradients(self) -> None:
         for p in self.params:
             p.grad = None

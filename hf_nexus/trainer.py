@@ -1,7 +1,7 @@
 """The Trainer extension: one Nexus window per optimizer step, the rest is the Trainer's."""
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,9 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         if self._nexus is not None:
             self._nexus.restore()
 
+    def _at_start(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._nexus is None else self._nexus.at_start()
+
     def _measure_cosines(self) -> None:
         every = self.args.gradient_cosine_steps
         if not every or self.state.global_step % every:
@@ -197,27 +200,27 @@ class NexusTrainerMixin(MixtureTrainerMixin):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
-        self._restore()
         self.meter.settle(self._sum_over_ranks, self.args.device)
-        super()._save_checkpoint(*args, **kwargs)
+        with self._at_start():
+            super()._save_checkpoint(*args, **kwargs)
         self.meter.pause(time.perf_counter() - started)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the restored weights, and the resolved Nexus settings beside them."""
-        self._restore()
-        super().save_model(*args, **kwargs)
+        with self._at_start():
+            super().save_model(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate at the restored weights."""
-        self._restore()
-        return super().evaluate(*args, **kwargs)
+        with self._at_start():
+            return super().evaluate(*args, **kwargs)
 
     evaluate.__doc__ = MixtureTrainerMixin.evaluate.__doc__
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict at the restored weights."""
-        self._restore()
-        return super().predict(*args, **kwargs)
+        with self._at_start():
+            return super().predict(*args, **kwargs)
 
     def nexus_settings(self) -> dict[str, Any]:
         """The resolved Nexus fields, mixture weights included, as plain data."""
