@@ -1,39 +1,106 @@
 """What the benchmarks compare: the same small models on the same micro-batches, trained by different arms."""
 
+import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from peers import NaiveNexus, SharpnessAware, UPGradDescent
 from torch.utils.data import Dataset, Subset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture import MixtureDataset, MixtureSampler, SourceSchedule
 
-__all__ = ["ARMS", "CUDA", "LENGTH", "MODELS", "NEXUS", "PLAIN", "Case", "RandomRows"]
+__all__ = ["ARMS", "CUDA", "GROUPS", "LENGTH", "MODELS", "PLAIN", "Arm", "Case", "RandomRows"]
 
 CUDA = torch.cuda.is_available()
-LENGTH = 256  # tokens per row, at most
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+LENGTH = 2048 if CUDA else 256  # tokens per row, at most
 SOURCES = ("text", "code", "mathematics")
 SEED = 42
-
 PLAIN = "plain accumulation"
-NEXUS = "Nexus, gamma 0.05"
-ARMS: dict[str, dict[str, Any]] = {
-    PLAIN: {},  # the stock Trainer
-    NEXUS: {"inner_lr": 0.05},
-    "gamma 0": {"inner_lr": 0.0},
-    "random direction": {"inner_direction": "random"},
-    **({"snapshot_device='cpu'": {"snapshot_device": "cpu"}} if CUDA else {}),
+
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+MODELS = {
+    "1M": dict(zip(_SHAPE, (2048, 128, 384, 4, 4, 4), strict=True)),
+    "15M": dict(zip(_SHAPE, (8192, 384, 1024, 7, 6, 6), strict=True)),
+    "130M": dict(zip(_SHAPE, (49152, 768, 2048, 13, 12, 12), strict=True)),
+    "3B": dict(zip(_SHAPE, (49152, 3072, 8192, 28, 24, 8), strict=True)),
 }
 
-_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-MODELS = {
-    "1M": dict(zip(_SHAPE, (2048, 128, 384, 4, 4), strict=True)),
-    "15M": dict(zip(_SHAPE, (8192, 384, 1024, 7, 6), strict=True)),
-    "130M": dict(zip(_SHAPE, (49152, 768, 2048, 13, 12), strict=True)),
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Args:
+        trainer (`type`, *optional*, defaults to `Trainer`):
+            The class that does it.
+        settings (`dict`, *optional*):
+            Training arguments beyond those that all arms share.
+        against (`str`, *optional*, defaults to `PLAIN`):
+            The arm that it is compared with.
+        lora (`bool`, *optional*, defaults to `False`):
+            Train adapters of rank 8 on all linear layers instead of all weights.
+        launch (`str`, *optional*, defaults to `""`):
+            `"ddp"` or `"fsdp2"`: on two ranks.
+        needs (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Packages that are not among the dependencies.
+    """
+
+    trainer: type[Trainer] = Trainer
+    settings: dict[str, Any] = field(default_factory=dict)
+    against: str = PLAIN
+    lora: bool = False
+    launch: str = ""
+    needs: tuple[str, ...] = ()
+
+
+_DDP = {"ddp_find_unused_parameters": False}
+_FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+_PLAIN_LORA, _PLAIN_DDP, _PLAIN_FSDP2 = (f"{PLAIN}, {how}" for how in ("LoRA", "DDP", "FSDP2"))
+ARMS = {
+    PLAIN: Arm(),
+    "Nexus, gamma 0.05": Arm(NexusTrainer),
+    "gamma 0": Arm(NexusTrainer, {"inner_lr": 0.0}),
+    "random direction": Arm(NexusTrainer, {"inner_direction": "random"}),
+    "Nexus, snapshot_device='cpu'": Arm(NexusTrainer, {"snapshot_device": "cpu"}),
+    "naive deep copies": Arm(NaiveNexus),
+    "SAM": Arm(SharpnessAware),
+    "UPGrad (TorchJD)": Arm(UPGradDescent, needs=("torchjd", "qpsolvers", "quadprog")),
+    _PLAIN_LORA: Arm(against=_PLAIN_LORA, lora=True, needs=("peft",)),
+    "Nexus, LoRA": Arm(NexusTrainer, against=_PLAIN_LORA, lora=True, needs=("peft",)),
+    _PLAIN_DDP: Arm(Trainer, _DDP, _PLAIN_DDP, launch="ddp"),
+    "Nexus, DDP global": Arm(NexusTrainer, _DDP, _PLAIN_DDP, launch="ddp"),
+    "Nexus, DDP local": Arm(NexusTrainer, {**_DDP, "inner_sync": "local"}, _PLAIN_DDP, launch="ddp"),
+    _PLAIN_FSDP2: Arm(Trainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
+    "Nexus, FSDP2": Arm(NexusTrainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
+}
+# Arms that are measured together.
+GROUPS = {
+    "nexus": [PLAIN, "Nexus, gamma 0.05"],
+    "controls": [PLAIN, "gamma 0", "random direction"],
+    **({"offload": [PLAIN, "Nexus, snapshot_device='cpu'"]} if CUDA else {}),
+    "peers": [PLAIN, "naive deep copies", "SAM", "UPGrad (TorchJD)"],
+    "lora": [_PLAIN_LORA, "Nexus, LoRA"],
+    "ddp": [_PLAIN_DDP, "Nexus, DDP global", "Nexus, DDP local"],
+    "fsdp2": [_PLAIN_FSDP2, "Nexus, FSDP2"],
 }
 
 
@@ -59,7 +126,7 @@ class Case:
         model (`str`):
             One of `MODELS`.
         tokens (`int`):
-            Tokens per micro-batch: one row if there are fewer than `LENGTH`, else a multiple of it.
+            Tokens per micro-batch and rank: one row if there are fewer than `LENGTH`, else a multiple of it.
         k (`int`):
             Micro-batches per outer step.
     """
@@ -73,19 +140,32 @@ class Case:
         """Rows per micro-batch."""
         return max(1, self.tokens // LENGTH)
 
-    def build_model(self) -> LlamaForCausalLM:
+    def build_model(self, arm: str, device: str) -> PreTrainedModel:
         torch.manual_seed(SEED)
-        return LlamaForCausalLM(LlamaConfig(**MODELS[self.model], tie_word_embeddings=True, use_cache=False))
+        config = LlamaConfig(**MODELS[self.model], tie_word_embeddings=True, use_cache=False)
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+            if ARMS[arm].lora:
+                from peft import LoraConfig, get_peft_model
+
+                model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        return model
+
+    def parameters(self, arm: str) -> tuple[int, int]:
+        """How many the model has, and how many of them are trained."""
+        parameters = list(self.build_model(arm, "meta").parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
     def sources(self, steps: int) -> dict[str, RandomRows]:
         """Enough rows for `steps` outer steps within one epoch."""
-        rows = -(-steps * self.k // len(SOURCES)) * self.rows
+        rows = -(-steps * self.k // len(SOURCES)) * self.rows * WORLD_SIZE
         shape = (rows, min(self.tokens, LENGTH))
         vocab_size = MODELS[self.model]["vocab_size"]
         return {name: RandomRows(*shape, seed, vocab_size) for seed, name in enumerate(SOURCES)}
 
     def trainer(self, arm: str, sources: dict[str, RandomRows], steps: int) -> Trainer:
         """A trainer of a new model that reads the same micro-batches in the same order whatever the arm."""
+        spec = ARMS[arm]
         settings: dict[str, Any] = {
             "output_dir": tempfile.gettempdir(),  # nothing is written
             "per_device_train_batch_size": self.rows,
@@ -98,15 +178,21 @@ class Case:
             "use_cpu": not CUDA,
             "bf16": CUDA,
             "seed": SEED,
+            **spec.settings,
         }
-        if arm == PLAIN:
+        dataset: Any = sources
+        if issubclass(spec.trainer, NexusTrainer):
+            args: TrainingArguments = NexusConfig(**settings)
+        else:
             mixture = MixtureDataset(sources)
             # The order that NexusTrainer draws for these sources.
-            order = list(MixtureSampler(mixture, SourceSchedule(dict.fromkeys(sources, 1.0), SEED), self.rows, SEED))
+            schedule = SourceSchedule(dict.fromkeys(sources, 1.0), SEED)
+            dataset = Subset(mixture, list(MixtureSampler(mixture, schedule, self.rows * WORLD_SIZE, SEED)))
             args = TrainingArguments(**settings, train_sampling_strategy="sequential")
-            trainer = Trainer(self.build_model(), args, train_dataset=Subset(mixture, order))
-        else:
-            args = NexusConfig(**settings, **ARMS[arm])
-            trainer = NexusTrainer(self.build_model(), args, train_dataset=sources)
+        args.device  # noqa: B018  # sets up the launch
+        if spec.launch == "fsdp2" and not CUDA:
+            # Accelerate shards on accelerators only; on CPU it would silently stay with DDP.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        trainer = spec.trainer(self.build_model(arm, "cuda" if CUDA else "cpu"), args, train_dataset=dataset)
         trainer.remove_callback(PrinterCallback)
         return trainer
