@@ -68,7 +68,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """
-    The scalar fields of the `data` section; its `sources` are in the YAML only.
+    The fields of the `data` section, as in [`MixtureConfig`]; its `sources` are in the YAML only.
 
     Args:
         sequence_length (`int`, *optional*, defaults to 1024):
@@ -77,6 +77,12 @@ class DataArguments:
             Sources without weights are sampled in proportion to `size ** (1 / temperature)`.
         num_proc (`int`, *optional*):
             Processes that tokenize.
+        buffer_size (`int`, *optional*, defaults to 10000):
+            Rows among which a streaming source is shuffled.
+        stages (`list[dict]` or JSON `str`, *optional*):
+            Weights by fraction of training: `[{"until": 0.8, "weights": {...}}, {"until": 1.0, "weights": {...}}]`.
+        isolate_documents (`bool`, *optional*):
+            Keep the documents of a row from attending to each other; where the attention allows it if unset.
     """
 
     _argument_group_name = "data"
@@ -84,6 +90,11 @@ class DataArguments:
     sequence_length: int = field(default=1024, metadata={"help": "Tokens per packed row."})
     temperature: float = field(default=1.0, metadata={"help": "Above 1, small sources are sampled more often."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    buffer_size: int = field(default=10_000, metadata={"help": "Rows among which a streaming source is shuffled."})
+    stages: list | str | None = field(default=None, metadata={"help": "Weights by fraction of training; JSON."})
+    isolate_documents: bool | None = field(
+        default=None, metadata={"help": "No attention across documents; where the attention allows it if unset."}
+    )
 
 
 @dataclass

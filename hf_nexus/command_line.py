@@ -193,6 +193,8 @@ def _check_shape(model: ModelArguments) -> None:
 
 def _check_weights(training: PretrainConfig, mixture: MixtureConfig) -> None:
     weights, sources = training.mixture_weights, mixture.train_sources
+    if isinstance(weights, list):  # stages, which all name the same sources
+        weights = weights[0]["weights"]
     if isinstance(weights, dict) and weights.keys() != sources.keys():
         raise ValueError(
             f"mixture_weights names {', '.join(weights)}, but the training sources are {', '.join(sources)}. Give "
@@ -211,7 +213,7 @@ def _require_accelerator(values: dict[str, Any]) -> None:
 def _plain(key: str, value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, str) and value.lstrip().startswith("{"):  # a dictionary field given as JSON
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):  # given as JSON
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:

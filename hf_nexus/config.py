@@ -2,12 +2,16 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
-__all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
+from .mixture.stages import parse_stages
+
+__all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings", "with_nexus_fields"]
 
 _CHOICES = {
     "inner_lr_schedule": ("constant", "follow"),
@@ -40,8 +44,9 @@ class NexusConfigMixin:
             path and averages the pseudo-gradient once per outer step.
         snapshot_device (`str`, *optional*):
             `"cpu"` keeps the extra copy of the parameters in host memory; beside the parameters by default.
-        mixture_weights (`dict[str, float]` or JSON `str`, *optional*):
-            Share of each source, in micro-batches (which are tokens where rows are packed). Defaults to the
+        mixture_weights (`dict[str, float]`, `list[dict]` or JSON `str`, *optional*):
+            Share of each source, in micro-batches (which are tokens where rows are packed). Or stages, by fraction of
+            training: `[{"until": 0.8, "weights": {...}}, {"until": 1.0, "weights": {...}}]`. Defaults to the
             mixture's own weights, else proportional to rows.
         source_schedule (`str`, *optional*, defaults to `"random"`):
             How the source of each inner step is chosen: `"random"` draws it from the weights, as in the paper;
@@ -65,7 +70,7 @@ class NexusConfigMixin:
     snapshot_device: str | None = field(
         default=None, metadata={"help": "'cpu' keeps the extra copy of the parameters in host memory."}
     )
-    mixture_weights: dict | str | None = field(
+    mixture_weights: dict | str | list | None = field(  # `str` second: the argument parser takes that one
         default=None, metadata={"help": 'Share of each source, as JSON: \'{"text": 0.6, "code": 0.4}\'.'}
     )
     source_schedule: str = field(
@@ -75,8 +80,14 @@ class NexusConfigMixin:
     gradient_cosine_steps: int = field(
         default=0, metadata={"help": "Log gradient cosines between sources every this many outer steps; 0: never."}
     )
+    allow_mixture_change: bool = field(
+        default=False,
+        metadata={"help": "Resume although the data is not what the checkpoint was trained on; streams start anew."},
+    )
 
     def __post_init__(self) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it each process would silently train a model of its own
         self.mixture_weights = _parse_weights(self.mixture_weights)
         self.inner_lr = float(self.inner_lr)
         for name, allowed in _CHOICES.items():
@@ -104,7 +115,17 @@ class NexusConfig(NexusConfigMixin, TrainingArguments):
     """
 
 
-def _parse_weights(weights: dict | str | None) -> dict[str, float] | None:
+def with_nexus_fields(args: TrainingArguments | None) -> Any:
+    """Training arguments that certainly have the Nexus fields: with the defaults where they had none."""
+    if args is None:
+        return NexusConfig(output_dir="tmp_trainer")
+    if not isinstance(args, NexusConfigMixin):
+        for f in fields(NexusConfigMixin):
+            setattr(args, f.name, f.default)
+    return args
+
+
+def _parse_weights(weights: dict | list | str | None) -> dict[str, float] | list[dict[str, Any]] | None:
     if weights is None:
         return None
     fix = 'Pass a mapping of source to share, on the command line as JSON: \'{"text": 0.6, "code": 0.4}\'.'
@@ -113,6 +134,8 @@ def _parse_weights(weights: dict | str | None) -> dict[str, float] | None:
             weights = json.loads(weights)
         except json.JSONDecodeError as error:
             raise ValueError(f"mixture_weights={weights!r} is not valid JSON ({error}). {fix}") from error
+    if isinstance(weights, list):
+        return [asdict(stage) for stage in parse_stages(weights, key="mixture_weights")]
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"mixture_weights={weights!r} is not a non-empty mapping. {fix}")
     for source, weight in weights.items():
@@ -129,5 +152,6 @@ def _parse_weights(weights: dict | str | None) -> dict[str, float] | None:
 
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Nexus fields of `args` with k, as plain data: what is saved beside a model and compared on resume."""
-    settings = {f.name: getattr(args, f.name) for f in fields(NexusConfigMixin)}
+    names = [f.name for f in fields(NexusConfigMixin) if f.name != "allow_mixture_change"]  # of one resumption only
+    settings = {name: getattr(args, name) for name in names}
     return {**settings, "gradient_accumulation_steps": args.gradient_accumulation_steps}

@@ -1,5 +1,6 @@
 """Which launches Nexus supports, and what it sends between ranks."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled
 
-__all__ = ["Shards", "average_pseudo_gradients", "check_supported", "reshard"]
+__all__ = ["Shards", "average_pseudo_gradients", "broadcast", "check_supported", "max_over_ranks", "reshard"]
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
 _FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
@@ -41,6 +42,12 @@ def check_supported(trainer: Trainer) -> None:
             "Nexus does not support models that are spread over devices at load time (device_map, tp_plan, "
             "distributed_config). Load the model without them and start with "
             "`torchrun --nproc_per_node <GPUs> your_script.py ...`."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"This is one of {launched} processes, but each would train a model of its own: without a GPU, several "
+            "processes need use_cpu=True."
         )
     if is_sagemaker_mp_enabled():
         raise ValueError(
@@ -87,6 +94,21 @@ def _check_fsdp(trainer: Trainer) -> None:
             "inner_sync='local' is not possible under FSDP: no rank holds all of the weights that it would walk. Use "
             "inner_sync='global', or DDP."
         )
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The elementwise largest value on any rank. All ranks must call it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast(tensor: Tensor, device: torch.device) -> Tensor:
+    """The first rank's tensor, sent over `device`. All ranks must call it."""
+    tensor = tensor.to(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 class Shards:

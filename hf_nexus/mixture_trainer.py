@@ -1,23 +1,17 @@
 """Mixtures in a Trainer: one source per micro-batch, figures per source, one evaluation of them all."""
 
-import inspect
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
-from .checkpoints import CheckpointMixin
-from .config import NexusConfig, NexusConfigMixin
+from .data_trainer import DataTrainerMixin
 from .evaluation.losses import OOD, mean_losses
 from .meter import TrainingMeter
-from .mixture.indexed import SOURCE_KEY, MixtureDataset, MixtureSampler, split_sources, tag_source
-from .mixture.loading import Mixture
-from .mixture.schedule import SourceSchedule
 
 __all__ = ["MixtureTrainerMixin", "Window"]
 
@@ -42,68 +36,35 @@ class Window:
         return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
 
 
-class MixtureTrainerMixin(CheckpointMixin):
+class MixtureTrainerMixin(DataTrainerMixin):
     """The half of [`NexusTrainerMixin`] that knows about sources and not about the update."""
 
     control: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs = _by_name(super().__init__, args, kwargs)
-        training_args = _with_defaults(kwargs.get("args"))
-        train, evaluation = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
-        weights, names = None, [""]  # one plain dataset is one nameless source
-        if isinstance(train, Mixture):
-            weights, evaluation = train.weights, train.eval if evaluation is None else evaluation
-            train = train.train
-        if (sources := split_sources(train)) is not None:
-            train = MixtureDataset(sources)
-            weights = _resolve_weights(training_args.mixture_weights or weights, train)
-            _check_loader_settings(training_args)
-            names = train.names
-        elif training_args.mixture_weights is not None:
-            raise ValueError(
-                "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of datasets, "
-                "or give it a `source` column."
-            )
-        _check_eval_names(evaluation)
-        self.mixture_weights: dict[str, float] | None = weights
         self._window = Window()
         self._collecting = False
-        super().__init__(**{**kwargs, "args": training_args, "train_dataset": train, "eval_dataset": evaluation})
-        self.add_callback(TrainingMeter(names))
+        super().__init__(*args, **kwargs)
+        _check_eval_names(self.eval_dataset)
+        self.add_callback(TrainingMeter(self.data.names))
 
     @property
     def meter(self) -> TrainingMeter:
         """What this run has trained on (upstream may replace the instance on resume)."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingMeter))
 
-    # ---- Data ----
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, MixtureDataset):
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        assert self.mixture_weights is not None
-        schedule = SourceSchedule(self.mixture_weights, seed, self.args.source_schedule)
-        # Accelerate deals batches to the ranks in turn: as many in a row as there are ranks share their source.
-        return MixtureSampler(dataset, schedule, self._train_batch_size * self.args.world_size, seed)
-
-    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        collate = super()._get_collator_with_removed_columns(data_collator, description)
-        if description == "Training" and isinstance(self.train_dataset, MixtureDataset):
-            return tag_source(collate)
-        return collate
+    # ---- Counts ----
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Fetch one window of micro-batches and note their sources."""
         self._window = window = Window()
         window.batches, window.items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        window.sources = [b.pop(SOURCE_KEY, "") if isinstance(b, MutableMapping) else "" for b in window.batches]
+        window.sources = self._fetched.sources
         return window.batches, window.items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count the window's loss tokens, and beside the total each micro-batch's own."""
+        self._agree_on_data()
         count = super()._get_num_items_in_batch
         average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:  # local counts first: then one collective serves them all
@@ -141,6 +102,7 @@ class MixtureTrainerMixin(CheckpointMixin):
             return
         if self.is_in_train and "loss" in logs:
             logs |= self.meter.read(self._sum_over_ranks, self.args.device, self.state.total_flos)
+            logs |= self._skipped_rows()
         elif "train_loss" in logs:  # the end of training
             self.meter.settle(self._sum_over_ranks, self.args.device)
         super().log(logs, start_time)
@@ -197,58 +159,6 @@ class MixtureTrainerMixin(CheckpointMixin):
         finally:
             self._collecting = False
             del handler.on_evaluate  # uncovers the method
-
-
-def _by_name(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call as keywords, whatever their order in the class we are mixed into."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # it passes on what it is given
-        parameters = list(inspect.signature(Trainer.__init__).parameters.values())[1:]
-    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(names):
-        raise TypeError(f"{len(args)} positional arguments were given; at most {len(names)} are possible: {names}.")
-    positional = dict(zip(names, args, strict=False))
-    if repeated := sorted(positional.keys() & kwargs.keys()):
-        raise TypeError(f"Given by position and by name: {', '.join(repeated)}.")
-    return positional | kwargs
-
-
-def _with_defaults(args: TrainingArguments | None) -> Any:
-    """Training arguments that certainly have the Nexus fields."""
-    if args is None:
-        return NexusConfig(output_dir="tmp_trainer")
-    if not isinstance(args, NexusConfigMixin):
-        for f in fields(NexusConfigMixin):
-            setattr(args, f.name, f.default)
-    return args
-
-
-def _resolve_weights(weights: Mapping[str, float] | None, dataset: MixtureDataset) -> dict[str, float]:
-    """The share of each source, summing to one: what was asked for, or proportional to rows."""
-    if weights is None:
-        weights = dict(zip(dataset.names, dataset.sizes, strict=True))
-    if set(weights) != set(dataset.names):
-        raise ValueError(
-            f"mixture_weights name {sorted(weights)}, but the sources are {sorted(dataset.names)}. Give each source a "
-            "weight; 0 leaves it out."
-        )
-    total = sum(weights.values())
-    return {name: weights[name] / total for name in dataset.names}
-
-
-def _check_loader_settings(args: TrainingArguments) -> None:
-    config: Any = args.accelerator_config
-    for name, value in (("dispatch_batches", config.dispatch_batches), ("split_batches", config.split_batches)):
-        if value:
-            raise ValueError(
-                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, "
-                "or pass one plain dataset."
-            )
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
-            "set by source_schedule. Leave it at 'random', or pass one plain dataset."
-        )
 
 
 def _check_eval_names(evaluation: Any) -> None:

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 from transformers import SchedulerType
 
 from .arguments import PretrainArguments, PretrainConfig
-from .mixture.plan import PlanRow, format_plan, mixture_plan
+from .memory import SYMBOLS, MemoryEstimate, estimate_memory, memory_table
+from .mixture.isolation import choose_isolation
+from .mixture.plan import PlanRow, mixture_plan
+from .mixture.plan_tables import format_plan, format_stages
+from .mixture.stages import stage_borders, weight_stages
 from .models import count_parameters, model_config
 
 if TYPE_CHECKING:
@@ -17,70 +21,7 @@ if TYPE_CHECKING:
 
     from .mixture.loading import Mixture
 
-__all__ = ["MemoryEstimate", "RunPlan", "estimate_memory", "plan_run", "print_plan"]
-
-_SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, V vocabulary"
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """
-    Computed, not measured: bytes per device with a whole copy of the model on each.
-
-    Attributes:
-        parameters (`int`):
-            Of the model, all trainable.
-        per_parameter (`dict[str, int]`):
-            Bytes per parameter, by what they are for.
-        activations (`int`):
-            Bytes kept for the backward pass of one micro-batch.
-        formula (`str`):
-            Of the activations.
-    """
-
-    parameters: int
-    per_parameter: dict[str, int]
-    activations: int
-    formula: str
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(self.per_parameter.values()) * self.parameters + self.activations
-
-
-def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int) -> MemoryEstimate:
-    """
-    Memory per device, computed from the shapes.
-
-    The activations count the tensors that a Llama layer of transformers saves for its backward pass with scaled
-    dot-product attention (a test compares them with the tensors really saved), and the logits with their gradient.
-    """
-    m, t = arguments.model, arguments.training
-    random = t.inner_direction == "random" and t.inner_lr > 0
-    copies = (2 if random else 1) if t.nexus and t.snapshot_device is None else 0
-    per_parameter = {"float32 weights": 4, "gradients": 4, "AdamW moments": 8}
-    if copies:
-        per_parameter["Nexus snapshot"] = 4 * copies
-    if t.bf16:
-        per_parameter["bfloat16 copies of the weights"] = 2  # autocast keeps them until the backward pass is over
-    if devices > 1:
-        per_parameter["DDP gradient buckets"] = 4
-    h, ffn, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
-    kv = h // heads * (m.num_key_value_heads or heads)
-    if t.bf16:
-        layer, layer_formula = 30 * h + 4 * kv + 8 * ffn + 4 * heads, "30h + 4kv + 8f + 4a"
-    else:
-        layer, layer_formula = 32 * h + 8 * kv + 16 * ffn + 4 * heads, "32h + 8kv + 16f + 4a"
-    head = 12 * h + 12 * m.vocab_size
-    if t.gradient_checkpointing:
-        per_token = m.num_hidden_layers * 4 * h + layer + head
-        formula = f"L * 4h + ({layer_formula}) + 12(h + V)"
-    else:
-        per_token = m.num_hidden_layers * layer + head
-        formula = f"L * ({layer_formula}) + 12(h + V)"
-    tokens = t.per_device_train_batch_size * arguments.data.sequence_length
-    return MemoryEstimate(parameters, per_parameter, tokens * per_token, f"{tokens} tokens x ({formula}) bytes")
+__all__ = ["RunPlan", "plan_run", "print_plan"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +39,8 @@ class RunPlan:
             tokens_per_step`: the last window of an epoch has only the micro-batches that are left.
         mixture (`list[PlanRow]`, *optional*):
             What becomes of each training source.
+        stages (`list[int]`):
+            The first outer step of each stage.
     """
 
     parameters: int
@@ -106,10 +49,11 @@ class RunPlan:
     steps: int | None
     tokens: int | None
     mixture: list[PlanRow] | None
+    stages: list[int]
     memory: MemoryEstimate
 
 
-def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int] | None = None) -> RunPlan:
+def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int | None] | None = None) -> RunPlan:
     """
     Compute the plan of a run.
 
@@ -118,11 +62,13 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
             The run.
         devices (`int`):
             Number of training processes.
-        tokens (`Mapping[str, int]`, *optional*):
-            Tokens of each training source; what the configuration states by default.
+        tokens (`Mapping[str, int | None]`, *optional*):
+            Tokens of each training source, `None` for a stream of unknown size; what the configuration states by
+            default.
 
     Raises:
-        ValueError: a cap on repetition that the sizes cannot meet, or a source smaller than one micro-batch.
+        ValueError: a cap on repetition that the sizes cannot meet, a source smaller than one micro-batch, streaming
+            sources without `max_steps`, or documents that the attention cannot isolate.
 
     Example:
         >>> from hf_nexus.command_line import parse_arguments
@@ -132,23 +78,44 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         132
     """
     t, length = arguments.training, arguments.data.sequence_length
+    choose_isolation(arguments.mixture.isolate_documents, _attention(arguments))
     parameters = count_parameters(model_config(arguments.model, length))
     rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources
-    known = tokens or {name: s.known_tokens for name, s in sources.items() if s.known_tokens is not None}
+    sizes = dict(tokens) if tokens else {name: source.known_tokens for name, source in sources.items()}
+    known = {name: size for name, size in sizes.items() if size is not None}
+    streams = [name for name, source in sources.items() if source.streaming]
     steps: int | None = t.max_steps if t.max_steps > 0 else None
+    if streams and steps is None:
+        raise ValueError(f"max_steps: missing, and the streaming source {streams[0]!r} has no end. Set it.")
     total = None if steps is None else steps * window * rows * length
-    mixture = None
-    if len(known) == len(sources):
-        weights = t.mixture_weights if isinstance(t.mixture_weights, dict) else arguments.mixture.weights(known)
-        _check_sizes({name: size // length for name, size in known.items() if weights[name] > 0}, rows)
-        epoch = sum(size // length for size in known.values()) // rows
-        steps, micro_batches = _count_steps(t, epoch)
+    if not streams and len(known) == len(sizes):
+        steps, micro_batches = _count_steps(t, sum(size // length for size in known.values()) // rows)
         total = micro_batches * rows * length
+    stages, mixture = _weights(arguments, known), None
+    borders = stage_borders(stages or [], steps or 0, window)
+    if steps is not None and total is not None and borders and sizes.keys() == {*known, *streams}:
+        used = {name for _, weights in borders for name, weight in weights.items() if weight > 0}
+        _check_sizes({name: size // length for name, size in known.items() if name in used}, rows)
         caps = {name: source.max_epochs for name, source in sources.items()}
-        mixture = mixture_plan(known, weights, total, caps)
+        in_tokens = [(first * rows * length, weights) for first, weights in borders]
+        mixture = mixture_plan(sizes, in_tokens, total, caps)
+    first_steps = [first // window for first, _ in borders]
     memory = estimate_memory(arguments, parameters, devices)
-    return RunPlan(parameters, devices, window * rows * length, steps, total, mixture, memory)
+    return RunPlan(parameters, devices, window * rows * length, steps, total, mixture, first_steps, memory)
+
+
+def _weights(arguments: PretrainArguments, known: Mapping[str, int]) -> list[tuple[float, dict[str, float]]] | None:
+    """`(until, weights)` of each stage, `None` where they depend on sizes that are not known."""
+    given, config = arguments.training.mixture_weights, arguments.mixture
+    if isinstance(given, dict | list):
+        return weight_stages(given)
+    weighted = config.stages is not None or all(s.weight is not None for s in config.train_sources.values())
+    return config.stage_weights(known) if weighted or len(known) == len(config.train_sources) else None
+
+
+def _attention(arguments: PretrainArguments) -> str:
+    return arguments.model.attn_implementation or "sdpa"  # what a Llama gets by default
 
 
 def _check_sizes(sizes: Mapping[str, int], rows: int) -> None:
@@ -183,11 +150,16 @@ def print_plan(
             for name, source in arguments.mixture.ood_sources.items()
         }
         console.print(format_plan(plan.mixture, licenses=licenses, ood_tokens=sizes))
+        if len(plan.stages) > 1:
+            assert plan.steps is not None
+            ends = [*plan.stages[1:], plan.steps]
+            titles = [f"steps {a:,} to {b:,}" for a, b in zip(plan.stages, ends, strict=True)]
+            console.print(format_stages(plan.mixture, titles))
     else:
         names = ", ".join(arguments.mixture.train_sources)
         console.print(f"The sizes of the sources ({names}) are known once they are tokenized; the plan follows then.")
-    console.print(_memory_table(plan))
-    console.print(f"Activations: {plan.memory.formula}\n({_SYMBOLS})", highlight=False)
+    console.print(memory_table(plan.memory))
+    console.print(f"Activations: {plan.memory.formula}\n({SYMBOLS})", highlight=False)
 
 
 def _run_table(arguments: PretrainArguments, plan: RunPlan) -> "Table":
@@ -209,8 +181,17 @@ def _run_table(arguments: PretrainArguments, plan: RunPlan) -> "Table":
     if plan.tokens is not None:
         table.add_row("tokens", f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} per parameter)")
     table.add_row("learning rate", _schedule(arguments, plan))
+    table.add_row("documents", _documents(arguments))
     table.add_row("Nexus", f"inner_lr {t.inner_lr}" if t.nexus else "off (plain accumulation)")
     return table
+
+
+def _documents(arguments: PretrainArguments) -> str:
+    wanted, attention = arguments.mixture.isolate_documents, _attention(arguments)
+    if choose_isolation(wanted, attention):
+        return f"an EOS ends each; no attention from one to another ({attention}, positions restart)"
+    why = "isolate_documents is off" if wanted is False else f"{attention} cannot keep them apart"
+    return f"an EOS ends each; attention reaches across them in a row ({why})"
 
 
 def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:
@@ -226,22 +207,3 @@ def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:
             "\n[yellow]The run ends before its schedule: lower warmup_steps and num_decay_steps (lr_scheduler_kwargs)."
         )
     return text
-
-
-def _memory_table(plan: RunPlan) -> "Table":
-    from rich.table import Table
-
-    memory = plan.memory
-    table = Table(title="Memory per device, computed (not measured)")
-    table.add_column("")
-    table.add_column("bytes per parameter", justify="right")
-    table.add_column("size", justify="right")
-    for what, size in memory.per_parameter.items():
-        table.add_row(what, str(size), _size(size * memory.parameters))
-    table.add_row("activations of a micro-batch", "", _size(memory.activations), end_section=True)
-    table.add_row("total", "", _size(memory.total))
-    return table
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

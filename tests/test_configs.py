@@ -1,12 +1,19 @@
 """The configurations that come with the package say what they claim: sizes, budgets, schedules, sources."""
 
+import io
+import json
+
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from transformers.optimization import get_scheduler
 
 from hf_nexus.command_line import available_configs, load_config, parse_arguments
+from hf_nexus.mixture.plan import check_map_style
+from hf_nexus.mixture.stages import stage_borders
 from hf_nexus.models import count_parameters, model_config
-from hf_nexus.planning import plan_run
+from hf_nexus.planning import plan_run, print_plan
 
 SIZES = {"130m": 130e6, "300m": 300e6, "1b": 1e9}
 LARGE = [*SIZES, "3b"]
@@ -74,6 +81,98 @@ def test_large_runs_compute_in_bfloat16_and_anneal_to_zero(name):
     assert {at(warmup), at(args.max_steps // 2), at(args.max_steps - decay)} == {1.0}
     assert at(args.max_steps - decay // 2) < 0.5
     assert at(args.max_steps) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_runs_stream_from_the_hub(name):
+    mixture = arguments_of(name).mixture
+    check_map_style(mixture)
+    assert all(source.streaming and source.eval_rows for source in mixture.train_sources.values())
+
+
+@pytest.mark.parametrize("name", ["1b", "3b"])
+def test_the_last_stage_begins_with_the_decay_of_the_learning_rate(name):
+    arguments = arguments_of(name)
+    args, stages = arguments.training, arguments.mixture.stage_weights({})
+    assert len(stages) == 2
+    (_, before), (first, after) = stage_borders(stages, args.max_steps, args.gradient_accumulation_steps)
+    assert first % args.gradient_accumulation_steps == 0
+    decay = args.max_steps - args.lr_scheduler_kwargs["num_decay_steps"]
+    assert first // args.gradient_accumulation_steps == decay == plan_run(arguments, 1).stages[1]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    at = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(args.max_steps),
+        num_training_steps=args.max_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    ).lr_lambdas[0]
+    # Outer steps count from 0: the first step of the new weights is the last at the full rate.
+    assert at(decay) == 1.0 > at(decay + 1)
+    assert after["mathematics"] > before["mathematics"] and after["reasoning"] > before["reasoning"]
+
+
+def test_the_plan_shows_the_stages_of_the_3b_run_at_80_columns():
+    arguments = arguments_of("3b")
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_plan(arguments, plan_run(arguments, 64), console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "steps 0 to 24,000" in text and "steps 24,000 to 30,000" in text and "6000 down" in text
+    assert "no attention from one to another (sdpa" in text
+
+
+def plan_of(tmp_path, *flags, **data):
+    config = {"model": {"vocab_size": 64}, "training": {"output_dir": "x", "max_steps": 10, "report_to": "none"}}
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({**config, "data": {"sequence_length": 8, **data}}, sort_keys=False)
+    )
+    arguments = parse_arguments(["--config", str(tmp_path / "c.yaml"), "--dry_run", *flags])
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_plan(arguments, plan_run(arguments, 1), console)
+    return console.export_text()
+
+
+WEB, CODE = {"path": "org/web", "streaming": True, "weight": 3}, {"path": "org/code", "tokens": 10_000, "weight": 1}
+
+
+def test_a_stream_of_unknown_size_is_planned_as_far_as_it_is_known(tmp_path):
+    text = plan_of(tmp_path, sources={"web": WEB, "code": CODE})
+    row = next(line for line in text.splitlines() if "web" in line and "train" in line)
+    assert row.count("unknown") == 3 and "75.0%" in row  # licence, size, epochs
+
+
+def test_a_map_style_source_of_unknown_size_is_planned_once_it_is_tokenized(tmp_path):
+    assert "the plan follows then" in plan_of(tmp_path, sources={"web": WEB, "code": {"path": "c", "weight": 1}})
+
+
+def test_streams_need_a_number_of_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"max_steps: missing, and the streaming source 'web' has no end"):
+        plan_of(tmp_path, "--max_steps", "-1", sources={"web": WEB, "code": CODE})
+
+
+def test_the_plan_says_how_documents_are_separated(tmp_path):
+    sources = {"web": WEB, "code": CODE}
+    assert "no attention from one to another (sdpa" in plan_of(tmp_path, sources=sources)
+    off = plan_of(tmp_path, "--isolate_documents", "false", sources=sources)
+    assert "attention reaches across them" in " ".join(off.replace("│", " ").split())
+    own = plan_of(tmp_path, "--attn_implementation", "my_kernel", sources=sources)
+    assert "my_kernel cannot keep them apart" in " ".join(own.replace("│", " ").split())
+    with pytest.raises(ValueError, match=r"isolate_documents: .*'my_kernel' cannot"):
+        plan_of(tmp_path, "--attn_implementation", "my_kernel", "--isolate_documents", "true", sources=sources)
+
+
+@pytest.mark.parametrize("where", ["data", "training"])
+def test_stages_are_planned_wherever_they_are_given(tmp_path, where):
+    stages = [{"until": 0.5, "weights": {"web": 1, "code": 0}}, {"until": 1.0, "weights": {"web": 1, "code": 3}}]
+    if where == "data":
+        plain = {name: {k: v for k, v in s.items() if k != "weight"} for name, s in (("web", WEB), ("code", CODE))}
+        text = plan_of(tmp_path, sources=plain, stages=stages)
+    else:
+        text = plan_of(tmp_path, "--mixture_weights", json.dumps(stages), sources={"web": WEB, "code": CODE})
+    lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+    assert {"steps 0 to 5 web 100.0% 320 unknown", "code 0.0% 0 0.00"} <= set(lines)
+    assert {"steps 5 to 10 web 25.0% 80 unknown", "code 75.0% 240 0.02"} <= set(lines)
 
 
 @pytest.mark.parametrize("name", ["demo", *LARGE])

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from hf_nexus.mixture import Mixture, MixtureConfig, load_mixture
+from hf_nexus.mixture.streaming import MixtureStream
+from hf_nexus.mixture.token_stream import StreamedDocuments
 
 from .tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
 
@@ -187,6 +190,87 @@ def test_max_tokens_limits_training_and_ood_rows_but_not_what_is_held_out(load: 
     assert 64 <= limited.tokens["a"] <= 100 < everything.tokens["a"]
     assert 64 <= limited.eval_tokens["b"] <= 100 < everything.eval_tokens["b"]
     assert limited.eval_tokens["a"] == everything.eval_tokens["a"]
+
+
+# --- streaming sources
+
+
+def stream_texts(source: StreamedDocuments, micro_batches: int) -> str:
+    """The first rows of a streaming source, as text."""
+    stream = MixtureStream({"a": source})
+    rows = [stream.__getitems__([(i, 0)])[0]["input_ids"] for i in range(micro_batches)]
+    return source.reader.tokenizer.decode(torch.cat(rows))
+
+
+def test_a_streaming_source_is_not_read_before_training_but_for_what_is_held_out(
+    load: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = texts(300)
+    write("web.jsonl", [docs[0], *docs])
+    web = {"path": "web.jsonl", "streaming": True, "weight": 1}
+    calls = count_tokenized(monkeypatch)
+    mixture = load(web={**web, "eval_rows": 5})
+    assert sum(calls) == 5
+    assert documents(tokenizer, mixture.eval["web"])[:4] == docs[:4]  # the first different ones
+    assert mixture.tokens == {"web": None} and mixture.weights == {"web": 1.0}
+    assert set(stream_texts(mixture.train["web"], 1500).split(EOS)[:-1]) == set(docs[5:])
+    assert load(web={**web, "tokens": 900}).tokens == {"web": 900}
+
+
+def test_a_stream_leaves_out_what_any_other_source_holds_out(load: Any) -> None:
+    web, code = texts(60), texts(40, "bug")
+    write("web.jsonl", web + code[:9])
+    write("code.jsonl", code + web[:3])
+    write("law.jsonl", web[10:12])
+    DatasetDict(train=Dataset.from_dict({"text": web}), test=Dataset.from_dict({"text": web[20:30]})).save_to_disk("s")
+    mixture = load(
+        web={"path": "web.jsonl", "streaming": True, "weight": 1, "eval_rows": 2},
+        code={"path": "code.jsonl", "weight": 1, "eval_rows": 5},
+        saved={"path": "s", "streaming": True, "weight": 1, "eval_split": "test[:4]"},
+        law={"path": "law.jsonl", "role": "ood"},
+        sequence_length=4,
+    )
+    held_out = set(web[:2]) | set(web[10:12]) | set(web[20:24])
+    tokenizer = mixture.train["web"].reader.tokenizer
+    held_out |= set(documents(tokenizer, mixture.eval["code"])[:-1]) - {""}
+    for name in ("web", "saved"):
+        trained = set(stream_texts(mixture.train[name], 1500).split(EOS)[:-1])
+        assert trained == set(web + (code[:9] if name == "web" else [])) - held_out
+    assert not held_out & set(documents(tokenizer, mixture.train["code"]))
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "a.parquet", "a.csv", "parts/*.jsonl", "folder", "saved", "files/*.txt"])
+def test_every_kind_of_file_streams(load: Any, path: str) -> None:
+    docs = texts(20)
+    dataset = Dataset.from_dict({"text": docs})
+    write("a.jsonl", docs)
+    dataset.to_parquet("a.parquet")
+    dataset.to_csv("a.csv")
+    dataset.save_to_disk("saved")
+    for folder in ("parts", "folder"):
+        Path(folder).mkdir()
+        for part in (0, 1):
+            write(f"{folder}/{part}.jsonl", docs[part::2])
+    Path("files").mkdir()
+    for number, text in enumerate(docs):
+        Path(f"files/{number:02}.txt").write_text(text)
+    mixture = load(a={"path": path, "streaming": True, "weight": 1}, sequence_length=4)
+    assert set(stream_texts(mixture.train["a"], 300).split(EOS)[:20]) == set(docs)
+
+
+def test_streams_that_cannot_be_loaded_say_so(load: Any) -> None:
+    write("a.jsonl", [*texts(5), None])
+    stream = {"path": "a.jsonl", "streaming": True, "weight": 1}
+    for wrong, message in (
+        ({"text_column": "body"}, r"sources\.a\.text_column: .*'body'.*id, text"),
+        ({"path": "b.jsonl"}, r"sources\.a: 'b\.jsonl'"),
+        ({"split": "test"}, r"sources\.a: .*split 'test'"),
+        ({"eval_split": "test[5%:]"}, r"sources\.a\.eval_split: 'test\[5%:\]'.*'validation\[:1000\]'"),
+        ({"eval_rows": 6}, r"row 5 holds None .*on_error to 'skip'"),
+        ({"eval_rows": 6, "on_error": "skip"}, r"sources\.a\.eval_rows: 6 documents .*only 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(a={**stream, **wrong})
 
 
 # --- what is cached

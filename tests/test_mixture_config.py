@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_nexus.mixture import MixtureConfig, SourceConfig
+from hf_nexus.mixture.stages import stage_borders
 from hf_nexus.mixture.strict import parse_yaml
 
 VALID: dict[str, Any] = {
@@ -18,6 +19,7 @@ VALID: dict[str, Any] = {
         "web": {"path": "org/web", "subset": "en", "revision": "main", "weight": 3, "eval_rows": 5, "tokens": 1000},
         "code": {"path": "code/*.jsonl", "text_column": "content", "weight": 1.0, "max_epochs": 2.5},
         "chat": {"path": "chat.parquet", "messages_column": "messages", "weight": 0.5, "eval_split": "test"},
+        "log": {"path": "org/log", "streaming": True, "on_error": "skip", "max_epochs": 2.0, "weight": 1},
         "law": {"path": "builtin/law", "role": "ood", "max_tokens": 100},
     },
 }
@@ -42,12 +44,13 @@ sources:
   web: {path: org/web, subset: en, revision: main, weight: 3, eval_rows: 5, tokens: 1e3}
   code: {path: code/*.jsonl, text_column: content, weight: 1.0, max_epochs: 2.5}
   chat: {path: chat.parquet, messages_column: messages, weight: 5e-1, eval_split: test}
+  log: {path: org/log, streaming: true, on_error: skip, max_epochs: 2, weight: 1}
   law: {path: builtin/law, role: ood, max_tokens: 100}
 """
     (tmp_path / "mixture.yaml").write_text(text)
     config = MixtureConfig.from_yaml(tmp_path / "mixture.yaml")
     assert config == MixtureConfig.from_dict(VALID)
-    assert list(config.train_sources) == ["web", "code", "chat"]
+    assert list(config.train_sources) == ["web", "code", "chat", "log"]
     assert list(config.ood_sources) == ["law"]
     assert config.sources["web"].known_tokens == 1000 and config.sources["code"].known_tokens is None
 
@@ -95,6 +98,15 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.chat.prompt_column", "prompt", "Keep one of the two"),
         ("sources.web.prompt_column", "prompt", "completion_column: missing"),
         ("sources.law.weight", 1.0, "Remove it"),
+        ("sources.law.streaming", True, "set max_tokens"),
+        ("sources.web.streaming", "yes", "true or false"),
+        ("sources.web.on_error", "ignore", "'raise' or 'skip'"),
+        ("sources.web.on_error", "skip", "Add `streaming: true`"),
+        ("sources.log.max_tokens", 100, "max_epochs say how much"),
+        ("sources.log.max_epochs", 2.5, "whole number"),
+        ("sources.log.split", "train[:10%]", "Name a whole split"),
+        ("buffer_size", 1, "at least 2"),
+        ("isolate_documents", "auto", "true or false"),
         ("sources.law.eval_rows", 1, "Remove it"),
         ("sources.law.revision", "main", "Remove it"),
         ("sources.law.split", "test", "Remove it"),
@@ -189,3 +201,69 @@ def test_a_temperature_above_one_evens_shares_out_and_keeps_their_order(sizes: d
 def test_weights_need_sizes_where_none_are_given() -> None:
     with pytest.raises(ValueError, match=r"sources\.b\.weight.*sources\.b\.tokens"):
         sized(1.0, a=None, b=None).weights({"a": 10})
+
+
+def test_a_stream_needs_a_weight_or_a_stated_size() -> None:
+    source = {"path": "org/web", "streaming": True}
+    with pytest.raises(ValueError, match=r"sources\.web\.weight: missing.*sources\.web\.tokens"):
+        MixtureConfig.from_dict({"sources": {"web": source}, "sequence_length": 8})
+    for enough in ({"weight": 1.0}, {"tokens": 1000}):
+        MixtureConfig.from_dict({"sources": {"web": {**source, **enough}}, "sequence_length": 8})
+
+
+# ---- Stages ----
+
+
+def staged(*stages: Any, **more: Any) -> MixtureConfig:
+    sources = {name: {"path": name, **more.pop(name, {})} for name in ("a", "b")}
+    sources["c"] = {"path": "c", "role": "ood"}
+    return MixtureConfig.from_dict({"sources": sources, "sequence_length": 8, "stages": list(stages), **more})
+
+
+LAST = {"until": 1.0, "weights": {"a": 1, "b": 4}}
+
+
+def test_the_last_stage_gives_the_weights_and_a_mixture_without_stages_is_one_stage() -> None:
+    config = staged({"until": 0.8, "weights": {"b": 0, "a": 2}}, LAST)
+    assert config.stage_weights({}) == [(0.8, {"a": 1.0, "b": 0.0}), (1.0, {"a": 0.2, "b": 0.8})]
+    assert config.weights({}) == {"a": 0.2, "b": 0.8}
+    assert sized(1.0, a=3, b=1).stage_weights({}) == [(1.0, {"a": 0.75, "b": 0.25})]
+    assert MixtureConfig(config.sources, 8, stages=config.stages) == config
+
+
+@pytest.mark.parametrize(
+    ("stages", "error"),
+    [
+        ([], r"stages: \[\] is no list"),
+        ([{"until": 0.5, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: 0\.5.*at 1\.0"),
+        ([{"until": 1, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 1 .*only the last"),
+        ([{"until": 0, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 0 .*above"),
+        ([{"until": 0.5, "weights": {"a": 1, "b": 1}}] * 2 + [LAST], r"stages\[1\]\.until: 0\.5 .*\(0\.5 here\)"),
+        ([{"until": "1", "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: '1'"),
+        ([{"until": True, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: True"),
+        ([{"untill": 1.0, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.untill: unknown key.*'until'"),
+        ([{"until": 1.0}], r"stages\[0\]\.weights: missing"),
+        ([{"until": 1.0, "weights": {"a": 1}}], r"stages\[0\]\.weights: .*sources are a, b"),
+        ([{"until": 1.0, "weights": {"a": 1, "b": 1, "c": 1}}], r"stages\[0\]\.weights: .*sources are a, b"),
+        ([{"until": 1.0, "weights": {"a": 1, "b": -1}}], r"stages\[0\]\.weights\.b: -1 "),
+        ([{"until": 1.0, "weights": {"a": 0, "b": 0}}], r"stages\[0\]\.weights: all weights are 0"),
+        ([{"until": 1.0, "weights": {"a": 1, "b": 0}}], r"stages: the source 'b' has no weight in any stage"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused_by_name(stages: list, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        staged(*stages)
+
+
+def test_stages_stand_in_for_weights_and_temperature() -> None:
+    with pytest.raises(ValueError, match=r"sources\.b\.weight: it has no effect beside stages"):
+        staged(LAST, b={"weight": 1.0})
+    with pytest.raises(ValueError, match="temperature: it has no effect"):
+        staged(LAST, temperature=2.0)
+
+
+def test_stages_begin_at_whole_outer_steps_and_those_without_one_are_left_out() -> None:
+    stages = [(0.1, {"a": 1.0}), (0.8, {"a": 2.0}), (1.0, {"a": 3.0})]
+    assert stage_borders(stages, 44_000, 8) == [(0, {"a": 1.0}), (35_200, {"a": 2.0}), (281_600, {"a": 3.0})]
+    assert stage_borders(stages, 4, 2) == [(0, {"a": 2.0}), (6, {"a": 3.0})]
+    assert stage_borders([(1.0, {"a": 1.0})], 1, 3) == [(0, {"a": 1.0})]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hf_nexus.mixture import MixtureConfig
-from hf_nexus.mixture.plan import MAP_STYLE_LIMIT, check_map_style, format_plan, mixture_plan
+from hf_nexus.mixture.plan import MAP_STYLE_LIMIT, check_map_style, mixture_plan
+from hf_nexus.mixture.plan_tables import format_plan, format_stages
 
 
 def config(**web: Any) -> MixtureConfig:
@@ -72,13 +73,54 @@ def test_sizes_and_weights_must_be_of_the_same_sources() -> None:
 
 
 def test_sources_too_large_to_be_loaded_whole_are_refused_unless_limited() -> None:
-    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*streaming is not available.*max_tokens"):
+    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*max_tokens.*streaming: true"):
         check_map_style(config(tokens=MAP_STYLE_LIMIT + 1))
     check_map_style(config(tokens=MAP_STYLE_LIMIT))
     check_map_style(config(tokens=10 * MAP_STYLE_LIMIT, max_tokens=MAP_STYLE_LIMIT))
+    check_map_style(config(tokens=10 * MAP_STYLE_LIMIT, streaming=True))
     check_map_style(config())
     with pytest.raises(ValueError, match=r"sources\.web"):
         check_map_style(config(max_tokens=MAP_STYLE_LIMIT + 1))
+
+
+# ---- Stages ----
+
+STAGES = [(0, {"web": 0.9, "code": 0.1}), (8000, {"web": 0.5, "code": 0.5})]
+
+
+def test_a_staged_run_adds_up_over_its_stages() -> None:
+    web, code = mixture_plan({"web": 16_400, "code": 1000}, STAGES, 10_000)
+    assert (web.stage_tokens, web.train_tokens, web.share, web.epochs) == ((7200, 1000), 8200, 0.82, 0.5)
+    assert (code.stage_tokens, code.train_tokens, code.epochs) == ((800, 1000), 1800, 1.8)
+    assert code.stage_shares == (0.1, 0.5) and code.epochs_of(code.stage_tokens[0]) == 0.8
+
+
+def test_stages_of_the_same_weights_are_no_stages() -> None:
+    tokens, weights = {"a": 300, "b": 700}, {"a": 0.25, "b": 0.75}
+    (a, b), whole = mixture_plan(tokens, [(0, weights), (400, weights)], 1000), mixture_plan(tokens, weights, 1000)
+    assert [(r.share, r.train_tokens, r.epochs) for r in (a, b)] == [
+        (r.share, r.train_tokens, r.epochs) for r in whole
+    ]
+
+
+def test_a_stage_after_the_end_of_the_run_takes_nothing() -> None:
+    web, code = mixture_plan({"web": 100, "code": 100}, STAGES, 5000)
+    assert (web.stage_tokens, code.stage_tokens) == ((4500, 0), (500, 0))
+
+
+def test_a_cap_holds_for_all_stages_together() -> None:
+    tokens, caps = {"web": 16_400, "code": 1000}, {"web": None, "code": 1.7}
+    with pytest.raises(ValueError, match=r"^sources\.code\.max_epochs: .* 1\.8 times, but 1\.7") as error:
+        mixture_plan(tokens, STAGES, 10_000, caps)
+    assert "Lower its weights in the stages, to at most 0.17 of all tokens" in str(error.value)
+    mixture_plan(tokens, STAGES, 10_000, {"code": 1.8})
+
+
+def test_a_cap_on_a_source_of_unknown_size_is_left_to_training() -> None:
+    web, code = mixture_plan({"web": 1000, "code": None}, {"web": 0.1, "code": 0.9}, 10_000, {"code": 1})
+    assert (code.epochs, code.train_tokens, web.epochs) == (None, 9000, 1.0)
+    with pytest.raises(ValueError, match=r"sources\.web\.max_epochs.*weight to at most 0\.05"):
+        mixture_plan({"web": 1000, "code": None}, {"web": 0.1, "code": 0.9}, 10_000, {"web": 0.5, "code": 1})
 
 
 def render(table: Any, width: int = 140) -> str:
@@ -123,3 +165,18 @@ def test_no_number_is_cut_at_80_columns() -> None:
         ["1.30T", "100.0%", "62.9B", "0.05"],
     ):
         assert numbers in cells, numbers
+
+
+def test_the_tables_show_stages_and_what_is_not_known() -> None:
+    rows = mixture_plan({"web": None, "code": 1000}, STAGES, 10_000, {"web": 1, "code": 2})
+    lines = {line.split()[1]: line for line in render(format_plan(rows), 80).splitlines() if line.startswith("│")}
+    assert all(part in lines["web"] for part in ("unknown", "82.0%", "8,200", "unknown (max 1)"))
+    assert all(part in lines["total"] for part in ("unknown", "100.0%", "10.0k"))
+    text = render(format_stages(rows, ["steps 0 to 80", "steps 80 to 100"]), 80)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["steps 0 to 80", "web", "90.0%", "7,200", "unknown"],
+        ["", "code", "10.0%", "800", "0.80"],
+        ["steps 80 to 100", "web", "50.0%", "1,000", "unknown"],
+        ["", "code", "50.0%", "1,000", "1.00"],
+    ]

@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler, split_sources, tag_source
-from hf_nexus.mixture.schedule import SourceSchedule
+from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
@@ -49,6 +51,103 @@ def test_bad_weights_are_refused(weights):
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'random' or 'stratified'"):
         SourceSchedule(WEIGHTS, kind="rando")
+
+
+# ---- Weights that change ----
+
+STAGES = [
+    (0, {"a": 3.0, "b": 1.0, "c": 0.0}),
+    (4000, {"a": 0.0, "b": 1.0, "c": 1.0}),
+    (9000, {"c": 1, "b": 0, "a": 1}),
+]
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified"])
+def test_the_draws_of_this_release_stay_those_of_the_next(kind):
+    first = {"random": [1, 0, 0, 0, 2, 2, 1, 1, 1, 2], "stratified": [0, 1, 2, 0, 0, 1, 0, 2, 1, 0]}
+    assert SourceSchedule(WEIGHTS, 0, kind).sources(0, 10).tolist() == first[kind]
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified"])
+def test_stages_of_equal_weights_are_one_stage(kind):
+    staged = SourceSchedule([(0, WEIGHTS), (17, WEIGHTS), (5000, WEIGHTS)], 3, kind)
+    assert np.array_equal(staged.sources(0, 9000), SourceSchedule(WEIGHTS, 3, kind).sources(0, 9000))
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified"])
+def test_each_stage_has_its_weights_and_any_stretch_is_that_of_the_whole(kind):
+    schedule = SourceSchedule(STAGES, 1, kind)
+    whole = schedule.sources(0, 12_000)
+    for start, stop, shares in [
+        (0, 4000, (0.75, 0.25, 0)),
+        (4000, 9000, (0, 0.5, 0.5)),
+        (9000, 12_000, (0.5, 0, 0.5)),
+    ]:
+        part = whole[start:stop]
+        counts = np.bincount(part, minlength=3)
+        assert np.abs(counts / len(part) - shares).max() < (0.03 if kind == "random" else 1e-3)
+        assert all(count == 0 for count, share in zip(counts, shares, strict=True) if share == 0)
+    for start, stop in [(0, 1), (3999, 4001), (3000, 9500), (9000, 9001), (11_999, 12_000), (5, 5)]:
+        assert np.array_equal(SourceSchedule(STAGES, 1, kind).sources(start, stop), whole[start:stop])
+    assert schedule.shares.tolist() == [0.75, 0.5, 0.5]
+
+
+def test_what_a_source_is_owed_survives_the_end_of_a_stage():
+    # Stages so short that none of them alone would give the rare source a micro-batch.
+    often, rarely = {"a": 0.9, "b": 0.1}, {"a": 0.8, "b": 0.2}
+    stages = [(start, rarely if start % 4 else often) for start in range(0, 4000, 2)]
+    drawn = SourceSchedule(stages, kind="stratified").sources(0, 4000)
+    targets = np.cumsum([0.2 if i % 4 >= 2 else 0.1 for i in range(4000)])
+    assert np.abs(np.cumsum(drawn == 1) - targets).max() < 1 + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified"])
+def test_weights_decided_while_training_give_the_same_draws_as_those_known_before(kind):
+    schedule, shares = DynamicSchedule(["a", "b", "c"], 1, kind), {start: list(w.values()) for start, w in STAGES[:2]}
+    drawn, current = [], []
+    for i in range(9000):
+        current = shares.get(i, current)
+        drawn.append(schedule.source(i, current))
+    assert drawn == SourceSchedule(STAGES, 1, kind).sources(0, 9000).tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(stop=st.integers(0, 60), kind=st.sampled_from(["random", "stratified"]), seed=st.integers(0, 3))
+def test_a_dynamic_schedule_goes_on_from_its_saved_state(stop, kind, seed):
+    shares = [[1 + i % 7, 2, i // 20] for i in range(80)]
+    whole = DynamicSchedule(["a", "b", "c"], seed, kind)
+    expected = [whole.source(i, shares[i]) for i in range(80)]
+    first = DynamicSchedule(["a", "b", "c"], seed, kind)
+    drawn = [first.source(i, shares[i]) for i in range(stop)]
+    state = json.loads(json.dumps(first.state_dict()))
+    [first.source(i, shares[i]) for i in range(stop, 70)]  # the state is no view of what goes on
+    second = DynamicSchedule(["a", "b", "c"], seed, kind)
+    second.load_state_dict(state)
+    assert drawn + [second.source(i, shares[i]) for i in range(stop, 80)] == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "error"),
+    [
+        ([], "the first must be 0"),
+        ([(1, {"a": 1.0})], "the first must be 0"),
+        ([(0, {"a": 1.0}), (5, {"a": 1.0}), (5, {"a": 1.0})], "and each later"),
+        ([(0, {"a": 1.0}), (5, {"b": 1.0})], "name b, but the sources are a"),
+        ([(0, {"a": 1.0}), (5, {"a": 0.0})], "more than zero"),
+    ],
+)
+def test_bad_stages_are_refused(stages, error):
+    with pytest.raises(ValueError, match=error):
+        SourceSchedule(stages)
+
+
+def test_bad_weights_while_training_are_refused():
+    schedule = DynamicSchedule(["a", "b"])
+    for shares in ([0.0, 0.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="weights"):
+            schedule.source(0, shares)
+    with pytest.raises(ValueError, match="'random' or 'stratified'"):
+        DynamicSchedule(["a"], kind="rando")
 
 
 # ---- The order of rows ----

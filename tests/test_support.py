@@ -72,6 +72,14 @@ def test_fp16_is_refused(build):
         distributed.check_supported(trainer)
 
 
+def test_processes_that_would_each_train_alone_are_refused(build, monkeypatch):
+    """As Trainer does without a GPU, if it is not told to use the CPU."""
+    trainer = build()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one of 2 processes.*use_cpu=True"):
+        distributed.check_supported(trainer)
+
+
 def test_data_parallel_is_refused_with_the_torchrun_line(build, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     with pytest.raises(ValueError, match=f"{WAY_OUT} 4"):

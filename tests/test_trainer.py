@@ -503,6 +503,9 @@ def test_resuming_with_other_sources_goes_on_from_what_is_known(make_trainer, so
     config = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
     make_trainer(sources, **config, max_steps=1).train()
     changed = make_trainer({"text": sources["text"], "new": Rows(40, 4)}, **config, max_steps=3)
+    with pytest.raises(ValueError, match=r"source 'code' is gone.*source 'new' is new.*allow_mixture_change"):
+        changed.train(resume_from_checkpoint=True)
+    changed.args.allow_mixture_change = True
     changed.train(resume_from_checkpoint=True)
     assert set(changed.meter.trained_tokens) == {"text", "new"}
 

@@ -2,15 +2,27 @@
 
 from .config import MixtureConfig, SourceConfig
 from .indexed import MixtureDataset, MixtureSampler
+from .isolation import IsolateDocuments
 from .loading import Mixture, load_mixture
-from .schedule import SourceSchedule
+from .readers import Retry, SourceError
+from .schedule import DynamicSchedule, SourceSchedule
+from .stages import Stage
+from .streaming import MixtureStream
+from .token_stream import StreamedDocuments
 
 __all__ = [
+    "DynamicSchedule",
+    "IsolateDocuments",
     "Mixture",
     "MixtureConfig",
     "MixtureDataset",
     "MixtureSampler",
+    "MixtureStream",
+    "Retry",
     "SourceConfig",
+    "SourceError",
     "SourceSchedule",
+    "Stage",
+    "StreamedDocuments",
     "load_mixture",
 ]

@@ -6,85 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .strict import NOT_TEXT, check_source, columns_error, known_keys, parse_yaml, require_count, require_positive
+from .source import SourceConfig
+from .stages import Stage, parse_stages
+from .strict import (
+    NOT_TEXT,
+    check_source,
+    columns_error,
+    known_keys,
+    parse_yaml,
+    require_count,
+    require_flag,
+    require_positive,
+)
 
 __all__ = ["MixtureConfig", "SourceConfig"]
-
-
-@dataclass
-class SourceConfig:
-    """
-    One source of a mixture.
-
-    Documents are read from a text column, from chat messages (rendered with the tokenizer's chat template), or from a
-    prompt and its completion; all of their tokens are trained on.
-
-    Args:
-        path (`str`):
-            A dataset on the Hub, a local file (`.jsonl`, `.json`, `.parquet`, `.csv`, or `.txt`: one document), a
-            glob, a folder of data files or one written by `save_to_disk`, or `builtin/<name>`.
-        subset (`str`, *optional*), split (`str`, *optional*, defaults to `"train"`), revision (`str`, *optional*):
-            As in [`~datasets.load_dataset`].
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Column with the documents.
-        messages_column (`str`, *optional*):
-            Column with conversations, in place of `text_column`.
-        prompt_column (`str`, *optional*), completion_column (`str`, *optional*):
-            Columns whose strings, or lists of messages, are put one after the other, in place of `text_column`.
-        weight (`float`, *optional*):
-            Share of the training tokens, relative to the other weights. All training sources have one, or none.
-        max_tokens (`int`, *optional*):
-            Read whole documents, in order, up to this number of tokens. It bounds what is tokenized, not what is
-            downloaded.
-        max_epochs (`float`, *optional*):
-            Largest number of times that the source may be repeated.
-        eval_rows (`int`, *optional*):
-            Number of documents to hold out, chosen by a hash of their text. Copies of them are not trained on either.
-        eval_split (`str`, *optional*):
-            Split to take the held-out documents from instead, for instance `"validation[:1000]"`.
-        license (`str`, *optional*):
-            Licence of the source; by default what the data itself states.
-        role (`str`, *optional*, defaults to `"train"`):
-            `"train"`, or `"ood"` for a source that is only evaluated.
-        tokens (`int`, *optional*):
-            Known size in tokens, for plans made before anything is downloaded.
-
-    Example:
-        >>> from hf_nexus.mixture import SourceConfig
-        >>> SourceConfig(path="data/code/*.jsonl", text_column="content", eval_rows=100).role
-        'train'
-    """
-
-    path: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_column: str = "text"
-    messages_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
-    weight: float | None = None
-    max_tokens: int | None = None
-    max_epochs: float | None = None
-    eval_rows: int | None = None
-    eval_split: str | None = None
-    license: str | None = None
-    role: str = "train"
-    tokens: int | None = None
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Key of the configuration to the column it names, for the columns that are read."""
-        if self.messages_column is not None:
-            return {"messages_column": self.messages_column}
-        if self.prompt_column is not None and self.completion_column is not None:
-            return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
-        return {"text_column": self.text_column}
-
-    @property
-    def known_tokens(self) -> int | None:
-        """The stated size after `max_tokens`, `None` where neither is given."""
-        return min((n for n in (self.tokens, self.max_tokens) if n is not None), default=None)
 
 
 @dataclass
@@ -101,6 +36,13 @@ class MixtureConfig:
             Without weights, shares are proportional to `size ** (1 / temperature)`: above 1 they are evened out.
         num_proc (`int`, *optional*):
             Processes that tokenize. By default one, in which a fast tokenizer uses a thread per core.
+        buffer_size (`int`, *optional*, defaults to 10000):
+            Rows of a streaming source among which it is shuffled, and at most read again when training resumes.
+        stages (`list[Stage]`, *optional*):
+            Weights that change during training, in place of the sources' own: each stage ends at a fraction of the
+            outer steps (`until`), and its `weights` name every training source.
+        isolate_documents (`bool`, *optional*):
+            Keep the documents of a row from attending to each other. By default where the attention allows it.
 
     Raises:
         ValueError: a value that is not allowed, or keys that contradict each other. The message starts with the path
@@ -119,6 +61,9 @@ class MixtureConfig:
     sequence_length: int
     temperature: float = 1.0
     num_proc: int | None = None
+    buffer_size: int = 10_000
+    stages: list[Stage] | None = None
+    isolate_documents: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sources, Mapping):
@@ -127,6 +72,9 @@ class MixtureConfig:
         require_positive("temperature", self.temperature)
         if self.num_proc is not None:
             require_count("num_proc", self.num_proc)
+        require_count("buffer_size", self.buffer_size, least=2)
+        if self.isolate_documents is not None:
+            require_flag("isolate_documents", self.isolate_documents)
         for name, source in self.sources.items():
             if not isinstance(source, SourceConfig):
                 raise ValueError(f"sources.{name}: {source!r} is no SourceConfig. Use from_dict for plain data.")
@@ -134,13 +82,26 @@ class MixtureConfig:
         train = self.train_sources
         if not train:
             raise ValueError("sources: there is none to train on. Add one whose role is 'train' (the default).")
+        self._check_weights(train)
+
+    def _check_weights(self, train: dict[str, SourceConfig]) -> None:
         unweighted = [name for name, source in train.items() if source.weight is None]
-        if 0 < len(unweighted) < len(train):
+        if self.stages is not None:
+            for name in train:
+                if name not in unweighted:
+                    raise ValueError(f"sources.{name}.weight: it has no effect beside stages. Remove one of the two.")
+            self.stages = parse_stages(self.stages, train)
+        elif 0 < len(unweighted) < len(train):
             raise ValueError(
                 f"sources.{unweighted[0]}.weight: missing, while other training sources have one. Give it to all of "
                 f"{', '.join(train)}, or to none (then the sizes decide)."
             )
-        if not unweighted and self.temperature != 1:
+        elif unsized := [name for name in unweighted if train[name].streaming and train[name].tokens is None]:
+            raise ValueError(
+                f"sources.{unsized[0]}.weight: missing, and the size of a streaming source is not known. Give weights "
+                f"to all training sources, or state sources.{unsized[0]}.tokens."
+            )
+        if self.temperature != 1 and (self.stages is not None or not unweighted):
             raise ValueError("temperature: it has no effect beside explicit weights. Remove it, or the weights.")
 
     @classmethod
@@ -181,15 +142,31 @@ class MixtureConfig:
 
     def weights(self, sizes: Mapping[str, int]) -> dict[str, float]:
         """
-        Shares of the training tokens, which sum to 1.
+        Shares of the training tokens, which sum to 1: those of the last stage, where there are stages.
 
         Args:
             sizes (`Mapping[str, int]`):
-                Tokens of each training source.
+                Tokens of each training source; not needed where weights are given.
 
         Raises:
             ValueError: a size that is needed is missing or not positive.
         """
+        return self.stage_weights(sizes)[-1][1]
+
+    def stage_weights(self, sizes: Mapping[str, int]) -> list[tuple[float, dict[str, float]]]:
+        """
+        `(until, shares)` of each stage: the fraction of training at which it ends, and shares that sum to 1. Without
+        stages there is one, until 1.0.
+
+        Args:
+            sizes (`Mapping[str, int]`):
+                As for [`~MixtureConfig.weights`].
+
+        Raises:
+            ValueError: as there.
+        """
+        if self.stages is not None:
+            return [(stage.until, _shares(stage.weights)) for stage in self.stages]
         raw = {}
         for name, source in self.train_sources.items():
             if source.weight is not None:
@@ -201,5 +178,9 @@ class MixtureConfig:
                     f"sources.{name}.weight: missing, and the size of the source is unknown or 0. Give weights to all "
                     f"sources, or state sources.{name}.tokens."
                 )
-        total = math.fsum(raw.values())
-        return {name: value / total for name, value in raw.items()}
+        return [(1.0, _shares(raw))]
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    total = math.fsum(weights.values())
+    return {name: value / total for name, value in weights.items()}

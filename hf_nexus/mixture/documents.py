@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +10,18 @@ from .config import SourceConfig
 from .strict import BUILTIN_PREFIX
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DocumentReader", "load_documents", "require_chat_template", "source_license"]
+__all__ = ["DocumentReader", "column_names", "load_documents", "require_chat_template", "source_license", "split_text"]
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 
-def load_documents(name: str, source: SourceConfig, split: str, cache_dir: str | None = None) -> "Dataset":
+def load_documents(
+    name: str, source: SourceConfig, split: str, cache_dir: str | None = None, streaming: bool = False
+) -> "Dataset | IterableDataset":
     """
     Load one split of a source, one row per document.
 
@@ -30,6 +32,8 @@ def load_documents(name: str, source: SourceConfig, split: str, cache_dir: str |
             Which part of it; slices such as `"train[:10%]"` work where the source is no folder of `save_to_disk`.
         cache_dir (`str`, *optional*):
             As in [`~datasets.load_dataset`].
+        streaming (`bool`, *optional*, defaults to `False`):
+            Download and convert nothing: an `IterableDataset`, or a `Dataset` where one lies ready.
 
     Raises:
         ValueError: nothing there, no such split or subset, no documents, or none of the columns that `source` names.
@@ -48,24 +52,30 @@ def load_documents(name: str, source: SourceConfig, split: str, cache_dir: str |
         if source.path.startswith(BUILTIN_PREFIX):
             documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
         elif _is_local(path):
-            documents = _load_local(path, source, split, cache_dir)
+            documents = _load_local(path, source, split, cache_dir, streaming)
         else:
-            documents = load_dataset(path, source.subset, split=split, revision=source.revision, cache_dir=cache_dir)
+            options = {"revision": source.revision, "cache_dir": cache_dir}
+            documents = load_dataset(path, source.subset, split=split, streaming=streaming, **options)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {error.__cause__ or error}\n"
             "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
         ) from error
+    available = column_names(documents)
     for key, column in source.columns.items():
-        if column not in documents.column_names:
+        if column not in available:
             raise ValueError(
-                f"sources.{name}.{key}: the source has no column {column!r}. Name one of "
-                f"{', '.join(documents.column_names)}."
+                f"sources.{name}.{key}: the source has no column {column!r}. Name one of {', '.join(available)}."
             )
     return documents
 
 
-def source_license(source: SourceConfig, documents: "Dataset") -> str | None:
+def column_names(documents: "Dataset | IterableDataset") -> list[str]:
+    """The columns, from the first row of a stream that does not know them."""
+    return documents.column_names or list(next(iter(documents), {}))
+
+
+def source_license(source: SourceConfig, documents: "Dataset | IterableDataset") -> str | None:
     """The licence of a source: as configured, else as the built-in corpus or the dataset states it, else `None`."""
     if source.license is not None:
         return source.license
@@ -94,13 +104,15 @@ def _uncompressed(path: str) -> str:
     return stem if suffix in _COMPRESSIONS else path
 
 
-def _load_local(path: str, source: SourceConfig, split: str, cache_dir: str | None) -> "Dataset":
+def _load_local(
+    path: str, source: SourceConfig, split: str, cache_dir: str | None, streaming: bool
+) -> "Dataset | IterableDataset":
     from datasets import load_dataset
 
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
             return _load_saved(path, split)
-        return load_dataset(path, source.subset, split=split, cache_dir=cache_dir)
+        return load_dataset(path, source.subset, split=split, cache_dir=cache_dir, streaming=streaming)
     files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not files:
         raise ValueError(f"no file matches {path!r} in {os.getcwd()!r}.")
@@ -111,7 +123,7 @@ def _load_local(path: str, source: SourceConfig, split: str, cache_dir: str | No
     (format,) = formats
     # A line or a paragraph of a text file is no document: an EOS after each would cut the text to pieces.
     options = {"sample_by": "document"} if format == "text" else {}
-    return load_dataset(format, data_files=files, split=split, cache_dir=cache_dir, **options)
+    return load_dataset(format, data_files=files, split=split, cache_dir=cache_dir, streaming=streaming, **options)
 
 
 def _load_saved(path: str, split: str) -> "Dataset":
@@ -211,3 +223,23 @@ def _is_conversation(value: Any) -> bool:
 def _join(prompt: str, completion: str = "") -> str:
     apart = not completion or prompt[-1:].isspace() or completion[:1].isspace()
     return prompt + ("" if apart else "\n") + completion
+
+
+def split_text(text: str, size: int) -> Iterator[str]:
+    """
+    Pieces of at most `size` characters that make up a text, cut before a line end where one is in reach, else before a
+    space.
+
+    Example:
+        >>> from hf_nexus.mixture.documents import split_text
+        >>> list(split_text("one two\\nthree four", 10))
+        ['one two', '\\nthree', ' four']
+    """
+    start = 0
+    while len(text) - start > size:
+        half, stop = start + max(size // 2, 1), start + size
+        cuts = (text.rfind(sign, half, stop + 1) for sign in "\n ")
+        cut = next((cut for cut in cuts if cut >= 0), stop)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]

@@ -10,18 +10,21 @@ import torch
 
 from .schedule import SourceSchedule
 
-__all__ = ["SOURCE_KEY", "MixtureDataset", "MixtureSampler", "split_sources", "tag_source"]
+__all__ = ["SOURCE_KEY", "STATE_KEY", "MixtureDataset", "MixtureSampler", "split_sources", "tag_source"]
 
 logger = logging.getLogger(__name__)
 
 # Key under which a collated micro-batch names its source, between the data loader and the trainer.
 SOURCE_KEY = "nexus_source"
+# Key under which it says where the source then stands, if it is read from a `MixtureStream`.
+STATE_KEY = "nexus_state"
 
 
 class SourceRows(list):
-    """Rows fetched together, all of `source`."""
+    """Rows fetched together, all of `source`, and the `StreamState` after them where there is one."""
 
     source: str
+    state: Any = None
 
 
 class MixtureDataset(torch.utils.data.Dataset):
@@ -46,8 +49,8 @@ class MixtureDataset(torch.utils.data.Dataset):
                 callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))
             ):
                 raise ValueError(
-                    f"Source {name!r} is a {type(dataset).__name__}, which cannot be indexed: streaming sources are "
-                    "not supported in a mixture yet. Load it without streaming=True, or pass only it as train_dataset."
+                    f"Source {name!r} is a {type(dataset).__name__}, which cannot be indexed. Use a MixtureStream for "
+                    "streaming sources."
                 )
             if len(dataset) == 0:
                 raise ValueError(f"Source {name!r} is empty. Remove it, or give it rows.")
@@ -150,7 +153,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
 
 
 def tag_source(collate: Callable[[list], Any]) -> Callable[[SourceRows], Any]:
-    """Wrap a collator so that the micro-batches of a [`MixtureDataset`] carry their source's name."""
+    """Wrap a collator so that the micro-batches carry their source's name and, of a stream, its state."""
     return _Tagger(collate)
 
 
@@ -166,6 +169,8 @@ class _Tagger:  # a class, not a closure: data loader workers may have to pickle
                 f"The collator returned a {type(batch).__name__}; a mixture needs one that returns a dict."
             )
         batch[SOURCE_KEY] = rows.source  # type: ignore[index]
+        if rows.state is not None:
+            batch[STATE_KEY] = rows.state  # type: ignore[index]
         return batch
 
 

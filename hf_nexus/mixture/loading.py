@@ -1,19 +1,22 @@
 """Loading a mixture: every source read, held out, tokenized and packed, so that training starts from rows."""
 
 import logging
+import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import MixtureConfig, SourceConfig
-from .documents import DocumentReader, load_documents, require_chat_template, source_license
+from .documents import DocumentReader, column_names, load_documents, require_chat_template, source_license
 from .packing import SourcePacker, tokenizer_fingerprint
 from .plan import check_map_style
+from .token_stream import StreamedDocuments, document_hash, read_texts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Mixture", "load_mixture"]
@@ -30,25 +33,28 @@ class Mixture:
     Attributes:
         config ([`MixtureConfig`]):
             What was loaded.
-        train (`dict[str, Dataset]`):
-            Rows of the training sources.
+        train (`dict[str, Dataset | StreamedDocuments]`):
+            Rows of the training sources; of a streaming source, what makes them while training.
         eval (`dict[str, Dataset]`):
             Held-out rows of training sources, then the rows of OOD sources.
         weights (`dict[str, float]`):
             Shares of the training tokens.
-        tokens (`dict[str, int]`), eval_tokens (`dict[str, int]`):
-            Number of rows times L, for `train` and `eval`.
+        tokens (`dict[str, int | None]`), eval_tokens (`dict[str, int]`):
+            Number of rows times L, for `train` and `eval`; for a streaming source what is stated, or `None`.
         licenses (`dict[str, str | None]`):
             Licence of each source, `None` where nothing states it.
+        eos_token_id (`int`):
+            The token that ends each document.
     """
 
     config: MixtureConfig
-    train: "dict[str, Dataset]"
+    train: "dict[str, Dataset | StreamedDocuments]"
     eval: "dict[str, Dataset]"
     weights: dict[str, float]
-    tokens: dict[str, int]
+    tokens: dict[str, int | None]
     eval_tokens: dict[str, int]
     licenses: dict[str, str | None]
+    eos_token_id: int
 
 
 def load_mixture(
@@ -61,6 +67,8 @@ def load_mixture(
     `eval_split` or in an OOD source) is trained on nowhere, whichever source it is in and however often. Everything is
     cached: a second call with the same files and tokenizer reads the rows from disk. Of several processes let one go
     first (`with args.main_process_first(): ...`), or each does the work.
+
+    Nothing of a streaming source is read but what is held out: the first `eval_rows` different documents, or a split.
 
     Args:
         config ([`MixtureConfig`]):
@@ -92,8 +100,8 @@ def load_mixture(
     fingerprint = tokenizer_fingerprint(tokenizer)
     packers, licenses, documents, held_out = {}, {}, {}, {}
     for name, source in config.sources.items():
-        whole = load_documents(name, source, source.split, files)
-        reader = DocumentReader(name, source, tokenizer, available=whole.column_names)
+        whole = load_documents(name, source, source.split, files, source.streaming)
+        reader = DocumentReader(name, source, tokenizer, available=column_names(whole))
         packers[name] = SourcePacker(reader, fingerprint, rows_dir, config.num_proc)
         licenses[name] = source_license(source, whole)
         if source.role == "ood":
@@ -101,18 +109,18 @@ def load_mixture(
             continue
         documents[name] = _text_only(whole, source)
         if source.eval_split is not None:
-            held_out[name] = _text_only(load_documents(name, source, source.eval_split, files), source)
+            held_out[name] = _eval_split(reader, files)
         elif source.eval_rows is not None:
-            held_out[name] = _hold_out(packers[name], documents[name], source.eval_rows)
+            hold_out = _first_documents if source.streaming else _hold_out
+            held_out[name] = hold_out(packers[name], documents[name], source.eval_rows)
     hashes = np.concatenate([np.empty(0, np.int64), *(packers[n].hash_documents(d) for n, d in held_out.items())])
-    for name in documents:
-        documents[name] = _without(packers[name], documents[name], hashes, config.sources[name].eval_rows or 0)
-    train = {name: _pack_train(packers[name], documents[name], config) for name in documents}
+    train = {name: _train(packers[name], documents[name], hashes, config) for name in documents}
     order = [*config.train_sources, *config.ood_sources]
     evaluation = {name: _pack_eval(packers[name], held_out[name], config) for name in order if name in held_out}
-    tokens = {name: len(rows) * config.sequence_length for name, rows in train.items()}
+    tokens = {name: _tokens(rows, config.sources[name], config.sequence_length) for name, rows in train.items()}
     eval_tokens = {name: len(rows) * config.sequence_length for name, rows in evaluation.items()}
-    return Mixture(config, train, evaluation, config.weights(tokens), tokens, eval_tokens, licenses)
+    weights = config.weights({name: count for name, count in tokens.items() if count is not None})
+    return Mixture(config, train, evaluation, weights, tokens, eval_tokens, licenses, tokenizer.eos_token_id)
 
 
 def _check(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -124,7 +132,9 @@ def _check(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
             require_chat_template(name, source, tokenizer)
 
 
-def _text_only(documents: "Dataset", source: SourceConfig) -> "Dataset":
+def _text_only(documents: "Dataset | IterableDataset", source: SourceConfig) -> Any:
+    if documents.column_names is None:  # rows of a stream of which some may lack a column
+        return documents
     # A dataset may have been saved with a format, such as tensors.
     return documents.select_columns(list(source.columns.values())).with_format(None)
 
@@ -157,6 +167,64 @@ def _without(packer: SourcePacker, documents: "Dataset", held_out: np.ndarray, e
             left_out - expected,
         )
     return documents.select(kept) if left_out else documents
+
+
+def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: int) -> "Dataset":
+    """The first `count` different documents of a stream."""
+    from datasets import Dataset
+
+    reader = packer.reader
+    found: dict[int, dict[str, Any]] = {}
+    for number, row in enumerate(documents):
+        try:
+            (text,) = read_texts(reader, [row], number)
+        except Exception as error:
+            if reader.source.on_error == "skip":
+                continue
+            raise ValueError(
+                f"{error} To leave such rows out, set sources.{reader.name}.on_error to 'skip'."
+            ) from error
+        if text:
+            found.setdefault(document_hash(text), {column: row[column] for column in reader.source.columns.values()})
+        if len(found) == count:
+            return Dataset.from_list(list(found.values()))
+    raise ValueError(
+        f"sources.{reader.name}.eval_rows: {count} documents are to be held out, but the source has only {len(found)} "
+        "different ones. Hold out fewer."
+    )
+
+
+def _eval_split(reader: DocumentReader, cache_dir: str | None) -> "Dataset":
+    """The documents of the split to evaluate on; that of a streaming source is not loaded with all other splits."""
+    from datasets import Dataset
+
+    name, source, split = reader.name, reader.source, str(reader.source.eval_split)
+    if not source.streaming:
+        return _text_only(load_documents(name, source, split, cache_dir), source)
+    match = re.fullmatch(r"([^\[\]]+)(?:\[:(\d+)\])?", split)
+    if match is None:
+        raise ValueError(
+            f"sources.{name}.eval_split: {split!r} cannot be read from a stream. Name a split, or the start of one as "
+            "in 'validation[:1000]'."
+        )
+    documents = load_documents(name, source, match[1], cache_dir, streaming=True)
+    columns = list(source.columns.values())
+    rows = islice(documents, int(match[2]) if match[2] else None)
+    return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
+
+
+def _train(
+    packer: SourcePacker, documents: Any, held_out: np.ndarray, config: MixtureConfig
+) -> "Dataset | StreamedDocuments":
+    """The rows of a training source, or what makes them."""
+    source = packer.reader.source
+    if source.streaming:
+        return StreamedDocuments(documents, packer.reader, config.sequence_length, frozenset(held_out.tolist()))
+    return _pack_train(packer, _without(packer, documents, held_out, source.eval_rows or 0), config)
+
+
+def _tokens(rows: "Dataset | StreamedDocuments", source: SourceConfig, sequence_length: int) -> int | None:
+    return source.tokens if isinstance(rows, StreamedDocuments) else len(rows) * sequence_length
 
 
 def _pack_train(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from .config import SourceConfig
+    from .source import SourceConfig
 
-__all__ = ["check_source", "known_keys", "parse_yaml", "require_count", "require_positive", "require_text"]
+__all__ = [
+    "check_source",
+    "known_keys",
+    "parse_yaml",
+    "require_count",
+    "require_flag",
+    "require_positive",
+    "require_text",
+]
 
 BUILTIN_PREFIX = "builtin/"
 # Become part of the names of logged metrics, such as `eval_<name>_loss`.
@@ -34,6 +42,12 @@ def require_positive(key: str, value: Any, hint: str = "") -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{key}: {value!r} is not allowed; it must be a finite number above 0.{hint}")
+
+
+def require_flag(key: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is `True` or `False`."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}: {value!r} is not allowed; it must be true or false.")
 
 
 def require_text(key: str, value: Any) -> None:
@@ -134,6 +148,8 @@ def check_source(name: Any, source: "SourceConfig", sequence_length: int) -> Non
                 " To evaluate on a source without training on it, set `role: ood`." if field.name == "weight" else ""
             )
             require_positive(where, value, hint)
+        elif field.name == "streaming":
+            require_flag(where, value)
         else:
             require_text(where, value)
     if source.max_tokens is not None and source.max_tokens < sequence_length:
@@ -159,6 +175,12 @@ def _check_combinations(key: str, name: str, source: "SourceConfig") -> None:
         raise ValueError(f"{key}.eval_rows: it cannot be combined with eval_split. Keep one of the two.")
     if source.eval_split is not None and source.eval_split == source.split:
         raise ValueError(f"{key}.eval_split: {source.eval_split!r} is the training split. Use eval_rows instead.")
+    if source.on_error not in ("raise", "skip"):
+        raise ValueError(f"{key}.on_error: {source.on_error!r} is not allowed; use 'raise' or 'skip'.")
+    if source.streaming:
+        _check_streaming(key, source)
+    elif source.on_error == "skip":
+        raise ValueError(f"{key}.on_error: only a streaming source skips rows. Add `streaming: true`, or remove it.")
     if source.role == "ood":
         _refuse(key, source, (*_POSITIVE, "eval_rows", "eval_split"), "an OOD source, which is only evaluated")
     if source.path.startswith(BUILTIN_PREFIX):
@@ -171,6 +193,26 @@ def _check_combinations(key: str, name: str, source: "SourceConfig") -> None:
         if (source.split, source.text_column) != ("train", "text"):
             field = "split" if source.split != "train" else "text_column"
             raise ValueError(f"{key}.{field}: it cannot be chosen for a built-in source. Remove it.")
+
+
+def _check_streaming(key: str, source: "SourceConfig") -> None:
+    if source.role == "ood":
+        raise ValueError(f"{key}.streaming: an OOD source is read whole before training. Remove it; set max_tokens.")
+    if source.max_tokens is not None:
+        raise ValueError(
+            f"{key}.max_tokens: a stream is read only as far as training gets, so that nothing is to be bounded "
+            "beforehand. Remove it (its weight and max_epochs say how much is trained on), or remove `streaming`."
+        )
+    if source.max_epochs is not None and source.max_epochs != int(source.max_epochs):
+        raise ValueError(
+            f"{key}.max_epochs: {source.max_epochs!r} is not allowed for a streaming source, whose size is not known "
+            "while it is read; it must be a whole number."
+        )
+    if "[" in source.split:
+        raise ValueError(
+            f"{key}.split: {source.split!r} is a slice, and a stream cannot be sliced. Name a whole split, or remove "
+            "`streaming`."
+        )
 
 
 def _refuse(key: str, source: "SourceConfig", fields: Iterable[str], what: str) -> None:

@@ -35,7 +35,6 @@ def make(out: Path, data: Any, model: torch.nn.Module | None = None, **config: A
         "save_strategy": "no",
         "learning_rate": 1e-2,
         "report_to": "none",
-        "use_cpu": True,
         "disable_tqdm": True,
     }
     return NexusTrainer(model or tiny_llama(), NexusConfig(**{**defaults, **config}), train_dataset=data)

@@ -1,0 +1,187 @@
+"""
+Tokens per second that reach the training loop, with no model: packed rows from disk, streamed rows, streamed text.
+
+    python benchmarks/data_throughput.py                                     # 2 minutes on one CPU core
+    python benchmarks/data_throughput.py --rows 1 --length 4096 --workers 2
+
+All arms read the same documents: pieces of the built-in corpus, shuffled and repeated, in files that lie in the page
+cache after the first pass. What is compared is what happens between the file and a batch.
+
+- bare loader: a torch `DataLoader` over the packed rows of all sources, shuffled. What the others are divided by.
+- plain Trainer: the loader that the stock `Trainer` builds for the same rows.
+- map-style mixture: the loader that `NexusTrainer` builds: one source per micro-batch, in its schedule.
+- ... documents apart: the same with `isolate_documents`.
+- streamed rows: the same rows as `IterableDataset`s through `MixtureStream`, shuffled within its buffer.
+- streamed text: the documents, tokenized and packed while they are read.
+
+A round is a stretch of each arm in random order; ratios are taken within a round, so that a drifting machine cancels.
+Given are medians, with the quartiles of the rounds. `--clock cpu` divides by the time that this process computes, not
+by what passes on the wall: on a machine that others use as well, and without workers.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import concatenate_datasets
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, default_data_collator
+
+from hf_nexus import NexusConfig, NexusTrainer
+from hf_nexus.mixture import MixtureConfig, load_mixture
+from hf_nexus.mixture.builtin import builtin_documents
+from hf_nexus.mixture.indexed import tag_source
+from hf_nexus.mixture.isolation import IsolateDocuments
+from hf_nexus.mixture.loading import Mixture
+from hf_nexus.mixture.schedule import SourceSchedule
+from hf_nexus.mixture.streaming import MicroBatchSampler, MixtureStream
+from hf_nexus.mixture.tokenizer import train_tokenizer
+
+BARE = "bare loader"
+SOURCES = ("code", "documentation", "mathematics", "records")
+STEPS = 10**7  # more micro-batches than any run takes
+
+
+def write_documents(folder: Path, name: str, characters: int, shards: int) -> None:
+    """Files of documents made of shuffled pieces of a built-in source."""
+    order = random.Random(name)
+    pieces = [text[i : i + 200] for text in builtin_documents(name) for i in range(0, len(text), 200)]
+    for shard in range(shards):
+        written = 0
+        with open(folder / f"{name}-{shard}.jsonl", "w", encoding="utf-8") as file:
+            while written < characters // shards:
+                text = "".join(order.choices(pieces, k=order.randint(1, 40)))
+                file.write(json.dumps({"text": text}) + "\n")
+                written += len(text)
+
+
+def load(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, streaming: bool) -> Mixture:
+    """The documents as a mixture of equal shares."""
+    sources = {n: {"path": str(folder / f"{n}-*.jsonl"), "weight": 1, "streaming": streaming} for n in SOURCES}
+    config = MixtureConfig.from_dict({"sequence_length": length, "sources": sources})
+    return load_mixture(config, tokenizer, cache_dir=folder / "cache")
+
+
+def trainer_arm(kind: type[Trainer], train: Any, collate: Callable, options: argparse.Namespace) -> Any:
+    """The loader that a Trainer builds, on the CPU."""
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    args = NexusConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=options.rows,
+        dataloader_num_workers=options.workers,
+        dataloader_pin_memory=False,
+        gradient_accumulation_steps=4,
+        max_steps=1000,
+        use_cpu=True,
+        report_to="none",
+    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **shape))
+    return kind(model=model, args=args, train_dataset=train, data_collator=collate).get_train_dataloader()
+
+
+def stream_arm(sources: dict[str, Any], options: argparse.Namespace) -> DataLoader:
+    """A loader over streams, as a run on one process has it."""
+    stream = MixtureStream(sources)
+    stream.place(rank=0, ranks=1, lanes_per_rank=max(1, options.workers))
+    stream.begin(None)
+    schedule = SourceSchedule(dict.fromkeys(sources, 1.0))
+    sampler = MicroBatchSampler(lambda i: schedule.sources(i, i + 1)[0], STEPS, options.rows)
+    collate = tag_source(default_data_collator)
+    return DataLoader(
+        stream, batch_size=options.rows, sampler=sampler, collate_fn=collate, num_workers=options.workers
+    )
+
+
+def make_arms(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Loaders by name."""
+    for name in SOURCES:
+        write_documents(folder, name, options.megabytes * 10**6 // len(SOURCES), shards=4)
+    tokenizer = train_tokenizer((text for name in SOURCES for text in builtin_documents(name)), 2048)
+    packed = load(folder, tokenizer, options.length, streaming=False)
+    rows = concatenate_datasets(list(packed.train.values()))
+    apart = IsolateDocuments(default_data_collator, tokenizer.eos_token_id)
+    shuffled = {"batch_size": options.rows, "shuffle": True, "drop_last": True, "num_workers": options.workers}
+    tokens = {n: rows.to_iterable_dataset(num_shards=4).with_format("torch") for n, rows in packed.train.items()}
+    return {
+        BARE: DataLoader(rows, collate_fn=default_data_collator, **shuffled),
+        "plain Trainer": trainer_arm(Trainer, rows, default_data_collator, options),
+        "map-style mixture": trainer_arm(NexusTrainer, packed.train, default_data_collator, options),
+        "... documents apart": trainer_arm(NexusTrainer, packed.train, apart, options),
+        "streamed rows": stream_arm(tokens, options),
+        "streamed text": stream_arm(load(folder, tokenizer, options.length, streaming=True).train, options),
+    }
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
+
+
+def measure(batches: Iterator[Any], seconds: float, clock: Callable[[], float]) -> float:
+    """Tokens per second over a stretch of about so many seconds."""
+    tokens, started = 0, clock()
+    while (now := clock()) - started < seconds:
+        tokens += next(batches)["input_ids"].numel()
+    return tokens / (now - started)
+
+
+def show(rounds: list[dict[str, float]], options: argparse.Namespace) -> Table:
+    """Median tokens per second of each arm and its ratio to the bare loader, with quartiles."""
+    table = Table(
+        title=f"{options.rows} rows x {options.length} tokens, {options.workers} workers, {options.clock} time"
+    )
+    for column in ("", "tokens/s", "quartiles", "of the bare loader", "quartiles"):
+        table.add_column(column, justify="right" if column else "left")
+    for arm in rounds[0]:
+        rates = [one[arm] / 1e6 for one in rounds]
+        ratios = [one[arm] / one[BARE] for one in rounds]
+        cells = []
+        for values, unit, digits in ((rates, " M", 2), (ratios, "", 3)):
+            low, middle, high = statistics.quantiles(values, n=4)
+            cells += [f"{middle:.{digits}f}{unit}", f"{low:.{digits}f} - {high:.{digits}f}"]
+        table.add_row(arm, *cells)
+    return table
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--workers", type=int, default=0, help="data loader workers")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each arm in a round")
+    parser.add_argument("--megabytes", type=int, default=40, help="of text")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of the tokenizer")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)
+    datasets.disable_progress_bars()
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {name: endless(loader) for name, loader in make_arms(Path(folder), options).items()}
+        for batches in arms.values():
+            measure(batches, options.seconds, clock)  # workers start, buffers fill, files come into the cache
+        rounds = []
+        for _ in range(options.rounds):
+            order = random.sample(list(arms), len(arms))
+            rates = {arm: measure(arms[arm], options.seconds, clock) for arm in order}
+            rounds.append({arm: rates[arm] for arm in arms})
+        Console(width=120).print(show(rounds, options))
+
+
+if __name__ == "__main__":
+    main()
