@@ -8,7 +8,27 @@ from torch import Tensor
 
 from .evaluation.closeness import gradient_cosines
 
-__all__ = ["source_cosines"]
+__all__ = ["check_measurable", "source_cosines"]
+
+
+def check_measurable(trainer: Any) -> None:
+    """
+    Refuse `gradient_cosine_steps` where the gradients of the sources cannot be had.
+
+    Raises:
+        ValueError: there are no sources, they are sharded, or one is a stream without an evaluation set.
+    """
+    steps = trainer.args.gradient_cosine_steps
+    if steps and (trainer.is_fsdp_enabled or trainer.mixture_weights is None):
+        raise ValueError(
+            f"gradient_cosine_steps={steps} needs a train_dataset of several sources, and is not possible under FSDP. "
+            "Set it to 0."
+        )
+    if steps and (unread := trainer.data.streams_without(trainer.eval_dataset)):
+        raise ValueError(
+            f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {unread[0]!r} is a "
+            "stream. Give it an evaluation set (eval_split or eval_rows), or set it to 0."
+        )
 
 
 def source_cosines(trainer: Any) -> dict[tuple[str, str], float]:

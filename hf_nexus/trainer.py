@@ -16,7 +16,7 @@ from .distributed import Shards, average_pseudo_gradients, check_supported, resh
 from .mixture_trainer import MixtureTrainerMixin, Window
 from .nexus import Nexus
 from .precision import check_weights, warn_of_short_steps
-from .source_cosines import source_cosines
+from .source_cosines import check_measurable, source_cosines
 
 __all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
 
@@ -49,11 +49,7 @@ class NexusTrainerMixin(MixtureTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         self._nexus: Nexus | None = None
         super().__init__(*args, **kwargs)
-        if self.args.gradient_cosine_steps and (self.is_fsdp_enabled or self.mixture_weights is None):
-            raise ValueError(
-                f"gradient_cosine_steps={self.args.gradient_cosine_steps} needs a train_dataset of several sources, "
-                "and is not possible under FSDP. Set it to 0."
-            )
+        check_measurable(self)
         if not self.args.nexus:
             return
         check_supported(self)

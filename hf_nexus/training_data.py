@@ -52,6 +52,12 @@ class TrainingData:
         """Shares of the last stage, by which losses are averaged over sources; `None` for a plain dataset."""
         return self.stages[-1][1] if self.stages else None
 
+    def streams_without(self, evaluation: Any) -> list[str]:
+        """Streaming sources that have no evaluation set of their name."""
+        sets = evaluation if isinstance(evaluation, Mapping) else {}
+        sources = self.dataset.sources if self.stages else {}
+        return [name for name, source in sources.items() if _is_stream(source) and name not in sets]
+
 
 def prepare_data(train: Any, evaluation: Any, args: Any, dynamic: bool, seed: int) -> TrainingData:
     """

@@ -472,6 +472,19 @@ def test_gradient_cosines_of_one_plain_dataset_are_refused(make_trainer, sources
         make_trainer(sources["text"], gradient_cosine_steps=1)
 
 
+def test_gradient_cosines_of_a_stream_need_rows_held_out(make_trainer, sources):
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"input_ids": list(range(16)), "labels": list(range(16))}] * 20)
+    stream = {"text": rows.to_iterable_dataset(), "code": rows}
+    settings = {"gradient_cosine_steps": 1, "max_steps": 1, "mixture_weights": {"text": 0.5, "code": 0.5}}
+    with pytest.raises(ValueError, match=r"'text' is a stream.*evaluation set"):
+        make_trainer(stream, **settings)
+    trainer = make_trainer(stream, trainer_kwargs={"eval_dataset": {"text": rows}}, **settings)
+    trainer.train()
+    assert "cosine/text-code" in trainer.state.log_history[0]
+
+
 # ---- Saving and resuming ----
 
 
