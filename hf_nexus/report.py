@@ -1,32 +1,33 @@
-"""What a finished run leaves for its reader: a table, curves and the card, all from `trainer.state.log_history`."""
+"""What a run leaves for its reader: lines while it goes on, then a table, curves, the card and its results."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from .arguments import PretrainArguments
-from .environment import describe_hardware, installed_versions
+from .cosine_plot import plot_cosines
 from .hub.card import save_card
-from .hub.card_check import is_repo_id
-from .hub.run_summary import Evaluation, MixtureRow, RunSummary
-from .mixture.strict import BUILTIN_PREFIX
+from .hub.results import RESULTS_NAME, Evaluation, save_results
+from .hub.run_summary import SUMMARY_NAME, RunSummary
 from .plots import plot_run
+from .summary import summarize
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from .mixture.loading import Mixture
-    from .trainer import NexusTrainer
+    from .trainer import NexusTrainer, NexusTrainerMixin
 
-__all__ = ["RunLog", "evaluations", "summarize", "write_report"]
+__all__ = ["CARD_FILES", "RunLog", "write_card", "write_report"]
 
-PLOT_NAME = "training.png"
-_NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
+PLOT_NAME, COSINES_NAME = "training.png", "gradient_cosines.png"
+# What `write_card` may leave in a folder, all of which belongs beside a published model.
+CARD_FILES = ("README.md", SUMMARY_NAME, PLOT_NAME, COSINES_NAME, RESULTS_NAME)
 
 
 class RunLog(TrainerCallback):
@@ -66,86 +67,53 @@ class RunLog(TrainerCallback):
         return str(timedelta(seconds=round(seconds)))
 
 
-def write_report(
-    arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "Mixture", console: "Console"
-) -> RunSummary:
-    """Print the table of losses; write the curves and `README.md` into the output folder."""
-    folder = arguments.folder
-    summary = summarize(arguments, trainer, mixture)
-    plot_run(trainer.state.log_history, folder / PLOT_NAME)
+def write_card(trainer: "NexusTrainerMixin", folder: str | Path | None = None, **known: Any) -> RunSummary:
+    """
+    Write the card of a run as far as it has come, with everything that it shows: `CARD_FILES`. What a user wrote into
+    an existing `README.md` stays.
+
+    Args:
+        trainer ([`NexusTrainerMixin`]):
+            On the main process.
+        folder (`str` or `Path`, *optional*):
+            Where to; `output_dir` by default.
+        known:
+            Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
+
+    Returns:
+        [`RunSummary`]: what the card says.
+
+    Raises:
+        ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).
+
+    Example:
+        >>> from hf_nexus.report import write_card
+        >>> write_card(trainer, license="apache-2.0", languages=["en"])  # doctest: +SKIP
+    """
+    folder = Path(folder or trainer.args.output_dir)
+    log = trainer.state.log_history
+    summary = summarize(trainer, **known)
+    try:
+        summary.plot = plot_run(log, folder / PLOT_NAME).name
+    except ValueError:  # it is too early for a curve
+        summary.plot = None
+    cosines = plot_cosines(log, trainer.data.names, folder / COSINES_NAME)
+    summary.cosine_plot = None if cosines is None else COSINES_NAME
     save_card(summary, folder)
-    console.print(_loss_table(summary.evaluations))
-    console.print(f"Saved in {folder}: the model and its tokenizer, trainer_state.json, {PLOT_NAME}, README.md")
+    save_results(summary.benchmarks, folder)
+    summary.save(folder)
     return summary
 
 
-def evaluations(log_history: Sequence[Mapping[str, Any]], mixture: "Mixture") -> list[Evaluation]:
-    """First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean."""
-    sources, ood = mixture.config.train_sources, mixture.config.ood_sources
-    rows: list[tuple[str, str, Literal["train", "ood", "macro"], str | None]]
-    rows = [(name, f"eval_{name}_loss", "train", _hub_id(source.path)) for name, source in sources.items()]
-    rows.append(("macro", "eval_loss", "macro", None))
-    rows += [(name, f"eval_{name}_loss", "ood", _hub_id(source.path)) for name, source in ood.items()]
-    rows.append(("macro over OOD", "eval_ood_loss", "macro", None))
-    found = []
-    for name, key, role, path in rows:
-        losses = [entry[key] for entry in sorted(log_history, key=lambda e: e.get("step", 0)) if key in entry]
-        if losses:
-            first = losses[0] if len(losses) > 1 else None
-            found.append(Evaluation(name, role, first, losses[-1], path))
-    return found
-
-
-def summarize(arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "Mixture") -> RunSummary:
-    """Everything that the card says about a run."""
-    args, log = arguments.training, trainer.state.log_history
-    last: dict[str, Any] = {}
-    for entry in log:
-        last.update(entry)
-    trained = {name: trainer.meter.trained_tokens[name] for name in mixture.train}
-    total = max(1, sum(trained.values()))
-    weights, model = trainer.mixture_weights, trainer.model
-    assert weights is not None and isinstance(model, PreTrainedModel)
-    rows = [  # the first token of a row is not predicted, and so not counted
-        MixtureRow(
-            source=name,
-            weight=float(weights[name]) / sum(weights.values()),
-            share=trained[name] / total,
-            epochs=trained[name] / (len(mixture.train[name]) * (mixture.config.sequence_length - 1)),
-            tokens=trained[name],
-            license=mixture.licenses[name],
-            dataset=_public_path(mixture.config.sources[name].path),
-        )
-        for name in mixture.train
-    ]
-    return RunSummary(
-        model_name=args.hub_model_id or arguments.folder.resolve().name,
-        model_type=model.config.model_type,
-        parameters=model.num_parameters(),
-        nexus=trainer.nexus_settings(),
-        mixture=rows,
-        evaluations=evaluations(log, mixture),
-        hyperparameters=arguments.resolved["training"],
-        changed_hyperparameters=arguments.changed,
-        numbers={key: float(last[key]) for key in _NUMBERS if key in last},
-        repo_id=args.hub_model_id,
-        datasets=[hub_id for source in mixture.config.train_sources.values() if (hub_id := _hub_id(source.path))],
-        hardware=describe_hardware(args.world_size),
-        seconds=last.get("train_runtime"),
-        tokens_per_second=last.get("tokens_per_second"),
-        versions=installed_versions(),
-        plot=PLOT_NAME,
-    )
-
-
-def _hub_id(path: str) -> str | None:
-    local = path.startswith(BUILTIN_PREFIX) or Path(path).exists()
-    return path if not local and is_repo_id(path) else None
-
-
-def _public_path(path: str) -> str:
-    """Of a local path the last part: where it lay on the machine that trained is nobody's business."""
-    return path if path.startswith(BUILTIN_PREFIX) or _hub_id(path) else Path(path).name
+def write_report(
+    arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "Mixture", console: "Console"
+) -> RunSummary:
+    """Write the card of a pretraining run into its output folder, and print the table of losses."""
+    summary = write_card(trainer, arguments.folder, **trainer.card_details)
+    written = ", ".join(name for name in CARD_FILES if (arguments.folder / name).exists())
+    console.print(_loss_table(summary.evaluations))
+    console.print(f"Saved in {arguments.folder}: the model and its tokenizer, trainer_state.json, {written}")
+    return summary
 
 
 def _loss_table(rows: Sequence[Evaluation]) -> "Table":

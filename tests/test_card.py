@@ -1,7 +1,7 @@
 """Model cards: numbers that equal the run's, metadata that the Hub takes, user text that survives.
 
-After a deliberate change of the card run `python -m tests.test_card`: it renders `tests/golden_card.md` anew, and the
-difference belongs into the review.
+After a deliberate change of the card run `make cards`: it renders `tests/golden_card.md` and the cards in
+`model_cards/` anew, and the difference belongs into the review.
 """
 
 import math
@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_nexus.command_line import parse_arguments
 from hf_nexus.hub import card as card_module
-from hf_nexus.hub.card import Evaluation, MixtureRow, RunSummary, check_card, run_card, save_card
+from hf_nexus.hub.card import BenchmarkScore, Evaluation, MixtureRow, RunSummary, check_card, run_card, save_card
+from hf_nexus.hub.results import save_results
+from hf_nexus.planning import plan_run
+from hf_nexus.summary import planned_summary
 
 GOLDEN = Path(__file__).with_name("golden_card.md")
+MODEL_CARDS = sorted(path.parent for path in GOLDEN.parents[1].glob("model_cards/*/run_summary.json"))
 NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradient_accumulation_steps": 4}
 
 
@@ -57,6 +62,23 @@ def make_run(**changes):
     return replace(run, **changes)
 
 
+def full_run():
+    """Every section that a card can have."""
+    run = make_run(
+        stages=[(0.75, {"code": 0.5, "maths": 0.5}), (1.0, {"code": 0.9, "maths": 0.1})],
+        benchmarks=[
+            BenchmarkScore(
+                "GSM8K", "openai/gsm8k", "exact_match", 41.25, 1.4, "gsm8k", "abc", "2026-05-01", "8-shot", 40
+            ),
+            BenchmarkScore("LAMBADA", "EleutherAI/lambada_openai", "acc", 12.5),
+        ],
+        cosine_plot="gradient_cosines.png",
+    )
+    run.mixture.append(MixtureRow("web", None, 0.0, None, 0, "odc-by", "org/web"))
+    other = replace(run, evaluations=[Evaluation("code", "train", 8.3, 3.1), Evaluation("cpp", "ood", None, 4.0)])
+    return run.against(other, "plain accumulation")
+
+
 def front_matter(card):
     return yaml.safe_load(str(card).split("---\n")[1])
 
@@ -68,7 +90,28 @@ def tables(text):
 
 
 def test_golden_card():
-    assert str(run_card(make_run())) == GOLDEN.read_text(encoding="utf-8"), "see the head of this file"
+    assert str(run_card(full_run())) == GOLDEN.read_text(encoding="utf-8"), "see the head of this file"
+
+
+@pytest.mark.parametrize("folder", MODEL_CARDS, ids=lambda folder: folder.name)
+def test_the_cards_of_the_recipes_are_what_their_summaries_say(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert str(run_card(RunSummary.load(folder), text)) == text, "see the head of this file"
+    check_card(text)
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r"fine-tuned version of \[\]|More information needed|/home/|/tmp/", text)
+
+
+def test_three_recipes_have_cards_and_the_planned_one_follows_its_configuration():
+    assert [folder.name for folder in MODEL_CARDS] == ["demo", "lora", "pretraining-3b"]
+    arguments = parse_arguments(["--config", "3b", "--dry_run"])
+    plan = planned_summary(arguments, plan_run(arguments, arguments.model.accelerators))
+    recorded = RunSummary.load(MODEL_CARDS[-1])
+    for name in ("planned", "parameters", "mixture", "stages", "nexus", "datasets", "base_model"):
+        assert getattr(recorded, name) == getattr(plan, name), f"{name}: see the head of this file"
+    assert recorded.planned and sum(row.tokens for row in plan.mixture) == 30_000 * 2**21
+    assert not [folder for folder in MODEL_CARDS[:-1] if RunSummary.load(folder).planned]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -130,6 +173,8 @@ def test_a_base_model_is_named():
     card = run_card(make_run(base_model="org/base"), existing=str(run_card(make_run())))
     assert front_matter(card)["base_model"] == "org/base" and "trained further from `org/base`" in str(card)
     assert "from scratch" not in str(card)
+    # Whatever the base model was trained on is not known.
+    assert "never trained on" not in str(card) and "never trained on" in str(run_card(make_run()))
     assert "continued-pretraining" in card.data.tags and "pretraining" not in card.data.tags
     local = run_card(make_run(base_model="/home/someone/runs/base"))
     check_card(local)
@@ -139,7 +184,7 @@ def test_a_base_model_is_named():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "walked 4 inner steps of length 0.05"),
+        ({}, "walks 4 inner steps of length 0.05"),
         ({"inner_lr_schedule": "follow"}, "length at most 0.05"),
         ({"nexus": False}, "switched off"),
         ({"inner_lr": 0.0}, "without moving"),
@@ -150,7 +195,7 @@ def test_a_base_model_is_named():
 def test_the_text_follows_the_settings(settings, said):
     text = str(run_card(make_run(nexus=NEXUS | settings)))
     said_here = [
-        phrase for phrase in ("walked", "switched off", "without moving", "random dir", "aligned") if phrase in text
+        phrase for phrase in ("walks", "switched off", "without moving", "random dir", "aligned") if phrase in text
     ]
     assert said in text and len(said_here) == 1
     assert ("is a path loss" in text) == (settings.get("nexus") is not False)
@@ -201,6 +246,95 @@ def test_a_bare_run_has_a_valid_card_without_empty_sections():
     for missing in ("## Mixture", "## Results", "![", "From the training log", "A model this small"):
         assert missing not in str(card)
     assert "No out-of-distribution source was evaluated" in str(card)
+
+
+# --- sections that not every run has ---------------------------------------------------------------------------------
+
+
+def test_what_is_not_known_is_a_dash():
+    mixture = [MixtureRow("web", None, 1.0, None, 10)]
+    assert tables(str(run_card(make_run(mixture=mixture))))["web"] == ["-", "-", "-", "1.0000", "-", "10"]
+
+
+def test_an_arm_stands_beside_the_losses_with_the_difference():
+    text = str(run_card(full_run()))
+    assert tables(text)["code"][-2:] == ["3.1000", f"{3.00061234 - 3.1:+.4f}"]
+    assert tables(text)["maths"][-2:] == ["-", "-"] and "plain accumulation" in text
+    assert "plain accumulation" not in str(run_card(make_run()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluations": [Evaluation("else", "ood", None, 1.0)]}, "no evaluation set"),
+        ({"mixture": [MixtureRow("code", 1.0, 1.0, 1.0, 1_000)]}, "equally many"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_run().against(make_run(**changes), "other")
+
+
+def test_stages_are_a_table_where_there_are_several():
+    text = str(run_card(full_run())).partition("Weights by stage")[2].partition("## Results")[0]
+    assert tables(text)["Source"] == ["0 to 75 %", "75 to 100 %"]
+    assert tables(text)["maths"] == ["0.5000", "0.1000"]
+    one = make_run(stages=[(1.0, {"code": 0.6, "maths": 0.4})])
+    assert str(run_card(one)) == str(run_card(make_run()))
+
+
+def test_a_planned_run_says_so_and_has_no_results():
+    run = make_run(planned=True, evaluations=[], numbers={}, plot=None)
+    text = str(run_card(run))
+    assert "Planned, not measured" in text and "Tokens planned" in text and "Tokens trained on" not in text
+    assert "model-index" not in text and "## Results" not in text
+    assert "Planned" not in str(run_card(make_run()))
+    with pytest.raises(ValueError, match="planned"):
+        make_run(planned=True)
+
+
+def test_scores_go_to_the_table_the_index_and_if_registered_to_a_file(tmp_path):
+    run = full_run()
+    index = {r.dataset_name: r.metric_value for r in run_card(run).data.eval_results if r.metric_type != "loss"}
+    assert (index["GSM8K"], index["LAMBADA"]) == (41.25, 12.5)
+    assert tables(str(run_card(run)))["GSM8K"][1:] == ["exact_match", "41.2500", "1.4000", "40", "8-shot"]
+    foreign = tmp_path / ".eval_results" / "gsm8k.yaml"
+    foreign.parent.mkdir()
+    foreign.write_text("[]")
+    path = save_results(run.benchmarks, tmp_path)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 41.25)
+    assert (entry.dataset_revision, entry.date, entry.notes) == ("abc", "2026-05-01", "8-shot")
+    assert save_results(run.benchmarks[1:], tmp_path) is None
+    assert [file.name for file in foreign.parent.iterdir()] == ["gsm8k.yaml"]
+
+
+@pytest.mark.parametrize(("change", "message"), [({"value": math.nan}, "finite"), ({"dataset": "a/b/c"}, "no id")])
+def test_an_impossible_score_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(full_run().benchmarks[0], **change)
+
+
+def test_an_adapter_names_its_base_model_and_is_for_peft():
+    run = make_run(base_model="org/base", adapter="LoRA", trainable_parameters=1_234, tags=["lora"])
+    card = run_card(run)
+    check_card(card)
+    head = front_matter(card)
+    assert (head["base_model"], head["base_model_relation"], head["library_name"]) == ("org/base", "adapter", "peft")
+    assert "fine-tuning" in head["tags"] and "pretraining" not in head["tags"]
+    assert "LoRA adapter of 1,234 trainable parameters" in str(card) and "from scratch" not in str(card)
+    again = front_matter(run_card(make_run(), existing=str(card)))
+    assert "base_model" not in again and "base_model_relation" not in again and "fine-tuning" not in again["tags"]
+    with pytest.raises(ValueError, match="base_model"):
+        make_run(adapter="LoRA")
+
+
+def test_a_saved_summary_gives_the_same_card_and_holds_no_secret(tmp_path):
+    run = full_run()
+    run.save(tmp_path)
+    assert RunSummary.load(tmp_path) == run
+    make_run(hyperparameters={"hub_token": "s3cret", "output_dir": "/home/s3cret"}).save(tmp_path)
+    assert "s3cret" not in (tmp_path / "run_summary.json").read_text()
 
 
 # --- what is already there -------------------------------------------------------------------------------------------
@@ -363,5 +497,5 @@ def test_an_impossible_summary_is_an_error(changes, message):
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(str(run_card(make_run())), encoding="utf-8", newline="\n")
+    GOLDEN.write_text(str(run_card(full_run())), encoding="utf-8", newline="\n")
     print(f"rendered {GOLDEN}")

@@ -9,21 +9,19 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from .card_check import check_card, is_repo_id, split_card
-from .run_summary import ROLES, Evaluation, MixtureRow, RunSummary
+from .results import ROLES, BenchmarkScore, Evaluation, merge_index, model_index
+from .run_summary import MixtureRow, RunSummary
 
-__all__ = ["Evaluation", "MixtureRow", "RunSummary", "check_card", "run_card", "save_card"]
+__all__ = ["BenchmarkScore", "Evaluation", "MixtureRow", "RunSummary", "check_card", "run_card", "save_card"]
 
 BEGIN = "<!-- hf-nexus: generated from here on; write above this line or below the closing one, and it is kept -->"
 END = "<!-- hf-nexus: end of the generated part -->"
 # Stock cards carry this comment until someone has edited them, so a text that still has it is nobody's work.
 _STOCK = "This model card has been generated automatically according to the information the Trainer had access to"
-_TASK = "Held-out language modelling"  # the task name by which our own model-index entries are known again
-_ORIGINS = ("pretraining", "continued-pretraining")  # tags: from scratch, from a base model
-# Left out of the hyperparameters: credentials, and folders of the machine that trained.
-_PRIVATE = re.compile(r"(.*_)?(hub|api|access|auth)_token|.*_dir|resume_from_checkpoint")
+_ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from scratch, of a base model, an adapter
 
 
 def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
@@ -87,35 +85,23 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
 
 
 def _metadata(run: RunSummary) -> dict[str, Any]:
-    """The front matter that the run determines; non-finite results are left out, the Hub takes JSON numbers only."""
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            task_name=_TASK,
-            dataset_type=row.dataset or row.name,
-            dataset_name=row.name,
-            dataset_config=row.name,  # keeps sets apart that come from one dataset
-            dataset_split="held-out",
-            dataset_args={"role": row.role},
-            metric_type=metric,
-            metric_value=value,
-        )
-        for row in run.evaluations
-        for metric, value in (("loss", float(row.last_loss)), ("perplexity", row.perplexity))
-        if math.isfinite(value)
-    ]
-    origin = _ORIGINS[run.base_model is not None]
+    """The front matter that the run determines."""
+    results = model_index(run.evaluations, run.benchmarks)
+    origin = "fine-tuning" if run.adapter else _ORIGINS[run.base_model is not None]
+    base_model = run.base_model if run.base_model and is_repo_id(run.base_model) else None
+    metrics = ["perplexity"] * bool(run.evaluations) + [score.metric for score in run.benchmarks]
     return ModelCardData(
         model_name=run.model_name if results else None,
-        library_name="transformers",
+        library_name="peft" if run.adapter else "transformers",
         pipeline_tag="text-generation",
         license=run.license and run.license.lower(),
         license_name=run.license_name,
         license_link=run.license_link,
         language=run.languages or None,
-        base_model=run.base_model if run.base_model and is_repo_id(run.base_model) else None,
+        base_model=base_model,
+        base_model_relation="adapter" if base_model and run.adapter else None,
         datasets=list(dict.fromkeys(run.datasets)) or None,
-        metrics=["perplexity"] if results else None,
+        metrics=list(dict.fromkeys(metrics)) or None,
         tags=["hf_nexus", "nexus", "arxiv:2604.09258", "generated_from_trainer", origin, *run.tags],
         eval_results=results or None,
     ).to_dict()
@@ -125,23 +111,15 @@ def _merge(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """Adds to the run's metadata what a user or another tool had put into the old one."""
     merged = dict(new)
     # What the run knows for certain must not survive from an earlier one, least of all a base model.
-    owned = ["base_model", "datasets", "model-index"] + ["license_name", "license_link"] * ("license" in new)
+    owned = ["base_model", "base_model_relation", "datasets", "model-index"]
+    owned += ["license_name", "license_link"] * ("license" in new)
     for key, value in old.items():
         if key not in owned:
             merged.setdefault(key, value)
     old_tags = [old["tags"]] if isinstance(old.get("tags"), str) else old.get("tags") or []
     merged["tags"] = list(dict.fromkeys([*new["tags"], *(tag for tag in old_tags if tag not in _ORIGINS)]))
-    try:
-        results = [result for model in old.get("model-index") or [] for result in model["results"]]
-        foreign = [result for result in results if result["task"].get("name") != _TASK]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The existing card's `model-index` is malformed ({error!r}): mend it or delete it."
-        ) from error
-    if foreign:
-        ours = new["model-index"][0]["results"] if "model-index" in new else []
-        name = new["model-index"][0]["name"] if "model-index" in new else old["model-index"][0]["name"]
-        merged["model-index"] = [{"name": name, "results": ours + foreign}]
+    if index := merge_index(new.get("model-index", []), old.get("model-index")):
+        merged["model-index"] = index
     return merged
 
 
@@ -164,13 +142,13 @@ def _body(run: RunSummary) -> str:
     import jinja2
 
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    jinja.filters |= {"cell": _cell, "number": _number, "code": _code, "escaped": _escaped}
+    jinja.filters |= {"cell": _cell, "number": _number, "signed": _signed, "code": _code, "escaped": _escaped}
     template = jinja.from_string(Path(__file__).with_name("card_template.md").read_text(encoding="utf-8"))
     environment = {
         "Hardware": run.hardware,
         "Training time": run.seconds if run.seconds is None else timedelta(seconds=round(run.seconds)),
         "Tokens per second": run.tokens_per_second and _number(run.tokens_per_second),
-        "Code revision": run.commit and _code(run.commit),
+        "Commit of `hf_nexus`": run.commit and _code(run.commit),
         **run.versions,
     }
     base_model = run.base_model
@@ -182,18 +160,21 @@ def _body(run: RunSummary) -> str:
         k=run.nexus["gradient_accumulation_steps"],
         length="at most " * (run.nexus.get("inner_lr_schedule") == "follow") + str(run.nexus["inner_lr"]),
         base_model=base_model,
-        tokens=sum(row.tokens for row in run.mixture),
-        roles=ROLES,
-        changed=_public(run.changed_hyperparameters),
-        hyperparameters=_public(run.hyperparameters),
+        stages=_stage_columns(run),
+        roles=ROLES if base_model is None else ROLES | {"ood": "OOD source, not trained on in this run"},
         environment={name: value for name, value in environment.items() if value is not None},
         version=run.versions.get("hf-nexus"),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def _public(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if not _PRIVATE.fullmatch(name)}
+def _stage_columns(run: RunSummary) -> dict[str, dict[str, float]]:
+    """Shares by the part of training that a stage takes, `"0 to 80 %"`; nothing for one stage."""
+    ends = [f"{100 * until:g}" for until, _ in run.stages]
+    starts = ["0", *ends]
+    shares = [shares for _, shares in run.stages]
+    columns = {f"{a} to {b} %": s for a, b, s in zip(starts, ends, shares, strict=False)}
+    return columns if len(columns) > 1 else {}
 
 
 def _cell(value: object) -> str:
@@ -210,6 +191,10 @@ def _number(value: object) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _cell(value)
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 or not math.isfinite(value) else f"{value:.4e}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}"
 
 
 def _escaped(value: str) -> str:

@@ -1,12 +1,19 @@
 """What a model card needs to know of a run, as plain data: this room knows nothing of trainers."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-__all__ = ["ROLES", "Evaluation", "MixtureRow", "RunSummary"]
+from .results import ROLES, BenchmarkScore, Evaluation
 
-ROLES = {"train": "training source", "ood": "OOD source, never trained on", "macro": "mean over sources"}
+__all__ = ["SUMMARY_NAME", "MixtureRow", "RunSummary"]
+
+SUMMARY_NAME = "run_summary.json"
+# Neither in a card nor in a saved summary: credentials, and folders of the machine that trained.
+_PRIVATE = re.compile(r"(.*_)?(hub|api|access|auth)_token|.*_dir|resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -15,9 +22,10 @@ class MixtureRow:
 
     Args:
         source (`str`): Name of the source.
-        weight (`float`): Share of the tokens that was asked for.
+        weight (`float`, *optional*): Share of the tokens that was asked for, over all stages; `None` where weights
+            were decided while training.
         share (`float`): Share of the tokens that was realised.
-        epochs (`float`): Passes over the source's training rows.
+        epochs (`float`, *optional*): Passes over the source's training rows; `None` for a stream of unknown size.
         tokens (`int`): Tokens trained on.
         license (`str`, *optional*): Licence of the data, in any wording.
         dataset (`str`, *optional*): Where the data comes from: a Hub id, `builtin/<name>`, ...
@@ -31,43 +39,12 @@ class MixtureRow:
     """
 
     source: str
-    weight: float
+    weight: float | None
     share: float
-    epochs: float
+    epochs: float | None
     tokens: int
     license: str | None = None
     dataset: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """First and last held-out loss of one set, at restored weights.
-
-    Args:
-        name (`str`): Name of the set, unique within a run.
-        role (`"train"`, `"ood"` or `"macro"`): A training source's held-out rows, an OOD source, or a mean of several.
-        first_loss (`float`, *optional*): Loss before training or at the first evaluation, nats per token.
-        last_loss (`float`): Loss at the end, nats per token.
-        dataset (`str`, *optional*): Hub id of the data.
-
-    Example:
-        ```python
-        >>> Evaluation("code", "train", first_loss=8.3, last_loss=0.0).perplexity
-        1.0
-
-        ```
-    """
-
-    name: str
-    role: Literal["train", "ood", "macro"]
-    first_loss: float | None
-    last_loss: float
-    dataset: str | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """`exp(last_loss)`; infinite where a float cannot hold it."""
-        return math.exp(self.last_loss) if self.last_loss < 709 or math.isnan(self.last_loss) else math.inf
 
 
 @dataclass
@@ -77,17 +54,25 @@ class RunSummary:
     Args:
         model_name (`str`): Title of the card and name in the model-index.
         model_type (`str`): `config.model_type`, such as `"llama"`.
-        parameters (`int`): Number of parameters.
+        parameters (`int`): Number of parameters, those of an adapter included.
         nexus (`dict[str, Any]`): The Nexus settings as they were used; `nexus`, `inner_lr`, `inner_direction` and
             `gradient_accumulation_steps` must be among them.
+        planned (`bool`, *optional*, defaults to `False`): The run has not taken place: what the card says of tokens,
+            shares and epochs is what it would come to, and results are not allowed.
         mixture (`list[MixtureRow]`, *optional*): The training sources.
+        stages (`list[tuple[float, dict[str, float]]]`, *optional*): `(until, shares)` of each stage, by fraction of
+            training, where the weights changed.
         evaluations (`list[Evaluation]`, *optional*): Held-out losses.
+        arm (`str`, *optional*): What `arm_loss` of the evaluations comes from; see `against`.
+        benchmarks (`list[BenchmarkScore]`, *optional*): Scores on tasks.
         hyperparameters, changed_hyperparameters (`dict[str, Any]`, *optional*): All training arguments, and those that
-            differ from their defaults. Tokens and local folders are left out of the card.
+            differ from their defaults. Tokens and local folders are left out.
         numbers (`dict[str, float]`, *optional*): Last logged values, such as `path_cosine`.
         repo_id, prompt (`str`, *optional*): What the example loads (the folder itself if `None`) and continues.
         base_model (`str`, *optional*): Hub id of the model that was trained further; `None` means from scratch. Of a
             path only the last part is named, outside of the metadata.
+        adapter (`str`, *optional*): Kind of an adapter that was trained on the base model, such as `"LoRA"`.
+        trainable_parameters (`int`, *optional*): How many were trained, if not all.
         license, license_name, license_link (`str`, *optional*): Of the model, by the Hub's identifiers; `"other"`
             needs a name.
         languages (`list[str]`, *optional*): ISO 639 codes, `"code"` or `"multilingual"`.
@@ -96,7 +81,11 @@ class RunSummary:
         hardware, commit (`str`, *optional*): Machine, and revision of the training code.
         seconds, tokens_per_second (`float`, *optional*): Training time and throughput.
         versions (`dict[str, str]`, *optional*): Of the packages by distribution name; `hf-nexus` is cited.
-        plot (`str`, *optional*): File name of the curves, beside the card.
+        plot, cosine_plot (`str`, *optional*): File names of the curves and of the gradient cosines, beside the card.
+
+    Raises:
+        ValueError: Settings that are missing, repeated names, unknown roles, an adapter without a base model, or
+            results of a planned run.
 
     Example:
         ```python
@@ -112,14 +101,20 @@ class RunSummary:
     model_type: str
     parameters: int
     nexus: dict[str, Any]
+    planned: bool = False
     mixture: list[MixtureRow] = field(default_factory=list)
+    stages: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    arm: str | None = None
+    benchmarks: list[BenchmarkScore] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     changed_hyperparameters: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     repo_id: str | None = None
     prompt: str = "The"
     base_model: str | None = None
+    adapter: str | None = None
+    trainable_parameters: int | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
@@ -133,8 +128,11 @@ class RunSummary:
     tokens_per_second: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     plot: str | None = None
+    cosine_plot: str | None = None
 
     def __post_init__(self) -> None:
+        self.hyperparameters = _public(self.hyperparameters)
+        self.changed_hyperparameters = _public(self.changed_hyperparameters)
         needed = {"nexus", "inner_lr", "inner_direction", "gradient_accumulation_steps"}
         if missing := sorted(needed - set(self.nexus)):
             raise ValueError(
@@ -147,3 +145,70 @@ class RunSummary:
             )
         if unknown := {row.role for row in self.evaluations} - set(ROLES):
             raise ValueError(f"`evaluations` have the roles {sorted(unknown)}: use one of {list(ROLES)}.")
+        if self.adapter is not None and self.base_model is None:
+            raise ValueError(f"adapter={self.adapter!r} needs a `base_model`, the name of what it is loaded onto.")
+        if self.planned and (self.evaluations or self.benchmarks):
+            raise ValueError("A planned run has no `evaluations` or `benchmarks`: leave them out, or planned=False.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sources."""
+        return sum(row.tokens for row in self.mixture)
+
+    def against(self, other: "RunSummary", name: str) -> "RunSummary":
+        """This summary with the losses of another run beside its own.
+
+        Args:
+            other (`RunSummary`): The arm compared against, trained on as many tokens.
+            name (`str`): What the card calls it, such as `"plain accumulation"`.
+
+        Raises:
+            ValueError: The runs differ by more than 1 % in tokens, or share no evaluation set.
+
+        Example:
+            ```python
+            >>> settings = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient"}
+            >>> run = RunSummary("a", "llama", 10, settings | {"gradient_accumulation_steps": 4})
+            >>> run.evaluations = [Evaluation("code", "ood", None, 2.0)]
+            >>> run.against(run, "itself").evaluations[0].arm_loss
+            2.0
+
+            ```
+        """
+        losses = {row.name: row.last_loss for row in other.evaluations}
+        if not losses.keys() & {row.name for row in self.evaluations}:
+            raise ValueError(f"{name} shares no evaluation set with {self.model_name}: it has {sorted(losses)}.")
+        if abs(self.tokens - other.tokens) > 0.01 * self.tokens:
+            raise ValueError(
+                f"{self.model_name} was trained on {self.tokens:,} tokens and {name} on {other.tokens:,}: compare "
+                "runs of equally many."
+            )
+        return replace(
+            self, arm=name, evaluations=[replace(row, arm_loss=losses.get(row.name)) for row in self.evaluations]
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `run_summary.json` into `folder`, from which the card can be rendered again."""
+        path = Path(folder, SUMMARY_NAME)
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n", encoding="utf-8", newline="\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "RunSummary":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: `folder` holds no summary.
+        """
+        fields = json.loads(Path(folder, SUMMARY_NAME).read_text(encoding="utf-8"))
+        fields["mixture"] = [MixtureRow(**row) for row in fields["mixture"]]
+        fields["evaluations"] = [Evaluation(**row) for row in fields["evaluations"]]
+        fields["benchmarks"] = [BenchmarkScore(**row) for row in fields["benchmarks"]]
+        fields["stages"] = [(until, shares) for until, shares in fields["stages"]]
+        return cls(**fields)
+
+
+def _public(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not _PRIVATE.fullmatch(name)}

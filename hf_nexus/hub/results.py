@@ -1,0 +1,214 @@
+"""Results where the Hub looks for them: losses and scores in the card's `model-index`, scores in `.eval_results/`."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+
+from .card_check import is_repo_id
+
+__all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "Evaluation", "merge_index", "model_index", "save_results"]
+
+# A file of our own: what other tools and people put beside it is not touched.
+RESULTS_NAME = ".eval_results/hf_nexus.yaml"
+_LOSSES, _SCORES = "Held-out language modelling", "Benchmark (hf_nexus)"  # by which our entries are known again
+
+
+ROLES = {
+    "train": "training source",
+    "ood": "OOD source, never trained on",
+    "macro": "mean over sources",
+    "held_out": "evaluation set",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """First and last held-out loss of one set, at restored weights.
+
+    Args:
+        name (`str`): Name of the set, unique within a run.
+        role (`"train"`, `"ood"`, `"macro"` or `"held_out"`): A training source's held-out rows, an OOD source, a mean
+            of several, or the evaluation set of a run without sources.
+        first_loss (`float`, *optional*): Loss before training or at the first evaluation, nats per token.
+        last_loss (`float`): Loss at the end, nats per token.
+        dataset (`str`, *optional*): Hub id of the data.
+        arm_loss (`float`, *optional*): Loss of the arm compared against, at its end.
+
+    Example:
+        ```python
+        >>> Evaluation("code", "train", first_loss=8.3, last_loss=0.0).perplexity
+        1.0
+
+        ```
+    """
+
+    name: str
+    role: Literal["train", "ood", "macro", "held_out"]
+    first_loss: float | None
+    last_loss: float
+    dataset: str | None = None
+    arm_loss: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(last_loss)`; infinite where a float cannot hold it."""
+        return math.exp(self.last_loss) if self.last_loss < 709 or math.isnan(self.last_loss) else math.inf
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """One score on one task.
+
+    Args:
+        name (`str`): What the card calls the task, such as `"GSM8K"`.
+        dataset (`str`): Hub id of its data, such as `"openai/gsm8k"`.
+        metric (`str`): What was measured, such as `"exact_match"`.
+        value (`float`): In the unit of the benchmark's leaderboard, which is percent for most (41.2, not 0.412).
+        stderr (`float`, *optional*): Standard error over the examples, in the same unit.
+        task_id (`str`, *optional*): Where the Hub has registered the dataset as a benchmark: the task, as its
+            `eval.yaml` calls it (`"gsm8k"`). Only these scores go to `.eval_results`.
+        revision, date (`str`, *optional*): Commit of the dataset, and ISO date of the evaluation.
+        notes (`str`, *optional*): How it was asked, such as `"8-shot"`.
+        arm_value (`float`, *optional*): Score of the arm compared against.
+
+    Raises:
+        ValueError: A value that is not finite, or a `dataset` that is no Hub id.
+
+    Example:
+        ```python
+        >>> BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.2, stderr=1.4, task_id="gsm8k").value
+        41.2
+
+        ```
+    """
+
+    name: str
+    dataset: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    task_id: str | None = None
+    revision: str | None = None
+    date: str | None = None
+    notes: str | None = None
+    arm_value: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"The value of {self.name} is {self.value}: a score must be finite. Leave it out.")
+        if not is_repo_id(self.dataset):
+            raise ValueError(f"dataset={self.dataset!r} of {self.name} is no id of the Hub: use 'user/name'.")
+
+
+def model_index(losses: Iterable[Evaluation], scores: Iterable[BenchmarkScore]) -> list[EvalResult]:
+    """
+    The entries of `model-index`: loss and perplexity of each set, and the scores. What is not finite is left out, as
+    the Hub takes JSON numbers only.
+    """
+    entries = [
+        EvalResult(
+            task_type="text-generation",
+            task_name=_LOSSES,
+            dataset_type=row.dataset or row.name,
+            dataset_name=row.name,
+            dataset_config=row.name,  # keeps sets apart that come from one dataset
+            dataset_split="held-out",
+            dataset_args={"role": row.role},
+            metric_type=metric,
+            metric_value=value,
+        )
+        for row in losses
+        for metric, value in (("loss", float(row.last_loss)), ("perplexity", row.perplexity))
+        if math.isfinite(value)
+    ]
+    return entries + [
+        EvalResult(
+            task_type="text-generation",
+            task_name=_SCORES,
+            dataset_type=score.dataset,
+            dataset_name=score.name,
+            dataset_revision=score.revision,
+            metric_type=score.metric,
+            metric_value=float(score.value),
+            metric_args=None if score.notes is None else {"notes": score.notes},
+        )
+        for score in scores
+    ]
+
+
+def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """A `model-index` with our new entries and those of other tools in the old one.
+
+    Args:
+        new, old (`Sequence[dict]`): As they stand in the metadata of a card; empty or `None` without one.
+
+    Raises:
+        ValueError: `old` is malformed.
+
+    Example:
+        ```python
+        >>> merge_index([], None)
+        []
+
+        ```
+    """
+    try:
+        results = [result for model in old or [] for result in model["results"]]
+        foreign = [result for result in results if result["task"].get("name") not in (_LOSSES, _SCORES)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The existing card's `model-index` is malformed ({error!r}): mend it or delete it."
+        ) from error
+    if not foreign:
+        return list(new)
+    first = new[0] if new else (old or [])[0]
+    return [{"name": first["name"], "results": (new[0]["results"] if new else []) + foreign}]
+
+
+def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str]) -> Path | None:
+    """Write the scores on registered benchmarks to `.eval_results/hf_nexus.yaml`, from which leaderboards read them.
+
+    Args:
+        scores (`Iterable[BenchmarkScore]`): Those without a `task_id` are passed over.
+        folder (`str` or `os.PathLike`): Of the model.
+
+    Returns:
+        `Path`, *optional*: the file; `None` without any such score, and an earlier file is then deleted.
+
+    Example:
+        ```python
+        >>> score = BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.2, task_id="gsm8k")
+        >>> print(save_results([score], "/tmp/tiny").read_text())
+        - dataset:
+            id: openai/gsm8k
+            task_id: gsm8k
+          value: 41.2
+        <BLANKLINE>
+
+        ```
+    """
+    entries = [
+        EvalResultEntry(
+            dataset_id=score.dataset,
+            task_id=score.task_id,
+            value=float(score.value),
+            dataset_revision=score.revision,
+            date=score.date,
+            notes=score.notes,
+        )
+        for score in scores
+        if score.task_id is not None
+    ]
+    path = Path(folder, RESULTS_NAME)
+    if not entries:
+        path.unlink(missing_ok=True)
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    return path

@@ -1,0 +1,256 @@
+"""What a card says about a run, gathered from its trainer; or about one that has not taken place, from its plan."""
+
+import copy
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import is_peft_available
+
+from .arguments import PretrainArguments
+from .config import nexus_settings
+from .environment import describe_hardware, installed_versions
+from .hub.card_check import is_repo_id
+from .hub.results import Evaluation
+from .hub.run_summary import MixtureRow, RunSummary
+from .mixture.strict import BUILTIN_PREFIX
+from .models import model_config
+
+if TYPE_CHECKING:
+    from .mixture.loading import Mixture
+    from .planning import RunPlan
+    from .trainer import NexusTrainerMixin
+
+__all__ = ["evaluations", "planned_summary", "summarize"]
+
+_NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
+
+
+def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
+    """
+    Everything that a card says about a run, as far as it has come.
+
+    Args:
+        trainer ([`NexusTrainerMixin`]):
+            Before, during or after training; on the main process.
+        known:
+            Fields of [`RunSummary`] that a trainer cannot know (`license`, `languages`, `benchmarks`, ...), or knows
+            differently.
+
+    Example:
+        >>> from hf_nexus.summary import summarize
+        >>> summarize(trainer, license="apache-2.0").parameters  # doctest: +SKIP
+        1049728
+    """
+    args, log, mixture = trainer.args, trainer.state.log_history, trainer.data.mixture
+    last = {key: value for entry in log for key, value in entry.items()}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+    rows = _mixture_rows(trainer)
+    found: dict[str, Any] = {
+        "model_name": args.hub_model_id or Path(args.output_dir).resolve().name,
+        "model_type": model.config.model_type,
+        "parameters": parameters,
+        "nexus": trainer.nexus_settings(),
+        "mixture": rows,
+        "stages": trainer.data.stages,
+        "evaluations": evaluations(log, trainer.data.names, trainer.eval_dataset, _paths(mixture)),
+        **_hyperparameters(args),
+        "numbers": {key: float(last[key]) for key in _NUMBERS if key in last},
+        "repo_id": args.hub_model_id,
+        "trainable_parameters": trainable if trainable < parameters else None,
+        "datasets": [row.dataset for row in rows if row.dataset and _hub_id(row.dataset)],
+        "hardware": describe_hardware(args.world_size),
+        "commit": _commit(),
+        "seconds": last.get("train_runtime"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "versions": installed_versions(),
+        **_origin(model),
+    }
+    return RunSummary(**found | known)
+
+
+def planned_summary(arguments: PretrainArguments, plan: "RunPlan", **known: Any) -> RunSummary:
+    """
+    What a card can say about a run that has not taken place.
+
+    Args:
+        arguments ([`PretrainArguments`]), plan ([`~planning.RunPlan`]):
+            The run, and what [`~planning.plan_run`] makes of it; `known` is as for [`summarize`].
+
+    Example:
+        >>> from hf_nexus.command_line import parse_arguments
+        >>> from hf_nexus.planning import plan_run
+        >>> from hf_nexus.summary import planned_summary
+        >>> arguments = parse_arguments(["--config", "3b", "--dry_run"])
+        >>> planned_summary(arguments, plan_run(arguments, devices=64)).planned
+        True
+    """
+    config, planned = arguments.mixture, plan.mixture or []
+    total = max(1, sum(row.train_tokens for row in planned))
+    rows = [
+        MixtureRow(
+            source=row.source,
+            weight=row.share,
+            share=row.train_tokens / total,
+            epochs=row.epochs,
+            tokens=row.train_tokens,
+            license=config.sources[row.source].license,
+            dataset=_public_path(config.sources[row.source].path),
+        )
+        for row in planned
+    ]
+    starts = [*plan.stages, plan.steps or 1]
+    shares = [{row.source: row.stage_shares[i] for row in planned} for i in range(len(plan.stages))]
+    found: dict[str, Any] = {
+        "model_name": arguments.training.hub_model_id or arguments.folder.name,
+        "model_type": model_config(arguments.model, arguments.data.sequence_length).model_type,
+        "parameters": plan.parameters,
+        "nexus": nexus_settings(arguments.training),
+        "planned": True,
+        "mixture": rows,
+        "stages": [(end / starts[-1], part) for (_, end), part in zip(pairwise(starts), shares, strict=True)],
+        "hyperparameters": arguments.resolved["training"],
+        "changed_hyperparameters": arguments.changed,
+        "repo_id": arguments.training.hub_model_id,
+        "datasets": [row.dataset for row in rows if row.dataset and _hub_id(row.dataset)],
+        "hardware": f"planned for {plan.devices} accelerator{'s' if plan.devices > 1 else ''}",
+    }
+    return RunSummary(**found | known)
+
+
+def evaluations(
+    log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], eval_sets: Any, paths: Mapping[str, str]
+) -> list[Evaluation]:
+    """
+    First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`), sources (`Sequence[str]`):
+            Of the trainer; the training sources.
+        eval_sets (`Dataset` or `Mapping[str, Dataset]`, *optional*):
+            As the trainer has them; a set that is named like a source holds rows of it.
+        paths (`Mapping[str, str]`):
+            Where sources come from, as far as known.
+
+    Example:
+        >>> from hf_nexus.summary import evaluations
+        >>> log = [{"step": 0, "eval_law_loss": 8.0}, {"step": 9, "eval_law_loss": 3.0}]
+        >>> [(row.role, row.first_loss, row.last_loss) for row in evaluations(log, ["web"], {"law": None}, {})]
+        [('ood', 8.0, 3.0)]
+    """
+    if not isinstance(eval_sets, Mapping):
+        rows: list[tuple[str, str, Any]] = [("held-out rows", "eval_loss", "held_out")]
+    else:
+        trained = [name for name in eval_sets if name in sources]
+        ood = [name for name in eval_sets if name not in sources]
+        rows = [(name, f"eval_{name}_loss", "train") for name in trained]
+        rows.append(("macro", "eval_loss", "macro"))
+        rows += [(name, f"eval_{name}_loss", "ood") for name in ood]
+        rows.append(("macro over OOD", "eval_ood_loss", "macro"))
+    found = []
+    for name, key, role in rows:
+        losses = [entry[key] for entry in sorted(log_history, key=lambda e: e.get("step", 0)) if key in entry]
+        if losses:
+            first = losses[0] if len(losses) > 1 else None
+            found.append(Evaluation(name, role, first, losses[-1], _hub_id(paths.get(name))))
+    return found
+
+
+def _mixture_rows(trainer: Any) -> list[MixtureRow]:
+    data, mixture = trainer.data, trainer.data.mixture
+    if not data.stages:  # one plain dataset
+        return []
+    tokens = {name: trainer.meter.trained_tokens[name] for name in data.names}
+    starts = [0.0, *(until for until, _ in data.stages)]
+    weights: dict[str, float | None] = dict.fromkeys(data.names)
+    if trainer._weights_function is None:
+        parts = [
+            (end - start, shares) for (start, end), (_, shares) in zip(pairwise(starts), data.stages, strict=True)
+        ]
+        weights |= {name: sum(part * shares[name] for part, shares in parts) for name in data.names}
+    paths = _paths(mixture)
+    return [
+        MixtureRow(
+            source=name,
+            weight=weights[name],
+            share=tokens[name] / max(1, sum(tokens.values())),
+            epochs=None if mixture is None else _epochs(tokens[name], mixture.tokens[name], mixture),
+            tokens=tokens[name],
+            license=None if mixture is None else mixture.licenses[name],
+            dataset=_public_path(paths[name]) if name in paths else None,
+        )
+        for name in data.names
+    ]
+
+
+def _epochs(trained: int, tokens: int | None, mixture: "Mixture") -> float | None:
+    """Passes over a source; the first token of a row is not predicted, and so not among those trained on."""
+    length = mixture.config.sequence_length
+    return trained / (tokens * (length - 1) / length) if tokens else None
+
+
+def _origin(model: Any) -> dict[str, Any]:
+    """The base model and the adapter, of a model that was loaded; a new one has neither."""
+    base = model.config._name_or_path or None
+    found: dict[str, Any] = {}
+    if is_peft_available():
+        from peft import PeftModel, PeftType
+
+        if isinstance(model, PeftModel):
+            adapter = model.peft_config[model.active_adapter]
+            base, kind = adapter.base_model_name_or_path or base, str(PeftType(adapter.peft_type).value)
+            found = {"adapter": "LoRA" if kind == "LORA" else kind, "tags": [kind.lower()]}
+    # A folder, even if a repository could have its name, is marked as one.
+    return found | {"base_model": f"./{Path(base).name}" if base and Path(base).exists() else base}
+
+
+def _hyperparameters(args: Any) -> dict[str, Any]:
+    """All training arguments, and those that differ from their defaults, as plain data."""
+    plain = copy.copy(args)  # new arguments would set up the devices again, under a training that goes on
+    for f in fields(args):
+        if f.init and f.name != "output_dir":
+            setattr(plain, f.name, f.default if f.default_factory is MISSING else f.default_factory())
+    plain.__post_init__()
+    values, defaults = args.to_dict(), plain.to_dict()
+    changed = {name: value for name, value in values.items() if value != defaults.get(name)}
+    return {"hyperparameters": values, "changed_hyperparameters": changed}
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of this library's checkout, or what pip installed it from; `None` for a release."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=, changed", "--exclude=*"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):  # no git here, or a checkout of someone else's
+            return None
+    try:
+        origin = distribution("hf-nexus").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    return json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
+
+
+def _paths(mixture: "Mixture | None") -> dict[str, str]:
+    return {} if mixture is None else {name: source.path for name, source in mixture.config.sources.items()}
+
+
+def _hub_id(path: str | None) -> str | None:
+    if path is None or path.startswith(BUILTIN_PREFIX) or Path(path).exists():
+        return None
+    return path if is_repo_id(path) else None
+
+
+def _public_path(path: str) -> str:
+    """Of a local path the last part: where it lay on the machine that trained is nobody's business."""
+    return path if path.startswith(BUILTIN_PREFIX) or _hub_id(path) else Path(path).name

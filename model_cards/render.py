@@ -1,0 +1,121 @@
+"""
+Render the cards of this folder, each from the `run_summary.json` beside it, and `pretraining-3b` from its plan:
+
+    python model_cards/render.py
+
+New numbers come from new runs: the demo's from a folder that `make demo` wrote, and the adapter's from a fine-tune of
+that model, which takes a minute or two on a CPU:
+
+    python model_cards/render.py --demo runs/nexus-demo
+    python model_cards/render.py --lora runs/nexus-demo
+"""
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from hf_nexus.command_line import parse_arguments
+from hf_nexus.hub.card import save_card
+from hf_nexus.hub.run_summary import RunSummary
+from hf_nexus.planning import plan_run
+from hf_nexus.report import CARD_FILES, write_card
+from hf_nexus.summary import planned_summary
+
+FOLDER = Path(__file__).resolve().parent
+# What no trainer knows. The built-in corpus is what an installation holds: English text and code.
+PUBLISHED = {"license": "apache-2.0", "languages": ["en", "code"]}
+LORA_MIXTURE = {
+    "sequence_length": 256,
+    "sources": {
+        "logic": {"path": "builtin/logic", "weight": 0.5, "eval_rows": 12, "max_tokens": 200_000},
+        "reasoning": {"path": "builtin/reasoning", "weight": 0.5, "eval_rows": 12, "max_tokens": 200_000},
+        "mathematics": {"path": "builtin/mathematics", "role": "ood", "max_tokens": 20_000},
+        "code": {"path": "builtin/code", "role": "ood", "max_tokens": 20_000},
+    },
+}
+
+
+def render() -> None:
+    """Every card, from what is recorded."""
+    plan().save(FOLDER / "pretraining-3b")
+    for summary in sorted(FOLDER.glob("*/run_summary.json")):
+        print(f"rendered {save_card(RunSummary.load(summary.parent), summary.parent)}")
+
+
+def plan() -> RunSummary:
+    """What the packaged configuration of 3 billion parameters comes to."""
+    arguments = parse_arguments(["--config", "3b", "--dry_run"])
+    return planned_summary(arguments, plan_run(arguments, arguments.model.accelerators), **PUBLISHED)
+
+
+def record(run: Path, name: str) -> None:
+    """Take over the summary and the pictures of a run."""
+    target = FOLDER / name
+    target.mkdir(exist_ok=True)
+    for file in CARD_FILES:
+        if file != "README.md" and (run / file).exists():
+            shutil.copyfile(run / file, target / file)
+    replace(RunSummary.load(run), **PUBLISHED).save(target)
+
+
+def finetune(base: Path, folder: Path) -> None:
+    """A LoRA fine-tune of the model in `base`, by the same trainer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_nexus import MixtureConfig, NexusConfig, NexusTrainer, load_mixture
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(0)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"])
+    trainer = NexusTrainer(
+        model=get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter),
+        args=NexusConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=16,
+            gradient_accumulation_steps=4,
+            max_steps=60,
+            learning_rate=5e-3,
+            lr_scheduler_type="linear",
+            # 0.05 at the demo's million parameters; an adapter has fewer, and each is to move as far.
+            inner_lr=0.01,
+            gradient_cosine_steps=10,
+            logging_steps=5,
+            eval_strategy="steps",
+            eval_steps=20,
+            eval_on_start=True,
+            prediction_loss_only=True,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=load_mixture(MixtureConfig.from_dict(LORA_MIXTURE), tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    write_card(trainer, model_name=f"{base.resolve().name}-lora", prompt="If")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, metavar="RUN", help="take over the demo's numbers from this run's folder")
+    parser.add_argument("--lora", type=Path, metavar="RUN", help="fine-tune the model in this run's folder anew")
+    arguments = parser.parse_args()
+    if arguments.demo is not None:
+        record(arguments.demo, "demo")
+    if arguments.lora is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            finetune(arguments.lora, Path(folder))
+            record(Path(folder), "lora")
+    render()
+
+
+if __name__ == "__main__":
+    main()
