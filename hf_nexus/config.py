@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from .mixture.stages import parse_stages
 
-__all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings", "with_nexus_fields"]
+__all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
 
 _CHOICES = {
     "inner_lr_schedule": ("constant", "follow"),
@@ -54,6 +54,9 @@ class NexusConfigMixin:
         gradient_cosine_steps (`int`, *optional*, defaults to 0):
             Log the gradient cosine of each pair of sources at the restored weights every this many outer steps
             (0: never). One measurement costs about S^2/2 backward passes for S sources.
+        hub_flush_timeout (`float`, *optional*, defaults to 600):
+            With `push_to_hub`, how long to wait at the end for the Hub, in seconds. What it does not have by then
+            stays on disk, for `hf-nexus push`.
     """
 
     nexus: bool = field(default=True, metadata={"help": "Apply the Nexus update; off: plain Trainer."})
@@ -85,6 +88,10 @@ class NexusConfigMixin:
         metadata={"help": "Resume although the data is not what the checkpoint was trained on; streams start anew."},
     )
 
+    hub_flush_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds to wait for the Hub at the end; `hf-nexus push` sends the rest."}
+    )
+
     def __post_init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it each process would silently train a model of its own
@@ -99,6 +106,11 @@ class NexusConfigMixin:
             )
         if self.gradient_cosine_steps < 0:
             raise ValueError(f"gradient_cosine_steps={self.gradient_cosine_steps} is not allowed; use 0 for never.")
+        self.hub_flush_timeout = float(self.hub_flush_timeout)
+        if not (math.isfinite(self.hub_flush_timeout) and self.hub_flush_timeout >= 0):
+            raise ValueError(
+                f"hub_flush_timeout={self.hub_flush_timeout} is not allowed; it must be finite and >= 0 seconds."
+            )
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments this is mixed into
 
 
@@ -113,16 +125,6 @@ class NexusConfig(NexusConfigMixin, TrainingArguments):
         >>> args.inner_lr
         0.05
     """
-
-
-def with_nexus_fields(args: TrainingArguments | None) -> Any:
-    """Training arguments that certainly have the Nexus fields: with the defaults where they had none."""
-    if args is None:
-        return NexusConfig(output_dir="tmp_trainer")
-    if not isinstance(args, NexusConfigMixin):
-        for f in fields(NexusConfigMixin):
-            setattr(args, f.name, f.default)
-    return args
 
 
 def _parse_weights(weights: dict | list | str | None) -> dict[str, float] | list[dict[str, Any]] | None:
@@ -152,6 +154,7 @@ def _parse_weights(weights: dict | list | str | None) -> dict[str, float] | list
 
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Nexus fields of `args` with k, as plain data: what is saved beside a model and compared on resume."""
-    names = [f.name for f in fields(NexusConfigMixin) if f.name != "allow_mixture_change"]  # of one resumption only
+    left_out = ("allow_mixture_change", "hub_flush_timeout")  # they do not change what is trained
+    names = [f.name for f in fields(NexusConfigMixin) if f.name not in left_out]
     settings = {name: getattr(args, name) for name in names}
     return {**settings, "gradient_accumulation_steps": args.gradient_accumulation_steps}

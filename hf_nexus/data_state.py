@@ -1,10 +1,11 @@
 """The state of the data in a checkpoint: what it was read from, and for streams where each source stands."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
+from .mixture.config import SourceConfig
 from .mixture.loading import Mixture
 from .mixture.packing import tokenizer_fingerprint
 from .mixture.streaming import MixtureStream
@@ -35,15 +36,15 @@ def _path(folder: str, rank: int) -> Path:
     return Path(folder, f"data_state_{rank}.json")
 
 
-def describe_data(data: TrainingData, args: Any, batch_size: int, tokenizer: Any) -> dict[str, Any]:
+def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any) -> dict[str, Any]:
     """
     Everything that the order of the data depends on, as plain data by name.
 
     Args:
         data ([`TrainingData`]), args ([`NexusConfig`]):
             What is trained on, and how.
-        batch_size (`int`):
-            Rows of a micro-batch on each device.
+        batch_size (`int`, *optional*):
+            Rows of a micro-batch on each device; `None` where it is found by trying.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             It matters where documents are tokenized by us.
     """
@@ -61,19 +62,24 @@ def describe_data(data: TrainingData, args: Any, batch_size: int, tokenizer: Any
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
-    sources = data.dataset.sources
-    return json.loads(json.dumps(facts | {f"source {n!r}": _describe(n, s, data.mixture) for n, s in sources.items()}))
+        for name, source in data.mixture.config.ood_sources.items():  # their documents are not trained on
+            facts[f"source {name!r}"] = _settings(source)
+    for name, dataset in data.dataset.sources.items():
+        facts[f"source {name!r}"] = _describe(name, dataset, data.mixture)
+    return json.loads(json.dumps(facts))
+
+
+def _settings(source: SourceConfig) -> dict[str, Any]:
+    return {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
 
 
 def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if mixture is not None:
-        facts = {k: v for k, v in vars(mixture.config.sources[name]).items() if k not in _NOT_READ and v is not None}
+    facts = {} if mixture is None else _settings(mixture.config.sources[name])
     documents = source.documents if isinstance(source, StreamedDocuments) else source
     if isinstance(source, StreamedDocuments) and mixture is None:
         facts["sequence_length"] = source.sequence_length
         facts["tokenizer"] = tokenizer_fingerprint(source.reader.tokenizer)
-    if hasattr(documents, "__len__"):
+    if isinstance(documents, Sized):
         return facts | {"rows": len(documents)}
     shards = getattr(documents, "num_shards", None)  # only of those of `datasets`
     return facts | {"shards": shards}

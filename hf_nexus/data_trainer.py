@@ -1,6 +1,5 @@
 """Feeding a Trainer from a mixture: micro-batches of one source each, resumed exactly."""
 
-import inspect
 import logging
 import math
 from collections.abc import Iterator, MutableMapping
@@ -12,7 +11,6 @@ import torch
 from transformers import TrainerCallback
 
 from .checkpoints import CheckpointMixin
-from .config import with_nexus_fields
 from .data_state import check_data, describe_data, load_data_state, save_data_state
 from .distributed import broadcast, max_over_ranks
 from .mixture.indexed import SOURCE_KEY, STATE_KEY, MixtureDataset, MixtureSampler, tag_source
@@ -21,15 +19,17 @@ from .mixture.readers import SourceError
 from .mixture.schedule import SourceSchedule
 from .mixture.stages import stage_borders
 from .mixture.streaming import MicroBatchSampler, MixtureStream, StreamState
+from .publishing import PublishingMixin
 from .stream_progress import StreamProgress, WeightsFunction
-from .training_data import TrainingData, check_loader_settings, prepare_data
+from .trainer_arguments import arguments_by_name, with_nexus_fields
+from .training_data import StageWeights, TrainingData, check_loader_settings, prepare_data
 
 __all__ = ["DataTrainerMixin"]
 
 logger = logging.getLogger(__name__)
 
 
-class DataTrainerMixin(CheckpointMixin):
+class DataTrainerMixin(CheckpointMixin, PublishingMixin):
     """
     The part of [`NexusTrainerMixin`] that reads the data.
 
@@ -43,7 +43,7 @@ class DataTrainerMixin(CheckpointMixin):
     data_collator: Any
 
     def __init__(self, *args: Any, mixture_weights_function: WeightsFunction | None = None, **kwargs: Any):
-        kwargs = _by_name(type(self), args, kwargs)
+        kwargs = arguments_by_name(type(self), DataTrainerMixin, args, kwargs)
         settings = with_nexus_fields(kwargs.get("args"))
         seed = settings.seed if settings.data_seed is None else settings.data_seed
         dynamic = mixture_weights_function is not None
@@ -83,7 +83,7 @@ class DataTrainerMixin(CheckpointMixin):
         rows, k = self._train_batch_size * self.args.world_size, self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(dataset, MixtureStream):
-            weights = self._weights_function or _ByStage(self.data, self.args.max_steps)
+            weights = self._weights_function or StageWeights(self.data.stages, self.args.max_steps)
             share = self._first_ranks_shares if self._weights_function and self.args.world_size > 1 else lambda s: s
             dataset.place(self.args.process_index, self.args.world_size, max(1, self.args.dataloader_num_workers))
             self._progress = StreamProgress(
@@ -192,7 +192,8 @@ class DataTrainerMixin(CheckpointMixin):
             ) from error
 
     def _describe_data(self) -> dict[str, Any]:
-        return describe_data(self.data, self.args, self._train_batch_size, self.processing_class)
+        batch_size = None if self.args.auto_find_batch_size else self._train_batch_size
+        return describe_data(self.data, self.args, batch_size, self.processing_class)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -246,28 +247,3 @@ class _BeginData(TrainerCallback):
         if trainer._progress is not None and trainer._sampler is not None:
             trainer._progress.begin(state.global_step, trainer._resumed_data if state.global_step else None)
             trainer._sampler.first = state.global_step * args.gradient_accumulation_steps
-
-
-class _ByStage:
-    """Weights by outer step, of stages."""
-
-    def __init__(self, data: TrainingData, max_steps: int):
-        self.borders = stage_borders(data.stages, max_steps, 1)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        return next(weights for first, weights in reversed(self.borders) if first <= step)
-
-
-def _by_name(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call as keywords, whatever their order in the class that the mixins are mixed into."""
-    after = cls.__mro__[cls.__mro__.index(DataTrainerMixin) + 1 :]
-    signatures = [inspect.signature(c.__init__) for c in after if "__init__" in vars(c)]  # type: ignore[misc]
-    # One with *args passes on what it is given.
-    signature = next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
-    names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-    if len(args) > len(names):
-        raise TypeError(f"{len(args)} positional arguments were given; at most {len(names)} are possible: {names}.")
-    positional = dict(zip(names, args, strict=False))
-    if repeated := sorted(positional.keys() & kwargs.keys()):
-        raise TypeError(f"Given by position and by name: {', '.join(repeated)}.")
-    return positional | kwargs

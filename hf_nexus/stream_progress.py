@@ -134,13 +134,14 @@ class StreamProgress:
 
     def retire(self, source: str, sent: int) -> None:
         """Leave out a source from the first step of which no rank has sent for a micro-batch (the last is `sent`)."""
-        self.retired[source] = sent // self._k + 1
-        logger.warning(
-            "Source %r has been read %g times, its max_epochs: from step %d on the other sources have its share.",
-            source,
-            self.max_epochs[source],
-            self.retired[source],
-        )
+        first = self.retired[source] = sent // self._k + 1
+        if self.stream.rank == 0:
+            logger.warning(
+                "Source %r has been read %g times, its max_epochs: from step %d on the other sources have its share.",
+                source,
+                self.max_epochs[source],
+                first,
+            )
 
     def fetched(self, step: int, states: Sequence[StreamState]) -> None:
         """Take note of where the window of an outer step leaves the sources."""

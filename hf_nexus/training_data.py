@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 from .mixture.indexed import MixtureDataset, split_sources
 from .mixture.loading import Mixture
 from .mixture.schedule import normalized
-from .mixture.stages import weight_stages
+from .mixture.stages import stage_borders, weight_stages
 from .mixture.streaming import MixtureStream
 from .mixture.token_stream import StreamedDocuments
 
-__all__ = ["TrainingData", "check_loader_settings", "prepare_data"]
+__all__ = ["StageWeights", "TrainingData", "check_loader_settings", "prepare_data"]
 
 Stages = list[tuple[float, dict[str, float]]]
 
@@ -57,6 +57,22 @@ class TrainingData:
         sets = evaluation if isinstance(evaluation, Mapping) else {}
         sources = self.dataset.sources if self.stages else {}
         return [name for name, source in sources.items() if _is_stream(source) and name not in sets]
+
+
+class StageWeights:
+    """
+    The weights of stages as a function of the outer step.
+
+    Args:
+        stages (`list[tuple[float, dict[str, float]]]`), max_steps (`int`):
+            As for [`stage_borders`].
+    """
+
+    def __init__(self, stages: Stages, max_steps: int):
+        self.borders = stage_borders(stages, max_steps, 1)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        return next(weights for first, weights in reversed(self.borders) if first <= step)
 
 
 def prepare_data(train: Any, evaluation: Any, args: Any, dynamic: bool, seed: int) -> TrainingData:
