@@ -54,6 +54,7 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin):
         self._sampler: MicroBatchSampler | None = None
         self._resumed_data: dict[str, Any] | None = None
         self._fetched = Fetched()
+        self._began_at = 0
         if self.data.stages:
             check_loader_settings(settings, self.data.dataset)
         given = {"args": settings, "train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
@@ -183,7 +184,7 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin):
         except SourceError as error:
             self.is_in_train = False
             step = self.state.global_step
-            if step == self._initial_global_step:  # there is nothing new to save
+            if step == self._began_at:  # there is nothing new to save
                 raise
             self._save_checkpoint(self.model, trial=None)
             raise SourceError(
@@ -244,6 +245,7 @@ class _BeginData(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         trainer = self.trainer
+        trainer._began_at = state.global_step
         if trainer._progress is not None and trainer._sampler is not None:
             trainer._progress.begin(state.global_step, trainer._resumed_data if state.global_step else None)
             trainer._sampler.first = state.global_step * args.gradient_accumulation_steps
