@@ -5,10 +5,17 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-all lint format lock clean
+.PHONY: demo cards test test-all lint format lock clean
 
+# With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
 demo: $(READY)
-	$(BIN)/python recipes/pretrain_3b.py --config demo
+	$(if $(PUSH),$(BIN)/python -m tests.hub_demo alice/nexus-demo runs/nexus-demo -- )$(BIN)/python \
+		recipes/pretrain_3b.py --config demo $(if $(PUSH),--push_to_hub True --hub_strategy checkpoint)
+
+# Model cards are golden files: after a change of the template, render them again and look at the difference.
+cards: $(READY)
+	$(BIN)/python -m tests.test_card
+	$(BIN)/python model_cards/render.py
 
 test: $(READY)
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"

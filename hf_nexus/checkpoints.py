@@ -62,6 +62,7 @@ class CheckpointMixin(Base):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self.stopped_by_sigterm = False  # whether Trainer's `enable_jit_checkpoint` has ended training
         self._staging = False
         self._random_states = RandomStates()
         super().__init__(*args, **kwargs)
@@ -75,6 +76,7 @@ class CheckpointMixin(Base):
             ValueError: there is no complete checkpoint, or the given one is not.
         """
         folder = Path(self.args.output_dir)
+        self.stopped_by_sigterm = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(folder)
             if resume_from_checkpoint is None:
@@ -97,6 +99,8 @@ class CheckpointMixin(Base):
         run_dir = Path(self._get_output_dir(trial))
         staged = run_dir / STAGING_DIR / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         final = run_dir / staged.name
+        if self.args.enable_jit_checkpoint and (final / SENTINEL).exists():
+            self.stopped_by_sigterm = True
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)  # of an earlier attempt
         self.accelerator.wait_for_everyone()

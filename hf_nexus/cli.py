@@ -1,4 +1,4 @@
-"""`hf-nexus`: train, plan, env. Everything heavy is imported by the command that needs it."""
+"""`hf-nexus`: train, plan, push, env. Everything heavy is imported by the command that needs it."""
 
 from typing import Annotated
 
@@ -38,6 +38,29 @@ def plan(context: typer.Context, config: _Config) -> None:
     from . import pretrain
 
     pretrain.main(["--config", config, "--dry_run", *context.args], debug=context.obj)
+
+
+@app.command()
+def push(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to push to instead of the run's; created when missing.")
+    ] = None,
+) -> None:
+    """Send to the Hub what a run could not; fails if something stays behind. Log in with `hf auth login` before."""
+    from pathlib import Path
+
+    from .hub.pushing import push_rest
+
+    try:
+        line, complete = push_rest(Path(folder), revision)
+    except (ValueError, RuntimeError, OSError) as error:
+        if context.obj:
+            raise
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+    print(line)
+    raise SystemExit(not complete)
 
 
 @app.command()

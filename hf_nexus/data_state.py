@@ -12,7 +12,7 @@ from .mixture.streaming import MixtureStream
 from .mixture.token_stream import StreamedDocuments
 from .training_data import TrainingData
 
-__all__ = ["check_data", "describe_data", "load_data_state", "save_data_state"]
+__all__ = ["compare_data", "describe_data", "load_data_state", "save_data_state"]
 
 # Settings of a source that do not change what is read of it.
 _NOT_READ = {"weight", "license", "tokens", "role", "max_epochs"}
@@ -25,10 +25,14 @@ def save_data_state(folder: str, rank: int, description: Mapping[str, Any], stre
 
 
 def load_data_state(folder: str, rank: int) -> dict[str, Any] | None:
-    """This rank's state in a checkpoint, the first rank's if it has none, `None` if there is neither."""
+    """
+    This rank's state in a checkpoint, `None` if there is none. If only the first rank's is there, its description (of
+    a run of fewer ranks, or on a node with a disk of its own), without the positions, which are not this rank's.
+    """
     for path in (_path(folder, rank), _path(folder, 0)):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            state = json.loads(path.read_text(encoding="utf-8"))
+            return state if path == _path(folder, rank) else {**state, "stream": None}
     return None
 
 
@@ -61,6 +65,7 @@ def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokeniz
         facts["buffer_size"] = data.dataset.buffer_size
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
+        facts["isolate_documents"] = data.mixture.config.isolate_documents
         facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
         for name, source in data.mixture.config.ood_sources.items():  # their documents are not trained on
             facts[f"source {name!r}"] = _settings(source)
@@ -85,7 +90,7 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
     return facts | {"shards": shards}
 
 
-def check_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """What differs between two descriptions of data, in words."""
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     return [_difference(name, saved.get(name), current.get(name)) for name in names]

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from .checkpoints import CheckpointMixin
-from .data_state import check_data, describe_data, load_data_state, save_data_state
+from .data_state import compare_data, describe_data, load_data_state, save_data_state
 from .distributed import broadcast, max_over_ranks
 from .mixture.indexed import SOURCE_KEY, STATE_KEY, MixtureDataset, MixtureSampler, tag_source
 from .mixture.isolation import IsolateDocuments, choose_isolation, needs_flat_rows
@@ -132,7 +132,8 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin):
                     self._fetched.states.append(batch.pop(STATE_KEY))
                 yield batch
         except SourceError as error:
-            self._fetched.error = error
+            # A worker's has its traceback for a message, of which the last part is what it said.
+            self._fetched.error = SourceError(str(error).rpartition("SourceError: ")[2].strip())
 
     def _agree_on_data(self) -> None:
         """Let all ranks know what one of them met in the window just fetched: an error, or the end of a source."""
@@ -207,25 +208,39 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin):
             self._resumed_data = self._load_data_state(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
-    def _load_data_state(self, folder: str) -> dict[str, Any] | None:
-        saved = load_data_state(folder, self.args.process_index)
-        differences: list[str]
+    def check_data(self, checkpoint: str) -> list[str]:
+        """
+        What keeps the data of a checkpoint from being resumed exactly, in words; nothing if it can be.
+
+        Raises:
+            ValueError: there is something, and `allow_mixture_change` is off.
+        """
+        if not self.data.stages:
+            return []
+        saved, streams = load_data_state(checkpoint, self.args.process_index), self._streams
+        differences: list[str] = []
         if saved is not None:
-            differences = check_data(saved["description"], self._describe_data())
-        elif isinstance(self.data.dataset, MixtureStream):
-            differences = ["it holds no state of the data"]
-        else:
-            return None
-        if saved is not None and not differences:
-            return saved["stream"]
-        found = f"{folder} cannot be resumed exactly: {'; '.join(differences)}."
-        if not self.args.allow_mixture_change:
+            differences = compare_data(saved["description"], self._describe_data())
+        if streams and not differences and (saved is None or saved["stream"] is None):
+            name = f"data_state_{self.args.process_index}.json"
+            differences = [f"it has no {name} (was it saved with save_only_model, or on another disk?)"]
+        if differences and not self.args.allow_mixture_change:
             raise ValueError(
-                f"{found} Put it back as it was, or pass allow_mixture_change=True (--allow_mixture_change True): the "
-                "weights and the optimizer are resumed, streams are read from their beginning."
+                f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}. Put it back as it was, or pass "
+                "allow_mixture_change=True (--allow_mixture_change True): the weights and the optimizer are resumed, "
+                "streams are read from their beginning."
             )
-        logger.warning("%s Going on with a fresh state of the data.", found)
-        return None
+        return differences
+
+    @property
+    def _streams(self) -> bool:
+        return isinstance(self.data.dataset, MixtureStream)
+
+    def _load_data_state(self, folder: str) -> dict[str, Any] | None:
+        if differences := self.check_data(folder):
+            logger.warning("%s: %s. Going on with a fresh state of the data.", folder, "; ".join(differences))
+            return None
+        return load_data_state(folder, self.args.process_index)["stream"] if self._streams else None  # type: ignore[index]
 
 
 @dataclass

@@ -46,6 +46,8 @@ class MixtureTrainerMixin(DataTrainerMixin):
         self._collecting = False
         super().__init__(*args, **kwargs)
         _check_eval_names(self.eval_dataset)
+        if OOD in self.data.names:
+            raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
         self.add_callback(TrainingMeter(self.data.names))
 
     @property

@@ -1,6 +1,7 @@
 """A pretraining run, from a configuration to a folder with a model, its curves and its card."""
 
 import gc
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from .arguments import PretrainArguments
+from .checkpoints import last_checkpoint
 from .command_line import parse_arguments
 from .mixture.plan import check_map_style
 from .models import build_model, model_config
@@ -134,19 +135,26 @@ class _Run:
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         except KeyboardInterrupt:
-            last = get_last_checkpoint(str(self.arguments.folder))
-            hint = (
-                f"continue {Path(last).name} with --resume_from_checkpoint last" if last else "nothing was saved yet"
-            )
-            self.console.print(f"Interrupted after step {trainer.state.global_step}; {hint}.")
+            self._say_how_to_go_on("Interrupted")
             raise
+        if trainer.stopped_by_sigterm:  # whoever sent it wants the machine, not an evaluation
+            self._say_how_to_go_on("Terminated")
+            raise SystemExit(128 + signal.SIGTERM)
         evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
         if self.mixture.eval and trainer.state.global_step not in evaluated:
             trainer.evaluate()
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # what is pushed has its card
         trainer.save_state()
-        if trainer.args.should_save:
-            write_report(self.arguments, trainer, self.mixture, self.console)
+        try:
+            if trainer.args.should_save:
+                write_report(self.arguments, trainer, self.mixture, self.console)
+        finally:
+            trainer.publish("End of training")
+
+    def _say_how_to_go_on(self, what: str) -> None:
+        last = last_checkpoint(self.arguments.folder)
+        hint = f"continue {Path(last).name} with --resume_from_checkpoint last" if last else "nothing was saved yet"
+        self.console.print(f"{what} after step {self.trainer.state.global_step}; {hint}.")
 
 
 def _prepare(arguments: PretrainArguments) -> _Run:
@@ -173,9 +181,13 @@ def _prepare(arguments: PretrainArguments) -> _Run:
         train_dataset=mixture,
         processing_class=tokenizer,
     )
+    trainer.wait_after_training = False  # there is an evaluation to come, and a report
+    trainer.card_details["base_model"] = None  # there is none, whatever name the configuration carries
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(RunLog(console))
+    if checkpoint is not None:
+        trainer.check_data(checkpoint)
     if args.should_save:
         claim_folder(arguments, checkpoint, console)
     trainer.accelerator.wait_for_everyone()

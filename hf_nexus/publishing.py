@@ -25,18 +25,17 @@ Base: Any = object
 
 class PublishingMixin(Base):
     """
-    Takes the place of everything in a Trainer that talks to the Hub; see docs/hub.md. Only the main process has a
-    `publisher`, and no other waits for it but before the first step.
+    Takes the place of everything in a Trainer that talks to the Hub; see docs/hub.md.
 
     Attributes:
         publisher ([`Publisher`], *optional*):
-            Once there is something to push to.
+            Of the main process, once there is something to push to.
         card_details (`dict[str, Any]`):
             Fields of [`RunSummary`] that a trainer cannot know, such as `license` or `languages`; every card that is
             written has them.
         wait_after_training (`bool`):
-            Whether `train()` waits for the Hub before it returns, up to `hub_flush_timeout`; a single process does.
-            Otherwise that is left to the end of the process.
+            Whether `train()` of a single process waits for the Hub, up to `hub_flush_timeout`. Otherwise that is left
+            to the end of the process.
     """
 
     hub_model_id: Any
@@ -52,8 +51,7 @@ class PublishingMixin(Base):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
-        Create repository and branch if they are missing. If the Hub cannot be reached that is put off. All ranks must
-        call it.
+        Create what is missing of repository and branch, later if the Hub cannot be reached. All ranks must call it.
 
         Args:
             token (`str`, *optional*):
@@ -91,7 +89,7 @@ class PublishingMixin(Base):
         from .report import CARD_FILES
 
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card()
+        self._write_card(plots=False)  # drawing would hold up training; the last card has the pictures
         strategy, step = self.args.hub_strategy.value, self.state.global_step
         self.publisher.submit_checkpoint(checkpoint_folder, step, strategy, CARD_FILES)
 
@@ -105,13 +103,16 @@ class PublishingMixin(Base):
                 Fields of [`RunSummary`], or `language`, `tags` and `model_name` as in
                 [`~transformers.Trainer.create_model_card`], whose other arguments the run itself answers.
         """
+        self.card_details |= _details(*args, **details)
+        self._write_card(plots=True)
+
+    def _write_card(self, plots: bool) -> None:
         from .report import write_card
 
         if not self.is_world_process_zero():
             return
-        self.card_details |= _details(**details)
         try:
-            write_card(self, **self.card_details)  # type: ignore[arg-type]  # the mixin of which this is a part
+            write_card(self, plots=plots, **self.card_details)  # type: ignore[arg-type]  # the mixin of which this is a part
         except Exception as error:  # a card, plots and all, is never worth a run
             logger.warning(f"The card could not be written: {error}")
 
@@ -154,7 +155,9 @@ class PublishingMixin(Base):
         """Save the model; with `push_to_hub`, that of the output folder is queued as well."""
         super().save_model(output_dir, _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub("Model save", blocking=False)
+            if Path(output_dir or self.args.output_dir) != Path(self.args.output_dir):
+                super().save_model(_internal_call=True)
+            self._publish_run("Model save")
 
     # ---- After the last step ----
 
@@ -192,15 +195,11 @@ class PublishingMixin(Base):
         Example:
             >>> trainer.push_to_hub(license="apache-2.0", language="en")  # doctest: +SKIP
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None or token is not None:
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
-        self.create_model_card(**details)
-        if self.args.should_save:
-            self.save_state()
         message = commit_message or "End of training"
-        self.publish(message, revision)
+        self._publish_run(message, revision, **details)
         if not blocking or self._last_wait is None:
             return None
         status = self._last_wait.wait(self.args.hub_flush_timeout)
@@ -208,6 +207,12 @@ class PublishingMixin(Base):
             return None
         url = f"{constants.ENDPOINT}/{status.target.rpartition('@')[0]}/commit/{status.commit}"
         return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=status.commit)
+
+    def _publish_run(self, commit_message: str, revision: str | None = None, **details: Any) -> None:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card(**details)
+        self.save_state()
+        self.publish(commit_message, revision)
 
     def publish(self, commit_message: str, revision: str | None = None) -> None:
         """Queue the output folder as it is, without its checkpoints."""
@@ -220,26 +225,27 @@ class PublishingMixin(Base):
         self.publisher.target = usual
 
     def _finish_current_push(self) -> None:
-        # Several ranks would wait for the first one at their next collective.
-        if self._last_wait is not None and self.wait_after_training and self.args.world_size == 1:
+        waits = self.wait_after_training and self.args.world_size == 1  # several would wait at the next collective
+        if waits and self._last_wait is not None and self.args.hub_strategy != "end":
             self._last_wait.wait(self.args.hub_flush_timeout)
 
 
 def _details(
     language: str | list[str] | None = None,
+    license: str | None = None,
     tags: str | list[str] | None = None,
+    model_name: str | None = None,
     finetuned_from: str | None = None,
-    tasks: Any = None,
-    dataset: Any = None,
-    dataset_tags: Any = None,
-    dataset_args: Any = None,
-    dataset_name: Any = None,
+    *unused: Any,
     **details: Any,
 ) -> dict[str, Any]:
     """The Trainer's arguments for cards in terms of [`RunSummary`]."""
+    for name in ("tasks", "dataset_tags", "dataset", "dataset_args", "dataset_name"):
+        details.pop(name, None)  # the run itself knows
     allowed = [f.name for f in fields(RunSummary)]
     if unknown := [name for name in details if name not in allowed]:
         raise TypeError(f"A card has nothing called {', '.join(unknown)}; use {', '.join(allowed)}.")
+    details |= {"license": license, "model_name": model_name}
     if finetuned_from is not None:
         details["base_model"] = finetuned_from
     for name, value in {"languages": language, "tags": tags}.items():

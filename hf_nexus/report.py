@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,9 @@ class RunLog(TrainerCallback):
         return str(timedelta(seconds=round(seconds)))
 
 
-def write_card(trainer: "NexusTrainerMixin", folder: str | Path | None = None, **known: Any) -> RunSummary:
+def write_card(
+    trainer: "NexusTrainerMixin", folder: str | Path | None = None, *, plots: bool = True, **known: Any
+) -> RunSummary:
     """
     Write the card of a run as far as it has come, with everything that it shows: `CARD_FILES`. What a user wrote into
     an existing `README.md` stays.
@@ -77,6 +80,8 @@ def write_card(trainer: "NexusTrainerMixin", folder: str | Path | None = None, *
             On the main process.
         folder (`str` or `Path`, *optional*):
             Where to; `output_dir` by default.
+        plots (`bool`, *optional*, defaults to `True`):
+            Draw the pictures, which takes most of the time. A card without them does not mention them.
         known:
             Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
 
@@ -93,12 +98,11 @@ def write_card(trainer: "NexusTrainerMixin", folder: str | Path | None = None, *
     folder = Path(folder or trainer.args.output_dir)
     log = trainer.state.log_history
     summary = summarize(trainer, **known)
-    try:
-        summary.plot = plot_run(log, folder / PLOT_NAME).name
-    except ValueError:  # it is too early for a curve
-        summary.plot = None
-    cosines = plot_cosines(log, trainer.data.names, folder / COSINES_NAME)
-    summary.cosine_plot = None if cosines is None else COSINES_NAME
+    if plots:
+        with suppress(ValueError):  # it is too early for a curve
+            summary.plot = plot_run(log, folder / PLOT_NAME).name
+        if plot_cosines(log, trainer.data.names, folder / COSINES_NAME) is not None:
+            summary.cosine_plot = COSINES_NAME
     save_card(summary, folder)
     save_results(summary.benchmarks, folder)
     summary.save(folder)

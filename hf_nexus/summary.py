@@ -248,7 +248,7 @@ def _paths(mixture: "Mixture | None") -> dict[str, str]:
 def _hub_id(path: str | None) -> str | None:
     if path is None or path.startswith(BUILTIN_PREFIX) or Path(path).exists():
         return None
-    return path if is_repo_id(path) else None
+    return path if "/" in path and is_repo_id(path) else None  # the name of a file alone passes for an id, too
 
 
 def _public_path(path: str) -> str:

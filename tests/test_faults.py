@@ -251,6 +251,7 @@ def test_terminated_in_a_window_the_trainer_saves_its_start_and_resuming_repeats
     """Windows 0 and 3 begin an epoch, where Trainer takes the random states of another moment."""
     place = IN_INNER_STEPS["after_forward"]
     trainer = terminated(tmp_path, place, window * K + inner_step)
+    assert trainer.stopped_by_sigterm
     assert trainer.state.global_step == window + 1  # upstream still steps, after saving
     assert displaced(trainer, undisturbed[0]) == []
     assert_resumes(tmp_path, *undisturbed, start=window)

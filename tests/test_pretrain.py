@@ -465,6 +465,29 @@ def test_the_card_of_a_run_without_a_log_line_counts_its_tokens(config, tmp_path
     assert sum(int(row[1].replace(",", "")) for row in rows) == 2 * 4 * 2 * 31
 
 
+def test_after_a_sigterm_there_is_a_checkpoint_and_no_report(config, tmp_path, monkeypatch, capsys):
+    train = NexusTrainer.train
+
+    def terminated(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        self.stopped_by_sigterm = True
+
+    monkeypatch.setattr(NexusTrainer, "train", terminated)
+    with pytest.raises(SystemExit) as stop:
+        run(config, tmp_path, "--max_steps", "2", "--save_steps", "2")
+    assert stop.value.code == 143
+    assert "continue checkpoint-2 with --resume_from_checkpoint last" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_resumption_that_is_refused_leaves_the_folder_as_it_was(config, tmp_path):
+    run(config, tmp_path, "--max_steps", "2", "--save_steps", "2")
+    told = (tmp_path / "pretrain.yaml").read_text()
+    with pytest.raises(ValueError, match=r"seed was .* and is 3"):
+        run(config, tmp_path, "--resume_from_checkpoint", "last", "--seed", "3", "--max_steps", "4")
+    assert (tmp_path / "pretrain.yaml").read_text() == told
+
+
 @pytest.mark.parametrize("fails", [None, ValueError, KeyboardInterrupt])
 def test_the_model_is_gone_before_the_process_group(config, tmp_path, monkeypatch, fails):
     train, destroy = NexusTrainer.train, torch.distributed.destroy_process_group

@@ -264,8 +264,18 @@ def test_another_number_of_ranks_and_a_checkpoint_without_a_state_are_refused(wh
     with pytest.raises(ValueError, match="ranks was 2 and is 1"):
         run(tmp_path, mixture(kinds()["mix"]()), str(folder))
     file.unlink()
-    with pytest.raises(ValueError, match="it holds no state of the data"):
+    with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
         run(tmp_path, mixture(kinds()["mix"]()), str(folder))
+
+
+def test_a_checkpoint_without_this_ranks_state_is_refused(whole: Whole, tmp_path: Path) -> None:
+    """As on a node with a disk of its own: the first rank's positions are not this rank's."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint(whole("mix"), 2), folder)
+    state = json.loads((folder / "data_state_0.json").read_text())
+    (folder / "data_state_0.json").write_text(json.dumps({**state, "stream": None}))
+    with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
+        run(tmp_path / "out", mixture(kinds()["mix"]()), resume=str(folder))
 
 
 def test_documents_without_a_mixture_are_described_too(tmp_path: Path) -> None:

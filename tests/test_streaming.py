@@ -253,8 +253,8 @@ def test_a_resume_reads_no_more_than_the_buffer_and_a_batch_however_late(kind: s
 
 
 def test_a_lane_without_a_row_is_an_error_that_names_it() -> None:
-    with pytest.raises(SourceError, match=r"'a' \(rank 2.*no row of a whole pass falls to lane 5 of 6. Use fewer"):
-        read(start(sharded([2, 1]), rank=2, ranks=3, workers=2), range(1, 2))
+    with pytest.raises(SourceError, match=r"'a' \(rank 2.*no row of a whole pass falls to lane 4 of 6. Use fewer"):
+        read(start(sharded([2, 1]), rank=2, ranks=3, workers=2), range(0, 1))
 
 
 @pytest.mark.parametrize("dataset", [sharded([3, 2]), [{"x": x} for x in range(5)]], ids=["stream", "map-style"])
@@ -417,3 +417,15 @@ def test_parquet_row_groups_before_the_position_are_not_read(tmp_path: Path) -> 
     stream = start(dataset, buffer_size=10)
     (*_, last) = read(stream, range(93))
     assert last[1]["state"]["block"]["state"]["examples_iterable"]["examples_iterable"]["shard_idx"] >= 8
+
+
+def test_a_large_file_beside_a_small_one_is_shared_by_all_lanes():
+    """With a file each, one lane would end at once, take the source for that small, or find nothing in it."""
+    for small in (0, 1, 6):
+        counts = []
+        for lane in range(2):
+            stream = start(sharded([500, small]), rank=lane, ranks=2)
+            counts.append(
+                len({row for rows, _ in read(stream, range(len(range(lane, 500 + small, 2)))) for row in rows})
+            )
+        assert sum(counts) == 500 + small and abs(counts[0] - counts[1]) <= 1

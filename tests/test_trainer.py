@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -285,6 +286,7 @@ def test_a_window_without_a_usable_gradient_steps_nothing_and_says_so(make_train
     import logging
 
     logging.getLogger("transformers").propagate = True
+    transformers.utils.logging.warning_once.cache_clear()  # other tests are warned of it, too
     trainer = make_trainer(sources, max_steps=3)
     poison(trainer, {5, 6, 7, 8, 10})
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ __all__ = ["STRATEGIES", "checkpoint_files", "files_below", "output_files"]
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 LAST_CHECKPOINT = "last-checkpoint"
 # What only a resumed run needs; the root of the repository is for those who load the model.
-_RESUME_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "pytorch_model_fsdp_", "global_step")
+_RESUME_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "pytorch_model_fsdp_", "global_step", "data_state")
 
 
 def checkpoint_files(checkpoint: Path, strategy: str) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -44,7 +44,8 @@ class LastWait:
         """The last wait: as long as the run said by default, unless one has just been in vain."""
         atexit.unregister(self.end)
         try:
-            self.wait(self._left if seconds is None else seconds)
+            if self.publisher.output_dir.exists():  # or there is nothing left to send, nor to say
+                self.wait(self._left if seconds is None else seconds)
         except KeyboardInterrupt:
             self._print(self.publisher.status())
         finally:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,12 @@ class UploadQueue:
 
     def jobs(self) -> list[Job]:
         """What waits, oldest first."""
-        return sorted(self._read_jobs(), key=lambda job: job.number)
+        names = self._names()
+        while True:
+            jobs = [job for name in names if (job := Job.read(self.folder / name)) is not None]
+            before, names = names, self._names()
+            if names == before:  # else one was claimed meanwhile, and may have been missed under both of its names
+                return sorted(jobs, key=lambda job: job.number)
 
     def todo(self) -> list[tuple[Job, tuple[str, ...]]]:
         """What waits, newest first, each with those of its slots that no newer job has renewed or is about to."""
@@ -160,14 +165,11 @@ class UploadQueue:
             newest.update({slot: max(job.number, newest.get(slot, 0)) for slot in job.slots})
         return found
 
-    def _read_jobs(self) -> Iterator[Job]:
+    def _names(self) -> set[str]:
         try:
-            names = os.listdir(self.folder)
+            return {name for name in os.listdir(self.folder) if _JOB.fullmatch(name)}
         except FileNotFoundError:
-            return
-        for name in names:
-            if _JOB.fullmatch(name) and (job := Job.read(self.folder / name)) is not None:
-                yield job
+            return set()
 
     def state(self) -> dict[str, Any]:
         """What the sender last wrote down: what was sent, and the error that holds up the rest."""

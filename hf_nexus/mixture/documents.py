@@ -56,12 +56,13 @@ def load_documents(
         else:
             options = {"revision": source.revision, "cache_dir": cache_dir}
             documents = load_dataset(path, source.subset, split=split, streaming=streaming, **options)
-    except (OSError, ValueError, DatasetsError) as error:
+        available = column_names(documents)
+    except (OSError, ValueError, StopIteration, DatasetsError) as error:
+        cause = error.__cause__ or str(error) or "there is no row in it"
         raise ValueError(
-            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {error.__cause__ or error}\n"
+            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {cause}\n"
             "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
         ) from error
-    available = column_names(documents)
     for key, column in source.columns.items():
         if column not in available:
             raise ValueError(

@@ -14,6 +14,9 @@ import numpy as np
 
 __all__ = ["Block", "Lane"]
 
+# Up to so many lanes read all of a source to keep their own rows, unless there are so many shards for each.
+_FEW_LANES, _FEW_SHARDS = 8, 4
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -41,12 +44,20 @@ class Lane:
         """A generator for the source and `numbers`. Without the lane's index among them, all lanes draw the same."""
         return np.random.default_rng((self.seed, zlib.crc32(self.source.encode()), *numbers))
 
+    def shares_all(self, shards: int) -> bool:
+        """Whether the rows of each shard are dealt to all lanes, which then get equally many."""
+        return self.count <= _FEW_LANES and shards < _FEW_SHARDS * self.count
+
     def pieces(self, order: list[int]) -> list[tuple[int, int, int]]:
         """
         The lane's part of shards that lie end to end in `order`: `(shard, low, high)` for rows j of the shard with
         `low <= j % count < high`. Every lane gets the same length of shards, so that only the shards at its two ends
-        are shared with others.
+        are shared with others. Where there are few of both, shards of different sizes would make for very different
+        parts: then all lanes share all shards.
         """
+        if self.shares_all(len(order)):
+            owned = [(self.index + i) % self.count for i in range(len(order))]  # in turn, for odd rows left over
+            return [(shard, row, row + 1) for shard, row in zip(order, owned, strict=True)]
         start, end = self.index * len(order), (self.index + 1) * len(order)  # in units of 1 / count of a shard
         parts = []
         for position in range(start // self.count, -(-end // self.count)):

@@ -115,6 +115,11 @@ class LaneReader:
         self._block: Block | None = None
         self._blocks: Any = None
 
+    @property
+    def is_fair_share(self) -> bool:
+        """Whether each lane has as many rows of the source as the others, but for one."""
+        return not isinstance(self.source, ShardedSource) or self.lane.shares_all(self.source.shards)
+
     def take(self, count: int) -> list[Any]:
         """The next `count` rows."""
         rows: list[Any] = []

@@ -161,9 +161,11 @@ class MixtureStream(torch.utils.data.Dataset):
 
     def _check_size(self, reader: LaneReader | DocumentPacker, rows: int) -> None:
         """Refuse a source that would repeat itself within a micro-batch, once a pass over it shows its size."""
-        size = None if reader.last_pass is None else reader.last_pass * self.ranks * self.lanes_per_rank
+        rows_of, size = reader.rows if isinstance(reader, DocumentPacker) else reader, None
         if isinstance(reader, LaneReader) and reader.source.size is not None:
             size = reader.source.size
+        elif reader.last_pass is not None and rows_of.is_fair_share:  # of other shares, one says nothing of the rest
+            size = reader.last_pass * self.ranks * self.lanes_per_rank
         if size is not None and size < rows * self.ranks:
             raise reader.error(
                 f"it has about {size} rows, fewer than one micro-batch of {rows * self.ranks} (batch size per device "

@@ -1,0 +1,128 @@
+"""
+What pushing to a healthy Hub costs a training loop.
+
+    python benchmarks/push_overhead.py                                        # 15 minutes on two CPU cores
+    python benchmarks/push_overhead.py --rounds 3 --steps 40 --save_steps 20
+
+A round is the same training twice, in random order: once with `push_to_hub` (`hub_strategy="checkpoint"`: the model
+and all that resuming needs, at every save) and once without. Both save the same checkpoints. Timed is everything from
+the first step to the end of the last save; what comes after is not the loop's. The Hub is the tests' own, in another
+process on the same machine: it and the process that sends share its cores with the training, which is pinned to one
+thread. A short round before the others warms up. A save costs the same however long the steps between two are: give
+`--save_steps` as in the runs that you care for.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start_hub(folder: Path) -> "subprocess.Popen[str]":
+    """The tests' server; the environment of this process points to it from then on."""
+    command = [sys.executable, "-m", "tests.hub_server", "--root", str(folder / "hub"), "--port", "0"]
+    hub = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert hub.stdout is not None
+    told = dict(part.split("=", 1) for part in hub.stdout.readline().split())
+    os.environ |= told | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
+    return hub
+
+
+def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -> tuple[float, float]:
+    """Seconds of one training loop: by the clock, and of this process's CPU."""
+    import torch
+    from arms import CUDA, Case
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    from hf_nexus import NexusConfig, NexusTrainer
+
+    class Clock(TrainerCallback):
+        began = ended = (0.0, 0.0)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                self.began = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.ended = time.perf_counter(), time.process_time()
+
+        on_save = on_step_end  # after which nothing of the loop remains
+
+    torch.manual_seed(0)
+    case = Case(options.model, options.tokens, 4)
+    model = case.build_model("plain accumulation", "cuda" if CUDA else "cpu")
+    args = NexusConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=case.rows,
+        gradient_accumulation_steps=4,
+        max_steps=steps,
+        save_steps=min(options.save_steps, steps),
+        save_total_limit=2,
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not CUDA,
+        bf16=CUDA,
+        push_to_hub=pushes,
+        hub_model_id="alice/model",
+        hub_strategy="checkpoint",
+    )
+    trainer = NexusTrainer(model, args, train_dataset=case.sources(steps))
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if trainer.publisher is not None:
+        status = trainer.publisher.status()
+        assert status.pushed_step == steps and status.complete, status
+    return clock.ended[0] - clock.began[0], clock.ended[1] - clock.began[1]
+
+
+def quartiles(values: list[float]) -> str:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return f"{median:.4f} ({low:.4f} to {high:.4f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="1M", help="a shape of arms.py (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="per micro-batch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="of each training (default: %(default)s)")
+    parser.add_argument("--save_steps", type=int, default=40, help="between two saves (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    order, rounds = random.Random(0), []
+    with tempfile.TemporaryDirectory() as scratch:
+        hub = start_hub(Path(scratch))
+        try:
+            for number in range(options.rounds + 1):
+                pair = {}
+                for pushes in order.sample([False, True], 2):
+                    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                        pair[pushes] = train(Path(folder), pushes, options, options.steps if number else 2)
+                print(f"round {number}: {pair[False][0]:.2f} s without, {pair[True][0]:.2f} s with", flush=True)
+                rounds.append(pair)
+        finally:
+            hub.kill()
+            hub.wait()
+    counted = rounds[1:]
+    saves = options.steps // options.save_steps
+    extra = statistics.median(pair[True][0] - pair[False][0] for pair in counted) / saves
+    print(f"time with / without: {quartiles([pair[True][0] / pair[False][0] for pair in counted])}")
+    print(f"CPU time with / without: {quartiles([pair[True][1] / pair[False][1] for pair in counted])}")
+    print(f"{extra:+.2f} s for each of {saves} saves; {len(counted)} rounds, load {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
