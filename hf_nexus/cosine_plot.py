@@ -35,7 +35,9 @@ def plot_cosines(
         ```python
         >>> from hf_nexus.cosine_plot import plot_cosines
         >>> log = [{"step": s, "cosine/code-text": 0.1 * s} for s in (1, 2, 3)]
-        >>> plot_cosines(log, ["code", "text"], "/tmp/cosines.png").name
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> plot_cosines(log, ["code", "text"], Path(mkdtemp(), "cosines.png")).name
         'cosines.png'
 
         ```

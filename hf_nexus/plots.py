@@ -51,7 +51,9 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         ```python
         >>> from hf_nexus.plots import plot_run
         >>> log = [{"step": s, "eval_code_loss": 5 / s, "tokens/code": s, "path_cosine": 0.1} for s in (1, 2, 3)]
-        >>> plot_run(log, "/tmp/training.png").name
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> plot_run(log, Path(mkdtemp(), "training.png")).name
         'training.png'
 
         ```

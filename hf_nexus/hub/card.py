@@ -69,7 +69,8 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
         ```python
         >>> settings = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient"}
         >>> run = RunSummary("tiny", "llama", 1_000_000, settings | {"gradient_accumulation_steps": 4})
-        >>> save_card(run, "/tmp/tiny").name
+        >>> from tempfile import mkdtemp
+        >>> save_card(run, mkdtemp()).name
         'README.md'
 
         ```

@@ -184,7 +184,8 @@ def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str
     Example:
         ```python
         >>> score = BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.2, task_id="gsm8k")
-        >>> print(save_results([score], "/tmp/tiny").read_text())
+        >>> from tempfile import mkdtemp
+        >>> print(save_results([score], mkdtemp()).read_text())
         - dataset:
             id: openai/gsm8k
             task_id: gsm8k
