@@ -43,8 +43,8 @@ def small() -> Any:
 
 
 def ending() -> Any:
-    """One rank gets the shard of 4 rows, the other the one of 14."""
-    sources = {"a": sharded([4, 14], 0), "b": table(60, 100), "c": table(60, 200)}
+    """One rank gets four shards of one row, the other three and the one of 11."""
+    sources = {"a": sharded([1] * 7 + [11], 0), "b": table(60, 100), "c": table(60, 200)}
     return mixture(sources, {"a": 2, "b": 1, "c": 1}, a=1)
 
 
