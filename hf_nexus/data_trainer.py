@@ -204,43 +204,36 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin):
             save_data_state(output_dir, self.args.process_index, self._describe_data(), stream)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        if self.data.stages:
-            self._resumed_data = self._load_data_state(resume_from_checkpoint)
+        self._resumed_data = self.check_data(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
-    def check_data(self, checkpoint: str) -> list[str]:
+    def check_data(self, checkpoint: str) -> dict[str, Any] | None:
         """
-        What keeps the data of a checkpoint from being resumed exactly, in words; nothing if it can be.
+        Where the streams stood in a checkpoint; `None` if there are none, or if they are to be read from the start.
 
         Raises:
-            ValueError: there is something, and `allow_mixture_change` is off.
+            ValueError: the data cannot be resumed exactly, and `allow_mixture_change` is off.
         """
         if not self.data.stages:
-            return []
-        saved, streams = load_data_state(checkpoint, self.args.process_index), self._streams
-        differences: list[str] = []
-        if saved is not None:
-            differences = compare_data(saved["description"], self._describe_data())
-        if streams and not differences and (saved is None or saved["stream"] is None):
-            name = f"data_state_{self.args.process_index}.json"
-            differences = [f"it has no {name} (was it saved with save_only_model, or on another disk?)"]
-        if differences and not self.args.allow_mixture_change:
-            raise ValueError(
-                f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}. Put it back as it was, or pass "
-                "allow_mixture_change=True (--allow_mixture_change True): the weights and the optimizer are resumed, "
-                "streams are read from their beginning."
-            )
-        return differences
-
-    @property
-    def _streams(self) -> bool:
-        return isinstance(self.data.dataset, MixtureStream)
-
-    def _load_data_state(self, folder: str) -> dict[str, Any] | None:
-        if differences := self.check_data(folder):
-            logger.warning("%s: %s. Going on with a fresh state of the data.", folder, "; ".join(differences))
             return None
-        return load_data_state(folder, self.args.process_index)["stream"] if self._streams else None  # type: ignore[index]
+        rank, streams = self.args.process_index, isinstance(self.data.dataset, MixtureStream)
+        saved = load_data_state(checkpoint, rank)
+        differences = [] if saved is None else compare_data(saved["description"], self._describe_data())
+        stream = None if saved is None else saved["stream"]
+        if streams and stream is None and not differences:
+            differences = [
+                f"it has no data_state_{rank}.json (was it saved with save_only_model, or on another disk?)"
+            ]
+        if not differences:
+            return stream
+        found = f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}."
+        if not self.args.allow_mixture_change:
+            raise ValueError(
+                f"{found} Put it back as it was, or pass allow_mixture_change=True (--allow_mixture_change True): the "
+                "weights and the optimizer are resumed, streams are read from their beginning."
+            )
+        logger.warning("%s Going on with a fresh state of the data.", found)
+        return None
 
 
 @dataclass

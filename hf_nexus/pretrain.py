@@ -147,7 +147,7 @@ class _Run:
         trainer.save_state()
         try:
             if trainer.args.should_save:
-                write_report(self.arguments, trainer, self.mixture, self.console)
+                write_report(self.arguments, trainer, self.console)
         finally:
             trainer.publish("End of training")
 
@@ -186,8 +186,8 @@ def _prepare(arguments: PretrainArguments) -> _Run:
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(RunLog(console))
-    if checkpoint is not None:
-        trainer.check_data(checkpoint)
+    if checkpoint is not None and not args.allow_mixture_change:
+        trainer.check_data(checkpoint)  # before the folder is changed
     if args.should_save:
         claim_folder(arguments, checkpoint, console)
     trainer.accelerator.wait_for_everyone()

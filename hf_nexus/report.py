@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .mixture.loading import Mixture
     from .trainer import NexusTrainer, NexusTrainerMixin
 
 __all__ = ["CARD_FILES", "RunLog", "write_card", "write_report"]
@@ -109,9 +108,7 @@ def write_card(
     return summary
 
 
-def write_report(
-    arguments: PretrainArguments, trainer: "NexusTrainer", mixture: "Mixture", console: "Console"
-) -> RunSummary:
+def write_report(arguments: PretrainArguments, trainer: "NexusTrainer", console: "Console") -> RunSummary:
     """Write the card of a pretraining run into its output folder, and print the table of losses."""
     summary = write_card(trainer, arguments.folder, **trainer.card_details)
     written = ", ".join(name for name in CARD_FILES if (arguments.folder / name).exists())
