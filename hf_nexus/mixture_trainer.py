@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .data_trainer import DataTrainerMixin
-from .evaluation.losses import OOD, mean_losses
+from .evaluation.losses import OOD, mean_losses, perplexities
 from .meter import TrainingMeter
+from .token_weighted import TokenWeightedMixin
 
 __all__ = ["MixtureTrainerMixin", "Window"]
 
@@ -36,7 +37,7 @@ class Window:
         return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
 
 
-class MixtureTrainerMixin(DataTrainerMixin):
+class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
     """The half of [`NexusTrainerMixin`] that knows about sources and not about the update."""
 
     control: Any
@@ -66,8 +67,10 @@ class MixtureTrainerMixin(DataTrainerMixin):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count the window's loss tokens, and beside the total each micro-batch's own."""
-        self._agree_on_data()
         count = super()._get_num_items_in_batch
+        if self._token_mean is not None:  # an evaluation's batch, of no window
+            return count(batch_samples, device)
+        self._agree_on_data()
         average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:  # local counts first: then one collective serves them all
             counts = [count([batch], device) for batch in batch_samples]
@@ -119,10 +122,17 @@ class MixtureTrainerMixin(DataTrainerMixin):
         """
         Evaluate one set as the base class does, or several sets at once.
 
+        The loss of a set is the sum of its token losses over the number of its loss tokens, in nats per token: the
+        same at any batch size and on any number of ranks. (`dataloader_drop_last` leaves rows out, and an iterable
+        evaluation set that is split by `dispatch_batches=False` repeats some on several ranks.) It takes the place of
+        a `loss` among the results of `compute_metrics`. The base class's mean over rows stays for labels that are not
+        one per token, for models that take no `num_items_in_batch`, and with `nexus=False` and one plain training
+        set, where this is the base class.
+
         Several sets are logged and given to `on_evaluate` once, with two means over them: `<prefix>_loss`, the macro
         loss over the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the
         others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is
-        absent.
+        absent. Beside each loss stands its perplexity, unless it is not finite.
 
         Args:
             eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
@@ -131,7 +141,8 @@ class MixtureTrainerMixin(DataTrainerMixin):
                 Passed on to the base class (`Seq2SeqTrainer`'s generation arguments, for example).
 
         Returns:
-            `dict[str, float]`: the metrics of all sets, `<prefix>_<name>_loss` among them.
+            `dict[str, float]`: the metrics of all sets, `<prefix>_<name>_loss` and `<prefix>_<name>_perplexity`
+            among them.
         """
         started = time.perf_counter()
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -145,6 +156,7 @@ class MixtureTrainerMixin(DataTrainerMixin):
                     chosen = name if eval_dataset is None else dataset
                     metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
             metrics |= mean_losses(metrics, list(sets), self.mixture_weights or {}, metric_key_prefix)
+            metrics |= perplexities(metrics, list(sets), metric_key_prefix)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meter.pause(time.perf_counter() - started)
