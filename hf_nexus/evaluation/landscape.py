@@ -1,0 +1,263 @@
+"""What lies between minima: losses along segments and on a plane."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from .points import Point, inner, moving, norm
+
+__all__ = ["PlaneLosses", "barrier_height", "minima_landscape", "plane_losses", "segment_losses"]
+
+# Of the loss at the present parameters.
+Measure = Callable[[], float | Tensor]
+
+_POSITIONS = tuple(i / 10 for i in range(11))
+
+# Three points count as lying on a line if the triangle is flatter than this: float32 cannot tell its plane.
+_FLAT = 1e-6
+
+
+class PlaneLosses(TypedDict):
+    """
+    Losses on a grid: `x` and `y` are its coordinates in units of L2 distance, `points` the coordinates of the corners
+    and then of the other points, and `loss` has a row for each of `y` and a column for each of `x`.
+    """
+
+    x: list[float]
+    y: list[float]
+    points: list[tuple[float, float]]
+    loss: list[list[float]]
+
+
+def segment_losses(params: Point, a: Point, b: Point, positions: Sequence[float], loss: Measure) -> list[float]:
+    """
+    Losses at `a + t (b - a)` for each position t; at 0 and 1 the parameters are bit for bit those of `a` and `b`.
+
+    The parameters are moved in place and put back bit for bit, whatever happens. Beside what is given, this holds one
+    copy of them.
+
+    Args:
+        params (`Mapping[str, Tensor]` or `Sequence[Tensor]`):
+            The parameters that `loss` depends on, such as `dict(model.named_parameters())`.
+        a (as `params`), b (as `params`):
+            The ends; `params` itself is allowed.
+        positions (`Sequence[float]`):
+            Any numbers.
+        loss (`Callable[[], float | Tensor]`):
+            The loss at the present parameters; called without gradients.
+
+    Raises:
+        ValueError: names or shapes that differ.
+
+    Example:
+        >>> import torch
+        >>> from hf_nexus.evaluation.landscape import segment_losses
+        >>> x = torch.zeros(2)
+        >>> segment_losses([x], [torch.tensor([-1.0, 0.0])], [torch.tensor([1.0, 0.0])], [0, 0.5, 1], lambda: x.norm())
+        [1.0, 0.0, 1.0]
+    """
+    with moving(params, [a, b]) as (move, _):
+
+        def at(t: float) -> float:
+            move([1 - t, t])
+            return float(loss())
+
+        return [at(t) for t in positions]
+
+
+def barrier_height(positions: Sequence[float], losses: Sequence[float]) -> float:
+    """
+    How far the losses along a segment rise above the straight line between those at its ends; at least 0.
+
+    Args:
+        positions (`Sequence[float]`):
+            Ascending, the first and the last being the ends; at least two.
+        losses (`Sequence[float]`):
+            One for each. If one is NaN, so is the height.
+
+    Raises:
+        ValueError: fewer than two positions, unequal numbers, or positions that do not ascend.
+
+    Example:
+        >>> from hf_nexus.evaluation.landscape import barrier_height
+        >>> barrier_height([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+        2.5
+    """
+    first, last = (positions[0], positions[-1]) if positions else (0.0, 0.0)
+    if len(positions) != len(losses) or not all(a < b for a, b in itertools.pairwise(positions)) or first == last:
+        raise ValueError(
+            f"A barrier needs as many losses as positions, which ascend from one end of the segment to the other; "
+            f"there are {len(losses)} losses at {list(positions)}."
+        )
+    shares = [(t - first) / (last - first) for t in positions]
+    rises = [v - (losses[0] * (1 - s) + losses[-1] * s) for s, v in zip(shares, losses, strict=True)]
+    return math.nan if any(map(math.isnan, losses)) else max(0.0, *rises)
+
+
+def plane_losses(
+    params: Point,
+    corners: Sequence[Point],
+    loss: Measure,
+    *,
+    others: Sequence[Point] = (),
+    resolution: int = 11,
+    margin: float = 0.25,
+) -> PlaneLosses | None:
+    """
+    Losses on the plane through three points. Its origin is the first, its x axis points to the second, and its y axis
+    is the rest of the third (Gram-Schmidt). Points elsewhere are projected onto it.
+
+    The parameters are moved in place and put back bit for bit, whatever happens. Beside what is given, this holds one
+    copy of them: the axes exist as coefficients of the corners only.
+
+    Args:
+        params (`Mapping[str, Tensor]` or `Sequence[Tensor]`), loss (`Callable[[], float | Tensor]`):
+            As for [`segment_losses`].
+        corners (`Sequence` of what `params` is):
+            Three.
+        others (`Sequence` of what `params` is, *optional*):
+            Points whose coordinates are wanted as well, such as the start of training.
+        resolution (`int`, *optional*, defaults to 11):
+            Grid points along each axis; the loss is computed `resolution ** 2` times.
+        margin (`float`, *optional*, defaults to 0.25):
+            Room around all points, as a share of their extent along each axis.
+
+    Returns:
+        [`PlaneLosses`], *optional*: `None` if the corners lie on one line, through which there are many planes.
+
+    Raises:
+        ValueError: not three corners, names or shapes that differ, or a resolution below 2.
+
+    Example:
+        >>> import torch
+        >>> from hf_nexus.evaluation.landscape import plane_losses
+        >>> x = torch.zeros(2)
+        >>> corners = [[torch.tensor(p)] for p in ([0.0, 0.0], [2.0, 0.0], [1.0, 1.0])]
+        >>> plane = plane_losses([x], corners, lambda: x.sum(), resolution=2, margin=0.0)
+        >>> plane["points"], plane["loss"]
+        ([(0.0, 0.0), (2.0, 0.0), (1.0, 1.0)], [[0.0, 2.0], [1.0, 3.0]])
+    """
+    if len(corners) != 3 or resolution < 2:
+        raise ValueError(
+            f"A plane needs 3 corners and a resolution of at least 2, not {len(corners)} and {resolution}."
+        )
+    with moving(params, [*corners, *others]) as (move, points):
+        a, b, c, *rest = points
+        ab2, ac2 = inner(b, a, b, a), inner(c, a, c, a)
+        length = math.sqrt(ab2)
+        along = inner(b, a, c, a) / length if length else 0.0
+        height = math.sqrt(max(0.0, ac2 - along**2))
+        if not min(length, height) > _FLAT * max(length, math.sqrt(ac2)):  # NaN as well
+            return None
+        places = [(0.0, 0.0), (length, 0.0), (along, height)]
+        for point in rest:
+            x = inner(point, a, b, a) / length
+            places.append((x, (inner(point, a, c, a) - x * along) / height))
+        xs, ys = (_axis([place[i] for place in places], resolution, margin) for i in (0, 1))
+
+        def at(x: float, y: float) -> float:
+            third = y / height
+            second = (x - third * along) / length
+            move([1 - second - third, second, third])
+            return float(loss())
+
+        return {"x": xs, "y": ys, "points": places, "loss": [[at(x, y) for x in xs] for y in ys]}
+
+
+def minima_landscape(
+    params: Point,
+    start: Point,
+    minimizers: Mapping[str, Point],
+    losses: Mapping[str, Measure],
+    *,
+    positions: Sequence[float] = _POSITIONS,
+    plane: Sequence[str] = (),
+    resolution: int = 11,
+) -> dict[str, Any]:
+    """
+    What is to be known about the minimizers of several sources, as plain data.
+
+    The parameters are moved in place and put back bit for bit, whatever happens. Beside what is given, this holds one
+    copy of them. For S sources and P positions, losses are computed S (S - 1) P + 2 S times, and for a plane
+    `3 * resolution ** 2` times.
+
+    Args:
+        params (`Mapping[str, Tensor]` or `Sequence[Tensor]`):
+            The parameters that the losses depend on, such as `dict(model.named_parameters())`.
+        start (as `params`):
+            Where the searches for the minimizers began; `params` itself is allowed.
+        minimizers (`Mapping[str, Point]`):
+            For each source, where its search ended.
+        losses (`Mapping[str, Callable[[], float | Tensor]]`):
+            For each of these sources, its held-out loss at the present parameters.
+        positions (`Sequence[float]`, *optional*, defaults to 0, 0.1, ..., 1):
+            Along the segment between each two minimizers; from 0 to 1.
+        plane (`Sequence[str]`, *optional*):
+            Three sources, for a slice through their minimizers. By default there is none.
+        resolution (`int`, *optional*, defaults to 11):
+            Grid points along each axis of the slice.
+
+    Returns:
+        `dict[str, Any]`: `start_loss` and `end_loss` of each source, `parameter_norm` (of the start), `to_start`,
+        `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of the
+        two)`), `barriers` (`(source, source, height)`), and `plane`: [`PlaneLosses`] and `sources`, or `None`.
+
+    Raises:
+        ValueError: a source without a loss, names or shapes that differ, or not three sources of a plane.
+
+    Example:
+        >>> import torch
+        >>> from hf_nexus.evaluation.landscape import minima_landscape
+        >>> x = torch.zeros(1)
+        >>> minima = {"a": [torch.tensor([-1.0])], "b": [torch.tensor([1.0])]}
+        >>> losses = {name: lambda m=m: (x - m[0]).square().sum() for name, m in minima.items()}
+        >>> found = minima_landscape([x], [torch.tensor([0.0])], minima, losses)
+        >>> found["pairwise"], found["start_loss"], found["end_loss"]
+        ([('a', 'b', 2.0)], {'a': 1.0, 'b': 1.0}, {'a': 0.0, 'b': 0.0})
+    """
+    for name in (*minimizers, *plane):
+        if name not in losses or name not in minimizers:
+            raise ValueError(f"Source {name!r} needs a minimizer and a loss; there are {list(minimizers)} with both.")
+    if plane and len(set(plane)) != 3:
+        raise ValueError(f"plane={list(plane)} is not allowed; a plane goes through the minimizers of three sources.")
+    pairs = list(itertools.combinations(minimizers, 2))
+
+    def mean_of(names: Sequence[str]) -> Callable[[], float]:
+        return lambda: sum(float(losses[name]()) for name in names) / len(names)
+
+    with moving(params, [start, *minimizers.values()]) as (move, (origin, *ends)):
+        start_loss, end_loss = {}, {}
+        for i, name in enumerate(minimizers):
+            move([1.0])
+            start_loss[name] = float(losses[name]())
+            move([0.0] * (i + 1) + [1.0])
+            end_loss[name] = float(losses[name]())
+        at = dict(zip(minimizers, ends, strict=True))
+        pairwise = [(a, b, math.sqrt(inner(at[a], at[b], at[a], at[b]))) for a, b in pairs]
+        to_start = {name: math.sqrt(inner(end, origin, end, origin)) for name, end in at.items()}
+        size = norm(origin)
+    segments = [
+        (a, b, segment_losses(params, minimizers[a], minimizers[b], positions, mean_of((a, b)))) for a, b in pairs
+    ]
+    corners = [minimizers[name] for name in plane]
+    grid = plane_losses(params, corners, mean_of(plane), others=[start], resolution=resolution) if plane else None
+    return {
+        "start_loss": start_loss,
+        "end_loss": end_loss,
+        "parameter_norm": size,
+        "to_start": to_start,
+        "pairwise": pairwise,
+        "positions": list(positions),
+        "segments": segments,
+        "barriers": [(a, b, barrier_height(positions, values)) for a, b, values in segments],
+        "plane": {"sources": list(plane), **grid} if grid else None,
+    }
+
+
+def _axis(values: Sequence[float], resolution: int, margin: float) -> list[float]:
+    low, high = min(values), max(values)
+    first, step = low - margin * (high - low), (1 + 2 * margin) * (high - low) / (resolution - 1)
+    return [first + step * i for i in range(resolution)]
