@@ -1,0 +1,53 @@
+"""One task in a process of its own, run as a file: settings as JSON on stdin, results to the file that they name."""
+
+import json
+import os
+import sys
+from typing import Any
+
+# What lm-eval notes of the machine and of the repository it is called from; raw results may be published.
+_PRIVATE = ("pretty_env_info", "git_hash", "upper_git_hash")
+
+
+def main(settings: dict[str, Any]) -> None:
+    """
+    Run a task.
+
+    Args:
+        settings (`dict[str, Any]`):
+            `task`, `model_args`, `limit`, `num_fewshot`, `batch_size`, `device`, `allow_code_execution` and
+            `results` (where to), and for a local task file `folder`, from which its relative paths count, and
+            `defaults`, whether it needs lm-eval's own tasks: to list those takes most of the time of a small task.
+    """
+    import torch
+    from lm_eval import simple_evaluate  # type: ignore[import-not-found, unused-ignore]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found, unused-ignore]
+    from lm_eval.utils import handle_non_serializable  # type: ignore[import-not-found, unused-ignore]
+
+    folder = settings.get("folder")
+    if folder is not None:
+        os.chdir(folder)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    results = simple_evaluate(
+        model="hf",
+        model_args=settings["model_args"],
+        tasks=[settings["task"]],
+        num_fewshot=settings["num_fewshot"],
+        batch_size=settings["batch_size"],
+        device=settings["device"] or str(accelerator or "cpu"),
+        limit=settings["limit"],
+        task_manager=TaskManager(include_path=folder, include_defaults=settings.get("defaults", True)),
+        confirm_run_unsafe_code=settings["allow_code_execution"],
+        log_samples=False,
+    )
+    assert results is not None, "one process is rank 0"
+    kept: dict[str, Any] = {name: value for name, value in results.items() if name not in _PRIVATE}
+    kept["config"].pop("model_args")  # holds paths, as does the next
+    for config in kept["configs"].values():
+        (config.get("metadata") or {}).pop("config_source", None)
+    with open(settings["results"], "w", encoding="utf-8") as file:
+        json.dump(kept, file, indent=1, ensure_ascii=False, default=handle_non_serializable)
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))
