@@ -7,6 +7,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .figures import draw_matrix, new_figure, save_figure, tidy
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -45,20 +47,12 @@ def plot_cosines(
     pairs = _pairs(log_history, sources)
     if not pairs:
         return None
-    # The object-oriented API with its own canvas: pyplot would choose a GUI backend and keep the figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 3.6), dpi=150, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8.0, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     _draw_curves(left, pairs)
     _draw_matrix(right, pairs, [name for name in sources if any(name in pair for pair in pairs)])
     figure.suptitle("gradient cosines between sources, at restored weights", fontsize=10)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _pairs(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> _Pairs:
@@ -83,10 +77,8 @@ def _draw_curves(axes: "Axes", pairs: _Pairs) -> None:
     means = [sum(values) / len(values) for values in at.values()]
     axes.plot(steps, means, color="black", linewidth=2.4, marker="o", markersize=4)
     axes.axhline(0.0, color="0.6", linewidth=0.8)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.tick_params(labelsize=9)
     axes.set_xlabel("outer step", fontsize=10)
     axes.set_ylabel("gradient cosine", fontsize=10)
     axes.set_title("grey: each pair    black: their mean", fontsize=9, loc="left")
@@ -97,13 +89,5 @@ def _draw_matrix(axes: "Axes", pairs: _Pairs, names: Sequence[str]) -> None:
     last = {pair: points[max(points)] for pair, points in pairs.items()}
     last |= {(second, first): value for (first, second), value in last.items()}
     rows = [[1.0 if a == b else last.get((a, b), math.nan) for b in names] for a in names]
-    axes.imshow(rows, cmap="PuOr_r", vmin=-1, vmax=1)
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            color = "white" if abs(value) > 0.7 else "black"
-            text = "-" if math.isnan(value) else f"{value:.2f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-    labels = [(name if len(name) <= 14 else f"{name[:13]}…").replace("$", r"\$") for name in names]
-    axes.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
-    axes.set_yticks(range(len(names)), labels, fontsize=8.5)
+    draw_matrix(axes, names, rows, cmap="PuOr_r", limits=(-1, 1))
     axes.set_title(f"after step {max(map(max, pairs.values()))}", fontsize=9, loc="left")

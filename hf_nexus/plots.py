@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .figures import COLORS, MARKERS, new_figure, save_figure, shorten, tidy
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_run"]
-
-# The Okabe-Ito colours keep apart under colour blindness; markers and dashes keep the curves apart in grey.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 
 
 @dataclass(frozen=True)
@@ -68,29 +66,20 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
             "`inner_lr` beside its `step`: pass `trainer.state.log_history` after at least one logging step or "
             "evaluation (lower `logging_steps` or `eval_steps` if the run was too short to log)."
         )
-    # The object-oriented API with its own canvas: pyplot would choose a GUI backend and keep the figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     heights = [max(3.2, 0.9 + 0.19 * len(losses))] * bool(losses) + [1.9] * bool(cosine or inner_lr)
-    figure = Figure(figsize=(8.0, sum(heights) + 0.4), dpi=150, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8.0, sum(heights) + 0.4)
     panels = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for panel in panels:
-        panel.grid(color="0.9", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=9)
+        tidy(panel)
     panels[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     panels[-1].set_xlabel("outer step", fontsize=10)
     if losses:
         _draw_losses(panels[0], losses, axis_label)
     if cosine or inner_lr:
         _draw_path(panels[-1], cosine, inner_lr)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _series(log: Iterable[Mapping[str, Any]], key: str) -> dict[int, float]:
@@ -135,7 +124,7 @@ def _style(index: int, dashed: bool, mean: bool) -> dict[str, Any]:
     }
     if mean:
         return common | {"color": "0.6" if dashed else "black", "linewidth": 3.2, "zorder": 2}
-    color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     return common | {"color": color, "linewidth": 1.3, "marker": marker, "markersize": 5.5, "zorder": 3}
 
 
@@ -146,9 +135,8 @@ def _draw_losses(axes: "Axes", curves: list[_Curve], axis_label: str) -> None:
         return curve.style["linestyle"] != "-", "marker" in curve.style, -_last(curve)
 
     for index, curve in enumerate(sorted(curves, key=key)):
-        name = curve.name if len(curve.name) <= 28 else f"{curve.name[:15]}…{curve.name[-12:]}"
         value = f"{_last(curve):.3f}" if abs(_last(curve)) < 1000 else f"{_last(curve):.3g}"
-        label = f"{value}  {name}".replace("$", r"\$")  # a `$` in a source's name is no formula
+        label = f"{value}  {shorten(curve.name, 28)}"
         # About ten markers a curve, shifted so that those of close curves do not coincide. A lone value has no line,
         # so there even a mean needs a marker.
         every = max(1, len(curve.points) // 10)
