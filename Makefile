@@ -5,12 +5,16 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo cards test test-all lint format lock clean
+.PHONY: demo compare cards test test-all lint format lock clean
 
 # With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
 demo: $(READY)
 	$(if $(PUSH),$(BIN)/python -m tests.hub_demo alice/nexus-demo runs/nexus-demo -- )$(BIN)/python \
 		recipes/pretrain_3b.py --config demo $(if $(PUSH),--push_to_hub True --hub_strategy checkpoint)
+
+# Arms over seeds on the built-in corpus, in less than ten minutes on two cores; the report is in runs/compare.
+compare: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/compare.py
 
 # Model cards are golden files: after a change of the template, render them again and look at the difference.
 cards: $(READY)

@@ -1,5 +1,7 @@
-"""`hf-nexus`: train, plan, push, env. Everything heavy is imported by the command that needs it."""
+"""`hf-nexus`: the commands, each in a few lines. Everything heavy is imported by the command that needs it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -24,6 +26,17 @@ def _options(
     context.obj = debug
 
 
+@contextmanager
+def _one_line(context: typer.Context) -> Iterator[None]:
+    """End with one line for what a user can mend, and with a traceback after `--debug`."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if context.obj:
+            raise
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+
+
 @app.command(context_settings=_PASS_ON)
 def train(context: typer.Context, config: _Config) -> None:
     """Train. Any field follows the configuration: hf-nexus train demo --max_steps 20 --inner_lr 0.1"""
@@ -40,6 +53,54 @@ def plan(context: typer.Context, config: _Config) -> None:
     pretrain.main(["--config", config, "--dry_run", *context.args], debug=context.obj)
 
 
+@app.command(context_settings=_PASS_ON)
+def compare(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="Name of a comparison (compare) or a YAML file.")] = "compare",
+) -> None:
+    """Compare arms over seeds and report: hf-nexus compare mine.yaml --output_dir runs/mine"""
+    from .experiments.compare import main
+
+    main([config, *context.args], debug=context.obj)
+
+
+@app.command()
+def benchmark(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder or a Hub id, of a model or a LoRA adapter.")],
+    tasks: Annotated[
+        str, typer.Option(help="paper, quick, gsm8k, ..., a task file or a folder of them; several by commas.")
+    ] = "paper",
+    output: Annotated[str | None, typer.Option(help="Where to write; the model's folder by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the Hub.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many examples of each task, or of each part.")] = None,
+    batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "8",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda:1, cpu, ...; the first accelerator by default.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a task is ended.")] = 4 * 3600,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let HumanEval and MBPP run what the model writes.")
+    ] = False,
+) -> None:
+    """Score a model through lm-eval: hf-nexus benchmark runs/my-model --tasks quick. Fails if a task failed."""
+    from .benchmarking import benchmark as run
+
+    with _one_line(context):
+        outcomes = run(
+            model,
+            [name.strip() for name in tasks.split(",")],
+            output=output,
+            revision=revision,
+            dtype=dtype,
+            limit=limit,
+            allow_code_execution=allow_code_execution,
+            batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+            device=device,
+            timeout=timeout,
+        )
+    raise SystemExit(any(outcome.error for outcome in outcomes))
+
+
 @app.command()
 def push(
     context: typer.Context,
@@ -53,14 +114,56 @@ def push(
 
     from .hub.pushing import push_rest
 
-    try:
+    with _one_line(context):
         line, complete = push_rest(Path(folder), revision)
-    except (ValueError, RuntimeError, OSError) as error:
-        if context.obj:
-            raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     print(line)
     raise SystemExit(not complete)
+
+
+@app.command()
+def closeness(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id, of a model or of a LoRA adapter.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Configuration or YAML file with the sources; by default the pretrain.yaml beside MODEL."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one it names.")] = None,
+    batches: Annotated[int, typer.Option(help="Held-out batches of each source that gradients are taken on.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
+    projection: Annotated[
+        int | None, typer.Option(help="Numbers to reduce each gradient to, for cheap cosines; 1024: error 0.03.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the projection.")] = 0,
+    minima: Annotated[
+        str | None, typer.Option(help="Models trained on from MODEL on one source each: code=DIR,math=DIR.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="JSON file to write; by default closeness.json in MODEL.")] = None,
+) -> None:
+    """Measure how close a model's sources are: hf-nexus closeness runs/nexus-demo --projection 1024"""
+    from pathlib import Path
+
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
+    from .closeness_inputs import mixture_of, parse_minima
+    from .closeness_report import REPORT_NAME, measure_closeness, print_closeness
+
+    disable_progress_bar()  # of reading weights
+    with _one_line(context):
+        found = measure_closeness(
+            model,
+            mixture_of(model, config),
+            base=base,
+            batches=batches,
+            batch_size=batch_size,
+            projection=projection,
+            seed=seed,
+            minima=parse_minima(minima),
+        )
+        path = found.save(output or (Path(model) / REPORT_NAME if Path(model).is_dir() else REPORT_NAME))
+    print_closeness(found, Console())
+    print(f"Saved in {path}")
 
 
 @app.command()

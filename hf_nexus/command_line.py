@@ -16,7 +16,7 @@ from .arguments import SECTIONS, DataArguments, ModelArguments, PretrainArgument
 from .mixture.config import MixtureConfig
 from .mixture.strict import parse_yaml
 
-__all__ = ["available_configs", "load_config", "parse_arguments"]
+__all__ = ["available_configs", "check_keys", "load_config", "parse_arguments"]
 
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
@@ -59,13 +59,14 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
                 f"{name_or_path} has an unknown section {section!r}{_suggest(section, SECTIONS)} "
                 f"Allowed: {', '.join(SECTIONS)}."
             )
-        _check_keys(name_or_path, section, values)
+        check_keys(name_or_path, section, values)
     if not config.get("data", {}).get("sources"):
         raise ValueError(f"{name_or_path} names no sources: `data: sources:` needs at least one.")
     return config
 
 
-def _check_keys(where: str, section: str, values: dict[str, Any]) -> None:
+def check_keys(where: str, section: str, values: dict[str, Any]) -> None:
+    """Raise `ValueError`, which begins with `where`, if `values` has a key that the section does not know."""
     allowed = _keys(section)
     for key in values:
         if key in allowed:

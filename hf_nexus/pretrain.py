@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .mixture.loading import Mixture
     from .trainer import NexusTrainer
 
-__all__ = ["dry_run", "main", "pretrain"]
+__all__ = ["PretrainRun", "dry_run", "load_tokenizer", "main", "prepare_run", "pretrain"]
 
 
 def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
@@ -69,13 +69,13 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
             torch.distributed.destroy_process_group()
 
 
-def _from_command_line(argv: list[str], debug: bool) -> "_Run | None":
+def _from_command_line(argv: list[str], debug: bool) -> "PretrainRun | None":
     try:
         arguments = parse_arguments(argv)
         if arguments.dry_run:
             dry_run(arguments)
             return None
-        return _prepare(arguments)
+        return prepare_run(arguments)
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -112,13 +112,13 @@ def pretrain(arguments: PretrainArguments) -> "NexusTrainer":
         >>> from hf_nexus.pretrain import pretrain
         >>> trainer = pretrain(parse_arguments(["--config", "demo"]))  # doctest: +SKIP
     """
-    run = _prepare(arguments)
+    run = prepare_run(arguments)
     run.train()
     return run.trainer
 
 
 @dataclass
-class _Run:
+class PretrainRun:
     """A run that is ready for its first step."""
 
     arguments: PretrainArguments
@@ -157,7 +157,7 @@ class _Run:
         self.console.print(f"{what} after step {self.trainer.state.global_step}; {hint}.")
 
 
-def _prepare(arguments: PretrainArguments) -> _Run:
+def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     from .mixture.loading import load_mixture
     from .report import RunLog
     from .trainer import NexusTrainer
@@ -170,7 +170,7 @@ def _prepare(arguments: PretrainArguments) -> _Run:
         torch.set_num_threads(args.cpu_threads)
     set_seed(args.seed)
     with args.main_process_first(desc="tokenizer and datasets"):
-        tokenizer = _load_tokenizer(arguments, checkpoint)
+        tokenizer = load_tokenizer(arguments, checkpoint)
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
     _print_layout(arguments, console)
@@ -191,10 +191,10 @@ def _prepare(arguments: PretrainArguments) -> _Run:
     if args.should_save:
         claim_folder(arguments, checkpoint, console)
     trainer.accelerator.wait_for_everyone()
-    return _Run(arguments, trainer, mixture, checkpoint, console)
+    return PretrainRun(arguments, trainer, mixture, checkpoint, console)
 
 
-def _load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer named by the configuration, or one trained on its built-in training sources."""
     from .mixture.builtin import builtin_documents
     from .mixture.tokenizer import train_tokenizer

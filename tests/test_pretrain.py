@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -21,69 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_nexus
 from hf_nexus.arguments import PretrainConfig
 from hf_nexus.command_line import load_config, parse_arguments
-from hf_nexus.mixture.tokenizer import train_tokenizer
 from hf_nexus.models import build_model, count_parameters, model_config
 from hf_nexus.planning import estimate_memory, plan_run
 from hf_nexus.pretrain import main, pretrain
 from hf_nexus.trainer import NexusTrainer
+from tests.tiny_config import STEPS, write_config
 
 CONFIGS = Path(hf_nexus.__file__).parent / "configs"
-
-STEPS = 6
-
-
-def documents(alphabet: str, count: int, seed: int) -> list[str]:
-    words = random.Random(seed)
-    return [" ".join("".join(words.choices(alphabet, k=4)) for _ in range(60)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration of a Llama that trains in seconds on three local files, one of them OOD."""
-    folder = tmp_path_factory.mktemp("config")
-    texts = {"letters": documents("abcd", 60, 0), "digits": documents("1234", 60, 1), "signs": documents("+-*/", 8, 2)}
-    for name, lines in texts.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    train_tokenizer([line for name in ("letters", "digits") for line in texts[name]], 300).save_pretrained(
-        folder / "tok"
-    )
-    train = {name: {"path": str(folder / f"{name}.jsonl"), "eval_rows": 8} for name in ("letters", "digits")}
-    content = {
-        "model": {
-            "vocab_size": 304,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tokenizer": str(folder / "tok"),
-        },
-        "data": {
-            "sequence_length": 32,
-            "sources": {**train, "signs": {"path": str(folder / "signs.jsonl"), "role": "ood"}},
-        },
-        "training": {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 4,
-            "max_steps": STEPS,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {"num_decay_steps": 2},
-            "warmup_steps": 1,
-            "logging_steps": 2,
-            "eval_strategy": "steps",
-            "eval_steps": 3,
-            "eval_on_start": True,
-            "save_strategy": "steps",
-            "save_steps": 3,
-            "dataloader_pin_memory": False,
-            "report_to": "none",
-            "use_cpu": True,
-        },
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_config(tmp_path_factory.mktemp("config"))
 
 
 def run(config: Path, output: Path, *flags: str):

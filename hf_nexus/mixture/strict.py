@@ -59,7 +59,8 @@ def require_text(key: str, value: Any) -> None:
 def known_keys(mapping: Any, cls: type, where: str) -> dict[str, Any]:
     """The mapping as a dict, once its keys are found to be fields of the dataclass `cls`, with none missing."""
     fields = [field.name for field in dataclasses.fields(cls)]
-    required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+    missing = dataclasses.MISSING
+    required = [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
     if not isinstance(mapping, Mapping) or not mapping:
         raise ValueError(f"{where or 'The mixture'}: {mapping!r} is not a mapping with keys {', '.join(required)}.")
     prefix = f"{where}." if where else ""

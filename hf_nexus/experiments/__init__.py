@@ -1,0 +1,1 @@
+"""Arms compared over seeds: run, searched for their minima, and reported."""

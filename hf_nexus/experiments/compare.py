@@ -1,0 +1,294 @@
+"""A comparison from its configuration to its report: tuning, runs, minima. What is done already is not done again."""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..command_line import parse_arguments
+from ..environment import describe_hardware, installed_versions
+from ..mixture.loading import load_mixture
+from ..pretrain import load_tokenizer
+from .config import ComparisonConfig
+from .minima import search_minima
+from .plots import plot_comparison
+from .pool import Job, Outcome, run_jobs, worker_count
+from .records import RunRecord
+from .report import comparison_table, write_comparison
+from .runs import Run, train_sample
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Comparison", "compare", "main"]
+
+_TUNING_NAME = "tuning.json"
+
+
+def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
+    """
+    Run the comparison that a command line names, `compare` by default, and print what came of it.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Name of a comparison or path of its YAML, and `--output_dir DIR`; those of the process by default.
+        debug (`bool`, *optional*, defaults to `False`):
+            Keep the traceback of a mistake in the configuration.
+
+    Example:
+        >>> from hf_nexus.experiments.compare import main
+        >>> main(["compare", "--output_dir", "runs/compare"])  # doctest: +SKIP
+    """
+    import argparse
+
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(description="Compare arms over seeds, and report what the numbers support.")
+    parser.add_argument("config", nargs="?", default="compare", help="name of a comparison, or path of its YAML")
+    parser.add_argument("--output_dir", help="in place of the configuration's")
+    options = parser.parse_args(argv)
+    try:
+        config = ComparisonConfig.load(options.config, output_dir=options.output_dir)
+        comparison = Comparison(config, Console())
+        comparison.check()
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+    compare(comparison)
+    if comparison.failed:
+        raise SystemExit(f"{len(comparison.failed)} of the runs failed; the same command runs what is missing.")
+
+
+def compare(comparison: "Comparison") -> Path:
+    """
+    Do everything that is missing, and write the report.
+
+    Returns:
+        `Path`: `report.md`.
+    """
+    began = time.monotonic()
+    comparison.tune()
+    comparison.run()
+    comparison.search()
+    return comparison.report(time.monotonic() - began)
+
+
+@dataclass
+class _Trial:
+    """A combination of a grid, and what it came to."""
+
+    arm: str
+    settings: dict[str, Any]
+    losses: list[float]  # validation loss at the end, per seed of the tuning
+
+    @property
+    def mean(self) -> float:
+        finite = [loss for loss in self.losses if loss == loss]
+        return statistics.fmean(finite) if len(finite) == len(self.losses) and finite else float("inf")
+
+
+class Comparison:
+    """
+    The state of a comparison in its folder.
+
+    Args:
+        config ([`ComparisonConfig`]):
+            What to compare.
+        console (`rich.console.Console`):
+            For a line per run.
+    """
+
+    def __init__(self, config: ComparisonConfig, console: "Console"):
+        self.config, self.console = config, console
+        self.folder = Path(config.output_dir)
+        self.workers = worker_count(config.workers)
+        self.failed: list[Outcome] = []
+        self.trials: list[_Trial] = []
+        self.chosen: dict[str, dict[str, Any]] = {arm: {} for arm in config.arms}
+
+    # ---- What there is to do ----
+
+    def check(self) -> None:
+        """
+        Find what is wrong before anything runs: every configuration is read, and the data loaded and cached.
+
+        Raises:
+            ValueError: a mistake in the configuration, a folder that holds other runs, or several processes.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("A comparison is one process, which spreads its runs over the devices: start it alone.")
+        arguments = None
+        for arm in self.config.arms:
+            settings = {**self.config.settings(arm), **next(self.config.trials(arm), {})}
+            path = self.folder / "configs" / f"{arm}.yaml"
+            arguments = _parse(self.config.run_config({**settings, "output_dir": str(self.folder)}), path)
+        assert arguments is not None
+        tokenizer = load_tokenizer(arguments, None)
+        tokenizer.save_pretrained(self._tokenizer)
+        mixture = load_mixture(arguments.mixture, tokenizer)
+        train_sample(mixture, self.config.train_sample_rows)
+        names = list(mixture.train)
+        if self.config.minima is not None and (lost := set(self.config.minima.sources or names) - set(mixture.eval)):
+            raise ValueError(f"minima.sources: {sorted(lost)} have no held-out rows. Give them eval_rows.")
+        for run in self._trial_runs():
+            run.record()
+
+    @property
+    def _tokenizer(self) -> str:
+        return str(self.folder / "tokenizer")
+
+    def _trial_runs(self) -> list[Run]:
+        if self.config.tuning is None:
+            return []
+        tuning, steps = self.config.tuning, {}
+        if tuning.max_steps is not None:
+            steps = {"max_steps": tuning.max_steps}
+        runs = []
+        for arm in self.config.arms:
+            for number, trial in enumerate(self.config.trials(arm)):
+                for seed in tuning.seeds:
+                    folder = self.folder / "tuning" / arm / f"trial-{number}" / f"seed-{seed}"
+                    settings = {**self.config.settings(arm), **trial, **steps}
+                    runs.append(Run(self.config, arm, seed, settings, folder, self._tokenizer, trial=True))
+        return runs
+
+    def runs(self) -> list[Run]:
+        """The runs of the comparison, seed by seed, so that whatever is there is balanced over the arms."""
+        return [
+            Run(
+                self.config,
+                arm,
+                seed,
+                {**self.config.settings(arm), **self.chosen[arm]},
+                self.folder / "arms" / arm / f"seed-{seed}",
+                self._tokenizer,
+            )
+            for seed in self.config.seeds
+            for arm in self.config.arms
+        ]
+
+    def records(self) -> list[RunRecord]:
+        """What the finished runs left."""
+        return [record for run in self.runs() if (record := run.record()) is not None]
+
+    # ---- The stages ----
+
+    def tune(self) -> None:
+        """Choose for every arm the combination of its grid whose validation loss is lowest."""
+        runs = self._trial_runs()
+        if not runs:
+            return
+        self._execute("tuning", [Job(str(run), run.execute, _log(run)) for run in runs if run.record() is None])
+        for arm in self.config.arms:
+            for number, settings in enumerate(self.config.trials(arm)):
+                own = [run for run in runs if run.arm == arm and run.folder.parent.name == f"trial-{number}"]
+                found = [record.end.validation_loss for run in own if (record := run.record()) is not None]
+                self.trials.append(_Trial(arm, settings, found))
+            best = min((trial for trial in self.trials if trial.arm == arm), key=lambda trial: trial.mean)
+            if best.mean == float("inf"):
+                raise SystemExit(f"No trial of {arm} came to an end; see {self.folder / 'tuning' / arm}.")
+            self.chosen[arm] = best.settings
+        (self.folder / _TUNING_NAME).write_text(json.dumps(self.tuning_table(), indent=1) + "\n", encoding="utf-8")
+
+    def tuning_table(self) -> list[dict[str, Any]]:
+        """Each trial: its arm, settings, mean validation loss, and whether it was chosen."""
+        return [
+            {
+                "arm": trial.arm,
+                **trial.settings,
+                "validation_loss": trial.mean,
+                "chosen": trial.settings == self.chosen[trial.arm],
+            }
+            for trial in self.trials
+        ]
+
+    def run(self) -> None:
+        """Train every arm under every seed."""
+        self._execute("runs", [Job(str(run), run.execute, _log(run)) for run in self.runs() if run.record() is None])
+
+    def search(self) -> None:
+        """Search the minima of the runs for which the configuration asks."""
+        wanted = self.config.minima
+        if wanted is None:
+            return
+        jobs = []
+        for run in self.runs():
+            record = run.record()
+            if record is not None and record.minima is None and run.seed in (wanted.seeds or self.config.seeds):
+                jobs.append(Job(f"minima of {run}", partial(search_minima, run), _log(run)))
+        self._execute("minima", jobs)
+
+    def report(self, seconds: float) -> Path:
+        """Write tables, pictures and words into the folder, and print the main table."""
+        records = self.records()
+        baseline, primary = self.config.baseline, (self.config.primary.arm, self.config.primary.figure)
+        arms, seeds = list(self.config.arms), self.config.seeds
+        pictures = plot_comparison(records, self.folder, baseline=baseline) if records else []
+        path = write_comparison(
+            records,
+            self.folder,
+            arms=arms,
+            seeds=seeds,
+            baseline=baseline,
+            primary=primary,
+            title=f"Comparison: {', '.join(self.config.arms)}",
+            details=self._details(seconds, records),
+            tuning=self.tuning_table(),
+            pictures=pictures,
+        )
+        self.console.print(comparison_table(records, arms=arms, seeds=seeds, baseline=baseline, primary=primary))
+        self.console.print(f"Report: {path}")
+        return path
+
+    def _details(self, seconds: float, records: Sequence[RunRecord]) -> dict[str, Any]:
+        details: dict[str, Any] = {
+            "command": " ".join(sys.argv),
+            "machine": f"{describe_hardware()}, {self.workers} runs at a time",
+            "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
+            "seeds": ", ".join(map(str, self.config.seeds)),
+            "minutes of this call": f"{seconds / 60:.1f}",
+        }
+        if records:
+            details["tokens per run"] = f"{records[0].end.tokens:,}"
+            details["minutes of training in all runs"] = f"{sum(record.seconds for record in records) / 60:.1f}"
+        return details
+
+    def _execute(self, what: str, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        self.console.print(f"[bold]{what}: {len(jobs)} to do, {min(self.workers, len(jobs))} at a time[/bold]")
+        for number, outcome in enumerate(run_jobs(jobs, self.workers), 1):
+            words = _in_words(outcome.result) if outcome.error is None else f"FAILED: {outcome.error}"
+            self.console.print(f"  {number}/{len(jobs)}  {outcome.job.name}: {words}", highlight=False)
+            if outcome.error is not None:
+                self.failed.append(outcome)
+                self.console.print(f"    its output is in {outcome.job.log}", highlight=False)
+
+
+def _log(run: Run) -> Path:
+    return run.folder / "log.txt"
+
+
+def _in_words(record: RunRecord) -> str:
+    end = record.end
+    if record.minima is not None:
+        found = record.minima
+        reached = sum(found.converged.values())
+        return f"distance {found.mean_distance:.4g}, {reached} of {len(found.converged)} searches converged"
+    ood = "" if end.ood_loss is None else f", OOD {end.ood_loss:.4f}"
+    return f"validation {end.validation_loss:.4f}{ood} ({record.seconds:.0f} s)"
+
+
+def _parse(sections: dict[str, dict[str, Any]], path: Path) -> Any:
+    import yaml
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return parse_arguments(["--config", str(path)])
