@@ -3,7 +3,6 @@
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..command_line import parse_arguments
-from ..environment import describe_hardware, installed_versions
 from ..mixture.loading import load_mixture
 from ..pretrain import load_tokenizer
 from .config import ComparisonConfig
 from .minima import search_minima
-from .plots import plot_comparison
+from .outcome import write_outcome
 from .pool import Job, Outcome, run_jobs, worker_count
 from .records import RunRecord
-from .report import comparison_table, write_comparison
 from .runs import Run, train_sample
 
 if TYPE_CHECKING:
@@ -174,10 +171,6 @@ class Comparison:
             for arm in self.config.arms
         ]
 
-    def records(self) -> list[RunRecord]:
-        """What the finished runs left."""
-        return [record for run in self.runs() if (record := run.record()) is not None]
-
     # ---- The stages ----
 
     def tune(self) -> None:
@@ -227,38 +220,8 @@ class Comparison:
 
     def report(self, seconds: float) -> Path:
         """Write tables, pictures and words into the folder, and print the main table."""
-        records = self.records()
-        baseline, primary = self.config.baseline, (self.config.primary.arm, self.config.primary.figure)
-        arms, seeds = list(self.config.arms), self.config.seeds
-        pictures = plot_comparison(records, self.folder, baseline=baseline) if records else []
-        path = write_comparison(
-            records,
-            self.folder,
-            arms=arms,
-            seeds=seeds,
-            baseline=baseline,
-            primary=primary,
-            title=f"Comparison: {', '.join(self.config.arms)}",
-            details=self._details(seconds, records),
-            tuning=self.tuning_table(),
-            pictures=pictures,
-        )
-        self.console.print(comparison_table(records, arms=arms, seeds=seeds, baseline=baseline, primary=primary))
-        self.console.print(f"Report: {path}")
-        return path
-
-    def _details(self, seconds: float, records: Sequence[RunRecord]) -> dict[str, Any]:
-        details: dict[str, Any] = {
-            "command": " ".join(sys.argv),
-            "machine": f"{describe_hardware()}, {self.workers} runs at a time",
-            "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
-            "seeds": ", ".join(map(str, self.config.seeds)),
-            "minutes of this call": f"{seconds / 60:.1f}",
-        }
-        if records:
-            details["tokens per run"] = f"{records[0].end.tokens:,}"
-            details["minutes of training in all runs"] = f"{sum(record.seconds for record in records) / 60:.1f}"
-        return details
+        trials = self.tuning_table()
+        return write_outcome(self.config, self.runs(), trials, self.workers, seconds, self.console)
 
     def _execute(self, what: str, jobs: Sequence[Job]) -> None:
         if not jobs:
