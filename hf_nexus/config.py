@@ -10,15 +10,18 @@ import torch
 from transformers import TrainingArguments
 
 from .mixture.stages import parse_stages
+from .optimizers import muon_options
 
 __all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
 
 _CHOICES = {
     "inner_lr_schedule": ("constant", "follow"),
     "inner_direction": ("gradient", "random"),
+    "inner_geometry": ("l2", "adam"),
     "inner_sync": ("global", "local"),
     "snapshot_device": (None, "cpu"),
     "source_schedule": ("random", "stratified"),
+    "matrix_optimizer": (None, "muon"),
 }
 
 
@@ -39,6 +42,8 @@ class NexusConfigMixin:
             `"constant"`, or `"follow"`: `inner_lr * lr_t / peak lr` of the first parameter group.
         inner_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"`, or `"random"`: walk random directions of the same length (a control).
+        inner_geometry (`str`, *optional*, defaults to `"l2"`):
+            `"adam"` (experimental) measures steps and cosines with AdamW's second moment instead of plain L2.
         inner_sync (`str`, *optional*, defaults to `"global"`):
             `"global"` reduces every inner gradient over the ranks. `"local"` (DDP only) lets each rank walk its own
             path and averages the pseudo-gradient once per outer step.
@@ -54,6 +59,10 @@ class NexusConfigMixin:
         gradient_cosine_steps (`int`, *optional*, defaults to 0):
             Log the gradient cosine of each pair of sources at the restored weights every this many outer steps
             (0: never). One measurement costs about S^2/2 backward passes for S sources.
+        matrix_optimizer (`str`, *optional*):
+            `"muon"` gives the matrices between the embeddings and the output layer to torch's Muon, and leaves the
+            rest to `optim`, which must be AdamW. Muon's options are in `optim_args`, as in
+            `"muon_lr=0.01,muon_momentum=0.95"`; `learning_rate` and `weight_decay` are both optimizers'.
         hub_flush_timeout (`float`, *optional*, defaults to 600):
             With `push_to_hub`, how long to wait at the end for the Hub, in seconds. What it does not have by then
             stays on disk, for `hf-nexus push`.
@@ -66,6 +75,9 @@ class NexusConfigMixin:
     )
     inner_direction: str = field(
         default="gradient", metadata={"help": "'gradient', or 'random' (a control of the same step length)."}
+    )
+    inner_geometry: str = field(
+        default="l2", metadata={"help": "'l2', or 'adam' (experimental): measure with AdamW's second moment."}
     )
     inner_sync: str = field(
         default="global", metadata={"help": "'global': reduce every inner gradient; 'local': once per outer step."}
@@ -82,6 +94,9 @@ class NexusConfigMixin:
     )
     gradient_cosine_steps: int = field(
         default=0, metadata={"help": "Log gradient cosines between sources every this many outer steps; 0: never."}
+    )
+    matrix_optimizer: str | None = field(
+        default=None, metadata={"help": "'muon': torch's Muon for the hidden matrices, AdamW (`optim`) for the rest."}
     )
     allow_mixture_change: bool = field(
         default=False,
@@ -100,6 +115,10 @@ class NexusConfigMixin:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {list(allowed)}.")
+        if self.inner_geometry == "adam" and self.inner_direction == "random":
+            raise ValueError("inner_geometry='adam' is not possible with inner_direction='random'; use 'l2'.")
+        if self.matrix_optimizer is not None:
+            muon_options(self.optim_args)  # type: ignore[attr-defined]
         if not (math.isfinite(self.inner_lr) and self.inner_lr >= 0):
             raise ValueError(
                 f"inner_lr={self.inner_lr} is not allowed; it must be finite and >= 0 (0.05 is the default)."

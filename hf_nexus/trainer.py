@@ -13,8 +13,10 @@ from transformers.utils import logging
 
 from .config import nexus_settings
 from .distributed import Shards, average_pseudo_gradients, check_supported, reshard
+from .geometry import adam_metric
 from .mixture_trainer import MixtureTrainerMixin, Window
 from .nexus import Nexus
+from .optimizers import check_optimizer, create_muon_with_adamw
 from .precision import check_weights, warn_of_short_steps
 from .source_cosines import check_measurable, source_cosines
 
@@ -45,11 +47,13 @@ class NexusTrainerMixin(MixtureTrainerMixin):
     """
 
     current_gradient_accumulation_steps: Any
+    optimizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._nexus: Nexus | None = None
         super().__init__(*args, **kwargs)
         check_measurable(self)
+        check_optimizer(self)
         if not self.args.nexus:
             return
         check_supported(self)
@@ -61,6 +65,12 @@ class NexusTrainerMixin(MixtureTrainerMixin):
                 "gradient_accumulation_steps=1: a window of one inner step is a normalized gradient, and there is "
                 "nothing to align. Set it to 4 or more (and divide per_device_train_batch_size) to use Nexus."
             )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with Muon."""
+        if self.optimizer is None and self.args.matrix_optimizer is not None:
+            self.optimizer = create_muon_with_adamw(self, self.model if model is None else model)
+        return super().create_optimizer(model)
 
     # ---- The window ----
 
@@ -95,6 +105,8 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         losses: list[Tensor] = []
         # Each micro-batch is a mean of its own: upstream must not divide it by the window's length as well.
         steps, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
+        # A schedule-free optimizer keeps other weights for evaluation; it must not swap them inside the window.
+        self.optimizer.train()
         try:
             with nexus.window():
                 for i, inputs in enumerate(window.batches):
@@ -138,12 +150,17 @@ class NexusTrainerMixin(MixtureTrainerMixin):
                 direction=self.args.inner_direction,
                 snapshot_device=self.args.snapshot_device,
                 reduce_norm=shards.norm,
+                metric=self._adam_metric if self.args.inner_geometry == "adam" else None,
                 key=(self.args.seed, walker),
             )
             warn_of_short_steps(self._nexus, autocast=self.accelerator.mixed_precision == "bf16")
         self._nexus.outer_step = self.state.global_step
         self._nexus.inner_lr = self.args.inner_lr * self._schedule_factor()
         return self._nexus
+
+    def _adam_metric(self) -> list[Tensor] | None:
+        assert self._nexus is not None
+        return adam_metric(self.optimizer.optimizer, self._nexus.params, self._nexus._reduce_norm)
 
     def _schedule_factor(self) -> float:
         if self.args.inner_lr_schedule == "constant":
