@@ -17,7 +17,6 @@ __all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
 _CHOICES = {
     "inner_lr_schedule": ("constant", "follow"),
     "inner_direction": ("gradient", "random"),
-    "inner_geometry": ("l2", "adam"),
     "inner_sync": ("global", "local"),
     "snapshot_device": (None, "cpu"),
     "source_schedule": ("random", "stratified"),
@@ -42,8 +41,6 @@ class NexusConfigMixin:
             `"constant"`, or `"follow"`: `inner_lr * lr_t / peak lr` of the first parameter group.
         inner_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"`, or `"random"`: walk random directions of the same length (a control).
-        inner_geometry (`str`, *optional*, defaults to `"l2"`):
-            `"adam"` (experimental) measures steps and cosines with AdamW's second moment instead of plain L2.
         inner_sync (`str`, *optional*, defaults to `"global"`):
             `"global"` reduces every inner gradient over the ranks. `"local"` (DDP only) lets each rank walk its own
             path and averages the pseudo-gradient once per outer step.
@@ -75,9 +72,6 @@ class NexusConfigMixin:
     )
     inner_direction: str = field(
         default="gradient", metadata={"help": "'gradient', or 'random' (a control of the same step length)."}
-    )
-    inner_geometry: str = field(
-        default="l2", metadata={"help": "'l2', or 'adam' (experimental): measure with AdamW's second moment."}
     )
     inner_sync: str = field(
         default="global", metadata={"help": "'global': reduce every inner gradient; 'local': once per outer step."}
@@ -115,8 +109,6 @@ class NexusConfigMixin:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {list(allowed)}.")
-        if self.inner_geometry == "adam" and self.inner_direction == "random":
-            raise ValueError("inner_geometry='adam' is not possible with inner_direction='random'; use 'l2'.")
         if self.matrix_optimizer is not None:
             muon_options(self.optim_args)  # type: ignore[attr-defined]
         if not (math.isfinite(self.inner_lr) and self.inner_lr >= 0):

@@ -43,10 +43,6 @@ class Nexus:
             Where the extra copy lives; beside the parameters by default, `"cpu"` to offload it.
         reduce_norm (`Callable[[Tensor], Tensor]`, *optional*):
             Makes the global norm of this process's 0-d norm, where the parameters are sharded.
-        metric (`Callable[[], list[Tensor] | None]`, *optional*):
-            Called when a window is entered, for the square roots of a diagonal D, one tensor of each parameter's shape
-            (experimental). With G = D^(1/2), steps are `inner_lr * G G g / ||G g||`, p is the mean of g / ||G g||, and
-            norms are those of G g and G p. `None`: plain L2.
         key (`tuple[int, ...]`, *optional*, defaults to `(0,)`):
             Keys the random directions, with `outer_step` and the inner step: a seed, and a shard's number where
             processes hold different parameters or walk different paths.
@@ -77,7 +73,6 @@ class Nexus:
         direction: str = "gradient",
         snapshot_device: str | torch.device | None = None,
         reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
-        metric: Callable[[], list[Tensor] | None] | None = None,
         key: tuple[int, ...] = (0,),
     ):
         self.params = list(params)
@@ -98,12 +93,9 @@ class Nexus:
         self.pseudo_gradient_norm: Tensor | None = None  # of the last window; None if no step was taken
         self._reduce_norm = reduce_norm
         self._key = key
-        self._find_metric = metric
         self._snapshot = TensorCopy(self.params, snapshot_device)
-        # Without a path nothing needs restoring, and the copy holds the sum instead. Where p is not the displacement,
-        # both are needed.
-        plain = direction == "gradient" and metric is None
-        self._sum = self._snapshot if plain else TensorCopy(self.params, snapshot_device)
+        # Without a path nothing needs restoring, and the copy holds the sum instead. Random directions need both.
+        self._sum = self._snapshot if direction == "gradient" else TensorCopy(self.params, snapshot_device)
         self._displaced = self._open = False
 
     @property
@@ -173,8 +165,7 @@ class Nexus:
         self._norms: list[Tensor] = []
         self._met: list[list[int]] = []  # per inner step: positions of the parameters that had a gradient
         self._gamma = self.effective_inner_lr
-        self._metric = self._find_metric() if self._find_metric is not None else None
-        self._summing = not self._gamma or self.direction == "random" or self._metric is not None
+        self._summing = not self._gamma or self.direction == "random"
         if self._summing:
             self._sum.zero()
         if self._gamma:
@@ -202,18 +193,17 @@ class Nexus:
         grads = [shard(p.grad) for p in self.params if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ValueError("Nexus does not support sparse gradients; build the embedding with sparse=False.")
-        steps = self._in_metric(grads, met)
-        norm = self._reduce_norm(global_norm(steps))
+        norm = self._reduce_norm(global_norm(grads))
         usable = norm.isfinite() & (norm > 0)
         length = norm
         if self._summing:
             self._sum.add_scaled(met, grads, 1 / norm, usable)
         if self._gamma and self.direction == "random":
-            fill_normal_(steps, (*self._key, self.outer_step, len(self._norms)))
-            length = self._reduce_norm(global_norm(steps))
+            fill_normal_(grads, (*self._key, self.outer_step, len(self._norms)))
+            length = self._reduce_norm(global_norm(grads))
         if self._gamma:
             self._snapshot.wait()  # it may still be on its way to another device
-            add_scaled_(params, self._in_metric(steps, met), -self._gamma / length, usable)  # (2)
+            add_scaled_(params, grads, -self._gamma / length, usable)  # (2)
         self._norms.append(norm)
         self._met.append(met)
         self._clear_gradients()
@@ -237,13 +227,7 @@ class Nexus:
             torch._foreach_div_(pseudo_gradient, self._gamma * self.steps_taken)  # (3)
         for i, values in zip(met, pseudo_gradient, strict=True):
             self.params[i].grad = as_gradient(values, self.params[i])
-        self.pseudo_gradient_norm = self._reduce_norm(global_norm(self._in_metric(pseudo_gradient, met)))
-
-    def _in_metric(self, tensors: list[Tensor], indices: list[int]) -> list[Tensor]:
-        """The tensors times D^(1/2) at the given positions."""
-        if self._metric is None:
-            return tensors
-        return list(torch._foreach_mul(tensors, [self._metric[i] for i in indices]))
+        self.pseudo_gradient_norm = self._reduce_norm(global_norm(pseudo_gradient))
 
     def restore(self) -> None:
         """

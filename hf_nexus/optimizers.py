@@ -111,7 +111,7 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
 
 def check_optimizer(trainer: Trainer) -> None:
     """
-    Refuse settings that build on AdamW where something else decides on the optimizer.
+    Refuse `matrix_optimizer`, which builds on AdamW, where something else decides on the optimizer.
 
     Raises:
         ValueError: names the two, and which to leave out.
@@ -119,12 +119,11 @@ def check_optimizer(trainer: Trainer) -> None:
     args: Any = trainer.args
     given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     other = "an optimizer given to the trainer" if given else f"optim={OptimizerNames(args.optim).value!r}"
-    for name, off in (("matrix_optimizer", None), ("inner_geometry", "l2")):
-        if getattr(args, name) != off and (given or args.optim not in _ADAMW):
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} and {other} exclude each other: it builds on optim='adamw_torch' or "
-                "'adamw_torch_fused'. Leave one of the two out."
-            )
+    if args.matrix_optimizer is not None and (given or args.optim not in _ADAMW):
+        raise ValueError(
+            f"matrix_optimizer={args.matrix_optimizer!r} and {other} exclude each other: it builds on "
+            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
+        )
 
 
 def create_muon_with_adamw(trainer: Trainer, model: nn.Module) -> MuonWithAdamW:

@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from .config import nexus_settings
 from .distributed import Shards, average_pseudo_gradients, check_supported, reshard
-from .geometry import adam_metric
 from .mixture_trainer import MixtureTrainerMixin, Window
 from .nexus import Nexus
 from .optimizers import check_optimizer, create_muon_with_adamw
@@ -150,17 +149,12 @@ class NexusTrainerMixin(MixtureTrainerMixin):
                 direction=self.args.inner_direction,
                 snapshot_device=self.args.snapshot_device,
                 reduce_norm=shards.norm,
-                metric=self._adam_metric if self.args.inner_geometry == "adam" else None,
                 key=(self.args.seed, walker),
             )
             warn_of_short_steps(self._nexus, autocast=self.accelerator.mixed_precision == "bf16")
         self._nexus.outer_step = self.state.global_step
         self._nexus.inner_lr = self.args.inner_lr * self._schedule_factor()
         return self._nexus
-
-    def _adam_metric(self) -> list[Tensor] | None:
-        assert self._nexus is not None
-        return adam_metric(self.optimizer.optimizer, self._nexus.params, self._nexus._reduce_norm)
 
     def _schedule_factor(self) -> float:
         if self.args.inner_lr_schedule == "constant":

@@ -29,7 +29,7 @@ def test_every_field_can_be_set_from_the_command_line():
             "local",
         ),
         *("--snapshot_device", "cpu", "--source_schedule", "stratified", "--gradient_cosine_steps", "5"),
-        *("--mixture_weights", '{"text": 0.75, "code": 0.25}', "--nexus", "False"),
+        *("--matrix_optimizer", "muon", "--mixture_weights", '{"text": 0.75, "code": 0.25}', "--nexus", "False"),
     )
     assert nexus_settings(args) == {
         "nexus": False,
@@ -41,6 +41,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "mixture_weights": {"text": 0.75, "code": 0.25},
         "source_schedule": "stratified",
         "gradient_cosine_steps": 5,
+        "matrix_optimizer": "muon",
         "gradient_accumulation_steps": 1,
     }
 

@@ -359,9 +359,13 @@ class TestWindow:
     def test_an_interrupt_inside_the_snapshot_restores_nothing_half_copied(self, monkeypatch):
         problem, params = Problem(), Problem().params()
         nexus = Nexus(params, GAMMA)
+        copy, calls = torch._foreach_copy_, []
 
-        def interrupted(*args, **kwargs):
-            raise KeyboardInterrupt
+        def interrupted(*args, **kwargs):  # the copying; what would restore works
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return copy(*args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr(torch, "_foreach_copy_", interrupted)

@@ -17,7 +17,6 @@ PACKAGE = Path(hf_nexus.__file__).parent
 ROOMS = {
     "nexus": "algorithm",
     "snapshot": "algorithm",
-    "geometry": "algorithm",
     "mixture": "data",
     "evaluation": "evidence",
     "hub": "hub",

@@ -145,6 +145,8 @@ def two_ranks(out: Path) -> dict[str, Any]:
         "ddp": trained(make(out, fsdp=False)),
         "fsdp": trained(make(out)),
         "cpu_copy": trained(make(out, snapshot_device="cpu")),
+        "muon": trained(make(out, matrix_optimizer="muon")),
+        "muon_ddp": trained(make(out, matrix_optimizer="muon", fsdp=False)),
         "random": trained(make(out, inner_direction="random")),
         "lora_ddp": trained(make(out, lora(), fsdp=False)),
         "lora": trained(make(out, lora())),
