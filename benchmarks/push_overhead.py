@@ -10,9 +10,13 @@ the first step to the end of the last save; what comes after is not the loop's. 
 process on the same machine: it and the process that sends share its cores with the training, which is pinned to one
 thread. A short round before the others warms up. A save costs the same however long the steps between two are: give
 `--save_steps` as in the runs that you care for.
+
+Two runs of the same training differ by a few percent on a shared machine. The last line of the output does not depend
+on that: what share of a pushing run's loop its training thread spent in the calls that push, timed inside of it.
 """
 
 import argparse
+import functools
 import os
 import random
 import statistics
@@ -20,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,8 +41,28 @@ def start_hub(folder: Path) -> "subprocess.Popen[str]":
     return hub
 
 
-def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -> tuple[float, float]:
-    """Seconds of one training loop: by the clock, and of this process's CPU."""
+class Stopwatch:
+    """Adds up the seconds that are spent in what it wraps; a call within another one counts once."""
+
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                self.seconds += 0.0 if self._depth else time.perf_counter() - began
+
+        return timed
+
+
+def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -> tuple[float, float, float]:
+    """Seconds of one training loop: by the clock, of this process's CPU, and within the calls that push."""
     import torch
     from arms import CUDA, Case
     from transformers import TrainerCallback
@@ -79,11 +105,15 @@ def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -
     clock = Clock()
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
+    stopwatch = Stopwatch()
+    if trainer.publisher is not None:  # all that the training thread does for it: at a save, and for the log
+        trainer._push_from_checkpoint = stopwatch(trainer._push_from_checkpoint)
+        trainer.publisher.status = stopwatch(trainer.publisher.status)
     trainer.train()
     if trainer.publisher is not None:
         status = trainer.publisher.status()
         assert status.pushed_step == steps and status.complete, status
-    return clock.ended[0] - clock.began[0], clock.ended[1] - clock.began[1]
+    return clock.ended[0] - clock.began[0], clock.ended[1] - clock.began[1], stopwatch.seconds
 
 
 def quartiles(values: list[float]) -> str:
@@ -121,7 +151,9 @@ def main() -> None:
     extra = statistics.median(pair[True][0] - pair[False][0] for pair in counted) / saves
     print(f"time with / without: {quartiles([pair[True][0] / pair[False][0] for pair in counted])}")
     print(f"CPU time with / without: {quartiles([pair[True][1] / pair[False][1] for pair in counted])}")
+    shares = quartiles([pair[True][2] / pair[True][0] for pair in counted])
     print(f"{extra:+.2f} s for each of {saves} saves; {len(counted)} rounds, load {os.getloadavg()[0]:.1f}")
+    print(f"within the calls that push: {shares} of the loop")
 
 
 if __name__ == "__main__":
