@@ -71,8 +71,8 @@ def benchmark(
         >>> from hf_nexus.benchmarking import benchmark
         >>> benchmark("runs/demo", ["quick"])  # doctest: +SKIP
     """
-    _require_lm_eval()
     selected, left_out = select_tasks(tasks, limit, allow_code_execution)
+    _require_lm_eval()
     arguments = model_arguments(model, revision, dtype)
     own = Path(model).is_dir() and (output is None or Path(output).resolve() == Path(model).resolve())
     name = model if revision is None else f"{model}@{revision}"

@@ -17,7 +17,7 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(command in result.stdout for command in ("train", "plan", "env"))
+    assert all(command in result.stdout for command in ("train", "plan", "compare", "closeness", "benchmark", "push", "env"))
 
 
 def test_plan_prints_the_numbers_and_takes_overrides(capsys):
@@ -44,6 +44,9 @@ def test_env_names_the_versions(capsys):
         (["plan", "130mm"], ["130mm", "did you mean '130m'"]),
         (["plan", "130m", "--max_step", "3"], ["--max_step", "did you mean '--max_steps'"]),
         (["train", "130m"], ["accelerator", "--config demo"]),
+        (["compare", "nope.yaml"], ["There is no comparison 'nope.yaml'", "path of a YAML"]),
+        (["closeness", "no/such-folder"], ["no pretrain.yaml beside no/such-folder", "--config"]),
+        (["benchmark", "no/such-folder", "--tasks", "humaneval"], ["humaneval", "--allow-code-execution"]),
     ],
 )
 def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
