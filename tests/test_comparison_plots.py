@@ -15,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_nexus.experiments import plots
+from hf_nexus.experiments.arms import bars, spread_of
 from hf_nexus.experiments.plots import plot_comparison, smoothed
 from hf_nexus.experiments.records import LossPoint, Minima, RunRecord
 
@@ -297,3 +298,9 @@ def test_pyplot_is_never_imported_and_matplotlib_only_when_drawing(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_equal_values_have_no_bars_although_their_mean_is_rounded():
+    spread = spread_of([0.1, 0.1, 0.1])
+    assert spread[0] > spread[2]  # what the mean of these comes to
+    assert bars([spread]) == [[pytest.approx(0, abs=1e-15)], [0.0]]

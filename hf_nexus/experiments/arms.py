@@ -81,8 +81,10 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 
 def bars(spreads: Sequence[Spread]) -> list[list[float]]:
-    """Lengths of error bars below and above the means."""
-    return [[mean - low for mean, low, _ in spreads], [high - mean for mean, _, high in spreads]]
+    """Lengths of error bars below and above the means, which rounding can put beyond equal values."""
+    below = [max(mean - low, 0.0) if low == low else math.nan for mean, low, _ in spreads]
+    above = [max(high - mean, 0.0) if high == high else math.nan for mean, _, high in spreads]
+    return [below, above]
 
 
 def limit_of(differences: Iterable[float], loss: float) -> float:
