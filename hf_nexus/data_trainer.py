@@ -23,13 +23,14 @@ from .publishing import PublishingMixin
 from .stream_progress import StreamProgress, WeightsFunction
 from .trainer_arguments import arguments_by_name, with_nexus_fields
 from .training_data import StageWeights, TrainingData, check_loader_settings, prepare_data
+from .trl import SourcePreparationMixin
 
 __all__ = ["DataTrainerMixin"]
 
 logger = logging.getLogger(__name__)
 
 
-class DataTrainerMixin(CheckpointMixin, PublishingMixin):
+class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin):
     """
     The part of [`NexusTrainerMixin`] that reads the data.
 
@@ -45,22 +46,24 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin):
     def __init__(self, *args: Any, mixture_weights_function: WeightsFunction | None = None, **kwargs: Any):
         kwargs = arguments_by_name(type(self), DataTrainerMixin, args, kwargs)
         settings = with_nexus_fields(kwargs.get("args"))
-        seed = settings.seed if settings.data_seed is None else settings.data_seed
-        dynamic = mixture_weights_function is not None
-        self.data = prepare_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), settings, dynamic, seed)
-        self.mixture_weights = self.data.weights
         self._weights_function = mixture_weights_function
+        self._set_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), settings)
         self._progress: StreamProgress | None = None
         self._sampler: MicroBatchSampler | None = None
         self._resumed_data: dict[str, Any] | None = None
         self._fetched = Fetched()
         self._began_at = 0
-        if self.data.stages:
-            check_loader_settings(settings, self.data.dataset)
         given = {"args": settings, "train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
         super().__init__(**kwargs | given)
         self._isolate_documents(self.data)
         self.add_callback(_BeginData(self))
+
+    def _set_data(self, train: Any, evaluation: Any, settings: Any) -> None:
+        seed = settings.seed if settings.data_seed is None else settings.data_seed
+        self.data = prepare_data(train, evaluation, settings, self._weights_function is not None, seed)
+        self.mixture_weights = self.data.weights
+        if self.data.stages:
+            check_loader_settings(settings, self.data.dataset)
 
     def _isolate_documents(self, data: TrainingData) -> None:
         """Keep the documents of packed rows apart, in training and evaluation."""

@@ -104,7 +104,7 @@ class PublishingMixin(Base):
                 [`~transformers.Trainer.create_model_card`], whose other arguments the run itself answers.
         """
         self.card_details |= _details(*args, **details)
-        self._write_card(plots=True)
+        self._write_card(plots=not self._staging)  # TRL calls this for each checkpoint
 
     def _write_card(self, plots: bool) -> None:
         from .report import write_card

@@ -218,7 +218,10 @@ def _hyperparameters(args: Any) -> dict[str, Any]:
     for f in fields(args):
         if f.init and f.name != "output_dir":
             setattr(plain, f.name, f.default if f.default_factory is MISSING else f.default_factory())
+    # Some classes have defaults that are only allowed on a CPU if it is asked for: TRL's have bf16=True.
+    plain.use_cpu = args.device.type == "cpu"
     plain.__post_init__()
+    plain.use_cpu = False
     values, defaults = args.to_dict(), plain.to_dict()
     changed = {name: value for name, value in values.items() if value != defaults.get(name)}
     return {"hyperparameters": values, "changed_hyperparameters": changed}

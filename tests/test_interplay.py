@@ -5,14 +5,31 @@ they do in a loop written by hand around `Nexus`, on the same micro-batches.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
-from hf_nexus import Nexus, NexusTrainer
+from hf_nexus import Nexus, NexusConfigMixin, NexusTrainer, NexusTrainerMixin
 from tests.conftest import VOCAB, Rows, tiny_llama
+from tests.faults import AtEvents
 
 Batch = dict[str, torch.Tensor]
 
@@ -166,6 +183,244 @@ def test_a_mixture_of_experts_trains(make_trainer, sources):
     assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert trainer.meter.inner_steps_skipped == 0
     assert trainer.evaluate()["eval_loss"] < first - 0.1
+
+
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    return losses.square().sum() / (losses.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def test_a_loss_of_ones_own(make_trainer, sources):
+    trainer = make_trainer(sources, tiny_llama(), {"compute_loss_func": own_loss}, Recorded, max_steps=3)
+    trainer.train()
+    model = tiny_llama()
+    by_hand(model, trainer.windows, lambda m, batch: own_loss(m(batch["input_ids"]), batch["labels"]), adamw(model))
+    assert distance(model, trainer.model) < 1e-5
+    usual = tiny_llama()
+    assert distance(by_hand(usual, trainer.windows, plain_loss, adamw(usual)), model) > 1e-4
+
+
+class Switched(torch.nn.Module):
+    """Has a parameter that nothing uses, and others of which each micro-batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llama = tiny_llama()
+        self.config = self.llama.config
+        self.never = torch.nn.Parameter(torch.ones(3))
+        self.scales = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(16)) for _ in range(3)])
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = self.scales[int(input_ids[0, 0]) % 3]
+        logits = self.llama.lm_head(self.llama.model(input_ids=input_ids).last_hidden_state * scale)
+        return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def test_parameters_that_are_not_used(make_trainer, sources):
+    """By any micro-batch: they stay, weight decay included. By some: these alone move them."""
+    trainer = make_trainer(sources, Switched(), trainer_class=Recorded, max_steps=3, weight_decay=0.1)
+    trainer.train()
+    assert torch.equal(trainer.model.never, torch.ones(3))
+    assert all(not torch.equal(scale, torch.ones(16)) for scale in trainer.model.scales)
+    model = Switched()
+    decaying = trainer.get_decay_parameter_names(model)
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if (name in decaying) == is_in], "weight_decay": decay}
+        for is_in, decay in ((True, 0.1), (False, 0.0))
+    ]
+    by_hand(model, trainer.windows, lambda m, batch: m(**batch)["loss"], torch.optim.AdamW(groups, lr=1e-2))
+    assert distance(model, trainer.model) < 1e-5
+
+
+def test_callbacks_hear_what_they_would_from_the_base_class(make_trainer, sources, tmp_path):
+    def events(trainer: Trainer) -> list[tuple[str, int]]:
+        seen: list[tuple[str, int]] = []
+        trainer.add_callback(AtEvents(lambda event: seen.append((event, trainer.state.global_step))))
+        trainer.train()
+        return seen
+
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 7}
+    ours = make_trainer(sources["text"], trainer_kwargs={"eval_dataset": Rows(4, 5)}, **saving)
+    kept = {k: v for k, v in ours.args.to_dict().items() if k in TrainingArguments.__dataclass_fields__}
+    args = TrainingArguments(**kept | {"output_dir": str(tmp_path / "stock"), "accelerator_config": None})
+    stock = Trainer(tiny_llama(), args, train_dataset=sources["text"], eval_dataset=Rows(4, 5))
+    heard = events(ours)
+    assert heard == events(stock)
+    assert {event for event, _ in heard} >= {
+        "on_substep_end",
+        "on_pre_optimizer_step",
+        "on_prediction_step",
+        "on_save",
+    }
+
+
+class Search(HyperParamSearchBackendBase):
+    """Tries as many settings as it is told to, and keeps the weights that come of each."""
+
+    name = "optuna"
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, torch.Tensor]] = []
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    def run(self, trainer: Any, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
+        for number in range(n_trials):
+            trainer.train(trial=SimpleNamespace(number=number, params={}))
+            loss = trainer.compute_objective(trainer.evaluate())
+            self.found.append((loss, weights(trainer.model)))
+            trainer.model = trainer.model_wrapped = None  # as the real ones do
+        best = min(range(n_trials), key=lambda i: self.found[i][0])
+        return BestRun(str(best), self.found[best][0], {})
+
+
+def test_hyperparameter_search_trains_each_trial_as_a_run_of_its_own(make_trainer, sources, monkeypatch):
+    trials = [{"inner_lr": 0.0}, {"inner_lr": 0.2}, {"inner_lr": 0.2, "gradient_accumulation_steps": 2}]
+    backend, held_out = Search(), {"text": Rows(8, 0), "law": Rows(8, 5)}
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    made = make_trainer(sources)
+    trainer = NexusTrainer(
+        args=made.args, train_dataset=sources, eval_dataset=held_out, model_init=lambda: tiny_llama()
+    )
+    best = trainer.hyperparameter_search(
+        lambda trial: trials[trial.number], lambda metrics: metrics["eval_loss"], n_trials=3, backend="optuna"
+    )
+    for settings, (_, found) in zip(trials, backend.found, strict=True):
+        alone = make_trainer(sources, tiny_llama(), **settings)
+        alone.train()
+        assert torch.equal(weights(alone.model), found)
+    losses = [loss for loss, _ in backend.found]
+    assert len(set(losses)) == 3 and best.objective == min(losses)
+
+
+# ---- Other models and trainers ----
+
+
+class Examples(Dataset):
+    """Rows of one source for a model that is no causal language model."""
+
+    def __init__(self, kind: str, n: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        classes = torch.randint(0, 2, (n,), generator=generator)
+        ids = torch.randint(2, 20, (n, 8), generator=generator) + 20 * classes[:, None]
+        self.rows: dict[str, torch.Tensor] = {
+            "classification": {"input_ids": ids, "labels": classes},
+            "seq2seq": {"input_ids": ids, "labels": ids[:, :5]},
+            "vision": {"pixel_values": torch.randn(n, 3, 8, 8, generator=generator) + classes[:, None, None, None]},
+        }[kind]
+        self.rows.setdefault("labels", classes)
+
+    def __len__(self) -> int:
+        return len(self.rows["labels"])
+
+    def __getitem__(self, i: int) -> Batch:
+        return {name: values[i] for name, values in self.rows.items()}
+
+
+def model_for(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "classification":
+        return LlamaForSequenceClassification(tiny_llama(pad_token_id=0).config)
+    if kind == "vision":
+        shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "attn_implementation": "eager"}
+        return ViTForImageClassification(ViTConfig(**shape, **heads))
+    shape = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+class NexusSeq2SeqTrainer(NexusTrainerMixin, Seq2SeqTrainer):
+    pass
+
+
+@dataclass
+class NexusSeq2SeqConfig(NexusConfigMixin, Seq2SeqTrainingArguments):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["classification", "seq2seq", "vision"])
+def test_other_models_train_as_in_a_loop_by_hand(make_trainer, kind):
+    sources = {"one": Examples(kind, 24, 0), "two": Examples(kind, 16, 1)}
+    held_out = {"one": Examples(kind, 6, 2), "two": Examples(kind, 5, 3)}
+    trainer = make_trainer(sources, model_for(kind), {"eval_dataset": held_out}, Recorded, max_steps=3)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model = model_for(kind)
+    assert distance(model, trainer.model) > 1e-3
+    assert distance(by_hand(model, trainer.windows, plain_loss, adamw(model)), trainer.model) < 1e-5
+    assert trainer.evaluate()["eval_loss"] < before
+    assert set(trainer.meter.trained_tokens) == {"one", "two"}
+
+
+def test_a_seq2seq_trainer_generates_when_it_evaluates(make_trainer, tmp_path):
+    generated, asked = [], []
+
+    def compute_metrics(predictions: Any) -> dict[str, float]:
+        generated.append(predictions.predictions.shape)
+        return {"matches": float((predictions.predictions[:, 1:5] == predictions.label_ids[:, :4]).mean())}
+
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-2}
+    args = NexusSeq2SeqConfig(str(tmp_path), max_steps=2, predict_with_generate=True, **quiet)
+    trainer = NexusSeq2SeqTrainer(
+        model_for("seq2seq"),
+        args,
+        train_dataset={"one": Examples("seq2seq", 24, 0), "two": Examples("seq2seq", 16, 1)},
+        eval_dataset={"one": Examples("seq2seq", 6, 2), "two": Examples("seq2seq", 5, 3)},
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    generate = trainer.model.generate
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append((kwargs["max_length"], kwargs["num_beams"]))
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = spy
+    metrics = trainer.evaluate(max_length=7, num_beams=2)
+    assert set(asked) == {(7, 2)} and [shape[0] for shape in generated] == [6, 5]
+    assert {"eval_one_matches", "eval_two_matches", "eval_one_loss", "eval_loss"} <= metrics.keys()
+    assert len(trainer.predict(Examples("seq2seq", 3, 4), max_length=6, num_beams=1).predictions) == 3
+    assert asked[-1] == (6, 1)
+
+
+# ---- Adapters ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
+    """Only they are copied, moved and saved; they resume to the bit, and merge."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(seed: int) -> Any:
+        base = tiny_llama(dtype=dtype)
+        torch.manual_seed(seed)
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+
+    model, saving = adapted(0), {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in base.values()} == {dtype}
+    whole = make_trainer(sources, model, **saving)
+    whole.train()
+    snapshot = [copy for copy in whole._nexus._snapshot.copies if copy is not None]
+    assert sum(copy.numel() for copy in snapshot) == model.get_nb_trainable_parameters()[0]
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+
+    checkpoint = tmp_path / "out/checkpoint-2"
+    assert not list(checkpoint.glob("model*")) and (checkpoint / "adapter_model.safetensors").exists()
+    resumed = make_trainer(sources, adapted(1), output_dir=str(tmp_path / "again"), **saving)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, trained, [p for p in resumed.model.parameters() if p.requires_grad]))
+
+    ids = Rows(2, 0).ids
+    with torch.no_grad():
+        expected, start = model(ids).logits.float(), tiny_llama(dtype=dtype)(ids).logits.float()
+        merged = model.merge_and_unload()(ids).logits.float()
+    rounding = (expected - merged).norm() / (expected - start).norm()
+    assert rounding < (1e-4 if dtype == torch.float32 else 0.2)
 
 
 # ---- Switches of speed and memory ----

@@ -1,0 +1,203 @@
+"""
+Train or fine-tune a causal language model on text: the usual script around a Trainer, here with the Nexus update.
+What that takes are the two lines marked `Nexus`; a script of yours needs no others.
+
+On a text file, with a small model of bytes from scratch, half a minute on one CPU core and no download:
+
+    python recipes/finetune.py --train_file docs/hub.md --do_train --do_eval --max_steps 40 --block_size 128 \\
+        --gradient_accumulation_steps 4 --learning_rate 3e-3 --inner_lr 0.1 --output_dir runs/finetune
+
+and 20 steps more, with the same flags but these:
+
+    --max_steps 60 --resume_from_checkpoint runs/finetune/checkpoint-40
+
+A model and a data set of the Hub, streamed, with LoRA adapters, pushed; on several GPUs with `torchrun`:
+
+    python recipes/finetune.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --lora_r 16 \\
+        --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming --block_size 1024 \\
+        --do_train --do_eval --max_steps 1000 --gradient_accumulation_steps 8 --bf16 --output_dir runs/smol \\
+        --push_to_hub
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import DatasetDict, IterableDatasetDict, load_dataset
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    HfArgumentParser,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_nexus import NexusConfig as TrainingArguments  # Nexus: was `from transformers import TrainingArguments`
+from hf_nexus import NexusTrainer as Trainer  # Nexus: was `from transformers import Trainer`
+
+logger = logging.getLogger(__name__)
+TINY = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A model of the Hub, or a folder."})
+    model_type: str = field(default="llama", metadata={"help": "Architecture of a model from scratch."})
+    config_overrides: str = field(default=TINY, metadata={"help": "Its shape, such as 'hidden_size=64'."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "The model's own by default; else bytes."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
+
+    def __post_init__(self) -> None:
+        if self.lora_r and self.model_name_or_path is None:
+            raise ValueError("--lora_r needs --model_name_or_path: adapters are of no use without their base.")
+
+
+@dataclass
+class DataTrainingArguments:
+    """What it is trained on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "A file of text, or .csv, .json, .jsonl."})
+    validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
+    validation_split_percentage: int = field(default=5, metadata={"help": "Of the text, if there is no such file."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on at most."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of a row."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; set --max_steps."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and self.train_file is None:
+            raise ValueError("There is nothing to train on: pass --dataset_name or --train_file.")
+
+
+def load_texts(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict | IterableDatasetDict:
+    """The splits `train` and `validation`."""
+    options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": args.streaming}
+    if args.dataset_name is not None:
+        path, options["name"] = args.dataset_name, args.dataset_config_name
+    else:
+        assert args.train_file is not None
+        files = {"train": args.train_file, "validation": args.validation_file}
+        options["data_files"] = {split: file for split, file in files.items() if file is not None}
+        endings = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+        path = endings.get(Path(args.train_file).suffix[1:], "text")
+    texts = load_dataset(path, **options)
+    if "validation" not in texts:
+        train, percent = texts["train"], args.validation_split_percentage
+
+        def is_held_out(_: Any, i: int) -> bool:
+            return i * percent % 100 < percent
+
+        texts["validation"] = train.filter(is_held_out, with_indices=True)
+        texts["train"] = train.filter(lambda text, i: not is_held_out(text, i), with_indices=True)
+    return texts
+
+
+def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
+    """All texts in a row, cut into blocks; what remains is dropped."""
+    joined = {key: list(chain.from_iterable(values)) for key, values in examples.items()}
+    length = len(joined["input_ids"]) // block_size * block_size
+    rows = {key: [v[i : i + block_size] for i in range(0, length, block_size)] for key, v in joined.items()}
+    return {**rows, "labels": [list(row) for row in rows["input_ids"]]}
+
+
+def tokenize(texts: Any, tokenizer: Any, args: DataTrainingArguments) -> Any:
+    """Rows of `block_size` tokens of each split."""
+    columns = list(next(iter(texts["train"])))
+    column = "text" if "text" in columns else columns[0]
+    options: dict[str, Any] = {"batched": True}
+    if not args.streaming:
+        options |= {"num_proc": args.preprocessing_num_workers, "load_from_cache_file": not args.overwrite_cache}
+    tokens = texts.map(lambda examples: tokenizer(examples[column]), remove_columns=columns, **options)
+    return tokens.map(group_texts, fn_kwargs={"block_size": args.block_size}, **options)
+
+
+def load_model(args: ModelArguments) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    name = args.tokenizer_name or args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir) if name else ByT5Tokenizer()
+    if args.model_name_or_path is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, cache_dir=args.cache_dir, dtype="float32"
+        )
+    else:
+        special = {
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = CONFIG_MAPPING[args.model_type](vocab_size=len(tokenizer), **special)
+        config.update_from_string(args.config_overrides)
+        model = AutoModelForCausalLM.from_config(config)
+    if args.lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, target_modules="all-linear"))
+    return model, tokenizer
+
+
+def compute_metrics(predictions: Any) -> dict[str, float]:
+    """Accuracy of the next token."""
+    predicted, labels = predictions.predictions[:, :-1], predictions.label_ids[:, 1:]
+    return {"accuracy": float(np.mean(predicted[labels != -100] == labels[labels != -100]))}
+
+
+def first_rows(rows: Any, count: int | None) -> Any:
+    return rows if count is None else rows.take(count)
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    logging.basicConfig(level=training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    model, tokenizer = load_model(model_args)
+    with training_args.main_process_first(desc="tokenizing"):
+        rows = tokenize(load_texts(data_args, model_args.cache_dir), tokenizer, data_args)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=first_rows(rows["train"], data_args.max_train_samples) if training_args.do_train else None,
+        eval_dataset=first_rows(rows["validation"], data_args.max_eval_samples) if training_args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+    )
+
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    about = {"finetuned_from": model_args.model_name_or_path, "dataset": data_args.dataset_name}
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**about)
+    else:
+        trainer.create_model_card(**about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""recipes/finetune.py: a script around a Trainer, of which two lines are Nexus."""
+
+import json
+import re
+import runpy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
+
+from hf_nexus.hub.publisher import Publisher
+from tests.conftest import tiny_llama
+from tests.hub_runs import QUICK, REPO, impatient_client
+from tests.hub_server import ALICE, HubServer
+from tests.test_publishing import hub  # noqa: F401  # a fixture
+from tests.tiny_config import documents
+
+pytest.importorskip("datasets")
+SCRIPT = Path(__file__).parents[1] / "recipes/finetune.py"
+SHAPE = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"
+TRAINING = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --seed 3"
+QUIET = "--use_cpu --report_to none --disable_tqdm true"
+FLAGS = f"--do_train --do_eval --block_size 32 --max_eval_samples 8 --learning_rate 1e-2 {TRAINING} {QUIET}".split()
+FLAGS += ["--config_overrides", SHAPE]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`run(*flags)` runs the script, or another, in this process, and returns its output folder."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(documents("abcd", 12, 0)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*flags: str, script: Path = SCRIPT, out: str = "out") -> Path:
+        folder = tmp_path / out
+        monkeypatch.setattr("sys.argv", ["", *FLAGS, f"--train_file={text}", f"--output_dir={folder}", *flags])
+        runpy.run_path(str(script), run_name="__main__")
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> list[str]:
+    """The flags that put adapters on a model that was saved."""
+    pytest.importorskip("peft")
+    tokenizer = ByT5Tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return ["--lora_r", "2", "--model_name_or_path", str(tmp_path / "base")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_with_the_two_lines_as_they_were_it_is_a_script_for_trainer(run, tmp_path):
+    text, count = re.subn(
+        r"from hf_nexus import Nexus\w+ as (\w+)", r"from transformers import \1", SCRIPT.read_text()
+    )
+    assert count == 2 and "hf_nexus" not in text.split('"""')[2]
+    stock = tmp_path / "stock.py"
+    stock.write_text(text)
+    nexus, off, plain = run(out="nexus"), run("--nexus", "False", out="off"), run(script=stock, out="plain")
+    assert same(weights(off), weights(plain))
+    assert not same(weights(nexus), weights(plain))
+    assert [(folder / "nexus.yaml").exists() for folder in (nexus, off, plain)] == [True, True, False]
+    for folder in (nexus, off, plain):
+        results = json.loads((folder / "all_results.json").read_text())
+        assert results["eval_loss"] < 5.8 and 0 < results["eval_accuracy"] < 1  # 5.95 = log(384) untrained
+        assert {"train_loss", "perplexity"} <= results.keys()
+        assert (folder / "README.md").exists()
+
+
+def test_it_resumes_to_the_bit(run):
+    whole = run()
+    resumed = run("--resume_from_checkpoint", str(whole / "checkpoint-2"), "--seed", "3", out="resumed")
+    assert same(weights(whole), weights(resumed))
+    assert not same(weights(whole), weights(whole / "checkpoint-2"))
+
+
+def test_it_streams_with_adapters(run, adapted):
+    folder = run("--streaming", "--max_train_samples", "1000", *adapted)
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
+    adapters = load_file(folder / "adapter_model.safetensors")
+    assert all("lora" in name for name in adapters)
+    assert any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # zero before training
+
+
+def test_it_pushes_adapters(run, adapted, hub: HubServer, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setattr("hf_nexus.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK))
+    with impatient_client(monkeypatch, xet=False):
+        folder = run("--push_to_hub", "--hub_model_id", REPO, "--hub_token", ALICE, *adapted)
+    files = hub.files(REPO)
+    assert "model.safetensors" not in files
+    for name in ("adapter_model.safetensors", "adapter_config.json", "eval_results.json", "README.md"):
+        assert files[name] == (folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "--dataset_name or --train_file"), (["--lora_r", "2"], "--lora_r needs --model_name_or_path")],
+)
+def test_what_is_missing_is_said(monkeypatch, flags, message):
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "nowhere", *flags])
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
