@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards test test-all lint format lock clean
+.PHONY: demo compare cards test test-all test-lowest test-newest docs-test build lint format lock clean
 
 # With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
 demo: $(READY)
@@ -28,6 +28,39 @@ test-all: $(READY)
 	@start=$$(date +%s); $(PYTEST) -n 2 --dist loadfile; status=$$?; \
 	echo "test-all took $$(( $$(date +%s) - start )) s"; exit $$status
 
+# The oldest and the newest versions that pyproject.toml allows, each in an environment of its own. Other environments
+# than CI's may have a build of torch of their own: PIP_INSTALL='--extra-index-url ...' is handed to pip. TESTS='tests/test_nexus.py' runs less.
+TESTS ?= -m "not slow"
+EXTRAS ?= test
+test-lowest: .venv-lowest/.ready
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
+test-newest: .venv-newest/.ready
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
+# The lower bounds of what the tests run against; those of the test tools are not lowered.
+.venv-lowest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) -c 'import re, tomllib; \
+		wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+		print("\n".join(re.sub(r">=([0-9.]+).*", lambda m: "==" + m[1] + (".*" if "." in m[1] else ".0.*"), w) for w in wanted))' \
+		> .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install -q --disable-pip-version-check $(PIP_INSTALL) -c .venv-lowest/lowest.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+.venv-newest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade $(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Docstring examples, documentation code, the mixtures and numbers of the pages, relative links.
+docs-test: $(READY)
+	$(PYTEST) tests/test_docs.py
+	$(PYTEST) tests/test_planning_cost.py -k page
+
+build: $(READY)
+	$(BIN)/python -m hatchling build -d dist
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +78,7 @@ lock: $(READY)
 	sed -E 's/\+[^ ]+//' .venv/constraints.txt | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints.txt
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest .venv-newest dist
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -7,7 +7,15 @@ from typing import Any
 from .config import NexusConfig
 from .mixture.config import MixtureConfig
 
-__all__ = ["SECTIONS", "DataArguments", "ModelArguments", "PretrainArguments", "PretrainConfig", "RunArguments"]
+__all__ = [
+    "SECTIONS",
+    "DataArguments",
+    "HardwareArguments",
+    "ModelArguments",
+    "PretrainArguments",
+    "PretrainConfig",
+    "RunArguments",
+]
 
 DEFAULT_CONFIG = "3b"
 
@@ -22,6 +30,48 @@ class RunArguments:
         default=None,
         metadata={"help": "Number of devices to plan for; the launcher's or the configuration's if unset."},
     )
+
+
+@dataclass
+class HardwareArguments:
+    """
+    What a plan is computed for, beside the number of devices; only from the command line.
+
+    Args:
+        sharding (`str`, *optional*):
+            `"ddp"` (each device holds a whole copy) or `"fsdp2"`; what the launcher and the training arguments say if
+            unset.
+        peak_tflops (`float`, *optional*, defaults to 989.0):
+            10^12 operations per second of one device; the default is what is stated for dense bfloat16 on an H100 or
+            H200.
+        mfu (`float`, *optional*, defaults to 0.4):
+            Share of that peak which the run reaches: an assumption until it is measured (`mfu` in the logs).
+        link (`float`, *optional*, defaults to 50.0):
+            10^9 bytes per second that a device sends to the others; the default is one 400 Gb/s adapter per device.
+        price_per_hour (`float`, *optional*):
+            Of one device for one hour, in any currency.
+
+    Raises:
+        ValueError: names the field and what is allowed.
+    """
+
+    sharding: str | None = field(
+        default=None, metadata={"help": "Plan for 'ddp' or 'fsdp2'; what the launcher says if unset."}
+    )
+    peak_tflops: float = field(default=989.0, metadata={"help": "Peak of a device to plan with, in TFLOP/s."})
+    mfu: float = field(default=0.4, metadata={"help": "Share of the peak to plan with, above 0 and up to 1."})
+    link: float = field(default=50.0, metadata={"help": "GB/s that a device sends to others, to plan with."})
+    price_per_hour: float | None = field(default=None, metadata={"help": "Of one device, to plan the cost with."})
+
+    def __post_init__(self) -> None:
+        if self.sharding not in (None, "ddp", "fsdp2"):
+            raise ValueError(f"--sharding {self.sharding!r} is not allowed; use 'ddp' or 'fsdp2'.")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu {self.mfu} is not allowed; it is a share of the peak, above 0 and up to 1.")
+        for name in ("peak_tflops", "link", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} {value} is not allowed; it must be above 0.")
 
 
 @dataclass
@@ -127,7 +177,7 @@ class PretrainArguments:
     Attributes:
         model, data, training, mixture:
             The sections; `mixture` is the whole `data` section, sources included.
-        devices (`int`, *optional*), dry_run (`bool`), config (`str`):
+        devices (`int`, *optional*), dry_run (`bool`), config (`str`), hardware ([`HardwareArguments`]):
             From the command line.
         resolved (`dict`):
             Every field with the value it was given, as plain data: what is saved, and can be given back as `--config`.
@@ -144,6 +194,7 @@ class PretrainArguments:
     devices: int | None
     resolved: dict[str, dict[str, Any]]
     changed: dict[str, Any]
+    hardware: HardwareArguments = field(default_factory=HardwareArguments)
 
     @property
     def folder(self) -> Path:

@@ -12,7 +12,15 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from .arguments import SECTIONS, DataArguments, ModelArguments, PretrainArguments, PretrainConfig, RunArguments
+from .arguments import (
+    SECTIONS,
+    DataArguments,
+    HardwareArguments,
+    ModelArguments,
+    PretrainArguments,
+    PretrainConfig,
+    RunArguments,
+)
 from .mixture.config import MixtureConfig
 from .mixture.strict import parse_yaml
 
@@ -86,7 +94,7 @@ def _suggest(word: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-_DATACLASSES: Any = [RunArguments, *SECTIONS.values()]
+_DATACLASSES: Any = [RunArguments, HardwareArguments, *SECTIONS.values()]
 
 
 class _Parser(HfArgumentParser):
@@ -170,6 +178,7 @@ def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, 
         devices=values["devices"],
         resolved=resolved,
         changed={key: value for key, value in resolved["training"].items() if value != _plain(key, defaults[key])},
+        hardware=HardwareArguments(**{f.name: values[f.name] for f in dataclasses.fields(HardwareArguments)}),
     )
 
 

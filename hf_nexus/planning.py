@@ -1,4 +1,4 @@
-"""What a run will take, before anything is downloaded: parameters, tokens, steps and memory."""
+"""What a run will take, before anything is downloaded: parameters, tokens, steps, memory and time."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from transformers import SchedulerType
 
 from .arguments import PretrainArguments, PretrainConfig
-from .memory import SYMBOLS, MemoryEstimate, estimate_memory, memory_table
+from .memory import SYMBOLS, MemoryEstimate, attention_of, estimate_memory, memory_table
 from .mixture.isolation import choose_isolation
 from .mixture.plan import PlanRow, mixture_plan
 from .mixture.plan_tables import format_plan, format_stages
 from .mixture.stages import stage_borders, weight_stages
 from .models import count_parameters, model_config
+from .plan_cost import CostEstimate, cost_table, estimate_cost
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,8 @@ class RunPlan:
             What becomes of each training source.
         stages (`list[int]`):
             The first outer step of each stage.
+        memory ([`~memory.MemoryEstimate`]), cost ([`~plan_cost.CostEstimate`]):
+            Computed from the shapes, and from what is assumed of the hardware.
     """
 
     parameters: int
@@ -51,6 +54,7 @@ class RunPlan:
     mixture: list[PlanRow] | None
     stages: list[int]
     memory: MemoryEstimate
+    cost: CostEstimate
 
 
 def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int | None] | None = None) -> RunPlan:
@@ -78,7 +82,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         132
     """
     t, length = arguments.training, arguments.data.sequence_length
-    choose_isolation(arguments.mixture.isolate_documents, _attention(arguments))
+    choose_isolation(arguments.mixture.isolate_documents, attention_of(arguments))
     parameters = count_parameters(model_config(arguments.model, length))
     rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources
@@ -102,7 +106,8 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         mixture = mixture_plan(sizes, in_tokens, total, caps)
     first_steps = [first // window for first, _ in borders]
     memory = estimate_memory(arguments, parameters, devices)
-    return RunPlan(parameters, devices, window * rows * length, steps, total, mixture, first_steps, memory)
+    cost = estimate_cost(arguments, parameters, window * rows * length, devices)
+    return RunPlan(parameters, devices, window * rows * length, steps, total, mixture, first_steps, memory, cost)
 
 
 def _weights(arguments: PretrainArguments, known: Mapping[str, int]) -> list[tuple[float, dict[str, float]]] | None:
@@ -112,10 +117,6 @@ def _weights(arguments: PretrainArguments, known: Mapping[str, int]) -> list[tup
         return weight_stages(given)
     weighted = config.stages is not None or all(s.weight is not None for s in config.train_sources.values())
     return config.stage_weights(known) if weighted or len(known) == len(config.train_sources) else None
-
-
-def _attention(arguments: PretrainArguments) -> str:
-    return arguments.model.attn_implementation or "sdpa"  # what a Llama gets by default
 
 
 def _check_sizes(sizes: Mapping[str, int], rows: int) -> None:
@@ -160,6 +161,9 @@ def print_plan(
         console.print(f"The sizes of the sources ({names}) are known once they are tokenized; the plan follows then.")
     console.print(memory_table(plan.memory))
     console.print(f"Activations: {plan.memory.formula}\n({SYMBOLS})", highlight=False)
+    if arguments.model.accelerators > 0:  # what is assumed of the hardware is an accelerator's
+        console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
+        console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
 
 
 def _run_table(arguments: PretrainArguments, plan: RunPlan) -> "Table":
@@ -187,7 +191,7 @@ def _run_table(arguments: PretrainArguments, plan: RunPlan) -> "Table":
 
 
 def _documents(arguments: PretrainArguments) -> str:
-    wanted, attention = arguments.mixture.isolate_documents, _attention(arguments)
+    wanted, attention = arguments.mixture.isolate_documents, attention_of(arguments)
     if choose_isolation(wanted, attention):
         return f"an EOS ends each; no attention from one to another ({attention}, positions restart)"
     why = "isolate_documents is off" if wanted is False else f"{attention} cannot keep them apart"

@@ -17,7 +17,8 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(command in result.stdout for command in ("train", "plan", "compare", "closeness", "benchmark", "push", "env"))
+    commands = ("train", "plan", "compare", "closeness", "benchmark", "push", "env")
+    assert all(command in result.stdout for command in commands)
 
 
 def test_plan_prints_the_numbers_and_takes_overrides(capsys):

@@ -1,16 +1,20 @@
 """The documentation's examples: configurations load, docstring examples run, links lead somewhere."""
 
+import ast
+import dataclasses
 import doctest
 import importlib
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hf_nexus import MixtureConfig, load_mixture
+from hf_nexus import MixtureConfig, NexusConfig, load_mixture
+from hf_nexus.command_line import parse_arguments
 from hf_nexus.mixture import SourceConfig
 from tests.conftest import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -50,6 +54,52 @@ def test_every_mixture_in_the_documentation_trains(block, make_trainer, tmp_path
     assert trainer.state.global_step == 3
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
     assert sum(trainer.meter.trained_tokens.values()) > 0
+
+
+PYTHON = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
+COMMANDS = [
+    pytest.param(line, id=line.split("#")[0].strip()[:60])
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.match(r"hf-nexus |(accelerate launch|torchrun|python) .*recipes/", line)
+]
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_compile_and_what_they_import_of_ours_exists(block):
+    """They load models of the Hub or go on from one another, so they are not run; `plain_accelerate.py` is."""
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("hf_nexus", "transformers"):
+            assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NexusConfig":
+            fields = {field.name for field in dataclasses.fields(NexusConfig)}
+            assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_name_files_and_flags_that_exist(line):
+    words = shlex.split(line, comments=True)
+    assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
+    if words[:2] == ["hf-nexus", "plan"]:
+        parse_arguments(["--config", words[2], "--dry_run", *words[3:]])
+    elif "recipes/pretrain_3b.py" in words:
+        parse_arguments(["--dry_run", *words[words.index("recipes/pretrain_3b.py") + 1 :]])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_files_are_accelerates(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    if config.distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize("module", MODULES)

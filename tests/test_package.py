@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,30 @@ def test_constraints_are_names_and_versions_only():
     lines = (PACKAGE.parent / "constraints.txt").read_text().splitlines()
     assert len(lines) > 50
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    if "No module named hatchling" in done.stderr:
+        pytest.skip("needs hatchling")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    files = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    expected = {str(p.relative_to(PACKAGE.parent)) for p in files}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    configs = [f"hf_nexus/configs/{name}.yaml" for name in ("demo", "130m", "300m", "1b", "3b")]
+    data = ["hf_nexus/py.typed", "hf_nexus/hub/card_template.md", "hf_nexus/experiments/configs/compare.yaml"]
+    assert {*configs, *data} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "License-Expression: Apache-2.0" in metadata and "hf-nexus = hf_nexus.cli:main" in entry_points
+
+
+def test_the_citation_is_the_projects():
+    citation = (PACKAGE.parent / "CITATION.cff").read_text()
+    assert f"version: {hf_nexus.__version__}\n" in citation and "2604.09258" in citation

@@ -1,6 +1,7 @@
 """What we rely on upstream beyond documented interfaces: a failure here says what moved."""
 
 import inspect
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ from tests.conftest import Rows, tiny_llama
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_save", ["self", "output_dir", "state_dict"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_save_rng_state", ["self", "output_dir"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_prepare_inputs", ["self", "inputs"]),
+        ("prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"]),
         ("evaluate", ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]),
         ("log", ["self", "logs", "start_time"]),
     ],
@@ -114,3 +121,88 @@ def test_accelerate_reaches_the_dataset_with_set_epoch_where_it_skips_batches(ma
     loader = DataLoaderShard(dataset, batch_sampler=SkipBatchSampler(BatchSamplerShard(sampler, 2, 0), 1))
     loader.set_epoch(3)
     assert dataset.epoch == 3
+
+
+def test_the_trainer_keeps_its_running_loss_and_batch_size_under_these_names(make_trainer):
+    seen = []
+
+    class Spy(Trainer):
+        def training_step(self, *args, **kwargs):
+            seen.append((float(self._tr_loss), self._globalstep_last_logged, self._train_batch_size))
+            return super().training_step(*args, **kwargs)
+
+    args = make_trainer(Rows(20, 0), max_steps=2, logging_steps=2).args
+    Spy(tiny_llama(), args, train_dataset=Rows(20, 0)).train()
+    assert seen[0] == (0.0, 0, 2) and seen[-1][0] > seen[1][0] > 0
+
+
+def test_a_loader_says_how_many_rows_of_the_last_batch_are_real():
+    """With several ranks accelerate completes the last batch with rows of the first."""
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    dataset = Rows(5, 0)
+    sampler = BatchSamplerShard(BatchSampler(SequentialSampler(dataset), 2, False), 2, 0)
+    loader = DataLoaderShard(dataset, batch_sampler=sampler)
+    loader.remainder = -1
+    ends = [(loader.end_of_dataloader, loader.remainder, len(batch["labels"])) for batch in loader]
+    assert ends == [(False, 1, 2), (True, 1, 2)]
+    assert loader.total_batch_size == 4
+
+
+def test_an_iterable_dataset_shows_what_it_is_made_of():
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.Dataset.from_dict({"x": [1, 2]}).to_iterable_dataset()
+    assert stream._formatting is None and stream._distributed is None
+    assert stream._ex_iterable.iter_arrow is not None
+    mapped = stream.map(lambda row: row)
+    assert hasattr(mapped._ex_iterable, "ex_iterable")
+    split = import_module("datasets.distributed").split_dataset_by_node(stream, rank=0, world_size=2)
+    assert split._distributed is not None
+    assert stream.with_format("arrow")._formatting.is_table
+
+
+def test_the_loader_worker_is_where_torch_says():
+    worker = torch.utils.data._utils.worker
+    assert worker._worker_info is None is torch.utils.data.get_worker_info()
+
+
+def test_sharding_on_a_cpu_is_reached_by_this_state():
+    """The tests of FSDP2 on CPU processes, and what accelerate reduces in there under bf16."""
+    from accelerate.state import PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    assert isinstance(PartialState._shared_state, dict)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    policy = plugin.mixed_precision_policy
+    assert policy.param_dtype == policy.reduce_dtype == torch.bfloat16
+
+
+def test_the_foreach_kernels_that_walk_and_restore_exist():
+    a, b = [torch.ones(2), torch.ones(3)], [torch.zeros(2), torch.full((3,), 2.0)]
+    torch._foreach_copy_(a, b, non_blocking=True)
+    assert all(map(torch.equal, a, b))
+    torch._foreach_add_(a, b, alpha=0.5)
+    torch._foreach_div_(a, 3)
+    norms = torch._foreach_norm(a, 2, dtype=torch.float32)
+    torch._foreach_sqrt_(a)
+    torch._foreach_zero_(a)
+    assert [float(n) for n in norms] == pytest.approx([0, 3**0.5]) and not any(t.any() for t in a)
+
+
+def test_metrics_reach_tensorboard_unchanged(make_trainer, tmp_path, monkeypatch, sources):
+    """The integrations log every number that `log` is given; `eval_` and the rest become prefixes, names stay."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = make_trainer(sources, report_to="tensorboard", trainer_kwargs={"eval_dataset": {"text": Rows(8, 0)}})
+    trainer.train()
+    trainer.evaluate()
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/path_cosine", "train/pseudo_gradient_norm", "train/inner_lr", "eval/text_loss"} <= tags
+    assert any(tag.startswith("train/loss/") for tag in tags)
+    logged = [entry["path_cosine"] for entry in trainer.state.log_history if "path_cosine" in entry]
+    assert [scalar.value for scalar in events.Scalars("train/path_cosine")] == pytest.approx(logged)

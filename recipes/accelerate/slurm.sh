@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Eight machines of eight GPUs through Slurm:
+#   sbatch recipes/accelerate/slurm.sh recipes/accelerate/multi_node.yaml --inner_sync local
+# The first argument is the accelerate file, the rest goes to the recipe. When its time is nearly up, the job is queued
+# again and resumes from its last checkpoint (`save_steps`).
+#SBATCH --job-name=nexus-3b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+
+accelerate_file=$1
+shift
+output=${OUTPUT_DIR:-runs/nexus-3b}
+export MAIN_HOST
+MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+resume=()
+if compgen -G "$output/checkpoint-*" > /dev/null; then
+  resume=(--resume_from_checkpoint last)
+fi
+
+# Single quotes: SLURM_NODEID is that of each machine.
+# shellcheck disable=SC2016
+srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_NODEID" \
+  --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) --main_process_ip "$MAIN_HOST" "$@"' \
+  "$accelerate_file" recipes/pretrain_3b.py --config 3b --output_dir "$output" "${resume[@]}" "$@" &
+run=$!
+trap 'scontrol requeue "$SLURM_JOB_ID"' TERM
+wait "$run"
