@@ -167,6 +167,21 @@ def closeness(
 
 
 @app.command()
+def card(folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run.")]) -> None:
+    """Render a run's card anew, keeping what you wrote into it: hf-nexus card runs/nexus-demo"""
+    from .hub.card import save_card
+    from .hub.run_summary import SUMMARY_NAME, RunSummary
+
+    try:
+        path = save_card(RunSummary.load(folder), folder)
+    except FileNotFoundError as error:
+        raise SystemExit(
+            f"error: {folder} holds no {SUMMARY_NAME}, which a finished run leaves in its output_dir."
+        ) from error
+    print(f"Rendered {path}")
+
+
+@app.command()
 def env() -> None:
     """Print the versions of the packages and the devices found; put it into bug reports."""
     from rich.console import Console

@@ -1,7 +1,9 @@
 """The console script: light to start, one line per error."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,7 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    commands = ("train", "plan", "compare", "closeness", "benchmark", "push", "env")
+    commands = ("train", "plan", "compare", "closeness", "benchmark", "card", "push", "env")
     assert all(command in result.stdout for command in commands)
 
 
@@ -47,6 +49,7 @@ def test_env_names_the_versions(capsys):
         (["train", "130m"], ["accelerator", "--config demo"]),
         (["compare", "nope.yaml"], ["There is no comparison 'nope.yaml'", "path of a YAML"]),
         (["closeness", "no/such-folder"], ["no pretrain.yaml beside no/such-folder", "--config"]),
+        (["card", "no/such-folder"], ["no/such-folder holds no run_summary.json"]),
         (["benchmark", "no/such-folder", "--tasks", "humaneval"], ["humaneval", "--allow-code-execution"]),
     ],
 )
@@ -64,3 +67,15 @@ def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
 def test_debug_keeps_the_traceback():
     with pytest.raises(ValueError, match="no configuration"):
         cli.main(["--debug", "plan", "130mm"])
+
+
+def test_a_card_is_rendered_anew_and_keeps_what_was_written_into_it(tmp_path, capsys):
+    recorded = Path(__file__).parents[1] / "model_cards" / "demo"
+    text = (recorded / "README.md").read_text(encoding="utf-8")
+    shutil.copyfile(recorded / "run_summary.json", tmp_path / "run_summary.json")
+    (tmp_path / "README.md").write_text(text + "\n## My notes\nkept\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["card", str(tmp_path)])
+    assert not stop.value.code
+    assert "Rendered" in capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text + "\n## My notes\nkept\n"
