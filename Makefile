@@ -29,7 +29,7 @@ test-all: $(READY)
 	echo "test-all took $$(( $$(date +%s) - start )) s"; exit $$status
 
 # The oldest and the newest versions that pyproject.toml allows, each in an environment of its own. Other environments
-# than CI's may have a build of torch of their own: PIP_INSTALL='--extra-index-url ...' is handed to pip. TESTS='tests/test_nexus.py' runs less.
+# than CI's may have a build of torch of their own: PIP_INSTALL='...' is handed to pip. TESTS='tests/test_nexus.py' runs less.
 TESTS ?= -m "not slow"
 EXTRAS ?= test
 test-lowest: .venv-lowest/.ready
