@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def one_run(config: ComparisonConfig, folder: Path, arm: str = "nexus", seed: in
     ("changes", "words"),
     [
         ({"arm": {}}, "arm: unknown key. Did you mean 'arms'"),
-        ({"arms": {"adamw": {}}}, "arms: a comparison needs two"),
+        ({"arms": {"adamw": {}}}, "arms: .* must be a mapping of two or more"),
         ({"arms": ARMS | {"a b": {}}}, "arms.a b: a name holds"),
         ({"arms": ARMS | {"x": {"inner_Ir": 1}}}, "arms.x.inner_Ir: not a training field"),
         ({"arms": ARMS | {"x": {"seed": 1}}}, "arms.x.seed: not a training field"),
@@ -79,6 +80,12 @@ def one_run(config: ComparisonConfig, folder: Path, arm: str = "nexus", seed: in
         ({"training": {"learning_rat": 1}}, "unknown key 'learning_rat' in the section 'training'"),
         ({"tasks": {"quiz": {"path": "q.jsonl", "prompt": "Q:"}}}, "does not contain {question}"),
         ({"workers": 0}, "workers: 0"),
+        ({"arms": ["adamw", "nexus"]}, "arms: .* must be a mapping"),
+        ({"arms": ARMS | {"x": 3}}, "arms.x: 3 must be a mapping"),
+        ({"model": None}, "model: None must be a mapping"),
+        ({"primary": None}, "primary: missing"),
+        ({"tasks": ["a"]}, "tasks: .* must be a mapping"),
+        ({"training": {"output_dir": "x"}}, "training.output_dir: the comparison decides"),
         (
             {
                 "tuning": {"grid": {"learning_rate": [1e-3, 2e-3]}},
@@ -129,6 +136,29 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, base):
         main([str(path)])
     with pytest.raises(ValueError, match="There is no comparison 'compar'"):
         ComparisonConfig.load("compar")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": ARMS | {"x": {"max_steps": 7}}}, "not all train on as many rows"),
+        ({"tuning": {"grid": {"learning_rate": [1e-3, "much"]}}}, "learning_rate"),
+        ({"minima": {"sources": ["letters", "signs"]}}, "signs.* are not among the training sources"),
+        ({"tasks": {"quiz": {"path": "no/such.jsonl"}}}, "no/such.jsonl"),
+    ],
+)
+def test_what_would_fail_later_is_found_before_anything_runs(base, tmp_path, changes, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        Comparison(make(base, tmp_path, **changes), Console(quiet=True)).check()
+    assert not (tmp_path / "arms").exists()
+
+
+def test_the_primary_endpoint_is_declared_once(base, tmp_path):
+    Comparison(make(base, tmp_path), Console(quiet=True)).check()
+    Comparison(make(base, tmp_path, seeds=[1, 2, 3, 4]), Console(quiet=True)).check()
+    changed = make(base, tmp_path, primary={"arm": "nexus", "figure": "validation_loss"})
+    with pytest.raises(ValueError, match="declared after seeing results"):
+        Comparison(changed, Console(quiet=True)).check()
 
 
 # ---- A run ----
@@ -219,6 +249,9 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(finished, base):
     other = Run(run.config, run.arm, run.seed, run.settings | {"inner_lr": 0.1}, run.folder, run.tokenizer)
     with pytest.raises(ValueError, match="holds a run with other settings"):
         other.record()
+    sampled = replace(run, config=replace(run.config, train_sample_rows=5))
+    with pytest.raises(ValueError, match=r"other settings \(see measured\.yaml"):
+        sampled.record()
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_record(finished, tmp_path, monkeypatch):
@@ -249,6 +282,10 @@ def test_minima_are_searched_and_reported(finished):
     weights = {name: p.clone() for name, p in AutoModelForCausalLM.from_pretrained(run.folder).state_dict().items()}
     found = search_minima(run).minima
     assert found is not None
+    searched = replace(run, config=replace(run.config, minima=replace(run.config.minima, learning_rate=1.0)))
+    with pytest.raises(ValueError, match=r"minima\.yaml"):
+        searched.refuse_other_minima()
+    run.refuse_other_minima()
     assert RunRecord.load(run.folder).minima == found
     assert set(found.steps) == {"letters", "digits"}
     for name in found.steps:
@@ -291,9 +328,11 @@ def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
     assert "Traceback" in log
 
 
-def test_a_worker_that_dies_is_reported(tmp_path):
-    outcomes = list(run_jobs([Job("killed", _die, tmp_path / "log.txt")], 1))
-    assert [outcome.error and outcome.error[:15] for outcome in outcomes] == ["a worker died w"]
+def test_a_worker_that_dies_takes_no_other_job_with_it(tmp_path):
+    jobs = [Job("killed", _die, tmp_path / "a"), Job("sum", partial(sum, [1, 2]), tmp_path / "b")]
+    outcomes = {outcome.job.name: outcome for outcome in run_jobs(jobs, 1)}
+    assert str(outcomes["killed"].error).startswith("its process died")
+    assert outcomes["sum"].result == 3
 
 
 def test_a_comparison_from_the_command_line_and_again(base, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A comparison from its configuration to its report: tuning, runs, minima. What is done already is not done again."""
 
 import json
+import math
 import os
 import statistics
 import time
@@ -10,15 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import parse_arguments
+from filelock import FileLock, Timeout
+from transformers import AutoTokenizer
+
 from ..mixture.loading import load_mixture
 from ..pretrain import load_tokenizer
+from .checks import check_settings, keep_declared
 from .config import ComparisonConfig
 from .minima import search_minima
 from .outcome import write_outcome
 from .pool import Job, Outcome, run_jobs, worker_count
 from .records import RunRecord
-from .runs import Run, train_sample
+from .runs import Run, read_rows, train_sample
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,12 +57,16 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
     try:
         config = ComparisonConfig.load(options.config, output_dir=options.output_dir)
         comparison = Comparison(config, Console())
-        comparison.check()
+        comparison.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(comparison.folder / ".lock", timeout=0):
+            comparison.check()
+            compare(comparison)
+    except Timeout as error:
+        raise SystemExit(f"error: another comparison is at work in {comparison.folder}.") from error
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    compare(comparison)
     if comparison.failed:
         raise SystemExit(f"{len(comparison.failed)} of the runs failed; the same command runs what is missing.")
 
@@ -87,8 +95,7 @@ class _Trial:
 
     @property
     def mean(self) -> float:
-        finite = [loss for loss in self.losses if loss == loss]
-        return statistics.fmean(finite) if len(finite) == len(self.losses) and finite else float("inf")
+        return statistics.fmean(self.losses) if all(map(math.isfinite, self.losses)) else math.inf
 
 
 class Comparison:
@@ -121,21 +128,28 @@ class Comparison:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison is one process, which spreads its runs over the devices: start it alone.")
-        arguments = None
-        for arm in self.config.arms:
-            settings = {**self.config.settings(arm), **next(self.config.trials(arm), {})}
-            path = self.folder / "configs" / f"{arm}.yaml"
-            arguments = _parse(self.config.run_config({**settings, "output_dir": str(self.folder)}), path)
-        assert arguments is not None
+        arguments = check_settings(self.config, self.folder)
+        for task in self.config.tasks.values():
+            read_rows(task)
         tokenizer = load_tokenizer(arguments, None)
-        tokenizer.save_pretrained(self._tokenizer)
+        if Path(self._tokenizer).exists():
+            if AutoTokenizer.from_pretrained(self._tokenizer).get_vocab() != tokenizer.get_vocab():
+                raise ValueError(f"{self._tokenizer} is another tokenizer than the configuration's: its runs differ.")
+        else:
+            tokenizer.save_pretrained(self._tokenizer)
         mixture = load_mixture(arguments.mixture, tokenizer)
         train_sample(mixture, self.config.train_sample_rows)
         names = list(mixture.train)
-        if self.config.minima is not None and (lost := set(self.config.minima.sources or names) - set(mixture.eval)):
+        searched = set(self.config.minima.sources or names) if self.config.minima is not None else set()
+        if lost := searched - set(names):
+            raise ValueError(f"minima.sources: {sorted(lost)} are not among the training sources {', '.join(names)}.")
+        if lost := searched - set(mixture.eval):
             raise ValueError(f"minima.sources: {sorted(lost)} have no held-out rows. Give them eval_rows.")
-        for run in self._trial_runs():
+        keep_declared(self.config, self.folder)
+        for run in self._trial_runs() or self.runs():
             run.record()
+        for run in self.runs():
+            run.refuse_other_minima()
 
     @property
     def _tokenizer(self) -> str:
@@ -182,10 +196,11 @@ class Comparison:
         for arm in self.config.arms:
             for number, settings in enumerate(self.config.trials(arm)):
                 own = [run for run in runs if run.arm == arm and run.folder.parent.name == f"trial-{number}"]
-                found = [record.end.validation_loss for run in own if (record := run.record()) is not None]
-                self.trials.append(_Trial(arm, settings, found))
+                records = [run.record() for run in own]
+                losses = [math.inf if record is None else record.end.validation_loss for record in records]
+                self.trials.append(_Trial(arm, settings, losses))
             best = min((trial for trial in self.trials if trial.arm == arm), key=lambda trial: trial.mean)
-            if best.mean == float("inf"):
+            if best.mean == math.inf:
                 raise SystemExit(f"No trial of {arm} came to an end; see {self.folder / 'tuning' / arm}.")
             self.chosen[arm] = best.settings
         (self.folder / _TUNING_NAME).write_text(json.dumps(self.tuning_table(), indent=1) + "\n", encoding="utf-8")
@@ -196,7 +211,7 @@ class Comparison:
             {
                 "arm": trial.arm,
                 **trial.settings,
-                "validation_loss": trial.mean,
+                "validation_loss": trial.mean if math.isfinite(trial.mean) else None,
                 "chosen": trial.settings == self.chosen[trial.arm],
             }
             for trial in self.trials
@@ -247,11 +262,3 @@ def _in_words(record: RunRecord) -> str:
         return f"distance {found.mean_distance:.4g}, {reached} of {len(found.converged)} searches converged"
     ood = "" if end.ood_loss is None else f", OOD {end.ood_loss:.4f}"
     return f"validation {end.validation_loss:.4f}{ood} ({record.seconds:.0f} s)"
-
-
-def _parse(sections: dict[str, dict[str, Any]], path: Path) -> Any:
-    import yaml
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return parse_arguments(["--config", str(path)])

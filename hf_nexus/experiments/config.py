@@ -79,7 +79,13 @@ class ComparisonConfig:
         if self.workers is not None:
             require_count("workers", self.workers)
         for section in SECTIONS:
+            if not isinstance(getattr(self, section), Mapping):
+                raise ValueError(
+                    f"{section}: {getattr(self, section)!r} must be a mapping of fields; or leave it out."
+                )
             check_keys("The comparison", section, getattr(self, section))
+        if fixed := sorted(set(RESERVED) & set(self.training)):
+            raise ValueError(f"training.{fixed[0]}: the comparison decides on it for each run. Leave it out.")
         self._check_arms()
         if self.tuning is not None and (both := sorted(set(self.tuning.seeds) & set(self.seeds))):
             raise ValueError(
@@ -91,13 +97,15 @@ class ComparisonConfig:
 
     def _check_arms(self) -> None:
         if not isinstance(self.arms, Mapping) or len(self.arms) < 2:
-            raise ValueError("arms: a comparison needs two or more.")
+            raise ValueError(f"arms: {self.arms!r} must be a mapping of two or more names to training fields.")
         allowed = {f.name for f in fields(PretrainConfig)} - set(RESERVED)
         common = None if self.tuning is None else math.prod(map(len, self.tuning.grid.values()))
         for name, settings in self.arms.items():
             if not _ARM_NAME.fullmatch(str(name)):
                 raise ValueError(f"arms.{name}: a name holds letters, digits, '_', '-' and '.' only.")
-            grid = {} if settings is None else settings.get("tuning", {})
+            if not isinstance(settings, Mapping | None) or not isinstance((settings or {}).get("tuning", {}), Mapping):
+                raise ValueError(f"arms.{name}: {settings!r} must be a mapping of training fields (and `tuning`).")
+            grid = (settings or {}).get("tuning", {})
             for key in {**(settings or {}), **grid}:
                 if key not in allowed | {"tuning"}:
                     raise ValueError(f"arms.{name}.{key}: not a training field that an arm may set.")
@@ -129,6 +137,10 @@ class ComparisonConfig:
     def from_dict(cls, mapping: Mapping[str, Any]) -> "ComparisonConfig":
         """Build from plain data, such as a parsed YAML."""
         given = known_keys(mapping, cls, "")
+        if given["primary"] is None:
+            raise ValueError("primary: missing; declare the arm and the figure that decide.")
+        if not isinstance(given.get("tasks") or {}, Mapping):
+            raise ValueError(f"tasks: {given['tasks']!r} must be a mapping of names to tasks.")
         parts = {"primary": Primary, "tuning": Tuning, "minima": MinimaSearch}
         for key, part in parts.items():
             if given.get(key) is not None:

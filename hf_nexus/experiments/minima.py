@@ -1,5 +1,6 @@
 """The minimizer of each source near the end of a run, found by training on that source alone."""
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..arguments import PretrainArguments
+    from ..mixture.loading import Mixture
 
 __all__ = ["search_minima"]
 
@@ -49,6 +51,8 @@ def search_minima(run: Run) -> RunRecord:
     wanted = run.config.minima
     assert wanted is not None
     record = RunRecord.load(run.folder)
+    if not math.isfinite(record.end.train_loss):
+        return record  # a diverged run has no minima nearby
     arguments = parse_arguments(["--config", str(run.folder / CONFIG_NAME)])
     if arguments.training.cpu_threads is not None:
         torch.set_num_threads(arguments.training.cpu_threads)
@@ -64,7 +68,8 @@ def search_minima(run: Run) -> RunRecord:
     searches = {}
     for name in sources:
         _move(parameters, start)
-        searches[name] = _search(model, {name: mixture.train[name]}, {name: held_out[name]}, arguments, wanted)
+        one = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
+        searches[name] = _search(model, one, arguments, wanted)
     _move(parameters, start)
     rows = held_out_rows(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
     found = minima_landscape(
@@ -81,6 +86,7 @@ def search_minima(run: Run) -> RunRecord:
         converged={name: search.converged for name, search in searches.items()},
         **found,
     )
+    run.note_minima()
     record.save(run.folder)
     return record
 
@@ -100,27 +106,25 @@ class _Search(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         """Compare the present loss with the best one."""
         loss = (metrics or {})["eval_loss"]
-        if loss < self.loss:
+        if loss < self.loss or not self.best:
             self.best, self.loss, self.step, self.waited = _copy(self.parameters), loss, state.global_step, 0
             return
         self.waited += 1
         if self.waited >= self.patience:
-            self.converged = control.should_training_stop = True
+            self.converged = self.step > 0  # one that only went up has found nothing
+            control.should_training_stop = True
 
 
 def _search(
-    model: torch.nn.Module,
-    train: "dict[str, Dataset]",
-    held_out: "dict[str, Dataset]",
-    arguments: "PretrainArguments",
-    wanted: MinimaSearch,
+    model: torch.nn.Module, mixture: "Mixture", arguments: "PretrainArguments", wanted: MinimaSearch
 ) -> _Search:
-    """Train on one source by plain AdamW, with the batches, the precision and the device of the run."""
+    """Train on the one source of `mixture` by plain AdamW, with the batches, precision and device of the run."""
     base = arguments.training
     with tempfile.TemporaryDirectory() as folder:
         args = NexusConfig(
             output_dir=folder,
             nexus=False,
+            mixture_weights=dict.fromkeys(mixture.train, 1.0),
             learning_rate=wanted.learning_rate,
             lr_scheduler_type="constant",
             adam_beta1=base.adam_beta1,
@@ -143,7 +147,7 @@ def _search(
             report_to="none",
             seed=0,
         )
-        trainer = NexusTrainer(model=model, args=args, train_dataset=train, eval_dataset=held_out)
+        trainer = NexusTrainer(model=model, args=args, train_dataset=mixture)
         trainer.remove_callback(PrinterCallback)
         search = _Search(dict(model.named_parameters()), wanted.patience)
         trainer.add_callback(search)

@@ -141,7 +141,7 @@ class Task:
 
 def check_seeds(key: str, seeds: Any) -> None:
     """Raise `ValueError` unless `seeds` is a list of different whole numbers."""
-    if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
+    if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"{key}: {seeds!r} must be a list of different whole numbers.")
     for seed in seeds:
         require_count(key, seed, least=0)

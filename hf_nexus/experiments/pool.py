@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -9,11 +10,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 __all__ = ["Job", "Outcome", "run_jobs", "worker_count"]
 
-_DEATHS = 2  # of workers in a row, without a job being finished in between
+_WATCH = 1.0  # seconds between two looks at whether the parent is still there
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,19 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
         >>> [outcome.result for outcome in run_jobs(jobs, workers=1)]  # doctest: +SKIP
         [3]
     """
-    left, deaths = list(jobs), 0
-    while left:
-        try:
-            for outcome in _run_once(left, min(workers, len(left))):
-                left.remove(outcome.job)
-                deaths = 0
-                yield outcome
-        except BrokenProcessPool:
-            deaths += 1
-            if deaths >= _DEATHS:
-                lost = "a worker died without a word (was it out of memory?)"
-                yield from (Outcome(job, error=lost) for job in left)
-                return
+    left = list(jobs)
+    if not left:
+        return
+    try:
+        for outcome in _run_once(left, min(workers, len(left))):
+            left.remove(outcome.job)
+            yield outcome
+    except BrokenProcessPool:  # a worker died, and with it the pool: which job it was shows when each is alone
+        for job in left:
+            try:
+                yield from _run_once([job], 1)
+            except BrokenProcessPool:
+                yield Outcome(job, error="its process died without a word (was it out of memory?)")
 
 
 def _run_once(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
@@ -119,12 +121,20 @@ def _places(workers: int) -> list[tuple[str | None, int]]:
 
 def _settle(places: Any) -> None:
     """Choose the worker's place before anything touches a device."""
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     device, threads = places.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    """Do not outlive a parent that was killed: a second one would train into the same folders."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH)
+    os._exit(1)
 
 
 def _run_logged(job: Job) -> Any:

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from ..mixture.loading import Mixture
 
-__all__ = ["Run", "train_sample"]
+__all__ = ["Run", "read_rows", "train_sample"]
 
-CONFIG_NAME = "run.yaml"
+CONFIG_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
 _SCORES = ("answer_loss", "exact_match")
 _PATH_FIGURES = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
@@ -76,26 +76,49 @@ class Run:
         sections["model"] = {**sections["model"], "tokenizer": self.tokenizer}
         return sections
 
+    def measured(self) -> dict[str, Any]:
+        """What decides on the figures beside the training."""
+        tasks = {name: asdict(task) for name, task in self.config.tasks.items()}
+        return {"train_sample_rows": self.config.train_sample_rows, "tasks": tasks}
+
     def record(self) -> RunRecord | None:
         """
         What the run left, if it has been run.
 
         Raises:
-            ValueError: the folder holds a run with another configuration.
+            ValueError: the folder holds a run with another configuration, or one that was measured otherwise.
         """
-        path = self.folder / CONFIG_NAME
-        if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != self.sections():
-            raise ValueError(
-                f"{self.folder} holds a run with other settings (see {CONFIG_NAME} there). Give the comparison "
-                "another output_dir, or delete that folder."
-            )
+        self._refuse_other(CONFIG_NAME, self.sections())
+        if not self.trial:
+            self._refuse_other(MEASURED_NAME, self.measured())
         return RunRecord.load(self.folder) if (self.folder / RECORD_NAME).exists() else None
+
+    def refuse_other_minima(self) -> None:
+        """Raise `ValueError` if the minima of this run were searched for with other settings."""
+        if self.config.minima is not None:
+            self._refuse_other(MINIMA_NAME, asdict(replace(self.config.minima, seeds=None)))
+
+    def note_minima(self) -> None:
+        """Note with which settings they were searched for."""
+        assert self.config.minima is not None
+        text = yaml.safe_dump(asdict(replace(self.config.minima, seeds=None)), sort_keys=False)
+        (self.folder / MINIMA_NAME).write_text(text, encoding="utf-8")
+
+    def _refuse_other(self, name: str, expected: dict[str, Any]) -> None:
+        path = self.folder / name
+        if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != expected:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings (see {name} there). Give the comparison another "
+                "output_dir, or delete that folder."
+            )
 
     def execute(self) -> RunRecord:
         """Train, measure, and save the record; from the last checkpoint on, if there is one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / CONFIG_NAME
-        path.write_text(yaml.safe_dump(self.sections(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        for name, content in ((CONFIG_NAME, self.sections()), (MEASURED_NAME, self.measured())):
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            (self.folder / name).write_text(text, encoding="utf-8")
         resume = ["--resume_from_checkpoint", "last"] if last_checkpoint(self.folder) else []
         run = prepare_run(parse_arguments(["--config", str(path), *resume]))
         if not self.trial:
@@ -129,7 +152,7 @@ class Run:
             scores = answer_scores(
                 run.trainer.model,
                 run.trainer.processing_class,
-                _read_rows(task),
+                read_rows(task),
                 prompt=task.prompt,
                 max_new_tokens=task.max_new_tokens,
                 batch_size=run.trainer.args.per_device_eval_batch_size,
@@ -157,10 +180,23 @@ def train_sample(mixture: "Mixture", rows: int) -> "dict[str, Dataset]":
     return sample
 
 
-def _read_rows(task: Task) -> list[dict[str, Any]]:
-    """The rows of a task's file."""
+def read_rows(task: Task) -> list[dict[str, Any]]:
+    """
+    The rows of a task's file.
+
+    Raises:
+        ValueError: a line that is not a JSON object with `question` and `answer`, or no line at all.
+        OSError: the file cannot be read.
+    """
     with open(task.path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in itertools.islice(lines, task.max_rows)]
+        try:
+            rows = [json.loads(line) for line in itertools.islice(lines, task.max_rows)]
+            whole = bool(rows) and all(isinstance(row[key], str) for row in rows for key in ("question", "answer"))
+        except (ValueError, KeyError, TypeError):
+            whole = False
+    if not whole:
+        raise ValueError(f"{task.path} must hold a JSON object with the texts `question` and `answer` in each line.")
+    return rows
 
 
 class _EvaluateSample(TrainerCallback):
