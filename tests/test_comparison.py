@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_nexus.experiments import compare as compare_module
+from hf_nexus.experiments import outcome as outcome_module
 from hf_nexus.experiments.compare import Comparison, compare, main
 from hf_nexus.experiments.config import ComparisonConfig
 from hf_nexus.experiments.minima import search_minima
@@ -397,8 +398,11 @@ def test_failed_runs_are_named_and_the_rest_is_reported(base, tmp_path, monkeypa
         done[arm] = tmp_path / arm
         one_run(config, done[arm], arm).execute()
     monkeypatch.setattr(compare_module, "run_jobs", all_but_one)
+    monkeypatch.setattr(outcome_module, "plot_comparison", lambda *args, **kwargs: 1 / 0)
     report = compare(comparison).read_text()
     assert [outcome.job.name for outcome in comparison.failed] == ["nexus seed 3"]
-    assert "FAILED: RuntimeError: out of luck" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "FAILED: RuntimeError: out of luck" in printed
+    assert "The pictures could not be drawn: ZeroDivisionError" in printed
     assert "seed 3" in report
     assert "no conclusion" in report.lower()  # two pairs of seeds are left

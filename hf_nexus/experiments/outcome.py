@@ -59,12 +59,21 @@ def write_outcome(
         title=f"Comparison: {', '.join(arms)}",
         details=_details(records, workers, seconds),
         tuning=trials,
-        pictures=plot_comparison(records, folder, baseline=baseline) if records else [],
+        pictures=_draw(records, folder, baseline, console),
     )
     console.print(comparison_table(records, arms=arms, seeds=seeds, baseline=baseline, primary=primary))
     console.print(f"Report: {path}")
     _compare_cards(runs, baseline)
     return path
+
+
+def _draw(records: Sequence[RunRecord], folder: Path, baseline: str, console: "Console") -> list[Path]:
+    """The pictures; a picture that cannot be drawn must not cost the report."""
+    try:
+        return plot_comparison(records, folder, baseline=baseline) if records else []
+    except Exception as error:
+        console.print(f"The pictures could not be drawn: {error!r}", markup=False)
+        return []
 
 
 def _details(records: Sequence[RunRecord], workers: int, seconds: float) -> dict[str, Any]:
