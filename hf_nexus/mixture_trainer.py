@@ -13,6 +13,7 @@ from .data_trainer import DataTrainerMixin
 from .evaluation.losses import OOD, mean_losses, perplexities
 from .meter import TrainingMeter
 from .token_weighted import TokenWeightedMixin
+from .trackers import TrackerPlots
 
 __all__ = ["MixtureTrainerMixin", "Window"]
 
@@ -50,6 +51,7 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         if OOD in self.data.names:
             raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
         self.add_callback(TrainingMeter(self.data.names))
+        TrackerPlots.attach(self)
 
     @property
     def meter(self) -> TrainingMeter:

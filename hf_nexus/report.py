@@ -1,7 +1,7 @@
 """What a run leaves for its reader: lines while it goes on, then a table, curves, the card and its results."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .trainer import NexusTrainer, NexusTrainerMixin
 
-__all__ = ["CARD_FILES", "RunLog", "write_card", "write_report"]
+__all__ = ["CARD_FILES", "RunLog", "draw_pictures", "write_card", "write_report"]
 
 PLOT_NAME, COSINES_NAME = "training.png", "gradient_cosines.png"
 # What `write_card` may leave in a folder, all of which belongs beside a published model.
@@ -67,6 +67,35 @@ class RunLog(TrainerCallback):
         return str(timedelta(seconds=round(seconds)))
 
 
+def draw_pictures(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path) -> list[Path]:
+    """
+    Draw what a log allows: the curves (`training.png`), and the gradient cosines (`gradient_cosines.png`).
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`):
+            What `trainer.state.log_history` holds.
+        sources (`Sequence[str]`):
+            Names of the training sources.
+        folder (`str` or `Path`):
+            Where to.
+
+    Returns:
+        `list[Path]`: the pictures drawn; empty if it is too early for any.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from hf_nexus.report import draw_pictures
+        >>> log = [{"step": step, "eval_text_loss": 3 / step} for step in (1, 2, 3)]
+        >>> [path.name for path in draw_pictures(log, ["text"], mkdtemp())]
+        ['training.png']
+    """
+    pictures: list[Path] = []
+    with suppress(ValueError):  # it is too early for a curve
+        pictures.append(plot_run(log_history, Path(folder, PLOT_NAME)))
+    cosines = plot_cosines(log_history, sources, Path(folder, COSINES_NAME))
+    return pictures if cosines is None else [*pictures, cosines]
+
+
 def write_card(
     trainer: "NexusTrainerMixin", folder: str | Path | None = None, *, plots: bool = True, **known: Any
 ) -> RunSummary:
@@ -95,13 +124,11 @@ def write_card(
         >>> write_card(trainer, license="apache-2.0", languages=["en"])  # doctest: +SKIP
     """
     folder = Path(folder or trainer.args.output_dir)
-    log = trainer.state.log_history
     summary = summarize(trainer, **known)
     if plots:
-        with suppress(ValueError):  # it is too early for a curve
-            summary.plot = plot_run(log, folder / PLOT_NAME).name
-        if plot_cosines(log, trainer.data.names, folder / COSINES_NAME) is not None:
-            summary.cosine_plot = COSINES_NAME
+        drawn = {path.name for path in draw_pictures(trainer.state.log_history, trainer.data.names, folder)}
+        summary.plot = PLOT_NAME if PLOT_NAME in drawn else None
+        summary.cosine_plot = COSINES_NAME if COSINES_NAME in drawn else None
     save_card(summary, folder)
     save_results(summary.benchmarks, folder)
     summary.save(folder)
