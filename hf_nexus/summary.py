@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import pairwise
+from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +176,7 @@ def _mixture_rows(trainer: Any) -> list[MixtureRow]:
         parts = [
             (end - start, shares) for (start, end), (_, shares) in zip(pairwise(starts), data.stages, strict=True)
         ]
-        weights |= {name: sum(part * shares[name] for part, shares in parts) for name in data.names}
+        weights |= {name: fsum(part * shares[name] for part, shares in parts) for name in data.names}
     paths = _paths(mixture)
     return [
         MixtureRow(

@@ -118,10 +118,12 @@ def mean_losses(
         inside = dict.fromkeys(sources, 1.0)
     outside = [loss for name, loss in losses.items() if name not in inside]
     means = {}
+    # `sum` rounds differently from Python 3.12 on; `fsum` is exact everywhere.
     if losses:
-        means[f"{prefix}_loss"] = sum(losses[name] * w for name, w in inside.items()) / sum(inside.values())
+        weighted = math.fsum(losses[name] * weight for name, weight in inside.items())
+        means[f"{prefix}_loss"] = weighted / math.fsum(inside.values())
     if outside:
-        means[f"{prefix}_{OOD}_loss"] = sum(outside) / len(outside)
+        means[f"{prefix}_{OOD}_loss"] = math.fsum(outside) / len(outside)
     return means
 
 

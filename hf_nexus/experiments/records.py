@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Minima:
     @property
     def mean_distance(self) -> float:
         """Mean L2 distance between two minimizers: what is called the minima distance of a run."""
-        return sum(value for _, _, value in self.pairwise) / len(self.pairwise)
+        return fsum(value for _, _, value in self.pairwise) / len(self.pairwise)
 
     @property
     def relative_distance(self) -> float:

@@ -28,7 +28,7 @@ def end_figures(record: RunRecord) -> dict[str, float]:
     figures = {"train_loss": record.end.train_loss} | _losses(record.end)
     figures |= {f"downstream/{name}": value for name, value in record.downstream.items()}
     if record.cosines and (pairs := record.cosines[-1][1]):
-        figures["gradient_cosine"] = sum(value for _, _, value in pairs) / len(pairs)
+        figures["gradient_cosine"] = math.fsum(value for _, _, value in pairs) / len(pairs)
     if record.minima is not None and record.minima.pairwise and record.minima.parameter_norm:
         figures["minima_distance"] = record.minima.relative_distance
     return figures

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 from .config import MixtureConfig
 
@@ -117,7 +118,7 @@ def mixture_plan(
     for name, size in tokens.items():
         fractions = tuple(part[name][0] for part in parts)
         seen = tuple(part[name][1] for part in parts)
-        exact = sum(share * length for share, length in zip(fractions, lengths, strict=True))
+        exact = fsum(share * length for share, length in zip(fractions, lengths, strict=True))
         rows.append(PlanRow(name, size, exact / max(1, total_tokens), sum(seen), fractions, seen, caps.get(name)))
     for row in rows:
         if row.max_epochs is None or row.tokens is None:
@@ -129,7 +130,7 @@ def mixture_plan(
 
 def _split(weights: Mapping[str, float], total: int) -> dict[str, tuple[float, int]]:
     """The share of each source in `total` tokens and how many that is."""
-    total_weight, seen, parts = sum(weights.values()), 0.0, {}
+    total_weight, seen, parts = fsum(weights.values()), 0.0, {}
     for name, weight in weights.items():
         share = weight / total_weight
         before, seen = seen, seen + share * total
