@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards test test-all test-lowest test-newest docs-test build lint format lock clean
+.PHONY: demo compare cards test test-all test-lowest test-newest docs-test recipes build lint format lock clean
 
 # With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
 demo: $(READY)
@@ -57,6 +57,10 @@ test-newest: .venv-newest/.ready
 docs-test: $(READY)
 	$(PYTEST) tests/test_docs.py
 	$(PYTEST) tests/test_planning_cost.py -k page
+
+# Each script of recipes/ as its header says, those that take minutes included.
+recipes: $(READY)
+	$(PYTEST) -n 2 tests/test_recipes.py
 
 build: $(READY)
 	$(BIN)/python -m hatchling build -d dist

@@ -74,7 +74,7 @@ class SharpnessAware(WindowTrainer):
         with torch.no_grad():
             grads = [p.grad for p in params]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-            start = torch._foreach_clone(params)
+            start = [p.detach().clone() for p in params]
             torch._foreach_add_(params, torch._foreach_mul(grads, self.rho / (norm + 1e-12)))
         del grads
         model.zero_grad()

@@ -3,7 +3,7 @@ Supervised fine-tuning on conversations of several sources: TRL's SFTTrainer wit
 'hf-nexus[trl]'). A minute on one CPU core, a tiny model from scratch and the built-in corpus, no download:
 
     python recipes/sft_with_trl.py --output_dir runs/sft
-    python recipes/sft_with_trl.py --output_dir runs/sft-packed --packing True --bf16 False
+    python recipes/sft_with_trl.py --output_dir runs/sft-packed --packing True
 
 A model and conversations of your own, in files of one JSON object {"messages": [...]} a line; LoRA if peft is there:
 
@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_nexus import NexusConfigMixin, NexusTrainerMixin
@@ -62,6 +63,11 @@ class NexusSFTConfig(NexusConfigMixin, SFTConfig):
     per_device_train_batch_size: int = 4
     learning_rate: float = 2e-3
     inner_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:  # SFTConfig would insist on it
+            self.bf16 = is_torch_bf16_gpu_available()
+        super().__post_init__()
 
 
 @dataclass

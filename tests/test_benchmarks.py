@@ -287,7 +287,9 @@ def test_ctrl_c_ends_the_child_and_keeps_what_was_done(tmp_path, model, stand_in
             print(os.getpid(), flush=True); time.sleep(600)
     """)
     code = f"""
+import signal
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may ignore it
 from hf_nexus import benchmarking
 from hf_nexus.evaluation import benchmark_runs
 benchmarking._require_lm_eval = lambda: None

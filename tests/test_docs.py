@@ -11,12 +11,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from hf_nexus import MixtureConfig, NexusConfig, load_mixture
+from hf_nexus import MixtureConfig, Nexus, NexusConfig, load_mixture
 from hf_nexus.command_line import parse_arguments
 from hf_nexus.mixture import SourceConfig
-from tests.conftest import tiny_llama
+from tests.conftest import Rows, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +71,40 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture
+def readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_quickstart_runs(readme, tmp_path, monkeypatch):
+    """As it stands, but for the model, which is of the Hub, and how long and where it trains."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    for auto, ours in (("ModelForCausalLM", tiny_llama(vocab_size=len(tokenizer))), ("Tokenizer", tokenizer)):
+        monkeypatch.setattr(f"transformers.Auto{auto}.from_pretrained", lambda name, ours=ours, **_: ours)
+    names = ("text", "code", "text_held_out", "law")
+    data = {name: Rows(64, i) for i, name in enumerate(names)}
+    assert 'output_dir="out"' in readme[0]
+    exec(readme[0].replace('output_dir="out"', 'output_dir="out", use_cpu=True, max_steps=2'), data)
+    trainer = data["trainer"]
+    assert trainer.state.global_step == 2
+    found = trainer.state.log_history[-1]
+    assert {"eval_text_loss", "eval_law_loss", "eval_loss", "eval_ood_loss"} <= found.keys()
+    assert found["eval_ood_loss"] == found["eval_law_loss"] != found["eval_loss"] == found["eval_text_loss"]
+
+
+def test_the_bare_loop_runs(readme):
+    model = tiny_llama()
+    before = [p.clone() for p in model.parameters()]
+    rows = [Rows(2, i)[:] for i in range(4)]
+    names = {"Nexus": Nexus, "model": model, "micro_batches": rows}
+    exec(readme[1], names | {"optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)})
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 @pytest.mark.parametrize("block", PYTHON)
 def test_python_blocks_compile_and_what_they_import_of_ours_exists(block):
-    """They load models of the Hub or go on from one another, so they are not run; `plain_accelerate.py` is."""
+    """The README's are run above; others go on from one another, or need what cannot be had here."""
     tree = ast.parse(block)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("hf_nexus", "transformers"):

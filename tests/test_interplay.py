@@ -296,6 +296,31 @@ def test_hyperparameter_search_trains_each_trial_as_a_run_of_its_own(make_traine
     assert len(set(losses)) == 3 and best.objective == min(losses)
 
 
+def test_optuna_finds_an_inner_learning_rate(make_trainer, sources):
+    optuna = pytest.importorskip("optuna")
+    tried: dict[float, float] = {}
+
+    def objective(metrics: dict[str, float]) -> float:
+        tried[trainer.args.inner_lr] = metrics["eval_loss"]
+        return metrics["eval_loss"]
+
+    trainer = NexusTrainer(
+        args=make_trainer(sources).args,
+        train_dataset=sources,
+        eval_dataset={"text": Rows(8, 0)},
+        model_init=lambda: tiny_llama(),
+    )
+    best = trainer.hyperparameter_search(
+        lambda trial: {"inner_lr": trial.suggest_float("inner_lr", 0.01, 1.0, log=True)},
+        objective,
+        n_trials=3,
+        backend="optuna",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    assert len(set(tried.values())) == 3
+    assert tried[best.hyperparameters["inner_lr"]] == best.objective == min(tried.values())
+
+
 # ---- Other models and trainers ----
 
 
@@ -384,43 +409,6 @@ def test_a_seq2seq_trainer_generates_when_it_evaluates(make_trainer, tmp_path):
     assert {"eval_one_matches", "eval_two_matches", "eval_one_loss", "eval_loss"} <= metrics.keys()
     assert len(trainer.predict(Examples("seq2seq", 3, 4), max_length=6, num_beams=1).predictions) == 3
     assert asked[-1] == (6, 1)
-
-
-# ---- Adapters ----
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
-    """Only they are copied, moved and saved; they resume to the bit, and merge."""
-    peft = pytest.importorskip("peft")
-
-    def adapted(seed: int) -> Any:
-        base = tiny_llama(dtype=dtype)
-        torch.manual_seed(seed)
-        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-
-    model, saving = adapted(0), {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    assert {p.dtype for p in base.values()} == {dtype}
-    whole = make_trainer(sources, model, **saving)
-    whole.train()
-    snapshot = [copy for copy in whole._nexus._snapshot.copies if copy is not None]
-    assert sum(copy.numel() for copy in snapshot) == model.get_nb_trainable_parameters()[0]
-    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
-
-    checkpoint = tmp_path / "out/checkpoint-2"
-    assert not list(checkpoint.glob("model*")) and (checkpoint / "adapter_model.safetensors").exists()
-    resumed = make_trainer(sources, adapted(1), output_dir=str(tmp_path / "again"), **saving)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(map(torch.equal, trained, [p for p in resumed.model.parameters() if p.requires_grad]))
-
-    ids = Rows(2, 0).ids
-    with torch.no_grad():
-        expected, start = model(ids).logits.float(), tiny_llama(dtype=dtype)(ids).logits.float()
-        merged = model.merge_and_unload()(ids).logits.float()
-    rounding = (expected - merged).norm() / (expected - start).norm()
-    assert rounding < (1e-4 if dtype == torch.float32 else 0.2)
 
 
 # ---- Switches of speed and memory ----

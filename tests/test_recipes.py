@@ -1,39 +1,122 @@
-"""The recipes, run as their header says."""
+"""Each script of `recipes/`, run as its header says: without a network, on a CPU, on the built-in corpus."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# What cannot be had here: several accelerators or machines, models and data of the Hub, files of the reader's.
+ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "mine.yaml")
 
 
-def run_recipe(*arguments: str) -> dict[str, tuple[float, float]]:
+def header_commands(recipe: Path) -> list[str]:
+    """The commands of the docstring, in order. Lines of flags alone are for the command before them."""
+    text = recipe.read_text().split('"""')[1].replace("\\\\\n", " ")
+    commands: list[str] = []
+    for line in re.findall(r"^    (\S.*)$", text, re.MULTILINE):
+        commands.append(f"{commands[-1]} {line}" if line.startswith("--") else line)
+    return [" ".join(command.split()) for command in commands if not any(mark in command for mark in ELSEWHERE)]
+
+
+COMMANDS = {recipe.name: header_commands(recipe) for recipe in sorted((ROOT / "recipes").glob("*.py"))}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable[[str], tuple[str, Path]]:
+    """`run(command)` gives what it printed, and the folder in which it ran, which is the same for all."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("recipes", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def run(command: str) -> tuple[str, Path]:
+        done = subprocess.run(
+            shlex.split(command), cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout, folder
+
+    return run
+
+
+def losses(stdout: str) -> dict[str, tuple[float, float]]:
     """Losses before and after that a recipe prints, by source."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = re.findall(r"^(\w+): loss ([\d.]+) -> ([\d.]+)$", done.stdout, re.MULTILINE)
-    assert len(lines) == len({name for name, _, _ in lines}), done.stdout  # one process prints
+    lines = re.findall(r"^(\w+): loss ([\d.]+) -> ([\d.]+)$", stdout, re.MULTILINE)
+    assert len(lines) == len({name for name, _, _ in lines}), stdout  # one process prints
     return {name: (float(before), float(after)) for name, before, after in lines}
 
 
-def test_plain_accelerate_lowers_the_loss_of_every_source() -> None:
-    losses = run_recipe("recipes/plain_accelerate.py", "--steps", "5")
-    assert set(losses) == {"code", "mathematics", "reasoning"}
-    for name, (before, after) in losses.items():
+def test_the_headers_hold_the_commands_that_are_run_here():
+    assert {name: len(commands) for name, commands in COMMANDS.items()} == {
+        "compare.py": 1,
+        "finetune.py": 2,
+        "plain_accelerate.py": 3,
+        "pretrain_3b.py": 2,
+        "sft_with_trl.py": 2,
+    }
+
+
+def test_finetune_and_what_resumes_it(run):
+    for command, step in zip(COMMANDS["finetune.py"], (40, 60), strict=True):
+        _, folder = run(command)
+        assert json.loads((folder / "runs/finetune/trainer_state.json").read_text())["global_step"] == step
+        results = json.loads((folder / "runs/finetune/all_results.json").read_text())
+        assert results["eval_loss"] < 3.5  # 5.95 = log(384) untrained
+    assert (folder / "runs/finetune/README.md").exists()
+
+
+def test_the_plan_of_3b(run):
+    stdout, _ = run(COMMANDS["pretrain_3b.py"][0])
+    assert "parameters" in stdout and "tokens" in stdout
+
+
+@pytest.mark.slow
+def test_the_demo_with_a_flag(run):
+    _, folder = run(COMMANDS["pretrain_3b.py"][1])
+    assert json.loads((folder / "runs/nexus-demo/trainer_state.json").read_text())["global_step"] > 100
+    assert "inner_lr: 0.1" in (folder / "runs/nexus-demo/nexus.yaml").read_text()
+    assert (folder / "runs/nexus-demo/training.png").exists()
+
+
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sft_with_trl_lowers_the_loss_of_both_sources(run, packing):
+    pytest.importorskip("trl")
+    stdout, folder = run(COMMANDS["sft_with_trl.py"][packing])
+    found = losses(stdout)
+    assert set(found) == {"mathematics", "reasoning"}
+    for name, (before, after) in found.items():
+        assert after < before - 1, name
+    assert (folder / ("runs/sft-packed" if packing else "runs/sft") / "model.safetensors").exists()
+
+
+def test_plain_accelerate(run):
+    found = losses(run(COMMANDS["plain_accelerate.py"][0])[0])
+    assert set(found) == {"code", "mathematics", "reasoning"}
+    for name, (before, after) in found.items():
         assert after < before - 0.3, name
 
 
 @pytest.mark.slow
-def test_plain_accelerate_trains_on_two_processes_as_one() -> None:
-    alone = run_recipe("recipes/plain_accelerate.py", "--steps", "5")
-    losses = run_recipe(*TORCHRUN, "recipes/plain_accelerate.py", "--steps", "5")
-    for name, (before, after) in losses.items():
-        assert before == alone[name][0], name  # the same model, and text
-        assert after < before - 0.3, name
-    assert losses != alone  # the second process had rows of its own
+def test_plain_accelerate_on_two_processes_begins_as_on_one(run):
+    alone, longer, two = [losses(run(command)[0]) for command in COMMANDS["plain_accelerate.py"]]
+    for name, (before, after) in alone.items():
+        assert longer[name][0] == two[name][0] == before, name  # the same model, and text
+        assert longer[name][1] < after, name
+        assert two[name][1] < before - 0.3, name
+    assert two != alone  # the second process had rows of its own
+
+
+@pytest.mark.slow
+def test_compare(run):
+    _, folder = run(COMMANDS["compare.py"][0])
+    report = (folder / "runs/compare/report.md").read_text()
+    pictures = {path.name for path in (folder / "runs/compare").glob("*.png")}
+    assert len(pictures) == 6 and all(name in report for name in pictures)

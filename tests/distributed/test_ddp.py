@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.conftest import Rows, tiny_llama
 from tests.distributed.launcher import launch
@@ -21,7 +22,7 @@ def distance(a, b) -> float:
 SCENARIOS = [f"{sync}{kind}" for sync in ("global", "local") for kind in ("", "_random", "_ragged", "_none", "_nan")]
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "global_padded"])
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "global_padded", "global_own_means"])
 def test_parameters_are_bit_identical_across_ranks_after_every_outer_step(ranks, scenario):
     for rank in ranks:
         assert rank[scenario]["agree"] and all(rank[scenario]["agree"])
@@ -37,6 +38,22 @@ def test_two_ranks_match_one_process_with_twice_the_batch(ranks, tmp_path, scena
     for key, value in ranks[0][scenario]["logs"].items():
         if key.startswith(("loss", "tokens/", "path_cosine", "pseudo")):
             assert value == pytest.approx(logs[key], rel=1e-4), key
+
+
+def test_without_an_average_over_tokens_each_rank_weighs_the_same(ranks, tmp_path):
+    """As one process whose loss is the mean of the means of both ranks' rows."""
+
+    def mean_of_means(outputs, labels, num_items_in_batch=None):
+        losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        sums, counts = losses.view(2, -1).sum(1), (labels[:, 1:] != -100).view(2, -1).sum(1)
+        return (sums / counts).mean()
+
+    settings = {"mixture_weights": WEIGHTS, "per_device_train_batch_size": 4}
+    one = make(tmp_path, sources(pad=True), compute_loss_func=mean_of_means, **settings)
+    one.train()
+    found = ranks[0]["global_own_means"]["weights"]
+    assert distance(found, weights(one)) < 1e-5
+    assert distance(found, ranks[0]["global_padded"]["weights"]) > 1e-3
 
 
 @pytest.mark.parametrize("scenario", ["global", "local", "global_ragged", "local_ragged"])

@@ -25,7 +25,9 @@ def sources(pad: bool = False) -> dict[str, Rows]:
     return {"text": Rows(40, 0, pad=pad), "code": Rows(32, 1, pad=pad), "math": Rows(24, 2, pad=pad)}
 
 
-def make(out: Path, data: Any, model: torch.nn.Module | None = None, **config: Any) -> NexusTrainer:
+def make(
+    out: Path, data: Any, model: torch.nn.Module | None = None, compute_loss_func: Any = None, **config: Any
+) -> NexusTrainer:
     defaults: dict[str, Any] = {
         "output_dir": str(out),
         "per_device_train_batch_size": 2,
@@ -37,7 +39,8 @@ def make(out: Path, data: Any, model: torch.nn.Module | None = None, **config: A
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return NexusTrainer(model or tiny_llama(), NexusConfig(**{**defaults, **config}), train_dataset=data)
+    args = NexusConfig(**{**defaults, **config})
+    return NexusTrainer(model or tiny_llama(), args, train_dataset=data, compute_loss_func=compute_loss_func)
 
 
 def weights(trainer: NexusTrainer) -> list[float]:
@@ -143,7 +146,9 @@ def main(out: Path) -> None:
         found[f"{sync}_ragged"] = run(out / sync, sources(), inner_sync=sync, max_steps=-1, num_train_epochs=2)
         found[f"{sync}_none"] = run(out / sync, Rows(64, 3), Switch(), inner_sync=sync, weight_decay=0.1)
         found[f"{sync}_nan"] = run(out / sync, sources(), inner_sync=sync, poisoned={2, 5, 6, 7, 8})
-    found["global_padded"] = run(out / "padded", sources(pad=True), mixture_weights=WEIGHTS)
+    padded = {"data": sources(pad=True), "mixture_weights": WEIGHTS}
+    found["global_padded"] = run(out / "padded", **padded)
+    found["global_own_means"] = run(out / "own", **padded, average_tokens_across_devices=False)
     save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}  # into the second epoch
     found["whole"] = run(out / "whole", sources(), **save)
     dist.barrier()
