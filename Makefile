@@ -75,14 +75,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # Resolve anew and write constraints.txt: names and versions only, so that it serves any index and any build of torch.
-lock: $(READY)
-	printf 'hatchling\neditables\n' > .venv/build-requirements.in
-	$(BIN)/pip-compile -q --upgrade --all-extras --strip-extras --no-annotate --no-header --no-emit-index-url \
-		--no-emit-find-links --no-emit-trusted-host -o .venv/constraints.txt pyproject.toml .venv/build-requirements.in
-	sed -E 's/\+[^ ]+//' .venv/constraints.txt | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints.txt
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'
+	printf 'hatchling\neditables\n' > .venv-lock/build-requirements.in
+	.venv-lock/bin/pip-compile -q --upgrade --all-extras --strip-extras --no-annotate --no-header --no-emit-index-url \
+		--no-emit-find-links --no-emit-trusted-host -o .venv-lock/constraints.txt pyproject.toml .venv-lock/build-requirements.in
+	sed -E 's/\+[^ ]+//' .venv-lock/constraints.txt | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-lock dist
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
