@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards test test-all test-lowest test-newest docs-test recipes build lint format lock clean
+.PHONY: demo compare cards test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
 
 # With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
 demo: $(READY)
@@ -62,7 +62,16 @@ docs-test: $(READY)
 recipes: $(READY)
 	$(PYTEST) -n 2 tests/test_recipes.py
 
+# The tests of the source distribution against the installed wheel, with no source of the package in reach.
+test-wheel: build
+	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[test]"
+	wheel=$$PWD/.venv-wheel; outside=$$(mktemp -d); tar xzf dist/*.tar.gz -C $$outside --strip-components 1 && \
+	rm -r $$outside/hf_nexus && cd $$outside && OMP_NUM_THREADS=1 $$wheel/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS); \
+	status=$$?; rm -rf $$outside; exit $$status
+
 build: $(READY)
+	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
 
 lint: $(READY)
@@ -84,7 +93,7 @@ lock:
 	sed -E 's/\+[^ ]+//' .venv-lock/constraints.txt | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-lock dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-lock .venv-wheel dist
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import hf_nexus
 from hf_nexus import MixtureConfig, Nexus, NexusConfig, load_mixture
 from hf_nexus.command_line import parse_arguments
 from hf_nexus.mixture import SourceConfig
@@ -23,9 +24,10 @@ from tests.tiny_tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 MIXTURES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "mixtures.md").read_text(), re.S)
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PACKAGE = Path(hf_nexus.__file__).parent
 MODULES = sorted(
-    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
-    for path in (ROOT / "hf_nexus").rglob("*.py")
+    str(path.relative_to(PACKAGE.parent).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
 )
 
 

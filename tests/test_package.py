@@ -12,7 +12,8 @@ import pytest
 
 import hf_nexus
 
-PACKAGE = Path(hf_nexus.__file__).parent
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(hf_nexus.__file__).parent  # elsewhere where the tests run against an installed wheel
 
 # The four rooms, and the glue above them in the order in which it may be imported.
 ROOMS = {
@@ -82,20 +83,21 @@ def test_public_names_resolve_and_unknown_ones_do_not():
 
 
 def test_the_version_is_the_projects():
-    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{hf_nexus.__version__}"' in text
 
 
 def test_constraints_are_names_and_versions_only():
-    lines = (PACKAGE.parent / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert len(lines) > 50
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(PACKAGE.parent != ROOT, reason="there is no source beside the tests to build it from")
 def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if "No module named hatchling" in done.stderr:
         pytest.skip("needs hatchling")
     assert done.returncode == 0, done.stderr
@@ -115,5 +117,5 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
 
 
 def test_the_citation_is_the_projects():
-    citation = (PACKAGE.parent / "CITATION.cff").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {hf_nexus.__version__}\n" in citation and "2604.09258" in citation
