@@ -52,7 +52,7 @@ def test_sam_without_ascent_is_plain_accumulation(arms, monkeypatch):
 
 def test_upgrad_of_one_source_is_plain_accumulation(arms):
     pytest.importorskip("torchjd")
-    pytest.importorskip("qpsolvers", reason="needs torchjd[quadprog_projector]")
+    pytest.importorskip("qpsolvers", reason="needs torchjd[quadprog-projector]")
     assert distance(trained(arms, "UPGrad (TorchJD)", k=1), trained(arms, arms.PLAIN, k=1)) < 1e-4
     assert distance(trained(arms, "UPGrad (TorchJD)"), trained(arms, arms.PLAIN)) > 0.01
 
