@@ -1,0 +1,75 @@
+"""`recipes/accelerate/slurm.sh`, with stand-ins for Slurm's commands and for the launcher."""
+
+import os
+import signal
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_nexus.command_line import parse_arguments
+
+ACCELERATE = Path(__file__).parents[1] / "recipes/accelerate"
+STAND_INS = {
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > requeued; fi',
+    "srun": 'SLURM_NODEID=1 exec "$@"',  # the second of two machines
+    "accelerate": 'echo $$ > pid; printf "%s\\n" "$@" > launched; exec sleep "${TRAINING_TAKES:-0}"',
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    for name, body in STAND_INS.items():
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        script.chmod(0o755)
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41"}
+        job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **environment}
+        command = ["bash", str(ACCELERATE / "slurm.sh"), *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **job})
+
+    return start
+
+
+def launched(folder: Path) -> tuple[Namespace, list[str]]:
+    """What the launcher was told, and what the recipe."""
+    from accelerate.commands.launch import launch_command_parser
+
+    command, *words = (folder / "launched").read_text().splitlines()
+    assert command == "launch"
+    arguments = launch_command_parser().parse_args(words)
+    return arguments, arguments.training_script_args
+
+
+@pytest.mark.parametrize("file", ["multi_node.yaml", "fsdp2_multi_node.yaml"])
+def test_each_machine_launches_its_eight_processes_and_meets_the_first(start, tmp_path, file):
+    assert start(str(ACCELERATE / file), "--inner_lr", "0.1").wait(30) == 0
+    launcher, recipe = launched(tmp_path)
+    assert launcher.config_file == str(ACCELERATE / file)
+    assert (launcher.machine_rank, launcher.num_machines, launcher.num_processes) == (1, 2, 16)
+    assert launcher.main_process_ip == "node7"
+    assert launcher.training_script == "recipes/pretrain_3b.py"
+    assert parse_arguments(["--dry_run", *recipe]).training.inner_lr == 0.1
+    assert "--resume_from_checkpoint" not in recipe
+
+
+def test_it_goes_on_from_a_checkpoint_and_is_queued_again_when_its_time_is_up(start, tmp_path):
+    (tmp_path / "mine/checkpoint-40").mkdir(parents=True)
+    job = start(str(ACCELERATE / "multi_node.yaml"), OUTPUT_DIR="mine", TRAINING_TAKES="30")
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "launched").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        job.wait(20)
+        _, recipe = launched(tmp_path)
+        assert " ".join(recipe).endswith("--output_dir mine --resume_from_checkpoint last")
+        assert (tmp_path / "requeued").read_text().split() == ["requeue", "41"]
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
