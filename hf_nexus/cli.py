@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from . import __version__
 
 __all__ = ["app", "main"]
 
@@ -17,10 +20,40 @@ app = typer.Typer(
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 _Config = Annotated[str, typer.Argument(help="Name of a configuration (demo, 130m, 300m, 1b, 3b) or a YAML file.")]
 
+# Shown below a command's help; an empty line in it begins a new line.
+_DEBUG_HELP = "\n\n--debug, before or after the command, shows the traceback of an error."
+_FIELDS_HELP = (
+    "\n\nAny field of the configuration can follow as a flag: of the model (--hidden_size), of the data "
+    "(--sequence_length), of TrainingArguments (--max_steps, --learning_rate, --output_dir, --resume_from_checkpoint) "
+    "and of NexusConfig (--inner_lr, --inner_direction). The configurations show them with comments: "
+    f"{Path(__file__).parent / 'configs'}{_DEBUG_HELP}"
+)
+_TRAIN_HELP = (
+    "For example: hf-nexus train mine.yaml --output_dir runs/mine --resume_from_checkpoint last" + _FIELDS_HELP
+)
+_PLAN_HELP = (
+    "For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 0.35 --price_per_hour 3"
+    "\n\nWhat to plan for: --devices, --sharding (ddp or fsdp2), --mfu (share of the peak that is reached), "
+    "--peak_tflops (of a device), --link (GB/s that a device sends), --price_per_hour (of a device)." + _FIELDS_HELP
+)
+_COMPARE_HELP = (
+    "--output_dir DIR: where everything is kept, in place of the comparison's own. What it holds already is not run "
+    "again." + _DEBUG_HELP
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-nexus {__version__}")
+        raise typer.Exit
+
 
 @app.callback()
 def _options(
     context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     context.obj = debug
@@ -37,23 +70,42 @@ def _one_line(context: typer.Context) -> Iterator[None]:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
 
-@app.command(context_settings=_PASS_ON)
+def _words(context: typer.Context, config: str) -> list[str]:
+    """
+    What follows a command, without a `--debug` of ours, which is noted in `context.obj`.
+
+    One with a value stays: it is the `debug` of TrainingArguments.
+    """
+    words = [config, *context.args]
+    following = [*words[1:], "--"]
+    kept = [
+        word
+        for position, (word, after) in enumerate(zip(words, following, strict=True))
+        if word != "--debug" or (position > 0 and not after.startswith("--"))
+    ]
+    context.obj = context.obj or len(kept) < len(words)
+    return kept
+
+
+@app.command(context_settings=_PASS_ON, epilog=_TRAIN_HELP)
 def train(context: typer.Context, config: _Config) -> None:
     """Train. Any field follows the configuration: hf-nexus train demo --max_steps 20 --inner_lr 0.1"""
     from . import pretrain
 
-    pretrain.main(["--config", config, *context.args], debug=context.obj)
+    words = _words(context, config)
+    pretrain.main(["--config", *words], debug=context.obj)
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_ON, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
     """Print parameters, tokens, steps, mixture and memory of a run, without network or GPU."""
     from . import pretrain
 
-    pretrain.main(["--config", config, "--dry_run", *context.args], debug=context.obj)
+    words = _words(context, config)
+    pretrain.main(["--dry_run=True", "--config", *words], debug=context.obj)
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_ON, epilog=_COMPARE_HELP)
 def compare(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="Name of a comparison (compare) or a YAML file.")] = "compare",
@@ -61,7 +113,8 @@ def compare(
     """Compare arms over seeds and report: hf-nexus compare mine.yaml --output_dir runs/mine"""
     from .experiments.compare import main
 
-    main([config, *context.args], debug=context.obj)
+    words = _words(context, config)
+    main(words, debug=context.obj)
 
 
 @app.command()
@@ -110,8 +163,6 @@ def push(
     ] = None,
 ) -> None:
     """Send to the Hub what a run could not; fails if something stays behind. Log in with `hf auth login` before."""
-    from pathlib import Path
-
     from .hub.pushing import push_rest
 
     with _one_line(context):
@@ -141,8 +192,6 @@ def closeness(
     output: Annotated[str | None, typer.Option(help="JSON file to write; by default closeness.json in MODEL.")] = None,
 ) -> None:
     """Measure how close a model's sources are: hf-nexus closeness runs/nexus-demo --projection 1024"""
-    from pathlib import Path
-
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
@@ -167,17 +216,18 @@ def closeness(
 
 
 @app.command()
-def card(folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run.")]) -> None:
+def card(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run.")],
+) -> None:
     """Render a run's card anew, keeping what you wrote into it: hf-nexus card runs/nexus-demo"""
     from .hub.card import save_card
     from .hub.run_summary import SUMMARY_NAME, RunSummary
 
-    try:
+    with _one_line(context):
+        if not Path(folder, SUMMARY_NAME).is_file():
+            raise ValueError(f"{folder} holds no {SUMMARY_NAME}, which a finished run leaves in its output_dir.")
         path = save_card(RunSummary.load(folder), folder)
-    except FileNotFoundError as error:
-        raise SystemExit(
-            f"error: {folder} holds no {SUMMARY_NAME}, which a finished run leaves in its output_dir."
-        ) from error
     print(f"Rendered {path}")
 
 
@@ -190,7 +240,7 @@ def env() -> None:
     from .environment import describe_hardware, installed_versions
 
     table = Table(show_header=False, title="hf-nexus env")
-    for name, version in {**installed_versions(), "hardware": describe_hardware()}.items():
+    for name, version in {**installed_versions(optional=True), "hardware": describe_hardware()}.items():
         table.add_row(name, version)
     Console().print(table)
 
@@ -198,7 +248,8 @@ def env() -> None:
 def main(argv: list[str] | None = None) -> None:
     """
     Console entry point; `argv` is the process's own by default. What is wrong before the first step ends in one line
-    and exit status 1, or with its traceback after `hf-nexus --debug`.
+    and exit status 1, or with its traceback after `hf-nexus --debug`; `--debug` may also follow train, plan and
+    compare.
 
     Example:
         >>> from hf_nexus.cli import main

@@ -24,7 +24,7 @@ from .arguments import (
 from .mixture.config import MixtureConfig
 from .mixture.strict import parse_yaml
 
-__all__ = ["available_configs", "check_keys", "load_config", "parse_arguments"]
+__all__ = ["available_configs", "check_keys", "load_config", "parse_arguments", "suggest"]
 
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
@@ -55,7 +55,7 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
         text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise ValueError(
-            f"There is no configuration {name_or_path!r}{_suggest(name_or_path, names)} "
+            f"There is no configuration {name_or_path!r}{suggest(name_or_path, names)} "
             f"Use one of {', '.join(names)}, or the path of a YAML file."
         )
     config = parse_yaml(text, name_or_path)
@@ -64,7 +64,7 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     for section, values in config.items():
         if section not in SECTIONS:
             raise ValueError(
-                f"{name_or_path} has an unknown section {section!r}{_suggest(section, SECTIONS)} "
+                f"{name_or_path} has an unknown section {section!r}{suggest(section, SECTIONS)} "
                 f"Allowed: {', '.join(SECTIONS)}."
             )
         check_keys(name_or_path, section, values)
@@ -80,7 +80,7 @@ def check_keys(where: str, section: str, values: dict[str, Any]) -> None:
         if key in allowed:
             continue
         home = next((name for name in SECTIONS if key in _keys(name)), None)
-        hint = f"; it belongs to the section {home!r}." if home else _suggest(str(key), allowed)
+        hint = f"; it belongs to the section {home!r}." if home else suggest(str(key), allowed)
         raise ValueError(f"{where} has an unknown key {key!r} in the section {section!r}{hint}")
 
 
@@ -89,7 +89,8 @@ def _keys(section: str) -> list[str]:
     return [*names, "sources"] if section == "data" else names
 
 
-def _suggest(word: str, known: Any) -> str:
+def suggest(word: str, known: Any) -> str:
+    """How a message about an unknown `word` ends: with the nearest of the `known` ones, or with a full stop."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
@@ -216,7 +217,8 @@ def _require_accelerator(values: dict[str, Any]) -> None:
     if values["accelerators"] > 0 and not torch.accelerator.is_available():
         raise ValueError(
             f"The configuration {values['config']!r} needs an accelerator, and this machine has none. Run the demo: "
-            "accelerate launch recipes/pretrain_3b.py --config demo. Or plan this one: add --dry_run."
+            "hf-nexus train demo (in a checkout also accelerate launch recipes/pretrain_3b.py --config demo). "
+            "Or plan this one: add --dry_run."
         )
 
 
@@ -235,4 +237,5 @@ def _describe_unknown(rest: list[str], parser: argparse.ArgumentParser) -> str:
     word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
     flags = [flag for action in parser._actions for flag in action.option_strings]
     sections = ", ".join(SECTIONS)
-    return f"Unknown argument {word!r}{_suggest(word, flags)} Allowed are the fields of the sections {sections}."
+    what = f"Unknown argument {word!r}" if word.startswith("-") else f"{word!r} is not a flag"
+    return f"{what}{suggest(word, flags)} Allowed are the fields of the sections {sections}."

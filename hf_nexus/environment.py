@@ -5,25 +5,32 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from . import __version__
+
 __all__ = ["describe_hardware", "installed_versions"]
 
-_PACKAGES = ("hf-nexus", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface-hub")
+_PACKAGES = ("transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface-hub")
+_OPTIONAL = ("trl", "peft", "evaluate", "lm-eval", "bitsandbytes")
 
 
-def installed_versions() -> dict[str, str]:
+def installed_versions(optional: bool = False) -> dict[str, str]:
     """
     Versions of Python and of the packages that a run depends on, by distribution name.
+
+    Args:
+        optional (`bool`, *optional*, defaults to `False`):
+            Also those that only some runs use, such as peft, where they are installed.
 
     Example:
         >>> from hf_nexus.environment import installed_versions
         >>> "transformers" in installed_versions()
         True
     """
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    found = {"python": platform.python_version(), "hf-nexus": __version__}
+    for name in (*_PACKAGES, *(_OPTIONAL if optional else ())):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # not installed, as in a checkout that is only on the path
+        except PackageNotFoundError:
             continue
     return found
 

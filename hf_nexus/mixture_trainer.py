@@ -58,6 +58,15 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         """What this run has trained on (upstream may replace the instance on resume)."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingMeter))
 
+    # ---- The end of a run ----
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's epoch, but for a run that was resumed after its last step: that would train one more."""
+        if self.state.global_step >= self.state.max_steps and (self.args.nexus or self.data.stages):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # ---- Counts ----
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -105,7 +114,9 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures per source to the training log line."""
-        if self._collecting:
+        if self._collecting:  # base classes may add figures of theirs to `logs`, as those of TRL do
+            super().log(logs, start_time)
+            self.state.log_history.pop()
             return
         if self.is_in_train and "loss" in logs:
             logs |= self.meter.read(self._sum_over_ranks, self.args.device, self.state.total_flos)
@@ -134,7 +145,9 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         Several sets are logged and given to `on_evaluate` once, with two means over them: `<prefix>_loss`, the macro
         loss over the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the
         others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is
-        absent. Beside each loss stands its perplexity, unless it is not finite.
+        absent. Beside each loss stands its perplexity, unless it is not finite, or labels are not one per token.
+        What a base class adds to the log of an evaluation (TRL's `eval_rewards/accuracies`, for example) is there for
+        each set, as `<prefix>_<name>_rewards/accuracies`.
 
         Args:
             eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
@@ -152,13 +165,17 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         else:
             _check_eval_names(sets)
-            metrics = {}
+            metrics, of_tokens = {}, True
             with self._collect_evaluations():
                 for name, dataset in sets.items():
                     chosen = name if eval_dataset is None else dataset
-                    metrics |= super().evaluate(chosen, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
+                    own = f"{metric_key_prefix}_{name}"
+                    found = super().evaluate(chosen, ignore_keys, own, **kwargs)
+                    metrics |= {_of_set(key, own): value for key, value in found.items()}
+                    of_tokens = of_tokens and self._labels_are_tokens
             metrics |= mean_losses(metrics, list(sets), self.mixture_weights or {}, metric_key_prefix)
-            metrics |= perplexities(metrics, list(sets), metric_key_prefix)
+            if of_tokens:
+                metrics |= perplexities(metrics, list(sets), metric_key_prefix)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meter.pause(time.perf_counter() - started)
@@ -169,12 +186,18 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         """Hold back the log line and the event of each single evaluation."""
         handler = self.callback_handler
         handler.on_evaluate = lambda args, state, control, metrics: control
+        handler.on_log = lambda args, state, control, logs: control
         self._collecting = True
         try:
             yield
         finally:
             self._collecting = False
-            del handler.on_evaluate  # uncovers the method
+            del handler.on_evaluate, handler.on_log  # uncovers the methods
+
+
+def _of_set(key: str, own: str) -> str:
+    """The name of a figure of the evaluation set whose metrics begin with `own`."""
+    return key if key == "epoch" or key.startswith(f"{own}_") else f"{own}_{key.removeprefix('eval_')}"
 
 
 def _check_eval_names(evaluation: Any) -> None:

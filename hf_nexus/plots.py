@@ -23,14 +23,15 @@ class _Curve:
     style: dict[str, Any]
 
 
-def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+def plot_run(
+    log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], sources: Sequence[str] | None = None
+) -> Path:
     """Draws the curves of one run into a PNG.
 
     The upper panel holds the held-out losses: solid for the training sources, dashed for the OOD sources, thick for
-    the means. A source counts as a training source when the log has `loss/<source>` or `tokens/<source>` for it; a log
-    that has neither shows all sets solid. Without any evaluation the logged training losses are drawn instead, and
-    the axis says that they are path losses. The lower panel holds `path_cosine` and, if it changes, `inner_lr`; it is
-    left out when the log has neither.
+    the means. If no set is named after a training source, all are solid. Without any evaluation the logged training
+    losses are drawn instead, and the axis says that they are path losses. The lower panel holds `path_cosine` and, if
+    it changes, `inner_lr`; it is left out when the log has neither.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`):
@@ -38,6 +39,8 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
             Non-finite values leave gaps.
         path (`str` or `os.PathLike`):
             File to write, whatever its suffix as PNG. Missing folders are made.
+        sources (`Sequence[str]`, *optional*):
+            Names of the training sources; by default those of which the log has `loss/<source>` or `tokens/<source>`.
 
     Returns:
         `Path`: `path`.
@@ -56,7 +59,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
         ```
     """
-    losses, axis_label = _loss_curves(log_history)
+    losses, axis_label = _loss_curves(log_history, sources)
     cosine, inner_lr = _series(log_history, "path_cosine"), _series(log_history, "inner_lr")
     if len({value for value in inner_lr.values() if math.isfinite(value)}) < 2:
         inner_lr = {}
@@ -95,9 +98,9 @@ def _names(log: Iterable[Mapping[str, Any]], pattern: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _loss_curves(log: Sequence[Mapping[str, Any]]) -> tuple[list[_Curve], str]:
+def _loss_curves(log: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> tuple[list[_Curve], str]:
     """The curves of the upper panel, and what its axis is called."""
-    sources = _names(log, r"(?:loss|tokens)/(.+)")
+    sources = _names(log, r"(?:loss|tokens)/(.+)") if names is None else list(names)
     evaluated = [name for name in _names(log, r"eval_(.+)_loss") if name != "ood"]
     ood = [name for name in evaluated if sources and name not in sources]
     if len(ood) == len(evaluated):  # no set is named after a source: the macro covers all of them

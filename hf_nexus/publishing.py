@@ -100,7 +100,7 @@ class PublishingMixin(Base):
 
         Args:
             details:
-                Fields of [`RunSummary`], or `language`, `tags` and `model_name` as in
+                Fields of [`RunSummary`], or `language`, `tags`, `tasks` and `model_name` as in
                 [`~transformers.Trainer.create_model_card`], whose other arguments the run itself answers.
         """
         self.card_details |= _details(*args, **details)
@@ -236,11 +236,12 @@ def _details(
     tags: str | list[str] | None = None,
     model_name: str | None = None,
     finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
     *unused: Any,
     **details: Any,
 ) -> dict[str, Any]:
     """The Trainer's arguments for cards in terms of [`RunSummary`]."""
-    for name in ("tasks", "dataset_tags", "dataset", "dataset_args", "dataset_name"):
+    for name in ("dataset_tags", "dataset", "dataset_args", "dataset_name"):
         details.pop(name, None)  # the run itself knows
     allowed = [f.name for f in fields(RunSummary)]
     if unknown := [name for name in details if name not in allowed]:
@@ -248,6 +249,8 @@ def _details(
     details |= {"license": license, "model_name": model_name}
     if finetuned_from is not None:
         details["base_model"] = finetuned_from
+    if tasks:
+        details["task"] = tasks if isinstance(tasks, str) else tasks[0]  # the Hub has one per model
     for name, value in {"languages": language, "tags": tags}.items():
         if value is not None:
             details[name] = [value] if isinstance(value, str) else list(value)

@@ -91,7 +91,7 @@ def draw_pictures(log_history: Sequence[Mapping[str, Any]], sources: Sequence[st
     """
     pictures: list[Path] = []
     with suppress(ValueError):  # it is too early for a curve
-        pictures.append(plot_run(log_history, Path(folder, PLOT_NAME)))
+        pictures.append(plot_run(log_history, Path(folder, PLOT_NAME), sources))
     cosines = plot_cosines(log_history, sources, Path(folder, COSINES_NAME))
     return pictures if cosines is None else [*pictures, cosines]
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -19,9 +20,10 @@ from .config import nexus_settings
 from .environment import describe_hardware, installed_versions
 from .hub.card_check import is_repo_id
 from .hub.results import Evaluation
-from .hub.run_summary import MixtureRow, RunSummary
+from .hub.run_summary import LANGUAGE_MODEL, MixtureRow, RunSummary
 from .mixture.strict import BUILTIN_PREFIX
 from .models import model_config
+from .tasks import find_task
 
 if TYPE_CHECKING:
     from .mixture.loading import Mixture
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluations", "planned_summary", "summarize"]
 
 _NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
+# What else a log has under `eval_` is a metric.
+_NO_METRIC = re.compile(r".*_(loss|runtime|per_second|time)")
 
 
 def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
@@ -51,10 +55,12 @@ def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
     """
     args, log, mixture = trainer.args, trainer.state.log_history, trainer.data.mixture
     last = {key: value for entry in log for key, value in entry.items()}
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
-    rows = _mixture_rows(trainer)
+    rows, purpose = _mixture_rows(trainer), find_task(model)
+    # Language models have their perplexity instead.
+    metrics = [] if purpose["auto_class"] == LANGUAGE_MODEL else [key for key in last if _is_metric(key, last[key])]
     found: dict[str, Any] = {
         "model_name": args.hub_model_id or Path(args.output_dir).resolve().name,
         "model_type": model.config.model_type,
@@ -64,7 +70,8 @@ def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
         "stages": trainer.data.stages,
         "evaluations": evaluations(log, trainer.data.names, trainer.eval_dataset, _paths(mixture)),
         **_hyperparameters(args),
-        "numbers": {key: float(last[key]) for key in _NUMBERS if key in last},
+        "numbers": {key: float(last[key]) for key in (*_NUMBERS, *metrics) if key in last},
+        **purpose,
         "repo_id": args.hub_model_id,
         "trainable_parameters": trainable if trainable < parameters else None,
         "datasets": [row.dataset for row in rows if row.dataset and _hub_id(row.dataset)],
@@ -211,6 +218,10 @@ def _origin(model: Any) -> dict[str, Any]:
             found = {"adapter": "LoRA" if kind == "LORA" else kind, "tags": [kind.lower()]}
     # A folder, even if a repository could have its name, is marked as one.
     return found | {"base_model": f"./{Path(base).name}" if base and Path(base).exists() else base}
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    return key.startswith("eval_") and not _NO_METRIC.fullmatch(key) and isinstance(value, int | float)
 
 
 def _hyperparameters(args: Any) -> dict[str, Any]:

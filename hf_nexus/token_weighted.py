@@ -28,6 +28,7 @@ class TokenWeightedMixin(Base):
     def __init__(self, *args: Any, **kwargs: Any):
         self._token_mean: TokenMean | None = None  # of the evaluation that is going on
         self._evaluated: Any = None  # its data loader
+        self._labels_are_tokens = False  # in the last batch that was evaluated
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(
@@ -60,13 +61,14 @@ class TokenWeightedMixin(Base):
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """The base class's step; the loss is the mean over this rank's own rows, whose tokens are counted."""
+        labels, tokens = inputs.get("labels"), None
+        self._labels_are_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
         if self._token_mean is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        labels, tokens = inputs.get("labels"), None
         # Over all ranks, upstream would multiply by their number even a loss that does not divide by the count.
         average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
-            if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+            if self._labels_are_tokens:
                 inputs = self._without_repeats(inputs)
                 tokens = self._get_num_items_in_batch([inputs], self.args.device)
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_nexus.command_line import parse_arguments
@@ -117,12 +117,14 @@ def test_three_recipes_have_cards_and_the_planned_one_follows_its_configuration(
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # the first imports
 @given(st.floats(-1e300, 1e300))
 def test_printed_numbers_equal_the_given_floats(value):
     printed = float(card_module._number(value))
     assert math.isclose(printed, value, rel_tol=5.1e-5, abs_tol=5.1e-5 if 1e-3 <= abs(value) < 1e6 else 0.0)
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 50.0))
 def test_model_index_holds_the_floats_themselves(loss):
     card = ModelCard(str(run_card(make_run(evaluations=[Evaluation("a", "ood", None, loss)]))))
@@ -325,8 +327,45 @@ def test_an_adapter_names_its_base_model_and_is_for_peft():
     assert "LoRA adapter of 1,234 trainable parameters" in str(card) and "from scratch" not in str(card)
     again = front_matter(run_card(make_run(), existing=str(card)))
     assert "base_model" not in again and "base_model_relation" not in again and "fine-tuning" not in again["tags"]
-    with pytest.raises(ValueError, match="base_model"):
-        make_run(adapter="LoRA")
+
+
+def test_the_adapter_of_an_unnamed_model_says_so_and_loads_nothing():
+    card = run_card(make_run(adapter="LoRA", trainable_parameters=1_234))
+    check_card(card)
+    head = front_matter(card)
+    assert "base_model" not in head and "base_model_relation" not in head and head["library_name"] == "peft"
+    assert "for **a base model without a name**, a `llama` language model" in str(card)
+    assert "None" not in str(card) and "from_pretrained" not in str(card) and "## Use" not in str(card)
+    assert "from scratch" not in str(card) and "never trained on" not in str(card)  # of the base nothing is known
+
+
+def test_the_card_of_another_model_speaks_of_its_task_and_of_no_perplexity():
+    run = replace(full_run(), task="image-classification", auto_class="AutoModelForImageClassification", tags=[])
+    card = run_card(replace(run, model_type="vit", benchmarks=[]))
+    check_card(card)
+    head, text = front_matter(card), str(card).replace("title = {hf\\_nexus: training language models", "")
+    assert head["pipeline_tag"] == "image-classification" and "metrics" not in head
+    for wrong in ("language model", "text-generation", "erplexity", "nats", "CausalLM", "Tokenizer", "generate("):
+        assert wrong not in text
+    assert "A `vit` image-classification model of" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    compile(code, "card", "exec")
+    assert code.startswith("from transformers import AutoModelForImageClassification\n\npath = ")
+    assert code.endswith("model = AutoModelForImageClassification.from_pretrained(path)\n")
+    widths = {line.count("|") for line in text.partition("## Results")[2].partition("From the")[0].splitlines()} - {0}
+    assert len(widths) == 1 and tables(text)["code"][1:] == ["8.3187", "3.0006", "3.1000", "-0.0994"]
+    results = head["model-index"][0]["results"]
+    assert {(r["task"]["type"], m["type"]) for r in results for m in r["metrics"]} == {
+        ("image-classification", "loss")
+    }
+    assert str(run_card(replace(run, model_type="vit", benchmarks=[]), existing=str(card))) == str(card)
+
+
+def test_of_a_model_without_an_auto_class_nothing_is_guessed():
+    card = run_card(make_run(task=None, auto_class=None))
+    check_card(card)
+    assert not {"pipeline_tag", "metrics", "model-index"} & set(front_matter(card))
+    assert "A `llama` model of" in str(card) and "## Use" not in str(card) and "```python" not in str(card)
 
 
 def test_a_saved_summary_gives_the_same_card_and_holds_no_secret(tmp_path):

@@ -1,13 +1,15 @@
 """The console script: light to start, one line per error."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from hf_nexus import cli
+from hf_nexus import __version__, cli
 
 
 def test_help_imports_neither_torch_nor_transformers():
@@ -38,7 +40,42 @@ def test_env_names_the_versions(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["env"])
     assert not stop.value.code
-    assert torch.__version__.split("+")[0] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed and __version__ in printed
+
+
+def test_env_lists_what_is_optional_only_where_it_is_installed(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from hf_nexus import environment
+
+    def version(name: str) -> str:
+        if name == "trl":
+            raise PackageNotFoundError
+        return "1.2.3"
+
+    monkeypatch.setattr(environment, "version", version)
+    assert "peft" not in environment.installed_versions()
+    found = environment.installed_versions(optional=True)
+    assert found["hf-nexus"] == __version__ and "trl" not in found
+    assert all(found[name] == "1.2.3" for name in ("peft", "evaluate", "lm-eval", "bitsandbytes"))
+
+
+def test_the_version_is_printed():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"hf-nexus {__version__}\n"
+
+
+def test_the_help_names_the_flags():
+    from hf_nexus.arguments import HardwareArguments
+
+    planning = [f"--{field.name}" for field in dataclasses.fields(HardwareArguments)]
+    fields = ["--max_steps", "--inner_lr", "TrainingArguments", "NexusConfig", "--debug", "configs"]
+    words = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": ["--output_dir", "--debug"]}
+    for command, expected in words.items():
+        result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
+        assert result.exit_code == 0
+        assert [word for word in expected if word not in result.output] == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +83,12 @@ def test_env_names_the_versions(capsys):
     [
         (["plan", "130mm"], ["130mm", "did you mean '130m'"]),
         (["plan", "130m", "--max_step", "3"], ["--max_step", "did you mean '--max_steps'"]),
-        (["train", "130m"], ["accelerator", "--config demo"]),
+        (["plan", "130m", "extra"], ["'extra' is not a flag"]),
+        (["plan", "130m", "max_steps", "3"], ["'max_steps' is not a flag", "did you mean '--max_steps'"]),
+        (["train", "130m"], ["accelerator", "hf-nexus train demo", "--config demo"]),
+        (["compare", "x.yaml", "--nonsense", "3"], ["Unknown argument '--nonsense'", "--output_dir"]),
+        (["compare", "x.yaml", "--output-dir", "3"], ["did you mean '--output_dir'"]),
+        (["compare", "x.yaml", "--output_dir"], ["--output_dir", "expected one argument"]),
         (["compare", "nope.yaml"], ["There is no comparison 'nope.yaml'", "path of a YAML"]),
         (["closeness", "no/such-folder"], ["no pretrain.yaml beside no/such-folder", "--config"]),
         (["card", "no/such-folder"], ["no/such-folder holds no run_summary.json"]),
@@ -64,9 +106,47 @@ def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
     assert all(word in message for word in words)
 
 
-def test_debug_keeps_the_traceback():
-    with pytest.raises(ValueError, match="no configuration"):
-        cli.main(["--debug", "plan", "130mm"])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--debug", "plan", "130mm"], "no configuration '130mm'"),
+        (["plan", "130mm", "--debug"], "no configuration '130mm'"),
+        (["plan", "--debug", "130mm"], "no configuration '130mm'"),
+        (["train", "130mm", "--debug", "--max_steps", "3"], "no configuration '130mm'"),
+        (["compare", "nope.yaml", "--debug"], "no comparison 'nope.yaml'"),
+    ],
+)
+def test_debug_keeps_the_traceback(argv, words):
+    with pytest.raises(ValueError, match=words):
+        cli.main(argv)
+
+
+def test_a_debug_with_a_value_is_that_of_the_training_arguments():
+    with pytest.raises(SystemExit, match=r"^error: argument --debug: invalid DebugOption value: 'nonsense'$"):
+        cli.main(["plan", "130m", "--debug", "nonsense"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"a": 1}', "it lacks 'mixture'"),
+        ('{"mixture": [], "evaluations": [], "benchmarks": [], "stages": []}', "missing 4 required"),
+        ('{"mixture": [{"sauce": 1}]}', "unexpected keyword argument 'sauce'"),
+    ],
+)
+def test_a_summary_that_is_none_is_named(tmp_path, text, words):
+    (tmp_path / "run_summary.json").write_text(text)
+    result = CliRunner().invoke(cli.app, ["card", str(tmp_path)])
+    message = str(result.exception.code)  # Python prints it and exits with 1
+    assert message.startswith(f"error: {tmp_path / 'run_summary.json'} is not the summary of a run: ")
+    assert words in message and "\n" not in message
+
+
+def test_a_card_of_a_file_is_refused():
+    with pytest.raises(SystemExit, match=r"^error: .* holds no run_summary\.json"):
+        cli.main(["card", __file__])
 
 
 def test_a_card_is_rendered_anew_and_keeps_what_was_written_into_it(tmp_path, capsys):

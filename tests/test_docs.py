@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import hf_nexus
-from hf_nexus import MixtureConfig, Nexus, NexusConfig, load_mixture
+from hf_nexus import MixtureConfig, Nexus, NexusConfig, NexusConfigMixin, load_mixture
 from hf_nexus.command_line import parse_arguments
 from hf_nexus.mixture import SourceConfig
 from tests.conftest import Rows, tiny_llama
@@ -71,6 +71,13 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if re.match(r"hf-nexus |(accelerate launch|torchrun|python) .*recipes/", line)
 ]
+
+
+def test_the_page_on_how_it_works_holds_every_field_with_its_default():
+    page = (ROOT / "docs/how_it_works.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page, re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(NexusConfigMixin)}
+    assert {name: ast.literal_eval(default) for name, default in rows.items()} == defaults
 
 
 @pytest.fixture

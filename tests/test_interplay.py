@@ -366,6 +366,22 @@ class NexusSeq2SeqConfig(NexusConfigMixin, Seq2SeqTrainingArguments):
     pass
 
 
+def test_perplexities_are_of_token_losses_only(make_trainer):
+    def evaluate(kind: str) -> dict[str, float]:
+        sets = {"one": Examples(kind, 6, 1), "two": Examples(kind, 6, 2)}
+        trainer = make_trainer(
+            {"one": Examples(kind, 16, 0), "more": Examples(kind, 16, 3)},
+            model_for(kind),
+            {"eval_dataset": sets},
+        )
+        return trainer.evaluate()
+
+    found = {kind: evaluate(kind) for kind in ("classification", "seq2seq")}
+    assert all("eval_one_loss" in metrics and "eval_ood_loss" in metrics for metrics in found.values())
+    assert not any("perplexity" in key for key in found["classification"])
+    assert found["seq2seq"]["eval_two_perplexity"] == pytest.approx(math.exp(found["seq2seq"]["eval_two_loss"]))
+
+
 @pytest.mark.parametrize("kind", ["classification", "seq2seq", "vision"])
 def test_other_models_train_as_in_a_loop_by_hand(make_trainer, kind):
     sources = {"one": Examples(kind, 24, 0), "two": Examples(kind, 16, 1)}

@@ -78,6 +78,14 @@ def test_a_set_is_no_ood_source_when_none_is_named_after_a_source(tmp_path, draw
     assert all(style == "-" for _, _, style, _ in drawn.values())
 
 
+def test_sources_can_be_named_for_a_log_that_does_not_name_them(tmp_path, drawn):
+    log = [{"step": step, "eval_code_loss": 2.0, "eval_law_loss": 3.0} for step in (0, 1)]
+    plot_run(log, tmp_path / "unnamed.png")
+    assert drawn["law"][2] == "-"
+    plot_run(log, tmp_path / "named.png", ["code", "text"])
+    assert drawn["code"][2] == "-" and drawn["law"][2] != "-"
+
+
 def test_later_entries_of_a_step_win_and_steps_are_sorted(tmp_path, drawn):
     log = [{"step": step, "eval_loss": loss} for step, loss in ((0, 3.0), (10, 2.0), (10, 1.5), (5, 2.5))]
     plot_run(log, tmp_path / "run.png")

@@ -241,3 +241,19 @@ def test_a_source_column_makes_sources():
     named = rows.cast_column("source", datasets.ClassLabel(names=["a", "b"]))
     assert set(split_sources(named)) == {"a", "b"}
     assert split_sources(rows.to_iterable_dataset()) is None
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (
+            ["a", None, "a", "b"],
+            r"`source` column is empty in 1 of 4 rows: name theirs, or, .*remove_columns\('source'\)",
+        ),
+        (["http://1", "http://2", "http://3", "http://1"], r"holds 3 different values in 4 rows: .*remove_columns"),
+    ],
+)
+def test_a_column_that_does_not_name_sources_is_said_to_be_none(column, message):
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=message):
+        split_sources(datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "source": column}))

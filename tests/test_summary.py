@@ -2,17 +2,21 @@
 
 import math
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from hf_nexus.cosine_plot import plot_cosines
 from hf_nexus.hub.card import BenchmarkScore
 from hf_nexus.hub.card_check import check_card
 from hf_nexus.hub.run_summary import RunSummary
+from hf_nexus.publishing import _details
 from hf_nexus.report import CARD_FILES, write_card
-from hf_nexus.summary import summarize
-from tests.conftest import Rows, tiny_llama
+from hf_nexus.summary import _purpose, summarize
+from tests.conftest import VOCAB, Rows, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -118,6 +122,120 @@ def test_the_code_of_an_adapters_card_runs(make_trainer, tmp_path, monkeypatch, 
     capsys.readouterr()
     exec(code.replace('path = "."', 'path = "out"'), {})  # the base lies beside the folder
     assert capsys.readouterr().out.startswith("The")
+
+
+def test_the_adapter_of_a_model_without_a_name_has_a_card(make_trainer):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    trainer = make_trainer({"a": Rows(16, 0)}, model=peft.get_peft_model(tiny_llama(), lora))
+    run = write_card(trainer)
+    assert (run.adapter, run.base_model, run.task) == ("LoRA", None, "text-generation")
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    check_card(text)
+    assert "a base model without a name" in text and "base_model:" not in text and "from_pretrained" not in text
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def bert(kind: str, **options):
+    config = transformers.BertConfig(vocab_size=VOCAB, **SIZES, **options)
+    return getattr(transformers, f"BertFor{kind}")(config)
+
+
+class OwnClassifier(transformers.BertForSequenceClassification):
+    """As users derive them: the mappings know its parent only."""
+
+
+class OwnModel(transformers.BertModel):
+    """Nothing in transformers loads this with its head, if it had one."""
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "auto_class"),
+    [
+        (tiny_llama, "text-generation", "AutoModelForCausalLM"),
+        (partial(bert, "SequenceClassification"), "text-classification", "AutoModelForSequenceClassification"),
+        (partial(bert, "MaskedLM"), "fill-mask", "AutoModelForMaskedLM"),
+        (
+            lambda: OwnClassifier(transformers.BertConfig(vocab_size=VOCAB, **SIZES)),
+            "text-classification",
+            "AutoModelForSequenceClassification",
+        ),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            ),
+            "text2text-generation",
+            "AutoModelForSeq2SeqLM",
+        ),
+        (
+            lambda: transformers.ViTForImageClassification(
+                transformers.ViTConfig(image_size=8, patch_size=4, **SIZES)
+            ),
+            "image-classification",
+            "AutoModelForImageClassification",
+        ),
+        (lambda: OwnModel(transformers.BertConfig(vocab_size=VOCAB, **SIZES)), None, None),
+    ],
+)
+def test_the_task_and_the_class_of_the_example_follow_from_the_model(make_trainer, make, task, auto_class):
+    trainer = make_trainer(Rows(8, 0), model=make())
+    run = summarize(trainer)
+    assert (run.task, run.auto_class) == (task, auto_class)
+    assert (
+        auto_class is None
+        or type(getattr(transformers, auto_class).from_config(trainer.model.config)) in type(trainer.model).__mro__
+    )
+    trainer.create_model_card(tasks="my-task")  # the user knows better
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "pipeline_tag: my-task\n" in text and ("```python" in text) == (auto_class is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("TapasForQuestionAnswering", "table-question-answering"),
+        ("Wav2Vec2ForSequenceClassification", "audio-classification"),
+        ("BartForConditionalGeneration", "text2text-generation"),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("RemoteCodeForCausalLM", "text-generation"),
+    ],
+)
+def test_a_mapping_says_more_than_the_name_of_a_class(name, task):
+    assert _purpose(type(name, (torch.nn.Module,), {})())["task"] == task
+
+
+@pytest.mark.parametrize("given", [{"tasks": "summarization"}, {"tasks": ["summarization", "translation"]}])
+def test_tasks_may_be_given_as_the_trainer_takes_them(given):
+    assert (
+        _details(**given)["task"] == _details(None, None, None, None, None, *given.values())["task"] == "summarization"
+    )
+    assert "task" not in _details(tasks=None)
+
+
+class Labelled(Rows):
+    """Rows of two classes."""
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
+
+
+def test_the_card_of_a_classifier_has_its_metrics_and_its_code_runs(make_trainer, tmp_path, monkeypatch):
+    kwargs = {"eval_dataset": Labelled(4, 1), "compute_metrics": lambda predictions: {"accuracy": 0.75}}
+    trainer = make_trainer(Labelled(16, 0), model=bert("SequenceClassification", num_labels=2), trainer_kwargs=kwargs)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    text = (tmp_path / "out" / "README.md").read_text()
+    check_card(text)
+    assert "| `eval_accuracy` | 0.7500 |" in text and "erplexity" not in text and "`eval_runtime`" not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, found := {})
+    assert type(found["model"]) is transformers.BertForSequenceClassification
 
 
 def test_cosines_are_drawn_where_there_are_any(tmp_path):

@@ -490,6 +490,19 @@ def test_gradient_cosines_of_a_stream_need_rows_held_out(make_trainer, sources):
 # ---- Saving and resuming ----
 
 
+def test_a_run_that_was_resumed_after_its_last_step_trains_no_more(make_trainer, sources, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    whole = make_trainer(sources, **saving)
+    whole.train()
+    resumed = make_trainer(sources, tiny_llama(seed=1), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert resumed.state.global_step == 2
+    assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
+    longer = make_trainer(sources, tiny_llama(seed=1), **saving | {"max_steps": 3})
+    longer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert longer.state.global_step == 3
+
+
 @pytest.mark.parametrize(
     "config",
     [

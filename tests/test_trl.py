@@ -203,6 +203,25 @@ def test_preference_optimization_is_what_a_loop_by_hand_does(make, tokenizer, pr
     assert distance(by_hand(model, trainer.windows, loss, adamw(model)), trainer.model) < 1e-5
 
 
+def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    sets = {"letters": preferences()["letters"], "law": preferences()["digits"]}
+    settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.1, "ref_model": llama(tokenizer)}
+    trainer = make(preferences(), NexusDPOTrainer, NexusDPOConfig, eval_dataset=sets, **settings)
+    trainer.train()
+    found = trainer.evaluate()
+    assert trainer.state.log_history[-1].items() >= found.items()
+    assert sum("eval_law_loss" in entry for entry in trainer.state.log_history) == 1
+    margins = {name: found[f"eval_{name}_rewards/margins"] for name in sets}
+    assert "eval_rewards/margins" not in found
+    for name, data in sets.items():
+        alone = make(preferences(), NexusDPOTrainer, NexusDPOConfig, model=trainer.model, ref_model=llama(tokenizer))
+        assert alone.evaluate(alone._prepare_dataset(data, tokenizer, alone.args, name))[
+            "eval_rewards/margins"
+        ] == pytest.approx(margins[name], abs=1e-4)
+    assert not any("perplexity" in key for key in found)  # its loss is not one of tokens
+
+
 def test_it_resumes_to_the_bit_and_evaluates_each_source(make, tmp_path):
     settings: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped", "max_steps": 4, "save_steps": 2}
     held_out = {name: rows.select(range(8)) for name, rows in texts().items()}

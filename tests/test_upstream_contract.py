@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from torch.optim.sgd import sgd
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from tests.conftest import Rows, tiny_llama
@@ -36,6 +36,17 @@ from tests.conftest import Rows, tiny_llama
 )
 def test_the_hooks_that_we_override_exist_with_these_parameters(method, parameters):
     assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
+
+
+def test_an_epoch_is_a_method_that_can_be_left_out(tmp_path):
+    """A run that is resumed at its end trains one step more upstream, hence our `_run_epoch`."""
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, max_steps=2, **options)
+    trainer = Trainer(tiny_llama(), args, train_dataset=Rows(16, 0))
+    trainer.train()
+    assert callable(trainer._run_epoch)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 3
 
 
 def test_a_window_is_prefetched_whole_and_only_its_last_step_syncs(make_trainer):

@@ -1,5 +1,6 @@
 """A comparison from its configuration to its report: tuning, runs, minima. What is done already is not done again."""
 
+import argparse
 import json
 import math
 import os
@@ -9,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
+from ..command_line import suggest
 from ..mixture.loading import load_mixture
 from ..pretrain import load_tokenizer
 from .checks import check_settings, keep_declared
@@ -32,6 +34,25 @@ __all__ = ["Comparison", "compare", "main"]
 _TUNING_NAME = "tuning.json"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(allow_abbrev=False, description="Compare arms over seeds, and report what the numbers support.")
+    parser.add_argument("config", nargs="?", default="compare", help="name of a comparison, or path of its YAML")
+    parser.add_argument("--output_dir", help="in place of the configuration's")
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
+        raise ValueError(
+            f"Unknown argument {word!r}{suggest(word, ['--output_dir'])} Allowed is --output_dir; all else is in the "
+            "comparison's YAML."
+        )
+    return options
+
+
 def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
     """
     Run the comparison that a command line names, `compare` by default, and print what came of it.
@@ -46,15 +67,10 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
         >>> from hf_nexus.experiments.compare import main
         >>> main(["compare", "--output_dir", "runs/compare"])  # doctest: +SKIP
     """
-    import argparse
-
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(description="Compare arms over seeds, and report what the numbers support.")
-    parser.add_argument("config", nargs="?", default="compare", help="name of a comparison, or path of its YAML")
-    parser.add_argument("--output_dir", help="in place of the configuration's")
-    options = parser.parse_args(argv)
     try:
+        options = _parse(argv)
         config = ComparisonConfig.load(options.config, output_dir=options.output_dir)
         comparison = Comparison(config, Console())
         comparison.folder.mkdir(parents=True, exist_ok=True)

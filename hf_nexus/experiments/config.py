@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import SECTIONS, PretrainConfig
-from ..command_line import check_keys, load_config
+from ..command_line import check_keys, load_config, suggest
 from ..mixture.strict import known_keys, parse_yaml, require_count, require_text
 from .parts import RESERVED, MinimaSearch, Primary, Task, Tuning, check_grid, check_seeds
 
@@ -108,7 +108,8 @@ class ComparisonConfig:
             grid = (settings or {}).get("tuning", {})
             for key in {**(settings or {}), **grid}:
                 if key not in allowed | {"tuning"}:
-                    raise ValueError(f"arms.{name}.{key}: not a training field that an arm may set.")
+                    hint = "." if key in RESERVED else suggest(str(key), allowed)
+                    raise ValueError(f"arms.{name}.{key}: not a training field that an arm may set{hint}")
             if grid:
                 check_grid(f"arms.{name}.tuning", grid)
                 if math.prod(map(len, grid.values())) != common:

@@ -87,14 +87,16 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
 
 def _metadata(run: RunSummary) -> dict[str, Any]:
     """The front matter that the run determines."""
-    results = model_index(run.evaluations, run.benchmarks)
+    results = model_index(run.evaluations, run.benchmarks, run.task, run.is_language_model)
     origin = "fine-tuning" if run.adapter else _ORIGINS[run.base_model is not None]
     base_model = run.base_model if run.base_model and is_repo_id(run.base_model) else None
-    metrics = ["perplexity"] * bool(run.evaluations) + [score.metric for score in run.benchmarks]
+    metrics = ["perplexity"] * bool(run.evaluations and run.is_language_model) + [
+        score.metric for score in run.benchmarks
+    ]
     return ModelCardData(
         model_name=run.model_name if results else None,
         library_name="peft" if run.adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=run.task,
         license=run.license and run.license.lower(),
         license_name=run.license_name,
         license_link=run.license_link,
@@ -161,8 +163,11 @@ def _body(run: RunSummary) -> str:
         k=run.nexus["gradient_accumulation_steps"],
         length="at most " * (run.nexus.get("inner_lr_schedule") == "follow") + str(run.nexus["inner_lr"]),
         base_model=base_model,
+        kind="language model" if run.is_language_model else f"{run.task or ''} model".strip(),
         stages=_stage_columns(run),
-        roles=ROLES if base_model is None else ROLES | {"ood": "OOD source, not trained on in this run"},
+        roles=ROLES
+        if base_model is None and not run.adapter
+        else ROLES | {"ood": "OOD source, not trained on in this run"},
         environment={name: value for name, value in environment.items() if value is not None},
         version=run.versions.get("hf-nexus"),
     )

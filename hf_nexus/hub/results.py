@@ -16,7 +16,8 @@ __all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "Evaluation", "merge_index
 
 # A file of our own: what other tools and people put beside it is not touched.
 RESULTS_NAME = ".eval_results/hf_nexus.yaml"
-_LOSSES, _SCORES = "Held-out language modelling", "Benchmark (hf_nexus)"  # by which our entries are known again
+# By which our entries are known again: losses of language models, of other models, and scores.
+_LM_LOSSES, _LOSSES, _SCORES = "Held-out language modelling", "Held-out loss (hf_nexus)", "Benchmark (hf_nexus)"
 
 
 ROLES = {
@@ -29,14 +30,14 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """First and last held-out loss of one set, at restored weights.
+    """First and last held-out loss of one set, at restored weights; in nats per token for language models.
 
     Args:
         name (`str`): Name of the set, unique within a run.
         role (`"train"`, `"ood"`, `"macro"` or `"held_out"`): A training source's held-out rows, an OOD source, a mean
             of several, or the evaluation set of a run without sources.
-        first_loss (`float`, *optional*): Loss before training or at the first evaluation, nats per token.
-        last_loss (`float`): Loss at the end, nats per token.
+        first_loss (`float`, *optional*): Loss before training or at the first evaluation.
+        last_loss (`float`): Loss at the end.
         dataset (`str`, *optional*): Hub id of the data.
         arm_loss (`float`, *optional*): Loss of the arm compared against, at its end.
 
@@ -106,15 +107,20 @@ class BenchmarkScore:
             raise ValueError(f"dataset={self.dataset!r} of {self.name} is no id of the Hub: use 'user/name'.")
 
 
-def model_index(losses: Iterable[Evaluation], scores: Iterable[BenchmarkScore]) -> list[EvalResult]:
+def model_index(
+    losses: Iterable[Evaluation],
+    scores: Iterable[BenchmarkScore],
+    task: str | None = "text-generation",
+    perplexities: bool = True,
+) -> list[EvalResult]:
     """
-    The entries of `model-index`: loss and perplexity of each set, and the scores. What is not finite is left out, as
-    the Hub takes JSON numbers only.
+    The entries of `model-index`: loss and, of a language model, perplexity of each set, and the scores. What is not
+    finite is left out, as the Hub takes JSON numbers only; so are losses without a task, which each entry must have.
     """
     entries = [
         EvalResult(
-            task_type="text-generation",
-            task_name=_LOSSES,
+            task_type=task,
+            task_name=_LM_LOSSES if perplexities else _LOSSES,
             dataset_type=row.dataset or row.name,
             dataset_name=row.name,
             dataset_config=row.name,  # keeps sets apart that come from one dataset
@@ -124,8 +130,8 @@ def model_index(losses: Iterable[Evaluation], scores: Iterable[BenchmarkScore]) 
             metric_value=value,
         )
         for row in losses
-        for metric, value in (("loss", float(row.last_loss)), ("perplexity", row.perplexity))
-        if math.isfinite(value)
+        for metric, value in (("loss", float(row.last_loss)), ("perplexity", row.perplexity))[: 1 + perplexities]
+        if task is not None and math.isfinite(value)
     ]
     return entries + [
         EvalResult(
@@ -160,7 +166,7 @@ def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | N
     """
     try:
         results = [result for model in old or [] for result in model["results"]]
-        foreign = [result for result in results if result["task"].get("name") not in (_LOSSES, _SCORES)]
+        foreign = [result for result in results if result["task"].get("name") not in (_LM_LOSSES, _LOSSES, _SCORES)]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"The existing card's `model-index` is malformed ({error!r}): mend it or delete it."

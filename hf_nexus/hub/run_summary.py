@@ -9,9 +9,10 @@ from typing import Any
 
 from .results import ROLES, BenchmarkScore, Evaluation
 
-__all__ = ["SUMMARY_NAME", "MixtureRow", "RunSummary"]
+__all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
 
 SUMMARY_NAME = "run_summary.json"
+LANGUAGE_MODEL = "AutoModelForCausalLM"  # what loads the models whose loss is one in nats per token of a text
 # Neither in a card nor in a saved summary: credentials, and folders of the machine that trained.
 _PRIVATE = re.compile(r"(.*_)?(hub|api|access|auth)_token|.*_dir|resume_from_checkpoint")
 
@@ -69,8 +70,8 @@ class RunSummary:
             differ from their defaults. Tokens and local folders are left out.
         numbers (`dict[str, float]`, *optional*): Last logged values, such as `path_cosine`.
         repo_id, prompt (`str`, *optional*): What the example loads (the folder itself if `None`) and continues.
-        base_model (`str`, *optional*): Hub id of the model that was trained further; `None` means from scratch. Of a
-            path only the last part is named, outside of the metadata.
+        base_model (`str`, *optional*): Hub id of the model that was trained further; `None` means from scratch, or of
+            an adapter that its base model has no name. Of a path only the last part is named, outside of the metadata.
         adapter (`str`, *optional*): Kind of an adapter that was trained on the base model, such as `"LoRA"`.
         trainable_parameters (`int`, *optional*): How many were trained, if not all.
         license, license_name, license_link (`str`, *optional*): Of the model, by the Hub's identifiers; `"other"`
@@ -82,10 +83,13 @@ class RunSummary:
         seconds, tokens_per_second (`float`, *optional*): Training time and throughput.
         versions (`dict[str, str]`, *optional*): Of the packages by distribution name; `hf-nexus` is cited.
         plot, cosine_plot (`str`, *optional*): File names of the curves and of the gradient cosines, beside the card.
+        task (`str`, *optional*, defaults to `"text-generation"`): What the model is for, by the Hub's name of the
+            pipeline; `None` if that is not known.
+        auto_class (`str`, *optional*, defaults to `"AutoModelForCausalLM"`): The class of transformers that loads the
+            model; `None` if there is none, and the card then has no example.
 
     Raises:
-        ValueError: Settings that are missing, repeated names, unknown roles, an adapter without a base model, or
-            results of a planned run.
+        ValueError: Settings that are missing, repeated names, unknown roles, or results of a planned run.
 
     Example:
         ```python
@@ -129,6 +133,8 @@ class RunSummary:
     versions: dict[str, str] = field(default_factory=dict)
     plot: str | None = None
     cosine_plot: str | None = None
+    task: str | None = "text-generation"
+    auto_class: str | None = LANGUAGE_MODEL
 
     def __post_init__(self) -> None:
         self.hyperparameters = _public(self.hyperparameters)
@@ -145,10 +151,13 @@ class RunSummary:
             )
         if unknown := {row.role for row in self.evaluations} - set(ROLES):
             raise ValueError(f"`evaluations` have the roles {sorted(unknown)}: use one of {list(ROLES)}.")
-        if self.adapter is not None and self.base_model is None:
-            raise ValueError(f"adapter={self.adapter!r} needs a `base_model`, the name of what it is loaded onto.")
         if self.planned and (self.evaluations or self.benchmarks):
             raise ValueError("A planned run has no `evaluations` or `benchmarks`: leave them out, or planned=False.")
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether losses are in nats per token, and perplexities mean something."""
+        return self.auto_class == LANGUAGE_MODEL
 
     @property
     def tokens(self) -> int:
@@ -201,13 +210,19 @@ class RunSummary:
 
         Raises:
             FileNotFoundError: `folder` holds no summary.
+            ValueError: The file is something else; the message names it.
         """
-        fields = json.loads(Path(folder, SUMMARY_NAME).read_text(encoding="utf-8"))
-        fields["mixture"] = [MixtureRow(**row) for row in fields["mixture"]]
-        fields["evaluations"] = [Evaluation(**row) for row in fields["evaluations"]]
-        fields["benchmarks"] = [BenchmarkScore(**row) for row in fields["benchmarks"]]
-        fields["stages"] = [(until, shares) for until, shares in fields["stages"]]
-        return cls(**fields)
+        path = Path(folder, SUMMARY_NAME)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["mixture"] = [MixtureRow(**row) for row in fields["mixture"]]
+            fields["evaluations"] = [Evaluation(**row) for row in fields["evaluations"]]
+            fields["benchmarks"] = [BenchmarkScore(**row) for row in fields["benchmarks"]]
+            fields["stages"] = [(until, shares) for until, shares in fields["stages"]]
+            return cls(**fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not the summary of a run: {what}. Put back what the run wrote.") from error
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     `source` column split by it, `None` for anything else (one plain dataset).
 
     Raises:
-        ValueError: a dict of splits instead of sources.
+        ValueError: a dict of splits instead of sources; a `source` column with empty values, or with a value for
+        almost every row.
     """
     if isinstance(train_dataset, Mapping):
         if "train" in train_dataset and {"test", "validation"} & set(train_dataset):
@@ -195,9 +196,21 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     if isinstance(train_dataset, torch.utils.data.IterableDataset):
         logger.warning("The stream's `source` column is not looked at: its micro-batches mix sources.")
         return None
-    labels = np.asarray(train_dataset["source"][:])
+    column = train_dataset["source"][:]
+    # A column of that name need not name sources: it may hold an address for each row.
+    otherwise = "or, if it does not name sources, pass train_dataset.remove_columns('source')."
+    if missing := sum(value is None for value in column):
+        raise ValueError(
+            f"The dataset's `source` column is empty in {missing} of {len(column)} rows: name theirs, {otherwise}"
+        )
+    labels = np.asarray(column)
     rows = train_dataset.remove_columns("source")
     classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel
     names = {label: str(label) if classes is None else classes[label] for label in dict.fromkeys(labels.tolist())}
-    logger.info("The dataset's `source` column names %d sources; remove it to train on one plain dataset.", len(names))
+    if len(names) > len(labels) / 2:
+        raise ValueError(
+            f"The dataset's `source` column holds {len(names)} different values in {len(labels)} rows: pass larger "
+            f"sources, {otherwise}"
+        )
+    logger.warning("The dataset's `source` column names %d sources: every micro-batch holds one of them.", len(names))
     return {name: rows.select(np.flatnonzero(labels == label)) for label, name in names.items()}
