@@ -11,7 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.utils.data import Dataset
+
+settings.register_profile("no deadline", deadline=None)  # how long a first call takes is the machine's affair
+settings.load_profile("no deadline")
 
 VOCAB = 64
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_nexus.command_line import parse_arguments
@@ -117,14 +117,12 @@ def test_three_recipes_have_cards_and_the_planned_one_follows_its_configuration(
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)  # the first imports
 @given(st.floats(-1e300, 1e300))
 def test_printed_numbers_equal_the_given_floats(value):
     printed = float(card_module._number(value))
     assert math.isclose(printed, value, rel_tol=5.1e-5, abs_tol=5.1e-5 if 1e-3 <= abs(value) < 1e6 else 0.0)
 
 
-@settings(deadline=None)
 @given(st.floats(0.0, 50.0))
 def test_model_index_holds_the_floats_themselves(loss):
     card = ModelCard(str(run_card(make_run(evaluations=[Evaluation("a", "ood", None, loss)]))))

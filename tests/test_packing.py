@@ -88,7 +88,7 @@ def test_the_padding_and_truncation_of_an_earlier_call_do_not_reach_the_rows(tmp
     assert tokens_of(packer(tmp_path / "b", tokenizer).pack_documents(docs, 16)) == tokens_of(before)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(8, 3000))
 def test_max_tokens_takes_as_many_whole_documents_from_the_start_as_fit(cached_packer: Any, limit: int) -> None:
     pack, docs = cached_packer

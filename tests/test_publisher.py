@@ -66,7 +66,7 @@ def until(condition: Callable[[], Any]) -> None:
 # ---- The queue ----
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.sets(st.sampled_from(["", "last-checkpoint", "checkpoint-2", "checkpoint-4"]), min_size=1), max_size=6)
 )

@@ -111,7 +111,7 @@ def test_weights_decided_while_training_give_the_same_draws_as_those_known_befor
     assert drawn == SourceSchedule(STAGES, 1, kind).sources(0, 9000).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(stop=st.integers(0, 60), kind=st.sampled_from(["random", "stratified"]), seed=st.integers(0, 3))
 def test_a_dynamic_schedule_goes_on_from_its_saved_state(stop, kind, seed):
     shares = [[1 + i % 7, 2, i // 20] for i in range(80)]
@@ -165,7 +165,7 @@ def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, i
     return [rows[i : i + sampler.rows] for i in range(0, len(rows), sampler.rows)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
     rows=st.integers(1, 4),

@@ -223,7 +223,7 @@ def test_small_ranks_are_counted():
     assert correlate([1, 2, 3], [9, 5, 1]).spearman == pytest.approx(-1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=6))
 def test_correlations_agree_with_scipy(pairs):
     xs, ys = zip(*pairs, strict=True)
@@ -236,7 +236,7 @@ def test_correlations_agree_with_scipy(pairs):
     assert found.spearman == pytest.approx(stats.spearmanr(xs, ys).statistic)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.permutations(range(5)))
 def test_the_exact_p_value_is_that_of_a_permutation_test(ys):
     xs = range(5)

@@ -77,7 +77,7 @@ def passes(micro_batches: list[tuple[list[int], Any]]) -> dict[int, list[int]]:
 # --- every row once
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_each_pass_gives_each_row_once_whoever_reads(data: st.DataObject) -> None:
     ranks, workers = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 3), "workers")

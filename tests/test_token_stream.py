@@ -82,7 +82,7 @@ def test_rows_are_tokens_and_equal_labels_end_to_end() -> None:
     assert short.equal(long)  # nothing is lost between rows
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 4),
     st.integers(1, 3),
