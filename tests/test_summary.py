@@ -15,7 +15,8 @@ from hf_nexus.hub.card_check import check_card
 from hf_nexus.hub.run_summary import RunSummary
 from hf_nexus.publishing import _details
 from hf_nexus.report import CARD_FILES, write_card
-from hf_nexus.summary import _purpose, summarize
+from hf_nexus.summary import summarize
+from hf_nexus.tasks import find_task
 from tests.conftest import VOCAB, Rows, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -204,7 +205,7 @@ def test_the_task_and_the_class_of_the_example_follow_from_the_model(make_traine
     ],
 )
 def test_a_mapping_says_more_than_the_name_of_a_class(name, task):
-    assert _purpose(type(name, (torch.nn.Module,), {})())["task"] == task
+    assert find_task(type(name, (torch.nn.Module,), {})())["task"] == task
 
 
 @pytest.mark.parametrize("given", [{"tasks": "summarization"}, {"tasks": ["summarization", "translation"]}])
