@@ -24,8 +24,8 @@ class Fault:
         path (`str`): Regular expression that the path must contain.
         method (`str`): Regular expression that the method must be.
         status (`int`, *optional*): Answer with this, without doing anything.
-        action (`str`): Instead of answering: `"drop"` the connection, `"hang"`, be `"slow"`, or `"lose"` the answer
-            after doing what was asked.
+        action (`str`): Instead of answering: `"drop"` the connection, `"hang"`, be `"slow"`, `"hold"` the request until
+            the Hub is healed, or `"lose"` the answer after doing what was asked.
         times, skip (`int`): To how many requests, and how many are let through before.
         seconds (`float`): How slow, or how long to hang.
         headers, body: Of the answer with `status`.
@@ -150,6 +150,9 @@ class Plumbing(BaseHTTPRequestHandler):
     def _fail(self, fault: Fault) -> None:
         if fault.action == "slow":
             self.hub.stopping.wait(fault.seconds)
+            self.route()
+        elif fault.action == "hold":
+            self.hub.healed.wait(fault.seconds)
             self.route()
         elif fault.action == "status":
             assert fault.status is not None

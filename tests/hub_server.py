@@ -58,7 +58,7 @@ class HubServer:
         self.multipart_chunk = multipart_chunk
         self.users: dict[str, Json] = dict(_USERS)
         self.log: list[Json] = []
-        self.stopping = threading.Event()
+        self.stopping, self.healed = threading.Event(), threading.Event()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self.httpd = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
@@ -70,6 +70,7 @@ class HubServer:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stopping.set()
+        self.healed.set()
         self.httpd.shutdown()
         self.httpd.server_close()
 
@@ -79,11 +80,13 @@ class HubServer:
         """Let requests fail from now on; see [`Fault`]."""
         with self._lock:
             self._faults.append(Fault(path, **fault))
+            self.healed.clear()
 
     def heal(self) -> None:
-        """No more faults."""
+        """No more faults; requests that were held go on."""
         with self._lock:
             self._faults.clear()
+            self.healed.set()
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         """The fault that is meant for this request."""

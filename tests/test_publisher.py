@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from tests.conftest import tiny_llama
 from tests.hub_runs import CARD, QUICK, REPO, content, digests, impatient_client, model_of, write_checkpoint
 from tests.hub_server import ALICE, READER, HubServer
 
-SECONDS = 60.0  # bound of what must happen, on a busy machine
+SECONDS = 180.0  # bound of what must happen, on a busy machine
 
 
 @pytest.fixture
@@ -228,16 +229,16 @@ def test_files_of_an_earlier_checkpoint_leave_the_folder(
 
 def test_a_slow_hub_gets_the_newest(hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path) -> None:
     """Saves during an upload are merged away but for the newest, without a wait (hazard A)."""
-    publisher = publish(patience=replace(QUICK, request=30.0))
-    hub.fail("/commit/", action="slow", seconds=1.0, times=1)
+    publisher = publish(patience=replace(QUICK, request=SECONDS))
+    hub.fail("/commit/", action="hold", times=1)
     publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save", ["README.md"])
     until(lambda: hub.count("POST", "/commit/"))
-    began = time.monotonic()
     for step in (4, 6, 8):
         checkpoint = write_checkpoint(tmp_path / "out", step)
         assert publisher.submit_checkpoint(checkpoint, step, "every_save", ["README.md"])
-    assert time.monotonic() - began < 0.9, "it waited for the Hub"
+    assert hub.count("POST", "/commit/") == 1 and hub.history(REPO) == [], "it waited for the Hub"
     assert len(publisher.queue.jobs()) <= 2
+    hub.heal()
     assert publisher.flush(SECONDS).pushed_step == 8
     assert digests(hub.files(REPO)) == digests(model_of(checkpoint))
     assert [commit["title"][-1] for commit in hub.history(REPO)] == ["8", "2"]
@@ -318,9 +319,7 @@ def test_a_hub_that_is_away_at_the_start_is_no_reason_to_stop(
     """What may pass is tried again for a bounded time, then put off; later all is sent."""
     hub.fail("/repos/create", **fault)
     publisher = publish("model")
-    began = time.monotonic()
-    assert publisher.check(seconds=1.0) is None
-    assert time.monotonic() - began < 12.0
+    assert publisher.check(seconds=1.0) is None  # it ends, though the Hub stays away
     checkpoint = write_checkpoint(tmp_path / "out", 2)
     publisher.submit_checkpoint(checkpoint, 2, "every_save", ["README.md"])
     hub.heal()
@@ -342,19 +341,15 @@ def test_the_wait_at_the_end_is_bounded_and_push_sends_the_rest(
     """Everything is still on disk, the line says how to send it, and another process does so once the Hub is back."""
     hub.fail("/commit/", **fault)
     out = tmp_path / "out"
-    publisher = publish(patience=replace(QUICK, request=30.0))
+    publisher = publish(patience=replace(QUICK, request=3600.0))
     checkpoint = write_checkpoint(out, 2)
     publisher.submit_checkpoint(checkpoint, 2, "every_save", ["README.md"])
     until(lambda: publisher.status().error if "status" in fault else hub.count("POST", "/commit/"))
-    began = time.monotonic()
-    status = publisher.flush(SECONDS if fault.get("status") == 401 else 1.0)  # a refusal ends the wait
-    assert time.monotonic() - began < SECONDS / 2
+    status = publisher.flush(math.inf if fault.get("status") == 401 else 1.0)  # a refusal ends the wait
     assert status.waiting == (2,) and not status.complete
     assert "step 2" in status.line(out) and f"hf-nexus push {out}" in status.line(out)
     assert ("status" in fault) == (str(fault.get("status")) in status.line(out))
-    began = time.monotonic()
-    publisher.close()
-    assert time.monotonic() - began < 2.0
+    publisher.close()  # while the Hub hangs
     hub.heal()
     with impatient_client(monkeypatch, xet=False):
         assert drain(out / QUEUE_NAME, token=ALICE, endpoint=hub.endpoint, patience=QUICK) is None
