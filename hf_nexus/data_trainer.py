@@ -129,8 +129,14 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin)
         """The micro-batches without their tags, up to one that could not be read."""
         try:
             for batch in batches:
-                tagged = isinstance(batch, MutableMapping)
-                self._fetched.sources.append(batch.pop(SOURCE_KEY, "") if tagged else "")
+                tagged = isinstance(batch, MutableMapping) and SOURCE_KEY in batch
+                if self.data.stages and not tagged:
+                    raise ValueError(
+                        "A micro-batch does not say which source it is of, so the training data loader is not that of "
+                        "the mixture. Leave get_train_dataloader() and get_batch_samples() to NexusTrainer, or pass "
+                        "train_dataset as one plain dataset."
+                    )
+                self._fetched.sources.append(batch.pop(SOURCE_KEY) if tagged else "")
                 if tagged and STATE_KEY in batch:
                     self._fetched.states.append(batch.pop(STATE_KEY))
                 yield batch

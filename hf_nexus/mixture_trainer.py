@@ -56,7 +56,13 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
     @property
     def meter(self) -> TrainingMeter:
         """What this run has trained on (upstream may replace the instance on resume)."""
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingMeter))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrainingMeter):
+                return callback
+        raise RuntimeError(
+            "The callback TrainingMeter, which counts what each source has contributed, was removed. Remove only the "
+            "callbacks that you mean: trainer.remove_callback(PrinterCallback), for example."
+        )
 
     # ---- The end of a run ----
 
@@ -115,8 +121,9 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures per source to the training log line."""
         if self._collecting:  # base classes may add figures of theirs to `logs`, as those of TRL do
+            kept = len(self.state.log_history)
             super().log(logs, start_time)
-            self.state.log_history.pop()
+            del self.state.log_history[kept:]
             return
         if self.is_in_train and "loss" in logs:
             logs |= self.meter.read(self._sum_over_ranks, self.args.device, self.state.total_flos)

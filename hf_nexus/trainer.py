@@ -56,7 +56,8 @@ class NexusTrainerMixin(MixtureTrainerMixin):
         if not self.args.nexus:
             return
         check_supported(self)
-        check_weights(self.model)
+        if self.train_dataset is not None:
+            check_weights(self.model)
         # It would synchronise at each of the window's zero losses, and let one NaN micro-batch replace them all.
         self.args.logging_nan_inf_filter = False
         if self.args.gradient_accumulation_steps == 1:

@@ -41,7 +41,7 @@ class SourcePreparationMixin(Base):
         self._arguments: Any = kwargs["args"]
         parent = _trl_trainer(type(self))
         if parent is not None:
-            _check_arguments(parent, self._arguments)
+            _check_arguments(parent, self._arguments, mixes=bool(self.data.stages))
             if self.data.stages:
                 _check_sources(self.data)
                 # A copy, so that it is not taken for an evaluation set.
@@ -75,13 +75,13 @@ def _trl_trainer(cls: type) -> type | None:
     return next((c for c in cls.__mro__ if issubclass(c, Trainer) and c.__module__.startswith("trl.")), None)
 
 
-def _check_arguments(parent: type, args: Any) -> None:
+def _check_arguments(parent: type, args: Any, mixes: bool) -> None:
     # What samples completions has a temperature to do it at; no trainer on given data has.
-    if "temperature" in {f.name for f in fields(args)}:
+    if (args.nexus or mixes) and "temperature" in {f.name for f in fields(args)}:
         raise ValueError(
             f"Nexus does not support {parent.__name__}: it generates text while it trains, which inside a window "
-            f"would come from displaced weights. Use {parent.__name__} as it is, or a trainer on given data, such as "
-            "SFTTrainer or DPOTrainer."
+            f"would come from displaced weights. Use {parent.__name__} as it is (nexus=False and one plain dataset), or a "
+            "trainer on given data, such as SFTTrainer or DPOTrainer."
         )
     if not any(c.__module__.startswith("trl.") for c in type(args).__mro__):
         config = parent.__name__.replace("Trainer", "Config")

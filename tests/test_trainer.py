@@ -393,6 +393,19 @@ def test_several_sets_are_logged_and_announced_once_with_macro_and_ood(make_trai
     assert metrics["eval_ood_loss"] == pytest.approx((metrics["eval_law_loss"] + metrics["eval_poems_loss"]) / 2)
 
 
+def test_a_log_of_ones_own_keeps_its_entries_through_an_evaluation(make_trainer, sources):
+    class Quiet(NexusTrainer):
+        def log(self, logs, start_time=None):
+            if "eval_loss" in logs:  # the line of all sets; those of each are not ours to keep
+                super().log(logs, start_time)
+
+    trainer = make_trainer(sources, trainer_class=Quiet)
+    trainer.state.log_history = [{"step": 0, "loss": 5.0}]
+    trainer.evaluate({"text": Rows(4, 0), "code": Rows(4, 1)})
+    first, last = trainer.state.log_history
+    assert first == {"step": 0, "loss": 5.0} and "eval_code_loss" in last
+
+
 def test_without_matching_names_the_macro_covers_all(make_trainer, sources):
     trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": {"a": Rows(8, 5), "b": Rows(8, 6)}})
     metrics = trainer.evaluate()
@@ -501,6 +514,10 @@ def test_a_run_that_was_resumed_after_its_last_step_trains_no_more(make_trainer,
     longer = make_trainer(sources, tiny_llama(seed=1), **saving | {"max_steps": 3})
     longer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
     assert longer.state.global_step == 3
+    # A plain dataset without Nexus is the base class's, this habit of it included.
+    plain = make_trainer(sources["text"], tiny_llama(seed=1), **saving | {"nexus": False, "max_steps": 2})
+    plain.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert plain.state.global_step == 3
 
 
 @pytest.mark.parametrize(
@@ -592,6 +609,27 @@ def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.*bfloat16.*model\.float\(\)"):
         make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16))
     make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # the plain Trainer allows it
+    evaluating = make_trainer(None, model=tiny_llama(dtype=torch.bfloat16))  # nothing walks
+    assert math.isfinite(evaluating.evaluate(sources["text"])["eval_loss"])
+
+
+def test_a_data_loader_of_ones_own_in_place_of_the_mixtures_is_an_error(make_trainer, sources):
+    """It would train on whatever it yields, whatever the sources and weights."""
+
+    class Own(NexusTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(sources["text"], 2, collate_fn=self.data_collator)
+
+    with pytest.raises(ValueError, match=r"does not say which source.*get_train_dataloader\(\)"):
+        make_trainer(sources, trainer_class=Own).train()
+    make_trainer(sources["text"], trainer_class=Own).train()
+
+
+def test_without_its_meter_the_trainer_says_what_is_missing(make_trainer, sources):
+    trainer = make_trainer(sources)
+    trainer.callback_handler.callbacks.clear()
+    with pytest.raises(RuntimeError, match="TrainingMeter.*was removed"):
+        trainer.train()
 
 
 def test_weights_for_a_dataset_without_sources_are_refused(make_trainer, sources):

@@ -267,6 +267,35 @@ def test_trainers_that_generate_are_refused(parent, config, tmp_path, tokenizer)
         trainer(model=llama(tokenizer), args=args, train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}))
 
 
+def test_without_nexus_a_trainer_that_generates_is_itself(tmp_path, tokenizer):
+    """The arm without Nexus of a comparison, or a script's switch; sources it cannot mix."""
+
+    class Ours(NexusTrainerMixin, GRPOTrainer):
+        pass
+
+    @dataclass
+    class OurConfig(NexusConfigMixin, GRPOConfig):
+        pass
+
+    def run(trainer, config, sources, **own):
+        args = config(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=2,
+            num_generations=2, max_completion_length=4, max_steps=2, gradient_checkpointing=False, disable_tqdm=True,
+            learning_rate=1e-2, save_strategy="no", **own,
+        )  # fmt: skip
+        reward = lambda completions, **_: [float(len(set(c))) for c in completions]  # noqa: E731
+        made = trainer(llama(tokenizer), reward, args, sources, processing_class=tokenizer)
+        made.train()
+        return made.model.state_dict()
+
+    prompts = Dataset.from_dict({"prompt": ["abc", "dcb"] * 8})
+    ours, stock = run(Ours, OurConfig, prompts, nexus=False), run(GRPOTrainer, GRPOConfig, prompts)
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
+    assert not torch.equal(stock["lm_head.weight"], llama(tokenizer).lm_head.weight)
+    with pytest.raises(ValueError, match="does not support GRPOTrainer.*one plain dataset"):
+        run(Ours, OurConfig, {"a": prompts, "b": prompts}, nexus=False)
+
+
 def test_arguments_of_another_trainer_are_refused(make):
     with pytest.raises(
         ValueError, match=r"SFTTrainer needs arguments of its own, but got NexusConfig.*NexusSFTConfig"
