@@ -160,9 +160,9 @@ class TrainingMeter(TrainerCallback, ExportableState):
 
         Returns:
             `dict[str, float]`: `loss/<source>` for the sources met, `tokens/<source>` for all (tokens that carried
-            loss, since the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped` (since the
-            beginning), `tokens_per_second`, and `mfu` where the device's peak is known. `loss` is among them, as NaN,
-            if windows ran and none of their losses was finite.
+            loss, since the beginning; rows where labels are not one per token), `path_cosine`, `pseudo_gradient_norm`,
+            `inner_steps_skipped` (since the beginning), `tokens_per_second` (or rows), and `mfu` where the device's
+            peak is known. `loss` is among them, as NaN, if windows ran and none of their losses was finite.
         """
         self.settle(sum_over_ranks, device)
         interval, self._interval = self._interval, _Interval()

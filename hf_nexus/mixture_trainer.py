@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
 
 from .data_trainer import DataTrainerMixin
 from .evaluation.losses import OOD, mean_losses, perplexities
 from .meter import TrainingMeter
-from .token_weighted import TokenWeightedMixin
+from .token_weighted import TokenWeightedMixin, has_token_labels
 from .trackers import TrackerPlots
 
 __all__ = ["MixtureTrainerMixin", "Window"]
@@ -30,9 +31,10 @@ class Window:
     position: int = 0  # micro-batches seen by training_step
 
     def count(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
-        """Source, summed loss and tokens on this rank of micro-batch `i`, given its mean loss."""
-        if self.tokens is None or self.divisors is None:  # no labels to count: every micro-batch weighs one
-            return self.sources[i], mean_loss, torch.ones_like(mean_loss)
+        """Source, summed loss and tokens (or rows) on this rank of micro-batch `i`, given its mean loss."""
+        if self.tokens is None or self.divisors is None:  # no labels to count: every row weighs one
+            rows = find_batch_size(self.batches[i]) or 1
+            return self.sources[i], mean_loss * rows, torch.full_like(mean_loss, rows)
         # Upstream multiplies the loss by the number of ranks where it divides by the tokens of all of them.
         scale = 1 if self.divisors is self.tokens else ranks
         return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
@@ -46,6 +48,7 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         self._window = Window()
         self._collecting = False
+        self.counts_tokens = True  # and not rows: as the last window was counted
         super().__init__(*args, **kwargs)
         _check_eval_names(self.eval_dataset)
         if OOD in self.data.names:
@@ -80,6 +83,8 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         self._window = window = Window()
         window.batches, window.items = super().get_batch_samples(epoch_iterator, num_batches, device)
         window.sources = self._fetched.sources
+        if window.batches:
+            self.counts_tokens = window.tokens is not None and has_token_labels(window.batches[0])
         return window.batches, window.items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -1,5 +1,6 @@
 """Evaluation losses that weigh tokens, whatever the batch size and the number of ranks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,16 @@ from .checkpoints import Base
 from .evaluation.losses import TokenMean, mask_rows
 from .mixture.isolation import IsolateDocuments
 
-__all__ = ["TokenWeightedMixin"]
+__all__ = ["TokenWeightedMixin", "has_token_labels"]
 
 # What token losses are counted by; the second where a collator has shifted the first.
 _LABELS = ("labels", "shift_labels")
+
+
+def has_token_labels(inputs: Any) -> bool:
+    """Whether a batch has labels that are one per token, (B, T) of integers."""
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
 
 
 class TokenWeightedMixin(Base):
@@ -61,8 +68,8 @@ class TokenWeightedMixin(Base):
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """The base class's step; the loss is the mean over this rank's own rows, whose tokens are counted."""
-        labels, tokens = inputs.get("labels"), None
-        self._labels_are_tokens = isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+        tokens = None
+        self._labels_are_tokens = has_token_labels(inputs)
         if self._token_mean is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         # Over all ranks, upstream would multiply by their number even a loss that does not divide by the count.

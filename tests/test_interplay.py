@@ -394,6 +394,9 @@ def test_other_models_train_as_in_a_loop_by_hand(make_trainer, kind):
     assert distance(by_hand(model, trainer.windows, plain_loss, adamw(model)), trainer.model) < 1e-5
     assert trainer.evaluate()["eval_loss"] < before
     assert set(trainer.meter.trained_tokens) == {"one", "two"}
+    if not trainer.counts_tokens:  # labels that are not one per token: then rows are counted
+        assert sum(trainer.meter.trained_tokens.values()) == 3 * 4 * 2
+    assert trainer.counts_tokens == (kind == "seq2seq" and trainer.model_accepts_loss_kwargs)
 
 
 def test_a_seq2seq_trainer_generates_when_it_evaluates(make_trainer, tmp_path):

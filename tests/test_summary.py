@@ -57,6 +57,8 @@ def test_the_summary_holds_what_the_trainer_logged(trained):
     assert run.parameters == sum(p.numel() for p in trained.model.parameters())
     assert run.changed_hyperparameters["learning_rate"] == 1e-2 and "weight_decay" not in run.changed_hyperparameters
     assert run.hyperparameters["weight_decay"] == 0.0 and "output_dir" not in run.hyperparameters
+    assert run.unit == "tokens" and "accelerator_config" not in run.changed_hyperparameters
+    assert "logging_nan_inf_filter" not in run.changed_hyperparameters  # Nexus sets it, nobody chose it
     assert run.seconds > 0 and run.tokens_per_second > 0 and run.versions["torch"] in torch.__version__
 
 
@@ -225,13 +227,15 @@ class Labelled(Rows):
 
 def test_the_card_of_a_classifier_has_its_metrics_and_its_code_runs(make_trainer, tmp_path, monkeypatch):
     kwargs = {"eval_dataset": Labelled(4, 1), "compute_metrics": lambda predictions: {"accuracy": 0.75}}
-    trainer = make_trainer(Labelled(16, 0), model=bert("SequenceClassification", num_labels=2), trainer_kwargs=kwargs)
+    sources = {"one": Labelled(16, 0), "two": Labelled(8, 2)}
+    trainer = make_trainer(sources, model=bert("SequenceClassification", num_labels=2), trainer_kwargs=kwargs)
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card()
     text = (tmp_path / "out" / "README.md").read_text()
     check_card(text)
+    assert "on a mixture of 2 sources (16 rows)" in text and "| Rows trained on |" in text and "Rows per second" in text
     assert "| `eval_accuracy` | 0.7500 |" in text and "erplexity" not in text and "`eval_runtime`" not in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path / "out")

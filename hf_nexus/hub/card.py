@@ -90,9 +90,9 @@ def _metadata(run: RunSummary) -> dict[str, Any]:
     results = model_index(run.evaluations, run.benchmarks, run.task, run.is_language_model)
     origin = "fine-tuning" if run.adapter else _ORIGINS[run.base_model is not None]
     base_model = run.base_model if run.base_model and is_repo_id(run.base_model) else None
-    metrics = ["perplexity"] * bool(run.evaluations and run.is_language_model) + [
-        score.metric for score in run.benchmarks
-    ]
+    metrics = [score.metric for score in run.benchmarks]
+    if run.evaluations and run.is_language_model:
+        metrics.insert(0, "perplexity")
     return ModelCardData(
         model_name=run.model_name if results else None,
         library_name="peft" if run.adapter else "transformers",
@@ -150,13 +150,16 @@ def _body(run: RunSummary) -> str:
     environment = {
         "Hardware": run.hardware,
         "Training time": run.seconds if run.seconds is None else timedelta(seconds=round(run.seconds)),
-        "Tokens per second": run.tokens_per_second and _number(run.tokens_per_second),
+        f"{run.unit.capitalize()} per second": run.tokens_per_second and _number(run.tokens_per_second),
         "Commit of `hf_nexus`": run.commit and _code(run.commit),
         **run.versions,
     }
     base_model = run.base_model
     if base_model is not None and not is_repo_id(base_model):
         base_model = PurePath(base_model).name  # where a folder lay on the machine that trained is nobody's business
+    roles = dict(ROLES)
+    if base_model is not None or run.adapter:  # nobody knows what the base model was trained on
+        roles["ood"] = "OOD source, not trained on in this run"
     text = template.render(
         run=run,
         nexus=run.nexus,
@@ -165,9 +168,7 @@ def _body(run: RunSummary) -> str:
         base_model=base_model,
         kind="language model" if run.is_language_model else f"{run.task or ''} model".strip(),
         stages=_stage_columns(run),
-        roles=ROLES
-        if base_model is None and not run.adapter
-        else ROLES | {"ood": "OOD source, not trained on in this run"},
+        roles=roles,
         environment={name: value for name, value in environment.items() if value is not None},
         version=run.versions.get("hf-nexus"),
     )

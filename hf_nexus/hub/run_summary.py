@@ -27,7 +27,7 @@ class MixtureRow:
             were decided while training.
         share (`float`): Share of the tokens that was realised.
         epochs (`float`, *optional*): Passes over the source's training rows; `None` for a stream of unknown size.
-        tokens (`int`): Tokens trained on.
+        tokens (`int`): Tokens trained on, or rows where the run counted those; see `RunSummary.unit`.
         license (`str`, *optional*): Licence of the data, in any wording.
         dataset (`str`, *optional*): Where the data comes from: a Hub id, `builtin/<name>`, ...
 
@@ -61,6 +61,8 @@ class RunSummary:
         planned (`bool`, *optional*, defaults to `False`): The run has not taken place: what the card says of tokens,
             shares and epochs is what it would come to, and results are not allowed.
         mixture (`list[MixtureRow]`, *optional*): The training sources.
+        unit (`str`, *optional*, defaults to `"tokens"`): What the mixture is counted in: tokens that carried loss, or
+            `"rows"` of a model whose labels are not one per token.
         stages (`list[tuple[float, dict[str, float]]]`, *optional*): `(until, shares)` of each stage, by fraction of
             training, where the weights changed.
         evaluations (`list[Evaluation]`, *optional*): Held-out losses.
@@ -107,6 +109,7 @@ class RunSummary:
     nexus: dict[str, Any]
     planned: bool = False
     mixture: list[MixtureRow] = field(default_factory=list)
+    unit: str = "tokens"
     stages: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     arm: str | None = None
@@ -161,7 +164,7 @@ class RunSummary:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sources."""
+        """Tokens of all sources, or rows."""
         return sum(row.tokens for row in self.mixture)
 
     def against(self, other: "RunSummary", name: str) -> "RunSummary":
@@ -189,7 +192,7 @@ class RunSummary:
             raise ValueError(f"{name} shares no evaluation set with {self.model_name}: it has {sorted(losses)}.")
         if abs(self.tokens - other.tokens) > 0.01 * self.tokens:
             raise ValueError(
-                f"{self.model_name} was trained on {self.tokens:,} tokens and {name} on {other.tokens:,}: compare "
+                f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}: compare "
                 "runs of equally many."
             )
         return replace(
