@@ -111,7 +111,7 @@ def compare(
     config: Annotated[str, typer.Argument(help="Name of a comparison (compare) or a YAML file.")] = "compare",
 ) -> None:
     """Compare arms over seeds and report: hf-nexus compare mine.yaml --output_dir runs/mine"""
-    from .experiments.compare import main
+    from .experiments.command import main
 
     words = _words(context, config)
     main(words, debug=context.obj)

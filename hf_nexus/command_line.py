@@ -156,7 +156,10 @@ def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, 
         section: {key: _plain(key, values[key]) for key in _keys(section) if key not in ("sources", *_NOT_SAVED)}
         for section in SECTIONS
     }
-    mixture = MixtureConfig.from_dict({**resolved["data"], "sources": sources})
+    try:
+        mixture = MixtureConfig.from_dict({**resolved["data"], "sources": sources})
+    except ValueError as error:
+        raise ValueError(f"{values['config']}: {error}") from error
     resolved["data"]["sources"] = sources
     given = {name: {key: values[key] for key in _keys(name) if key != "sources"} for name in SECTIONS}
     model = ModelArguments(**given["model"])

@@ -80,8 +80,8 @@ def _check_arguments(parent: type, args: Any, mixes: bool) -> None:
     if (args.nexus or mixes) and "temperature" in {f.name for f in fields(args)}:
         raise ValueError(
             f"Nexus does not support {parent.__name__}: it generates text while it trains, which inside a window "
-            f"would come from displaced weights. Use {parent.__name__} as it is (nexus=False and one plain dataset), or a "
-            "trainer on given data, such as SFTTrainer or DPOTrainer."
+            f"would come from displaced weights. Use {parent.__name__} as it is (nexus=False and one plain dataset), "
+            "or a trainer on given data, such as SFTTrainer or DPOTrainer."
         )
     if not any(c.__module__.startswith("trl.") for c in type(args).__mro__):
         config = parent.__name__.replace("Trainer", "Config")

@@ -13,7 +13,7 @@ One process is enough: it spreads the runs over the devices that there are. What
 that the same command goes on with a comparison that was interrupted, or to which arms or seeds were added.
 """
 
-from hf_nexus.experiments.compare import main
+from hf_nexus.experiments.command import main
 
 if __name__ == "__main__":
     main()

@@ -24,8 +24,8 @@ class Fault:
         path (`str`): Regular expression that the path must contain.
         method (`str`): Regular expression that the method must be.
         status (`int`, *optional*): Answer with this, without doing anything.
-        action (`str`): Instead of answering: `"drop"` the connection, `"hang"`, be `"slow"`, `"hold"` the request until
-            the Hub is healed, or `"lose"` the answer after doing what was asked.
+        action (`str`): Instead of answering: `"drop"` the connection, `"hang"`, be `"slow"`, `"hold"` the request
+            until the Hub is healed, or `"lose"` the answer after doing what was asked.
         times, skip (`int`): To how many requests, and how many are let through before.
         seconds (`float`): How slow, or how long to hang.
         headers, body: Of the answer with `status`.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 # What cannot be had here: several accelerators or machines, models and data of the Hub, files of the reader's.
@@ -75,7 +76,10 @@ def test_finetune_and_what_resumes_it(run):
 
 def test_the_plan_of_3b(run):
     stdout, _ = run(COMMANDS["pretrain_3b.py"][0])
-    assert "parameters" in stdout and "tokens" in stdout
+    text = " ".join(stdout.split())
+    assert "2,969,742,336" in text  # parameters, counted on the meta device
+    for source in yaml.safe_load((ROOT / "hf_nexus/configs/3b.yaml").read_text())["data"]["sources"]:
+        assert source in text
 
 
 @pytest.mark.slow

@@ -628,7 +628,7 @@ def test_a_data_loader_of_ones_own_in_place_of_the_mixtures_is_an_error(make_tra
 def test_without_its_meter_the_trainer_says_what_is_missing(make_trainer, sources):
     trainer = make_trainer(sources)
     trainer.callback_handler.callbacks.clear()
-    with pytest.raises(RuntimeError, match="TrainingMeter.*was removed"):
+    with pytest.raises(RuntimeError, match=r"TrainingMeter.*was removed"):
         trainer.train()
 
 

@@ -292,7 +292,7 @@ def test_without_nexus_a_trainer_that_generates_is_itself(tmp_path, tokenizer):
     ours, stock = run(Ours, OurConfig, prompts, nexus=False), run(GRPOTrainer, GRPOConfig, prompts)
     assert all(torch.equal(ours[name], stock[name]) for name in stock)
     assert not torch.equal(stock["lm_head.weight"], llama(tokenizer).lm_head.weight)
-    with pytest.raises(ValueError, match="does not support GRPOTrainer.*one plain dataset"):
+    with pytest.raises(ValueError, match=r"does not support GRPOTrainer.*one plain dataset"):
         run(Ours, OurConfig, {"a": prompts, "b": prompts}, nexus=False)
 
 

@@ -40,7 +40,11 @@ def check_settings(config: ComparisonConfig, folder: Path) -> PretrainArguments:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(config.run_config(settings), sort_keys=False, allow_unicode=True)
             path.write_text(text, encoding="utf-8")
-            arguments = parse_arguments(["--config", str(path)])
+            try:
+                arguments = parse_arguments(["--config", str(path)])
+            except ValueError as error:  # the file is ours; the user wrote the comparison's
+                what = f"arms.{arm}" + f" with {trial}" * bool(trial)
+                raise ValueError(f"{what}: {str(error).removeprefix(f'{path}: ')}") from error
             t = arguments.training
             length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
             rows[f"{arm} {trial or ''}".strip()] = (

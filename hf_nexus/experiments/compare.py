@@ -1,6 +1,5 @@
 """A comparison from its configuration to its report: tuning, runs, minima. What is done already is not done again."""
 
-import argparse
 import json
 import math
 import os
@@ -10,12 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
-from ..command_line import suggest
 from ..mixture.loading import load_mixture
 from ..pretrain import load_tokenizer
 from .checks import check_settings, keep_declared
@@ -29,76 +26,9 @@ from .runs import Run, read_rows, train_sample
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Comparison", "compare", "main"]
+__all__ = ["Comparison", "compare"]
 
 _TUNING_NAME = "tuning.json"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(allow_abbrev=False, description="Compare arms over seeds, and report what the numbers support.")
-    parser.add_argument("config", nargs="?", default="compare", help="name of a comparison, or path of its YAML")
-    parser.add_argument("--output_dir", help="in place of the configuration's")
-    options, rest = parser.parse_known_args(argv)
-    if rest:
-        word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
-        raise ValueError(
-            f"Unknown argument {word!r}{suggest(word, ['--output_dir'])} Allowed is --output_dir; all else is in the "
-            "comparison's YAML."
-        )
-    return options
-
-
-def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
-    """
-    Run the comparison that a command line names, `compare` by default, and print what came of it.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Name of a comparison or path of its YAML, and `--output_dir DIR`; those of the process by default.
-        debug (`bool`, *optional*, defaults to `False`):
-            Keep the traceback of a mistake in the configuration.
-
-    Example:
-        >>> from hf_nexus.experiments.compare import main
-        >>> main(["compare", "--output_dir", "runs/compare"])  # doctest: +SKIP
-    """
-    from rich.console import Console
-
-    try:
-        options = _parse(argv)
-        config = ComparisonConfig.load(options.config, output_dir=options.output_dir)
-        comparison = Comparison(config, Console())
-        comparison.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(comparison.folder / ".lock", timeout=0):
-            comparison.check()
-            compare(comparison)
-    except Timeout as error:
-        raise SystemExit(f"error: another comparison is at work in {comparison.folder}.") from error
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
-            raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    if comparison.failed:
-        raise SystemExit(f"{len(comparison.failed)} of the runs failed; the same command runs what is missing.")
-
-
-def compare(comparison: "Comparison") -> Path:
-    """
-    Do everything that is missing, and write the report.
-
-    Returns:
-        `Path`: `report.md`.
-    """
-    began = time.monotonic()
-    comparison.tune()
-    comparison.run()
-    comparison.search()
-    return comparison.report(time.monotonic() - began)
 
 
 @dataclass
@@ -264,6 +194,20 @@ class Comparison:
             if outcome.error is not None:
                 self.failed.append(outcome)
                 self.console.print(f"    its output is in {outcome.job.log}", highlight=False)
+
+
+def compare(comparison: Comparison) -> Path:
+    """
+    Do everything that is missing, and write the report.
+
+    Returns:
+        `Path`: `report.md`.
+    """
+    began = time.monotonic()
+    comparison.tune()
+    comparison.run()
+    comparison.search()
+    return comparison.report(time.monotonic() - began)
 
 
 def _log(run: Run) -> Path:

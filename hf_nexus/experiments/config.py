@@ -171,10 +171,14 @@ class ComparisonConfig:
             text = Path(name_or_path).read_text(encoding="utf-8")
         else:
             raise ValueError(
-                f"There is no comparison {name_or_path!r}. Use {', '.join(names)}, or the path of a YAML."
+                f"There is no comparison {name_or_path!r}{suggest(name_or_path, names)} "
+                f"Use {', '.join(names)}, or the path of a YAML."
             )
         given = parse_yaml(text, name_or_path)
-        return cls.from_dict(given if output_dir is None else {**given, "output_dir": output_dir})
+        try:
+            return cls.from_dict(given if output_dir is None else {**given, "output_dir": output_dir})
+        except ValueError as error:
+            raise ValueError(f"{name_or_path}: {error}") from error
 
     def run_config(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The pretraining configuration of a run: the base, what all runs change, and `settings` for training."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..arguments import PretrainConfig
+from ..command_line import suggest
 from ..mixture.strict import require_count, require_positive, require_text
 
 __all__ = ["RESERVED", "MinimaSearch", "Primary", "Task", "Tuning", "check_grid", "check_seeds"]
@@ -154,5 +155,7 @@ def check_grid(key: str, grid: Any) -> None:
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{key}.{name}: {values!r} must be a list of values.")
-        if name in RESERVED or name not in {f.name for f in fields(PretrainConfig)}:
-            raise ValueError(f"{key}.{name}: not a training field that can be tuned.")
+        allowed = {f.name for f in fields(PretrainConfig)} - set(RESERVED)
+        if name not in allowed:
+            hint = "." if name in RESERVED else suggest(str(name), allowed)
+            raise ValueError(f"{key}.{name}: not a training field that can be tuned{hint}")

@@ -192,8 +192,8 @@ class RunSummary:
             raise ValueError(f"{name} shares no evaluation set with {self.model_name}: it has {sorted(losses)}.")
         if abs(self.tokens - other.tokens) > 0.01 * self.tokens:
             raise ValueError(
-                f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}: compare "
-                "runs of equally many."
+                f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}: "
+                "compare runs of equally many."
             )
         return replace(
             self, arm=name, evaluations=[replace(row, arm_loss=losses.get(row.name)) for row in self.evaluations]

@@ -128,7 +128,11 @@ class MixtureConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureConfig":
         """Build from a YAML file with the fields of the class at its top level."""
-        return cls.from_dict(parse_yaml(Path(path).read_text(encoding="utf-8"), str(path)))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @property
     def train_sources(self) -> dict[str, SourceConfig]:
