@@ -1,28 +1,21 @@
 """What a card says about a run, gathered from its trainer; or about one that has not taken place, from its plan."""
 
 import copy
-import json
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from itertools import pairwise
 from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import is_peft_available
-
 from .arguments import PretrainArguments
 from .config import nexus_settings
 from .environment import describe_hardware, installed_versions
-from .hub.card_check import is_repo_id
 from .hub.results import Evaluation
 from .hub.run_summary import LANGUAGE_MODEL, MixtureRow, RunSummary
-from .mixture.strict import BUILTIN_PREFIX
 from .models import model_config
+from .provenance import find_commit, find_origin, hub_id, public_path
 from .tasks import find_task
 
 if TYPE_CHECKING:
@@ -75,13 +68,13 @@ def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
         **purpose,
         "repo_id": args.hub_model_id,
         "trainable_parameters": trainable if trainable < parameters else None,
-        "datasets": [row.dataset for row in rows if row.dataset and _hub_id(row.dataset)],
+        "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
         "hardware": describe_hardware(args.world_size),
-        "commit": _commit(),
+        "commit": find_commit(),
         "seconds": last.get("train_runtime"),
         "tokens_per_second": last.get("tokens_per_second"),
         "versions": installed_versions(),
-        **_origin(model),
+        **find_origin(model),
     }
     return RunSummary(**found | known)
 
@@ -112,7 +105,7 @@ def planned_summary(arguments: PretrainArguments, plan: "RunPlan", **known: Any)
             epochs=row.epochs,
             tokens=row.train_tokens,
             license=config.sources[row.source].license,
-            dataset=_public_path(config.sources[row.source].path),
+            dataset=public_path(config.sources[row.source].path),
         )
         for row in planned
     ]
@@ -129,7 +122,7 @@ def planned_summary(arguments: PretrainArguments, plan: "RunPlan", **known: Any)
         "hyperparameters": arguments.resolved["training"],
         "changed_hyperparameters": arguments.changed,
         "repo_id": arguments.training.hub_model_id,
-        "datasets": [row.dataset for row in rows if row.dataset and _hub_id(row.dataset)],
+        "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
         "hardware": f"planned for {plan.devices} accelerator{'s' if plan.devices > 1 else ''}",
     }
     return RunSummary(**found | known)
@@ -169,7 +162,7 @@ def evaluations(
         losses = [entry[key] for entry in sorted(log_history, key=lambda e: e.get("step", 0)) if key in entry]
         if losses:
             first = losses[0] if len(losses) > 1 else None
-            found.append(Evaluation(name, role, first, losses[-1], _hub_id(paths.get(name))))
+            found.append(Evaluation(name, role, first, losses[-1], hub_id(paths.get(name))))
     return found
 
 
@@ -194,7 +187,7 @@ def _mixture_rows(trainer: Any) -> list[MixtureRow]:
             epochs=None if mixture is None else _epochs(tokens[name], mixture.tokens[name], mixture),
             tokens=tokens[name],
             license=None if mixture is None else mixture.licenses[name],
-            dataset=_public_path(paths[name]) if name in paths else None,
+            dataset=public_path(paths[name]) if name in paths else None,
         )
         for name in data.names
     ]
@@ -204,21 +197,6 @@ def _epochs(trained: int, tokens: int | None, mixture: "Mixture") -> float | Non
     """Passes over a source; the first token of a row is not predicted, and so not among those trained on."""
     length = mixture.config.sequence_length
     return trained / (tokens * (length - 1) / length) if tokens else None
-
-
-def _origin(model: Any) -> dict[str, Any]:
-    """The base model and the adapter, of a model that was loaded; a new one has neither."""
-    base = model.config._name_or_path or None
-    found: dict[str, Any] = {}
-    if is_peft_available():
-        from peft import PeftModel, PeftType
-
-        if isinstance(model, PeftModel):
-            adapter = model.peft_config[model.active_adapter]
-            base, kind = adapter.base_model_name_or_path or base, str(PeftType(adapter.peft_type).value)
-            found = {"adapter": "LoRA" if kind == "LORA" else kind, "tags": [kind.lower()]}
-    # A folder, even if a repository could have its name, is marked as one.
-    return found | {"base_model": f"./{Path(base).name}" if base and Path(base).exists() else base}
 
 
 def _is_metric(key: str, value: Any) -> bool:
@@ -243,33 +221,5 @@ def _hyperparameters(args: Any) -> dict[str, Any]:
     return {"hyperparameters": values, "changed_hyperparameters": changed}
 
 
-@cache
-def _commit() -> str | None:
-    """The commit of this library's checkout, or what pip installed it from; `None` for a release."""
-    root = Path(__file__).resolve().parents[1]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=, changed", "--exclude=*"]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):  # no git here, or a checkout of someone else's
-            return None
-    try:
-        origin = distribution("hf-nexus").read_text("direct_url.json")
-    except PackageNotFoundError:
-        return None
-    return json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
-
-
 def _paths(mixture: "Mixture | None") -> dict[str, str]:
     return {} if mixture is None else {name: source.path for name, source in mixture.config.sources.items()}
-
-
-def _hub_id(path: str | None) -> str | None:
-    if path is None or path.startswith(BUILTIN_PREFIX) or Path(path).exists():
-        return None
-    return path if "/" in path and is_repo_id(path) else None  # the name of a file alone passes for an id, too
-
-
-def _public_path(path: str) -> str:
-    """Of a local path the last part: where it lay on the machine that trained is nobody's business."""
-    return path if path.startswith(BUILTIN_PREFIX) or _hub_id(path) else Path(path).name
