@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-__all__ = ["CheckpointMixin", "is_complete", "last_checkpoint"]
+__all__ = ["LAST", "CheckpointMixin", "is_complete", "last_checkpoint"]
 
+# What `resume_from_checkpoint` may be instead of a path, in lower case.
+LAST = ("last", "true")
 # Beside the checkpoints. Pushes of an output folder leave out names that begin with an underscore.
 STAGING_DIR = "_incomplete"
 # transformers puts it into a checkpoint that it begins because of a SIGTERM, and removes it at the end.
@@ -70,18 +72,19 @@ class CheckpointMixin(Base):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Train as the base class does; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+        Train as the base class does; `resume_from_checkpoint=True` takes the newest complete checkpoint, and so do the
+        words `"last"` and `"true"`, as which a script's command line has it.
 
         Raises:
             ValueError: there is no complete checkpoint, or the given one is not.
         """
         folder = Path(self.args.output_dir)
         self.stopped_by_sigterm = False
-        if resume_from_checkpoint is True:
+        if str(resume_from_checkpoint).lower() in LAST:
             resume_from_checkpoint = last_checkpoint(folder)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No complete checkpoint was found in {str(folder)!r}; train without resuming.")
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+        elif resume_from_checkpoint and not is_complete(str(resume_from_checkpoint)):
             raise ValueError(
                 f"The checkpoint {resume_from_checkpoint!r} does not exist or was not written to its end. Resume from "
                 "an earlier one, or with resume_from_checkpoint=True from the newest that is complete."

@@ -98,7 +98,7 @@ def train(context: typer.Context, config: _Config) -> None:
 
 @app.command(context_settings=_PASS_ON, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
-    """Print parameters, tokens, steps, mixture and memory of a run, without network or GPU."""
+    """Print parameters, tokens, steps, mixture, memory and cost of a run, without network or GPU: hf-nexus plan 3b"""
     from . import pretrain
 
     words = _words(context, config)
@@ -162,7 +162,9 @@ def push(
         str | None, typer.Option(help="Branch to push to instead of the run's; created when missing.")
     ] = None,
 ) -> None:
-    """Send to the Hub what a run could not; fails if something stays behind. Log in with `hf auth login` before."""
+    """Send to the Hub what a run could not: hf-nexus push runs/nexus-demo --revision rescued
+
+    Fails if something stays behind. Log in with `hf auth login` before."""
     from .hub.pushing import push_rest
 
     with _one_line(context):
@@ -233,7 +235,7 @@ def card(
 
 @app.command()
 def env() -> None:
-    """Print the versions of the packages and the devices found; put it into bug reports."""
+    """Print the versions of the packages and the devices found; put them into bug reports: hf-nexus env"""
     from rich.console import Console
     from rich.table import Table
 
@@ -249,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     Console entry point; `argv` is the process's own by default. What is wrong before the first step ends in one line
     and exit status 1, or with its traceback after `hf-nexus --debug`; `--debug` may also follow train, plan and
-    compare.
+    compare. A command or option that does not exist ends in exit status 2.
 
     Example:
         >>> from hf_nexus.cli import main

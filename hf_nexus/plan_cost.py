@@ -111,8 +111,10 @@ def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | Non
     if cost.devices > 1:
         sent = f"{cost.communication:.3g} s for {format_bytes(cost.sent)} per device (--link {hardware.link:g})"
         table.add_row(f"sent per step, {cost.sharding}", sent)
-        hides = "hidden behind the backward pass or not" if cost.overlaps else "which come after the backward pass"
-        table.add_row("step", f"{_range(cost.best, cost.worst, 's')}, as the bytes are {hides}")
+        hides = (
+            "as the bytes hide behind the backward pass or not" if cost.overlaps else "all sent after the last pass"
+        )
+        table.add_row("step", f"{_range(cost.best, cost.worst, 's')}, {hides}")
     if steps is not None:
         days = [steps * seconds / 86400 for seconds in (cost.best, cost.worst)]
         hours = [24 * cost.devices * number for number in days]

@@ -9,7 +9,7 @@ import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import PretrainArguments
-from .checkpoints import last_checkpoint
+from .checkpoints import LAST, last_checkpoint
 from .environment import installed_versions
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_NAME", "claim_folder", "find_checkpoint"]
 
 CONFIG_NAME = "pretrain.yaml"
-_LAST = ("last", "true")  # values of --resume_from_checkpoint that are not a path
 
 
 def find_checkpoint(arguments: PretrainArguments) -> str | None:
@@ -41,7 +40,7 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
                 "last, start anew with --overwrite_output_dir (they are deleted), or choose another --output_dir."
             )
         return None
-    if resume.lower() not in _LAST:
+    if resume.lower() not in LAST:
         if not Path(resume).is_dir():
             raise ValueError(
                 f"--resume_from_checkpoint {resume} is not a folder; give a checkpoint's path, or 'last'."

@@ -15,8 +15,8 @@ A model and a data set of the Hub, streamed, with LoRA adapters, pushed; on seve
 
     python recipes/finetune.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --lora_r 16 \\
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming --block_size 1024 \\
-        --do_train --do_eval --max_steps 1000 --gradient_accumulation_steps 8 --bf16 --output_dir runs/smol \\
-        --push_to_hub
+        --do_train --do_eval --max_eval_samples 500 --max_steps 1000 --gradient_accumulation_steps 8 --bf16 \\
+        --output_dir runs/smol --push_to_hub
 """
 
 import logging
@@ -161,6 +161,8 @@ def first_rows(rows: Any, count: int | None) -> Any:
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    if data_args.streaming and training_args.do_eval and data_args.max_eval_samples is None:
+        raise ValueError("--streaming --do_eval needs --max_eval_samples: a stream would be evaluated to its end.")
     logging.basicConfig(level=training_args.get_process_log_level())
     set_seed(training_args.seed)
 

@@ -19,7 +19,7 @@ def adapters(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
-    """Only they are copied, moved and saved; they resume to the bit, and merge."""
+    """Only they are copied, moved and saved; they resume to the bit, and merge into a model that loads alone."""
 
     def adapted(seed: int) -> Any:
         base = tiny_llama(dtype=dtype)
@@ -44,7 +44,11 @@ def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
     ids = Rows(2, 0).ids
     with torch.no_grad():
         expected, start = model(ids).logits.float(), tiny_llama(dtype=dtype)(ids).logits.float()
-        merged = model.merge_and_unload()(ids).logits.float()
+        whole.save_model()
+        saved = peft.PeftModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path / "out")
+        assert torch.equal(saved(ids).logits.float(), expected)
+        saved.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)(ids).logits.float()
     rounding = (expected - merged).norm() / (expected - start).norm()
     assert rounding < (1e-4 if dtype == torch.float32 else 0.2)
 

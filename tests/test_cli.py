@@ -78,6 +78,21 @@ def test_the_help_names_the_flags():
         assert [word for word in expected if word not in result.output] == []
 
 
+def test_every_command_has_an_example_in_its_help():
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert sorted(names) == ["benchmark", "card", "closeness", "compare", "env", "plan", "push", "train"]
+    for name in names:
+        output = CliRunner().invoke(cli.app, [name, "--help"], terminal_width=200).output
+        assert f"hf-nexus {name}" in output.partition("Usage:")[2].partition("\n")[2], name
+
+
+@pytest.mark.parametrize(
+    "argv", [["plam", "3b"], ["push"], ["card", "x", "--nonsense"], ["benchmark", "x", "--limit", "a"]]
+)
+def test_a_command_or_option_that_does_not_exist_exits_with_2(argv):
+    assert CliRunner().invoke(cli.app, argv).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

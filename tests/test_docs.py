@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 
 import hf_nexus
-from hf_nexus import MixtureConfig, Nexus, NexusConfig, NexusConfigMixin, load_mixture
+from hf_nexus import MixtureConfig, Nexus, NexusConfig, NexusConfigMixin, cli, load_mixture
 from hf_nexus.command_line import parse_arguments
 from hf_nexus.mixture import SourceConfig
 from tests.conftest import Rows, tiny_llama
@@ -131,6 +132,9 @@ def test_commands_name_files_and_flags_that_exist(line):
         parse_arguments(["--config", words[2], "--dry_run", *words[3:]])
     elif "recipes/pretrain_3b.py" in words:
         parse_arguments(["--dry_run", *words[words.index("recipes/pretrain_3b.py") + 1 :]])
+    elif words[0] == "hf-nexus" and words[1] not in ("train", "compare"):
+        command = typer.main.get_command(cli.app).commands[words[1]]
+        command.make_context(words[1], words[2:])  # parses, and raises at what it does not know
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

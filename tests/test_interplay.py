@@ -451,6 +451,25 @@ def test_gradient_checkpointing_changes_no_bit(make_trainer, sources, reentrant)
     assert (calls, more_calls) == (12, 24)  # each layer once more in the backward pass
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"torch_empty_cache_steps": 1},
+        {"include_num_input_tokens_seen": "all"},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"dataloader_drop_last": True},
+        {"remove_unused_columns": False},
+        {"save_strategy": "steps", "save_steps": 1, "save_only_model": True},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_settings_that_change_no_bit(make_trainer, sources, settings):
+    plain, other = make_trainer(sources), make_trainer(sources, **settings)
+    plain.train()
+    other.train()
+    assert all(map(torch.equal, plain.model.parameters(), other.model.parameters()))
+
+
 def test_compiling_matches_to_rounding_with_one_graph(make_trainer, sources):
     """To 1e-5 after 4 outer steps; the moved and restored weights make nothing compile anew."""
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from hf_nexus.hub.publisher import Publisher
 from tests.conftest import tiny_llama
@@ -80,11 +81,16 @@ def test_with_the_two_lines_as_they_were_it_is_a_script_for_trainer(run, tmp_pat
         assert (folder / "README.md").exists()
 
 
-def test_it_resumes_to_the_bit(run):
-    whole = run()
-    resumed = run("--resume_from_checkpoint", str(whole / "checkpoint-2"), "--seed", "3", out="resumed")
+@pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["map-style", "streaming"])
+def test_it_resumes_to_the_bit(run, flags):
+    whole = run(*flags)
+    resumed = run(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-2"), "--seed", "3", out="resumed")
     assert same(weights(whole), weights(resumed))
-    assert not same(weights(whole), weights(whole / "checkpoint-2"))
+    half = weights(whole / "checkpoint-2")
+    assert not same(weights(whole), half)
+    shutil.rmtree(whole / "checkpoint-4")
+    (whole / "model.safetensors").unlink()
+    assert same(weights(run(*flags, "--resume_from_checkpoint", "last")), weights(resumed))
 
 
 def test_it_streams_with_adapters(run, adapted):
@@ -95,19 +101,53 @@ def test_it_streams_with_adapters(run, adapted):
     assert any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # zero before training
 
 
-def test_it_pushes_adapters(run, adapted, hub: HubServer, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:  # noqa: F811
+    """The folder of a run that pushed; what the Hub then has is written to `downloaded`."""
     monkeypatch.setattr("hf_nexus.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK))
     with impatient_client(monkeypatch, xet=False):
-        folder = run("--push_to_hub", "--hub_model_id", REPO, "--hub_token", ALICE, *adapted)
-    files = hub.files(REPO)
-    assert "model.safetensors" not in files
-    for name in ("adapter_model.safetensors", "adapter_config.json", "eval_results.json", "README.md"):
-        assert files[name] == (folder / name).read_bytes(), name
+        folder = run("--push_to_hub", "--hub_model_id", REPO, "--hub_token", ALICE, *flags)
+    downloaded.mkdir()
+    for name, data in hub.files(REPO).items():
+        if "/" not in name:
+            (downloaded / name).write_bytes(data)
+    for name in ("eval_results.json", "README.md"):
+        assert (downloaded / name).read_bytes() == (folder / name).read_bytes(), name
+    return folder
+
+
+def test_what_it_pushes_is_the_model(run, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    downloaded = tmp_path / "downloaded"
+    folder = push(run, hub, monkeypatch, downloaded)
+    pushed = AutoModelForCausalLM.from_pretrained(downloaded).state_dict()
+    assert same(weights(folder), {name: pushed[name] for name in weights(folder)})
+    assert AutoTokenizer.from_pretrained(downloaded)("ab").input_ids == ByT5Tokenizer()("ab").input_ids
+
+
+def test_it_pushes_adapters(run, adapted, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    """They load on their base."""
+    from peft import PeftModel
+
+    folder = push(run, hub, monkeypatch, tmp_path / "downloaded", *adapted)
+    assert not (tmp_path / "downloaded/model.safetensors").exists()
+
+    def logits(adapters: Path) -> torch.Tensor:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            return PeftModel.from_pretrained(base, adapters)(torch.arange(8)[None]).logits
+
+    assert torch.equal(logits(tmp_path / "downloaded"), logits(folder))
+    with torch.no_grad():
+        untrained = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(torch.arange(8)[None]).logits
+    assert not torch.allclose(logits(folder), untrained)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "--dataset_name or --train_file"), (["--lora_r", "2"], "--lora_r needs --model_name_or_path")],
+    [
+        ([], "--dataset_name or --train_file"),
+        (["--lora_r", "2"], "--lora_r needs --model_name_or_path"),
+        (["--train_file", "x", "--streaming", "--do_eval", "--use_cpu"], "--do_eval needs --max_eval_samples"),
+    ],
 )
 def test_what_is_missing_is_said(monkeypatch, flags, message):
     monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "nowhere", *flags])

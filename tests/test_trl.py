@@ -1,5 +1,6 @@
 """Trainers of TRL through the mixin: what each does to a source on its own, and the update around its loss."""
 
+import json
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 pytest.importorskip("trl")
@@ -200,7 +203,7 @@ def test_preference_optimization_is_what_a_loop_by_hand_does(make, tokenizer, pr
 
     model = llama(tokenizer)
     assert distance(model, trainer.model) > 1e-2
-    assert distance(by_hand(model, trainer.windows, loss, adamw(model)), trainer.model) < 1e-5
+    assert distance(by_hand(model, trainer.windows, loss, adamw(model)), trainer.model) < 1e-4
 
 
 def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer, monkeypatch, tmp_path):
@@ -251,6 +254,32 @@ def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
     assert all(map(torch.equal, frozen, [p for p in trainer.model.parameters() if not p.requires_grad]))
     assert trainer.meter.inner_steps_skipped == 0
     assert sum(p.numel() for p in trainer._nexus.params) == trainer.model.num_parameters(only_trainable=True)
+
+
+def test_the_recipe_puts_adapters_on_a_model_and_conversations_of_ones_own(tokenizer, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    llama(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("letters", "digits")}
+    for name, rows in conversations().items():
+        rows.to_json(files[name])
+    quiet = ["--use_cpu", "--report_to=none", "--disable_tqdm=true", "--max_length=48", "--eval_rows=4", "--lora_r=2"]
+    shares = {"letters": 0.75, "digits": 0.25}
+    given = ["--files", json.dumps(files), "--mixture_weights", json.dumps(shares), "--max_steps", "4"]
+
+    def run(out: str, *flags: str) -> Path:
+        where = ["--model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / out)]
+        monkeypatch.setattr("sys.argv", ["sft_with_trl.py", *where, *given, *quiet, "--save_steps", "2", *flags])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return tmp_path / out
+
+    whole = load_file(run("whole") / "adapter_model.safetensors")
+    printed = capsys.readouterr().out
+    assert all(f"{name}: loss " in printed for name in files)
+    assert yaml.safe_load((tmp_path / "whole/nexus.yaml").read_text())["mixture_weights"] == shares
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)  # zero before training
+    resumed = run("resumed", "--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-2"))
+    assert same(whole, load_file(resumed / "adapter_model.safetensors"))
 
 
 # ---- Refusals ----

@@ -12,7 +12,11 @@
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
+# Yours, if the cluster asks for them:
+##SBATCH --partition=...
+##SBATCH --account=...
 set -uo pipefail
+# source .venv/bin/activate  # or however your environment is entered on each machine
 
 accelerate_file=$1
 shift
