@@ -39,9 +39,13 @@ def load_documents(
         ValueError: nothing there, no such split or subset, no documents, or none of the columns that `source` names.
 
     Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
         >>> from hf_nexus.mixture import SourceConfig
         >>> from hf_nexus.mixture.documents import load_documents
-        >>> load_documents("web", SourceConfig(path="web.jsonl"), "train").column_names  # doctest: +SKIP
+        >>> path = Path(mkdtemp(), "web.jsonl")
+        >>> _ = path.write_text('{"text": "a document"}')
+        >>> load_documents("web", SourceConfig(path=str(path)), "train", cache_dir=str(path.parent)).column_names
         ['text']
     """
     from datasets import load_dataset

@@ -83,11 +83,16 @@ def load_mixture(
         ImportError: `datasets` is not installed.
 
     Example:
+        >>> from tempfile import mkdtemp
         >>> from hf_nexus.mixture import MixtureConfig, load_mixture
-        >>> config = MixtureConfig.from_yaml("mixture.yaml")  # doctest: +SKIP
-        >>> mixture = load_mixture(config, tokenizer)  # doctest: +SKIP
-        >>> mixture.train["code"][0]["input_ids"].shape  # doctest: +SKIP
-        torch.Size([1024])
+        >>> from hf_nexus.mixture.builtin import builtin_documents
+        >>> from hf_nexus.mixture.tokenizer import train_tokenizer
+        >>> sources = {"logic": {"path": "builtin/logic", "max_tokens": 5000}}
+        >>> config = MixtureConfig.from_dict({"sources": sources, "sequence_length": 64})
+        >>> tokenizer = train_tokenizer(builtin_documents("logic")[:20], vocab_size=300)
+        >>> mixture = load_mixture(config, tokenizer, cache_dir=mkdtemp())
+        >>> mixture.train["logic"][0]["input_ids"].shape
+        torch.Size([64])
     """
     try:
         import datasets

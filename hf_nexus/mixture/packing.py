@@ -44,10 +44,13 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     the same in each version of transformers.
 
     Example:
+        >>> from tempfile import mkdtemp
+        >>> from transformers import AutoTokenizer
         >>> from hf_nexus.mixture.packing import tokenizer_fingerprint
-        >>> tokenizer.save_pretrained("tokenizer")  # doctest: +SKIP
-        >>> loaded = AutoTokenizer.from_pretrained("tokenizer")  # doctest: +SKIP
-        >>> tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)  # doctest: +SKIP
+        >>> from hf_nexus.mixture.tokenizer import train_tokenizer
+        >>> tokenizer, folder = train_tokenizer(["lazy dogs"], vocab_size=300), mkdtemp()
+        >>> saved = tokenizer.save_pretrained(folder)
+        >>> tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder)) == tokenizer_fingerprint(tokenizer)
         True
     """
     from datasets.fingerprint import Hasher

@@ -32,10 +32,11 @@ def format_plan(
             Number of outer steps, for the title.
 
     Example:
-        >>> from rich import print
         >>> from hf_nexus.mixture.plan import mixture_plan
         >>> from hf_nexus.mixture.plan_tables import format_plan
-        >>> print(format_plan(mixture_plan({"web": 800}, {"web": 1.0}, 1000)))  # doctest: +SKIP
+        >>> table = format_plan(mixture_plan({"web": 800}, {"web": 1.0}, 1000), steps=10)
+        >>> table.title, list(table.columns[0].cells)
+        ('Mixture over 10 steps', ['web', 'total'])
     """
     from rich.table import Table
 
@@ -76,12 +77,12 @@ def format_stages(rows: list[PlanRow], titles: Sequence[str]) -> "Table":
             Of the stages.
 
     Example:
-        >>> from rich import print
         >>> from hf_nexus.mixture.plan import mixture_plan
         >>> from hf_nexus.mixture.plan_tables import format_stages
         >>> stages = [(0, {"web": 0.9, "code": 0.1}), (800, {"web": 0.5, "code": 0.5})]
         >>> rows = mixture_plan({"web": 800, "code": None}, stages, 1000)
-        >>> print(format_stages(rows, ["steps 0 to 80", "steps 80 to 100"]))  # doctest: +SKIP
+        >>> list(format_stages(rows, ["steps 0 to 80", "steps 80 to 100"]).columns[2].cells)
+        ['90.0%', '10.0%', '50.0%', '50.0%']
     """
     from rich.table import Table
 
