@@ -470,7 +470,8 @@ def test_settings_that_change_no_bit(make_trainer, sources, settings):
     assert all(map(torch.equal, plain.model.parameters(), other.model.parameters()))
 
 
-def test_compiling_matches_to_rounding_with_one_graph(make_trainer, sources):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiling_matches_to_rounding_with_one_graph(make_trainer, sources, backend):
     """To 1e-5 after 4 outer steps; the moved and restored weights make nothing compile anew."""
 
     def train(**config: Any) -> torch.nn.Module:
@@ -480,7 +481,7 @@ def test_compiling_matches_to_rounding_with_one_graph(make_trainer, sources):
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = train(torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = train(torch_compile=True, torch_compile_backend=backend)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
     assert distance(compiled, train()) < 1e-5
