@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
+
+from hf_nexus.command_line import load_config
 
 ROOT = Path(__file__).parents[1]
 # What cannot be had here: several accelerators or machines, models and data of the Hub, files of the reader's.
@@ -78,7 +79,7 @@ def test_the_plan_of_3b(run):
     stdout, _ = run(COMMANDS["pretrain_3b.py"][0])
     text = " ".join(stdout.split())
     assert "2,969,742,336" in text  # parameters, counted on the meta device
-    for source in yaml.safe_load((ROOT / "hf_nexus/configs/3b.yaml").read_text())["data"]["sources"]:
+    for source in load_config("3b")["data"]["sources"]:
         assert source in text
 
 
