@@ -80,11 +80,12 @@ class CheckpointMixin(Base):
         """
         folder = Path(self.args.output_dir)
         self.stopped_by_sigterm = False
-        if str(resume_from_checkpoint).lower() in LAST:
+        named = resume_from_checkpoint and is_complete(str(resume_from_checkpoint))  # a folder may be called that
+        if not named and str(resume_from_checkpoint).lower() in LAST:
             resume_from_checkpoint = last_checkpoint(folder)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No complete checkpoint was found in {str(folder)!r}; train without resuming.")
-        elif resume_from_checkpoint and not is_complete(str(resume_from_checkpoint)):
+        elif resume_from_checkpoint and not named:
             raise ValueError(
                 f"The checkpoint {resume_from_checkpoint!r} does not exist or was not written to its end. Resume from "
                 "an earlier one, or with resume_from_checkpoint=True from the newest that is complete."

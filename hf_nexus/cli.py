@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     Console entry point; `argv` is the process's own by default. What is wrong before the first step ends in one line
     and exit status 1, or with its traceback after `hf-nexus --debug`; `--debug` may also follow train, plan and
-    compare. A command or option that does not exist ends in exit status 2.
+    compare. A command that does not exist, or an option of the others, ends in exit status 2.
 
     Example:
         >>> from hf_nexus.cli import main

@@ -148,10 +148,11 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         parser.parse_args(values)
     except ValueError as error:
         raise ValueError(f"{known.config}: {error}") from error
-    return _build(vars(parser.parse_args([*values, *argv])), config["data"]["sources"], defaults)
+    return _build(vars(parser.parse_args([*values, *argv])), config["data"], defaults)
 
 
-def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, Any]) -> PretrainArguments:
+def _build(values: dict[str, Any], file: dict[str, Any], defaults: dict[str, Any]) -> PretrainArguments:
+    sources = file["sources"]
     resolved = {
         section: {key: _plain(key, values[key]) for key in _keys(section) if key not in ("sources", *_NOT_SAVED)}
         for section in SECTIONS
@@ -159,7 +160,8 @@ def _build(values: dict[str, Any], sources: dict[str, Any], defaults: dict[str, 
     try:
         mixture = MixtureConfig.from_dict({**resolved["data"], "sources": sources})
     except ValueError as error:
-        raise ValueError(f"{values['config']}: {error}") from error
+        from_flags = any(value != _plain(key, file.get(key, defaults[key])) for key, value in resolved["data"].items())
+        raise ValueError(str(error) if from_flags else f"{values['config']}: {error}") from error
     resolved["data"]["sources"] = sources
     given = {name: {key: values[key] for key in _keys(name) if key != "sources"} for name in SECTIONS}
     model = ModelArguments(**given["model"])

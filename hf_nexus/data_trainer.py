@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
 
 from .checkpoints import CheckpointMixin
 from .data_state import compare_data, describe_data, load_data_state, save_data_state
 from .distributed import broadcast, max_over_ranks
-from .mixture.indexed import SOURCE_KEY, STATE_KEY, MixtureDataset, MixtureSampler, tag_source
+from .mixture.indexed import ROWS_KEY, SOURCE_KEY, STATE_KEY, MixtureDataset, MixtureSampler, tag_source
 from .mixture.isolation import IsolateDocuments, choose_isolation, needs_flat_rows
 from .mixture.readers import SourceError
 from .mixture.schedule import SourceSchedule
@@ -133,10 +134,11 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin)
                 if self.data.stages and not tagged:
                     raise ValueError(
                         "A micro-batch does not say which source it is of, so the training data loader is not that of "
-                        "the mixture. Leave get_train_dataloader() and get_batch_samples() to NexusTrainer, or pass "
-                        "train_dataset as one plain dataset."
+                        f"the mixture, or drops the key {SOURCE_KEY!r}. Leave get_train_dataloader() and "
+                        "get_batch_samples() to NexusTrainer, or pass train_dataset as one plain dataset."
                     )
                 self._fetched.sources.append(batch.pop(SOURCE_KEY) if tagged else "")
+                self._fetched.rows.append(batch.pop(ROWS_KEY) if tagged else find_batch_size(batch) or 1)
                 if tagged and STATE_KEY in batch:
                     self._fetched.states.append(batch.pop(STATE_KEY))
                 yield batch
@@ -250,6 +252,7 @@ class Fetched:
     """What came with the micro-batches of one window."""
 
     sources: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     states: list[StreamState] = field(default_factory=list)
     error: SourceError | None = None
 

@@ -65,8 +65,11 @@ class TrainingMeter(TrainerCallback, ExportableState):
         self.sources = list(sources)
         self._begin(dict.fromkeys(self.sources, 0), 0, 0)
 
-    def _begin(self, trained_tokens: dict[str, int], inner_steps_skipped: float, windows_dropped: int) -> None:
+    def _begin(
+        self, trained_tokens: dict[str, int], inner_steps_skipped: float, windows_dropped: int, unit: str = "tokens"
+    ) -> None:
         self.trained_tokens = trained_tokens
+        self.unit = unit  # "rows" where labels are not one per token
         self.inner_steps_skipped = inner_steps_skipped
         self.windows_dropped = windows_dropped
         self._interval = _Interval()
@@ -74,7 +77,7 @@ class TrainingMeter(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """The totals up to the last [`settle`], for `trainer_state.json`."""
-        totals = ("trained_tokens", "inner_steps_skipped", "windows_dropped")
+        totals = ("trained_tokens", "inner_steps_skipped", "windows_dropped", "unit")
         return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

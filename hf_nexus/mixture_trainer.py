@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_pt_utils import find_batch_size
 
 from .data_trainer import DataTrainerMixin
 from .evaluation.losses import OOD, mean_losses, perplexities
 from .meter import TrainingMeter
-from .token_weighted import TokenWeightedMixin, has_token_labels
+from .token_weighted import TokenWeightedMixin
 from .trackers import TrackerPlots
 
 __all__ = ["MixtureTrainerMixin", "Window"]
@@ -21,10 +20,12 @@ __all__ = ["MixtureTrainerMixin", "Window"]
 
 @dataclass
 class Window:
-    """The micro-batches of one outer step, and for each its source and counts of loss tokens, both shape (k,)."""
+    """The micro-batches of one outer step, and for each its source, rows and counts of loss tokens, all shape (k,)."""
 
     batches: list = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # on this rank
+    counts_rows: bool = False  # in the figures per source, as labels are not one per token or row
     tokens: Tensor | None = None  # on this rank
     divisors: Tensor | None = None  # what the loss is divided by: over all ranks with average_tokens_across_devices
     items: Any = None  # the window's total, as upstream passes it around
@@ -32,9 +33,8 @@ class Window:
 
     def count(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
         """Source, summed loss and tokens (or rows) on this rank of micro-batch `i`, given its mean loss."""
-        if self.tokens is None or self.divisors is None:  # no labels to count: every row weighs one
-            rows = find_batch_size(self.batches[i]) or 1
-            return self.sources[i], mean_loss * rows, torch.full_like(mean_loss, rows)
+        if self.counts_rows or self.tokens is None or self.divisors is None:
+            return self.sources[i], mean_loss * self.rows[i], torch.full_like(mean_loss, self.rows[i])
         # Upstream multiplies the loss by the number of ranks where it divides by the tokens of all of them.
         scale = 1 if self.divisors is self.tokens else ranks
         return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
@@ -48,7 +48,6 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         self._window = Window()
         self._collecting = False
-        self.counts_tokens = True  # and not rows: as the last window was counted
         super().__init__(*args, **kwargs)
         _check_eval_names(self.eval_dataset)
         if OOD in self.data.names:
@@ -82,9 +81,12 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         """Fetch one window of micro-batches and note their sources."""
         self._window = window = Window()
         window.batches, window.items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        window.sources = self._fetched.sources
+        window.sources, window.rows = self._fetched.sources, self._fetched.rows
         if window.batches:
-            self.counts_tokens = window.tokens is not None and has_token_labels(window.batches[0])
+            by_label = window.tokens is not None
+            labels = window.batches[0].get("labels", window.batches[0].get("shift_labels")) if by_label else None
+            window.counts_rows = labels is None or labels.is_floating_point()
+            self.meter.unit = "tokens" if labels is not None and not window.counts_rows and labels.ndim > 1 else "rows"
         return window.batches, window.items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -60,7 +60,7 @@ def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
         "parameters": parameters,
         "nexus": trainer.nexus_settings(),
         "mixture": rows,
-        "unit": "tokens" if trainer.counts_tokens else "rows",
+        "unit": trainer.meter.unit,
         "stages": trainer.data.stages,
         "evaluations": evaluations(log, trainer.data.names, trainer.eval_dataset, _paths(mixture)),
         **_hyperparameters(args),
@@ -213,9 +213,9 @@ def _hyperparameters(args: Any) -> dict[str, Any]:
     plain.use_cpu = args.device.type == "cpu"
     plain.__post_init__()
     plain.use_cpu = False
-    # Neither is a choice of the user's: setting up the devices takes the one away, Nexus sets the other.
-    plain.accelerator_config.pop("use_configured_state", None)
-    plain.logging_nan_inf_filter = args.logging_nan_inf_filter
+    plain.accelerator_config.pop("use_configured_state", None)  # as setting up the devices does
+    if args.nexus:
+        plain.logging_nan_inf_filter = args.logging_nan_inf_filter  # which Nexus has set, and not the user
     values, defaults = args.to_dict(), plain.to_dict()
     changed = {name: value for name, value in values.items() if value != defaults.get(name)}
     return {"hyperparameters": values, "changed_hyperparameters": changed}

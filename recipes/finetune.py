@@ -30,6 +30,7 @@ import numpy as np
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
@@ -52,7 +53,12 @@ class ModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "A model of the Hub, or a folder."})
     model_type: str = field(default="llama", metadata={"help": "Architecture of a model from scratch."})
     config_overrides: str = field(default=TINY, metadata={"help": "Its shape, such as 'hidden_size=64'."})
+    config_name: str | None = field(default=None, metadata={"help": "A saved configuration of a model from scratch."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "The model's own by default; else bytes."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    token: str | None = field(default=None, metadata={"help": "For the Hub; that of `hf auth login` by default."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    dtype: str = field(default="float32", metadata={"help": "Of frozen weights; what is trained needs float32."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
 
@@ -74,6 +80,7 @@ class DataTrainingArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on at most."})
     block_size: int = field(default=512, metadata={"help": "Tokens of a row."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training; set --max_steps."})
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Of text files."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again."})
 
@@ -82,9 +89,9 @@ class DataTrainingArguments:
             raise ValueError("There is nothing to train on: pass --dataset_name or --train_file.")
 
 
-def load_texts(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict | IterableDatasetDict:
-    """The splits `train` and `validation`."""
-    options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": args.streaming}
+def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | IterableDatasetDict:
+    """The splits `train` and `validation`; `options` are those of `load_dataset`."""
+    options["streaming"] = args.streaming
     if args.dataset_name is not None:
         path, options["name"] = args.dataset_name, args.dataset_config_name
     else:
@@ -93,6 +100,8 @@ def load_texts(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDic
         options["data_files"] = {split: file for split, file in files.items() if file is not None}
         endings = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
         path = endings.get(Path(args.train_file).suffix[1:], "text")
+        if path == "text":
+            options["keep_linebreaks"] = args.keep_linebreaks
     texts = load_dataset(path, **options)
     if "validation" not in texts:
         train, percent = texts["train"], args.validation_split_percentage
@@ -127,11 +136,14 @@ def tokenize(texts: Any, tokenizer: Any, args: DataTrainingArguments) -> Any:
 def load_model(args: ModelArguments) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     name = args.tokenizer_name or args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir) if name else ByT5Tokenizer()
+    options: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    options |= {"cache_dir": args.cache_dir, "token": args.token}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options) if name else ByT5Tokenizer()
     if args.model_name_or_path is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, cache_dir=args.cache_dir, dtype="float32"
-        )
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **options)
+    elif args.config_name is not None:
+        config = AutoConfig.from_pretrained(args.config_name, **options)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     else:
         special = {
             "eos_token_id": tokenizer.eos_token_id,
@@ -161,14 +173,17 @@ def first_rows(rows: Any, count: int | None) -> Any:
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
-    if data_args.streaming and training_args.do_eval and data_args.max_eval_samples is None:
+    endless = data_args.streaming and data_args.validation_file is None
+    if endless and training_args.do_eval and data_args.max_eval_samples is None:
         raise ValueError("--streaming --do_eval needs --max_eval_samples: a stream would be evaluated to its end.")
     logging.basicConfig(level=training_args.get_process_log_level())
     set_seed(training_args.seed)
 
     model, tokenizer = load_model(model_args)
     with training_args.main_process_first(desc="tokenizing"):
-        rows = tokenize(load_texts(data_args, model_args.cache_dir), tokenizer, data_args)
+        rows = tokenize(
+            load_texts(data_args, cache_dir=model_args.cache_dir, token=model_args.token), tokenizer, data_args
+        )
 
     trainer = Trainer(
         model=model,

@@ -382,6 +382,32 @@ def test_perplexities_are_of_token_losses_only(make_trainer):
     assert found["seq2seq"]["eval_two_perplexity"] == pytest.approx(math.exp(found["seq2seq"]["eval_two_loss"]))
 
 
+class ManyLabels(Examples):
+    """Three labels, each of which may hold."""
+
+    def __getitem__(self, i: int) -> Batch:
+        row = super().__getitem__(i)
+        return row | {"labels": torch.nn.functional.one_hot(row["labels"], 3).float()}
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_rows_are_counted_where_a_row_has_many_labels(make_trainer, tmp_path, nexus):
+    """After a resume, too, and if that trains no more."""
+    sources = {"one": ManyLabels("classification", 24, 0), "two": ManyLabels("classification", 16, 1)}
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(tiny_llama(pad_token_id=0, num_labels=3).config)
+        return make_trainer(sources, model, max_steps=3, nexus=nexus, save_strategy="steps", save_steps=3)
+
+    trainer = make()
+    trainer.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    for found in (trainer.meter, resumed.meter):
+        assert (sum(found.trained_tokens.values()), found.unit) == (3 * 4 * 2, "rows")
+
+
 @pytest.mark.parametrize("kind", ["classification", "seq2seq", "vision"])
 def test_other_models_train_as_in_a_loop_by_hand(make_trainer, kind):
     sources = {"one": Examples(kind, 24, 0), "two": Examples(kind, 16, 1)}
@@ -394,9 +420,9 @@ def test_other_models_train_as_in_a_loop_by_hand(make_trainer, kind):
     assert distance(by_hand(model, trainer.windows, plain_loss, adamw(model)), trainer.model) < 1e-5
     assert trainer.evaluate()["eval_loss"] < before
     assert set(trainer.meter.trained_tokens) == {"one", "two"}
-    if not trainer.counts_tokens:  # labels that are not one per token: then rows are counted
+    if trainer.meter.unit == "rows":
         assert sum(trainer.meter.trained_tokens.values()) == 3 * 4 * 2
-    assert trainer.counts_tokens == (kind == "seq2seq" and trainer.model_accepts_loss_kwargs)
+    assert (trainer.meter.unit == "tokens") == (kind == "seq2seq" and trainer.model_accepts_loss_kwargs)
 
 
 def test_a_seq2seq_trainer_generates_when_it_evaluates(make_trainer, tmp_path):

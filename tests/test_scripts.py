@@ -101,6 +101,15 @@ def test_it_streams_with_adapters(run, adapted):
     assert any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # zero before training
 
 
+def test_a_model_from_scratch_by_a_saved_configuration(run, adapted, tmp_path):
+    """And the flags of the standard script that go with it."""
+    base = tmp_path / "base"
+    flags = ["--config_name", str(base), "--tokenizer_name", str(base), "--keep_linebreaks", "False"]
+    folder = run(*flags, "--model_revision", "main", "--trust_remote_code", "False", "--dtype", "float32")
+    shapes = {name: tensor.shape for name, tensor in weights(folder).items()}
+    assert shapes == {name: tensor.shape for name, tensor in weights(base).items()}
+
+
 def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:  # noqa: F811
     """The folder of a run that pushed; what the Hub then has is written to `downloaded`."""
     monkeypatch.setattr("hf_nexus.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK))

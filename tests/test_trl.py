@@ -204,6 +204,8 @@ def test_preference_optimization_is_what_a_loop_by_hand_does(make, tokenizer, pr
     model = llama(tokenizer)
     assert distance(model, trainer.model) > 1e-2
     assert distance(by_hand(model, trainer.windows, loss, adamw(model)), trainer.model) < 1e-4
+    # pairs, which the collator stacks to twice as many rows
+    assert (sum(trainer.meter.trained_tokens.values()), trainer.meter.unit) == (3 * 4 * 2, "rows")
 
 
 def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer, monkeypatch, tmp_path):

@@ -10,12 +10,14 @@ import torch
 
 from .schedule import SourceSchedule
 
-__all__ = ["SOURCE_KEY", "STATE_KEY", "MixtureDataset", "MixtureSampler", "split_sources", "tag_source"]
+__all__ = ["ROWS_KEY", "SOURCE_KEY", "STATE_KEY", "MixtureDataset", "MixtureSampler", "split_sources", "tag_source"]
 
 logger = logging.getLogger(__name__)
 
 # Key under which a collated micro-batch names its source, between the data loader and the trainer.
 SOURCE_KEY = "nexus_source"
+# Key under which it says how many rows it holds, which a collator may pair or flatten.
+ROWS_KEY = "nexus_rows"
 # Key under which it says where the source then stands, if it is read from a `MixtureStream`.
 STATE_KEY = "nexus_state"
 
@@ -153,7 +155,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
 
 
 def tag_source(collate: Callable[[list], Any]) -> Callable[[SourceRows], Any]:
-    """Wrap a collator so that the micro-batches carry their source's name and, of a stream, its state."""
+    """Wrap a collator so that the micro-batches carry their source's name, their rows and, of a stream, its state."""
     return _Tagger(collate)
 
 
@@ -169,6 +171,7 @@ class _Tagger:  # a class, not a closure: data loader workers may have to pickle
                 f"The collator returned a {type(batch).__name__}; a mixture needs one that returns a dict."
             )
         batch[SOURCE_KEY] = rows.source  # type: ignore[index]
+        batch[ROWS_KEY] = len(rows)  # type: ignore[index]
         if rows.state is not None:
             batch[STATE_KEY] = rows.state  # type: ignore[index]
         return batch
