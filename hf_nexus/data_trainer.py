@@ -138,7 +138,8 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin)
                         "get_batch_samples() to NexusTrainer, or pass train_dataset as one plain dataset."
                     )
                 self._fetched.sources.append(batch.pop(SOURCE_KEY) if tagged else "")
-                self._fetched.rows.append(batch.pop(ROWS_KEY) if tagged else find_batch_size(batch) or 1)
+                rows = batch.pop(ROWS_KEY, None) if tagged else None
+                self._fetched.rows.append(rows or find_batch_size(batch) or 1)
                 if tagged and STATE_KEY in batch:
                     self._fetched.states.append(batch.pop(STATE_KEY))
                 yield batch

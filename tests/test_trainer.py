@@ -165,7 +165,7 @@ def test_a_mixture_without_nexus_is_the_trainer_on_the_same_batches(make_trainer
     ours = make_trainer(sources, nexus=False, max_steps=6)
     loader = make_trainer(sources, nexus=False).get_train_dataloader()
     loader.set_epoch(0)
-    batches = [{k: v for k, v in batch.items() if k != "nexus_source"} for batch in loader]
+    batches = [{k: v for k, v in batch.items() if not k.startswith("nexus_")} for batch in loader]
     rows = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(2)]
     kept = {k: v for k, v in ours.args.to_dict().items() if k in TrainingArguments.__dataclass_fields__}
     args = TrainingArguments(**{**kept, "accelerator_config": None, "train_sampling_strategy": "sequential"})
