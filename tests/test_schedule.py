@@ -205,10 +205,10 @@ def test_a_source_smaller_than_one_micro_batch_is_refused():
         build({"big": 40, "small": 3}, 4)
 
 
-def test_rows_of_a_micro_batch_carry_their_source():
+def test_a_micro_batch_carries_its_source_and_number_of_rows():
     dataset = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]})
     batch = tag_source(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
-    assert batch == {"x": [4, 3], "nexus_source": "b"}
+    assert batch == {"x": [4, 3], "nexus_source": "b", "nexus_rows": 2}
 
 
 def test_a_collator_that_returns_no_mapping_is_refused():
