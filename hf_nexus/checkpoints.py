@@ -80,16 +80,15 @@ class CheckpointMixin(Base):
         """
         folder = Path(self.args.output_dir)
         self.stopped_by_sigterm = False
-        named = resume_from_checkpoint and is_complete(str(resume_from_checkpoint))  # a folder may be called that
-        if not named and str(resume_from_checkpoint).lower() in LAST:
+        if resume_from_checkpoint and not is_complete(wanted := str(resume_from_checkpoint)):
+            if wanted.lower() not in LAST:
+                raise ValueError(
+                    f"The checkpoint {wanted!r} does not exist or was not written to its end. Resume from an earlier "
+                    "one, or with resume_from_checkpoint=True from the newest that is complete."
+                )
             resume_from_checkpoint = last_checkpoint(folder)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No complete checkpoint was found in {str(folder)!r}; train without resuming.")
-        elif resume_from_checkpoint and not named:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint!r} does not exist or was not written to its end. Resume from "
-                "an earlier one, or with resume_from_checkpoint=True from the newest that is complete."
-            )
         _recover(folder)
         if self.args.should_save:
             shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)  # of a run that was killed

@@ -12,7 +12,7 @@ from torch import Tensor
 from .data_trainer import DataTrainerMixin
 from .evaluation.losses import OOD, mean_losses, perplexities
 from .meter import TrainingMeter
-from .token_weighted import TokenWeightedMixin
+from .token_weighted import TokenWeightedMixin, has_token_labels
 from .trackers import TrackerPlots
 
 __all__ = ["MixtureTrainerMixin", "Window"]
@@ -25,7 +25,7 @@ class Window:
     batches: list = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # on this rank
-    counts_rows: bool = False  # in the figures per source, as labels are not one per token or row
+    unit: str = "rows"  # of the figures per source; "tokens" where labels are one per token
     tokens: Tensor | None = None  # on this rank
     divisors: Tensor | None = None  # what the loss is divided by: over all ranks with average_tokens_across_devices
     items: Any = None  # the window's total, as upstream passes it around
@@ -33,7 +33,7 @@ class Window:
 
     def count(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
         """Source, summed loss and tokens (or rows) on this rank of micro-batch `i`, given its mean loss."""
-        if self.counts_rows or self.tokens is None or self.divisors is None:
+        if self.unit == "rows" or self.tokens is None or self.divisors is None:
             return self.sources[i], mean_loss * self.rows[i], torch.full_like(mean_loss, self.rows[i])
         # Upstream multiplies the loss by the number of ranks where it divides by the tokens of all of them.
         scale = 1 if self.divisors is self.tokens else ranks
@@ -83,10 +83,8 @@ class MixtureTrainerMixin(TokenWeightedMixin, DataTrainerMixin):
         window.batches, window.items = super().get_batch_samples(epoch_iterator, num_batches, device)
         window.sources, window.rows = self._fetched.sources, self._fetched.rows
         if window.batches:
-            by_label = window.tokens is not None
-            labels = window.batches[0].get("labels", window.batches[0].get("shift_labels")) if by_label else None
-            window.counts_rows = labels is None or labels.is_floating_point()
-            self.meter.unit = "tokens" if labels is not None and not window.counts_rows and labels.ndim > 1 else "rows"
+            counted = window.tokens is not None and has_token_labels(window.batches[0])
+            window.unit = self.meter.unit = "tokens" if counted else "rows"
         return window.batches, window.items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

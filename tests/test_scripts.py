@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from hf_nexus.hub.publisher import Publisher
+from tests import test_publishing
 from tests.conftest import tiny_llama
 from tests.hub_runs import QUICK, REPO, impatient_client
 from tests.hub_server import ALICE, HubServer
-from tests.test_publishing import hub  # noqa: F401  # a fixture
 from tests.tiny_config import documents
 
 pytest.importorskip("datasets")
@@ -27,6 +27,7 @@ TRAINING = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 2 --gradi
 QUIET = "--use_cpu --report_to none --disable_tqdm true"
 FLAGS = f"--do_train --do_eval --block_size 32 --max_eval_samples 8 --learning_rate 1e-2 {TRAINING} {QUIET}".split()
 FLAGS += ["--config_overrides", SHAPE]
+hub = test_publishing.hub  # the fixture
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_model_from_scratch_by_a_saved_configuration(run, adapted, tmp_path):
     assert shapes == {name: tensor.shape for name, tensor in weights(base).items()}
 
 
-def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:  # noqa: F811
+def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:
     """The folder of a run that pushed; what the Hub then has is written to `downloaded`."""
     monkeypatch.setattr("hf_nexus.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK))
     with impatient_client(monkeypatch, xet=False):
@@ -124,7 +125,7 @@ def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path,
     return folder
 
 
-def test_what_it_pushes_is_the_model(run, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_what_it_pushes_is_the_model(run, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
     downloaded = tmp_path / "downloaded"
     folder = push(run, hub, monkeypatch, downloaded)
     pushed = AutoModelForCausalLM.from_pretrained(downloaded).state_dict()
@@ -132,7 +133,7 @@ def test_what_it_pushes_is_the_model(run, hub: HubServer, tmp_path, monkeypatch:
     assert AutoTokenizer.from_pretrained(downloaded)("ab").input_ids == ByT5Tokenizer()("ab").input_ids
 
 
-def test_it_pushes_adapters(run, adapted, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_it_pushes_adapters(run, adapted, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
     """They load on their base."""
     from peft import PeftModel
 

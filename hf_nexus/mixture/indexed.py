@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -166,14 +166,14 @@ class _Tagger:  # a class, not a closure: data loader workers may have to pickle
     def __call__(self, rows: SourceRows) -> Any:
         assert isinstance(rows, SourceRows), "a training micro-batch crosses sources"
         batch = self.collate(list(rows))
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, MutableMapping):
             raise ValueError(
                 f"The collator returned a {type(batch).__name__}; a mixture needs one that returns a dict."
             )
-        batch[SOURCE_KEY] = rows.source  # type: ignore[index]
-        batch[ROWS_KEY] = len(rows)  # type: ignore[index]
+        batch[SOURCE_KEY] = rows.source
+        batch[ROWS_KEY] = len(rows)
         if rows.state is not None:
-            batch[STATE_KEY] = rows.state  # type: ignore[index]
+            batch[STATE_KEY] = rows.state
         return batch
 
 
