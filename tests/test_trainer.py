@@ -10,7 +10,7 @@ import transformers
 import yaml
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_nexus import NexusTrainer
+from hf_nexus import NexusTrainer, NexusTrainerMixin
 from tests.conftest import Rows, tiny_llama
 
 
@@ -393,13 +393,16 @@ def test_several_sets_are_logged_and_announced_once_with_macro_and_ood(make_trai
     assert metrics["eval_ood_loss"] == pytest.approx((metrics["eval_law_loss"] + metrics["eval_poems_loss"]) / 2)
 
 
-def test_a_log_of_ones_own_keeps_its_entries_through_an_evaluation(make_trainer, sources):
-    class Quiet(NexusTrainer):
+def test_a_parent_that_does_not_keep_a_line_loses_no_other(make_trainer, sources):
+    class Quiet(Trainer):
         def log(self, logs, start_time=None):
             if "eval_loss" in logs:  # the line of all sets; those of each are not ours to keep
                 super().log(logs, start_time)
 
-    trainer = make_trainer(sources, trainer_class=Quiet)
+    class Ours(NexusTrainerMixin, Quiet):
+        pass
+
+    trainer = make_trainer(sources, trainer_class=Ours)
     trainer.state.log_history = [{"step": 0, "loss": 5.0}]
     trainer.evaluate({"text": Rows(4, 0), "code": Rows(4, 1)})
     first, last = trainer.state.log_history
