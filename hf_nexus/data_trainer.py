@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_pt_utils import find_batch_size
 
 from .checkpoints import CheckpointMixin
@@ -55,6 +55,9 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin)
         self._fetched = Fetched()
         self._began_at = 0
         given = {"args": settings, "train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
+        if self.data.mixture is not None and kwargs.get("data_collator") is None:
+            # Rows of a mixture are full. The collator of the Trainer would ask the tokenizer for a padding token.
+            given["data_collator"] = default_data_collator
         super().__init__(**kwargs | given)
         self._isolate_documents(self.data)
         self.add_callback(_BeginData(self))

@@ -10,8 +10,9 @@ import transformers
 import yaml
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_nexus import NexusTrainer, NexusTrainerMixin
+from hf_nexus import MixtureConfig, NexusTrainer, NexusTrainerMixin, load_mixture
 from tests.conftest import Rows, tiny_llama
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 def weights(trainer) -> torch.Tensor:
@@ -47,6 +48,31 @@ def test_dict_of_sources_trains_and_logs_each_source(make_trainer, sources):
         assert key in logs
     assert logs["inner_lr"] == 0.05
     assert any(f"loss/{name}" in logs for name in sources)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_mixture_are_never_padded(make_trainer, tmp_path, streaming):
+    """The tokenizers of GPT-2, Llama and SmolLM2 have no padding token; rows of a mixture are full."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} fox " * 9}) + "\n" for i in range(90)))
+    source = {"path": str(tmp_path / "text.jsonl"), "eval_rows": 5, "streaming": streaming, "weight": 1}
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    config = MixtureConfig.from_dict({"sources": {"text": source}, "sequence_length": 16})
+    mixture = load_mixture(config, tokenizer, cache_dir=tmp_path / "cache")
+    seen = []
+
+    class Watched(NexusTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    kwargs = {"processing_class": tokenizer}
+    trainer = make_trainer(mixture, tiny_llama(vocab_size=320), kwargs, Watched, dataloader_num_workers=1)
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 8 and all(set(batch) == {"input_ids", "labels", "position_ids"} for batch in seen)
+    eos = [batch["labels"][batch["input_ids"] == tokenizer.eos_token_id] for batch in seen]
+    assert any(len(labels) for labels in eos) and all((labels == tokenizer.eos_token_id).all() for labels in eos)
 
 
 def test_loss_per_source_is_that_sources_mean_loss(make_trainer, sources):
