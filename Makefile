@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 # With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
 demo: $(READY)
-	$(if $(PUSH),$(BIN)/python -m tests.hub_demo alice/nexus-demo runs/nexus-demo -- )$(BIN)/python \
+	$(if $(PUSH),$(BIN)/python -m tests.support.hub.demo alice/nexus-demo runs/nexus-demo -- )$(BIN)/python \
 		recipes/pretrain_3b.py --config demo $(if $(PUSH),--push_to_hub True --hub_strategy checkpoint)
 
 # Arms over seeds on the built-in corpus, in less than ten minutes on two cores; the report is in runs/compare.
@@ -18,7 +18,7 @@ compare: $(READY)
 
 # Model cards are golden files: after a change of the template, render them again and look at the difference.
 cards: $(READY)
-	$(BIN)/python -m tests.test_card
+	$(BIN)/python -m tests.hub.test_card
 	$(BIN)/python model_cards/render.py
 
 test: $(READY)
@@ -56,7 +56,7 @@ test-newest: .venv-newest/.ready
 # Docstring examples, documentation code, the mixtures and numbers of the pages, relative links.
 docs-test: $(READY)
 	$(PYTEST) tests/test_docs.py
-	$(PYTEST) tests/test_planning_cost.py -k page
+	$(PYTEST) tests/pretrain/test_cost.py -k page
 
 # Each script of recipes/ as its header says, those that take minutes included.
 recipes: $(READY)

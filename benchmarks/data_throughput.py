@@ -40,13 +40,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture import MixtureConfig, load_mixture
-from hf_nexus.mixture.builtin import builtin_documents
+from hf_nexus.mixture.builtin.corpus import builtin_documents
+from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 from hf_nexus.mixture.indexed import tag_source
 from hf_nexus.mixture.isolation import IsolateDocuments
 from hf_nexus.mixture.loading import Mixture
 from hf_nexus.mixture.schedule import SourceSchedule
-from hf_nexus.mixture.streaming import MicroBatchSampler, MixtureStream
-from hf_nexus.mixture.tokenizer import train_tokenizer
+from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
 
 BARE = "bare loader"
 SOURCES = ("code", "documentation", "mathematics", "records")

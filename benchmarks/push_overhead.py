@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 def start_hub(folder: Path) -> "subprocess.Popen[str]":
     """The tests' server; the environment of this process points to it from then on."""
-    command = [sys.executable, "-m", "tests.hub_server", "--root", str(folder / "hub"), "--port", "0"]
+    command = [sys.executable, "-m", "tests.support.hub.server", "--root", str(folder / "hub"), "--port", "0"]
     hub = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert hub.stdout is not None
     told = dict(part.split("=", 1) for part in hub.stdout.readline().split())

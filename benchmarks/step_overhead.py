@@ -43,7 +43,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_nexus.meter import peak_flops
+from hf_nexus.trainer.meter import peak_flops
 
 # Model, tokens per micro-batch, groups of arms measured together.
 Plan = list[tuple[str, int, list[str]]]

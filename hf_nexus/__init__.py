@@ -10,10 +10,10 @@ _EXPORTS = {
     "Mixture": "mixture.loading",
     "MixtureConfig": "mixture.config",
     "Nexus": "nexus",
-    "NexusConfig": "config",
-    "NexusConfigMixin": "config",
-    "NexusTrainer": "trainer",
-    "NexusTrainerMixin": "trainer",
+    "NexusConfig": "trainer.config",
+    "NexusConfigMixin": "trainer.config",
+    "NexusTrainer": "trainer.mixin",
+    "NexusTrainerMixin": "trainer.mixin",
     "SourceConfig": "mixture.config",
     "load_mixture": "mixture.loading",
 }
@@ -21,15 +21,15 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
-    from .config import NexusConfig as NexusConfig
-    from .config import NexusConfigMixin as NexusConfigMixin
     from .mixture.config import MixtureConfig as MixtureConfig
     from .mixture.config import SourceConfig as SourceConfig
     from .mixture.loading import Mixture as Mixture
     from .mixture.loading import load_mixture as load_mixture
     from .nexus import Nexus as Nexus
-    from .trainer import NexusTrainer as NexusTrainer
-    from .trainer import NexusTrainerMixin as NexusTrainerMixin
+    from .trainer.config import NexusConfig as NexusConfig
+    from .trainer.config import NexusConfigMixin as NexusConfigMixin
+    from .trainer.mixin import NexusTrainer as NexusTrainer
+    from .trainer.mixin import NexusTrainerMixin as NexusTrainerMixin
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .snapshot import TensorCopy, add_scaled_, as_gradient, fill_normal_, global_norm, shard
+from .tensors import TensorCopy, add_scaled_, as_gradient, fill_normal_, global_norm, shard
 
 __all__ = ["Nexus"]
 

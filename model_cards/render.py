@@ -16,12 +16,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from hf_nexus.command_line import parse_arguments
 from hf_nexus.hub.card import save_card
 from hf_nexus.hub.run_summary import RunSummary
-from hf_nexus.planning import plan_run
-from hf_nexus.report import CARD_FILES, write_card
-from hf_nexus.summary import planned_summary
+from hf_nexus.pretrain.card import planned_summary
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.plan import plan_run
+from hf_nexus.trainer.card import CARD_FILES, write_card
 
 FOLDER = Path(__file__).resolve().parent
 # What no trainer knows. The built-in corpus is what an installation holds: English text and code.

@@ -5,7 +5,7 @@ In minutes on two CPU cores, with the comparison that comes with the package:
 
     python recipes/compare.py
 
-One of your own, from a copy of hf_nexus/experiments/configs/compare.yaml:
+One of your own, from a copy of hf_nexus/compare/configs/compare.yaml:
 
     python recipes/compare.py mine.yaml --output_dir runs/mine
 
@@ -13,7 +13,7 @@ One process is enough: it spreads the runs over the devices that there are. What
 that the same command goes on with a comparison that was interrupted, or to which arms or seeds were added.
 """
 
-from hf_nexus.experiments.command import main
+from hf_nexus.cli.compare import main
 
 if __name__ == "__main__":
     main()

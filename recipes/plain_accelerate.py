@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_nexus import Nexus
 from hf_nexus.mixture import SourceSchedule
-from hf_nexus.mixture.builtin import builtin_documents
-from hf_nexus.mixture.tokenizer import train_tokenizer
+from hf_nexus.mixture.builtin.corpus import builtin_documents
+from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 
 WEIGHTS = {"code": 0.5, "mathematics": 0.25, "reasoning": 0.25}  # share of the micro-batches
 INNER_STEPS, ROWS, LENGTH = 4, 4, 128  # k micro-batches of (ROWS, LENGTH) tokens per process make one outer step

@@ -17,7 +17,7 @@ On a laptop, in four minutes:
 Any field of the configuration can follow as a flag. `--resume_from_checkpoint last` continues an interrupted run.
 """
 
-from hf_nexus.pretrain import main
+from hf_nexus.pretrain.run import main
 
 if __name__ == "__main__":
     main()

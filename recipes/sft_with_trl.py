@@ -32,8 +32,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_nexus import NexusConfigMixin, NexusTrainerMixin
-from hf_nexus.mixture.builtin import builtin_documents
-from hf_nexus.mixture.tokenizer import train_tokenizer
+from hf_nexus.mixture.builtin.corpus import builtin_documents
+from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 
 BUILTIN = ("mathematics", "reasoning")
 # `generation` marks what the assistant says, its end included.

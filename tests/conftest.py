@@ -1,4 +1,4 @@
-"""Tiny models and data shared by the tests: CPU, offline, seconds."""
+"""Settings and fixtures of all tests: CPU, offline, one thread."""
 
 import os
 from collections.abc import Callable
@@ -8,56 +8,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # rounding, on which a few bounds depend, is then the same anywhere
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a few bounds depend on rounding, which depends on the threads
 
 import pytest
 import torch
 from hypothesis import settings
-from torch.utils.data import Dataset
 
-settings.register_profile("no deadline", deadline=None)  # how long a first call takes is the machine's affair
+from tests.support.tiny import Rows, tiny_llama
+
+settings.register_profile("no deadline", deadline=None)  # the first call may take long
 settings.load_profile("no deadline")
-
-VOCAB = 64
-
-
-class Rows(Dataset):
-    """`n` rows of `length` tokens of one source: `input_ids` and `labels` only, no `datasets` needed."""
-
-    def __init__(self, n: int, seed: int, length: int = 16, pad: bool = False):
-        generator = torch.Generator().manual_seed(seed)
-        # Each source favours its own tokens, so that sources differ in what they ask of the model.
-        self.ids = (torch.randint(0, VOCAB // 4, (n, length), generator=generator) + seed * 7) % VOCAB
-        self.labels = self.ids.clone()
-        if pad:  # rows of different numbers of loss tokens
-            for i in range(n):
-                self.labels[i, length - i % (length // 2) :] = -100
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[i], "labels": self.labels[i]}
-
-
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.nn.Module:
-    """A Llama of about 10k parameters, dropout off."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "attn_implementation": "eager",
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(shape | overrides))).to(dtype)
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ import typer
 import yaml
 
 import hf_nexus
-from hf_nexus import MixtureConfig, Nexus, NexusConfig, NexusConfigMixin, cli, load_mixture
-from hf_nexus.command_line import parse_arguments
+from hf_nexus import MixtureConfig, Nexus, NexusConfig, NexusConfigMixin, load_mixture
+from hf_nexus.cli import app as cli
 from hf_nexus.mixture import SourceConfig
-from tests.conftest import Rows, tiny_llama
-from tests.tiny_tokenizer import tiny_tokenizer
+from hf_nexus.pretrain.parsing import parse_arguments
+from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MIXTURES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "mixtures.md").read_text(), re.S)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_nexus import Nexus
-from tests.conftest import Rows, tiny_llama
+from tests.support.tiny import Rows, tiny_llama
 
 GAMMA = 0.1
 

@@ -15,43 +15,52 @@ import hf_nexus
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(hf_nexus.__file__).parent  # elsewhere where the tests run against an installed wheel
 
-# The four rooms, and the glue above them in the order in which it may be imported.
-ROOMS = {
-    "nexus": "algorithm",
-    "snapshot": "algorithm",
-    "mixture": "data",
-    "evaluation": "evidence",
-    "hub": "hub",
-    "distributed": "distributed",
-}
+# A module imports from its own room and from those below, that is, to its right.
+ROOMS = [
+    "cli",
+    "compare",
+    "pretrain",
+    "trainer",
+    "plots",
+    "hub",
+    "evaluation",
+    "mixture",
+    "nexus",
+    "controls",
+    "tensors",
+]
+ROOMS += ["files"]
 
 
-def imports(path: Path) -> set[str]:
-    """First component, below hf_nexus, of each module that a file of the package imports."""
-    depth = len(path.relative_to(PACKAGE).parts) - 1
+def rooms_of_imports(path: Path) -> set[str]:
+    """The rooms of the modules that a file of the package imports, under `TYPE_CHECKING` and in functions as well."""
+    package = ["hf_nexus", *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == depth + 1:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_nexus."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            if module == ["hf_nexus"]:  # of the package itself only the version
+                found |= {alias.name for alias in node.names} - {"__version__"}
+            elif module[0] == "hf_nexus":
+                found.add(module[1])
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hf_nexus.")}
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hf_nexus.")}
     return found
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_import_neither_one_another_nor_what_lies_above(path):
-    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if module not in ROOMS:
+def test_a_module_imports_only_from_rooms_below_its_own(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":  # it names the public objects of all rooms, which are loaded when they are used
         return
-    for imported in imports(path):
-        assert ROOMS.get(imported) == ROOMS[module], f"{path.name} imports {imported}"
+    below = ROOMS[ROOMS.index(room) :]
+    assert rooms_of_imports(path) <= set(below)
 
 
-def test_the_directions_test_sees_imports():
-    assert {"nexus", "mixture_trainer", "precision", "distributed"} <= imports(PACKAGE / "trainer.py")
-    assert imports(PACKAGE / "nexus.py") == {"snapshot"}
+def test_the_test_of_imports_sees_them():
+    assert {"nexus", "trainer"} <= rooms_of_imports(PACKAGE / "trainer" / "mixin.py")
+    assert rooms_of_imports(PACKAGE / "nexus.py") == {"tensors"}
 
 
 def test_the_core_imports_without_the_optional_packages_and_costs_nothing_itself():
@@ -108,11 +117,11 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     files = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     expected = {str(p.relative_to(PACKAGE.parent)) for p in files}
     assert {name for name in names if ".dist-info/" not in name} == expected
-    configs = [f"hf_nexus/configs/{name}.yaml" for name in ("demo", "130m", "300m", "1b", "3b")]
-    data = ["hf_nexus/py.typed", "hf_nexus/hub/card_template.md", "hf_nexus/experiments/configs/compare.yaml"]
+    configs = [f"hf_nexus/pretrain/configs/{name}.yaml" for name in ("demo", "130m", "300m", "1b", "3b")]
+    data = ["hf_nexus/py.typed", "hf_nexus/hub/template.md", "hf_nexus/compare/configs/compare.yaml"]
     assert {*configs, *data} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "License-Expression: Apache-2.0" in metadata and "hf-nexus = hf_nexus.cli:main" in entry_points
+    assert "License-Expression: Apache-2.0" in metadata and "hf-nexus = hf_nexus.cli.app:main" in entry_points
 
 
 def test_the_citation_is_the_projects():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_nexus.command_line import load_config
+from hf_nexus.pretrain.parsing import load_config
 
 ROOT = Path(__file__).parents[1]
 # What cannot be had here: several accelerators or machines, models and data of the Hub, files of the reader's.

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from hf_nexus.hub.publisher import Publisher
-from tests import test_publishing
-from tests.conftest import tiny_llama
-from tests.hub_runs import QUICK, REPO, impatient_client
-from tests.hub_server import ALICE, HubServer
-from tests.tiny_config import documents
+from tests.support.hub.runs import QUICK, REPO, impatient_client
+from tests.support.hub.server import ALICE, HubServer
+from tests.support.tiny import tiny_llama
+from tests.support.tiny_config import documents
+from tests.trainer import test_publishing
 
 pytest.importorskip("datasets")
 SCRIPT = Path(__file__).parents[1] / "recipes/finetune.py"
@@ -113,7 +113,9 @@ def test_a_model_from_scratch_by_a_saved_configuration(run, adapted, tmp_path):
 
 def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:
     """The folder of a run that pushed; what the Hub then has is written to `downloaded`."""
-    monkeypatch.setattr("hf_nexus.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK))
+    monkeypatch.setattr(
+        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
+    )
     with impatient_client(monkeypatch, xet=False):
         folder = run("--push_to_hub", "--hub_model_id", REPO, "--hub_token", ALICE, *flags)
     downloaded.mkdir()

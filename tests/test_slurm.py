@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_nexus.command_line import parse_arguments
+from hf_nexus.pretrain.parsing import parse_arguments
 
 ACCELERATE = Path(__file__).parents[1] / "recipes/accelerate"
 STAND_INS = {

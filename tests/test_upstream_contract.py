@@ -9,7 +9,7 @@ from torch.optim.sgd import sgd
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from tests.conftest import Rows, tiny_llama
+from tests.support.tiny import Rows, tiny_llama
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_nexus import Nexus
-from hf_nexus.figures import COLORS, new_figure, save_figure
+from hf_nexus.plots.style import COLORS, new_figure, save_figure
 
 K, INNER_LR = 4, 0.5  # inner steps, far longer than in training, to be seen
 START = torch.tensor([-1.3, 1.3])

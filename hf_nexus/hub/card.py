@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from .card_check import check_card, is_repo_id, split_card
+from .check import check_card, is_repo_id, split_card
 from .results import ROLES, BenchmarkScore, Evaluation, merge_index, model_index
 from .run_summary import MixtureRow, RunSummary
 
@@ -146,7 +146,7 @@ def _body(run: RunSummary) -> str:
 
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     jinja.filters |= {"cell": _cell, "number": _number, "signed": _signed, "code": _code, "escaped": _escaped}
-    template = jinja.from_string(Path(__file__).with_name("card_template.md").read_text(encoding="utf-8"))
+    template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
     environment = {
         "Hardware": run.hardware,
         "Training time": run.seconds if run.seconds is None else timedelta(seconds=round(run.seconds)),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from .card_check import is_repo_id
+from .check import is_repo_id
 
 __all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "Evaluation", "merge_index", "model_index", "save_results"]
 

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.hf_api import RepoFile
 
-from .card_check import check_card
+from .check import check_card
 from .job import Job, SpoiledJobError, Target
 from .queue import UploadQueue
 

@@ -4,11 +4,11 @@ from .config import MixtureConfig, SourceConfig
 from .indexed import MixtureDataset, MixtureSampler
 from .isolation import IsolateDocuments
 from .loading import Mixture, load_mixture
-from .readers import Retry, SourceError
 from .schedule import DynamicSchedule, SourceSchedule
 from .stages import Stage
-from .streaming import MixtureStream
-from .token_stream import StreamedDocuments
+from .stream.dataset import MixtureStream
+from .stream.documents import StreamedDocuments
+from .stream.reader import Retry, SourceError
 
 __all__ = [
     "DynamicSchedule",

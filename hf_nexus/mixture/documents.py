@@ -85,7 +85,7 @@ def source_license(source: SourceConfig, documents: "Dataset | IterableDataset")
     if source.license is not None:
         return source.license
     if source.path.startswith(BUILTIN_PREFIX):
-        from .builtin import BUILTIN_SOURCES
+        from .builtin.corpus import BUILTIN_SOURCES
 
         return BUILTIN_SOURCES[source.path.removeprefix(BUILTIN_PREFIX)].license
     return documents.info.license or None
@@ -94,7 +94,7 @@ def source_license(source: SourceConfig, documents: "Dataset | IterableDataset")
 def _load_builtin(name: str) -> "Dataset":
     from datasets import Dataset
 
-    from .builtin import builtin_documents
+    from .builtin.corpus import builtin_documents
 
     return Dataset.from_dict({"text": builtin_documents(name)})
 

@@ -13,7 +13,7 @@ from .config import MixtureConfig, SourceConfig
 from .documents import DocumentReader, column_names, load_documents, require_chat_template, source_license
 from .packing import SourcePacker, tokenizer_fingerprint
 from .plan import check_map_style
-from .token_stream import StreamedDocuments, document_hash, read_texts
+from .stream.documents import StreamedDocuments, document_hash, read_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -85,8 +85,8 @@ def load_mixture(
     Example:
         >>> from tempfile import mkdtemp
         >>> from hf_nexus.mixture import MixtureConfig, load_mixture
-        >>> from hf_nexus.mixture.builtin import builtin_documents
-        >>> from hf_nexus.mixture.tokenizer import train_tokenizer
+        >>> from hf_nexus.mixture.builtin.corpus import builtin_documents
+        >>> from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
         >>> sources = {"logic": {"path": "builtin/logic", "max_tokens": 5000}}
         >>> config = MixtureConfig.from_dict({"sources": sources, "sequence_length": 64})
         >>> tokenizer = train_tokenizer(builtin_documents("logic")[:20], vocab_size=300)

@@ -47,7 +47,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
         >>> from tempfile import mkdtemp
         >>> from transformers import AutoTokenizer
         >>> from hf_nexus.mixture.packing import tokenizer_fingerprint
-        >>> from hf_nexus.mixture.tokenizer import train_tokenizer
+        >>> from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
         >>> tokenizer, folder = train_tokenizer(["lazy dogs"], vocab_size=300), mkdtemp()
         >>> saved = tokenizer.save_pretrained(folder)
         >>> tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder)) == tokenizer_fingerprint(tokenizer)

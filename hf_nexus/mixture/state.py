@@ -1,0 +1,105 @@
+"""The state of the data in a checkpoint: what it was read from, and for streams where each source stands."""
+
+import json
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+from .config import SourceConfig
+from .loading import Mixture
+from .packing import tokenizer_fingerprint
+from .stream.dataset import MixtureStream
+from .stream.documents import StreamedDocuments
+from .training_data import TrainingData
+
+__all__ = ["compare_data", "describe_data", "load_data_state", "save_data_state"]
+
+# Settings of a source that do not change what is read of it.
+_NOT_READ = {"weight", "license", "tokens", "role", "max_epochs"}
+
+
+def save_data_state(folder: str, rank: int, description: Mapping[str, Any], stream: Mapping[str, Any] | None) -> None:
+    """Write this rank's state into a checkpoint, `data_state_<rank>.json`."""
+    state = {"description": dict(description), "stream": stream}
+    _path(folder, rank).write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_data_state(folder: str, rank: int) -> dict[str, Any] | None:
+    """
+    This rank's state in a checkpoint, `None` if there is none. If only the first rank's is there, its description (of
+    a run of fewer ranks, or on a node with a disk of its own), without the positions, which are not this rank's.
+    """
+    for path in (_path(folder, rank), _path(folder, 0)):
+        if path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            return state if path == _path(folder, rank) else {**state, "stream": None}
+    return None
+
+
+def _path(folder: str, rank: int) -> Path:
+    return Path(folder, f"data_state_{rank}.json")
+
+
+def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any) -> dict[str, Any]:
+    """
+    Everything that the order of the data depends on, as plain data by name.
+
+    Args:
+        data ([`TrainingData`]), args ([`NexusConfig`]):
+            What is trained on, and how.
+        batch_size (`int`, *optional*):
+            Rows of a micro-batch on each device; `None` where it is found by trying.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            It matters where documents are tokenized by us.
+    """
+    facts: dict[str, Any] = {
+        "ranks": args.world_size,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "source_schedule": args.source_schedule,
+        "weights": [[until, shares] for until, shares in data.stages],
+    }
+    if isinstance(data.dataset, MixtureStream):
+        facts["dataloader_num_workers"] = args.dataloader_num_workers
+        facts["buffer_size"] = data.dataset.buffer_size
+    if data.mixture is not None:
+        facts["sequence_length"] = data.mixture.config.sequence_length
+        facts["isolate_documents"] = data.mixture.config.isolate_documents
+        facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        for name, source in data.mixture.config.ood_sources.items():  # their documents are not trained on
+            facts[f"source {name!r}"] = _settings(source)
+    for name, dataset in data.dataset.sources.items():
+        facts[f"source {name!r}"] = _describe(name, dataset, data.mixture)
+    return json.loads(json.dumps(facts))
+
+
+def _settings(source: SourceConfig) -> dict[str, Any]:
+    return {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
+
+
+def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]:
+    facts = {} if mixture is None else _settings(mixture.config.sources[name])
+    documents = source.documents if isinstance(source, StreamedDocuments) else source
+    if isinstance(source, StreamedDocuments) and mixture is None:
+        facts["sequence_length"] = source.sequence_length
+        facts["tokenizer"] = tokenizer_fingerprint(source.reader.tokenizer)
+    if isinstance(documents, Sized):
+        return facts | {"rows": len(documents)}
+    shards = getattr(documents, "num_shards", None)  # only of those of `datasets`
+    return facts | {"shards": shards}
+
+
+def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs between two descriptions of data, in words."""
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    return [_difference(name, saved.get(name), current.get(name)) for name in names]
+
+
+def _difference(name: str, saved: Any, current: Any) -> str:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+        return ", ".join(f"{name}: {key} was {saved.get(key)!r} and is {current.get(key)!r}" for key in keys)
+    if saved is None or current is None:
+        return f"{name} is new" if saved is None else f"{name} is gone"
+    return f"{name} was {saved!r} and is {current!r}"

@@ -1,0 +1,62 @@
+"""What a card says about a run that has not taken place, from its plan."""
+
+from itertools import pairwise
+from typing import Any
+
+from ..hub.provenance import hub_id, public_path
+from ..hub.run_summary import MixtureRow, RunSummary
+from ..trainer.config import nexus_settings
+from .fields import PretrainArguments
+from .model import model_config
+from .plan import RunPlan
+
+__all__ = ["planned_summary"]
+
+
+def planned_summary(arguments: PretrainArguments, plan: RunPlan, **known: Any) -> RunSummary:
+    """
+    What a card can say about a run that has not taken place.
+
+    Args:
+        arguments ([`PretrainArguments`]), plan ([`~planning.RunPlan`]):
+            The run, and what [`~planning.plan_run`] makes of it; `known` is as for [`summarize`].
+
+    Example:
+        >>> from hf_nexus.pretrain.parsing import parse_arguments
+        >>> from hf_nexus.pretrain.plan import plan_run
+        >>> from hf_nexus.pretrain.card import planned_summary
+        >>> arguments = parse_arguments(["--config", "3b", "--dry_run"])
+        >>> planned_summary(arguments, plan_run(arguments, devices=64)).planned
+        True
+    """
+    config, planned = arguments.mixture, plan.mixture or []
+    total = max(1, sum(row.train_tokens for row in planned))
+    rows = [
+        MixtureRow(
+            source=row.source,
+            weight=row.share,
+            share=row.train_tokens / total,
+            epochs=row.epochs,
+            tokens=row.train_tokens,
+            license=config.sources[row.source].license,
+            dataset=public_path(config.sources[row.source].path),
+        )
+        for row in planned
+    ]
+    starts = [*plan.stages, plan.steps or 1]
+    shares = [{row.source: row.stage_shares[i] for row in planned} for i in range(len(plan.stages))]
+    found: dict[str, Any] = {
+        "model_name": arguments.training.hub_model_id or arguments.folder.name,
+        "model_type": model_config(arguments.model, arguments.data.sequence_length).model_type,
+        "parameters": plan.parameters,
+        "nexus": nexus_settings(arguments.training),
+        "planned": True,
+        "mixture": rows,
+        "stages": [(end / starts[-1], part) for (_, end), part in zip(pairwise(starts), shares, strict=True)],
+        "hyperparameters": arguments.resolved["training"],
+        "changed_hyperparameters": arguments.changed,
+        "repo_id": arguments.training.hub_model_id,
+        "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
+        "hardware": f"planned for {plan.devices} accelerator{'s' if plan.devices > 1 else ''}",
+    }
+    return RunSummary(**found | known)

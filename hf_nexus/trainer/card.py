@@ -1,0 +1,216 @@
+"""What a card says about a run, gathered from its trainer."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from itertools import pairwise
+from math import fsum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..hub.card import save_card
+from ..hub.environment import describe_hardware, installed_versions
+from ..hub.provenance import find_commit, find_origin, hub_id, public_path
+from ..hub.results import RESULTS_NAME, Evaluation, save_results
+from ..hub.run_summary import LANGUAGE_MODEL, SUMMARY_NAME, MixtureRow, RunSummary
+from ..hub.tasks import find_task
+from ..plots.run import COSINES_NAME, PLOT_NAME, draw_pictures
+
+if TYPE_CHECKING:
+    from ..mixture.loading import Mixture
+    from .mixin import NexusTrainerMixin
+
+__all__ = ["CARD_FILES", "evaluations", "summarize", "write_card"]
+
+# What `write_card` may leave in a folder, all of which belongs beside a published model.
+CARD_FILES = ("README.md", SUMMARY_NAME, PLOT_NAME, COSINES_NAME, RESULTS_NAME)
+
+_NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
+# What else a log has under `eval_` is a metric.
+_NO_METRIC = re.compile(r".*_(loss|runtime|per_second|time)")
+
+
+def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
+    """
+    Everything that a card says about a run, as far as it has come.
+
+    Args:
+        trainer ([`NexusTrainerMixin`]):
+            Before, during or after training; on the main process.
+        known:
+            Fields of [`RunSummary`] that a trainer cannot know (`license`, `languages`, `benchmarks`, ...), or knows
+            differently.
+
+    Example:
+        >>> from hf_nexus.trainer.card import summarize
+        >>> summarize(trainer, license="apache-2.0").parameters  # doctest: +SKIP
+        1049728
+    """
+    args, log, mixture = trainer.args, trainer.state.log_history, trainer.data.mixture
+    last = {key: value for entry in log for key, value in entry.items()}
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+    rows, purpose = _mixture_rows(trainer), find_task(model)
+    # Language models have their perplexity instead.
+    metrics = [] if purpose["auto_class"] == LANGUAGE_MODEL else [key for key in last if _is_metric(key, last[key])]
+    found: dict[str, Any] = {
+        "model_name": args.hub_model_id or Path(args.output_dir).resolve().name,
+        "model_type": model.config.model_type,
+        "parameters": parameters,
+        "nexus": trainer.nexus_settings(),
+        "mixture": rows,
+        "unit": trainer.meter.unit,
+        "stages": trainer.data.stages,
+        "evaluations": evaluations(log, trainer.data.names, trainer.eval_dataset, _paths(mixture)),
+        **_hyperparameters(args),
+        "numbers": {key: float(last[key]) for key in (*_NUMBERS, *metrics) if key in last},
+        **purpose,
+        "repo_id": args.hub_model_id,
+        "trainable_parameters": trainable if trainable < parameters else None,
+        "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
+        "hardware": describe_hardware(args.world_size),
+        "commit": find_commit(),
+        "seconds": last.get("train_runtime"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "versions": installed_versions(),
+        **find_origin(model),
+    }
+    return RunSummary(**found | known)
+
+
+def write_card(
+    trainer: "NexusTrainerMixin", folder: str | Path | None = None, *, plots: bool = True, **known: Any
+) -> RunSummary:
+    """
+    Write the card of a run as far as it has come, with everything that it shows: `CARD_FILES`. What a user wrote into
+    an existing `README.md` stays.
+
+    Args:
+        trainer ([`NexusTrainerMixin`]):
+            On the main process.
+        folder (`str` or `Path`, *optional*):
+            Where to; `output_dir` by default.
+        plots (`bool`, *optional*, defaults to `True`):
+            Draw the pictures, which takes most of the time. A card without them does not mention them.
+        known:
+            Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
+
+    Returns:
+        [`RunSummary`]: what the card says.
+
+    Raises:
+        ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).
+
+    Example:
+        >>> from hf_nexus.trainer.card import write_card
+        >>> write_card(trainer, license="apache-2.0", languages=["en"])  # doctest: +SKIP
+    """
+    folder = Path(folder or trainer.args.output_dir)
+    summary = summarize(trainer, **known)
+    if plots:
+        drawn = {path.name for path in draw_pictures(trainer.state.log_history, trainer.data.names, folder)}
+        summary.plot = PLOT_NAME if PLOT_NAME in drawn else None
+        summary.cosine_plot = COSINES_NAME if COSINES_NAME in drawn else None
+    save_card(summary, folder)
+    save_results(summary.benchmarks, folder)
+    summary.save(folder)
+    return summary
+
+
+def evaluations(
+    log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], eval_sets: Any, paths: Mapping[str, str]
+) -> list[Evaluation]:
+    """
+    First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`), sources (`Sequence[str]`):
+            Of the trainer; the training sources.
+        eval_sets (`Dataset` or `Mapping[str, Dataset]`, *optional*):
+            As the trainer has them; a set that is named like a source holds rows of it.
+        paths (`Mapping[str, str]`):
+            Where sources come from, as far as known.
+
+    Example:
+        >>> from hf_nexus.trainer.card import evaluations
+        >>> log = [{"step": 0, "eval_law_loss": 8.0}, {"step": 9, "eval_law_loss": 3.0}]
+        >>> [(row.role, row.first_loss, row.last_loss) for row in evaluations(log, ["web"], {"law": None}, {})]
+        [('ood', 8.0, 3.0)]
+    """
+    if not isinstance(eval_sets, Mapping):
+        rows: list[tuple[str, str, Any]] = [("held-out rows", "eval_loss", "held_out")]
+    else:
+        trained = [name for name in eval_sets if name in sources]
+        ood = [name for name in eval_sets if name not in sources]
+        rows = [(name, f"eval_{name}_loss", "train") for name in trained]
+        rows.append(("macro", "eval_loss", "macro"))
+        rows += [(name, f"eval_{name}_loss", "ood") for name in ood]
+        rows.append(("macro over OOD", "eval_ood_loss", "macro"))
+    found = []
+    for name, key, role in rows:
+        losses = [entry[key] for entry in sorted(log_history, key=lambda e: e.get("step", 0)) if key in entry]
+        if losses:
+            first = losses[0] if len(losses) > 1 else None
+            found.append(Evaluation(name, role, first, losses[-1], hub_id(paths.get(name))))
+    return found
+
+
+def _mixture_rows(trainer: Any) -> list[MixtureRow]:
+    data, mixture = trainer.data, trainer.data.mixture
+    if not data.stages:  # one plain dataset
+        return []
+    tokens = {name: trainer.meter.trained_tokens[name] for name in data.names}
+    starts = [0.0, *(until for until, _ in data.stages)]
+    weights: dict[str, float | None] = dict.fromkeys(data.names)
+    if trainer._weights_function is None:
+        parts = [
+            (end - start, shares) for (start, end), (_, shares) in zip(pairwise(starts), data.stages, strict=True)
+        ]
+        weights |= {name: fsum(part * shares[name] for part, shares in parts) for name in data.names}
+    paths = _paths(mixture)
+    return [
+        MixtureRow(
+            source=name,
+            weight=weights[name],
+            share=tokens[name] / max(1, sum(tokens.values())),
+            epochs=None if mixture is None else _epochs(tokens[name], mixture.tokens[name], mixture),
+            tokens=tokens[name],
+            license=None if mixture is None else mixture.licenses[name],
+            dataset=public_path(paths[name]) if name in paths else None,
+        )
+        for name in data.names
+    ]
+
+
+def _epochs(trained: int, tokens: int | None, mixture: "Mixture") -> float | None:
+    """Passes over a source; the first token of a row is not predicted, and so not among those trained on."""
+    length = mixture.config.sequence_length
+    return trained / (tokens * (length - 1) / length) if tokens else None
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    return key.startswith("eval_") and not _NO_METRIC.fullmatch(key) and isinstance(value, int | float)
+
+
+def _hyperparameters(args: Any) -> dict[str, Any]:
+    """All training arguments, and those that differ from their defaults, as plain data."""
+    plain = copy.copy(args)  # new arguments would set up the devices again, under a training that goes on
+    for f in fields(args):
+        if f.init and f.name != "output_dir":
+            setattr(plain, f.name, f.default if f.default_factory is MISSING else f.default_factory())
+    # Some classes have defaults that are only allowed on a CPU if it is asked for: TRL's have bf16=True.
+    plain.use_cpu = args.device.type == "cpu"
+    plain.__post_init__()
+    plain.use_cpu = False
+    plain.accelerator_config.pop("use_configured_state", None)  # as setting up the devices does
+    if args.nexus:
+        plain.logging_nan_inf_filter = args.logging_nan_inf_filter  # which Nexus has set, and not the user
+    values, defaults = args.to_dict(), plain.to_dict()
+    changed = {name: value for name, value in values.items() if value != defaults.get(name)}
+    return {"hyperparameters": values, "changed_hyperparameters": changed}
+
+
+def _paths(mixture: "Mixture | None") -> dict[str, str]:
+    return {} if mixture is None else {name: source.path for name, source in mixture.config.sources.items()}

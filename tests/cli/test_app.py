@@ -1,0 +1,177 @@
+"""The console script: light to start, one line per error."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_nexus import __version__
+from hf_nexus.cli import app as cli
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from hf_nexus.cli.app import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    commands = ("train", "plan", "compare", "closeness", "benchmark", "card", "push", "env")
+    assert all(command in result.stdout for command in commands)
+
+
+def test_plan_prints_the_numbers_and_takes_overrides(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "130m", "--max_steps", "10", "--devices", "2"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert "132,144,384" in printed.replace("\n", "")
+    assert "computed" in printed and "10" in printed
+
+
+def test_env_names_the_versions(capsys):
+    import torch
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["env"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed and __version__ in printed
+
+
+def test_env_lists_what_is_optional_only_where_it_is_installed(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from hf_nexus.hub import environment
+
+    def version(name: str) -> str:
+        if name == "trl":
+            raise PackageNotFoundError
+        return "1.2.3"
+
+    monkeypatch.setattr(environment, "version", version)
+    assert "peft" not in environment.installed_versions()
+    found = environment.installed_versions(optional=True)
+    assert found["hf-nexus"] == __version__ and "trl" not in found
+    assert all(found[name] == "1.2.3" for name in ("peft", "evaluate", "lm-eval", "bitsandbytes"))
+
+
+def test_the_version_is_printed():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"hf-nexus {__version__}\n"
+
+
+def test_the_help_names_the_flags():
+    from hf_nexus.pretrain.fields import HardwareArguments
+
+    planning = [f"--{field.name}" for field in dataclasses.fields(HardwareArguments)]
+    fields = ["--max_steps", "--inner_lr", "TrainingArguments", "NexusConfig", "--debug", "configs"]
+    words = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": ["--output_dir", "--debug"]}
+    for command, expected in words.items():
+        result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
+        assert result.exit_code == 0
+        assert [word for word in expected if word not in result.output] == []
+
+
+def test_every_command_has_an_example_in_its_help():
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert sorted(names) == ["benchmark", "card", "closeness", "compare", "env", "plan", "push", "train"]
+    for name in names:
+        output = CliRunner().invoke(cli.app, [name, "--help"], terminal_width=200).output
+        assert f"hf-nexus {name}" in output.partition("Usage:")[2].partition("\n")[2], name
+
+
+@pytest.mark.parametrize(
+    "argv", [["plam", "3b"], ["push"], ["card", "x", "--nonsense"], ["benchmark", "x", "--limit", "a"]]
+)
+def test_a_command_or_option_that_does_not_exist_exits_with_2(argv):
+    assert CliRunner().invoke(cli.app, argv).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "130mm"], ["130mm", "did you mean '130m'"]),
+        (["plan", "130m", "--max_step", "3"], ["--max_step", "did you mean '--max_steps'"]),
+        (["plan", "130m", "extra"], ["'extra' is not a flag"]),
+        (["plan", "130m", "max_steps", "3"], ["'max_steps' is not a flag", "did you mean '--max_steps'"]),
+        (["train", "130m"], ["accelerator", "hf-nexus train demo", "--config demo"]),
+        (["compare", "x.yaml", "--nonsense", "3"], ["Unknown argument '--nonsense'", "--output_dir"]),
+        (["compare", "x.yaml", "--output-dir", "3"], ["did you mean '--output_dir'"]),
+        (["compare", "x.yaml", "--output_dir"], ["--output_dir", "expected one argument"]),
+        (["compare", "nope.yaml"], ["There is no comparison 'nope.yaml'", "path of a YAML"]),
+        (["closeness", "no/such-folder"], ["no pretrain.yaml beside no/such-folder", "--config"]),
+        (["card", "no/such-folder"], ["no/such-folder holds no run_summary.json"]),
+        (["benchmark", "no/such-folder", "--tasks", "humaneval"], ["humaneval", "--allow-code-execution"]),
+    ],
+)
+def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--debug", "plan", "130mm"], "no configuration '130mm'"),
+        (["plan", "130mm", "--debug"], "no configuration '130mm'"),
+        (["plan", "--debug", "130mm"], "no configuration '130mm'"),
+        (["train", "130mm", "--debug", "--max_steps", "3"], "no configuration '130mm'"),
+        (["compare", "nope.yaml", "--debug"], "no comparison 'nope.yaml'"),
+    ],
+)
+def test_debug_keeps_the_traceback(argv, words):
+    with pytest.raises(ValueError, match=words):
+        cli.main(argv)
+
+
+def test_a_debug_with_a_value_is_that_of_the_training_arguments():
+    with pytest.raises(SystemExit, match=r"^error: argument --debug: invalid DebugOption value: 'nonsense'$"):
+        cli.main(["plan", "130m", "--debug", "nonsense"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"a": 1}', "it lacks 'mixture'"),
+        ('{"mixture": [], "evaluations": [], "benchmarks": [], "stages": []}', "missing 4 required"),
+        ('{"mixture": [{"sauce": 1}]}', "unexpected keyword argument 'sauce'"),
+    ],
+)
+def test_a_summary_that_is_none_is_named(tmp_path, text, words):
+    (tmp_path / "run_summary.json").write_text(text)
+    result = CliRunner().invoke(cli.app, ["card", str(tmp_path)])
+    message = str(result.exception.code)  # Python prints it and exits with 1
+    assert message.startswith(f"error: {tmp_path / 'run_summary.json'} is not the summary of a run: ")
+    assert words in message and "\n" not in message
+
+
+def test_a_card_of_a_file_is_refused():
+    with pytest.raises(SystemExit, match=r"^error: .* holds no run_summary\.json"):
+        cli.main(["card", __file__])
+
+
+def test_a_card_is_rendered_anew_and_keeps_what_was_written_into_it(tmp_path, capsys):
+    recorded = Path(__file__).parents[2] / "model_cards" / "demo"
+    text = (recorded / "README.md").read_text(encoding="utf-8")
+    shutil.copyfile(recorded / "run_summary.json", tmp_path / "run_summary.json")
+    (tmp_path / "README.md").write_text(text + "\n## My notes\nkept\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["card", str(tmp_path)])
+    assert not stop.value.code
+    assert "Rendered" in capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text + "\n## My notes\nkept\n"

@@ -1,0 +1,306 @@
+"""The comparison's pictures: what is drawn is what the records hold, and which records can be drawn."""
+
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.image
+import matplotlib.text
+import pytest
+from matplotlib.figure import Figure
+
+from hf_nexus.compare import plots
+from hf_nexus.compare.arms import bars, spread_of
+from hf_nexus.compare.plots import plot_comparison, smoothed
+from hf_nexus.compare.records import LossPoint, Minima, RunRecord
+
+SOURCES = ("code", "math", "web")
+
+
+def make_minima(random_: random.Random, sources: Sequence[str], spread: float) -> Minima:
+    """Quadratic bowls about points on a plane, `spread` apart."""
+    at = {name: (spread * random_.gauss(0, 1), spread * random_.gauss(0, 1)) for name in sources}
+    pairs = list(combinations(sources, 2))
+
+    def loss(x: float, y: float, name: str) -> float:
+        a, b = at[name]
+        return 2.5 + 0.02 * ((x - a) ** 2 + 1.7 * (y - b) ** 2) + 0.02 * math.sin(x) * math.sin(y)
+
+    def along(a: str, b: str, t: float) -> float:
+        x, y = (at[a][i] * (1 - t) + at[b][i] * t for i in (0, 1))
+        return (loss(x, y, a) + loss(x, y, b)) / 2 + 0.05 * math.sin(math.pi * t)
+
+    positions = [t / 10 for t in range(11)]
+    segments = [(a, b, [along(a, b, t) for t in positions]) for a, b in pairs]
+    barriers = [
+        (a, b, max(v - v_s[0] - t * (v_s[-1] - v_s[0]) for t, v in zip(positions, v_s, strict=True)))
+        for a, b, v_s in segments
+    ]
+    three = list(sources[:3])
+    points = [list(at[name]) for name in three] + [[0.0, 0.0]]
+    lows, highs = [min(p[i] for p in points) for i in (0, 1)], [max(p[i] for p in points) for i in (0, 1)]
+    grid = [[low - 1 + (high - low + 2) * k / 16 for k in range(17)] for low, high in zip(lows, highs, strict=True)]
+    plane = {"sources": three, "x": grid[0], "y": grid[1], "points": points}
+    plane["loss"] = [[sum(loss(x, y, name) for name in three) / 3 for x in grid[0]] for y in grid[1]]
+    return Minima(
+        steps=dict.fromkeys(sources, 100), converged=dict.fromkeys(sources, True),
+        start_loss=dict.fromkeys(sources, 2.7), end_loss=dict.fromkeys(sources, 2.5), parameter_norm=40.0,
+        to_start={name: math.hypot(*at[name]) for name in sources},
+        pairwise=[(a, b, math.dist(at[a], at[b])) for a, b in pairs],
+        positions=positions, segments=segments, barriers=barriers, plane=plane if len(sources) > 2 else None,
+    )  # fmt: skip
+
+
+def make_run(
+    arm: str, seed: int, gain: float = 0.0, *, sources: Sequence[str] = SOURCES, ood: Sequence[str] = ("cpp", "law"),
+    points: int = 21, nan_from: int | None = None, minima: bool = True,
+) -> RunRecord:  # fmt: skip
+    noise = random.Random(f"{arm} {seed}")
+    shared = random.Random(seed)
+    offset = shared.gauss(0, 0.01)
+    run = RunRecord(arm, seed)
+    for k in range(points):
+        step, time = 100 * k, k / max(1, points - 1)
+        base = 2.4 + 6.6 * math.exp(-7 * time) + 0.35 * (1 - time) + offset
+        base = math.nan if nan_from is not None and k >= nan_from else base + noise.gauss(0, 0.0015)
+        train = {name: base + 0.3 * i + noise.gauss(0, 0.001) for i, name in enumerate(sources)}
+        held = {name: value + 0.03 + noise.gauss(0, 0.002) - 0.1 * gain * time for name, value in train.items()}
+        out = {
+            n: base + 0.9 + 0.4 * i - gain * time * (1 - 0.3 * i) + noise.gauss(0, 0.004) for i, n in enumerate(ood)
+        }
+        means = [sum(losses.values()) / len(losses) if losses else None for losses in (train, held, out)]
+        run.curve.append(LossPoint(step, step * 8192, train, held, out, *means))
+    for step in range(0, 100 * points, 400):
+        values = [(a, b, 0.5 - 0.2 * step / 2000 + gain + noise.gauss(0, 0.03)) for a, b in combinations(sources, 2)]
+        run.cosines.append((step, values))
+    if gain:
+        steps = range(0, 100 * points, 10)
+        run.path.extend({"step": s, "path_cosine": 0.3 - s / 20000 + gain + noise.gauss(0, 0.04)} for s in steps)
+    if minima:
+        run.minima = make_minima(shared, sources, 3.0 - 20 * gain + 0.1 * noise.random())
+    return run
+
+
+def make_records(arms: Mapping[str, float], seeds: Sequence[int] = (1, 2, 3), **kwargs) -> list[RunRecord]:
+    return [make_run(arm, seed, gain, **kwargs) for arm, gain in arms.items() for seed in seeds]
+
+
+ARMS = {"adamw": 0.0, "normalized": 0.002, "nexus-0.05": 0.03}
+ALL = [
+    "ood_against_train.png", "losses.png", "cosines.png", "minima_distance.png", "landscape.png",
+    "distance_against_ood.png",
+]  # fmt: skip
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The figures drawn, by file name; they are not rendered, which takes most of the time."""
+    drawn = {}
+
+    def keep(figure, path):
+        drawn[Path(path).name] = figure
+        return Path(path)
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    return drawn
+
+
+def lines(axes) -> list[tuple[list[float], list[float]]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+
+
+def holds(found, x, y) -> bool:
+    """Whether one of the lines found runs through these points, and no others."""
+    return any(len(a) == len(x) and a == pytest.approx(x) and b == pytest.approx(y, nan_ok=True) for a, b in found)
+
+
+def mean_of(records: Sequence[RunRecord], arm: str, field: str) -> list[float]:
+    runs = [[getattr(point, field) for point in run.curve] for run in records if run.arm == arm]
+    return [sum(values) / len(values) for values in zip(*runs, strict=True)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_picture_is_a_png_that_is_not_blank_in_the_order_of_a_report(tmp_path):
+    written = plot_comparison(make_records(ARMS, (1, 2)), tmp_path / "new", baseline="adamw")
+    assert [path.relative_to(tmp_path / "new").as_posix() for path in written] == ALL
+    for path in written:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        pixels = matplotlib.image.imread(path)
+        assert min(pixels.shape[:2]) > 400 and pixels.std() > 0.05
+
+
+def test_a_picture_without_data_is_not_drawn(tmp_path, figures):
+    def drawn(records):
+        figures.clear()
+        assert plot_comparison(records, tmp_path, baseline="adamw") == [tmp_path / name for name in figures]
+        return list(figures)
+
+    def without(**fields):
+        return [replace(record, **fields) for record in make_records(ARMS, (1,))]
+
+    assert drawn(without(curve=[])) == ["cosines.png", "minima_distance.png", "landscape.png"]
+    assert drawn(without(cosines=[], path=[])) == [name for name in ALL if name != "cosines.png"]
+    assert drawn(without(minima=None)) == ALL[:3]
+    assert drawn(without(curve=[], cosines=[], path=[], minima=None)) == []
+    assert drawn(make_records(ARMS, (1,), ood=())) == ALL[1:5]
+    assert drawn(make_records(ARMS, (1,), sources=("code", "math"))) == [x for x in ALL if x != "landscape.png"]
+
+
+def test_an_unknown_baseline_is_an_error_that_names_the_arms(tmp_path):
+    with pytest.raises(ValueError, match=r"'adam', and the records are of \['adamw', 'nexus-0.05'\]"):
+        plot_comparison(make_records({"adamw": 0.0, "nexus-0.05": 0.1}, (1,)), tmp_path, baseline="adam")
+
+
+def test_ood_loss_is_drawn_against_training_loss_and_the_zoom_holds_every_end(tmp_path, figures):
+    records = make_records(ARMS)
+    plot_comparison(records, tmp_path, baseline="adamw")
+    late, whole = figures["ood_against_train.png"].axes
+    (left, right), (bottom, top) = late.get_xlim(), late.get_ylim()
+    for arm in ARMS:
+        x, y = mean_of(records, arm, "train_loss"), mean_of(records, arm, "ood_loss")
+        assert holds(lines(late), x, y) and holds(lines(whole), x, y)
+        assert left < x[-1] < right < x[0] and bottom < y[-1] < top < y[0]
+    for run in records:
+        assert holds(lines(late), [p.train_loss for p in run.curve], [p.ood_loss for p in run.curve])
+
+
+def test_an_arm_off_the_scale_is_named_and_hides_no_other(tmp_path, figures):
+    plot_comparison(make_records(ARMS | {"broken": -3.0}), tmp_path, baseline="adamw")
+    late = figures["ood_against_train.png"].axes[0]
+    assert late.get_ylim()[1] - late.get_ylim()[0] < 0.3
+    beyond = [text.get_text() for axes in figures["ood_against_train.png"].axes for text in axes.texts]
+    assert any("beyond: broken" in text for text in beyond) and "nexus-0.05" in beyond
+    assert figures["losses.png"].axes[3].get_ylim()[1] < 0.3
+    assert "broken ends at +" in figures["losses.png"].axes[3].texts[0].get_text()
+    assert figures["distance_against_ood.png"].axes[0].get_ylim()[0] > -0.3
+
+
+def test_losses_beside_their_differences_to_the_baseline_of_the_same_seed(tmp_path, figures):
+    records = make_records(ARMS)
+    records = [run for run in records if (run.arm, run.seed) != ("nexus-0.05", 2)]
+    plot_comparison(records, tmp_path, baseline="adamw")
+    panels = [axes for axes in figures["losses.png"].axes if axes.axison]
+    titles = [axes.get_title(loc="left") for axes in panels[::2]]
+    assert titles == ["mean over sources", "OOD mean", *SOURCES, "OOD: cpp", "OOD: law"]
+    steps = [point.step for point in records[0].curve]
+    assert holds(lines(panels[2]), steps, mean_of(records, "nexus-0.05", "ood_loss"))
+    by = {(run.arm, run.seed): [point.ood_loss for point in run.curve] for run in records}
+    pairs = [zip(by["nexus-0.05", seed], by["adamw", seed], strict=True) for seed in (1, 3)]
+    gaps = list(zip(*[[ours - theirs for ours, theirs in pair] for pair in pairs], strict=True))
+    assert holds(lines(panels[3]), steps, [sum(gap) / 2 for gap in gaps])
+    bars = [bar.get_segments()[0][:, 1] for bar in panels[3].collections if type(bar).__name__ == "LineCollection"]
+    assert any(list(bar) == pytest.approx([min(gaps[-1]), max(gaps[-1])]) for bar in bars)
+
+
+def test_a_diverged_run_leaves_a_gap_and_is_named_in_the_legend(tmp_path, figures):
+    records = [
+        make_run("adamw", 1),
+        make_run("nexus", 1, 0.02),
+        make_run("adamw", 2),
+        make_run("nexus", 2, nan_from=9),
+    ]
+    plot_comparison(records, tmp_path, baseline="adamw")
+    means = [y for x, y in lines(figures["losses.png"].axes[0]) if len(x) == 21]
+    assert [sum(map(math.isnan, y)) for y in means] == [0, 12]
+    labels = [text.get_text().strip() for text in figures["losses.png"].legends[0].get_texts()]
+    assert labels == ["adamw (2 seeds)", "nexus (2 seeds, 1 diverged)"]
+
+
+def test_cosines_are_means_over_pairs_and_seeds_and_the_path_is_smoothed(tmp_path, figures):
+    records = make_records(ARMS, (1, 2))
+    plot_comparison(records, tmp_path, baseline="adamw")
+    gradients, path = figures["cosines.png"].axes
+    runs = [[sum(v for *_, v in pairs) / len(pairs) for _, pairs in run.cosines] for run in records[:2]]
+    means = [sum(values) / 2 for values in zip(*runs, strict=True)]
+    assert holds(lines(gradients), [step for step, _ in records[0].cosines], means)
+    assert "moving mean of 11 logged values" in path.get_title(loc="left")
+    steps, values = max(lines(path), key=lambda line: len(line[0]))
+    runs = [[row["path_cosine"] for row in run.path[20:31]] for run in records if run.arm == "normalized"]
+    assert values[25] == pytest.approx(sum(map(sum, runs)) / 22) and steps[25] == 250
+    assert len(lines(path)) == 3  # zero, and the two arms that log one
+
+
+def test_smoothing_keeps_gaps_and_does_not_let_them_spread():
+    points = {step: (value,) * 3 for step, value in enumerate([1.0, 2.0, math.nan, 4.0, 6.0])}
+    means = [mean for mean, _, _ in smoothed(points, 3).values()]
+    assert means == pytest.approx([1.5, 1.5, math.nan, 5.0, 5.0], nan_ok=True)
+
+
+def test_distances_are_means_over_the_runs_that_have_minima_on_one_scale(tmp_path, figures):
+    records = make_records(ARMS)
+    records[1].minima = None
+    plot_comparison(records, tmp_path, baseline="adamw")
+    *panels, _ = figures["minima_distance.png"].axes
+    assert len(panels) == len(ARMS) and len({axes.images[0].get_clim() for axes in panels}) == 1
+    values = [100 * run.minima.pairwise[0][2] / 40.0 for run in (records[0], records[2])]
+    matrix = panels[0].images[0].get_array()
+    assert matrix[0, 1] == matrix[1, 0] == pytest.approx(sum(values) / 2)
+    assert f"{sum(values) / 2:.1f}" in [text.get_text() for text in panels[0].texts]
+    assert "2 seeds" in panels[0].get_title(loc="left") and "3 seeds" in panels[1].get_title(loc="left")
+
+
+def test_the_landscape_marks_the_points_of_the_plane_and_names_them_inside_the_picture(tmp_path, figures):
+    records = make_records(ARMS, (1,))
+    plot_comparison(records, tmp_path, baseline="adamw")
+    figure = figures["landscape.png"]
+    figure.draw_without_rendering()
+    plane, minima = figure.axes[0], records[0].minima
+    assert [[x[0], y[0]] for x, y in lines(plane)] == minima.plane["points"]
+    names = {text.get_text(): text for text in plane.texts if not text.get_text().replace(".", "").isdigit()}
+    assert set(names) == {*SOURCES, "end of run"}
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in names.values()]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    segments = next(axes for axes in figure.axes if axes.get_title(loc="left").startswith("loss along"))
+    assert all(holds(lines(segments), minima.positions, losses) for _, _, losses in minima.segments)
+    assert f"barrier {minima.barriers[0][2]:.3g}" in segments.get_legend().get_texts()[0].get_text()
+
+
+def test_distance_against_gain_has_a_mark_for_each_arm_and_each_run(tmp_path, figures):
+    records = make_records(ARMS)
+    plot_comparison(records, tmp_path, baseline="adamw")
+    found = lines(figures["distance_against_ood.png"].axes[0])
+    runs = [run for run in records if run.arm == "nexus-0.05"]
+    x = [100 * run.minima.relative_distance for run in runs]
+    y = [base.end.ood_loss - run.end.ood_loss for base, run in zip(records, runs, strict=False)]
+    assert holds(found, x, y) and holds(found, [sum(x) / 3], [sum(y) / 3])
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        make_records({"adamw": 0.0}, (1,)),
+        make_records({"adamw": 0.0}, (1,), points=1),
+        make_records(ARMS, (1,), points=1, sources=("one",)),
+        [make_run("adamw", 1), make_run("nexus", 2, 0.02)],
+        make_records(ARMS, (1,), nan_from=0),
+        [make_run("adamw", 1, nan_from=5), make_run("_a$b^{", 1, 0.02, sources=("_x", "$y", "z%{"))],
+        make_records({"adamw": 0.0} | {f"{i} arm of a fairly long name {i}": 0.01 * i for i in range(8)}, (1,)),
+    ],
+    ids=["one run", "one point", "one source", "no common seed", "all diverged", "odd names", "many arms"],
+)
+@pytest.mark.filterwarnings("error")
+def test_records_of_every_kind_can_be_drawn(tmp_path, records):
+    written = plot_comparison(records, tmp_path, baseline="adamw")
+    assert sorted(tmp_path.iterdir()) == sorted(written) and written
+
+
+def test_pyplot_is_never_imported_and_matplotlib_only_when_drawing(tmp_path):
+    code = (
+        "import sys; from hf_nexus.compare.plots import plot_comparison;"
+        "assert 'matplotlib' not in sys.modules; from tests.compare.test_plots import make_run;"
+        f"plot_comparison([make_run('adamw', 1)], {str(tmp_path)!r}, baseline='adamw');"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_equal_values_have_no_bars_although_their_mean_is_rounded():
+    spread = spread_of([0.1, 0.1, 0.1])
+    assert spread[0] > spread[2]  # what the mean of these comes to
+    assert bars([spread]) == [[pytest.approx(0, abs=1e-15)], [0.0]]

@@ -1,0 +1,84 @@
+"""The benchmarks: what they compare is what they say, and each arm gets its row."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def arms(monkeypatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import arms
+
+    return arms
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+def trained(arms: Any, arm: str, k: int = 4) -> torch.Tensor:
+    """How far and where three outer steps go."""
+    case = arms.Case("1M", 8, k)
+    trainer = case.trainer(arm, case.sources(3), steps=3)
+    before = weights(trainer)
+    trainer.train()
+    return weights(trainer) - before
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_the_naive_implementation_is_the_same_update(arms):
+    nexus = trained(arms, "Nexus, gamma 0.05")
+    assert distance(trained(arms, "naive deep copies"), nexus) < 0.01
+    assert distance(trained(arms, arms.PLAIN), nexus) > 0.1
+
+
+def test_sam_without_ascent_is_plain_accumulation(arms, monkeypatch):
+    plain = trained(arms, arms.PLAIN)
+    assert distance(trained(arms, "SAM"), plain) > 0.1
+    monkeypatch.setattr(arms.SharpnessAware, "rho", 0.0)
+    assert torch.equal(trained(arms, "SAM"), plain)
+
+
+def test_upgrad_of_one_source_is_plain_accumulation(arms):
+    pytest.importorskip("torchjd")
+    pytest.importorskip("qpsolvers", reason="needs torchjd[quadprog-projector]")
+    assert distance(trained(arms, "UPGrad (TorchJD)", k=1), trained(arms, arms.PLAIN, k=1)) < 1e-4
+    assert distance(trained(arms, "UPGrad (TorchJD)"), trained(arms, arms.PLAIN)) > 0.01
+
+
+def rows_of(*groups: str) -> list[list[str]]:
+    """The cells of the table for some groups of arms, of the smallest case."""
+    command = ["benchmarks/step_overhead.py", "--models", "1M", "--tokens", "8", "--k", "2", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "--groups", *groups], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_each_arm_gets_a_row_and_nexus_holds_one_copy():
+    plain, nexus = rows_of("nexus")
+    assert (plain[2], nexus[2]) == ("plain accumulation", "Nexus, gamma 0.05")
+    assert (plain[5], plain[7], nexus[7]) == ("1", "", "+4.000")
+    assert all(nexus)  # no empty cell
+
+
+@pytest.mark.slow
+def test_adapters_and_ranks_hold_one_copy_or_a_shard_of_it():
+    pytest.importorskip("peft")
+    rows = rows_of("lora", "ddp", "fsdp2")
+    assert [float(row[7]) for row in rows if row[7]] == pytest.approx([4, 4, 4, 2], abs=0.01)  # bytes per parameter
+    assert all("2 CPU processes" in row[2] for row in rows[2:])

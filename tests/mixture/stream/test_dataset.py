@@ -1,0 +1,431 @@
+"""Streams: every row once a pass, whoever reads; resumed to the bit, reading little; errors say where."""
+
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+from datasets.distributed import split_dataset_by_node
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, DataLoader
+
+from hf_nexus.mixture.indexed import SOURCE_KEY, STATE_KEY, tag_source
+from hf_nexus.mixture.stream.chunks import layers
+from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream, StreamState
+from hf_nexus.mixture.stream.reader import Retry, SourceError
+from hf_nexus.mixture.stream.sources import ReplayedSource, ShardedSource, open_source
+
+IMPATIENT = Retry(attempts=3, first_wait=0.001)
+
+
+def generate(shards: list[list[int]]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for x in shard:
+            yield {"x": x, "ids": [x, x + 1]}
+
+
+def sharded(sizes: list[int]) -> IterableDataset:
+    """Rows 0, 1, ... in shards of some sizes."""
+    ends = np.cumsum(sizes).tolist()
+    shards = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return IterableDataset.from_generator(generate, gen_kwargs={"shards": shards})
+
+
+class Replayed(torch.utils.data.IterableDataset):
+    """Deals its rows to the workers of a loader, as the documentation of torch has it."""
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return iter([{"x": x} for x in range(first, 90, step)])
+
+
+def read(stream: MixtureStream, numbers: range, batch: int = 1, source: int = 0) -> list[tuple[list[int], Any]]:
+    """The rows of micro-batches and the states after them, as they come back from a checkpoint."""
+    batches = [stream.__getitems__([(i, source)] * batch) for i in numbers]
+    return [([int(row["x"]) for row in rows], json.loads(json.dumps(vars(rows.state)))) for rows in batches]
+
+
+def start(dataset: Any, rank: int = 0, ranks: int = 1, workers: int = 1, states: Any = None, **options: Any) -> Any:
+    stream = MixtureStream({"a": dataset}, **options)
+    stream.place(rank, ranks, workers)
+    stream.begin(states)
+    return stream
+
+
+def passes(micro_batches: list[tuple[list[int], Any]]) -> dict[int, list[int]]:
+    """The rows of each pass of one lane."""
+    found: dict[int, list[int]] = {}
+    rows: list[int] = []
+    for new, state in micro_batches:
+        last = state["state"]["pass"]
+        rows += new
+        if last not in found and found:
+            keep = len(rows) - state["state"]["rows"]
+            found[last - 1], rows = rows[:keep], rows[keep:]
+        found[last] = rows
+    return found
+
+
+# --- every row once
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_each_pass_gives_each_row_once_whoever_reads(data: st.DataObject) -> None:
+    ranks, workers = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 3), "workers")
+    lanes = ranks * workers
+    sizes = data.draw(st.lists(st.integers(4 * lanes, 4 * lanes + 30), min_size=1, max_size=8), "shards")
+    batch, buffer_size = data.draw(st.integers(1, 4), "batch"), data.draw(st.integers(2, 150), "buffer_size")
+    kind = data.draw(st.sampled_from(["stream", "map-style", "replayed"]), "kind")
+    dataset: Any = sharded(sizes)
+    if kind == "map-style":
+        dataset = Dataset.from_list(list(dataset))
+    elif kind == "replayed":
+        dataset = dataset.shuffle(seed=3, buffer_size=7)
+    orders: dict[int, list[int]] = {0: [], 1: []}
+    for rank in range(ranks):
+        stream = start(dataset, rank, ranks, workers, buffer_size=buffer_size)
+        for worker in range(workers):
+            got: list[Any] = []
+            while not got or got[-1][1]["state"]["pass"] < 2:
+                k = len(got)
+                got += read(stream, range(worker + k * workers, worker + k * workers + 1), batch)
+            for pass_, rows in orders.items():
+                rows += passes(got)[pass_]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize("kind", ["stream", "map-style", "replayed"])
+def test_each_pass_has_another_order_the_same_in_each_run(kind: str) -> None:
+    dataset: Any = sharded([80])
+    dataset = {"stream": dataset, "map-style": Dataset.from_list(list(dataset)), "replayed": Replayed()}[kind]
+    one, other = (passes(read(start(dataset), range(200))) for _ in range(2))
+    assert one == other and one[0] != one[1]
+
+
+def test_rows_are_shuffled_within_half_the_buffer_and_by_the_seed() -> None:
+    rows = [passes(read(start(sharded([1000]), seed=seed, buffer_size=400), range(1000)))[0] for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    for block in range(0, 1000, 192):  # whole chunks of 64
+        part = rows[0][block : block + 192]
+        assert sorted(part) == list(range(block, block + len(part))) != part
+
+
+def test_two_sources_of_five_and_two_shards_never_run_out_on_two_ranks() -> None:
+    sources = {"five": sharded([9] * 5), "two": sharded([20] * 2)}
+    seen: dict[int, list[set[int]]] = {0: [], 1: []}
+    for rank in range(2):
+        stream = MixtureStream(sources)
+        stream.place(rank, 2, 1)
+        for source in (0, 1):
+            own = passes(read(stream, range(100), source=source))
+            assert max(own) >= 3
+            seen[source].append(set(own[1]))
+    for source, size in ((0, 45), (1, 40)):
+        first, second = seen[source]
+        assert not first & second and first | second == set(range(size))
+        assert abs(len(first) - len(second)) <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_workers_share_the_rows_of_sources_that_would_deal_them_too(workers: int) -> None:
+    for dataset in (Replayed(), sharded([45, 45]), sharded([90]).shuffle(seed=0, buffer_size=8)):
+        stream = start(dataset, workers=max(1, workers))
+        sampler = BatchSampler(MicroBatchSampler(lambda i: 0, 30, 3), 3, drop_last=True)
+        loader = DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list)
+        assert sorted(row["x"] for rows in loader for row in rows) == list(range(90))
+
+
+# --- resume
+
+
+def kinds(tmp_path: Path) -> dict[str, Any]:
+    table = Dataset.from_dict({"x": list(range(90)), "ids": [[x, x + 1] for x in range(90)]})
+    for shard in range(3):
+        table.shard(3, shard).to_parquet(tmp_path / f"{shard}.parquet", batch_size=7)
+        table.shard(3, shard).to_json(tmp_path / f"{shard}.jsonl")
+    stream = table.to_iterable_dataset(num_shards=3)
+    files = {
+        "parquet": load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True),
+        "jsonl": load_dataset("json", data_files=f"{tmp_path}/*.jsonl", split="train", streaming=True),
+    }
+    generated = sharded([30, 17, 43])
+    twice = {"function": lambda rows: {"x": [x for x in rows["x"] for _ in (0, 1)]}, "remove_columns": ["ids"]}
+    return files | {
+        "map-style": table,
+        "list": [{"x": x} for x in range(90)],
+        "arrow": stream,
+        "generator": generated,
+        "mapped": stream.map(lambda row: {"y": row["x"]}),
+        "mapped generator": generated.map(lambda row: {"y": row["x"]}),
+        "mapped in batches": files["parquet"].map(**twice, batched=True, batch_size=7),
+        "filtered": files["jsonl"].filter(lambda row: row["x"] % 3),
+        "filtered generator": generated.filter(lambda row: row["x"] % 3),
+        "tensors": files["parquet"].with_format("torch"),
+        "mapped tables": stream.with_format("arrow").map(lambda t: t.append_column("y", t["x"]), batched=True),
+        "skipped": stream.skip(20),
+        "taken": generated.take(60),
+        "interleaved": interleave_datasets([stream, generated], probabilities=[0.5, 0.5], seed=1),
+        "shuffled": generated.shuffle(seed=0, buffer_size=10),
+        "replayed": Replayed(),
+    }
+
+
+@pytest.mark.parametrize(("ranks", "workers", "batch", "buffer_size"), [(1, 1, 3, 30), (1, 2, 2, 10), (2, 2, 1, 200)])
+def test_resume_from_every_micro_batch_of_every_kind_gives_the_same_rows(
+    tmp_path: Path, ranks: int, workers: int, batch: int, buffer_size: int
+) -> None:
+    for name, dataset in kinds(tmp_path).items():
+        whole = start(dataset, ranks - 1, ranks, workers, buffer_size=buffer_size)
+        expected = read(whole, range(240 // batch // ranks), batch)
+        assert expected[-1][1]["state"]["pass"] >= 1, name
+        for resumed in range(1, len(expected) - 4, 7):
+            states: dict[str, Any] = {}
+            for again in (resumed, resumed + 2):  # resumed, and then the resumed run too
+                if again == resumed:
+                    for _, state in expected[:resumed]:
+                        StreamState(**state).store(states)
+                stream = start(
+                    dataset, ranks - 1, ranks, workers, json.loads(json.dumps(states)), buffer_size=buffer_size
+                )
+                got = read(stream, range(again, again + 2), batch)
+                assert [rows for rows, _ in got] == [rows for rows, _ in expected[again : again + 2]], (name, again)
+                for _, state in got:
+                    StreamState(**state).store(states)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_the_workers_of_a_loader_that_skips_as_accelerate_does(tmp_path: Path, workers: int) -> None:
+    from accelerate import skip_first_batches
+
+    dataset = kinds(tmp_path)["mapped in batches"]
+
+    def loader(states: Any, first: int) -> Any:
+        stream = start(dataset, workers=max(1, workers), states=states, buffer_size=20)
+        batches = BatchSampler(MicroBatchSampler(lambda i: 0, 50, 4, first), 4, drop_last=True)
+        collate = tag_source(lambda rows: {"x": [int(row["x"]) for row in rows]})
+        whole = DataLoader(stream, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+        return skip_first_batches(whole, first)
+
+    expected = list(loader(None, 0))
+    assert len(expected) == 50 and expected[0][SOURCE_KEY] == "a"
+    for first in (1, 24):
+        states: dict[str, Any] = {}
+        for batch in expected[:first]:
+            batch[STATE_KEY].store(states)
+        assert [b["x"] for b in loader(states, first)] == [b["x"] for b in expected[first:]]
+
+
+@pytest.mark.parametrize("kind", ["rows", "documents"])
+def test_a_resume_reads_no_more_than_the_buffer_and_a_batch_however_late(kind: str) -> None:
+    from ...support.stream_documents import documents_of
+
+    read_rows: list[int] = []
+
+    def note(row: dict[str, Any]) -> dict[str, Any]:
+        read_rows.append(row["x"])
+        return row
+
+    table = Dataset.from_dict({"x": list(range(20_000)), "text": [f"number {x}" for x in range(20_000)]})
+    dataset: Any = table.to_iterable_dataset(num_shards=3).map(note)
+    batch = 3
+    source = dataset if kind == "rows" else documents_of(dataset, sequence_length=4)
+    stream = start(source, buffer_size=200)
+    for i in range(10_001):
+        rows = stream.__getitems__([(i, 0)] * batch)
+        if i in (10, 10_000):
+            read_rows.clear()
+            resumed = start(source, states={"0": {"a": rows.state.state}}, buffer_size=200)
+            resumed.__getitems__([(i + 1, 0)] * batch)
+            assert 0 < len(read_rows) <= 200 + batch
+            assert len(json.dumps(rows.state.state)) < 1000
+
+
+# --- what goes wrong
+
+
+def test_a_lane_without_a_row_is_an_error_that_names_it() -> None:
+    with pytest.raises(SourceError, match=r"'a' \(rank 2.*no row of a whole pass falls to lane 4 of 6. Use fewer"):
+        read(start(sharded([2, 1]), rank=2, ranks=3, workers=2), range(0, 1))
+
+
+@pytest.mark.parametrize("dataset", [sharded([3, 2]), [{"x": x} for x in range(5)]], ids=["stream", "map-style"])
+def test_fewer_rows_than_a_micro_batch_of_all_ranks_are_an_error(dataset: Any) -> None:
+    with pytest.raises(SourceError, match=r"about (4|5|6) rows, fewer than one micro-batch of 8"):
+        read(start(dataset, ranks=2), range(2), batch=4)
+
+
+def test_what_cannot_be_read_is_refused_at_once() -> None:
+    for source, message in (
+        ([], "'a' is empty"),
+        (iter([1]), "'a' is a list_iterator, which can neither"),
+        (split_dataset_by_node(sharded([4, 4]), 0, 2), "'a' was split by node"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MixtureStream({"a": source})
+    with pytest.raises(ValueError, match="no sources"):
+        MixtureStream({})
+
+
+class Unsteady:
+    """Rows of three shards; the source raises what it is told before some rows, each time or the first time only."""
+
+    def __init__(self, error: Exception, at: set[int], times: int):
+        self.error, self.at, self.times = error, at, times
+        self.failed: dict[int, int] = {}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        x = row["x"]
+        if x in self.at and self.failed.get(x, 0) < self.times:
+            self.failed[x] = self.failed.get(x, 0) + 1
+            raise self.error
+        return row
+
+
+def network_errors() -> list[Exception]:
+    import aiohttp
+    import requests
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport = sys.modules[HfHubHTTPError.__mro__[1].__module__]  # httpx, under one of its names
+
+    return [
+        ConnectionResetError("reset"),
+        TimeoutError("slow"),
+        requests.ReadTimeout("slow"),
+        transport.ReadTimeout("slow"),
+        aiohttp.ClientPayloadError("cut"),
+    ]
+
+
+@pytest.mark.parametrize("error", network_errors(), ids=lambda e: type(e).__name__)
+def test_network_errors_are_retried_without_losing_a_row(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = sharded([30, 30, 30])
+    expected = read(start(dataset, buffer_size=20), range(100))
+    unsteady = dataset.map(Unsteady(error, {0, 17, 40, 89}, times=2))
+    got = read(start(unsteady, buffer_size=20, retry=IMPATIENT), range(100))
+    assert [rows for rows, _ in got] == [rows for rows, _ in expected]
+    assert "trying again in" in caplog.text and "'a'" in caplog.text
+
+
+def test_a_network_that_stays_away_is_an_error_after_the_last_attempt() -> None:
+    unsteady = Unsteady(TimeoutError("slow"), {17}, times=99)
+    with pytest.raises(
+        SourceError, match=r"'a' .*shard 0 of 1, after 1\d rows.*3 attempts .* TimeoutError: slow"
+    ) as caught:
+        read(start(sharded([30]).map(unsteady), buffer_size=20, retry=IMPATIENT), range(100))
+    assert unsteady.failed == {17: 3}
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_waits_grow_up_to_a_limit() -> None:
+    waits = [Retry(first_wait=1, longest_wait=60).wait(failed) for failed in range(9)]
+    assert all(0.5 <= wait / min(60, 2**failed) <= 1 for failed, wait in enumerate(waits))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [ValueError("bad file"), FileNotFoundError("gone")], ids=["other", "permanent"])
+def test_a_source_that_raises_in_the_middle_is_named_at_once(workers: int, error: Exception) -> None:
+    unsteady = sharded([30, 30]).map(Unsteady(error, {40}, times=99))
+    stream = start(unsteady, workers=max(1, workers), buffer_size=20)
+    sampler = BatchSampler(MicroBatchSampler(lambda i: 0, 60, 2), 2, drop_last=True)
+    with pytest.raises(SourceError, match=rf"'a' \(rank 0, pass 1, shard 1.*the source raised {type(error).__name__}"):
+        list(DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list))
+
+
+# --- what rows are
+
+
+def test_rows_reach_the_collator_as_the_dataset_gives_them() -> None:
+    table = Dataset.from_dict({"ids": [[1, 2, 3]] * 4, "label": [1] * 4, "name": ["a"] * 4})
+    for dataset in (table.to_iterable_dataset(), IterableDataset.from_generator(lambda: iter(table))):
+        assert start(dataset).__getitems__([(0, 0)])[0] == table[0]
+        tensors = start(dataset.with_format("torch")).__getitems__([(0, 0)])[0]
+        assert tensors["ids"].dtype == torch.int64 and tensors["ids"].tolist() == [1, 2, 3]
+    assert start(table.to_iterable_dataset().with_format("arrow")).__getitems__([(0, 0)])[0] == table[0]
+
+
+def test_states_pass_through_collators_and_devices_untouched() -> None:
+    from accelerate.utils import send_to_device
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    rows = start(sharded([9])).__getitems__([(0, 0)] * 2)
+    batch = tag_source(lambda rows: {"x": torch.tensor([row["x"] for row in rows])})(rows)
+    assert batch[SOURCE_KEY] == "a" and batch[STATE_KEY] is rows.state
+    assert send_to_device(batch, "cpu")[STATE_KEY] is rows.state
+    assert pickle.loads(pickle.dumps(batch))[STATE_KEY] == rows.state
+    if torch.cuda.is_available():
+        assert pin_memory(batch)[STATE_KEY] is rows.state
+
+
+# --- which micro-batch comes when
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_get_the_same_numbers_and_sources_and_skipped_ones_are_not_asked_for(ranks: int) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+
+    asked: list[int] = []
+
+    def source_of(i: int) -> int:
+        asked.append(i)
+        return i % 3
+
+    batch = 2
+    for rank in range(ranks):
+        asked.clear()
+        sampler = MicroBatchSampler(source_of, 7, batch * ranks, first=3)
+        assert len(sampler) == 7 * batch * ranks
+        shard = BatchSamplerShard(BatchSampler(sampler, batch, drop_last=True), ranks, rank)
+        assert list(shard)[3:] == [[(i, i % 3)] * batch for i in range(3, 7)]
+        assert asked == [3, 4, 5, 6]
+
+
+# --- what we rely on upstream
+
+
+def test_upstream_has_the_layers_that_we_know() -> None:
+    """The names of layers decide whether a stream has shards, a position, or neither."""
+    stream = sharded([5, 5])
+    table = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
+    assert layers(stream) == {"ExamplesIterable"} and layers(table) == {"ArrowExamplesIterable"}
+    chain = table.map(lambda row: row).filter(lambda row: True).select_columns(["x"]).with_format("torch")
+    assert {"MappedExamplesIterable", "FilteredExamplesIterable", "SelectColumnsIterable"} < layers(chain)
+    assert open_source("a", stream.map(lambda row: row), 5).shards == 2
+    for other in (stream.skip(1), stream.take(1), interleave_datasets([stream, stream]), stream.repeat(2)):
+        source = open_source("a", other, 5)
+        assert isinstance(source, ShardedSource) and source.shards == 1
+    assert isinstance(open_source("a", stream.shuffle(buffer_size=4), 5), ReplayedSource)
+    assert table._ex_iterable.iter_arrow is not None and stream._ex_iterable.iter_arrow is None
+    assert table._formatting is None and table.with_format("torch")._formatting.format_type == "torch"
+    assert table.with_format("arrow")._formatting.is_table
+    assert table._distributed is None
+
+
+def test_parquet_row_groups_before_the_position_are_not_read(tmp_path: Path) -> None:
+    Dataset.from_dict({"x": list(range(100))}).to_parquet(tmp_path / "a.parquet", batch_size=10)
+    dataset = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
+    assert dataset.reshard().num_shards == 10
+    stream = start(dataset, buffer_size=10)
+    (*_, last) = read(stream, range(93))
+    assert last[1]["state"]["block"]["state"]["examples_iterable"]["examples_iterable"]["shard_idx"] >= 8
+
+
+def test_a_large_file_beside_a_small_one_is_shared_by_all_lanes():
+    """With a file each, one lane would end at once, take the source for that small, or find nothing in it."""
+    for small in (0, 1, 6):
+        counts = []
+        for lane in range(2):
+            stream = start(sharded([500, small]), rank=lane, ranks=2)
+            counts.append(
+                len({row for rows, _ in read(stream, range(len(range(lane, 500 + small, 2)))) for row in rows})
+            )
+        assert sum(counts) == 500 + small and abs(counts[0] - counts[1]) <= 1

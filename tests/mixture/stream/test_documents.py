@@ -1,0 +1,185 @@
+"""Documents of a stream: each once, packed without a gap, resumed within a document; bad rows have a policy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import default_collate
+from transformers import PreTrainedTokenizerFast
+
+from hf_nexus.mixture.documents import split_text
+from hf_nexus.mixture.packing import SourcePacker, tokenizer_fingerprint
+from hf_nexus.mixture.stream import documents as token_stream
+from hf_nexus.mixture.stream.dataset import MixtureStream
+from hf_nexus.mixture.stream.documents import StreamedDocuments, document_hash
+from hf_nexus.mixture.stream.reader import SourceError
+
+from ...support.stream_documents import documents_of
+from ...support.tiny_tokenizer import EOS
+
+L = 8
+
+
+def stream_of(texts: list[Any], shards: int = 1, sequence_length: int = L, **config: Any) -> StreamedDocuments:
+    rows = IterableDataset.from_generator(
+        lambda parts: ({"text": text} for part in parts for text in part),
+        gen_kwargs={"parts": [texts[i::shards] for i in range(shards)]},
+    )
+    return documents_of(rows, sequence_length, **config)
+
+
+def start(
+    source: StreamedDocuments, state: Any = None, rank: int = 0, ranks: int = 1, **options: Any
+) -> MixtureStream:
+    stream = MixtureStream({"a": source}, **options)
+    stream.place(rank, ranks, 1)
+    stream.begin(None if state is None else {str(rank): {"a": json.loads(json.dumps(state))}})
+    return stream
+
+
+def read(stream: MixtureStream, micro_batches: int, batch: int = 2) -> tuple[list[torch.Tensor], list[Any]]:
+    rows = [stream.__getitems__([(0, 0)] * batch) for _ in range(micro_batches)]
+    return [default_collate(list(r))["input_ids"] for r in rows], [r.state.state for r in rows]
+
+
+def first_pass(stream: MixtureStream, source: StreamedDocuments) -> list[str]:
+    """The documents of the first pass, whose last one may be in part."""
+    tokens: list[int] = []
+    while True:
+        (rows,), (state,) = read(stream, 1, batch=1)
+        if state["pass"] > 0:
+            tokens += rows.flatten().tolist()[: source.sequence_length - state["tokens"]]
+            return source.reader.tokenizer.decode(tokens).split(EOS)
+        tokens += rows.flatten().tolist()
+
+
+TEXTS = [f"{'fox ' * (i % 13)}number {i} jumps" for i in range(70)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_pass_holds_each_document_once_and_an_eos_after_each(ranks: int) -> None:
+    source = stream_of(TEXTS, shards=2)
+    found = [
+        text for rank in range(ranks) for text in first_pass(start(source, None, rank, ranks, buffer_size=20), source)
+    ]
+    assert sorted(text for text in found if text) == sorted(TEXTS)
+    assert found.count("") == ranks  # after the last EOS of each lane
+
+
+def test_rows_are_tokens_and_equal_labels_end_to_end() -> None:
+    source = stream_of(TEXTS)
+    row = start(source).__getitems__([(0, 0)] * 3)[2]
+    assert row["input_ids"].dtype == torch.int64 and row["input_ids"].shape == (L,)
+    assert row["labels"].equal(row["input_ids"])
+    short, long = (torch.cat(read(start(stream_of(TEXTS, sequence_length=n)), 840 // n, 1)[0], 1) for n in (3, 8))
+    assert short.equal(long)  # nothing is lost between rows
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(2, 60),
+    st.integers(2, 40),
+    st.lists(st.text(max_size=60), max_size=9),
+)
+def test_resume_after_any_micro_batch_gives_the_same_tokens_and_again(
+    batch: int, shards: int, buffer_size: int, length: int, more: list[str]
+) -> None:
+    source = stream_of(TEXTS[:30] + more, shards, length, on_error="skip")
+    count = 24
+    expected, states = read(start(source, buffer_size=buffer_size), count, batch)
+    for resumed in range(count - 5):
+        stream = start(source, states[resumed], buffer_size=buffer_size)
+        got, state = read(stream, 2, batch)
+        got += read(start(source, state[-1], buffer_size=buffer_size), 2, batch)[0]
+        assert all(g.equal(e) for g, e in zip(got, expected[resumed + 1 :], strict=False))
+        assert state == states[resumed + 1 : resumed + 3]
+
+
+def test_held_out_documents_are_left_out_by_the_hash_that_packing_gives(tmp_path: Path) -> None:
+    source = stream_of(TEXTS)
+    packer = SourcePacker(source.reader, tokenizer_fingerprint(source.reader.tokenizer), tmp_path)
+    hashes = packer.hash_documents(Dataset.from_dict({"text": TEXTS[:20]})).tolist()
+    assert hashes == [document_hash(text) for text in TEXTS[:20]]
+    source = stream_of(TEXTS, held_out=hashes)
+    assert sorted(first_pass(start(source), source))[1:] == sorted(TEXTS[20:])
+
+
+def test_empty_documents_are_left_out_without_an_eos() -> None:
+    source = stream_of(["", *TEXTS, ""], on_error="raise")
+    assert first_pass(start(source), source).count("") == 1
+    with pytest.raises(SourceError, match=r"'a' .*a whole pass over the documents gave no token"):
+        read(start(stream_of(["", ""])), 1)
+
+
+BAD = [None, 3, "half a pair \ud800"]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=["missing", "number", "surrogate"])
+def test_a_bad_row_is_an_error_with_its_number_or_skipped_and_counted(
+    bad: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [*TEXTS[:40], bad, *TEXTS[40:], bad]
+    with pytest.raises(SourceError, match=r"Source 'a': row (40|71) of shard 0 cannot be used: .*on_error to 'skip'"):
+        first_pass(start(stream_of(texts)), stream_of(texts))
+    source = stream_of(texts, on_error="skip")
+    stream = start(source)
+    assert sorted(first_pass(stream, source))[1:] == sorted(TEXTS)
+    _, (*_, last) = read(stream, 300)
+    assert last["pass"] > 2 and 2 * last["pass"] <= last["skipped"] <= 2 * (last["pass"] + 1)
+    assert caplog.text.count("It is skipped, as are others like it") == 1
+
+
+def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
+    values = [text.encode() for text in TEXTS]
+    values[33] = b"caf\xe9"
+    raw = pa.array(values, pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    rows = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
+    with pytest.raises(SourceError, match="row 33 of shard 0 cannot be used"):
+        source = documents_of(rows, L)
+        first_pass(start(source), source)
+    source = documents_of(rows, L, on_error="skip")
+    assert sorted(first_pass(start(source), source))[1:] == sorted(TEXTS[:33] + TEXTS[34:])
+
+
+# --- long documents
+
+
+@given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 30))
+def test_pieces_make_up_the_text(text: str, size: int) -> None:
+    pieces = list(split_text(text, size))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= size for piece in pieces[:-1]) and len(pieces[-1]) <= size
+    assert len(pieces) <= 2 * len(text) // size + 2
+
+
+def test_a_long_document_is_tokenized_a_piece_at_a_time_and_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def noting(self: Any, texts: Any, *args: Any, **kwargs: Any) -> Any:
+        called.extend(len(text) for text in texts)
+        return call(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", noting)
+    monkeypatch.setattr(token_stream, "PIECE", 100)
+    book = " ".join(f"page {i}" for i in range(1000))
+    source = stream_of([book])
+    whole = torch.tensor([*source.reader.tokenizer([book])["input_ids"][0], source.reader.tokenizer.eos_token_id])
+    called.clear()
+    rows, states = read(start(source), len(whole) // (2 * L))
+    assert torch.cat(rows).flatten().equal(whole[: len(whole) // (2 * L) * 2 * L])
+    assert max(called) <= 100
+    called.clear()
+    again, _ = read(start(source, states[20]), 1)
+    assert again[0].equal(rows[21]) and sum(called) <= 300

@@ -1,0 +1,450 @@
+"""Loading: every kind of source gives the same rows, held-out text is never trained on, a second call does no work."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from hf_nexus.mixture import Mixture, MixtureConfig, load_mixture
+from hf_nexus.mixture.stream.dataset import MixtureStream
+from hf_nexus.mixture.stream.documents import StreamedDocuments
+
+from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`load(web={...}, law={...}, sequence_length=8)` loads a mixture; relative paths are in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(*, sequence_length: int = 8, num_proc: int | None = None, with_: Any = None, **sources: Any) -> Mixture:
+        config = {"sources": sources, "sequence_length": sequence_length, "num_proc": num_proc}
+        return load_mixture(MixtureConfig.from_dict(config), with_ or tokenizer, cache_dir=tmp_path / "cache")
+
+    return load
+
+
+def write(path: str, texts: list[Any], column: str = "text") -> str:
+    Path(path).write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def texts(n: int, word: str = "fox") -> list[str]:
+    return [f"the {word} number {i} jumps over the lazy dog" for i in range(n)]
+
+
+def documents(tokenizer: Any, rows: Dataset) -> list[str]:
+    """The text in the rows, one string per document; the last one may be incomplete."""
+    return tokenizer.decode(rows["input_ids"][:].flatten()).split(EOS)
+
+
+# --- what comes out
+
+
+def test_a_mixture_has_rows_shares_and_sizes_of_each_source(load: Any, tmp_path: Path, tokenizer: Any) -> None:
+    sources = {
+        "web": {"path": write("web.jsonl", texts(60)), "eval_rows": 10},
+        "law": {"path": "law.jsonl", "role": "ood"},
+    }
+    write("law.jsonl", texts(20, "judge"))
+    write("code.jsonl", texts(30, "bug"))
+    mixture = load(**sources, code={"path": "code.jsonl"})
+    assert list(mixture.train) == ["web", "code"]
+    assert list(mixture.eval) == ["web", "law"]
+    assert mixture.tokens == {name: 8 * len(rows) for name, rows in mixture.train.items()}
+    assert mixture.eval_tokens == {name: 8 * len(rows) for name, rows in mixture.eval.items()}
+    assert mixture.weights == mixture.config.weights(mixture.tokens)
+    assert all("bug" in text for text in documents(tokenizer, mixture.train["code"])[:-1])
+    assert all("judge" in text for text in documents(tokenizer, mixture.eval["law"])[:-1])
+
+
+def test_all_kinds_of_files_give_the_same_rows(load: Any, tmp_path: Path) -> None:
+    docs = texts(40)
+    dataset = Dataset.from_dict({"text": docs})
+    write("a.jsonl", docs)
+    dataset.to_json("a.json")
+    dataset.to_csv("a.csv")
+    dataset.to_parquet("a.parquet")
+    dataset.with_format("arrow").save_to_disk("saved")
+    DatasetDict(train=dataset, test=dataset.select(range(3))).save_to_disk("splits")
+    for folder, parts in (("parts", [docs[:15], docs[15:]]), ("folder", [docs])):
+        Path(folder).mkdir()
+        for number, part in enumerate(parts):
+            write(f"{folder}/{number}.jsonl", part)
+    Path("files").mkdir()
+    for number, text in enumerate(docs):
+        Path(f"files/{number:02}.txt").write_text(text)
+    paths = ["a.jsonl", "a.json", "a.csv", "a.parquet", "saved", "splits", "parts/*.jsonl", "folder", "files/*.txt"]
+    mixture = load(**{f"source{i}": {"path": path} for i, path in enumerate(paths)})
+    rows = [dataset["input_ids"][:].tolist() for dataset in mixture.train.values()]
+    assert all(other == rows[0] for other in rows)
+
+
+def test_a_text_file_is_one_document_lines_and_all(load: Any, tokenizer: Any) -> None:
+    Path("book.txt").write_text("the fox\n\njumps over\nthe dog\n")
+    rows = load(book={"path": "book.txt"}, sequence_length=4).train["book"]
+    assert documents(tokenizer, rows)[0].startswith("the fox\n\njumps")
+
+
+def test_built_in_sources_load_by_name_and_are_cached(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_nexus.mixture.builtin import corpus as builtin
+
+    source = builtin.BuiltinSource("fables", role="train", license="CC0", description="d", generated=True)
+    monkeypatch.setitem(builtin.BUILTIN_SOURCES, "fables", source)
+    known = builtin.builtin_documents
+    monkeypatch.setattr(builtin, "builtin_documents", lambda name: texts(30) if name == "fables" else known(name))
+    first = load(a={"path": "builtin/fables"})
+    assert first.licenses == {"a": "CC0"}
+    calls = count_tokenized(monkeypatch)
+    assert load(a={"path": "builtin/fables"}).tokens == first.tokens
+    assert not calls
+    with pytest.raises(ValueError, match=r"sources\.a: 'builtin/fable'"):
+        load(a={"path": "builtin/fable"})
+
+
+def test_a_path_that_is_not_local_is_loaded_from_the_hub(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: Any = None, **kwargs: Any) -> Dataset:
+        asked.append((path, name, kwargs["split"], kwargs["revision"]))
+        return Dataset.from_dict({"body": texts(9)})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    load(web={"path": "org/web", "subset": "en", "split": "train[:9]", "revision": "v1", "text_column": "body"})
+    assert asked == [("org/web", "en", "train[:9]", "v1")]
+
+
+def test_the_licence_is_the_stated_one_else_that_of_the_data(load: Any) -> None:
+    dataset = Dataset.from_dict({"text": texts(5)}, info=DatasetInfo(license="odc-by"))
+    dataset.save_to_disk("saved")
+    write("a.jsonl", texts(5))
+    mixture = load(a={"path": "saved"}, b={"path": "saved", "license": "mit"}, c={"path": "a.jsonl"})
+    assert mixture.licenses == {"a": "odc-by", "b": "mit", "c": None}
+
+
+# --- what is held out
+
+
+def test_held_out_documents_are_never_trained_on_not_even_as_copies(load: Any, tokenizer: Any) -> None:
+    docs = texts(50)
+    write("web.jsonl", docs + docs[::-1] + docs[:25])
+    mixture = load(web={"path": "web.jsonl", "eval_rows": 12}, sequence_length=2)
+    held_out = documents(tokenizer, mixture.eval["web"])[:-1]
+    trained = documents(tokenizer, mixture.train["web"])
+    assert len(held_out) in (11, 12)  # the last one may be cut off with the incomplete row
+    assert len(set(held_out)) == len(held_out)
+    assert set(held_out).isdisjoint(trained)
+    assert set(held_out) | set(trained) >= set(docs[1:-1]) - set(held_out)
+    assert len(set(trained) & set(docs)) in (37, 38)
+
+
+def test_the_same_documents_are_held_out_whatever_their_order(load: Any, tokenizer: Any) -> None:
+    docs = texts(50)
+    write("a.jsonl", docs)
+    write("b.jsonl", docs[::-1] + docs)
+    mixture = load(a={"path": "a.jsonl", "eval_rows": 12}, b={"path": "b.jsonl", "eval_rows": 12}, sequence_length=2)
+    assert documents(tokenizer, mixture.eval["a"]) == documents(tokenizer, mixture.eval["b"])
+
+
+def test_text_of_an_evaluated_split_or_ood_source_is_trained_on_nowhere(
+    load: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    web, code, law = texts(30), texts(30, "bug"), texts(30, "judge")
+    DatasetDict(
+        train=Dataset.from_dict({"text": web + law[:5]}), test=Dataset.from_dict({"text": web[:7]})
+    ).save_to_disk("web")
+    write("code.jsonl", code + web[3:5])
+    write("law.jsonl", law)
+    mixture = load(
+        web={"path": "web", "eval_split": "test"},
+        code={"path": "code.jsonl"},
+        law={"path": "law.jsonl", "role": "ood"},
+        sequence_length=2,
+    )
+    assert documents(tokenizer, mixture.eval["web"])[:6] == web[:6]
+    assert documents(tokenizer, mixture.train["web"])[:22] == web[7:29]
+    assert documents(tokenizer, mixture.train["code"])[:29] == code[:29]
+    trained = {text for rows in mixture.train.values() for text in documents(tokenizer, rows)}
+    assert trained.isdisjoint(web[:7]) and trained.isdisjoint(law)
+    assert "'web': 12 more documents" in caplog.text and "'code': 2 more documents" in caplog.text
+
+
+def test_max_tokens_limits_training_and_ood_rows_but_not_what_is_held_out(load: Any) -> None:
+    write("a.jsonl", texts(50))
+    write("b.jsonl", texts(50, "judge"))
+    everything = load(a={"path": "a.jsonl", "eval_rows": 10}, b={"path": "b.jsonl", "role": "ood"})
+    limited = load(
+        a={"path": "a.jsonl", "eval_rows": 10, "max_tokens": 100},
+        b={"path": "b.jsonl", "role": "ood", "max_tokens": 100},
+    )
+    assert 64 <= limited.tokens["a"] <= 100 < everything.tokens["a"]
+    assert 64 <= limited.eval_tokens["b"] <= 100 < everything.eval_tokens["b"]
+    assert limited.eval_tokens["a"] == everything.eval_tokens["a"]
+
+
+# --- streaming sources
+
+
+def stream_texts(source: StreamedDocuments, micro_batches: int) -> str:
+    """The first rows of a streaming source, as text."""
+    stream = MixtureStream({"a": source})
+    rows = [stream.__getitems__([(i, 0)])[0]["input_ids"] for i in range(micro_batches)]
+    return source.reader.tokenizer.decode(torch.cat(rows))
+
+
+def test_a_streaming_source_is_not_read_before_training_but_for_what_is_held_out(
+    load: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = texts(300)
+    write("web.jsonl", [docs[0], *docs])
+    web = {"path": "web.jsonl", "streaming": True, "weight": 1}
+    calls = count_tokenized(monkeypatch)
+    mixture = load(web={**web, "eval_rows": 5})
+    assert sum(calls) == 5
+    assert documents(tokenizer, mixture.eval["web"])[:4] == docs[:4]  # the first different ones
+    assert mixture.tokens == {"web": None} and mixture.weights == {"web": 1.0}
+    assert set(stream_texts(mixture.train["web"], 1500).split(EOS)[:-1]) == set(docs[5:])
+    assert load(web={**web, "tokens": 900}).tokens == {"web": 900}
+
+
+def test_a_stream_leaves_out_what_any_other_source_holds_out(load: Any) -> None:
+    web, code = texts(60), texts(40, "bug")
+    write("web.jsonl", web + code[:9])
+    write("code.jsonl", code + web[:3])
+    write("law.jsonl", web[10:12])
+    DatasetDict(train=Dataset.from_dict({"text": web}), test=Dataset.from_dict({"text": web[20:30]})).save_to_disk("s")
+    mixture = load(
+        web={"path": "web.jsonl", "streaming": True, "weight": 1, "eval_rows": 2},
+        code={"path": "code.jsonl", "weight": 1, "eval_rows": 5},
+        saved={"path": "s", "streaming": True, "weight": 1, "eval_split": "test[:4]"},
+        law={"path": "law.jsonl", "role": "ood"},
+        sequence_length=4,
+    )
+    held_out = set(web[:2]) | set(web[10:12]) | set(web[20:24])
+    tokenizer = mixture.train["web"].reader.tokenizer
+    held_out |= set(documents(tokenizer, mixture.eval["code"])[:-1]) - {""}
+    for name in ("web", "saved"):
+        trained = set(stream_texts(mixture.train[name], 1500).split(EOS)[:-1])
+        assert trained == set(web + (code[:9] if name == "web" else [])) - held_out
+    assert not held_out & set(documents(tokenizer, mixture.train["code"]))
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "a.parquet", "a.csv", "parts/*.jsonl", "folder", "saved", "files/*.txt"])
+def test_every_kind_of_file_streams(load: Any, path: str) -> None:
+    docs = texts(20)
+    dataset = Dataset.from_dict({"text": docs})
+    write("a.jsonl", docs)
+    dataset.to_parquet("a.parquet")
+    dataset.to_csv("a.csv")
+    dataset.save_to_disk("saved")
+    for folder in ("parts", "folder"):
+        Path(folder).mkdir()
+        for part in (0, 1):
+            write(f"{folder}/{part}.jsonl", docs[part::2])
+    Path("files").mkdir()
+    for number, text in enumerate(docs):
+        Path(f"files/{number:02}.txt").write_text(text)
+    mixture = load(a={"path": path, "streaming": True, "weight": 1}, sequence_length=4)
+    assert set(stream_texts(mixture.train["a"], 300).split(EOS)[:20]) == set(docs)
+
+
+def test_streams_that_cannot_be_loaded_say_so(load: Any) -> None:
+    write("a.jsonl", [*texts(5), None])
+    stream = {"path": "a.jsonl", "streaming": True, "weight": 1}
+    for wrong, message in (
+        ({"text_column": "body"}, r"sources\.a\.text_column: .*'body'.*id, text"),
+        ({"path": "b.jsonl"}, r"sources\.a: 'b\.jsonl'"),
+        ({"split": "test"}, r"sources\.a: .*split 'test'"),
+        ({"eval_split": "test[5%:]"}, r"sources\.a\.eval_split: 'test\[5%:\]'.*'validation\[:1000\]'"),
+        ({"eval_rows": 6}, r"row 5 holds None .*on_error to 'skip'"),
+        ({"eval_rows": 6, "on_error": "skip"}, r"sources\.a\.eval_rows: 6 documents .*only 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(a={**stream, **wrong})
+
+
+# --- what is cached
+
+
+def test_a_second_call_tokenizes_nothing(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.jsonl", texts(50))
+    sources = {
+        "a": {"path": "a.jsonl", "eval_rows": 5, "max_tokens": 400},
+        "b": {"path": "a.jsonl", "role": "ood", "split": "train[:5]"},
+    }
+    first = load(**sources)
+    calls = count_tokenized(monkeypatch)
+    second = load(**sources)
+    assert not calls
+    for name in first.train:
+        assert first.train[name]["input_ids"][:].equal(second.train[name]["input_ids"][:])
+    assert load(**sources, with_=tiny_tokenizer()).tokens == first.tokens  # an equal tokenizer, another object
+    assert not calls
+
+
+def test_another_tokenizer_length_or_text_gives_other_rows(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    write("a.jsonl", texts(50))
+    first = load(a={"path": "a.jsonl"})
+    calls = count_tokenized(monkeypatch)
+    other = tiny_tokenizer("number jumps lazy over hello")
+    retokenized = load(a={"path": "a.jsonl"}, with_=other)
+    assert sum(calls) == 50
+    assert documents(other, retokenized.train["a"])[:40] == documents(tokenizer, first.train["a"])[:40]
+    assert not retokenized.train["a"]["input_ids"][:8].equal(first.train["a"]["input_ids"][:8])
+    longer = load(a={"path": "a.jsonl"}, sequence_length=11)
+    assert longer.train["a"]["input_ids"][:].shape == (sum(len(r) for r in [first.train["a"]]) * 8 // 11, 11)
+    write("a.jsonl", texts(50, "cat"))
+    assert "cat" in documents(tokenizer, load(a={"path": "a.jsonl"}).train["a"])[0]
+
+
+def test_a_folder_that_is_read_is_not_written_to(load: Any) -> None:
+    Dataset.from_dict({"text": texts(20)}).save_to_disk("saved")
+    before = sorted(path.name for path in Path("saved").iterdir())
+    load(a={"path": "saved", "eval_rows": 5})
+    assert sorted(path.name for path in Path("saved").iterdir()) == before
+    assert len(load_from_disk("saved")) == 20
+
+
+# --- what rows hold
+
+
+def test_prompt_and_completion_are_one_document(load: Any, tokenizer: Any) -> None:
+    Path("qa.jsonl").write_text('{"q": "1 + 1?", "a": "2"}\n{"q": "2 + 2? ", "a": "4"}\n' * 3)
+    mixture = load(qa={"path": "qa.jsonl", "prompt_column": "q", "completion_column": "a"}, sequence_length=4)
+    assert documents(tokenizer, mixture.train["qa"])[:2] == ["1 + 1?\n2", "2 + 2? 4"]
+
+
+NAME = "{% if m.name is defined %}({{ m.name }}){% endif %}"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + NAME + "{% endfor %}"
+
+
+def test_messages_are_rendered_by_the_chat_template_and_end_in_one_eos(load: Any) -> None:
+    chats = [
+        [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "dog"}],
+        [{"role": "user", "content": "the", "name": "Ann"}],
+    ]
+    write("chat.jsonl", chats * 5, column="messages")  # read as JSON, where absent keys are absent ...
+    schema = {"role": Value("string"), "content": Value("string"), "name": Value("string")}
+    full = [[{"name": None, **message} for message in chat] for chat in chats * 5]  # ... and with a schema, as None
+    Dataset.from_dict({"messages": full}, features=Features({"messages": [schema]})).to_parquet("full.parquet")
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": chat[:1], "completion": chat[1:]}) + "\n" for chat in chats[:1] * 10)
+    )
+    chatty = tiny_tokenizer()
+    sources = {
+        "chat": {"path": "chat.jsonl", "messages_column": "messages"},
+        "full": {"path": "full.parquet", "messages_column": "messages"},
+        "pairs": {"path": "pairs.jsonl", "prompt_column": "prompt", "completion_column": "completion"},
+    }
+    for source in sources.items():
+        with pytest.raises(ValueError, match=rf"sources\.{source[0]}\.\w+_column: .*chat template"):
+            load(**dict([source]))
+    for template in (TEMPLATE, TEMPLATE + EOS):
+        chatty.chat_template = template
+        mixture = load(**sources, with_=chatty, sequence_length=4)
+        for name in ("chat", "full"):
+            assert documents(chatty, mixture.train[name])[:2] == ["[user]fox?[assistant]dog", "[user]the(Ann)"]
+        assert documents(chatty, mixture.train["pairs"])[0] == "[user]fox?[assistant]dog"
+
+
+# --- what is refused
+
+
+def test_a_missing_column_is_an_error_listing_those_there_are(load: Any) -> None:
+    write("a.jsonl", texts(5), column="content")
+    with pytest.raises(ValueError, match=r"sources\.a\.text_column: .*'text'.*id, content"):
+        load(a={"path": "a.jsonl"})
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_value_that_is_no_string_is_an_error_with_its_row(load: Any, num_proc: int | None) -> None:
+    docs: list[Any] = texts(600)
+    docs[500] = None
+    write("a.jsonl", docs)
+    with pytest.raises(
+        ValueError, match=r"sources\.a\.text_column: row 500 holds None .*must hold a string.*id, text"
+    ):
+        load(a={"path": "a.jsonl"}, num_proc=num_proc)
+    write("b.jsonl", [[1]] * 5)
+    with pytest.raises(ValueError, match=r"sources\.b\.text_column: row 0 holds \[1\]"):
+        load(b={"path": "b.jsonl", "eval_rows": 1}, num_proc=num_proc)
+
+
+def test_a_conversation_that_is_none_is_an_error(load: Any) -> None:
+    chatty = tiny_tokenizer()
+    chatty.chat_template = TEMPLATE
+    write("chat.jsonl", texts(5), column="messages")
+    with pytest.raises(ValueError, match=r"sources\.chat\.messages_column: row 0 .*list of messages"):
+        load(chat={"path": "chat.jsonl", "messages_column": "messages"}, with_=chatty)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "missing.jsonl"}, r"sources\.a: 'missing\.jsonl'.*no file matches"),
+        ({"path": "data/*.parquet"}, r"sources\.a: .*no file matches"),
+        ({"path": "{a.jsonl,b.csv}"}, r"sources\.a"),
+        ({"path": "a.*"}, r"sources\.a: .*use files of one of"),
+        ({"path": "org/web"}, r"sources\.a: 'org/web'.*looked up on the Hub"),
+        ({"path": "a.jsonl", "split": "test"}, r"sources\.a: .*split 'test'"),
+        ({"path": "saved", "split": "test"}, r"sources\.a: .*without splits"),
+        ({"path": "splits", "split": "test"}, r"sources\.a: .*only train"),
+        ({"path": "a.jsonl", "eval_split": "test"}, r"sources\.a: .*split 'test'"),
+        ({"path": "broken.jsonl"}, r"sources\.a: 'broken\.jsonl'"),
+        ({"path": "header.csv"}, r"sources\.a: .*no data"),
+        ({"path": "a.jsonl", "eval_rows": 20}, r"sources\.a\.eval_rows: .*only 20 different"),
+        ({"path": "a.jsonl", "eval_rows": 1, "max_tokens": 1000}, r"sources\.a: the 1 held-out .*raise eval_rows"),
+        ({"path": "short.jsonl"}, r"sources\.a: the training documents .*add documents"),
+        ({"path": "a.jsonl", "tokens": 3_000_000_000}, r"sources\.a\.tokens: .*streaming"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_named_with_the_reason(load: Any, source: dict, message: str) -> None:
+    write("a.jsonl", texts(20))
+    write("short.jsonl", ["fox"])
+    Path("a.csv").write_text("text\nfox\n")
+    Path("broken.jsonl").write_text('{"text": "fox"\n')
+    Dataset.from_dict({"text": texts(3)}).save_to_disk("saved")
+    DatasetDict(train=Dataset.from_dict({"text": texts(3)})).save_to_disk("splits")
+    Path("header.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load(a=source, sequence_length=64)
+
+
+@pytest.mark.parametrize("role", ["train", "ood"])
+def test_documents_longer_than_max_tokens_say_to_raise_it(load: Any, role: str) -> None:
+    write("a.jsonl", texts(20))
+    write("long.jsonl", [" ".join(texts(40, "judge"))])
+    sources = {"a": {"path": "a.jsonl"}, "b": {"path": "long.jsonl", "role": role, "max_tokens": 70}}
+    with pytest.raises(ValueError, match=r"sources\.b: .*within max_tokens=70.*raise max_tokens"):
+        load(**sources, sequence_length=64)
+
+
+def test_a_source_that_is_held_out_elsewhere_as_a_whole_is_refused(load: Any) -> None:
+    write("a.jsonl", texts(20))
+    with pytest.raises(ValueError, match=r"sources\.a: all of its 20 documents are held out"):
+        load(a={"path": "a.jsonl"}, b={"path": "a.jsonl", "role": "ood"})
+
+
+def test_a_tokenizer_needs_an_eos(load: Any) -> None:
+    nameless = tiny_tokenizer()
+    nameless.eos_token = None
+    with pytest.raises(ValueError, match=r"no EOS token.*tokenizer\.eos_token"):
+        load(a={"path": "a.jsonl"}, with_=nameless)
+
+
+def test_without_datasets_the_error_says_how_to_install_it(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        load(a={"path": "a.jsonl"})

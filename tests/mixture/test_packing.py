@@ -1,0 +1,181 @@
+"""Packing: no token is lost but the last incomplete row, and rows depend on documents, tokenizer and length alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, default_data_collator
+
+from hf_nexus.mixture import SourceConfig
+from hf_nexus.mixture.documents import DocumentReader
+from hf_nexus.mixture.packing import BATCH_SIZE, RowPacker, SourcePacker, tokenizer_fingerprint
+
+from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
+
+
+def packer(folder: Path, tokenizer: Any = None, num_proc: int | None = None, **source: Any) -> SourcePacker:
+    tokenizer = tokenizer or tiny_tokenizer()
+    reader = DocumentReader("web", SourceConfig(path="web", **source), tokenizer, available=["text"])
+    return SourcePacker(reader, tokenizer_fingerprint(tokenizer), folder, num_proc)
+
+
+def texts(n: int) -> list[str]:
+    return [f"the fox {i} jumps over {'the lazy dog ' * (i % 7)}" for i in range(n)]
+
+
+def flat(tokenizer: Any, documents: list[str]) -> list[int]:
+    """The tokens of the documents, an EOS after each."""
+    return [t for text in documents for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+
+
+def tokens_of(rows: Dataset) -> list[int]:
+    return rows["input_ids"][:].flatten().tolist()
+
+
+documents = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30), max_size=30)
+
+
+@given(documents, st.integers(1, 20), st.integers(1, 7))
+def test_rows_are_the_documents_end_to_end_however_they_are_batched(docs: list, length: int, batch: int) -> None:
+    pack = RowPacker(length)
+    rows = []
+    for start in range(0, len(docs), batch):
+        table = pa.table({"input_ids": pa.array(docs[start : start + batch], pa.list_(pa.int32()))})
+        rows += pack(table)["input_ids"].to_pylist()
+    stream = [token for document in docs for token in document]
+    assert rows == [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+
+def test_an_eos_ends_each_document_and_fewer_than_one_row_is_lost(tmp_path: Path) -> None:
+    tokenizer, docs = tiny_tokenizer(), texts(3 * BATCH_SIZE)
+    rows = packer(tmp_path, tokenizer).pack_documents(Dataset.from_dict({"text": docs}), 64)
+    stream = flat(tokenizer, docs)
+    assert len(rows) == len(stream) // 64
+    assert tokens_of(rows) == stream[: len(rows) * 64]
+
+
+def test_rows_do_not_depend_on_the_number_of_processes_nor_does_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
+    docs = Dataset.from_dict({"text": texts(1000)})
+    alone = packer(tmp_path / "alone").pack_documents(docs, 32)
+    together = packer(tmp_path / "together", num_proc=2).pack_documents(docs, 32)
+    assert tokens_of(alone) == tokens_of(together)
+    calls = count_tokenized(monkeypatch)
+    assert tokens_of(packer(tmp_path / "together").pack_documents(docs, 32)) == tokens_of(alone)
+    assert not calls
+
+
+def test_no_special_tokens_are_added_but_eos_and_empty_documents_vanish(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    stream = flat(tokenizer, ["the fox", "the dog"])
+    first = [(EOS, tokenizer.eos_token_id)]  # as a tokenizer that starts each text with a BOS
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{EOS} $0", special_tokens=first)
+    assert tokenizer("fox")["input_ids"][0] == tokenizer.eos_token_id
+    docs = ["", "the fox", "", "the dog", ""]
+    rows = packer(tmp_path, tokenizer).pack_documents(Dataset.from_dict({"text": docs}), 2)
+    assert tokens_of(rows) == stream[: len(stream) // 2 * 2]
+
+
+def test_the_padding_and_truncation_of_an_earlier_call_do_not_reach_the_rows(tmp_path: Path) -> None:
+    tokenizer, docs = tiny_tokenizer(), Dataset.from_dict({"text": texts(50)})
+    before = packer(tmp_path / "a", tokenizer).pack_documents(docs, 16)
+    tokenizer(["the fox", "dog"], truncation=True, max_length=1, padding="max_length")
+    assert tokens_of(packer(tmp_path / "b", tokenizer).pack_documents(docs, 16)) == tokens_of(before)
+
+
+@settings(max_examples=25)
+@given(st.integers(8, 3000))
+def test_max_tokens_takes_as_many_whole_documents_from_the_start_as_fit(cached_packer: Any, limit: int) -> None:
+    pack, docs = cached_packer
+    rows = pack.pack_documents(Dataset.from_dict({"text": docs}), 4, limit)
+    total, kept = 0, []
+    for text in docs:
+        total += len(flat(pack.reader.tokenizer, [text]))
+        if total > limit:
+            break
+        kept.append(text)
+    stream = flat(pack.reader.tokenizer, kept)
+    assert tokens_of(rows) == stream[: len(stream) // 4 * 4]
+
+
+@pytest.fixture(scope="module")
+def cached_packer(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourcePacker, list[str]]:
+    return packer(tmp_path_factory.mktemp("rows")), [text[: 4 + i % 40] for i, text in enumerate(texts(200))]
+
+
+def test_max_tokens_tokenizes_little_more_than_it_takes(tmp_path: Path, monkeypatch: Any) -> None:
+    docs = ["the lazy dog"] * 20_000
+    each = len(flat(tiny_tokenizer(), docs[:1]))
+    calls = count_tokenized(monkeypatch)
+    rows = packer(tmp_path).pack_documents(Dataset.from_dict({"text": docs}), each, 5000 * each)
+    assert len(rows) == 5000
+    assert 5000 <= sum(calls) <= 6000
+
+
+def test_labels_are_the_tokens_and_lie_on_disk_once(tmp_path: Path) -> None:
+    rows = packer(tmp_path).pack_documents(Dataset.from_dict({"text": texts(1000)}), 32)
+    row = rows[3]
+    assert row.keys() == {"input_ids", "labels"}
+    assert row["input_ids"].shape == (32,) and row["input_ids"].equal(row["labels"])
+    (file,) = tmp_path.glob("pack-*")
+    assert file.stat().st_size < 1.2 * 4 * 32 * len(rows)
+
+
+def test_the_default_collator_makes_a_batch_of_rows(tmp_path: Path) -> None:
+    rows = packer(tmp_path).pack_documents(Dataset.from_dict({"text": texts(100)}), 32)
+    batch = default_data_collator(rows.__getitems__([5, 0, 5]))
+    assert batch["input_ids"].shape == (3, 32) and str(batch["labels"].dtype) == "torch.int64"
+    assert batch["input_ids"].equal(batch["labels"])
+    assert batch["input_ids"][0].equal(rows[5]["input_ids"])
+
+
+def test_too_few_tokens_for_a_row_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    for docs in (["the fox"], [""]):
+        with pytest.raises(
+            ValueError, match=r"sources\.web: the held.* no row of sequence_length=99.*raise eval_rows"
+        ):
+            packer(tmp_path).pack_documents(
+                Dataset.from_dict({"text": docs}), 99, what="the held-out documents", fix="raise eval_rows"
+            )
+    with pytest.raises(ValueError, match="within max_tokens=8"):
+        packer(tmp_path).pack_documents(Dataset.from_dict({"text": ["the fox"] * 9}), 8, 8)
+
+
+def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:
+    pack = packer(tmp_path)
+    hashes = pack.hash_documents(Dataset.from_dict({"text": ["a", "b", "a", "é"]}))
+    assert hashes.dtype == np.int64 and hashes[0] == hashes[2] and len(set(hashes.tolist())) == 3
+    # A constant of this test: another value would hold out other documents than earlier versions did.
+    assert hashes[0] == 3405396810240292928
+    assert np.array_equal(pack.hash_documents(Dataset.from_dict({"text": ["é", "a"]})), hashes[[3, 2]])
+    other = packer(tmp_path, tiny_tokenizer("hello world"), num_proc=2)
+    assert np.array_equal(other.hash_documents(Dataset.from_dict({"text": ["a", "b", "a", "é"]})), hashes)
+    assert len(list(tmp_path.glob("hash-*"))) == 2  # another tokenizer does not hash the same text again
+
+
+def test_hashes_of_messages_are_of_the_text_that_the_template_makes(tmp_path: Path) -> None:
+    chats = Dataset.from_dict({"messages": [[{"role": "user", "content": "fox"}]]})
+    hashes = []
+    for template in ("{{ messages[0].content }}", "{{ messages[0].role }}: {{ messages[0].content }}"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        hashes += packer(tmp_path, tokenizer, messages_column="messages").hash_documents(chats).tolist()
+    text = packer(tmp_path).hash_documents(Dataset.from_dict({"text": ["fox", "user: fox"]}))
+    assert hashes == text.tolist()
+
+
+def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenizer(["the fox"], truncation=True, max_length=1, padding=True)
+    assert tokenizer_fingerprint(tokenizer) == fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == fingerprint
+    assert tokenizer_fingerprint(tiny_tokenizer("hello world")) != fingerprint
+    tokenizer.eos_token = "a"
+    assert tokenizer_fingerprint(tokenizer) != fingerprint

@@ -1,0 +1,138 @@
+"""Processes that are terminated or killed while they train, and what others see of the checkpoints they write."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from hf_nexus import NexusTrainer
+from hf_nexus.trainer.checkpoints import STAGING_DIR
+from tests.support.faults import SAVING, Call, K, before, in_move, make
+
+
+class Terminate:
+    """A SIGTERM that Trainer's just-in-time checkpoint has noticed when the call returns."""
+
+    def __init__(self, trainer: NexusTrainer, at: int):
+        self.at, self.calls = at, 0
+        callbacks = trainer.callback_handler.callbacks
+        self.manager = next(cb for cb in callbacks if isinstance(cb, JITCheckpointCallback)).jit_manager
+        self.manager.kill_wait = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls != self.at:
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(200):  # it is a timer that asks for the checkpoint
+            if self.manager.is_checkpoint_requested:
+                return
+            time.sleep(0.01)
+        raise AssertionError("SIGTERM was not noticed.")
+
+
+@contextmanager
+def keeping_handler(number: int = signal.SIGTERM) -> Iterator[None]:
+    """Trainer puts back the handler that it found only if training ends."""
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+
+
+def unfinished(out: Path, ranks: int = 1) -> list[str]:
+    """Checkpoints that can be seen, and what they lack."""
+    states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    found = []
+    for folder in out.glob("checkpoint-*"):
+        if (folder / "checkpoint-is-incomplete.txt").exists():
+            continue  # marked by transformers
+        files = ["model.safetensors", "optimizer.pt", "scheduler.pt", "nexus.yaml", *states]
+        found += [f"{folder.name} lacks {name}" for name in files if not (folder / name).exists()]
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError) as error:
+            found.append(f"{folder.name}/trainer_state.json: {error}")
+    return found
+
+
+def watch_files(out: Path, ranks: int = 1) -> list[list[str]]:
+    """What is `unfinished` each time that this process opens, moves or removes a file, from now to its end."""
+    found: list[list[str]] = []
+    looking = [False]
+
+    def look(event: str, args: tuple) -> None:
+        if looking[0] or event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+            return
+        looking[0] = True
+        with suppress(FileNotFoundError):
+            found.append(unfinished(out, ranks))
+        looking[0] = False
+
+    sys.addaudithook(look)
+    return found
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killing_rename(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+    """Dies where a complete checkpoint is about to get its name."""
+
+    def renamed(source: Path, target: Path) -> Path:
+        if source.parent.name == STAGING_DIR:
+            kill()
+        return rename(source, target)
+
+    return renamed
+
+
+KILLS: dict[str, Callable[[NexusTrainer], AbstractContextManager]] = {
+    # the third window, with gradients and half of the tensors moved
+    "window": lambda trainer: in_move(trainer, Call(2 * K + 3, kill)),
+    # the second checkpoint, with weights written and nothing else
+    "checkpoint": lambda trainer: patch.object(
+        trainer, "_save_optimizer_and_scheduler", before(trainer._save_optimizer_and_scheduler, Call(2, kill))
+    ),
+    # the second checkpoint, complete but for its name
+    "rename": lambda trainer: patch.object(Path, "rename", before(Path.rename, Call(2, kill))),
+    # the first checkpoint, where there is one of an earlier run that was already moved out of the way
+    "replace": lambda trainer: patch.object(Path, "rename", killing_rename(Path.rename)),
+}
+
+
+def train_until_killed(out: Path, place: str) -> None:
+    """Run in a process of its own."""
+    trainer = make(out, **SAVING)
+    with KILLS[place](trainer):
+        trainer.train()
+
+
+def train_watched(out: Path, found: Path) -> None:
+    """Run in a process of its own, whose audit hook cannot be removed: write what `watch_files` saw to `found`."""
+    trainer = make(out, **SAVING)
+    looks = watch_files(out)
+    trainer.train()
+    found.write_text(json.dumps({"seen": [lack for look in looks for lack in look], "looks": len(looks)}))
+
+
+def in_a_process(function: Callable, *args: Any) -> int:
+    """Run a function of this module in a new process; returns its exit status. Only the first call has to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=function, args=args)
+    process.start()
+    process.join(timeout=100)
+    assert process.exitcode is not None, "The process did not end."
+    return process.exitcode

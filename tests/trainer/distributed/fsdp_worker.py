@@ -1,0 +1,178 @@
+"""Run by torchrun on CPU processes: FSDP2 scenarios, each rank's findings to `<out>/rank<r>.json`."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from hf_nexus import NexusConfig, NexusTrainer
+from hf_nexus.tensors import shard
+from tests.support.tiny import Rows, tiny_llama
+from tests.trainer.distributed.worker import sources
+
+
+def make(
+    out: Path, model: Any = None, fsdp: bool = True, state_dict: str = "FULL_STATE_DICT", **config: Any
+) -> NexusTrainer:
+    """A trainer under FSDP2, or under DDP for comparison."""
+    wrap = {"fsdp_version": 2, "state_dict_type": state_dict, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    defaults: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **({"fsdp": True, "fsdp_config": wrap} if fsdp else {}),
+    }
+    args = NexusConfig(**{**defaults, **config})
+    args.device  # noqa: B018  # sets up the state, which is then told a small lie:
+    # Accelerate shards on accelerators only; on CPU it would silently stay with DDP.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
+    return NexusTrainer(model or llama(), args, train_dataset=sources(), eval_dataset={"text": Rows(8, 0)})
+
+
+def llama(seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    """Tied embeddings, and sizes that two or four ranks cannot share evenly."""
+    return tiny_llama(seed, tie_word_embeddings=True, intermediate_size=33, **overrides)
+
+
+def lora(seed: int = 0) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+
+
+def weights(trainer: NexusTrainer) -> list[float]:
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+    return torch.cat([p.detach().reshape(-1) for p in full]).tolist()
+
+
+def shards(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([shard(p).detach().reshape(-1).clone() for p in model.parameters()])
+
+
+class Between(TrainerCallback):
+    """Calls back between outer steps."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.call(model)
+
+
+def trained(trainer: NexusTrainer, **kwargs: Any) -> list[float]:
+    trainer.train(**kwargs)
+    return weights(trainer)
+
+
+def interrupted(out: Path) -> dict[str, Any]:
+    """Break off the second window between a forward and its backward; the shards and an evaluation must not notice."""
+    trainer = make(out)
+    before: list[Any] = []
+    trainer.add_callback(Between(lambda model: before.append((shards(model), trainer.evaluate()["eval_loss"]))))
+    compute_loss, calls = trainer.compute_loss, [0]
+
+    def broken(model, *args, **kwargs):
+        result = compute_loss(model, *args, **kwargs)
+        calls[0] += model.training
+        if calls[0] == 6:
+            raise KeyboardInterrupt
+        return result
+
+    trainer.compute_loss = broken
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    trainer.compute_loss = compute_loss
+    start, loss = before[-1]
+    same = torch.equal(start, shards(trainer.model))
+    return {"steps": len(before), "restored": same, "loss": loss, "loss_after": trainer.evaluate()["eval_loss"]}
+
+
+def resumed(out: Path, state_dict: str) -> dict[str, Any]:
+    saving = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    whole = trained(make(out, **saving))
+    dist.barrier()
+    again = make(out / "again", llama(seed=5), **saving)
+    return {"whole": whole, "again": trained(again, resume_from_checkpoint=str(out / "checkpoint-3"))}
+
+
+def between_steps(out: Path) -> list[float]:
+    """Evaluate and generate after every step."""
+    trainer = make(out)
+
+    def look(model):
+        trainer.evaluate()
+        with torch.no_grad():
+            model.generate(input_ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens=3, pad_token_id=0)
+
+    trainer.add_callback(Between(look))
+    return trained(trainer)
+
+
+def scalar_reductions(out: Path) -> int:
+    """How many reductions Nexus itself asks for in one outer step."""
+    trainer, real, sizes = make(out, max_steps=1), dist.all_reduce, []
+
+    def counted(tensor, *args, **kwargs):
+        if kwargs.get("group") is not None and tensor.numel() == 1:
+            sizes.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    trainer.train()
+    dist.all_reduce = real
+    return len(sizes)
+
+
+def two_ranks(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "ddp": trained(make(out, fsdp=False)),
+        "fsdp": trained(make(out)),
+        "cpu_copy": trained(make(out, snapshot_device="cpu")),
+        "muon": trained(make(out, matrix_optimizer="muon")),
+        "muon_ddp": trained(make(out, matrix_optimizer="muon", fsdp=False)),
+        "random": trained(make(out, inner_direction="random")),
+        "lora_ddp": trained(make(out, lora(), fsdp=False)),
+        "lora": trained(make(out, lora())),
+        "between_steps": between_steps(out),
+        "scalar_reductions": scalar_reductions(out),
+        "interrupted": interrupted(out),
+    }
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        found[kind] = resumed(out / kind, kind)
+    return found
+
+
+def four_ranks(out: Path) -> dict[str, Any]:
+    from accelerate import ParallelismConfig
+
+    hybrid = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    return {"ddp": trained(make(out, fsdp=False)), "hsdp": trained(make(out, parallelism_config=hybrid))}
+
+
+def main(out: Path) -> None:
+    ranks = int(os.environ["WORLD_SIZE"])
+    found = two_ranks(out) if ranks == 2 else four_ranks(out)
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,33 @@
+"""Run by torchrun on 2 CPU processes: pushing to the Hub that HF_ENDPOINT names, first without the right to."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.support.tiny import Rows
+from tests.trainer.distributed.worker import make
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    found: dict[str, Any] = {}
+    data = {"text": Rows(40, 0), "code": Rows(32, 1)}
+    config: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
+    try:
+        make(out / "refused", data, hub_model_id="alice/model", hub_token="hf_unknown", **config)
+    except ValueError as error:
+        found["refusal"] = str(error)
+    trainer = make(out / "run", data, hub_model_id="alice/model", hub_strategy="checkpoint", **config)
+    trainer.train()
+    trainer.push_to_hub(blocking=False)
+    trainer.accelerator.wait_for_everyone()
+    found["waiting"] = None if trainer.publisher is None else trainer.publisher.status().waiting
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Run by torchrun on 2 CPU processes: evaluations of uneven rows, each rank's metrics to `<out>/rank<r>.json`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaForSequenceClassification
+
+from hf_nexus import NexusConfig, NexusTrainer
+from hf_nexus.mixture.isolation import IsolateDocuments
+from tests.support.tiny import Rows, tiny_llama
+from tests.trainer.distributed.fsdp_worker import make as make_fsdp
+
+# Not a multiple of ranks x batch; a last batch that is whole; one rank with repeated rows only; fewer rows than ranks.
+SHAPES = [(11, 3), (13, 1), (12, 3), (7, 3), (1, 3), (5, 4)]
+FEW = [(7, 3), (11, 4)]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a known number."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __iter__(self):
+        yield from (self.rows[i] for i in range(len(self.rows)))
+
+
+class Classes(Rows):
+    """Rows of one class each."""
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
+
+
+def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """A loss that does nothing without the count: half the sum of token losses over it."""
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch / 2
+
+
+def right(prediction: Any) -> dict[str, Any]:
+    """What reaches `compute_metrics`: that many rows, and that many tokens predicted right."""
+    predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    return {"rows": len(labels), "right": int((predicted == labels).sum()), "tokens": int((labels != -100).sum())}
+
+
+METRICS = {"compute_metrics": right, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}
+
+# Arguments of the trainer, its configuration.
+SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "metrics": (METRICS, {"eval_accumulation_steps": 1}),
+    "smoothed": ({}, {"label_smoothing_factor": 0.1}),
+    "own_loss": ({"compute_loss_func": own_loss}, {}),
+    "own_average": ({"compute_loss_func": own_loss}, {"average_tokens_across_devices": False}),
+    "without_nexus": ({}, {"nexus": False}),
+    "flat": ({"data_collator": IsolateDocuments(stack, eos_token_id=3, flatten=True)}, {}),
+}
+
+MEASURED = [
+    *((name, n, batch) for name in ("plain", "flat", "stream") for n, batch in SHAPES),
+    *((name, n, batch) for name in SCENARIOS if name not in ("plain", "flat") for n, batch in FEW),
+]
+
+
+def rows_of(n: int) -> Rows:
+    """Rows of different lengths, the first of them without any loss token."""
+    rows = Rows(n, 0, pad=True)
+    if n > 1:
+        rows.labels[0] = -100
+    return rows
+
+
+def make(out: Path, scenario: str, batch: int) -> NexusTrainer:
+    kwargs, config = SCENARIOS.get(scenario, ({}, {}))
+    defaults = {"output_dir": str(out), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = NexusConfig(**defaults, per_device_eval_batch_size=batch, **config)
+    return NexusTrainer(tiny_llama(), args, train_dataset={"text": Rows(8, 0), "code": Rows(8, 1)}, **kwargs)
+
+
+def measure(out: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each scenario and shape."""
+    found = {}
+    for name, n, batch in MEASURED:
+        text = Stream(rows_of(n)) if name == "stream" else rows_of(n)
+        found[f"{name}/{n}/{batch}"] = make(out, name, batch).evaluate({"text": text, "law": Rows(n + 3, 5, pad=True)})
+    trainer = make(out, "plain", 3)
+    found["predict"] = trainer.predict(rows_of(7)).metrics
+    found["no_labels"] = trainer.evaluate([{"input_ids": row} for row in Rows(7, 0).ids])
+    found["average_kept"] = {"eval_loss": float(trainer.args.average_tokens_across_devices)}
+    classifier = LlamaForSequenceClassification(tiny_llama(pad_token_id=63).config).eval()
+    torch.manual_seed(0)
+    classifier.score.weight.data.normal_()
+    trainer = NexusTrainer(classifier, make(out, "plain", 2).args, train_dataset={"text": Classes(8, 0)})
+    found["classes"] = trainer.evaluate(Classes(8, 1))  # no rows are repeated
+    return found
+
+
+def main(out: Path) -> None:
+    found = measure(out)
+    trainer = make_fsdp(out, per_device_eval_batch_size=3, max_steps=1, learning_rate=0.0)
+    trainer.train()  # upstream shards the model with the optimizer only
+    found["fsdp"] = trainer.evaluate({"text": rows_of(7)})
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

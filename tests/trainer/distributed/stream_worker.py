@@ -1,0 +1,152 @@
+"""Run by torchrun on 2 CPU processes: every scenario once, each rank's findings to `<out>/rank<r>.json`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hf_nexus.mixture.stream.reader import SourceError
+from hf_nexus.trainer.checkpoints import last_checkpoint
+from tests.support.faults import AtEvents, weights
+from tests.support.stream_documents import documents_of
+from tests.support.streams import LENGTH, Recorder, Replayed, differences, make, mixture, run, sharded, table, texts
+from tests.trainer.distributed.worker import RESUMES_ON_CPU
+
+RANK = int(os.environ.get("RANK", "0"))
+# Five and two shards, one for both ranks, one that cannot be indexed, one that can.
+FIRST = {"five": 0, "two": 60, "one": 120, "replayed": 180, "map": 240}
+
+
+def uneven() -> Any:
+    sources = {
+        "five": sharded([12, 13, 9, 11, 14], FIRST["five"]),
+        "two": sharded([30, 25], FIRST["two"]),
+        "one": table(50, FIRST["one"]).to_iterable_dataset(),
+        "replayed": Replayed(55, FIRST["replayed"]),
+        "map": table(57, FIRST["map"]),
+    }
+    return mixture(sources, dict.fromkeys(sources, 1.0))
+
+
+def small() -> Any:
+    """Later passes, and documents."""
+    sources = {
+        "a": sharded([7, 4], 0),
+        "b": table(9, 100),
+        "c": documents_of(texts(20).to_iterable_dataset(3), LENGTH),
+    }
+    return mixture(sources)
+
+
+def ending() -> Any:
+    """One rank gets four shards of one row, the other three and the one of 11."""
+    sources = {"a": sharded([1] * 7 + [11], 0), "b": table(60, 100), "c": table(60, 200)}
+    return mixture(sources, {"a": 2, "b": 1, "c": 1}, a=1)
+
+
+class BrokenHere:
+    """Raises at some row on rank 1, as a disk of its own may."""
+
+    def __init__(self, at: int, rank: int = 1):
+        self.at, self.rank, self.rows = at, rank, 0
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows += 1
+        if self.rows == self.at and self.rank == RANK:
+            raise ValueError("bad bytes")
+        return row
+
+
+def failing(at: int) -> Any:
+    sources = {"a": sharded([20, 25], 0).map(BrokenHere(at)), "b": table(60, 100), "c": table(60, 200)}
+    return mixture(sources, {"a": 2, "b": 1, "c": 1})
+
+
+def function(step: int) -> dict[str, float]:
+    """Another one on each rank."""
+    return {"a": 1.0 + step, "b": 1.0 + 5 * RANK, "c": 2.0 - RANK}
+
+
+class Agreement:
+    """Whether the ranks have the same weights after each step."""
+
+    def __init__(self, trainer: Recorder):
+        self.trainer, self.found = trainer, []
+        trainer.add_callback(AtEvents(self, "on_step_end"))
+
+    def __call__(self, event: str) -> None:
+        own = weights(self.trainer)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own)
+        self.found.append(torch.equal(*gathered))
+
+
+def facts(trainer: Recorder, agreement: Agreement | None = None) -> dict[str, Any]:
+    rows: dict[str, list] = {}
+    for step in trainer.micro_batches.values():
+        for source, ids in step:
+            rows.setdefault(source, []).extend(ids)
+    return {
+        "sources": trainer.sources(),
+        "rows": rows,
+        "weights": weights(trainer).tolist(),
+        "agree": agreement.found if agreement else [],
+        "retired": trainer._progress.retired if trainer._progress else {},
+    }
+
+
+def scenario(out: Path, data: Any, resumed: tuple[int, ...] = (), **config: Any) -> dict[str, Any]:
+    """A run, and what is not as in it when it is resumed."""
+    trainer = make(out / "whole", data(), **config)
+    agreement = Agreement(trainer)
+    trainer.train()
+    found = facts(trainer, agreement)
+    found["differences"] = []
+    for step in resumed if RESUMES_ON_CPU else ():
+        dist.barrier()
+        folder = str(out / "whole" / f"checkpoint-{step}")
+        again = run(out / "again", data(), folder, **config)
+        found["differences"] += differences(again, trainer, step)
+    return found
+
+
+def failure(out: Path, at: int, **config: Any) -> dict[str, Any]:
+    """A source that fails on one rank, and the same run when it does not."""
+    whole = run(out / "whole", failing(-1), **config)
+    trainer = make(out / "broken", failing(at), **config | {"save_strategy": "no"})
+    found: dict[str, Any] = {}
+    try:
+        trainer.train()
+    except SourceError as error:
+        found["error"] = str(error)
+    step = found["step"] = trainer.state.global_step
+    dist.barrier()
+    found["checkpoint"] = last_checkpoint(out / "broken") == str(out / "broken" / f"checkpoint-{step}")
+    found["differences"] = []
+    if RESUMES_ON_CPU:
+        found["differences"] = differences(run(out / "broken", failing(-1), True, **config), whole, step)
+    return found
+
+
+def main(out: Path) -> None:
+    dynamic = {"trainer_kwargs": {"mixture_weights_function": function}}
+    found: dict[str, Any] = {
+        "uneven": scenario(out / "uneven", uneven, (4,), max_steps=8, source_schedule="stratified"),
+        "small": scenario(out / "small", small, (1, 3, 5)),
+        "ending": scenario(out / "ending", ending, (2, 4), max_steps=7, save_steps=2),
+        "dynamic": scenario(out / "dynamic", small, (3,), **dynamic),
+        "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
+        "failing": failure(out / "failing", 14),
+        "failing_dynamic": failure(out / "failing_dynamic", 14, **dynamic),
+    }
+    (out / f"rank{RANK}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

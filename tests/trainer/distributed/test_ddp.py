@@ -1,0 +1,103 @@
+"""Two CPU processes under torchrun, one launch for all tests: what the ranks found is read from their files."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.support.launcher import launch
+from tests.support.tiny import Rows, tiny_llama
+from tests.trainer.distributed.worker import RESUMES_ON_CPU, WEIGHTS, make, sources, weights
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    return launch("tests.trainer.distributed.worker", 2, tmp_path_factory.mktemp("ddp"))
+
+
+def distance(a, b) -> float:
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    return float((a - b).norm() / b.norm())
+
+
+SCENARIOS = [f"{sync}{kind}" for sync in ("global", "local") for kind in ("", "_random", "_ragged", "_none", "_nan")]
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "global_padded", "global_own_means"])
+def test_parameters_are_bit_identical_across_ranks_after_every_outer_step(ranks, scenario):
+    for rank in ranks:
+        assert rank[scenario]["agree"] and all(rank[scenario]["agree"])
+    assert ranks[0][scenario]["weights"] == ranks[1][scenario]["weights"]
+
+
+@pytest.mark.parametrize(("scenario", "pad"), [("global", False), ("global_padded", True)])
+def test_two_ranks_match_one_process_with_twice_the_batch(ranks, tmp_path, scenario, pad):
+    one = make(tmp_path, sources(pad), mixture_weights=WEIGHTS, per_device_train_batch_size=4)
+    one.train()
+    assert distance(ranks[0][scenario]["weights"], weights(one)) < 1e-5
+    logs = [entry for entry in one.state.log_history if "loss" in entry][-1]
+    for key, value in ranks[0][scenario]["logs"].items():
+        if key.startswith(("loss", "tokens/", "path_cosine", "pseudo")):
+            assert value == pytest.approx(logs[key], rel=1e-4), key
+
+
+def test_without_an_average_over_tokens_each_rank_weighs_the_same(ranks, tmp_path):
+    """As one process whose loss is the mean of the means of both ranks' rows."""
+
+    def mean_of_means(outputs, labels, num_items_in_batch=None):
+        losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        sums, counts = losses.view(2, -1).sum(1), (labels[:, 1:] != -100).view(2, -1).sum(1)
+        return (sums / counts).mean()
+
+    settings = {"mixture_weights": WEIGHTS, "per_device_train_batch_size": 4}
+    one = make(tmp_path, sources(pad=True), compute_loss_func=mean_of_means, **settings)
+    one.train()
+    found = ranks[0]["global_own_means"]["weights"]
+    assert distance(found, weights(one)) < 1e-5
+    assert distance(found, ranks[0]["global_padded"]["weights"]) > 1e-3
+
+
+@pytest.mark.parametrize("scenario", ["global", "local", "global_ragged", "local_ragged"])
+def test_all_ranks_hold_the_same_source_at_each_inner_step(ranks, scenario):
+    assert ranks[0][scenario]["sources"] == ranks[1][scenario]["sources"]
+    assert len({name for window in ranks[0][scenario]["sources"] for name in window}) == 3
+
+
+def test_global_sends_one_gradient_per_inner_step_and_local_one_per_outer_step(ranks):
+    assert ranks[0]["global"]["reductions"] == [4] * 5
+    assert ranks[0]["local"]["reductions"] == [1] * 5
+
+
+def test_local_is_another_algorithm_but_a_close_one(ranks):
+    d = distance(ranks[0]["local"]["weights"], ranks[0]["global"]["weights"])
+    assert 1e-6 < d < 0.1
+
+
+def test_a_short_last_window_trains_its_real_length(ranks):
+    lengths = [len(window) for window in ranks[0]["global_ragged"]["sources"]]
+    micro_batches = (40 + 32 + 24) // 4
+    assert lengths == ([4] * (micro_batches // 4) + ([micro_batches % 4] if micro_batches % 4 else [])) * 2
+
+
+@pytest.mark.parametrize("sync", ["global", "local"])
+def test_a_parameter_that_no_rank_meets_is_left_alone(ranks, sync):
+    assert ranks[0][f"{sync}_none"]["never_moved"] == 3.0  # weight decay would have shrunk it
+
+
+def test_not_finite_steps_are_left_out(ranks):
+    # global: the reduced gradient decides, so 1 + 4 steps are skipped by all; local: rank 1 alone, on average half
+    assert ranks[0]["global_nan"]["logs"]["inner_steps_skipped"] == 5
+    assert ranks[0]["local_nan"]["logs"]["inner_steps_skipped"] == 2.5
+    for sync in ("global", "local"):
+        assert torch.tensor(ranks[0][f"{sync}_nan"]["weights"]).isfinite().all()
+
+
+@pytest.mark.skipif(not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all")
+def test_resume_on_two_ranks_is_bit_exact(ranks):
+    for rank in ranks:
+        assert rank["resumed"]["weights"] == rank["whole"]["weights"]
+
+
+def test_the_scenarios_differ():
+    """The comparisons above would pass on runs that did nothing."""
+    assert not torch.equal(Rows(4, 0).ids, Rows(4, 1).ids)
+    assert sum(p.numel() for p in tiny_llama().parameters()) > 5000

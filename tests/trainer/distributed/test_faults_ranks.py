@@ -1,0 +1,74 @@
+"""The faults of tests/trainer/test_faults.py on two ranks: one launch for all, its findings read from files."""
+
+import pytest
+
+from tests.support.faults import IN_WINDOWS, STEPS, K
+from tests.support.launcher import launch
+from tests.trainer.distributed.fault_worker import INTERRUPTED
+from tests.trainer.distributed.worker import RESUMES_ON_CPU
+
+resumes = pytest.mark.skipif(
+    not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all"
+)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PET_MAX_RESTARTS", "1")  # torchrun's own option
+        # Else the second attempt may find in the store where the killed rank of the first one listened.
+        patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        return out, launch("tests.trainer.distributed.fault_worker", 2, out)
+
+
+@pytest.fixture
+def ranks(launched) -> list[dict]:
+    return launched[1]
+
+
+@pytest.mark.parametrize("name", ["_".join(map(str, scenario)) for scenario in INTERRUPTED])
+def test_a_window_broken_off_in_an_inner_step_leaves_the_weights_of_its_start(ranks, name):
+    assert [rank[name] for rank in ranks] == [[], []]
+
+
+@pytest.mark.parametrize("name", [*IN_WINDOWS, "on_substep_end", "on_pre_optimizer_step", "on_step_end"])
+def test_a_window_broken_off_at_its_ends_leaves_the_weights_of_its_start(ranks, name):
+    assert [rank[name] for rank in ranks] == [[], []]
+
+
+@resumes
+def test_after_one_rank_was_killed_torchrun_starts_anew_and_the_run_ends_as_if_it_had_not_been(launched):
+    out, ranks = launched
+    assert (out / "killed").exists()
+    assert [rank["killed"] for rank in ranks] == [[], []]
+
+
+@resumes
+@pytest.mark.parametrize("window", [1, 2])
+def test_terminated_in_a_window_the_trainer_saves_its_start_and_resuming_repeats_it(ranks, window):
+    """Window 1 is a short one, window 2 begins an epoch."""
+    assert [rank[f"terminated_{window}"] for rank in ranks] == [[], []]
+
+
+@resumes
+def test_a_checkpoint_that_fails_is_none(ranks):
+    assert [rank["failed_checkpoint"] for rank in ranks] == [[], []]
+
+
+def test_a_checkpoint_that_can_be_seen_is_complete(ranks):
+    assert [rank["watched"]["seen"] for rank in ranks] == [[], []]
+    assert ranks[0]["watched"]["looks"] > 10 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("scenario", "skipped", "first_moves"),
+    # global: the reduced gradient is NaN for both; local: rank 1 alone leaves steps out, and logs tell the mean
+    [("global_nan", 1, True), ("local_nan", 0.5, True), ("global_all_nan", K, False), ("local_all_nan", K / 2, True)],
+)
+def test_nan_on_one_rank_displaces_neither(ranks, scenario, skipped, first_moves):
+    for rank in ranks:
+        assert rank[scenario]["found"] == []
+        assert rank[scenario]["finite"]
+        assert rank[scenario]["moved"] == [first_moves, True, True, True]
+        assert rank[scenario]["skipped"] == skipped

@@ -1,0 +1,67 @@
+"""FSDP2 on CPU processes, with tied embeddings and uneven shards: one launch on two ranks, one on four."""
+
+import pytest
+import torch
+
+from tests.support.launcher import launch
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    return launch("tests.trainer.distributed.fsdp_worker", 2, tmp_path_factory.mktemp("fsdp"))
+
+
+def distance(a, b) -> float:
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("run", ["fsdp", "cpu_copy", "between_steps"])
+def test_three_steps_match_ddp(two, run):
+    """Also with the snapshot on the host, and with an evaluation and a generation after every step."""
+    assert distance(two[0][run], two[0]["ddp"]) < 1e-6
+
+
+def test_adapters_match_ddp(two):
+    assert distance(two[0]["lora"], two[0]["lora_ddp"]) < 1e-6
+
+
+def test_muon_matches_ddp(two):
+    """Its orthogonalization computes in bfloat16, which adds up shards in another order."""
+    assert distance(two[0]["muon"], two[0]["muon_ddp"]) < 1e-2
+    assert distance(two[0]["muon"], two[0]["fsdp"]) > 5e-2
+
+
+@pytest.mark.parametrize("run", ["fsdp", "random", "lora", "muon"])
+def test_ranks_agree(two, run):
+    assert two[0][run] == two[1][run]
+
+
+def test_the_random_control_walks_elsewhere(two):
+    assert distance(two[0]["random"], two[0]["fsdp"]) > 1e-4
+
+
+def test_one_scalar_reduction_per_norm(two):
+    assert two[0]["scalar_reductions"] == 4 + 1  # each inner gradient's, and the pseudo-gradient's
+
+
+def test_an_interrupt_between_forward_and_backward_leaves_shards_and_evaluation_as_they_were(two):
+    for rank in two:
+        assert rank["interrupted"]["steps"] == 1
+        assert rank["interrupted"]["restored"]
+        assert rank["interrupted"]["loss"] == rank["interrupted"]["loss_after"]
+
+
+@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_resume_is_bit_exact(two, state_dict):
+    for rank in two:
+        assert rank[state_dict]["again"] == rank[state_dict]["whole"]
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_on_four_ranks_matches_ddp(tmp_path):
+    ranks = launch("tests.trainer.distributed.fsdp_worker", 4, tmp_path)
+    assert distance(ranks[0]["hsdp"], ranks[0]["ddp"]) < 1e-5
+    assert all(rank["hsdp"] == ranks[0]["hsdp"] for rank in ranks)

@@ -1,0 +1,75 @@
+"""Streams on two CPU processes under torchrun, one launch for all tests: what the ranks found is read from files."""
+
+import pytest
+
+from hf_nexus.mixture.schedule import DynamicSchedule
+from tests.support.faults import K
+from tests.support.launcher import launch
+from tests.support.streams import STEPS
+from tests.trainer.distributed.stream_worker import FIRST
+from tests.trainer.distributed.worker import RESUMES_ON_CPU
+
+resumes = pytest.mark.skipif(
+    not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all"
+)
+SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return launch("tests.trainer.distributed.stream_worker", 2, tmp_path_factory.mktemp("streams"))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_ranks_hold_the_same_source_at_each_inner_step_and_the_same_weights(ranks: list[dict], scenario: str) -> None:
+    first, second = (rank[scenario] for rank in ranks)
+    assert first["sources"] == second["sources"] and len(set(first["sources"])) >= 3
+    assert first["weights"] == second["weights"]
+    assert len(first["agree"]) >= STEPS and all(first["agree"])
+
+
+@pytest.mark.parametrize("source", FIRST)
+def test_ranks_read_other_rows_whatever_the_shards(ranks: list[dict], source: str) -> None:
+    first, second = ([tuple(row) for row in rank["uneven"]["rows"][source]] for rank in ranks)
+    assert len(first) == len(second) > 10
+    assert len(set(first + second)) == len(first + second)  # none twice: the run is shorter than a pass
+
+
+@resumes
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: str) -> None:
+    assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
+
+
+def test_a_source_that_ends_on_one_rank_is_left_out_by_both_from_the_same_step_on(ranks: list[dict]) -> None:
+    first, second = (rank["ending"] for rank in ranks)
+    assert first["retired"] == second["retired"] and set(first["retired"]) == {"a"}
+    step = first["retired"]["a"]
+    assert 1 < step < 7
+    assert "a" in first["sources"][: step * K] and "a" not in first["sources"][step * K :]
+    rows = [[16 * row[0] + row[1] for row in rank["ending"]["rows"]["a"]] for rank in ranks]
+    short, long = sorted(rows, key=lambda numbers: max(numbers[:4]))
+    assert max(short[:4]) < 7 and len(set(short[:4])) == 4 and len(short) > 4  # its shards, and then the next pass
+    assert max(long) >= 7 and len(set(long)) == len(long)  # the other rank was in its first one
+
+
+@pytest.mark.parametrize("scenario", ["dynamic", "ahead"])
+def test_the_first_rank_decides_the_weights(ranks: list[dict], scenario: str) -> None:
+    schedule, expected = DynamicSchedule(["a", "b", "c"], seed=42), []
+    for i in range(STEPS * K):
+        expected.append("abc"[schedule.source(i, [1.0 + i // K, 1.0, 2.0])])
+    assert ranks[0][scenario]["sources"] == expected
+
+
+@pytest.mark.parametrize("scenario", ["failing", "failing_dynamic"])
+def test_a_source_that_fails_on_one_rank_ends_in_a_checkpoint_and_an_error_on_both(
+    ranks: list[dict], scenario: str
+) -> None:
+    first, second = (rank[scenario] for rank in ranks)
+    assert "Another rank could not read" in first["error"]
+    assert "Source 'a' (rank 1, pass 1, shard" in second["error"] and "bad bytes" in second["error"]
+    assert first["step"] == second["step"] >= 1
+    assert first["checkpoint"] and second["checkpoint"]
+    assert f"stopped after step {first['step']}, and a checkpoint was saved" in first["error"]
+    if RESUMES_ON_CPU:
+        assert first["differences"] == second["differences"] == []

@@ -1,0 +1,251 @@
+"""From a trainer to its card: the summary holds the run's own numbers, and the folder what the card shows."""
+
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_nexus.hub.card import BenchmarkScore
+from hf_nexus.hub.check import check_card
+from hf_nexus.hub.run_summary import RunSummary
+from hf_nexus.hub.tasks import find_task
+from hf_nexus.plots.cosines import plot_cosines
+from hf_nexus.trainer.card import CARD_FILES, summarize, write_card
+from hf_nexus.trainer.publishing import _details
+from tests.support.tiny import VOCAB, Rows, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def trained(make_trainer, sources):
+    """Three steps on three sources in two stages, one OOD source."""
+    weights = {"text": 0.5, "code": 0.25, "math": 0.25}
+    stages = [{"until": 0.5, "weights": weights}, {"until": 1.0, "weights": weights | {"text": 0.25, "code": 0.5}}]
+    trainer = make_trainer(
+        sources,
+        trainer_kwargs={"eval_dataset": {"text": Rows(4, 0), "law": Rows(4, 3)}},
+        mixture_weights=stages,
+        eval_strategy="steps",
+        eval_steps=1,
+        gradient_cosine_steps=1,
+        max_steps=4,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_the_summary_holds_what_the_trainer_logged(trained):
+    run = summarize(trained)
+    log = trained.state.log_history
+    losses = [entry["eval_law_loss"] for entry in log if "eval_law_loss" in entry]
+    rows = {row.name: row for row in run.evaluations}
+    assert (rows["law"].role, rows["law"].first_loss, rows["law"].last_loss) == ("ood", losses[0], losses[-1])
+    assert rows["text"].role == "train" and "code" not in rows
+    mixture = {row.source: row for row in run.mixture}
+    assert {name: row.tokens for name, row in mixture.items()} == trained.meter.trained_tokens
+    assert sum(row.share for row in run.mixture) == pytest.approx(1.0)
+    assert {name: row.weight for name, row in mixture.items()} == pytest.approx(
+        {"text": 0.375, "code": 0.375, "math": 0.25}
+    )
+    assert [until for until, _ in run.stages] == [0.5, 1.0]
+    assert run.base_model is None and run.adapter is None and run.trainable_parameters is None
+    assert run.parameters == sum(p.numel() for p in trained.model.parameters())
+    assert run.changed_hyperparameters["learning_rate"] == 1e-2 and "weight_decay" not in run.changed_hyperparameters
+    assert run.hyperparameters["weight_decay"] == 0.0 and "output_dir" not in run.hyperparameters
+    assert run.unit == "tokens" and "accelerator_config" not in run.changed_hyperparameters
+    assert "logging_nan_inf_filter" not in run.changed_hyperparameters  # Nexus sets it, nobody chose it
+    assert run.seconds > 0 and run.tokens_per_second > 0 and run.versions["torch"] in torch.__version__
+
+
+def test_the_folder_holds_what_the_card_shows_and_a_users_words_stay(trained, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words.\n")
+    score = BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 1.5, task_id="gsm8k")
+    run = write_card(trained, tmp_path, languages=["en"], benchmarks=[score])
+    assert {name for name in CARD_FILES if (tmp_path / name).exists()} == set(CARD_FILES)
+    text = (tmp_path / "README.md").read_text()
+    check_card(text)
+    assert "license: mit" in text and "My words." in text and "- en" in text
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / picture).exists()
+    assert text.count("![") == 2 and RunSummary.load(tmp_path).evaluations == run.evaluations
+    with pytest.raises(ValueError, match="license"):
+        write_card(trained, tmp_path, license="whatever you like")
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_run_before_its_first_step_has_a_card_without_pictures(make_trainer, sources, tmp_path):
+    write_card(make_trainer(sources), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["README.md", "run_summary.json"]
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
+def test_one_plain_dataset_has_no_mixture(make_trainer, tmp_path):
+    trainer = make_trainer(
+        Rows(16, 0), trainer_kwargs={"eval_dataset": Rows(4, 1)}, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    run = write_card(trainer, tmp_path)
+    assert run.mixture == [] and [row.role for row in run.evaluations] == ["held_out"]
+    assert "## Mixture" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_from_a_folder_is_no_model_of_the_hub(make_trainer, sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("base")
+    model = type(tiny_llama()).from_pretrained("base")
+    run = write_card(make_trainer(sources, model=model), tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert run.base_model == "./base" and "trained further from `base`" in text
+    assert "base_model:" not in text and str(tmp_path) not in text
+
+
+def test_the_code_of_an_adapters_card_runs(make_trainer, tmp_path, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(type(tiny_llama()).from_pretrained("base"), lora)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kwargs = {"processing_class": tokenizer}
+    trainer = make_trainer({"a": Rows(16, 0), "b": Rows(16, 1)}, model=model, trainer_kwargs=kwargs, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    run = write_card(trainer)
+    assert (run.adapter, run.base_model, run.trainable_parameters) == ("LoRA", "./base", trainable)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft" in text and f"LoRA adapter of {trainable:,} trainable parameters" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    capsys.readouterr()
+    exec(code.replace('path = "."', 'path = "out"'), {})  # the base lies beside the folder
+    assert capsys.readouterr().out.startswith("The")
+
+
+def test_the_adapter_of_a_model_without_a_name_has_a_card(make_trainer):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    trainer = make_trainer({"a": Rows(16, 0)}, model=peft.get_peft_model(tiny_llama(), lora))
+    run = write_card(trainer)
+    assert (run.adapter, run.base_model, run.task) == ("LoRA", None, "text-generation")
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    check_card(text)
+    assert "a base model without a name" in text and "base_model:" not in text and "from_pretrained" not in text
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def bert(kind: str, **options):
+    config = transformers.BertConfig(vocab_size=VOCAB, **SIZES, **options)
+    return getattr(transformers, f"BertFor{kind}")(config)
+
+
+class OwnClassifier(transformers.BertForSequenceClassification):
+    """As users derive them: the mappings know its parent only."""
+
+
+class OwnModel(transformers.BertModel):
+    """Nothing in transformers loads this with its head, if it had one."""
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "auto_class"),
+    [
+        (tiny_llama, "text-generation", "AutoModelForCausalLM"),
+        (partial(bert, "SequenceClassification"), "text-classification", "AutoModelForSequenceClassification"),
+        (partial(bert, "MaskedLM"), "fill-mask", "AutoModelForMaskedLM"),
+        (
+            lambda: OwnClassifier(transformers.BertConfig(vocab_size=VOCAB, **SIZES)),
+            "text-classification",
+            "AutoModelForSequenceClassification",
+        ),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            ),
+            "text2text-generation",
+            "AutoModelForSeq2SeqLM",
+        ),
+        (
+            lambda: transformers.ViTForImageClassification(
+                transformers.ViTConfig(image_size=8, patch_size=4, **SIZES)
+            ),
+            "image-classification",
+            "AutoModelForImageClassification",
+        ),
+        (lambda: OwnModel(transformers.BertConfig(vocab_size=VOCAB, **SIZES)), None, None),
+    ],
+)
+def test_the_task_and_the_class_of_the_example_follow_from_the_model(make_trainer, make, task, auto_class):
+    trainer = make_trainer(Rows(8, 0), model=make())
+    run = summarize(trainer)
+    assert (run.task, run.auto_class) == (task, auto_class)
+    assert (
+        auto_class is None
+        or type(getattr(transformers, auto_class).from_config(trainer.model.config)) in type(trainer.model).__mro__
+    )
+    trainer.create_model_card(tasks="my-task")  # the user knows better
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "pipeline_tag: my-task\n" in text and ("```python" in text) == (auto_class is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("TapasForQuestionAnswering", "table-question-answering"),
+        ("Wav2Vec2ForSequenceClassification", "audio-classification"),
+        ("BartForConditionalGeneration", "text2text-generation"),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("RemoteCodeForCausalLM", "text-generation"),
+    ],
+)
+def test_a_mapping_says_more_than_the_name_of_a_class(name, task):
+    assert find_task(type(name, (torch.nn.Module,), {})())["task"] == task
+
+
+@pytest.mark.parametrize("given", [{"tasks": "summarization"}, {"tasks": ["summarization", "translation"]}])
+def test_tasks_may_be_given_as_the_trainer_takes_them(given):
+    assert (
+        _details(**given)["task"] == _details(None, None, None, None, None, *given.values())["task"] == "summarization"
+    )
+    assert "task" not in _details(tasks=None)
+
+
+class Labelled(Rows):
+    """Rows of two classes."""
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
+
+
+def test_the_card_of_a_classifier_has_its_metrics_and_its_code_runs(make_trainer, tmp_path, monkeypatch):
+    kwargs = {"eval_dataset": Labelled(4, 1), "compute_metrics": lambda predictions: {"accuracy": 0.75}}
+    sources = {"one": Labelled(16, 0), "two": Labelled(8, 2)}
+    trainer = make_trainer(sources, model=bert("SequenceClassification", num_labels=2), trainer_kwargs=kwargs)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    text = (tmp_path / "out" / "README.md").read_text()
+    check_card(text)
+    assert "on a mixture of 2 sources (16 rows)" in text
+    assert "| Rows trained on |" in text and "Rows per second" in text
+    assert "| `eval_accuracy` | 0.7500 |" in text and "erplexity" not in text and "`eval_runtime`" not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, found := {})
+    assert type(found["model"]) is transformers.BertForSequenceClassification
+
+
+def test_cosines_are_drawn_where_there_are_any(tmp_path):
+    log = [{"step": 1, "cosine/a-b-c": 0.5}, {"step": 2, "cosine/a-b-c": math.nan}, {"step": 2, "cosine/x-y": 0.1}]
+    path = tmp_path / "new" / "cosines.png"
+    assert plot_cosines([{"step": 1, "loss": 1.0}], ["a", "b"], path) is None and not path.parent.exists()
+    assert plot_cosines(log[1:2], ["a", "b-c"], path) is None  # nothing finite
+    assert plot_cosines(log[:2], ["a-b", "c", "d"], path) == path and path.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_nexus import NexusConfig, NexusConfigMixin
+from hf_nexus.trainer.config import nexus_settings
+
+
+def parse(*arguments: str) -> NexusConfig:
+    return HfArgumentParser(NexusConfig).parse_args_into_dataclasses([*arguments, "--report_to", "none"])[0]
+
+
+def test_defaults_change_nobodys_batch():
+    args = parse("--output_dir", "out")
+    assert args.gradient_accumulation_steps == TrainingArguments(output_dir="out").gradient_accumulation_steps == 1
+    assert (args.nexus, args.inner_lr, args.source_schedule, args.mixture_weights) == (True, 0.05, "random", None)
+
+
+def test_every_field_can_be_set_from_the_command_line():
+    args = parse(
+        *(
+            "--inner_lr",
+            "0.1",
+            "--inner_lr_schedule",
+            "follow",
+            "--inner_direction",
+            "random",
+            "--inner_sync",
+            "local",
+        ),
+        *("--snapshot_device", "cpu", "--source_schedule", "stratified", "--gradient_cosine_steps", "5"),
+        *("--matrix_optimizer", "muon", "--mixture_weights", '{"text": 0.75, "code": 0.25}', "--nexus", "False"),
+    )
+    assert nexus_settings(args) == {
+        "nexus": False,
+        "inner_lr": 0.1,
+        "inner_lr_schedule": "follow",
+        "inner_direction": "random",
+        "inner_sync": "local",
+        "snapshot_device": "cpu",
+        "mixture_weights": {"text": 0.75, "code": 0.25},
+        "source_schedule": "stratified",
+        "gradient_cosine_steps": 5,
+        "matrix_optimizer": "muon",
+        "gradient_accumulation_steps": 1,
+    }
+
+
+def test_numpy_numbers_become_plain_ones():
+    import numpy as np
+    import yaml
+
+    args = NexusConfig(output_dir="out", inner_lr=np.float64(0.1), report_to="none")
+    assert yaml.safe_load(yaml.safe_dump(nexus_settings(args)))["inner_lr"] == 0.1
+
+
+def test_every_field_has_help():
+    for name in nexus_settings(parse()):
+        assert NexusConfig.__dataclass_fields__[name].metadata["help"]
+
+
+@pytest.mark.parametrize("weights", ["[1, 2]", "{}", '{"a": "much"}', '{"a": true}', '{"a": 0}', '{"a": NaN}'])
+def test_bad_weights_are_refused_with_an_example(weights):
+    with pytest.raises(ValueError, match=r"mixture_weights.*\{|mixture_weights"):
+        parse("--mixture_weights", weights)
+
+
+def test_the_mixin_extends_other_training_arguments():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Config(NexusConfigMixin, Seq2SeqTrainingArguments):
+        pass
+
+    args = Config(output_dir="out", inner_lr=0.2, predict_with_generate=True, report_to="none")
+    assert (args.inner_lr, args.predict_with_generate) == (0.2, True)
+
+
+def test_arguments_survive_saving_with_the_model(tmp_path):
+    args = NexusConfig(output_dir=str(tmp_path), mixture_weights='{"a": 1}', report_to="none")
+    torch.save(args, tmp_path / "training_args.bin")
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert loaded.to_dict() == args.to_dict()
+    assert loaded.mixture_weights == {"a": 1.0}

@@ -1,0 +1,683 @@
+"""NexusTrainer as its users meet it: what it takes, logs, evaluates, saves, resumes and refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_nexus import MixtureConfig, NexusTrainer, NexusTrainerMixin, load_mixture
+from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+def last_log(trainer, key="loss") -> dict:
+    return [entry for entry in trainer.state.log_history if key in entry][-1]
+
+
+class Batches(TrainerCallback):
+    """Records the sources of each window."""
+
+    def __init__(self):
+        self.trainer, self.windows = None, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.windows.append(list(self.trainer._window.sources))
+
+
+# ---- Data ----
+
+
+def test_dict_of_sources_trains_and_logs_each_source(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=6)
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(before, weights(trainer))
+    logs = last_log(trainer)
+    tokens = {name: logs[f"tokens/{name}"] for name in sources}
+    assert sum(tokens.values()) == 6 * 4 * 2 * 15  # windows, micro-batches, rows, predicted positions
+    for key in ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second"):
+        assert key in logs
+    assert logs["inner_lr"] == 0.05
+    assert any(f"loss/{name}" in logs for name in sources)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_mixture_are_never_padded(make_trainer, tmp_path, streaming):
+    """The tokenizers of GPT-2, Llama and SmolLM2 have no padding token; rows of a mixture are full."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} fox " * 9}) + "\n" for i in range(90)))
+    source = {"path": str(tmp_path / "text.jsonl"), "eval_rows": 5, "streaming": streaming, "weight": 1}
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    config = MixtureConfig.from_dict({"sources": {"text": source}, "sequence_length": 16})
+    mixture = load_mixture(config, tokenizer, cache_dir=tmp_path / "cache")
+    seen = []
+
+    class Watched(NexusTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    kwargs = {"processing_class": tokenizer}
+    trainer = make_trainer(mixture, tiny_llama(vocab_size=320), kwargs, Watched, dataloader_num_workers=1)
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 8 and all(set(batch) == {"input_ids", "labels", "position_ids"} for batch in seen)
+    eos = [batch["labels"][batch["input_ids"] == tokenizer.eos_token_id] for batch in seen]
+    assert any(len(labels) for labels in eos) and all((labels == tokenizer.eos_token_id).all() for labels in eos)
+
+
+def test_loss_per_source_is_that_sources_mean_loss(make_trainer, sources):
+    trainer = make_trainer({"text": sources["text"]}, max_steps=1, inner_lr=0.0, gradient_accumulation_steps=3)
+    trainer.train()
+    logs = last_log(trainer)
+    assert logs["loss/text"] == pytest.approx(logs["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_padded_micro_batches_weigh_by_their_tokens(make_trainer, nexus):
+    """The window's loss and the loss per source are token-weighted means, counted by hand here."""
+    rows = Rows(8, 3, pad=True)
+    trainer = make_trainer(
+        {"text": rows}, max_steps=1, learning_rate=0.0, inner_lr=0.0, nexus=nexus, gradient_accumulation_steps=4
+    )
+    trainer.train()
+    model, total, count = tiny_llama(), 0.0, 0
+    for i in range(8):
+        n = int((rows.labels[i, 1:] != -100).sum())
+        loss = model(input_ids=rows.ids[i : i + 1], labels=rows.labels[i : i + 1]).loss
+        total, count = total + float(loss.detach()) * n, count + n
+    logs = last_log(trainer)
+    assert logs["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert logs["loss/text"] == pytest.approx(total / count, rel=1e-5)
+    assert logs["tokens/text"] == count
+
+
+def test_every_micro_batch_holds_one_source_in_the_schedules_order(make_trainer, sources):
+    from hf_nexus.mixture import SourceSchedule
+
+    batches = Batches()
+    share = {"text": 0.5, "code": 0.25, "math": 0.25}
+    trainer = make_trainer(sources, trainer_kwargs={"callbacks": [batches]}, max_steps=5, mixture_weights=share)
+    batches.trainer = trainer
+    trainer.train()
+    schedule = SourceSchedule(share, trainer.args.seed)
+    expected = [schedule.names[s] for s in schedule.sources(0, 20)]
+    assert [name for window in batches.windows for name in window] == expected
+
+
+def test_stratified_schedule_balances_each_window(make_trainer, sources):
+    batches = Batches()
+    trainer = make_trainer(
+        sources,
+        trainer_kwargs={"callbacks": [batches]},
+        max_steps=4,
+        gradient_accumulation_steps=3,
+        source_schedule="stratified",
+        mixture_weights='{"text": 1, "code": 1, "math": 1}',
+    )
+    batches.trainer = trainer
+    trainer.train()
+    assert all(sorted(window) == ["code", "math", "text"] for window in batches.windows)
+
+
+def test_epochs_count_rows_whatever_the_weights(make_trainer, sources):
+    trainer = make_trainer(
+        sources, max_steps=-1, num_train_epochs=2, mixture_weights={"text": 8, "code": 1, "math": 1}
+    )
+    trainer.train()
+    micro_batches = sum(len(rows) for rows in sources.values()) // 2
+    assert trainer.state.global_step == 2 * math.ceil(micro_batches / 4)
+    assert trainer.state.epoch == 2
+    assert last_log(trainer)["tokens/text"] > 10 * last_log(trainer)["tokens/math"] / 2
+
+
+def test_datasets_and_collators_of_other_kinds(make_trainer, sources, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    hf = datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict(
+                {"input_ids": rows.ids.tolist(), "labels": rows.labels.tolist(), "note": ["x"] * len(rows)}
+            )
+            for name, rows in sources.items()
+        }
+    )
+    one = datasets.concatenate_datasets([part.add_column("source", [name] * len(part)) for name, part in hf.items()])
+
+    def collate(features):
+        return {key: torch.tensor([f[key] for f in features]) for key in ("input_ids", "labels")}
+
+    reference = make_trainer(sources, max_steps=3)
+    reference.train()
+    for data, kwargs in [(hf, {}), (one, {}), (hf, {"data_collator": collate})]:
+        trainer = make_trainer(data, trainer_kwargs=kwargs, max_steps=3)
+        trainer.train()
+        assert torch.equal(weights(trainer), weights(reference))
+
+
+def test_dataloader_workers_change_nothing(make_trainer, sources):
+    plain, workers = make_trainer(sources), make_trainer(sources, dataloader_num_workers=2)
+    plain.train()
+    workers.train()
+    assert torch.equal(weights(plain), weights(workers))
+
+
+def test_one_plain_dataset_uses_the_stock_loader(make_trainer, sources):
+    trainer = make_trainer(sources["text"], max_steps=3)
+    trainer.train()
+    logs = last_log(trainer)
+    assert "path_cosine" in logs
+    assert not [key for key in logs if key.startswith(("loss/", "tokens/"))]
+
+
+@pytest.mark.parametrize(
+    "config", [{"accelerator_config": {"split_batches": True}}, {"train_sampling_strategy": "sequential"}]
+)
+def test_loader_settings_are_honoured_for_one_plain_dataset(make_trainer, sources, config):
+    trainer = make_trainer(sources["text"], max_steps=1, **config)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_mixture_without_nexus_is_the_trainer_on_the_same_batches(make_trainer, sources, tmp_path):
+    ours = make_trainer(sources, nexus=False, max_steps=6)
+    loader = make_trainer(sources, nexus=False).get_train_dataloader()
+    loader.set_epoch(0)
+    batches = [{k: v for k, v in batch.items() if not k.startswith("nexus_")} for batch in loader]
+    rows = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(2)]
+    kept = {k: v for k, v in ours.args.to_dict().items() if k in TrainingArguments.__dataclass_fields__}
+    args = TrainingArguments(**{**kept, "accelerator_config": None, "train_sampling_strategy": "sequential"})
+    stock = Trainer(model=tiny_llama(), args=args, train_dataset=rows)
+    ours.train()
+    stock.train()
+    assert torch.equal(weights(ours), weights(stock))
+    assert last_log(ours)["loss"] == last_log(stock)["loss"]
+    assert any(key.startswith("loss/") for key in last_log(ours))
+
+
+def test_plain_training_arguments_are_enough(sources, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, gradient_accumulation_steps=2, report_to="none", use_cpu=True
+    )
+    trainer = NexusTrainer(tiny_llama(), args, train_dataset=sources)
+    trainer.train()
+    assert last_log(trainer, "train_loss")["step"] == 1
+    assert trainer.args.inner_lr == 0.05
+
+
+def test_a_subclass_may_change_the_micro_batches(make_trainer, sources):
+    seen = []
+
+    class Ours(NexusTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, {**inputs, "marked": True}, num_items_in_batch)
+
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs.pop("marked"))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    make_trainer(sources, trainer_class=Ours, max_steps=1).train()
+    assert seen == [True] * 4
+
+
+def test_training_step_outside_train_is_an_error(make_trainer, sources):
+    trainer = make_trainer(sources)
+    with pytest.raises(RuntimeError, match=r"inside train\(\) only"):
+        trainer.training_step(trainer.model, {})
+
+
+def test_parents_that_pass_their_arguments_on(make_trainer, sources, tmp_path):
+    from hf_nexus import NexusConfig, NexusTrainerMixin
+
+    class Parent(Trainer):
+        def __init__(self, *args, extra=1, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = extra
+
+    class Ours(NexusTrainerMixin, Parent):
+        pass
+
+    args = NexusConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    for trainer in (
+        Ours(tiny_llama(), args, None, sources, extra=2),
+        Ours(model=tiny_llama(), args=args, train_dataset=sources, extra=2),
+    ):
+        assert trainer.extra == 2
+        assert trainer.train_dataset.names == list(sources)
+    with pytest.raises(TypeError, match="by position and by name: args"):
+        NexusTrainer(tiny_llama(), args, args=args)
+
+
+def test_the_training_mixture_can_be_evaluated(make_trainer, sources):
+    trainer = make_trainer(sources, per_device_eval_batch_size=7)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+
+
+def test_splits_are_not_taken_for_sources(make_trainer, sources):
+    with pytest.raises(ValueError, match=r"look like splits.*dataset\['train'\]"):
+        make_trainer({"train": sources["text"], "test": sources["code"]})
+
+
+# ---- inner_lr ----
+
+
+def test_follow_scales_the_inner_step_with_the_learning_rate(make_trainer, sources):
+    trainer = make_trainer(
+        sources, max_steps=4, inner_lr_schedule="follow", lr_scheduler_type="linear", warmup_steps=2, inner_lr=0.1
+    )
+    trainer.train()
+    gammas = [entry["inner_lr"] for entry in trainer.state.log_history if "inner_lr" in entry]
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "inner_lr" in entry]
+    assert gammas[0] == 0.0  # warm-up begins at zero: averaged without moving
+    assert gammas == pytest.approx([0.1 * rate / 1e-2 for rate in rates])
+
+
+def test_follow_never_exceeds_inner_lr_with_a_schedule_that_climbs(make_trainer, sources):
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
+    trainer = make_trainer(
+        sources,
+        model=model,
+        trainer_kwargs={"optimizers": (optimizer, schedule)},
+        max_steps=8,
+        inner_lr_schedule="follow",
+    )
+    trainer.train()
+    gammas = [entry["inner_lr"] for entry in trainer.state.log_history if "inner_lr" in entry]
+    assert 0.045 < max(gammas) <= 0.05
+    assert min(gammas) < 0.01
+
+
+def poison(trainer, calls: set[int]) -> None:
+    compute_loss, count = trainer.compute_loss, [0]
+
+    def poisoned(*args, **kwargs):
+        count[0] += 1
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("nan") if count[0] in calls else loss
+
+    trainer.compute_loss = poisoned
+
+
+def test_a_window_without_a_usable_gradient_steps_nothing_and_says_so(make_trainer, sources, caplog):
+    import logging
+
+    logging.getLogger("transformers").propagate = True
+    transformers.utils.logging.warning_once.cache_clear()  # other tests are warned of it, too
+    trainer = make_trainer(sources, max_steps=3)
+    poison(trainer, {5, 6, 7, 8, 10})
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry["inner_steps_skipped"] for entry in logs] == [0, 4, 5]
+    assert [math.isnan(entry["loss"]) for entry in logs] == [False, True, False]
+    assert "no inner step had a usable gradient" in caplog.text
+    assert weights(trainer).isfinite().all()
+
+
+def test_random_direction_runs_and_differs(make_trainer, sources):
+    nexus, random = make_trainer(sources), make_trainer(sources, inner_direction="random")
+    nexus.train()
+    random.train()
+    assert not torch.equal(weights(nexus), weights(random))
+
+
+def test_k_1_warns(make_trainer, sources, caplog):
+    import logging
+
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        make_trainer(sources, gradient_accumulation_steps=1)
+    assert "nothing to align" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"inner_lr": 1e-7}, "without moving"),
+        ({"inner_lr": 1e-4, "bf16": True}, r"Raise inner_lr to 0\.000"),
+        ({"inner_lr": 1e-4}, None),
+        ({"inner_lr": 0.05, "bf16": True}, None),
+        ({"inner_lr": 0.0, "bf16": True}, None),
+    ],
+)
+def test_steps_too_short_for_the_precision_are_warned_of(make_trainer, sources, caplog, config, expected):
+    import logging
+    import re
+
+    logging.getLogger("transformers").propagate = True
+    trainer = make_trainer(sources, max_steps=1, **config)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    found = re.search(r"without moving|Raise inner_lr to [\d.e-]+", caplog.text)
+    assert re.match(expected, found.group()) if expected else not found
+
+
+def test_a_window_costs_at_most_one_host_synchronisation(make_trainer, sources):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        """Reads of a device value by the host, which on an accelerator wait for it."""
+
+        def __init__(self):
+            super().__init__()
+            self.reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+            self.reads += function in reads
+            return function(*args, **(kwargs or {}))
+
+    reads = []
+
+    class Counted(NexusTrainer):
+        def training_step(self, *args, **kwargs):
+            with Count() as count:
+                loss = super().training_step(*args, **kwargs)
+            reads.append(count.reads)
+            return loss
+
+    make_trainer(sources, trainer_class=Counted, max_steps=2).train()
+    with Count() as control:
+        torch.ones(()).item()
+    assert control.reads == 1
+    # The window's one `tolist()` of k norms reads k values on a CPU, which is one copy from an accelerator.
+    assert len(reads) == 8
+    assert all(count == 0 for i, count in enumerate(reads) if i % 4 != 3)
+    assert reads[3] <= 4 and reads[7] <= 4
+
+
+# ---- Evaluation ----
+
+
+def test_several_sets_are_logged_and_announced_once_with_macro_and_ood(make_trainer, sources):
+    seen = []
+
+    class Listener(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(metrics)
+
+    held_out = {"text": Rows(8, 0), "code": Rows(8, 1), "law": Rows(8, 5), "poems": Rows(8, 6)}
+    share = {"text": 0.5, "code": 0.25, "math": 0.25}
+    kwargs = {"eval_dataset": held_out, "callbacks": [Listener()]}
+    trainer = make_trainer(sources, trainer_kwargs=kwargs, mixture_weights=share)
+    metrics = trainer.evaluate()
+    assert seen == [metrics]
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 1
+    assert len(trainer.state.log_history) == 1
+    macro = (0.5 * metrics["eval_text_loss"] + 0.25 * metrics["eval_code_loss"]) / 0.75
+    assert metrics["eval_loss"] == pytest.approx(macro)
+    assert metrics["eval_ood_loss"] == pytest.approx((metrics["eval_law_loss"] + metrics["eval_poems_loss"]) / 2)
+
+
+def test_a_parent_that_does_not_keep_a_line_loses_no_other(make_trainer, sources):
+    class Quiet(Trainer):
+        def log(self, logs, start_time=None):
+            if "eval_loss" in logs:  # the line of all sets; those of each are not ours to keep
+                super().log(logs, start_time)
+
+    class Ours(NexusTrainerMixin, Quiet):
+        pass
+
+    trainer = make_trainer(sources, trainer_class=Ours)
+    trainer.state.log_history = [{"step": 0, "loss": 5.0}]
+    trainer.evaluate({"text": Rows(4, 0), "code": Rows(4, 1)})
+    first, last = trainer.state.log_history
+    assert first == {"step": 0, "loss": 5.0} and "eval_code_loss" in last
+
+
+def test_without_matching_names_the_macro_covers_all(make_trainer, sources):
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": {"a": Rows(8, 5), "b": Rows(8, 6)}})
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx((metrics["eval_a_loss"] + metrics["eval_b_loss"]) / 2)
+    assert "eval_ood_loss" not in metrics
+
+
+def test_a_source_left_out_of_training_counts_neither_as_ood_nor_in_the_macro(make_trainer, sources):
+    share = {"text": 1.0, "code": 0.0, "math": 0.0}
+    kwargs = {"eval_dataset": {"text": Rows(8, 0), "code": Rows(8, 1), "law": Rows(8, 5)}}
+    metrics = make_trainer(sources, trainer_kwargs=kwargs, mixture_weights=share).evaluate()
+    assert metrics["eval_loss"] == metrics["eval_text_loss"]
+    assert metrics["eval_ood_loss"] == metrics["eval_law_loss"]
+
+
+def test_the_name_ood_is_reserved(make_trainer, sources):
+    with pytest.raises(ValueError, match="'ood' is reserved"):
+        make_trainer(sources, trainer_kwargs={"eval_dataset": {"ood": Rows(8, 5)}})
+
+
+def test_early_stopping_and_best_model_work_on_the_macro_loss(make_trainer, sources):
+    held_out = {"text": Rows(8, 0), "law": Rows(8, 5)}
+    trainer = make_trainer(
+        sources,
+        trainer_kwargs={
+            "eval_dataset": held_out,
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
+        },
+        max_steps=6,
+        learning_rate=10.0,  # diverges at once
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    assert trainer.state.global_step < 6
+    assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+def test_keyword_arguments_reach_the_parents_evaluate(make_trainer, sources):
+    received = []
+
+    class Parent(Trainer):
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", max_length=None):
+            received.append(max_length)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    from hf_nexus import NexusTrainerMixin
+
+    class Ours(NexusTrainerMixin, Parent):
+        pass
+
+    trainer = make_trainer(sources, trainer_class=Ours, trainer_kwargs={"eval_dataset": {"text": Rows(4, 0)}})
+    trainer.evaluate(max_length=7)
+    assert received == [7]
+
+
+def test_gradient_cosines_on_request(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=4, gradient_cosine_steps=2)
+    trainer.train()
+    logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
+    assert logged == [0, 2]  # at the weights before the third step, say
+    logs = last_log(trainer, "cosine/code-math")
+    assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math", "code-math"))
+    plain = make_trainer(sources, max_steps=4)
+    plain.train()
+    assert torch.equal(weights(trainer), weights(plain))  # measuring changes nothing
+    control = make_trainer(sources, max_steps=1, gradient_cosine_steps=1, nexus=False)
+    control.train()
+    first = next(entry for entry in trainer.state.log_history if "cosine/text-code" in entry)
+    assert last_log(control, "cosine/text-code")["cosine/text-code"] == first["cosine/text-code"]
+
+
+def test_gradient_cosines_of_one_plain_dataset_are_refused(make_trainer, sources):
+    with pytest.raises(ValueError, match="several sources"):
+        make_trainer(sources["text"], gradient_cosine_steps=1)
+
+
+def test_gradient_cosines_of_a_stream_need_rows_held_out(make_trainer, sources):
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"input_ids": list(range(16)), "labels": list(range(16))}] * 20)
+    stream = {"text": rows.to_iterable_dataset(), "code": rows}
+    settings = {"gradient_cosine_steps": 1, "max_steps": 1, "mixture_weights": {"text": 0.5, "code": 0.5}}
+    with pytest.raises(ValueError, match=r"'text' is a stream.*evaluation set"):
+        make_trainer(stream, **settings)
+    trainer = make_trainer(stream, trainer_kwargs={"eval_dataset": {"text": rows}}, **settings)
+    trainer.train()
+    assert "cosine/text-code" in trainer.state.log_history[0]
+
+
+# ---- Saving and resuming ----
+
+
+def test_a_run_that_was_resumed_after_its_last_step_trains_no_more(make_trainer, sources, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    whole = make_trainer(sources, **saving)
+    whole.train()
+    resumed = make_trainer(sources, tiny_llama(seed=1), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert resumed.state.global_step == 2
+    assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
+    longer = make_trainer(sources, tiny_llama(seed=1), **saving | {"max_steps": 3})
+    longer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert longer.state.global_step == 3
+    # A plain dataset without Nexus is the base class's, this habit of it included.
+    plain = make_trainer(sources["text"], tiny_llama(seed=1), **saving | {"nexus": False, "max_steps": 2})
+    plain.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert plain.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"inner_direction": "random"},
+        {"inner_lr_schedule": "follow", "lr_scheduler_type": "linear"},
+        {"dataloader_num_workers": 2},
+        {"nexus": False},
+    ],
+    ids=["gradient", "random", "follow", "workers", "off"],
+)
+def test_resume_is_bit_exact(make_trainer, sources, tmp_path, config):
+    """Stop in the middle of the second epoch and go on: weights, logs of tokens and epoch are those of one run."""
+    config = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "logging_steps": 4} | config
+    whole = make_trainer(sources, output_dir=str(tmp_path / "whole"), **config)
+    whole.train()
+    resumed = make_trainer(sources, model=tiny_llama(seed=9), output_dir=str(tmp_path / "again"), **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-15"))
+    assert torch.equal(weights(whole), weights(resumed))
+    assert whole.state.epoch == resumed.state.epoch
+    for name in sources:
+        assert last_log(whole)[f"tokens/{name}"] == last_log(resumed)[f"tokens/{name}"]
+
+
+def test_resuming_with_other_sources_goes_on_from_what_is_known(make_trainer, sources, tmp_path):
+    config = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    make_trainer(sources, **config, max_steps=1).train()
+    changed = make_trainer({"text": sources["text"], "new": Rows(40, 4)}, **config, max_steps=3)
+    with pytest.raises(ValueError, match=r"source 'code' is gone.*source 'new' is new.*allow_mixture_change"):
+        changed.train(resume_from_checkpoint=True)
+    changed.args.allow_mixture_change = True
+    changed.train(resume_from_checkpoint=True)
+    assert set(changed.meter.trained_tokens) == {"text", "new"}
+
+
+def test_token_counts_are_complete_at_the_end_whatever_was_logged(make_trainer, sources):
+    trainer = make_trainer(sources, max_steps=3, logging_steps=100)
+    trainer.train()
+    assert sum(trainer.meter.trained_tokens.values()) == 3 * 4 * 2 * 15
+
+
+def test_settings_are_saved_beside_the_model_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):
+    import logging
+
+    trainer = make_trainer(sources, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    for folder in (Path(trainer.args.output_dir), Path(trainer.args.output_dir, "checkpoint-1")):
+        settings = yaml.safe_load((folder / "nexus.yaml").read_text())
+        assert settings["inner_lr"] == 0.05
+        assert settings["gradient_accumulation_steps"] == 4
+        assert settings["mixture_weights"]["text"] == pytest.approx(40 / 96)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["TrainingMeter"]["attributes"]["trained_tokens"].keys() == sources.keys()
+    logging.getLogger("transformers").propagate = True
+    changed = make_trainer(sources, inner_lr=0.2)
+    with caplog.at_level(logging.WARNING):
+        changed.train(resume_from_checkpoint=str(folder))
+    assert "Resuming with inner_lr=0.2; the checkpoint was trained with 0.05" in caplog.text
+    assert "inner_direction" not in caplog.text
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"inner_direction": "up"}, "inner_direction='up' is not allowed"),
+        ({"inner_lr": -0.1}, "inner_lr=-0.1 is not allowed"),
+        ({"inner_lr_schedule": "cosine"}, "inner_lr_schedule='cosine'"),
+        ({"mixture_weights": "{text: 1}"}, "not valid JSON"),
+        ({"mixture_weights": {"text": -1}}, r"mixture_weights\['text'\]=-1"),
+        ({"mixture_weights": {"text": 1.0}}, r"the sources are \['code', 'math', 'text'\]"),
+        ({"train_sampling_strategy": "group_by_length"}, "order is set by source_schedule"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
+        ({"snapshot_device": "disk"}, "snapshot_device='disk'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_fix(make_trainer, sources, config, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(sources, **config)
+
+
+def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.*bfloat16.*model\.float\(\)"):
+        make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16))
+    make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # the plain Trainer allows it
+    evaluating = make_trainer(None, model=tiny_llama(dtype=torch.bfloat16))  # nothing walks
+    assert math.isfinite(evaluating.evaluate(sources["text"])["eval_loss"])
+
+
+def test_a_data_loader_of_ones_own_in_place_of_the_mixtures_is_an_error(make_trainer, sources):
+    """It would train on whatever it yields, whatever the sources and weights."""
+
+    class Own(NexusTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(sources["text"], 2, collate_fn=self.data_collator)
+
+    with pytest.raises(ValueError, match=r"does not say which source.*get_train_dataloader\(\)"):
+        make_trainer(sources, trainer_class=Own).train()
+    make_trainer(sources["text"], trainer_class=Own).train()
+
+
+def test_without_its_meter_the_trainer_says_what_is_missing(make_trainer, sources):
+    trainer = make_trainer(sources)
+    trainer.callback_handler.callbacks.clear()
+    with pytest.raises(RuntimeError, match=r"TrainingMeter.*was removed"):
+        trainer.train()
+
+
+def test_weights_for_a_dataset_without_sources_are_refused(make_trainer, sources):
+    with pytest.raises(ValueError, match="without sources"):
+        make_trainer(sources["text"], mixture_weights={"text": 1.0})
+
+
+# ---- Streams ----
+
+
+def test_a_stream_that_ends_inside_a_window_drops_it(make_trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rows = Rows(11, 0)
+            yield from (rows[i] for i in range(11))
+
+    trainer = make_trainer(Stream(), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    start = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.meter.windows_dropped >= 1
+    assert not torch.equal(start, weights(trainer))

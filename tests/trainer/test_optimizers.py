@@ -1,0 +1,233 @@
+"""The outer step with the optimizers people use: each trains and resumes to the bit; Muon beside AdamW in detail."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+from hf_nexus import NexusConfig
+from hf_nexus.trainer.optimizers import MuonWithAdamW, muon_options
+from tests.support.tiny import Rows, tiny_llama
+
+STEPS = 10
+MUON = {"optim": "adamw_torch", "matrix_optimizer": "muon"}
+# Name: package that it needs, and the training fields beside `optim`, which is the name where they have none.
+OPTIMIZERS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "adamw_torch": (None, {}),
+    "adamw_torch_fused": (None, {}),
+    "sgd": (None, {"learning_rate": 1.0, "optim_args": "momentum=0.9"}),
+    "adafactor": (None, {}),
+    "schedule_free_adamw": ("schedulefree", {"lr_scheduler_type": "constant"}),
+    "lion_32bit": ("bitsandbytes", {}),
+    "lion-pytorch": ("lion_pytorch", {"optim": "adamw_torch"}),  # given as a class, which comes before `optim`
+    "muon": (None, MUON),
+    "muon, fused": (None, {**MUON, "optim": "adamw_torch_fused", "optim_args": "muon_lr=0.02"}),
+}
+
+
+@pytest.fixture
+def build(make_trainer, sources, tmp_path):
+    """`build(name, folder, **config)`: a trainer that evaluates and then saves after every fourth step."""
+
+    def make(name: str, folder: str = "out", model: nn.Module | None = None, **config: Any) -> Any:
+        package, fields = OPTIMIZERS[name]
+        module = pytest.importorskip(package) if package else None
+        kwargs: dict[str, Any] = {"eval_dataset": {source: Rows(16, i) for i, source in enumerate(sources)}}
+        if name == "lion-pytorch":
+            kwargs["optimizer_cls_and_kwargs"] = (module.Lion, {"lr": 1e-2, "weight_decay": 0.1})
+        defaults = {"optim": name, "weight_decay": 0.1, "lr_scheduler_type": "linear", "max_steps": STEPS}
+        defaults |= {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+        return make_trainer(
+            sources, model, kwargs, **(defaults | fields | {"output_dir": str(tmp_path / folder)} | config)
+        )
+
+    return make
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_and_resumes_to_the_bit(build, tmp_path, name: str) -> None:
+    whole = build(name, "whole")
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    assert whole.evaluate()["eval_loss"] < before - 0.3
+    resumed = build(name, "again", tiny_llama(seed=9))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    resumed.evaluate()
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+class Watch(TrainerCallback):
+    """Keeps the weights at each event of interest."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[torch.Tensor]] = {"step": [], "evaluation": [], "pseudo-gradient": []}
+
+    def _keep(self, event: str, model: nn.Module) -> None:
+        self.seen[event].append(torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._keep("step", model)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self._keep("evaluation", model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self._keep("pseudo-gradient", model)
+
+
+def test_schedule_free_weights_are_swapped_outside_the_window_only(build) -> None:
+    trainer, watch = build("schedule_free_adamw", eval_steps=1, max_steps=4), Watch()
+    trainer.add_callback(watch)
+    trainer.train()
+    trained, averaged, at_step = watch.seen["step"], watch.seen["evaluation"], watch.seen["pseudo-gradient"]
+    for step in range(1, 3):  # the first evaluation is of the first step's, where both are the same
+        assert (averaged[step] - trained[step]).norm() > 1e-3  # evaluated where the optimizer wants it
+        # The window after an evaluation puts back what is trained, not what was evaluated.
+        torch.testing.assert_close(at_step[step + 1], trained[step], atol=1e-6, rtol=1e-5)
+
+
+# ---- Muon beside AdamW ----
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = nn.Linear(5, 7)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.hidden(x)))
+
+
+def joined(model: Small) -> MuonWithAdamW:
+    matrices = [{"params": [model.hidden.weight, model.out.weight]}, {"params": []}]
+    others = [{"params": [model.hidden.bias], "weight_decay": 0.0}, {"params": [model.out.bias]}]
+    return MuonWithAdamW(matrices, others, muon={"lr": 0.02}, adamw={"lr": 0.01, "weight_decay": 0.1})
+
+
+def walk(model: nn.Module, optimizers: list[Any], schedulers: tuple = (), steps: int = 3, seed: int = 1) -> None:
+    data = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        model(torch.randn(8, 5, generator=data)).square().mean().backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_joined_they_step_as_each_does_alone_on_one_schedule() -> None:
+    one, two = Small(), Small()
+    together = joined(one)
+    muon = torch.optim.Muon([two.hidden.weight, two.out.weight], lr=0.02)
+    adamw = torch.optim.AdamW(
+        [{"params": [two.hidden.bias], "weight_decay": 0.0}, {"params": [two.out.bias]}], lr=0.01, weight_decay=0.1
+    )
+    schedules = [LambdaLR(each, lambda step: 1 / (1 + step)) for each in (together, muon, adamw)]
+    walk(one, [together], (schedules[0],))
+    walk(two, [muon, adamw], tuple(schedules[1:]))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [group["lr"] for group in together.param_groups] == pytest.approx([0.01 / 4, 0.01 / 4, 0.02 / 4])
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle"])
+def test_its_state_survives_the_round_trip(how: str) -> None:
+    model = Small()
+    optimizer = joined(model)
+    walk(model, [optimizer])
+    if how == "pickle":
+        again, loaded = pickle.loads(pickle.dumps((model, optimizer)))
+    else:
+        again = copy.deepcopy(model)
+        loaded = joined(again)
+        loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(loaded.state) == 4  # one for each parameter, whichever part it belongs to
+    walk(model, [optimizer], seed=2)
+    walk(again, [loaded], seed=2)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_closure_is_called_once_and_its_loss_returned() -> None:
+    model = Small()
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(loss := model(torch.ones(2, 5)).square().mean())
+        loss.backward()
+        return loss
+
+    assert joined(model).step(closure) is calls[0]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_gets_the_hidden_matrices_and_decay_is_the_trainers(build, tied: bool) -> None:
+    trainer = build("muon", model=tiny_llama(tie_word_embeddings=tied), optim_args="muon_lr=0.5,muon_momentum=0.9")
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    kinds: dict[str, set[str]] = {"muon": set(), "adamw": set()}
+    for group in optimizer.param_groups:
+        kind = "muon" if "momentum" in group else "adamw"
+        for p in group["params"]:
+            kinds[kind].add(names[id(p)])
+            assert group["weight_decay"] == (0.0 if "norm" in names[id(p)] else 0.1)
+        assert group["lr"] == (0.5 if kind == "muon" else 1e-2)
+        assert group.get("momentum", 0.9) == 0.9
+    hidden = {name for name in names.values() if "_proj" in name}
+    assert kinds == {"muon": hidden, "adamw": set(names.values()) - hidden}
+    assert ("lm_head.weight" in kinds["adamw"]) is not tied
+
+
+def test_muon_on_adapters_leaves_that_of_the_output_layer_and_single_rows_to_adamw(build) -> None:
+    peft = pytest.importorskip("peft")
+    for rank, expected in ((2, {"q_proj"}), (1, None)):
+        targets = ["q_proj", "lm_head"]
+        model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=rank, target_modules=targets))
+        trainer = build("muon", model=model)
+        if expected is None:
+            with pytest.raises(ValueError, match="no trainable matrix"):
+                trainer.create_optimizer()
+            continue
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = [group for group in trainer.create_optimizer().param_groups if "momentum" in group]
+        assert {names[id(p)].split(".lora")[0].split(".")[-1] for g in groups for p in g["params"]} == expected
+
+
+def test_one_learning_rate_serves_both_by_default(build) -> None:
+    groups = build("muon").create_optimizer().param_groups
+    assert {group["lr"] for group in groups} == {1e-2}
+    assert {group["adjust_lr_fn"] for group in groups if "momentum" in group} == {"match_rms_adamw"}
+
+
+@pytest.mark.parametrize("text", ["lr=0.1", "muon_lr", "muon_lr=fast", "muon_lr=-1", "muon_adjust_lr_fn=best"])
+def test_options_that_are_not_understood_are_refused_with_the_configuration(text: str) -> None:
+    with pytest.raises(ValueError, match=r"muon_lr|Learning rate|Adjust"):
+        NexusConfig(output_dir="out", matrix_optimizer="muon", optim_args=text, report_to="none")
+    NexusConfig(output_dir="out", optim_args=text, report_to="none")  # another optimizer may know it
+
+
+def test_options_may_have_spaces() -> None:
+    assert muon_options(" muon_lr = 0.1, muon_adjust_lr_fn=original ") == {"lr": 0.1, "adjust_lr_fn": "original"}
+
+
+def test_what_contradicts_a_matrix_optimizer_is_refused(make_trainer, sources) -> None:
+    muon = {"matrix_optimizer": "muon"}
+    with pytest.raises(ValueError, match="and optim='sgd' exclude each other"):
+        make_trainer(sources, optim="sgd", **muon)
+    given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
+    with pytest.raises(ValueError, match="an optimizer given to the trainer"):
+        make_trainer(sources, trainer_kwargs=given, **muon)
+    with pytest.raises(ValueError, match="matrix_optimizer='shampoo' is not allowed"):
+        make_trainer(sources, matrix_optimizer="shampoo")

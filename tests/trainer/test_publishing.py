@@ -1,0 +1,378 @@
+"""`push_to_hub` through NexusTrainer: what a run leaves on the Hub, on disk and on the screen."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_nexus.hub.publisher import Publisher
+from hf_nexus.hub.queue import QUEUE_NAME
+from hf_nexus.hub.status import Status
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.run import pretrain
+from tests.pretrain.test_run import config  # noqa: F401  # a fixture
+from tests.support.hub.runs import QUICK, REPO, content, digests
+from tests.support.hub.server import ALICE, READER, HubServer
+from tests.support.launcher import launch
+from tests.support.tiny import Rows
+from tests.trainer.test_mixin import weights
+
+STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+SECONDS = 180.0  # bound of what must happen, on a busy machine
+MODEL = ("config.json", "model.safetensors", "training_args.bin", "nexus.yaml", "trainer_state.json")
+CARD = ("README.md", "run_summary.json", "training.png")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A running server, which the processes beside the runs and those that tests start will find."""
+    with HubServer(tmp_path / "hub") as hub:
+        for name, value in {
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": os.getcwd(),
+            "OMP_NUM_THREADS": "1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+@pytest.fixture
+def make(
+    hub: HubServer, make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """`make(**options)`: a trainer that saves steps 2 and 4 and pushes to `REPO`, with little patience."""
+    monkeypatch.setattr(
+        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
+    )
+    made = []
+
+    def make(**options: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "save_total_limit": 1,
+            "push_to_hub": True,
+            "hub_model_id": REPO,
+            "hub_token": ALICE,
+            "hub_flush_timeout": SECONDS,
+        }
+        made.append(make_trainer({"text": Rows(40, 0), "code": Rows(32, 1)}, **{**defaults, **options}))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        if trainer._last_wait is not None:
+            trainer._last_wait.end(0.0)
+
+
+def push(out: Path, *options: str, token: str = ALICE) -> subprocess.CompletedProcess[str]:
+    """`hf-nexus push`, as it is typed."""
+    command = [sys.executable, "-m", "hf_nexus.cli.app", "push", str(out), *options]
+    return subprocess.run(
+        command, env={**os.environ, "HF_TOKEN": token}, capture_output=True, text=True, timeout=2 * SECONDS
+    )
+
+
+def holders(token: str, *folders: Path) -> list[str]:
+    """The files that hold the token."""
+    return [
+        f"{folder}/{name}" for folder in folders for name, data in content(folder).items() if token.encode() in data
+    ]
+
+
+# ---- What arrives ----
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_strategy_leaves_what_its_documentation_says(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files are those of the last checkpoint, by hash; with `"end"` nothing is pushed before it is asked for."""
+    out = tmp_path / "out"
+    trainer = make(hub_strategy=strategy, hub_model_id="model", hub_revision="dev", hub_private_repo=True)
+    trainer.train()
+    files = hub.files(REPO, "dev")
+    last = content(out / "checkpoint-4")
+    if strategy == "end":
+        assert files == {}
+        commit = trainer.push_to_hub(license="mit")
+        assert commit.oid == hub.history(REPO, "dev")[0]["oid"]
+        files = hub.files(REPO, "dev")
+    else:
+        assert {*MODEL, "README.md", "run_summary.json"} <= files.keys()
+        assert digests({name: files[name] for name in MODEL}) == digests({name: last[name] for name in MODEL})
+        logged = [entry for entry in trainer.state.log_history if "hub/pending" in entry]
+        assert logged[0]["hub/pending"] == 0 and logged[2]["hub/pending"] + logged[2].get("hub/pushed_step", 0) > 0
+        assert "Publisher" in json.loads(last["trainer_state.json"])["stateful_callbacks"]
+    folder = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-4"}.get(strategy)
+    below = {
+        name.partition("/")[2]: data for name, data in files.items() if name.startswith(("last-", "checkpoint-4"))
+    }
+    assert digests(below) == (digests(last) if folder else {})
+    assert ("checkpoint-2/optimizer.pt" in files) <= (strategy == "all_checkpoints")
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "On the Hub (alice/model@dev): step 4."
+    repo = hub.store.load("models", REPO)
+    assert repo is not None and repo["private"] and hub.history(REPO) == []
+    pushed = tmp_path / "pushed.safetensors"
+    pushed.write_bytes(files["model.safetensors"])
+    saved, trained = load_file(pushed), trainer.model.state_dict()
+    assert all(torch.equal(saved[name], trained[name]) for name in saved) and len(saved) > 10
+    assert not holders(ALICE, tmp_path) and trainer.args.hub_token == ALICE
+    assert torch.load(out / "checkpoint-4/training_args.bin", weights_only=False).hub_token is None
+
+
+def test_last_checkpoint_resumes_to_the_bit(hub: HubServer, make: Callable[..., Any], tmp_path: Path) -> None:
+    """From the Hub's bytes alone."""
+    whole = make(push_to_hub=False, max_steps=6, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    make(hub_strategy="checkpoint").train()
+    for name, data in hub.files(REPO).items():
+        if name.startswith("last-checkpoint/"):
+            path = tmp_path / "downloaded" / Path(name).name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+    resumed = make(push_to_hub=False, max_steps=6, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "downloaded"))
+    assert resumed.state.global_step == 6
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_saving_the_model_queues_it_and_does_not_wait(
+    hub: HubServer, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`save_model` pushes, as a Trainer's does (hazard G), but later; another branch may be named for one push."""
+    trainer = make(save_strategy="no")
+    trainer.train()
+    hub.fail("/commit/", action="hang")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.publisher, "flush", lambda seconds: pytest.fail("it waits"))
+        trainer.save_model()
+    assert trainer.publisher.status().waiting
+    hub.heal()
+    assert trainer.push_to_hub("Elsewhere", revision="other", license="mit", language="en")
+    assert [commit["title"] for commit in hub.history(REPO)] == ["Model save"]
+    assert hub.history(REPO, "other")[0]["title"] == "Elsewhere"
+    assert b"license: mit" in hub.files(REPO, "other")["README.md"]
+    with pytest.raises(TypeError, match="licence"):
+        trainer.push_to_hub(licence="mit")
+
+
+# ---- What fails ----
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}])
+def test_a_hub_that_fails_for_good_costs_the_run_its_bound_at_most(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, fault: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training ends, all is on disk, the last line says how to send it, and that works once the Hub is back."""
+    out = tmp_path / "out"
+    trainer = make(hub_strategy="checkpoint", hub_flush_timeout=1.0)
+    hub.fail("/commit/", **fault)
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    trainer._last_wait.end()
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith(f"On the Hub ({REPO}@main): nothing. Not there yet: step ")
+    assert line.endswith(f"Send the rest with: hf-nexus push {out}")
+    failed = push(out) if fault.get("status") == 403 else None
+    if failed is not None:
+        assert failed.returncode == 1 and "403" in failed.stdout and "Traceback" not in failed.stderr
+    hub.heal()
+    done = push(out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 4."
+    assert "Pushing" in done.stderr  # the progress bar
+    files = hub.files(REPO)
+    assert digests({name: files[name] for name in MODEL}) == digests(content(out, *MODEL))
+    resumable = {f"last-checkpoint/{name}": data for name, data in content(out / "checkpoint-4").items()}
+    assert digests({name: files.get(name, b"") for name in resumable}) == digests(resumable)
+
+
+@pytest.mark.parametrize(("token", "repo_id"), [("hf_unknown", REPO), (READER, REPO), (ALICE, "bob/model")])
+def test_who_may_not_push_learns_it_before_the_first_step(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, token: str, repo_id: str
+) -> None:
+    """A clear error where the trainer is made, and nothing left in the folder."""
+    with pytest.raises(ValueError, match=r"The Hub refuses .* `hf auth login`") as error:
+        make(hub_token=token, hub_model_id=repo_id)
+    assert token not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_cannot_be_written_stops_nothing(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the training nor the weights."""
+    (tmp_path / "out/README.md").mkdir(parents=True)
+    make(hub_strategy="every_save").train()
+    assert "The card could not be written" in caplog.text
+    files = hub.files(REPO)
+    assert digests({name: files[name] for name in MODEL}) == digests(content(tmp_path / "out/checkpoint-4", *MODEL))
+
+
+class _Fails(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step 3 is never saved."""
+        if state.global_step == 3:
+            raise RuntimeError("out of luck")
+
+
+def test_what_was_saved_arrives_although_the_run_fails(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an exception in training, at the end of the process."""
+    hub.fail("/commit/", status=503, times=3)
+    trainer = make(hub_strategy="every_save")
+    trainer.add_callback(_Fails())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.train()
+    trainer._last_wait.end()
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 2."
+    files, saved = hub.files(REPO), content(tmp_path / "out/checkpoint-2", *MODEL)
+    assert digests({name: files[name] for name in MODEL}) == digests(saved)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_the_bound_is_a_time(make_trainer: Callable[..., Any], value: float) -> None:
+    """What is no number of seconds is refused."""
+    with pytest.raises(ValueError, match=r"hub_flush_timeout=.*>= 0 seconds"):
+        make_trainer({"text": Rows(40, 0)}, hub_flush_timeout=value)
+
+
+# ---- Processes ----
+
+_RUN = """
+import sys
+from functools import partial
+from transformers import TrainerCallback
+from hf_nexus import NexusConfig, NexusTrainer, publishing
+from tests.conftest import Rows, tiny_llama
+from tests.hub_runs import QUICK
+publishing.Publisher = partial(publishing.Publisher, patience=QUICK)
+out, timeout, ending = sys.argv[1:]
+class End(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and ending == "waits":
+            print("step 3", flush=True)
+            sys.stdin.read()
+args = NexusConfig(output_dir=out, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4,
+    save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, push_to_hub=True, hub_model_id="alice/model",
+    hub_strategy="checkpoint", hub_flush_timeout=float(timeout))
+data = {"text": Rows(40, 0), "code": Rows(32, 1)}
+trainer = NexusTrainer(tiny_llama(), args, train_dataset=data, callbacks=[End()])
+trainer.wait_after_training = ending != "leaves"
+trainer.train()
+print("trained", flush=True)
+"""
+
+
+def start(out: Path, timeout: float, ending: str, token: str = ALICE) -> subprocess.Popen[str]:
+    """A run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN, str(out), str(timeout), ending],
+        env={**os.environ, "HF_TOKEN": token},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_hub_that_hangs_does_not_keep_the_process(hub: HubServer, tmp_path: Path) -> None:
+    """It ends well, within the bound; once the Hub is back, `hf-nexus push` sends the rest, to a branch of choice."""
+    hub.fail("/preupload/", action="hang")
+    out = tmp_path / "out"
+    run = start(out, 1.0, "leaves")
+    printed, errors = run.communicate(timeout=2 * SECONDS)
+    assert run.returncode == 0, errors
+    assert re.search(r"nothing\. Not there yet: step (2, )?4.*hf-nexus push", printed.strip().splitlines()[-1])
+    hub.heal()
+    assert push(out, "--revision", "rescued").returncode == 0
+    files = hub.files(REPO, "rescued")
+    assert digests({name: files[name] for name in MODEL}) == digests(content(out / "checkpoint-4", *MODEL))
+    assert hub.history(REPO) == []
+
+
+def test_kill_9_then_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an upload; what was being sent is sent later, once. No file holds the token."""
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    hub.fail("/__lfs/", method="PUT", action="hang", times=1)
+    out = tmp_path / "out"
+    run = start(out, SECONDS, "waits")
+    assert run.stdout is not None and any(line == "step 3\n" for line in run.stdout)
+    deadline = time.monotonic() + SECONDS
+    while not hub.count("PUT", "/__lfs/") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    saved = content(out / "checkpoint-2")
+    shutil.rmtree(out / "checkpoint-2")
+    assert Status.read(out / QUEUE_NAME).waiting == (2,)
+    done = push(out)
+    assert done.returncode == 0, done.stderr
+    files = hub.files(REPO)
+    assert digests({k.partition("/")[2]: v for k, v in files.items() if k.startswith("last-")}) == digests(saved)
+    assert [commit["title"] for commit in hub.history(REPO)] == ["Training in progress, step 2"]
+    assert not holders(ALICE, tmp_path)
+
+
+def test_pushing_what_was_never_queued_is_an_error_in_one_line(tmp_path: Path) -> None:
+    """It names the folder and what to give instead."""
+    done = push(tmp_path / "absent")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*absent holds nothing to push: .*\n", done.stderr)
+
+
+def test_two_ranks(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them talks to the Hub, none waits for it, a refusal ends both, and the model arrives."""
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    hub.fail("/commit/", action="slow", seconds=10.0, times=1)
+    first, second = launch("tests.trainer.distributed.hub_worker", ranks=2, out=tmp_path)
+    assert "The Hub refuses" in first["refusal"] and "main process" in second["refusal"]
+    assert first["waiting"] and second["waiting"] is None, "all had passed a barrier after training"
+    files = hub.files(REPO)
+    assert digests({name: files[name] for name in MODEL}) == digests(content(tmp_path / "run", *MODEL))
+    assert "End of training" in [commit["title"] for commit in hub.history(REPO)]
+
+
+def test_a_pretraining_run_ends_with_its_report_on_the_hub(
+    hub: HubServer,
+    config: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The card has the last evaluation, and `pretrain.yaml` no token."""
+    monkeypatch.setattr(
+        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
+    )
+    flags = ["--push_to_hub", "True", "--hub_token", ALICE, "--hub_strategy", "end", "--hub_model_id", REPO]
+    out = tmp_path / "out"
+    trainer = pretrain(
+        parse_arguments(["--config", str(config), "--output_dir", str(out), "--max_steps", "3", *flags])
+    )
+    assert trainer._last_wait is not None
+    trainer._last_wait.end()
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 3."
+    files = hub.files(REPO)
+    names = [*MODEL, *CARD, "tokenizer.json", "pretrain.yaml"]
+    assert digests({name: files[name] for name in names}) == digests(content(out, *names))
+    assert f'"{REPO}"'.encode() in files["README.md"]
+    assert [commit["title"] for commit in hub.history(REPO)] == ["End of training"]
+    assert not holders(ALICE, tmp_path)

@@ -1,0 +1,557 @@
+"""Runs over streams that are broken off and resumed: the same micro-batches, epochs and weights, to the bit."""
+
+import functools
+import gc
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
+from hf_nexus.mixture.stages import stage_borders
+from hf_nexus.mixture.stream.reader import Retry, SourceError
+from hf_nexus.trainer.checkpoints import last_checkpoint
+
+from ..support.fault_processes import KILLS, Terminate, in_a_process, keeping_handler
+from ..support.faults import IN_INNER_STEPS, AtEvents, K, weights
+from ..support.stream_documents import documents_of
+from ..support.streams import (
+    LENGTH,
+    STEPS,
+    WEIGHTS,
+    Recorder,
+    differences,
+    kinds,
+    make,
+    mixture,
+    run,
+    sharded,
+    table,
+    texts,
+)
+from ..support.tiny_tokenizer import tiny_tokenizer
+
+STAGES = [{"until": 0.5, "weights": {"a": 1, "b": 3, "c": 0}}, {"until": 1.0, "weights": {"a": 1, "b": 0, "c": 3}}]
+Whole = Callable[..., Recorder]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Uninterrupted runs, each made once: `whole(kind, schedule, workers)`."""
+    gc.freeze()  # Trainer collects garbage whenever it starts
+
+    @functools.cache
+    def get(kind: str, schedule: str = "random", workers: int = 0) -> Recorder:
+        out = tmp_path_factory.mktemp("whole")
+        return run(out, mixture(kinds()[kind]()), source_schedule=schedule, dataloader_num_workers=workers)
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def impatient_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error torch waits for each worker of a loader, in vain."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
+
+
+def checkpoint(trainer: Recorder, step: int) -> str:
+    return f"{trainer.args.output_dir}/checkpoint-{step}"
+
+
+def saved_state(folder: str) -> dict[str, Any]:
+    return json.loads(Path(folder, "data_state_0.json").read_text())
+
+
+# ---- To the bit ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        *((kind, "random") for kind in kinds()),
+        ("mix", "stratified"),
+        *(pytest.param(k, "stratified", marks=pytest.mark.slow) for k in kinds() if k != "mix"),
+    ],
+)
+def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
+    whole: Whole, tmp_path: Path, kind: str, schedule: str
+) -> None:
+    expected = whole(kind, schedule)
+    if kind != "map-style":  # later passes are among what is resumed
+        assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["lanes"]["0"].values()) >= 1
+    for step in range(1, STEPS):
+        data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
+        resumed = run(tmp_path, data, checkpoint(expected, step), **config)
+        assert differences(resumed, expected, step) == [], step
+
+
+@pytest.mark.parametrize("kind", ["mix", *(pytest.param(k, marks=pytest.mark.slow) for k in kinds() if k != "mix")])
+def test_resumed_after_each_step_of_a_resumed_run(whole: Whole, tmp_path: Path, kind: str) -> None:
+    expected = whole(kind)
+    for step in range(STEPS):
+        one = run(tmp_path, mixture(kinds()[kind]()), resume=step > 0, stop_after=step + 1)
+        assert one.micro_batches == {step: expected.micro_batches[step]}
+    assert torch.equal(weights(one), weights(expected))
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"), [("mix", 3), *(pytest.param("mix", s, marks=pytest.mark.slow) for s in (1, 2, 4, 5))]
+)
+def test_resumed_with_workers(whole: Whole, tmp_path: Path, kind: str, step: int) -> None:
+    expected = whole(kind, workers=2)
+    resumed = run(tmp_path, mixture(kinds()[kind]()), checkpoint(expected, step), dataloader_num_workers=2)
+    assert differences(resumed, expected, step) == []
+    last = checkpoint(expected if step == 5 else resumed, 5)
+    assert differences(run(tmp_path, mixture(kinds()[kind]()), last, dataloader_num_workers=2), expected, 5) == []
+
+
+def train_until_killed(out: Path, kind: str, place: str, workers: int) -> None:
+    """Run in a process of its own."""
+    trainer = make(out, mixture(kinds()[kind]()), dataloader_num_workers=workers)
+    with KILLS[place](trainer):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "workers", "step"),
+    [
+        ("mix", "window", 0, 2),
+        ("documents", "checkpoint", 0, 1),
+        pytest.param("mix", "window", 2, 2, marks=pytest.mark.slow),  # workers outlive their parent for seconds
+        pytest.param("replay", "rename", 0, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed(whole: Whole, tmp_path: Path, kind: str, place: str, workers: int, step: int) -> None:
+    assert in_a_process(train_until_killed, tmp_path, kind, place, workers) == -9
+    assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+    resumed = run(tmp_path, mixture(kinds()[kind]()), resume=True, dataloader_num_workers=workers)
+    assert differences(resumed, whole(kind, workers=workers), step) == []
+
+
+def test_terminated_within_a_window_that_window_is_repeated(whole: Whole, tmp_path: Path) -> None:
+    """Its micro-batches were fetched, but what was saved knows nothing of them."""
+    with keeping_handler():
+        trainer = make(tmp_path, mixture(kinds()["mix"]()), enable_jit_checkpoint=True, save_strategy="no")
+        with IN_INNER_STEPS["after_forward"](trainer, Terminate(trainer, 2 * K + 2)):
+            trainer.train()
+    assert last_checkpoint(tmp_path) == checkpoint(trainer, 2)
+    assert differences(run(tmp_path, mixture(kinds()["mix"]()), resume=True), whole("mix"), 2) == []
+
+
+def test_documents_kept_apart_are_resumed_too(tmp_path: Path) -> None:
+    """Packed rows with positions of their own, from documents cut anywhere."""
+
+    def data() -> Any:
+        made = mixture(kinds()["documents"]())
+        made.config.isolate_documents = True
+        return made
+
+    expected = run(tmp_path / "whole", data())
+    assert torch.equal(weights(expected), weights(run(tmp_path / "other", data())))
+    assert differences(run(tmp_path, data(), checkpoint(expected, 3)), expected, 3) == []
+
+
+# ---- Little is read again, little is saved ----
+
+
+@pytest.mark.parametrize("kind", ["rows", "documents"])
+@pytest.mark.parametrize("step", [10, 30])
+def test_before_the_first_batch_at_most_the_buffer_and_a_batch_are_read(tmp_path: Path, kind: str, step: int) -> None:
+    read: list[int] = []
+
+    def note(row: dict[str, Any]) -> dict[str, Any]:
+        read.append(row["x"])
+        return row
+
+    def data() -> Any:
+        if kind == "rows":
+            return mixture({"a": table(160).to_iterable_dataset(2).map(note)}, {"a": 1}, buffer_size=60)
+        documents = Dataset.from_dict({"x": list(range(160)), "text": [f"number {x}" for x in range(160)]})
+        return mixture({"a": documents_of(documents.to_iterable_dataset(2).map(note), 4)}, {"a": 1}, buffer_size=60)
+
+    steps = {"max_steps": step + 1, "save_steps": step, "logging_steps": 100}
+    trained = run(tmp_path, data(), stop_after=step, **steps)
+    counts: list[int] = []
+    trainer = make(tmp_path, data(), **steps)
+    collate = trainer.data_collator
+
+    def counting(rows: list) -> Any:
+        counts.append(len(read))
+        return collate(rows)
+
+    trainer.data_collator = counting
+    read.clear()
+    trainer.train(resume_from_checkpoint=checkpoint(trained, step))
+    assert 0 < counts[0] <= 60 + 2
+
+
+def test_the_state_in_a_checkpoint_is_small_and_json(whole: Whole) -> None:
+    for kind in kinds():
+        file = Path(checkpoint(whole(kind), STEPS), "data_state_0.json")
+        assert file.stat().st_size < 3000
+        assert set(json.loads(file.read_text())) == {"description", "stream"}
+
+
+# ---- Another mixture ----
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "weights": (
+        lambda: mixture(kinds()["mix"](), {"a": 1, "b": 1, "c": 2}),
+        {},
+        r"weights was .*0\.5.* and is .*0\.25",
+    ),
+    "stages": (lambda: mixture(kinds()["mix"](), STAGES), {}, r"weights was .* and is \[\[0\.5, "),
+    "buffer": (lambda: mixture(kinds()["mix"](), buffer_size=8), {}, "buffer_size was 6 and is 8"),
+    "sources": (lambda: mixture({k: s for k, s in kinds()["mix"]().items() if k != "b"}), {}, r"source 'b' is gone"),
+    "rows": (lambda: mixture(kinds()["mix"]() | {"a": table(12)}), {}, r"source 'a': rows was 11 and is 12"),
+    "shards": (lambda: mixture(kinds()["mix"]() | {"b": sharded([8], 100)}), {}, "'b': shards was 2 and is 1"),
+    "workers": (lambda: mixture(kinds()["mix"]()), {"dataloader_num_workers": 2}, "num_workers was 0 and is 2"),
+    "batch": (lambda: mixture(kinds()["mix"]()), {"per_device_train_batch_size": 1}, "batch_size was 2 and is 1"),
+    "k": (lambda: mixture(kinds()["mix"]()), {"gradient_accumulation_steps": 2}, "accumulation_steps was 4 and is 2"),
+    "seed": (lambda: mixture(kinds()["mix"]()), {"data_seed": 1}, "seed was 42 and is 1"),
+    "schedule": (lambda: mixture(kinds()["mix"]()), {"source_schedule": "stratified"}, "was 'random' and is 'strat"),
+    "tokenizer": (
+        lambda: mixture(kinds()["mix"]()),
+        {"trainer_kwargs": {"processing_class": tiny_tokenizer("another text")}},
+        r"tokenizer was '\w+' and is '\w+'",
+    ),
+}
+
+
+def with_length(length: int) -> Any:
+    data = mixture(kinds()["mix"]())
+    data.config.sequence_length = length
+    return data
+
+
+CHANGES["length"] = (lambda: with_length(16), {}, "sequence_length was 8 and is 16")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_data_is_refused_by_name_and_can_be_allowed(
+    whole: Whole, tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = checkpoint(whole("mix"), 2)
+    build, config, message = CHANGES[change]
+    with pytest.raises(ValueError, match=rf"cannot be resumed exactly: .*{message}.*allow_mixture_change=True"):
+        run(tmp_path, build(), before, **config)
+    if change in ("weights", "sources", "stages"):
+        trainer = run(tmp_path, build(), before, allow_mixture_change=True, **config)
+        assert sorted(trainer.micro_batches) == list(range(2, STEPS))
+        assert "Going on with a fresh state of the data" in caplog.text
+        again = run(tmp_path / "again", build(), checkpoint(trainer, 4), **config)  # and that is resumed exactly
+        assert again.micro_batches == {step: trainer.micro_batches[step] for step in (4, 5)}
+        assert torch.equal(weights(again), weights(trainer))
+
+
+def test_another_number_of_ranks_and_a_checkpoint_without_a_state_are_refused(whole: Whole, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint(whole("mix"), 2), folder)
+    file = folder / "data_state_0.json"
+    state = json.loads(file.read_text())
+    state["description"]["ranks"] = 2
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="ranks was 2 and is 1"):
+        run(tmp_path, mixture(kinds()["mix"]()), str(folder))
+    file.unlink()
+    with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
+        run(tmp_path, mixture(kinds()["mix"]()), str(folder))
+
+
+def test_a_checkpoint_without_this_ranks_state_is_refused(whole: Whole, tmp_path: Path) -> None:
+    """As on a node with a disk of its own: the first rank's positions are not this rank's."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint(whole("mix"), 2), folder)
+    state = json.loads((folder / "data_state_0.json").read_text())
+    (folder / "data_state_0.json").write_text(json.dumps({**state, "stream": None}))
+    with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
+        run(tmp_path / "out", mixture(kinds()["mix"]()), resume=str(folder))
+
+
+def test_documents_without_a_mixture_are_described_too(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"mixture_weights": {"a": 1.0}, "max_steps": 2}
+    documents = texts(40).to_iterable_dataset()
+    trained = run(tmp_path, {"a": documents_of(documents, 8)}, stop_after=1, **config)
+    with pytest.raises(ValueError, match="source 'a': sequence_length was 8 and is 16"):
+        run(tmp_path, {"a": documents_of(documents, 16)}, checkpoint(trained, 1), **config)
+
+
+# ---- Weights that change ----
+
+
+def scheduled(shares: Any, kind: str = "random") -> list[str]:
+    """The sources of a run by the schedule alone."""
+    schedule = SourceSchedule(stage_borders(shares, STEPS, K), 42, kind)
+    return [schedule.names[s] for s in schedule.sources(0, STEPS * K)]
+
+
+@pytest.mark.parametrize("kind", ["map-style", "mix"])
+@pytest.mark.parametrize("schedule", ["random", "stratified"])
+def test_stages_change_the_sources_at_their_step_and_decide_the_macro_loss(
+    tmp_path: Path, kind: str, schedule: str
+) -> None:
+    held_out = {"trainer_kwargs": {"eval_dataset": {name: table(4, 9) for name in "abc"}}}
+    trainer = run(tmp_path / "whole", mixture(kinds()[kind](), STAGES), source_schedule=schedule, **held_out)
+    sources = trainer.sources()
+    assert sources == scheduled([(s["until"], s["weights"]) for s in STAGES], schedule)
+    assert set(sources[: STEPS * K // 2]) == {"a", "b"} and set(sources[STEPS * K // 2 :]) == {"a", "c"}
+    for step in (2, 3, 4):
+        resumed = run(
+            tmp_path, mixture(kinds()[kind](), STAGES), checkpoint(trainer, step), source_schedule=schedule, **held_out
+        )
+        assert differences(resumed, trainer, step) == []
+    trainer.eval_dataset = {"a": table(4, 9), "b": table(4, 100), "c": table(4, 200)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx((metrics["eval_a_loss"] + 3 * metrics["eval_c_loss"]) / 4)
+    assert abs(metrics["eval_a_loss"] - metrics["eval_c_loss"]) > 1e-3
+
+
+def test_stages_change_at_their_step_where_epochs_end_in_short_windows(tmp_path: Path) -> None:
+    sources = {"a": table(6), "b": table(4, 100), "c": table(3, 200)}  # windows of 4 and 2 micro-batches
+    trainer = run(tmp_path, mixture(sources, STAGES), save_strategy="no")
+    drawn = [{source for source, _ in trainer.micro_batches[step]} for step in range(STEPS)]
+    assert [len(trainer.micro_batches[step]) for step in range(STEPS)] == [4, 2] * 3
+    assert all("c" not in step for step in drawn[:3]) and all("b" not in step for step in drawn[3:])
+    assert "b" in set.union(*drawn) and "c" in set.union(*drawn)
+
+
+def test_map_style_and_streaming_mixtures_have_the_same_schedule(whole: Whole) -> None:
+    for schedule in ("random", "stratified"):
+        expected = scheduled([(1.0, WEIGHTS)], schedule)
+        assert all(whole(kind, schedule).sources() == expected for kind in kinds())
+
+
+def pure(step: int) -> dict[str, float]:
+    return {"a": 1 + step, "b": STEPS - step, "c": 1.0}
+
+
+class Wandering:
+    """Weights that depend on all calls so far, and on the number of steps trained."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.level = 1.0
+        self.trained = 0
+
+    def __call__(self, step: int) -> dict[str, float]:
+        self.asked.append(step)
+        self.level = (self.level * 3.7 + step) % 2
+        return {"a": self.level, "b": 1.0, "c": self.trained / 2}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "trained": self.trained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.level, self.trained = state["level"], state["trained"]
+
+
+def run_with(function: Any, out: Path, resume: Any = None, kind: str = "mix", **config: Any) -> Recorder:
+    trainer = make(out, mixture(kinds()[kind]()), 5 if resume else 0, {"mixture_weights_function": function}, **config)
+    if isinstance(function, Wandering):
+        trainer.add_callback(AtEvents(lambda event: setattr(function, "trained", function.trained + 1), "on_step_end"))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make_function", [lambda: pure, Wandering], ids=["pure", "stateful"])
+def test_a_weights_function_is_resumed_exactly(tmp_path: Path, make_function: Any, workers: int) -> None:
+    for schedule in ("random", "stratified") if workers == 0 else ("stratified",):
+        config = {"dataloader_num_workers": workers, "source_schedule": schedule}
+        function = make_function()
+        trainer = run_with(function, tmp_path / "whole", **config)
+        assert len(set(trainer.sources())) == 3
+        if function is not pure:
+            assert function.asked == list(range(STEPS))  # once each
+        for step in (1, 3, 4) if workers == 0 else (2,):
+            resumed = run_with(make_function(), tmp_path, checkpoint(trainer, step), **config)
+            assert differences(resumed, trainer, step) == [], (schedule, step)
+        again = run_with(make_function(), tmp_path / "again", checkpoint(resumed, 5), **config)
+        assert differences(again, trainer, 5) == []
+
+
+@pytest.mark.parametrize("schedule", ["random", "stratified"])
+@pytest.mark.parametrize("kind", ["map-style", "mix"])
+def test_constants_are_the_same_as_fixed_weights(whole: Whole, tmp_path: Path, kind: str, schedule: str) -> None:
+    trainer = run_with(lambda step: WEIGHTS, tmp_path, kind=kind, source_schedule=schedule)
+    assert trainer.sources() == whole(kind, schedule).sources()
+    if kind != "map-style":
+        assert differences(trainer, whole(kind, schedule), 0) == []
+
+
+# ---- The end of sources ----
+
+
+def limited() -> Any:
+    sources = {"a": sharded([4, 5], 0), "b": table(40, 100).to_iterable_dataset(2), "c": table(40, 200)}
+    return mixture(sources, {"a": 3, "b": 2, "c": 1}, a=1)
+
+
+@pytest.mark.parametrize("schedule", ["random", "stratified"])
+def test_a_source_read_max_epochs_times_hands_over_its_weight_and_that_is_resumed(
+    tmp_path: Path, schedule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"source_schedule": schedule}
+    trainer = run(tmp_path / "whole", limited(), **config)
+    (record,) = [r for r in caplog.records if "max_epochs" in r.message]
+    first = trainer._progress.retired["a"]
+    assert 1 < first < STEPS - 1
+    assert "'a'" in record.message and f"from step {first} on" in record.message
+    expected, current = DynamicSchedule(["a", "b", "c"], 42, schedule), []
+    for i in range(STEPS * K):
+        current.append("abc"[expected.source(i, [1 / 2, 1 / 3, 1 / 6] if i < first * K else [0, 2 / 3, 1 / 3])])
+    assert trainer.sources() == current
+    read = Counter(
+        tuple(row) for step in trainer.micro_batches.values() for s, rows in step if s == "a" for row in rows
+    )
+    assert len(read) == 9  # every row
+    for step in range(1, STEPS):
+        resumed = run(tmp_path, limited(), checkpoint(trainer, step), **config)
+        assert differences(resumed, trainer, step) == [], step
+
+
+@pytest.mark.slow
+def test_a_source_ends_for_a_loader_that_reads_ahead(tmp_path: Path) -> None:
+    config = {"dataloader_num_workers": 2, "max_steps": 8}
+    trainer = run(tmp_path / "whole", limited(), **config)
+    assert trainer._progress.retired["a"] < 8
+    for step in (2, 4, 5):
+        resumed = run(tmp_path, limited(), checkpoint(trainer, step), **config)
+        assert differences(resumed, trainer, step) == []
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_when_all_sources_have_ended_a_checkpoint_is_saved_and_more_epochs_go_on(tmp_path: Path, workers: int) -> None:
+    def data(**limits: float) -> Any:
+        return mixture({"a": sharded([9], 0), "b": table(8, 100)}, {"a": 1, "b": 1}, **limits)
+
+    config = {"max_steps": 20, "save_strategy": "no", "dataloader_num_workers": workers}
+    trainer = make(tmp_path, data(a=1, b=1), **config)
+    with pytest.raises(SourceError, match=r"no data left at step (\d+).*\n.*stopped after step \d+, and a checkpoint"):
+        trainer.train()
+    step = trainer.state.global_step
+    assert 1 < step < 10 and last_checkpoint(tmp_path) == checkpoint(trainer, step)
+    assert len(trainer.micro_batches) == step
+    with pytest.raises(SourceError, match="no data left"):  # nothing has changed
+        run(tmp_path, data(a=1, b=1), resume=True, **config)
+    more = run(tmp_path, data(a=1, b=90), resume=True, **config)
+    assert sorted(more.micro_batches) == list(range(step, 20))
+    assert {source for s in range(step + 2, 20) for source, _ in more.micro_batches[s]} == {"b"}
+
+
+# ---- Sources that fail ----
+
+
+class Broken:
+    """Raises before some row."""
+
+    def __init__(self, at: int, error: Exception):
+        self.at, self.error = at, error
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["x"] == self.at:
+            raise self.error
+        return row
+
+
+def mended(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """No waiting; a list of the tries that failed."""
+    waits: list[int] = []
+
+    def wait(self: Retry, failed: int) -> float:
+        waits.append(failed)
+        return 0.0
+
+    monkeypatch.setattr(Retry, "wait", wait)
+    yield waits
+
+
+def unsteady(function: Any) -> Any:
+    return mixture({"a": sharded([9, 11, 10], 0).map(function), "b": table(9, 100)}, {"a": 1, "b": 1})
+
+
+def last_row(trainer: Recorder, step: int) -> int:
+    """Number of the row of the source "a" that comes last in a step."""
+    first, second, *_ = [rows for source, rows in trainer.micro_batches[step] if source == "a"][-1][-1]
+    return first * 16 + second
+
+
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [(ValueError("bad bytes"), 0), (TimeoutError("slow"), 0), pytest.param(ValueError("bad bytes"), 2)],
+    ids=["row", "network", "workers"],
+)
+def test_a_source_that_fails_leaves_a_checkpoint_from_which_the_run_goes_on(
+    tmp_path: Path, error: Exception, workers: int, impatient: list[int]
+) -> None:
+    config = {"save_strategy": "no", "dataloader_num_workers": workers}
+    expected = run(tmp_path / "whole", unsteady(mended), **config)
+    broken = Broken(last_row(expected, 3), error)
+    trainer = make(tmp_path, unsteady(broken), **config)
+    with pytest.raises(SourceError, match=r"Source 'a' \(rank 0, pass 1, shard \d of 3, after \d+ rows") as caught:
+        trainer.train()
+    assert type(error).__name__ in str(caught.value) and str(error) in str(caught.value)
+    step = trainer.state.global_step
+    assert 1 <= step <= 3 and last_checkpoint(tmp_path) == checkpoint(trainer, step)
+    if isinstance(error, TimeoutError):
+        assert impatient == [0, 1, 2, 3]
+    with pytest.raises(SourceError):  # not mended: the checkpoint stays as it was
+        run(tmp_path, unsteady(broken), resume=True, **config)
+    resumed = run(tmp_path, unsteady(mended), resume=True, **config)
+    assert differences(resumed, expected, step) == []
+
+
+def test_rows_that_are_skipped_are_counted_in_the_log_and_when_resumed(tmp_path: Path) -> None:
+    def data(on_error: str) -> Any:
+        lines = [None if x % 5 == 2 else f"the quick fox number {x}" for x in range(40)]
+        documents = Dataset.from_dict({"text": lines}).to_iterable_dataset(2)
+        return mixture({"a": documents_of(documents, LENGTH, on_error=on_error)}, {"a": 1}, buffer_size=20)
+
+    trainer = run(tmp_path / "whole", data("skip"))
+    counts = [entry["skipped_rows/a"] for entry in trainer.state.log_history if "skipped_rows/a" in entry]
+    assert counts == sorted(counts) and counts[-1] == trainer._progress.state_dict(STEPS)["lanes"]["0"]["a"]["skipped"]
+    assert counts[-1] >= 4
+    resumed = run(tmp_path, data("skip"), checkpoint(trainer, 3))
+    assert differences(resumed, trainer, 3) == []
+    assert [e.get("skipped_rows/a") for e in resumed.state.log_history if "loss" in e][-1] == counts[-1]
+    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] cannot be used.*on_error to 'skip'"):
+        run(tmp_path / "raise", data("raise"))
+
+
+# ---- From the Hub ----
+
+
+@pytest.fixture(scope="module")
+def from_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/support/hub/stream_run.py found."""
+    out = tmp_path_factory.mktemp("hub")
+    command = [sys.executable, "-m", "tests.support.hub.stream_run", str(out)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "trying again in" in done.stderr
+    return json.loads((out / "found.json").read_text())
+
+
+def test_a_stream_of_the_hub_is_trained_on_and_outlives_a_failure_of_the_network(from_hub: dict[str, Any]) -> None:
+    assert from_hub["files"] >= 3
+    assert re.search(
+        r"Source 'web' .*shard \d of 3.*5 attempts to read failed, the last with \w*Error", from_hub["error"]
+    )
+    assert from_hub["failed"] >= 5
+    assert f"stopped after step {from_hub['step']}, and a checkpoint was saved" in from_hub["error"]
+    assert from_hub["step"] >= 2 and from_hub["differences"] == []

@@ -1,0 +1,98 @@
+"""What Nexus does not support is refused when the trainer is built, with the way out."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_nexus.trainer import distributed
+from tests.support.tiny import Rows, tiny_llama
+
+WAY_OUT = "torchrun --nproc_per_node"
+
+
+@pytest.fixture
+def build(make_trainer):
+    return lambda **config: make_trainer(Rows(16, 0), **config)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in DistributedType if kind.name in ("DEEPSPEED", "MEGATRON_LM", "XLA", "MULTI_HPU")]
+)
+def test_other_launches_are_refused(build, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(ValueError, match=f"does not support {kind.value}.*{WAY_OUT}.*fsdp_version"):
+        build()
+
+
+def test_fsdp1_is_refused():
+    fsdp1 = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer = SimpleNamespace(args=SimpleNamespace(inner_sync="global"), accelerator=SimpleNamespace(state=fsdp1))
+    with pytest.raises(ValueError, match=r"FSDP1.*set fsdp_version to 2"):
+        distributed._check_fsdp(trainer)
+
+
+def test_local_mode_is_refused_under_fsdp():
+    fsdp2 = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2))
+    trainer = SimpleNamespace(args=SimpleNamespace(inner_sync="local"), accelerator=SimpleNamespace(state=fsdp2))
+    with pytest.raises(ValueError, match="inner_sync='global', or DDP"):
+        distributed._check_fsdp(trainer)
+
+
+def test_sagemaker_model_parallelism_is_refused(build, monkeypatch):
+    monkeypatch.setattr(distributed, "is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(ValueError, match=f"SageMaker.*{WAY_OUT}"):
+        build()
+
+
+@pytest.mark.parametrize("size", ["get_tp_size", "get_cp_size", "get_sp_size"])
+def test_parallelism_inside_the_model_is_refused(build, monkeypatch, size):
+    trainer = build()
+    monkeypatch.setattr(trainer, size, lambda: 2)
+    with pytest.raises(ValueError, match="tensor, context or sequence parallelism"):
+        distributed.check_supported(trainer)
+
+
+@pytest.mark.parametrize(
+    "optim", [name for name in OptimizerNames if name.value.endswith("_layerwise") or "lomo" in name.value]
+)
+def test_optimizers_that_step_inside_backward_are_refused(build, optim):
+    with pytest.raises(ValueError, match=f"optim='{optim.value}' updates weights inside the backward pass.*adamw"):
+        build(optim=optim)
+
+
+def test_fp16_is_refused(build):
+    """Gradient scaling would fight the normalization: float32 weights under bf16 autocast are the way."""
+    trainer = build()
+    trainer.args.fp16 = True  # set on a CPU, the arguments themselves would refuse it
+    with pytest.raises(ValueError, match=r"fp16.*bf16=True over float32"):
+        distributed.check_supported(trainer)
+
+
+def test_processes_that_would_each_train_alone_are_refused(build, monkeypatch):
+    """As Trainer does without a GPU, if it is not told to use the CPU."""
+    trainer = build()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one of 2 processes.*use_cpu=True"):
+        distributed.check_supported(trainer)
+
+
+def test_data_parallel_is_refused_with_the_torchrun_line(build, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    with pytest.raises(ValueError, match=f"{WAY_OUT} 4"):
+        build()
+
+
+def test_models_spread_at_load_time_are_refused(build):
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="device_map"):
+        build(model=model)
+
+
+def test_what_is_refused_with_nexus_is_not_without(make_trainer, monkeypatch):
+    monkeypatch.setattr(distributed, "is_sagemaker_mp_enabled", lambda: True)
+    assert isinstance(make_trainer(Rows(16, 0), nexus=False), Trainer)

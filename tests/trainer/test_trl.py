@@ -1,0 +1,341 @@
+"""Trainers of TRL through the mixin: what each does to a source on its own, and the update around its loss."""
+
+import json
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+from hf_nexus import NexusConfig, NexusConfigMixin, NexusTrainerMixin
+from tests.support.tiny import tiny_llama
+from tests.support.tiny_config import documents
+from tests.support.tiny_tokenizer import EOS, tiny_tokenizer
+from tests.test_scripts import same
+from tests.test_scripts import weights as saved_weights
+from tests.trainer.test_interplay import Recorded, adamw, by_hand, distance, plain_loss
+
+RECIPE = Path(__file__).parents[2] / "recipes/sft_with_trl.py"
+TEMPLATE = runpy.run_path(str(RECIPE))["TEMPLATE"]
+
+
+class NexusSFTTrainer(Recorded, SFTTrainer):
+    """`Recorded` is a NexusTrainer that keeps its micro-batches."""
+
+
+class NexusDPOTrainer(Recorded, DPOTrainer):
+    pass
+
+
+@dataclass
+class NexusSFTConfig(NexusConfigMixin, SFTConfig):
+    pass
+
+
+@dataclass
+class NexusDPOConfig(NexusConfigMixin, DPOConfig):
+    pass
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """`make(sources, trainer_class, config_class, model=..., **config)` builds a quiet trainer on the CPU."""
+
+    def make(sources: Any, trainer: type = NexusSFTTrainer, config: type = NexusSFTConfig, **options: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_steps": 2,
+            "max_length": 48,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        model = options.pop("model", None) or llama(tokenizer)
+        kwargs = {name: options.pop(name) for name in ("eval_dataset", "ref_model") if name in options}
+        return trainer(
+            model=model, args=config(**{**defaults, **options}), train_dataset=sources, processing_class=tokenizer,
+            **kwargs,
+        )  # fmt: skip
+
+    return make
+
+
+def llama(tokenizer: Any, **shape: Any) -> torch.nn.Module:
+    return tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
+
+
+def texts() -> dict[str, Dataset]:
+    """Documents of about 40 tokens, of which several fit into a packed row only in pieces."""
+    alphabets = {"letters": ("abcd", 24), "digits": ("1234", 12)}
+    return {
+        name: Dataset.from_dict({"text": [d[:40] for d in documents(alphabet, count, 0)]})
+        for name, (alphabet, count) in alphabets.items()
+    }
+
+
+def conversations() -> dict[str, Dataset]:
+    def talk(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = {name: list(data["text"]) for name, data in texts().items()}
+    return {
+        name: Dataset.from_dict({"messages": [talk(d[:9], d[10:24]) for d in docs]}) for name, docs in rows.items()
+    }
+
+
+def preferences() -> dict[str, Dataset]:
+    rows = {name: list(data["text"]) for name, data in texts().items()}
+    return {
+        name: Dataset.from_dict(
+            {"prompt": [d[:9] for d in docs], "chosen": [d[9:20] for d in docs], "rejected": [d[20:34] for d in docs]}
+        )
+        for name, docs in rows.items()
+    }
+
+
+def learned(trainer: Any) -> int:
+    """Tokens that were predicted in training."""
+    batches = [batch["labels"][:, 1:] for window, _ in trainer.windows for batch in window]
+    return sum(int((labels != -100).sum()) for labels in batches)
+
+
+# ---- Sources ----
+
+
+def test_each_source_is_tokenized_and_packed_as_the_parent_does_it_alone(make, tokenizer):
+    trainer = make(texts(), packing=True, packing_strategy="wrapped")
+    sizes = {}
+    for name, prepared in trainer.train_dataset.sources.items():
+        alone = make(texts()[name], SFTTrainer, SFTConfig, packing=True, packing_strategy="wrapped").train_dataset
+        assert prepared["input_ids"][:] == alone["input_ids"][:]
+        assert any(EOS in tokenizer.decode(row[:-1]) for row in prepared["input_ids"])  # documents share rows
+        sizes[name] = len(prepared)
+    letters = tokenizer.decode([i for row in trainer.train_dataset.sources["letters"]["input_ids"] for i in row])
+    assert not set("1234") & set(letters)
+    total = sum(sizes.values())
+    assert trainer.mixture_weights == pytest.approx({name: size / total for name, size in sizes.items()})
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "tokens/letters" in entry][-1]
+    assert logs["tokens/letters"] + logs["tokens/digits"] == learned(trainer)
+    assert "mean_token_accuracy" in logs  # the parent's own figures
+
+
+def test_one_dataset_with_a_column_of_sources_is_split_before_it_is_packed(make):
+    from datasets import concatenate_datasets
+
+    parts = texts()
+    one = concatenate_datasets([part.add_column("source", [name] * len(part)) for name, part in parts.items()])
+    settings = {"packing": True, "packing_strategy": "wrapped"}
+    expected, found = make(parts, **settings).train_dataset, make(one, **settings).train_dataset
+    for name, rows in expected.sources.items():
+        assert found.sources[name]["input_ids"][:] == rows["input_ids"][:]
+
+
+def test_only_what_the_assistant_says_is_learned(make, tokenizer):
+    trainer = make(conversations(), assistant_only_loss=True)
+    for name, source in conversations().items():
+        for row, messages in zip(trainer.train_dataset.sources[name], source["messages"], strict=True):
+            said = tokenizer.decode([label for label in row["labels"] if label != -100])
+            assert said == messages[1]["content"] + EOS
+            assert tokenizer.decode(row["input_ids"]).startswith(f"Q: {messages[0]['content']}")
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert sum(trainer.meter.trained_tokens.values()) == learned(trainer)
+    assert logs["loss"] > 0
+
+
+# ---- The update ----
+
+
+def test_fine_tuning_is_what_a_loop_by_hand_does(make, tokenizer):
+    trainer = make(conversations(), assistant_only_loss=True, max_steps=3)
+    trainer.train()
+    model = llama(tokenizer)
+    assert distance(model, trainer.model) > 1e-2
+    assert distance(by_hand(model, trainer.windows, plain_loss, adamw(model)), trainer.model) < 1e-5
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_preference_optimization_is_what_a_loop_by_hand_does(make, tokenizer, precomputed, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    reference = llama(tokenizer)
+    settings: dict[str, Any] = {"precompute_ref_log_probs": True} if precomputed else {"ref_model": llama(tokenizer)}
+    trainer = make(preferences(), NexusDPOTrainer, NexusDPOConfig, max_steps=3, beta=0.5, **settings)
+    trainer.train()
+
+    def log_probabilities(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        chosen = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        return (chosen * batch["completion_mask"][:, 1:]).sum(-1)
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            start = log_probabilities(reference, batch)
+        better, worse = (log_probabilities(model, batch) - start).chunk(2)
+        return -F.logsigmoid(0.5 * (better - worse)).mean()
+
+    model = llama(tokenizer)
+    assert distance(model, trainer.model) > 1e-2
+    assert distance(by_hand(model, trainer.windows, loss, adamw(model)), trainer.model) < 1e-5
+    # pairs, which the collator stacks to twice as many rows
+    assert (sum(trainer.meter.trained_tokens.values()), trainer.meter.unit) == (3 * 4 * 2, "rows")
+
+
+def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    sets = {"letters": preferences()["letters"], "law": preferences()["digits"]}
+    settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.1, "ref_model": llama(tokenizer)}
+    trainer = make(preferences(), NexusDPOTrainer, NexusDPOConfig, eval_dataset=sets, **settings)
+    trainer.train()
+    found = trainer.evaluate()
+    assert trainer.state.log_history[-1].items() >= found.items()
+    assert sum("eval_law_loss" in entry for entry in trainer.state.log_history) == 1
+    margins = {name: found[f"eval_{name}_rewards/margins"] for name in sets}
+    assert "eval_rewards/margins" not in found
+    for name, data in sets.items():
+        alone = make(preferences(), NexusDPOTrainer, NexusDPOConfig, model=trainer.model, ref_model=llama(tokenizer))
+        assert alone.evaluate(alone._prepare_dataset(data, tokenizer, alone.args, name))[
+            "eval_rewards/margins"
+        ] == pytest.approx(margins[name], abs=1e-4)
+    assert not any("perplexity" in key for key in found)  # its loss is not one of tokens
+
+
+def test_it_resumes_to_the_bit_and_evaluates_each_source(make, tmp_path):
+    settings: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped", "max_steps": 4, "save_steps": 2}
+    held_out = {name: rows.select(range(8)) for name, rows in texts().items()}
+    whole = make(texts(), eval_dataset=held_out, save_strategy="steps", **settings)
+    whole.train()
+    metrics = whole.evaluate()
+    assert {"eval_letters_loss", "eval_digits_loss", "eval_loss"} <= metrics.keys()
+    assert (tmp_path / "out/README.md").exists()
+    resumed = make(texts(), output_dir=str(tmp_path / "again"), save_strategy="no", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    whole.save_model(), resumed.save_model()
+    assert same(saved_weights(tmp_path / "out"), saved_weights(tmp_path / "again"))
+
+
+def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
+    """TRL makes them bfloat16 where it sees a base of 4 or 8 bits."""
+    peft = pytest.importorskip("peft")
+    base = llama(tokenizer, dtype=torch.bfloat16)
+    base.is_loaded_in_4bit = True
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    trainer = make(texts(), model=peft.get_peft_model(base, lora))
+    dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    base.is_loaded_in_4bit = False  # or the Trainer would ask bitsandbytes for its size
+    frozen = [p.clone() for p in trainer.model.parameters() if not p.requires_grad]
+    trainer.train()
+    assert all(map(torch.equal, frozen, [p for p in trainer.model.parameters() if not p.requires_grad]))
+    assert trainer.meter.inner_steps_skipped == 0
+    assert sum(p.numel() for p in trainer._nexus.params) == trainer.model.num_parameters(only_trainable=True)
+
+
+def test_the_recipe_puts_adapters_on_a_model_and_conversations_of_ones_own(tokenizer, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    llama(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("letters", "digits")}
+    for name, rows in conversations().items():
+        rows.to_json(files[name])
+    quiet = ["--use_cpu", "--report_to=none", "--disable_tqdm=true", "--max_length=48", "--eval_rows=4", "--lora_r=2"]
+    shares = {"letters": 0.75, "digits": 0.25}
+    given = ["--files", json.dumps(files), "--mixture_weights", json.dumps(shares), "--max_steps", "4"]
+
+    def run(out: str, *flags: str) -> Path:
+        where = ["--model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / out)]
+        monkeypatch.setattr("sys.argv", ["sft_with_trl.py", *where, *given, *quiet, "--save_steps", "2", *flags])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return tmp_path / out
+
+    whole = load_file(run("whole") / "adapter_model.safetensors")
+    printed = capsys.readouterr().out
+    assert all(f"{name}: loss " in printed for name in files)
+    assert yaml.safe_load((tmp_path / "whole/nexus.yaml").read_text())["mixture_weights"] == shares
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)  # zero before training
+    resumed = run("resumed", "--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-2"))
+    assert same(whole, load_file(resumed / "adapter_model.safetensors"))
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize(
+    ("parent", "config"),
+    [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig), (OnlineDPOTrainer, OnlineDPOConfig)],
+)
+def test_trainers_that_generate_are_refused(parent, config, tmp_path, tokenizer):
+    trainer = type("Ours", (NexusTrainerMixin, parent), {})
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match=f"does not support {parent.__name__}: it generates text"):
+        trainer(model=llama(tokenizer), args=args, train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}))
+
+
+def test_without_nexus_a_trainer_that_generates_is_itself(tmp_path, tokenizer):
+    """The arm without Nexus of a comparison, or a script's switch; sources it cannot mix."""
+
+    class Ours(NexusTrainerMixin, GRPOTrainer):
+        pass
+
+    @dataclass
+    class OurConfig(NexusConfigMixin, GRPOConfig):
+        pass
+
+    def variety(completions, **_):
+        return [float(len(set(completion))) for completion in completions]
+
+    def run(trainer, config, sources, **own):
+        args = config(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=2,
+            num_generations=2, max_completion_length=4, max_steps=2, gradient_checkpointing=False, disable_tqdm=True,
+            learning_rate=1e-2, save_strategy="no", **own,
+        )  # fmt: skip
+        made = trainer(llama(tokenizer), variety, args, sources, processing_class=tokenizer)
+        made.train()
+        return made.model.state_dict()
+
+    prompts = Dataset.from_dict({"prompt": ["abc", "dcb"] * 8})
+    ours, stock = run(Ours, OurConfig, prompts, nexus=False), run(GRPOTrainer, GRPOConfig, prompts)
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
+    assert not torch.equal(stock["lm_head.weight"], llama(tokenizer).lm_head.weight)
+    with pytest.raises(ValueError, match=r"does not support GRPOTrainer.*one plain dataset"):
+        run(Ours, OurConfig, {"a": prompts, "b": prompts}, nexus=False)
+
+
+def test_arguments_of_another_trainer_are_refused(make):
+    with pytest.raises(
+        ValueError, match=r"SFTTrainer needs arguments of its own, but got NexusConfig.*NexusSFTConfig"
+    ):
+        NexusSFTTrainer(llama(tiny_tokenizer()), NexusConfig(report_to="none", use_cpu=True), None, texts())
+
+
+def test_sources_of_several_formats_are_refused(make):
+    with pytest.raises(ValueError, match=r"Source 'talk' has the columns \['messages'\], but 'letters' has \[\]"):
+        make({"letters": texts()["letters"], "talk": conversations()["digits"]})
