@@ -1,13 +1,13 @@
 """`hf-nexus`: the commands, each in a few lines. Everything heavy is imported by the command that needs it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from ..files import one_line_errors
 
 __all__ = ["app", "main"]
 
@@ -59,15 +59,9 @@ def _options(
     context.obj = debug
 
 
-@contextmanager
-def _one_line(context: typer.Context) -> Iterator[None]:
-    """End with one line for what a user can mend, and with a traceback after `--debug`."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if context.obj:
-            raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+def _one_line(context: typer.Context) -> AbstractContextManager[None]:
+    """End with one line for an error that the user can mend, and with its traceback after `--debug`."""
+    return one_line_errors(debug=bool(context.obj), errors=(ValueError, RuntimeError, OSError, ImportError))
 
 
 def _words(context: typer.Context, config: str) -> list[str]:

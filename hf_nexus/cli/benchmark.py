@@ -13,6 +13,7 @@ from ..evaluation.lm_eval.benchmarks import select_tasks
 from ..evaluation.lm_eval.models import model_arguments
 from ..evaluation.lm_eval.runs import Outcome, run_tasks
 from ..evaluation.lm_eval.scores import Score
+from ..files import write_atomic
 from ..hub.card import save_card
 from ..hub.results import RESULTS_NAME, BenchmarkScore, save_results
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
@@ -203,7 +204,4 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, saved: dict[str, Any]) -> None:
-    path = folder / SCORES_NAME
-    scratch = path.with_name(f"{SCORES_NAME}.tmp")
-    scratch.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)  # in one piece: an interrupted write must not cost earlier scores
+    write_atomic(folder / SCORES_NAME, json.dumps(saved, indent=1, ensure_ascii=False) + "\n")

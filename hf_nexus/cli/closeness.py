@@ -1,8 +1,5 @@
 """`hf-nexus closeness`: how close a model's sources are, from a folder or a Hub id, of an adapter as well."""
 
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from ..evaluation.held_out import HeldOut, held_out_rows
 from ..evaluation.landscape import minima_landscape
 from ..evaluation.losses import OOD, mean_losses, perplexity
 from ..evaluation.points import norm
+from ..files import finite_json, write_atomic
 from ..mixture.config import MixtureConfig
 from .closeness_inputs import check_minima, load_model, load_tokenizer, mixture_of, trainable
 
@@ -71,13 +69,9 @@ class Closeness:
         """Mean of the pairs' cosines; `None` with one source."""
         return sum(value for *_, value in self.cosines) / len(self.cosines) if self.cosines else None
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write a JSON file, in which what is not finite is `null`. Missing folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        values = _finite({**asdict(self), "mean_cosine": self.mean_cosine})
-        target.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return target
+        return write_atomic(path, finite_json({**asdict(self), "mean_cosine": self.mean_cosine}, indent=1) + "\n")
 
 
 def measure_closeness(
@@ -180,15 +174,6 @@ def _minima(
     losses = {name: lambda name=name: rows[name].mean()[0] for name in points}
     plane = list(points)[:3] if len(points) >= 3 else ()
     return minima_landscape(params, params, points, losses, plane=plane, resolution=size)
-
-
-def _finite(value: Any) -> Any:
-    """Plain data without what JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_closeness(found: Closeness, console: "Console") -> None:

@@ -1,6 +1,5 @@
 """What `hf-nexus closeness` is given: a model or an adapter, and its mixture."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..files import nearest
 from ..mixture.config import MixtureConfig
 from ..mixture.strict import parse_yaml
 from ..pretrain.fields import DataArguments
@@ -81,10 +81,9 @@ def check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:
     known = [name for name, s in mixture.train_sources.items() if s.eval_rows or s.eval_split]
     for name in minima:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"--minima: {name!r} is no training source with held-out rows.{hint} Allowed: {', '.join(known)}."
+                f"--minima: {name!r} is no training source with held-out rows.{nearest(name, known)} Allowed: "
+                f"{', '.join(known)}."
             )
     if len(minima) == 1:
         raise ValueError("--minima: distances are between minimizers. Give those of two sources or more.")

@@ -7,7 +7,7 @@ from filelock import FileLock, Timeout
 
 from ..compare.comparison import Comparison, compare
 from ..compare.config import ComparisonConfig
-from ..pretrain.parsing import suggest
+from ..files import nearest, one_line_errors
 
 __all__ = ["main"]
 
@@ -25,7 +25,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if rest:
         word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
         raise ValueError(
-            f"Unknown argument {word!r}{suggest(word, ['--output_dir'])} Allowed is --output_dir; all else is in the "
+            f"Unknown argument {word!r}.{nearest(word, ['--output_dir'])} Allowed is --output_dir; all else is in the "
             "comparison's YAML."
         )
     return options
@@ -47,19 +47,18 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
     """
     from rich.console import Console
 
-    try:
+    with one_line_errors(debug=debug):
         options = _parse(argv)
         config = ComparisonConfig.load(options.config, output_dir=options.output_dir)
         comparison = Comparison(config, Console())
         comparison.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(comparison.folder / ".lock", timeout=0):
+        lock = FileLock(comparison.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"another comparison is running in {comparison.folder}.") from error
+        with lock:
             comparison.check()
             compare(comparison)
-    except Timeout as error:
-        raise SystemExit(f"error: another comparison is at work in {comparison.folder}.") from error
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
-            raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     if comparison.failed:
         raise SystemExit(f"{len(comparison.failed)} of the runs failed; the same command runs what is missing.")

@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..files import nearest
 from ..mixture.strict import known_keys, parse_yaml, require_count, require_text
 from ..pretrain.fields import SECTIONS, PretrainConfig
-from ..pretrain.parsing import check_keys, load_config, suggest
+from ..pretrain.parsing import check_keys, load_config
 from .parts import RESERVED, MinimaSearch, Primary, Task, Tuning, check_grid, check_seeds
 
 __all__ = ["ComparisonConfig", "available_comparisons"]
@@ -108,8 +109,8 @@ class ComparisonConfig:
             grid = (settings or {}).get("tuning", {})
             for key in {**(settings or {}), **grid}:
                 if key not in allowed | {"tuning"}:
-                    hint = "." if key in RESERVED else suggest(str(key), allowed)
-                    raise ValueError(f"arms.{name}.{key}: not a training field that an arm may set{hint}")
+                    hint = "" if key in RESERVED else nearest(key, allowed)
+                    raise ValueError(f"arms.{name}.{key}: not a training field that an arm may set.{hint}")
             if grid:
                 check_grid(f"arms.{name}.tuning", grid)
                 if math.prod(map(len, grid.values())) != common:
@@ -171,7 +172,7 @@ class ComparisonConfig:
             text = Path(name_or_path).read_text(encoding="utf-8")
         else:
             raise ValueError(
-                f"There is no comparison {name_or_path!r}{suggest(name_or_path, names)} "
+                f"There is no comparison {name_or_path!r}.{nearest(name_or_path, names)} "
                 f"Use {', '.join(names)}, or the path of a YAML."
             )
         given = parse_yaml(text, name_or_path)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..files import nearest
 from ..mixture.strict import require_count, require_positive, require_text
 from ..pretrain.fields import PretrainConfig
-from ..pretrain.parsing import suggest
 
 __all__ = ["RESERVED", "MinimaSearch", "Primary", "Task", "Tuning", "check_grid", "check_seeds"]
 
@@ -157,5 +157,5 @@ def check_grid(key: str, grid: Any) -> None:
             raise ValueError(f"{key}.{name}: {values!r} must be a list of values.")
         allowed = {f.name for f in fields(PretrainConfig)} - set(RESERVED)
         if name not in allowed:
-            hint = "." if name in RESERVED else suggest(str(name), allowed)
-            raise ValueError(f"{key}.{name}: not a training field that can be tuned{hint}")
+            hint = "" if name in RESERVED else nearest(name, allowed)
+            raise ValueError(f"{key}.{name}: not a training field that can be tuned.{hint}")

@@ -8,6 +8,8 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomic
+
 __all__ = ["RECORD_NAME", "LossPoint", "Minima", "Pairs", "RunRecord"]
 
 RECORD_NAME = "record.json"
@@ -140,12 +142,8 @@ class RunRecord:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `record.json` into `folder`; whole, or not at all."""
-        path = Path(folder, RECORD_NAME)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
-        return path
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        return write_atomic(Path(folder, RECORD_NAME), text + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RunRecord":

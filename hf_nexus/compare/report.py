@@ -1,8 +1,6 @@
 """The report of a comparison: words, the tables that they rest on, and the numbers for whoever counts again."""
 
 import csv
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..files import finite_json
 from .analysis import Analysis, compare_arms
 from .records import RunRecord
 from .tables import (
@@ -92,7 +91,7 @@ def write_comparison(
         "reading": reading(analysis),
         "gaps": gaps(analysis),
     }
-    text = json.dumps(_valid(everything), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    text = finite_json(everything, indent=1, default=str)
     (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     report = folder / REPORT_NAME
     parts = [
@@ -187,12 +186,3 @@ def _pictures(pictures: Sequence[Path], folder: Path) -> list[str]:
     links = [quote(Path(os.path.relpath(path, folder)).as_posix()) for path in pictures]
     shown = [f"![{path.stem.replace('_', ' ')}]({link})" for path, link in zip(pictures, links, strict=True)]
     return ["## Pictures", *shown] if shown else []
-
-
-def _valid(value: Any) -> Any:
-    """As JSON can hold it: keys as text, and null for what is not finite (the CSV has it as it was)."""
-    if isinstance(value, Mapping):
-        return {str(key): _valid(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_valid(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

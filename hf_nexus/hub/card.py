@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..files import write_atomic
 from .check import check_card, is_repo_id, split_card
 from .results import ROLES, BenchmarkScore, Evaluation, merge_index, model_index
 from .run_summary import MixtureRow, RunSummary
@@ -78,11 +79,7 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
     path = Path(folder, "README.md")
     card = run_card(run, path.read_text(encoding="utf-8-sig") if path.exists() else None)
     check_card(card)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name("README.md.tmp")
-    scratch.write_text(str(card), encoding="utf-8", newline="\n")
-    scratch.replace(path)  # in one piece: an interrupted write must not cost the user's text
-    return path
+    return write_atomic(path, str(card))
 
 
 def _metadata(run: RunSummary) -> dict[str, Any]:

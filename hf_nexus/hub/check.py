@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..files import nearest
 
 __all__ = ["check_card", "is_repo_id", "split_card"]
 
@@ -115,9 +116,8 @@ def _license_problems(metadata: dict[str, Any]) -> Iterator[str]:
     if name is None:
         return
     if not isinstance(name, str) or name not in LICENSES:
-        close = get_close_matches(str(name).lower(), LICENSES, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "use `other` with a `license_name`"
-        yield f"`license` must be one of the Hub's identifiers, got {name!r}: {hint}"
+        hint = nearest(str(name).lower(), LICENSES) or " Use `other` with a `license_name`."
+        yield f"`license` must be one of the Hub's identifiers, got {name!r}.{hint}"
     elif name == "other" and not metadata.get("license_name"):
         yield "`license: other` needs a `license_name` (and a `license_link`)"
 

@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["Job", "SpoiledJobError", "Target", "write_json"]
+from ..files import write_atomic
+
+__all__ = ["Job", "SpoiledJobError", "Target"]
 
 
 class SpoiledJobError(RuntimeError):
@@ -70,7 +71,7 @@ class Job:
         """Make the folder a job; it must hold the files already."""
         fields = asdict(self)
         del fields["path"], fields["number"]  # the folder's name says both
-        write_json(self.path / "job.json", fields)
+        write_atomic(self.path / "job.json", json.dumps(fields))
 
     def files(self, slots: tuple[str, ...] | None = None) -> dict[str, Path]:
         """The files of some slots, of all by default, by path in the repository."""
@@ -98,13 +99,3 @@ class Job:
                 raise SpoiledJobError(f"{name} of step {self.step} is gone from {self.path}.") from error
             if self.stamps[name] not in (None, (stat.st_size, stat.st_mtime_ns)):
                 raise SpoiledJobError(f"{name} of step {self.step} was overwritten after it was queued.")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """
-    Write a file in one piece. It survives the process, not always the machine: waiting for the disk could mean
-    waiting for all of a checkpoint to be written, in the training loop.
-    """
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(json.dumps(value))
-    scratch.replace(path)

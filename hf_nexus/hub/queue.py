@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .job import Job, Target, write_json
+from ..files import write_atomic
+from .job import Job, Target
 
 __all__ = ["QUEUE_NAME", "UploadQueue"]
 
@@ -183,7 +184,7 @@ class UploadQueue:
     def write_state(self, state: dict[str, Any]) -> None:
         """Replace the state in one piece; if the disk is full, keep it in memory and raise `OSError`."""
         self._unwritten = state
-        write_json(self.folder / "state.json", state)
+        write_atomic(self.folder / "state.json", json.dumps(state))
         self._unwritten = None
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomic
 from .results import ROLES, BenchmarkScore, Evaluation
 
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
@@ -201,11 +202,8 @@ class RunSummary:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `run_summary.json` into `folder`, from which the card can be rendered again."""
-        path = Path(folder, SUMMARY_NAME)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n", encoding="utf-8", newline="\n")
-        return path
+        return write_atomic(Path(folder, SUMMARY_NAME), text + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RunSummary":

@@ -1,13 +1,14 @@
 """Strict reading of configurations: nothing unknown, doubled or out of range passes silently."""
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from ..files import nearest
 
 if TYPE_CHECKING:
     from .source import SourceConfig
@@ -66,9 +67,7 @@ def known_keys(mapping: Any, cls: type, where: str) -> dict[str, Any]:
     prefix = f"{where}." if where else ""
     for key in mapping:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{prefix}{key}: unknown key.{hint} Allowed: {', '.join(fields)}.")
+            raise ValueError(f"{prefix}{key}: unknown key.{nearest(key, fields)} Allowed: {', '.join(fields)}.")
     for key in required:
         if key not in mapping:
             raise ValueError(f"{prefix}{key}: missing, and it has no default.")

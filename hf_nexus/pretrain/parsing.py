@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import enum
 import json
 from importlib import resources
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
+from ..files import nearest
 from ..mixture.config import MixtureConfig
 from ..mixture.strict import parse_yaml
 from .fields import (
@@ -24,7 +24,7 @@ from .fields import (
     RunArguments,
 )
 
-__all__ = ["available_configs", "check_keys", "load_config", "parse_arguments", "suggest"]
+__all__ = ["available_configs", "check_keys", "load_config", "parse_arguments"]
 
 _CONFIGS = resources.files("hf_nexus").joinpath("pretrain", "configs")
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
@@ -56,7 +56,7 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
         text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise ValueError(
-            f"There is no configuration {name_or_path!r}{suggest(name_or_path, names)} "
+            f"There is no configuration {name_or_path!r}.{nearest(name_or_path, names)} "
             f"Use one of {', '.join(names)}, or the path of a YAML file."
         )
     config = parse_yaml(text, name_or_path)
@@ -65,7 +65,7 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     for section, values in config.items():
         if section not in SECTIONS:
             raise ValueError(
-                f"{name_or_path} has an unknown section {section!r}{suggest(section, SECTIONS)} "
+                f"{name_or_path} has an unknown section {section!r}.{nearest(section, SECTIONS)} "
                 f"Allowed: {', '.join(SECTIONS)}."
             )
         check_keys(name_or_path, section, values)
@@ -81,19 +81,13 @@ def check_keys(where: str, section: str, values: dict[str, Any]) -> None:
         if key in allowed:
             continue
         home = next((name for name in SECTIONS if key in _keys(name)), None)
-        hint = f"; it belongs to the section {home!r}." if home else suggest(str(key), allowed)
-        raise ValueError(f"{where} has an unknown key {key!r} in the section {section!r}{hint}")
+        hint = f" It belongs to the section {home!r}." if home else nearest(key, allowed)
+        raise ValueError(f"{where} has an unknown key {key!r} in the section {section!r}.{hint}")
 
 
 def _keys(section: str) -> list[str]:
     names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
     return [*names, "sources"] if section == "data" else names
-
-
-def suggest(word: str, known: Any) -> str:
-    """How a message about an unknown `word` ends: with the nearest of the `known` ones, or with a full stop."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 _DATACLASSES: Any = [RunArguments, HardwareArguments, *SECTIONS.values()]
@@ -244,4 +238,4 @@ def _describe_unknown(rest: list[str], parser: argparse.ArgumentParser) -> str:
     flags = [flag for action in parser._actions for flag in action.option_strings]
     sections = ", ".join(SECTIONS)
     what = f"Unknown argument {word!r}" if word.startswith("-") else f"{word!r} is not a flag"
-    return f"{what}{suggest(word, flags)} Allowed are the fields of the sections {sections}."
+    return f"{what}.{nearest(word, flags)} Allowed are the fields of the sections {sections}."

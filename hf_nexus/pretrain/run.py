@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
+from ..files import one_line_errors
 from ..mixture.plan import check_map_style
 from ..trainer.checkpoints import last_checkpoint
 from .fields import PretrainArguments
@@ -70,16 +71,12 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
 
 
 def _from_command_line(argv: list[str], debug: bool) -> "PretrainRun | None":
-    try:
+    with one_line_errors(debug=debug):
         arguments = parse_arguments(argv)
         if arguments.dry_run:
             dry_run(arguments)
             return None
         return prepare_run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
-            raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
 
 def dry_run(arguments: PretrainArguments) -> None:

@@ -97,13 +97,13 @@ def test_a_command_or_option_that_does_not_exist_exits_with_2(argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["plan", "130mm"], ["130mm", "did you mean '130m'"]),
-        (["plan", "130m", "--max_step", "3"], ["--max_step", "did you mean '--max_steps'"]),
+        (["plan", "130mm"], ["130mm", "Did you mean '130m'"]),
+        (["plan", "130m", "--max_step", "3"], ["--max_step", "Did you mean '--max_steps'"]),
         (["plan", "130m", "extra"], ["'extra' is not a flag"]),
-        (["plan", "130m", "max_steps", "3"], ["'max_steps' is not a flag", "did you mean '--max_steps'"]),
+        (["plan", "130m", "max_steps", "3"], ["'max_steps' is not a flag", "Did you mean '--max_steps'"]),
         (["train", "130m"], ["accelerator", "hf-nexus train demo", "--config demo"]),
         (["compare", "x.yaml", "--nonsense", "3"], ["Unknown argument '--nonsense'", "--output_dir"]),
-        (["compare", "x.yaml", "--output-dir", "3"], ["did you mean '--output_dir'"]),
+        (["compare", "x.yaml", "--output-dir", "3"], ["Did you mean '--output_dir'"]),
         (["compare", "x.yaml", "--output_dir"], ["--output_dir", "expected one argument"]),
         (["compare", "nope.yaml"], ["There is no comparison 'nope.yaml'", "path of a YAML"]),
         (["closeness", "no/such-folder"], ["no pretrain.yaml beside no/such-folder", "--config"]),

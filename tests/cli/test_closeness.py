@@ -227,7 +227,7 @@ def test_the_mixture_is_found_beside_the_model_or_named(files, tmp_path):
     for nowhere in ("org/model", str(run / "figures"), str(tmp_path)):
         with pytest.raises(ValueError, match=r"no pretrain.yaml beside.*--config"):
             mixture_of(nowhere)
-    with pytest.raises(ValueError, match="did you mean 'demo'"):
+    with pytest.raises(ValueError, match="Did you mean 'demo'"):
         mixture_of("org/model", "demoo")
 
 

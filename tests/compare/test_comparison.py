@@ -67,7 +67,7 @@ def one_run(config: ComparisonConfig, folder: Path, arm: str = "nexus", seed: in
         ({"arms": {"adamw": {}}}, "arms: .* must be a mapping of two or more"),
         ({"arms": ARMS | {"a b": {}}}, "arms.a b: a name holds"),
         ({"arms": ARMS | {"x": {"inner_Ir": 1}}}, "arms.x.inner_Ir: not a training field"),
-        ({"arms": ARMS | {"x": {"inner_lrr": 1}}}, r"arms.x.inner_lrr: not a .*; did you mean 'inner_lr'\?"),
+        ({"arms": ARMS | {"x": {"inner_lrr": 1}}}, r"arms.x.inner_lrr: not a .*. Did you mean 'inner_lr'\?"),
         ({"arms": ARMS | {"x": {"seed": 1}}}, r"arms.x.seed: not a training field that an arm may set\.$"),
         ({"baseline": "adam"}, "baseline: 'adam' is not among"),
         ({"primary": {"arm": "adamw"}}, "is the baseline itself"),
@@ -137,7 +137,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, base):
     path.write_text(yaml.safe_dump(given(base, tmp_path, baseline="adam")))
     with pytest.raises(SystemExit, match=r"^error: .*wrong\.yaml: baseline: 'adam' is not among the arms"):
         main([str(path)])
-    with pytest.raises(ValueError, match="There is no comparison 'compar'; did you mean 'compare'"):
+    with pytest.raises(ValueError, match="There is no comparison 'compar'. Did you mean 'compare'"):
         ComparisonConfig.load("compar")
 
 

@@ -161,7 +161,7 @@ def test_a_folder_a_hub_model_and_an_adapter_are_loaded_as_what_they_are(tmp_pat
 
 def test_what_is_no_model_is_refused_with_a_hint(tmp_path, model):
     (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"did you mean .*checkpoint-20\?"):
+    with pytest.raises(ValueError, match=r"Did you mean .*checkpoint-20\?"):
         model_arguments(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="no such folder"):
         model_arguments(str(tmp_path / "rum"))

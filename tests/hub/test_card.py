@@ -485,8 +485,8 @@ def test_our_cards_are_valid():
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        ("license: apache2", "did you mean `apache-2.0`"),
-        ("license: my-own", "use `other`"),
+        ("license: apache2", "Did you mean 'apache-2.0'"),
+        ("license: my-own", "Use `other`"),
         ("license: [mit]", "one of the Hub's identifiers"),
         ("license: other", "license_name"),
         ("language: English", "ISO 639"),

@@ -242,7 +242,7 @@ def test_a_state_that_cannot_be_written_stops_nothing(
 
     queue, _ = queue_step(tmp_path / "out", 2)
     queue_step(tmp_path / "out", 4, "all_checkpoints")
-    monkeypatch.setattr("hf_nexus.hub.queue.write_json", full)
+    monkeypatch.setattr("hf_nexus.hub.queue.write_atomic", full)
     hub.fail("/commit/", action="lose", times=1)
     assert passes(Uploader(queue, api(hub)), 3) is None
     assert [commit["title"] for commit in hub.history(REPO)] == ["step 4"]

@@ -81,10 +81,10 @@ def test_values_of_the_yaml_are_converted_like_flags(config, tmp_path):
 @pytest.mark.parametrize(
     ("section", "entry", "words"),
     [
-        ("training", {"max_step": 3}, ["'max_step'", "'training'", "did you mean 'max_steps'"]),
+        ("training", {"max_step": 3}, ["'max_step'", "'training'", "Did you mean 'max_steps'"]),
         ("model", {"inner_lr": 0.1}, ["'inner_lr'", "belongs to the section 'training'"]),
-        ("data", {"sequence_len": 3}, ["'sequence_len'", "did you mean 'sequence_length'"]),
-        ("trainig", {"max_steps": 3}, ["'trainig'", "did you mean 'training'"]),
+        ("data", {"sequence_len": 3}, ["'sequence_len'", "Did you mean 'sequence_length'"]),
+        ("trainig", {"max_steps": 3}, ["'trainig'", "Did you mean 'training'"]),
         ("training", {"max_steps": "many"}, ["max_steps", "many"]),
         ("training", {"max_steps": [1]}, ["training.max_steps", "[1]"]),
         ("training", {"inner_sync": "sometimes"}, ["inner_sync", "sometimes", "global"]),
@@ -103,7 +103,7 @@ def test_a_wrong_entry_of_the_yaml_is_named(config, tmp_path, section, entry, wo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max_step", "3"], ["--max_step", "did you mean '--max_steps'"]),
+        (["--max_step", "3"], ["--max_step", "Did you mean '--max_steps'"]),
         (["--max_steps", "many"], ["--max_steps", "many"]),
         (["stray"], ["stray"]),
         (["--lr_scheduler_kwargs", "{oops"], ["lr_scheduler_kwargs", "JSON"]),
