@@ -137,7 +137,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, base):
     path.write_text(yaml.safe_dump(given(base, tmp_path, baseline="adam")))
     with pytest.raises(SystemExit, match=r"^error: .*wrong\.yaml: baseline: 'adam' is not among the arms"):
         main([str(path)])
-    with pytest.raises(ValueError, match="There is no comparison 'compar'. Did you mean 'compare'"):
+    with pytest.raises(ValueError, match=r"There is no comparison 'compar'\. Did you mean 'compare'"):
         ComparisonConfig.load("compar")
 
 
