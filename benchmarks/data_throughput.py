@@ -42,11 +42,11 @@ from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
-from hf_nexus.mixture.indexed import tag_source
 from hf_nexus.mixture.isolation import IsolateDocuments
 from hf_nexus.mixture.loading import Mixture
 from hf_nexus.mixture.schedule import SourceSchedule
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
+from hf_nexus.mixture.tags import tag_micro_batches
 
 BARE = "bare loader"
 SOURCES = ("code", "documentation", "mathematics", "records")
@@ -97,7 +97,7 @@ def stream_arm(sources: dict[str, Any], options: argparse.Namespace) -> DataLoad
     stream.begin(None)
     schedule = SourceSchedule(dict.fromkeys(sources, 1.0))
     sampler = MicroBatchSampler(lambda i: schedule.sources(i, i + 1)[0], STEPS, options.rows)
-    collate = tag_source(default_data_collator)
+    collate = tag_micro_batches(default_data_collator)
     return DataLoader(
         stream, batch_size=options.rows, sampler=sampler, collate_fn=collate, num_workers=options.workers
     )

@@ -1,32 +1,16 @@
 """Map-style mixtures: several sources as one dataset, and the order in which their rows are read."""
 
-import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from .schedule import SourceSchedule
+from .tags import TaggedRows
 
-__all__ = ["ROWS_KEY", "SOURCE_KEY", "STATE_KEY", "MixtureDataset", "MixtureSampler", "split_sources", "tag_source"]
-
-logger = logging.getLogger(__name__)
-
-# Key under which a collated micro-batch names its source, between the data loader and the trainer.
-SOURCE_KEY = "nexus_source"
-# Key under which it says how many rows it holds, which a collator may pair or flatten.
-ROWS_KEY = "nexus_rows"
-# Key under which it says where the source then stands, if it is read from a `MixtureStream`.
-STATE_KEY = "nexus_state"
-
-
-class SourceRows(list):
-    """Rows fetched together, all of `source`, and the `StreamState` after them where there is one."""
-
-    source: str
-    state: Any = None
+__all__ = ["MixtureDataset", "MixtureSampler"]
 
 
 class MixtureDataset(torch.utils.data.Dataset):
@@ -77,9 +61,7 @@ class MixtureDataset(torch.utils.data.Dataset):
             return [self[i] for i in indices]  # evaluated in order, say
         dataset, local = self.sources[self.names[source]], [int(i - offset) for i in indices]
         fetch = getattr(dataset, "__getitems__", None)
-        rows = SourceRows(fetch(local) if fetch is not None else (dataset[i] for i in local))
-        rows.source = self.names[source]
-        return rows
+        return TaggedRows(fetch(local) if fetch is not None else (dataset[i] for i in local), self.names[source])
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on: Accelerate reaches the dataset, but not the sampler, once it skips batches on resume."""
@@ -152,68 +134,3 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
             order = np.random.default_rng((self.seed, name, epoch)).permutation(size)
             yield from (order[position:] + offset).tolist()
             epoch, position = epoch + 1, 0
-
-
-def tag_source(collate: Callable[[list], Any]) -> Callable[[SourceRows], Any]:
-    """Wrap a collator so that the micro-batches carry their source's name, their rows and, of a stream, its state."""
-    return _Tagger(collate)
-
-
-class _Tagger:  # a class, not a closure: data loader workers may have to pickle it
-    def __init__(self, collate: Callable[[list], Any]):
-        self.collate = collate
-
-    def __call__(self, rows: SourceRows) -> Any:
-        assert isinstance(rows, SourceRows), "a training micro-batch crosses sources"
-        batch = self.collate(list(rows))
-        if not isinstance(batch, MutableMapping):
-            raise ValueError(
-                f"The collator returned a {type(batch).__name__}; a mixture needs one that returns a dict."
-            )
-        batch[SOURCE_KEY] = rows.source
-        batch[ROWS_KEY] = len(rows)
-        if rows.state is not None:
-            batch[STATE_KEY] = rows.state
-        return batch
-
-
-def split_sources(train_dataset: Any) -> dict[str, Any] | None:
-    """
-    The sources of what was passed as `train_dataset`: a dict or `DatasetDict` as it is, a `datasets.Dataset` with a
-    `source` column split by it, `None` for anything else (one plain dataset).
-
-    Raises:
-        ValueError: a dict of splits instead of sources; a `source` column with empty values, or with a value for
-        almost every row.
-    """
-    if isinstance(train_dataset, Mapping):
-        if "train" in train_dataset and {"test", "validation"} & set(train_dataset):
-            raise ValueError(
-                f"train_dataset has the keys {list(train_dataset)}, which look like splits: all would be trained on. "
-                "Pass dataset['train'], or a dict of sources."
-            )
-        return dict(train_dataset)
-    columns = getattr(train_dataset, "column_names", None)
-    if not isinstance(columns, list) or "source" not in columns:
-        return None
-    if isinstance(train_dataset, torch.utils.data.IterableDataset):
-        logger.warning("The stream's `source` column is not looked at: its micro-batches mix sources.")
-        return None
-    column = train_dataset["source"][:]
-    # A column of that name need not name sources: it may hold an address for each row.
-    otherwise = "or, if it does not name sources, pass train_dataset.remove_columns('source')."
-    if missing := sum(value is None for value in column):
-        raise ValueError(
-            f"The dataset's `source` column is empty in {missing} of {len(column)} rows: name theirs, {otherwise}"
-        )
-    labels = np.asarray(column)
-    rows = train_dataset.remove_columns("source")
-    classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel
-    names = {label: str(label) if classes is None else classes[label] for label in dict.fromkeys(labels.tolist())}
-    if len(names) > len(labels) / 2:
-        raise ValueError(
-            f"The dataset's `source` column holds {len(names)} different values in {len(labels)} rows: pass larger "
-            f"sources, {otherwise}"
-        )
-    logger.warning("The dataset's `source` column names %d sources: every micro-batch holds one of them.", len(names))
-    return {name: rows.select(np.flatnonzero(labels == label)) for label, name in names.items()}

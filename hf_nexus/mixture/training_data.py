@@ -1,20 +1,24 @@
 """What may be given as `train_dataset`, and what the trainer makes of it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from .indexed import MixtureDataset, split_sources
+from .indexed import MixtureDataset
 from .loading import Mixture
 from .schedule import normalized
 from .stages import stage_borders, weight_stages
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
 
-__all__ = ["StageWeights", "TrainingData", "check_loader_settings", "prepare_data"]
+__all__ = ["StageWeights", "TrainingData", "check_loader_settings", "prepare_data", "split_sources"]
+
+logger = logging.getLogger(__name__)
 
 Stages = list[tuple[float, dict[str, float]]]
 
@@ -178,3 +182,45 @@ def check_loader_settings(args: TrainingArguments, dataset: Any) -> None:
                 "ignore_data_skip=True is not possible for streaming sources, and not needed: they go on from where "
                 "they were without reading anything again. Leave it out."
             )
+
+
+def split_sources(train_dataset: Any) -> dict[str, Any] | None:
+    """
+    The sources of what was passed as `train_dataset`: a dict or `DatasetDict` as it is, a `datasets.Dataset` with a
+    `source` column split by it, `None` for anything else (one plain dataset).
+
+    Raises:
+        ValueError: a dict of splits instead of sources; a `source` column with empty values, or with a value for
+        almost every row.
+    """
+    if isinstance(train_dataset, Mapping):
+        if "train" in train_dataset and {"test", "validation"} & set(train_dataset):
+            raise ValueError(
+                f"train_dataset has the keys {list(train_dataset)}, which look like splits: all would be trained on. "
+                "Pass dataset['train'], or a dict of sources."
+            )
+        return dict(train_dataset)
+    columns = getattr(train_dataset, "column_names", None)
+    if not isinstance(columns, list) or "source" not in columns:
+        return None
+    if isinstance(train_dataset, torch.utils.data.IterableDataset):
+        logger.warning("The stream's `source` column is not looked at: its micro-batches mix sources.")
+        return None
+    column = train_dataset["source"][:]
+    # A column of that name need not name sources: it may hold an address for each row.
+    otherwise = "or, if it does not name sources, pass train_dataset.remove_columns('source')."
+    if missing := sum(value is None for value in column):
+        raise ValueError(
+            f"The dataset's `source` column is empty in {missing} of {len(column)} rows: name theirs, {otherwise}"
+        )
+    labels = np.asarray(column)
+    rows = train_dataset.remove_columns("source")
+    classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel
+    names = {label: str(label) if classes is None else classes[label] for label in dict.fromkeys(labels.tolist())}
+    if len(names) > len(labels) / 2:
+        raise ValueError(
+            f"The dataset's `source` column holds {len(names)} different values in {len(labels)} rows: pass larger "
+            f"sources, {otherwise}"
+        )
+    logger.warning("The dataset's `source` column names %d sources: every micro-batch holds one of them.", len(names))
+    return {name: rows.select(np.flatnonzero(labels == label)) for label, name in names.items()}

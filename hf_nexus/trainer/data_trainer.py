@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..mixture.indexed import ROWS_KEY, SOURCE_KEY, STATE_KEY, MixtureDataset, MixtureSampler, tag_source
+from ..mixture.indexed import MixtureDataset, MixtureSampler
 from ..mixture.isolation import IsolateDocuments, choose_isolation, needs_flat_rows
 from ..mixture.schedule import SourceSchedule
 from ..mixture.stages import stage_borders
@@ -19,6 +19,7 @@ from ..mixture.state import compare_data, describe_data, load_data_state, save_d
 from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream, StreamState
 from ..mixture.stream.progress import StreamProgress, WeightsFunction
 from ..mixture.stream.reader import SourceError
+from ..mixture.tags import pop_tag, tag_micro_batches
 from ..mixture.training_data import StageWeights, TrainingData, check_loader_settings, prepare_data
 from .arguments import arguments_by_name, with_nexus_fields
 from .checkpoints import CheckpointMixin
@@ -116,7 +117,7 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin)
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         collate = super()._get_collator_with_removed_columns(data_collator, description)
         if description == "Training" and self.data.stages:
-            return tag_source(collate)
+            return tag_micro_batches(collate)
         return collate
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -133,18 +134,17 @@ class DataTrainerMixin(CheckpointMixin, PublishingMixin, SourcePreparationMixin)
         """The micro-batches without their tags, up to one that could not be read."""
         try:
             for batch in batches:
-                tagged = isinstance(batch, MutableMapping) and SOURCE_KEY in batch
-                if self.data.stages and not tagged:
+                tag = pop_tag(batch)
+                if tag is None and self.data.stages:
                     raise ValueError(
-                        "A micro-batch does not say which source it is of, so the training data loader is not that of "
-                        f"the mixture, or drops the key {SOURCE_KEY!r}. Leave get_train_dataloader() and "
-                        "get_batch_samples() to NexusTrainer, or pass train_dataset as one plain dataset."
+                        "A micro-batch does not say which source it holds: the training data loader is not the "
+                        "mixture's, or drops the tag. Leave get_train_dataloader() and get_batch_samples() to "
+                        "NexusTrainer, or pass train_dataset as one plain dataset."
                     )
-                self._fetched.sources.append(batch.pop(SOURCE_KEY) if tagged else "")
-                rows = batch.pop(ROWS_KEY, None) if tagged else None
-                self._fetched.rows.append(rows or find_batch_size(batch) or 1)
-                if tagged and STATE_KEY in batch:
-                    self._fetched.states.append(batch.pop(STATE_KEY))
+                self._fetched.sources.append("" if tag is None else tag.source)
+                self._fetched.rows.append((find_batch_size(batch) or 1) if tag is None else tag.rows)
+                if tag is not None and tag.state is not None:
+                    self._fetched.states.append(tag.state)
                 yield batch
         except SourceError as error:
             # A worker's has its traceback for a message, of which the last part is what it said.
@@ -272,4 +272,3 @@ class _BeginData(TrainerCallback):
         trainer._began_at = state.global_step
         if trainer._progress is not None and trainer._sampler is not None:
             trainer._progress.begin(state.global_step, trainer._resumed_data if state.global_step else None)
-            trainer._sampler.first = state.global_step * args.gradient_accumulation_steps

@@ -2,11 +2,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler, split_sources, tag_source
+from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
+from hf_nexus.mixture.tags import MicroBatchTag, pop_tag, tag_micro_batches
+from hf_nexus.mixture.training_data import split_sources
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
@@ -207,14 +210,15 @@ def test_a_source_smaller_than_one_micro_batch_is_refused():
 
 def test_a_micro_batch_carries_its_source_and_number_of_rows():
     dataset = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]})
-    batch = tag_source(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
-    assert batch == {"x": [4, 3], "nexus_source": "b", "nexus_rows": 2}
+    batch = tag_micro_batches(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
+    assert pop_tag(batch) == MicroBatchTag("b", rows=2) and batch == {"x": [4, 3]}
+    assert pop_tag(batch) is None and pop_tag(torch.zeros(2)) is None
 
 
 def test_a_collator_that_returns_no_mapping_is_refused():
     dataset = MixtureDataset({"a": [{"x": 1}]})
     with pytest.raises(ValueError, match="returned a list"):
-        tag_source(lambda rows: rows)(dataset.__getitems__([0]))
+        tag_micro_batches(lambda rows: rows)(dataset.__getitems__([0]))
 
 
 def test_bad_sources_are_refused():

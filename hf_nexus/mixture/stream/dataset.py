@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..indexed import SourceRows
+from ..tags import TaggedRows
 from .documents import DocumentPacker, StreamedDocuments
 from .lanes import Lane
 from .reader import LaneReader, Retry
@@ -71,7 +71,7 @@ class MixtureStream(torch.utils.data.Dataset):
         >>> rows = [stream.__getitems__([(i, 0)] * 5) for i in range(2)]
         >>> sorted(row["digit"] for five in rows for row in five)
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-        >>> stream.begin({"0": {"digits": rows[0].state.state}})
+        >>> stream.begin({"0": {"digits": rows[0].tag.state.state}})
         >>> stream.__getitems__([(1, 0)] * 5) == rows[1]
         True
     """
@@ -125,7 +125,7 @@ class MixtureStream(torch.utils.data.Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Any:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[tuple[int, int]]) -> SourceRows:
+    def __getitems__(self, indices: list[tuple[int, int]]) -> TaggedRows:
         """
         The rows of one micro-batch, B for B equal pairs.
 
@@ -137,11 +137,9 @@ class MixtureStream(torch.utils.data.Dataset):
         name = self.names[position]
         lane = self.rank * self.lanes_per_rank + number % self.lanes_per_rank
         reader = self._reader(lane, name)
-        rows = SourceRows(reader.take(len(indices)))
+        rows = reader.take(len(indices))
         self._check_size(reader, len(indices))
-        rows.source = name
-        rows.state = StreamState(lane, name, reader.state())
-        return rows
+        return TaggedRows(rows, name, StreamState(lane, name, reader.state()))
 
     def _reader(self, lane: int, name: str) -> LaneReader | DocumentPacker:
         if (lane, name) not in self._readers:
@@ -185,28 +183,24 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
             Number of micro-batches of the run.
         rows (`int`):
             Rows of one micro-batch over all ranks: batch size per device * number of ranks.
-        first (`int`, *optional*, defaults to 0):
-            The first micro-batch that is not skipped. Those before it are sent for only to be skipped, and their
-            source is not asked.
 
     Example:
         >>> from hf_nexus.mixture.stream.dataset import MicroBatchSampler
-        >>> list(MicroBatchSampler(lambda i: i % 3, micro_batches=3, rows=2, first=1))
+        >>> list(MicroBatchSampler(lambda i: i % 3, micro_batches=3, rows=2))
         [(0, 0), (0, 0), (1, 1), (1, 1), (2, 2), (2, 2)]
     """
 
-    def __init__(self, source_of: Callable[[int], int], micro_batches: int, rows: int, first: int = 0):
+    def __init__(self, source_of: Callable[[int], int], micro_batches: int, rows: int):
         self.source_of = source_of
         self.micro_batches = micro_batches
         self.rows = rows
-        self.first = first
 
     def __len__(self) -> int:
         return self.micro_batches * self.rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for number in range(self.micro_batches):
-            source = int(self.source_of(number)) if number >= self.first else 0
+            source = int(self.source_of(number))
             for _ in range(self.rows):
                 yield number, source
 

@@ -97,11 +97,14 @@ class StreamProgress:
 
     def source_of(self, number: int) -> int:
         """
-        The position of a micro-batch's source. Asked for one after the other.
+        The position of a micro-batch's source. Asked for one after the other. Those before the step that the run
+        goes on with are sent for only to be skipped: their source is not decided, and 0 is returned.
 
         Raises:
             SourceError: every source that has a weight was read as often as it may be.
         """
+        if number <= self.sent:
+            return 0
         step = number // self._k
         if number % self._k == 0:
             self._schedules[step] = self._schedule.state_dict()

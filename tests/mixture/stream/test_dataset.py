@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from hf_nexus.mixture.indexed import SOURCE_KEY, STATE_KEY, tag_source
 from hf_nexus.mixture.stream.chunks import layers
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream, StreamState
+from hf_nexus.mixture.stream.progress import StreamProgress
 from hf_nexus.mixture.stream.reader import Retry, SourceError
 from hf_nexus.mixture.stream.sources import ReplayedSource, ShardedSource, open_source
+from hf_nexus.mixture.tags import _KEY, tag_micro_batches
 
 IMPATIENT = Retry(attempts=3, first_wait=0.001)
 
@@ -50,7 +51,7 @@ class Replayed(torch.utils.data.IterableDataset):
 def read(stream: MixtureStream, numbers: range, batch: int = 1, source: int = 0) -> list[tuple[list[int], Any]]:
     """The rows of micro-batches and the states after them, as they come back from a checkpoint."""
     batches = [stream.__getitems__([(i, source)] * batch) for i in numbers]
-    return [([int(row["x"]) for row in rows], json.loads(json.dumps(vars(rows.state)))) for rows in batches]
+    return [([int(row["x"]) for row in rows], json.loads(json.dumps(vars(rows.tag.state)))) for rows in batches]
 
 
 def start(dataset: Any, rank: int = 0, ranks: int = 1, workers: int = 1, states: Any = None, **options: Any) -> Any:
@@ -210,17 +211,17 @@ def test_resume_in_the_workers_of_a_loader_that_skips_as_accelerate_does(tmp_pat
 
     def loader(states: Any, first: int) -> Any:
         stream = start(dataset, workers=max(1, workers), states=states, buffer_size=20)
-        batches = BatchSampler(MicroBatchSampler(lambda i: 0, 50, 4, first), 4, drop_last=True)
-        collate = tag_source(lambda rows: {"x": [int(row["x"]) for row in rows]})
+        batches = BatchSampler(MicroBatchSampler(lambda i: 0, 50, 4), 4, drop_last=True)
+        collate = tag_micro_batches(lambda rows: {"x": [int(row["x"]) for row in rows]})
         whole = DataLoader(stream, batch_sampler=batches, num_workers=workers, collate_fn=collate)
         return skip_first_batches(whole, first)
 
     expected = list(loader(None, 0))
-    assert len(expected) == 50 and expected[0][SOURCE_KEY] == "a"
+    assert len(expected) == 50 and expected[0][_KEY].source == "a"
     for first in (1, 24):
         states: dict[str, Any] = {}
         for batch in expected[:first]:
-            batch[STATE_KEY].store(states)
+            batch[_KEY].state.store(states)
         assert [b["x"] for b in loader(states, first)] == [b["x"] for b in expected[first:]]
 
 
@@ -243,10 +244,10 @@ def test_a_resume_reads_no_more_than_the_buffer_and_a_batch_however_late(kind: s
         rows = stream.__getitems__([(i, 0)] * batch)
         if i in (10, 10_000):
             read_rows.clear()
-            resumed = start(source, states={"0": {"a": rows.state.state}}, buffer_size=200)
+            resumed = start(source, states={"0": {"a": rows.tag.state.state}}, buffer_size=200)
             resumed.__getitems__([(i + 1, 0)] * batch)
             assert 0 < len(read_rows) <= 200 + batch
-            assert len(json.dumps(rows.state.state)) < 1000
+            assert len(json.dumps(rows.tag.state.state)) < 1000
 
 
 # --- what goes wrong
@@ -358,35 +359,41 @@ def test_states_pass_through_collators_and_devices_untouched() -> None:
     from torch.utils.data._utils.pin_memory import pin_memory
 
     rows = start(sharded([9])).__getitems__([(0, 0)] * 2)
-    batch = tag_source(lambda rows: {"x": torch.tensor([row["x"] for row in rows])})(rows)
-    assert batch[SOURCE_KEY] == "a" and batch[STATE_KEY] is rows.state
-    assert send_to_device(batch, "cpu")[STATE_KEY] is rows.state
-    assert pickle.loads(pickle.dumps(batch))[STATE_KEY] == rows.state
+    batch = tag_micro_batches(lambda rows: {"x": torch.tensor([row["x"] for row in rows])})(rows)
+    assert batch[_KEY] is rows.tag and rows.tag.source == "a"
+    assert send_to_device(batch, "cpu")[_KEY] is rows.tag
+    assert pickle.loads(pickle.dumps(batch))[_KEY] == rows.tag
     if torch.cuda.is_available():
-        assert pin_memory(batch)[STATE_KEY] is rows.state
+        assert pin_memory(batch)[_KEY] is rows.tag
 
 
 # --- which micro-batch comes when
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_get_the_same_numbers_and_sources_and_skipped_ones_are_not_asked_for(ranks: int) -> None:
+def test_every_rank_gets_the_same_numbers_and_sources(ranks: int) -> None:
     from accelerate.data_loader import BatchSamplerShard
-
-    asked: list[int] = []
-
-    def source_of(i: int) -> int:
-        asked.append(i)
-        return i % 3
 
     batch = 2
     for rank in range(ranks):
-        asked.clear()
-        sampler = MicroBatchSampler(source_of, 7, batch * ranks, first=3)
+        sampler = MicroBatchSampler(lambda i: i % 3, 7, batch * ranks)
         assert len(sampler) == 7 * batch * ranks
         shard = BatchSamplerShard(BatchSampler(sampler, batch, drop_last=True), ranks, rank)
-        assert list(shard)[3:] == [[(i, i % 3)] * batch for i in range(3, 7)]
-        assert asked == [3, 4, 5, 6]
+        assert list(shard) == [[(i, i % 3)] * batch for i in range(7)]
+
+
+def test_the_source_of_a_skipped_micro_batch_is_not_decided() -> None:
+    asked: list[int] = []
+
+    def weights(step: int) -> dict[str, float]:
+        asked.append(step)
+        return {"a": 1.0}
+
+    progress = StreamProgress(MixtureStream({"a": sharded([9])}), weights, inner_steps=3)
+    progress.begin(2, None)
+    assert [progress.source_of(i) for i in range(6)] == [0] * 6 and asked == []
+    progress.source_of(6)
+    assert asked == [2] and progress.sent == 6
 
 
 # --- what we rely on upstream

@@ -1,0 +1,73 @@
+"""How a micro-batch says which source it holds, on its way from the dataset through the collator to the trainer."""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .stream.dataset import StreamState
+
+__all__ = ["MicroBatchTag", "TaggedRows", "pop_tag", "tag_micro_batches"]
+
+# The key of the tag in a collated micro-batch.
+_KEY = "nexus_tag"
+
+
+@dataclass(frozen=True)
+class MicroBatchTag:
+    """
+    What the trainer has to know of a micro-batch besides its tensors.
+
+    Args:
+        source (`str`):
+            Name of the source.
+        rows (`int`):
+            Number of rows. Collators may pair rows or lay them end to end, so the tensors do not tell.
+        state ([`StreamState`], *optional*):
+            Position of a stream after these rows.
+    """
+
+    source: str
+    rows: int
+    state: "StreamState | None" = None
+
+
+class TaggedRows(list):
+    """
+    The rows of one micro-batch, all of one source.
+
+    Args:
+        rows (`Iterable`):
+            The rows.
+        source (`str`), state ([`StreamState`], *optional*):
+            As in [`MicroBatchTag`].
+    """
+
+    def __init__(self, rows: Any, source: str, state: "StreamState | None" = None):
+        super().__init__(rows)
+        self.tag = MicroBatchTag(source, len(self), state)
+
+
+def tag_micro_batches(collate: Callable[[list], Any]) -> Callable[[TaggedRows], Any]:
+    """Wrap a collator: its micro-batches carry the tag of their rows."""
+    return _TaggingCollator(collate)
+
+
+class _TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it
+    def __init__(self, collate: Callable[[list], Any]):
+        self.collate = collate
+
+    def __call__(self, rows: TaggedRows) -> Any:
+        assert isinstance(rows, TaggedRows), "a training micro-batch crosses sources"
+        batch = self.collate(list(rows))
+        if not isinstance(batch, MutableMapping):
+            raise ValueError(
+                f"The collator returned a {type(batch).__name__}. A mixture needs a collator that returns a dict."
+            )
+        batch[_KEY] = rows.tag
+        return batch
+
+
+def pop_tag(batch: Any) -> MicroBatchTag | None:
+    """Take the tag out of a collated micro-batch; `None` if it has none."""
+    return batch.pop(_KEY, None) if isinstance(batch, MutableMapping) else None
