@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_nexus import Nexus
-from hf_nexus.plots.style import COLORS, new_figure, save_figure
+from hf_nexus.plots.style import COLORS, new_plot, save_plot
 
 K, INNER_LR = 4, 0.5  # inner steps, far longer than in training, to be seen
 START = torch.tensor([-1.3, 1.3])
@@ -50,7 +50,7 @@ def walk() -> tuple[list[Tensor], Tensor]:
 
 
 def main() -> None:
-    figure = new_figure(9.2, 4.1)
+    figure = new_plot(9.2, 4.1)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     x, y = np.meshgrid(np.linspace(-2.1, 2.5, 200), np.linspace(-1.9, 1.75, 200))
     grid = torch.tensor(np.stack([x, y], -1), dtype=torch.float32)
@@ -86,7 +86,7 @@ def main() -> None:
     right.set_title("Nexus: the displacement of k normalized steps, source by source", fontsize=9.5)
     note = "thick: the descent direction handed to AdamW.   The right path is walked back before the step."
     figure.supxlabel(note, fontsize=9)
-    print(save_figure(figure, Path(__file__).with_suffix(".png")))
+    print(save_plot(figure, Path(__file__).with_suffix(".png")))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plots.style import MARKERS, draw_matrix, new_figure, place_labels, series_style, shorten, tidy
+from ..plots.style import MARKERS, draw_matrix, new_plot, place_labels, series_style, shorten, tidy
 from .arms import Arm, bars, limit_of, spread_of
 from .records import Minima
 
@@ -37,7 +37,7 @@ def distance_matrices(arms: Mapping[str, Sequence[Minima]]) -> "Figure | None":
     columns = min(3, len(arms))
     lines = math.ceil(len(arms) / columns)
     side = max(2.4, 0.36 * (len(names) + 1))
-    figure = new_figure(1.6 + (side + 0.95) * columns, 1.0 + (side + 1.1) * lines)
+    figure = new_plot(1.6 + (side + 0.95) * columns, 1.0 + (side + 1.1) * lines)
     panels = figure.subplots(lines, columns, squeeze=False)
     for axes in panels.flat[len(arms) :]:
         axes.set_axis_off()
@@ -83,7 +83,7 @@ def landscapes(arms: Mapping[str, Minima]) -> "Figure | None":
         return None
     columns = min(3, len(arms))
     lines = math.ceil(len(arms) / columns)
-    figure = new_figure(1.2 + 4.0 * columns, 0.8 + 5.8 * lines)
+    figure = new_plot(1.2 + 4.0 * columns, 0.8 + 5.8 * lines)
     panels = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=[1.5, 1] * lines)
     levels = _levels([minima.plane for minima in arms.values() if minima.plane])
     planes = []
@@ -197,7 +197,7 @@ def distance_against_ood(arms: Sequence[Arm]) -> "Figure | None":
             found.append((arm, [x for x, _ in points], [y for _, y in points]))
     if not found:
         return None
-    figure = new_figure(8.0, 5.0)
+    figure = new_plot(8.0, 5.0)
     axes = figure.subplots()
     tidy(axes)
     axes.axhline(0.0, color="0.5", linewidth=0.9)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plots.style import new_figure, place_labels, save_figure, shorten, tidy
+from ..plots.style import new_plot, place_labels, save_plot, shorten, tidy
 from .arms import Arm, Spread, add_legend, bars, differences, draw_curve, limit_of, over_runs, spread_of
 from .landscape_plots import distance_against_ood, distance_matrices, landscapes
 from .records import LossPoint, RunRecord
@@ -68,7 +68,7 @@ def plot_comparison(records: Sequence[RunRecord], folder: str | os.PathLike[str]
         "landscape.png": landscapes({name: found[0] for name, found in minima.items()}),
         "distance_against_ood.png": distance_against_ood(arms),
     }
-    return [save_figure(figure, Path(folder, name)) for name, figure in pictures.items() if figure is not None]
+    return [save_plot(figure, Path(folder, name)) for name, figure in pictures.items() if figure is not None]
 
 
 def _ood_against_train(arms: Sequence[Arm]) -> "Figure | None":
@@ -80,7 +80,7 @@ def _ood_against_train(arms: Sequence[Arm]) -> "Figure | None":
             curves.append((arm, ([train[step] for step in steps], [ood[step] for step in steps])))
     if not any(math.isfinite(mean) for _, (_, y) in curves for mean, _, _ in y):
         return None
-    figure = new_figure(10.5, 5.4)
+    figure = new_plot(10.5, 5.4)
     late, whole = figure.subplots(1, 2, width_ratios=[2.1, 1])
     for axes in (late, whole):
         tidy(axes)
@@ -144,7 +144,7 @@ def _losses(arms: Sequence[Arm]) -> "Figure | None":
     if not any(loss is not None and math.isfinite(loss) for loss in found):
         return None
     rows = math.ceil(len(values) / 2)
-    figure = new_figure(13.0, 1.0 + 1.95 * rows)
+    figure = new_plot(13.0, 1.0 + 1.95 * rows)
     panels = figure.subplots(rows, 4, sharex=True, squeeze=False, width_ratios=[1, 1.7] * 2).reshape(-1, 2)
     for (left, right), (name, value) in zip(panels, values.items(), strict=False):
         for axes in (left, right):
@@ -221,7 +221,7 @@ def _cosines(arms: Sequence[Arm]) -> "Figure | None":
         return None
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(1.5 + 4.7 * len(shown), 4.4)
+    figure = new_plot(1.5 + 4.7 * len(shown), 4.4)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (title, curves) in zip(panels, shown.items(), strict=True):
         tidy(axes)

@@ -1,4 +1,4 @@
-"""One picture of how far the sources of a run pull in the same direction: their gradient cosines."""
+"""Plot of the gradient cosines between the sources of a run."""
 
 import math
 import os
@@ -7,56 +7,54 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .style import draw_matrix, new_figure, save_figure, tidy
+from .style import draw_matrix, new_plot, save_plot, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_cosines"]
 
-_Pairs = dict[tuple[str, str], dict[int, float]]  # source, source -> step -> cosine
+_Pairs = dict[tuple[str, str], dict[int, float]]  # pair of sources -> step -> cosine
 
 
 def plot_cosines(
     log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], path: str | os.PathLike[str]
 ) -> Path | None:
-    """Draws the gradient cosines that `gradient_cosine_steps` logs into a PNG: curves beside the last matrix.
+    """
+    Draw the gradient cosines of a log as curves, and the last ones as a matrix.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`):
-            What `trainer.state.log_history` holds.
+            `trainer.state.log_history`. With `gradient_cosine_steps` it has the keys `cosine/<source>-<source>`.
         sources (`Sequence[str]`):
-            Names of the training sources; the log's keys are `cosine/<source>-<source>`.
+            Names of the training sources.
         path (`str` or `os.PathLike`):
-            File to write, whatever its suffix as PNG. Missing folders are made.
+            PNG file to write. Missing folders are created.
 
     Returns:
-        `Path`, *optional*: `path`; `None` if the log has no cosine, and nothing is written.
+        `Path`, *optional*: `path`; `None` if the log has no finite cosine. Then no file is written.
 
     Example:
-        ```python
-        >>> from hf_nexus.plots.cosines import plot_cosines
-        >>> log = [{"step": s, "cosine/code-text": 0.1 * s} for s in (1, 2, 3)]
         >>> from pathlib import Path
         >>> from tempfile import mkdtemp
+        >>> from hf_nexus.plots.cosines import plot_cosines
+        >>> log = [{"step": s, "cosine/code-text": 0.1 * s} for s in (1, 2, 3)]
         >>> plot_cosines(log, ["code", "text"], Path(mkdtemp(), "cosines.png")).name
         'cosines.png'
-
-        ```
     """
     pairs = _pairs(log_history, sources)
     if not pairs:
         return None
-    figure = new_figure(8.0, 3.6)
+    figure = new_plot(8.0, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     _draw_curves(left, pairs)
-    _draw_matrix(right, pairs, [name for name in sources if any(name in pair for pair in pairs)])
+    _draw_last(right, pairs, [name for name in sources if any(name in pair for pair in pairs)])
     figure.suptitle("gradient cosines between sources, at restored weights", fontsize=10)
-    return save_figure(figure, path)
+    return save_plot(figure, path)
 
 
 def _pairs(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> _Pairs:
-    """The measurements of each pair that has a finite one."""
+    """The finite cosines of each pair that has any."""
     found: _Pairs = {}
     for first, second in combinations(sources, 2):
         for key in (f"cosine/{first}-{second}", f"cosine/{second}-{first}"):
@@ -67,7 +65,6 @@ def _pairs(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> _Pairs:
 
 
 def _draw_curves(axes: "Axes", pairs: _Pairs) -> None:
-    """Every pair as a thin line, which the matrix names, and their mean as a thick one."""
     from matplotlib.ticker import MaxNLocator
 
     steps = sorted({step for points in pairs.values() for step in points})
@@ -84,8 +81,8 @@ def _draw_curves(axes: "Axes", pairs: _Pairs) -> None:
     axes.set_title("grey: each pair    black: their mean", fontsize=9, loc="left")
 
 
-def _draw_matrix(axes: "Axes", pairs: _Pairs, names: Sequence[str]) -> None:
-    """The last cosine of each pair, written into its square; the diagonal is 1 by definition."""
+def _draw_last(axes: "Axes", pairs: _Pairs, names: Sequence[str]) -> None:
+    """Draw the last cosine of each pair as a matrix."""
     last = {pair: points[max(points)] for pair, points in pairs.items()}
     last |= {(second, first): value for (first, second), value in last.items()}
     rows = [[1.0 if a == b else last.get((a, b), math.nan) for b in names] for a in names]

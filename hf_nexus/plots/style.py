@@ -1,4 +1,4 @@
-"""What the pictures share: figures without pyplot, styles that keep apart in grey, matrices and labels."""
+"""What the plots share: figures without pyplot, colors and markers, matrices, labels."""
 
 import math
 import os
@@ -15,30 +15,30 @@ __all__ = [
     "COLORS",
     "MARKERS",
     "draw_matrix",
-    "new_figure",
+    "new_plot",
     "place_labels",
-    "save_figure",
+    "save_plot",
     "series_style",
     "shorten",
     "tidy",
 ]
 
-# The Okabe-Ito colours keep apart under colour blindness; markers and dashes keep the curves apart in grey.
+# Okabe-Ito colors are distinct under color blindness; markers and dashes are distinct in grayscale.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)))
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_plot(width: float, height: float) -> "Figure":
     """
-    An empty figure of `width` by `height` inches.
+    Empty figure of `width` by `height` inches.
 
     Example:
-        >>> from hf_nexus.plots.style import new_figure
-        >>> new_figure(4, 3).get_size_inches().tolist()
+        >>> from hf_nexus.plots.style import new_plot
+        >>> new_plot(4, 3).get_size_inches().tolist()
         [4.0, 3.0]
     """
-    # The object-oriented API with its own canvas: pyplot would choose a GUI backend and keep the figure alive.
+    # pyplot would choose a GUI backend and keep the figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,15 +47,15 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+def save_plot(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     """
-    Write `figure` to `path`, whatever its suffix as PNG. Missing folders are made.
+    Write a figure as PNG, whatever the suffix of `path`. Missing folders are created.
 
     Example:
         >>> from pathlib import Path
         >>> from tempfile import mkdtemp
-        >>> from hf_nexus.plots.style import new_figure, save_figure
-        >>> save_figure(new_figure(4, 3), Path(mkdtemp(), "empty.png")).name
+        >>> from hf_nexus.plots.style import new_plot, save_plot
+        >>> save_plot(new_plot(4, 3), Path(mkdtemp(), "empty.png")).name
         'empty.png'
     """
     path = Path(path)
@@ -65,7 +65,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
 
 
 def tidy(axes: "Axes", fontsize: float = 9) -> None:
-    """A faint grid, and no frame where there are no ticks."""
+    """Draw a faint grid, and hide the frame where there are no ticks."""
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -74,7 +74,7 @@ def tidy(axes: "Axes", fontsize: float = 9) -> None:
 
 def series_style(index: int) -> dict[str, Any]:
     """
-    Colour, marker and dashes of the `index`-th of several curves; the first, to which one compares, is black.
+    Color, marker and dashes of the `index`-th of several curves. Index 0, the baseline, is black.
 
     Example:
         >>> from hf_nexus.plots.style import series_style
@@ -87,7 +87,7 @@ def series_style(index: int) -> dict[str, Any]:
 
 def shorten(name: str, limit: int) -> str:
     r"""
-    `name` in at most `limit` characters, cut in the middle, with what matplotlib would read as a formula escaped.
+    `name` in at most `limit` characters, cut in the middle. `$` is escaped: matplotlib reads it as mathematics.
 
     Example:
         >>> from hf_nexus.plots.style import shorten
@@ -109,26 +109,26 @@ def draw_matrix(
     fontsize: float = 8.0,
 ) -> Any:
     """
-    Draw a matrix with its numbers written in.
+    Draw a matrix with its numbers in the cells.
 
     Args:
         axes (`Axes`):
-            Where to.
+            Axes to draw on.
         names (`Sequence[str]`):
-            Of rows and columns.
+            Labels of the rows and columns.
         rows (`Sequence[Sequence[float]]`):
-            The values; NaN is written as a dash.
+            Values; NaN is written as a dash.
         cmap (`str`), limits (`tuple[float, float]`):
-            Colour map, and the values at its ends.
+            Color map, and the values at its ends.
         number (`str`, *optional*, defaults to `".2f"`), fontsize (`float`, *optional*, defaults to 8.0):
             Format and size of the numbers.
 
     Returns:
-        `AxesImage`: for a colour bar.
+        `AxesImage`: the image, for a color bar.
 
     Example:
-        >>> from hf_nexus.plots.style import draw_matrix, new_figure
-        >>> image = draw_matrix(new_figure(3, 3).subplots(), "ab", [[0, 1], [1, 0]], cmap="Blues", limits=(0, 1))
+        >>> from hf_nexus.plots.style import draw_matrix, new_plot
+        >>> image = draw_matrix(new_plot(3, 3).subplots(), "ab", [[0, 1], [1, 0]], cmap="Blues", limits=(0, 1))
         >>> image.get_array().shape
         (2, 2)
     """
@@ -149,13 +149,13 @@ def draw_matrix(
 
 def place_labels(axes: "Axes", points: Sequence[tuple[float, float]], labels: Sequence[str], **text: Any) -> None:
     """
-    Write each label beside its point, where it hides as little as possible of markers, lines and other labels.
+    Write each label next to its point, where it covers the fewest markers, lines and other labels.
 
-    To be called when all else is drawn: the layout of the figure is fixed by it.
+    Call this last: it fixes the layout of the figure.
 
     Example:
-        >>> from hf_nexus.plots.style import new_figure, place_labels
-        >>> axes = new_figure(3, 3).subplots()
+        >>> from hf_nexus.plots.style import new_plot, place_labels
+        >>> axes = new_plot(3, 3).subplots()
         >>> place_labels(axes, [(0.5, 0.5), (0.51, 0.5)], ["one", "other"])
         >>> [label.get_text() for label in axes.texts]
         ['one', 'other']
@@ -171,33 +171,48 @@ def place_labels(axes: "Axes", points: Sequence[tuple[float, float]], labels: Se
     axes.apply_aspect()
     pixel = figure.dpi / 72
     marks = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
-    lines = [line.get_transform().transform(np.asarray(line.get_xydata(), dtype=float)) for line in axes.lines]
-    pieces = [(a, b) for line in lines for a, b in pairwise(line) if np.isfinite([a, b]).all()]
-    paths = [np.linspace(a, b, int(min(300, 2 + math.dist(a, b) / 4))) for a, b in pieces]
-    drawn = np.concatenate([np.repeat(marks, 8, axis=0), *paths])
-    directions = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)]
-    frame = axes.get_window_extent()
+    drawn = np.concatenate([np.repeat(marks, 8, axis=0), *_line_pixels(axes)])
     taken: list[tuple[Any, Any]] = []
     for point, mark, label in zip(points, marks, labels, strict=True):
         style: dict[str, Any] = {"fontsize": 8.5, "zorder": 6, "xytext": (0, 0), "textcoords": "offset points"} | text
         lead = {"arrowstyle": "-", "color": "0.35", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         written = axes.annotate(label, point, arrowprops=lead, **style)
         size = Text.get_window_extent(written)  # without the line that leads to the point
-        best: tuple[float, Any, Any, bool] = (math.inf, None, None, False)
-        for reach in (7, 15, 26, 40, 56):
-            for right, up in directions:
-                step = reach * pixel / math.hypot(right, up)
-                shift = (step * right - size.width * (1 - right) / 2, step * up - size.height * (1 - up) / 2)
-                corner = mark + np.asarray(shift)
-                low, high = corner - 2, corner + np.asarray((size.width + 2, size.height + 2))
-                hidden = float(np.all((drawn > low) & (drawn < high), axis=1).sum())
-                hidden += 200 * sum(bool(np.all((a < high) & (b > low))) for a, b in taken)
-                outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
-                cost = hidden + 300 * outside + reach / 5
-                if cost < best[0]:
-                    best = (cost, (low, high), (corner - mark) / pixel, reach > 15)
-        taken.append(best[1])
-        written.set_position(tuple(best[2]))
+        corner, reach = _best_corner(axes.get_window_extent(), mark, size, drawn, taken, pixel)
+        taken.append((corner - 2, corner + np.asarray((size.width + 2, size.height + 2))))
+        written.set_position(tuple((corner - mark) / pixel))
         written.set(ha="left", va="bottom")
         assert written.arrow_patch is not None
-        written.arrow_patch.set_visible(best[3])
+        written.arrow_patch.set_visible(reach > 15)
+
+
+def _line_pixels(axes: "Axes") -> list[Any]:
+    """Pixels along each piece of each line, (N, 2), at most 4 pixels apart up to 300 of them."""
+    import numpy as np
+
+    lines = [line.get_transform().transform(np.asarray(line.get_xydata(), dtype=float)) for line in axes.lines]
+    pieces = [(a, b) for line in lines for a, b in pairwise(line) if np.isfinite([a, b]).all()]
+    return [np.linspace(a, b, int(min(300, 2 + math.dist(a, b) / 4))) for a, b in pieces]
+
+
+def _best_corner(
+    frame: Any, mark: Any, size: Any, drawn: Any, taken: Sequence[tuple[Any, Any]], pixel: float
+) -> tuple[Any, int]:
+    """Lower left corner of a label of `size` that covers least, in pixels, and its distance from `mark` in points."""
+    import numpy as np
+
+    directions = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)]
+    best: tuple[float, Any, int] = (math.inf, None, 0)
+    for reach in (7, 15, 26, 40, 56):
+        for right, up in directions:
+            step = reach * pixel / math.hypot(right, up)
+            shift = (step * right - size.width * (1 - right) / 2, step * up - size.height * (1 - up) / 2)
+            corner = mark + np.asarray(shift)
+            low, high = corner - 2, corner + np.asarray((size.width + 2, size.height + 2))
+            hidden = float(np.all((drawn > low) & (drawn < high), axis=1).sum())
+            hidden += 200 * sum(bool(np.all((a < high) & (b > low))) for a, b in taken)
+            outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
+            cost = hidden + 300 * outside + reach / 5
+            if cost < best[0]:
+                best = (cost, corner, reach)
+    return best[1:]

@@ -15,7 +15,7 @@ from ..hub.provenance import find_commit, find_origin, hub_id, public_path
 from ..hub.results import RESULTS_NAME, Evaluation, save_results
 from ..hub.run_summary import LANGUAGE_MODEL, SUMMARY_NAME, MixtureRow, RunSummary
 from ..hub.tasks import find_task
-from ..plots.run import COSINES_NAME, PLOT_NAME, draw_pictures
+from ..plots.run import COSINES_PLOT, TRAINING_PLOT, plot_run
 
 if TYPE_CHECKING:
     from ..mixture.loading import Mixture
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CARD_FILES", "evaluations", "summarize", "write_card"]
 
 # What `write_card` may leave in a folder, all of which belongs beside a published model.
-CARD_FILES = ("README.md", SUMMARY_NAME, PLOT_NAME, COSINES_NAME, RESULTS_NAME)
+CARD_FILES = ("README.md", SUMMARY_NAME, TRAINING_PLOT, COSINES_PLOT, RESULTS_NAME)
 
 _NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
 # What else a log has under `eval_` is a metric.
@@ -110,9 +110,9 @@ def write_card(
     folder = Path(folder or trainer.args.output_dir)
     summary = summarize(trainer, **known)
     if plots:
-        drawn = {path.name for path in draw_pictures(trainer.state.log_history, trainer.data.names, folder)}
-        summary.plot = PLOT_NAME if PLOT_NAME in drawn else None
-        summary.cosine_plot = COSINES_NAME if COSINES_NAME in drawn else None
+        drawn = {path.name for path in plot_run(trainer.state.log_history, trainer.data.names, folder)}
+        summary.plot = TRAINING_PLOT if TRAINING_PLOT in drawn else None
+        summary.cosine_plot = COSINES_PLOT if COSINES_PLOT in drawn else None
     save_card(summary, folder)
     save_results(summary.benchmarks, folder)
     summary.save(folder)

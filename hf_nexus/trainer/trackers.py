@@ -50,10 +50,10 @@ class TrackerPlots(TrainerCallback):
             logger.warning(f"The plots could not be sent to the experiment tracker: {error}")
 
     def _draw_and_send(self, senders: list[Send], state: Any) -> None:
-        from ..plots.run import draw_pictures
+        from ..plots.run import plot_run
 
         with TemporaryDirectory() as folder:
-            for picture in draw_pictures(state.log_history, self.trainer.data.names, folder):
+            for picture in plot_run(state.log_history, self.trainer.data.names, folder):
                 for send in senders:
                     send(f"plots/{picture.stem}", picture, state.global_step)
 

@@ -106,7 +106,7 @@ def figures(monkeypatch) -> dict[str, Figure]:
         drawn[Path(path).name] = figure
         return Path(path)
 
-    monkeypatch.setattr(plots, "save_figure", keep)
+    monkeypatch.setattr(plots, "save_plot", keep)
     return drawn
 
 

@@ -1,6 +1,5 @@
 """From a trainer to its card: the summary holds the run's own numbers, and the folder what the card shows."""
 
-import math
 import re
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from hf_nexus.hub.card import BenchmarkScore
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.run_summary import RunSummary
 from hf_nexus.hub.tasks import find_task
-from hf_nexus.plots.cosines import plot_cosines
 from hf_nexus.trainer.card import CARD_FILES, summarize, write_card
 from hf_nexus.trainer.publishing import _details
 from tests.support.tiny import VOCAB, Rows, tiny_llama
@@ -241,11 +239,3 @@ def test_the_card_of_a_classifier_has_its_metrics_and_its_code_runs(make_trainer
     monkeypatch.chdir(tmp_path / "out")
     exec(code, found := {})
     assert type(found["model"]) is transformers.BertForSequenceClassification
-
-
-def test_cosines_are_drawn_where_there_are_any(tmp_path):
-    log = [{"step": 1, "cosine/a-b-c": 0.5}, {"step": 2, "cosine/a-b-c": math.nan}, {"step": 2, "cosine/x-y": 0.1}]
-    path = tmp_path / "new" / "cosines.png"
-    assert plot_cosines([{"step": 1, "loss": 1.0}], ["a", "b"], path) is None and not path.parent.exists()
-    assert plot_cosines(log[1:2], ["a", "b-c"], path) is None  # nothing finite
-    assert plot_cosines(log[:2], ["a-b", "c", "d"], path) == path and path.read_bytes().startswith(b"\x89PNG")

@@ -112,5 +112,5 @@ def test_a_tracker_that_fails_costs_no_run(trained, monkeypatch, caplog):
 
 
 def test_nothing_is_drawn_without_a_tracker(trained, monkeypatch):
-    monkeypatch.setattr("hf_nexus.plots.run.draw_pictures", lambda *_: pytest.fail("drawn for nobody"))
+    monkeypatch.setattr("hf_nexus.plots.run.plot_run", lambda *_: pytest.fail("drawn for nobody"))
     trained("none")
