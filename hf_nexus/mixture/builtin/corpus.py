@@ -1,21 +1,22 @@
-"""The built-in corpus: harvested from what is installed, or written by a program. Nothing is downloaded.
+"""
+The built-in corpus: text of the installation and generated text. Nothing is downloaded.
 
-The same environment gives the same bytes. OOD sources share no run of 100 characters with any training source.
+The same environment gives the same bytes. OOD sources share no run of 100 characters with training sources.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Literal
 
 from . import harvest
 from .disjoint import blocks, without
-from .generated import common, logic, mathematics, number_theory, reasoning, records
+from .generated import documents
 
 __all__ = ["BUILTIN_SOURCES", "BuiltinSource", "builtin_documents"]
 
-# Bytes of UTF-8 at which a source is complete, and below which it is refused.
+# The size in bytes of UTF-8 at which a source is complete, and the smallest size that is accepted.
 _SIZES = {"train": (2_000_000, 1_000_000), "ood": (500_000, 200_000)}
 
 
@@ -25,71 +26,67 @@ class BuiltinSource:
     One source of the built-in corpus.
 
     Args:
-        name (`str`):
-            What follows `builtin/` in the path of a source.
         role (`str`):
-            `"train"`, or `"ood"` for a source that is evaluated and never trained on.
+            `"train"`, or `"ood"` for a source that is only evaluated.
         license (`str`):
-            The licence of the text: an SPDX name where there is one.
+            The licence of the text, as an SPDX identifier if there is one.
         description (`str`):
             One line for tables and cards.
-        generated (`bool`):
-            Whether a program wrote the text, as opposed to people.
+        texts (`Callable[[], Iterable[str]]`):
+            Yields the texts, in an order that is the same each time.
 
     Example:
         >>> from hf_nexus.mixture.builtin.corpus import BUILTIN_SOURCES
-        >>> [name for name, source in BUILTIN_SOURCES.items() if source.generated]
-        ['mathematics', 'reasoning', 'records', 'logic']
+        >>> [name for name, source in BUILTIN_SOURCES.items() if source.role == "ood"]
+        ['headers', 'licenses', 'readmes', 'logic']
     """
 
-    name: str
     role: Literal["train", "ood"]
     license: str
     description: str
-    generated: bool
+    texts: Callable[[], Iterable[str]]
 
 
 _PACKAGES = "mixed: that of each package"
-BUILTIN_SOURCES: dict[str, BuiltinSource] = {
-    source.name: source
-    for source in (
-        BuiltinSource("code", "train", "PSF-2.0", "Modules of Python's standard library", False),
-        BuiltinSource("documentation", "train", _PACKAGES, "Python's help topics and docstrings of packages", False),
-        BuiltinSource("mathematics", "train", "Apache-2.0", "Arithmetic, algebra, number theory, worked out", True),
-        BuiltinSource("reasoning", "train", "Apache-2.0", "Worded problems in steps, `#### answer` last", True),
-        BuiltinSource("records", "train", "Apache-2.0", "Invented tables in CSV, JSON, YAML, SQL and others", True),
-        BuiltinSource("headers", "ood", "mixed: BSD-3-Clause mostly", "C++ headers that ship inside torch", False),
-        BuiltinSource("licenses", "ood", _PACKAGES, "Licence texts of the installed packages", False),
-        BuiltinSource("readmes", "ood", _PACKAGES, "READMEs of the installed packages", False),
-        BuiltinSource("logic", "ood", "Apache-2.0", "Logic puzzles, of kinds that are nowhere in training", True),
-    )
+_OURS = "Apache-2.0"
+_documentation = partial(harvest.documentation, _SIZES["train"][0])
+BUILTIN_SOURCES = {
+    "code": BuiltinSource("train", "PSF-2.0", "Modules of Python's standard library", harvest.code),
+    "documentation": BuiltinSource("train", _PACKAGES, "Python's help topics, docstrings of packages", _documentation),
+    "mathematics": BuiltinSource("train", _OURS, "Generated problems, worked out", partial(documents, "mathematics")),
+    "reasoning": BuiltinSource("train", _OURS, "Generated stories, worked out", partial(documents, "reasoning")),
+    "records": BuiltinSource("train", _OURS, "Generated tables in several formats", partial(documents, "records")),
+    "headers": BuiltinSource("ood", "mixed: BSD-3-Clause mostly", "C++ headers of torch", harvest.headers),
+    "licenses": BuiltinSource("ood", _PACKAGES, "Licence texts of the installed packages", harvest.licenses),
+    "readmes": BuiltinSource("ood", _PACKAGES, "READMEs of the installed packages", harvest.readmes),
+    "logic": BuiltinSource("ood", _OURS, "Generated logic puzzles", partial(documents, "logic")),
 }
-"""The sources of the built-in corpus by name: five for training, then the OOD sources."""
+"""The sources of the built-in corpus by name: five training sources, then the OOD sources."""
 
 
 def builtin_documents(name: str) -> list[str]:
     """
-    The documents of one source of the built-in corpus: no two are equal, and none ends inside a line.
+    The documents of one source of the built-in corpus. All are different, and each ends at the end of a line.
 
     Training sources have about 2 MB each, OOD sources 0.3 to 0.5 MB. The first call for an OOD source takes a few
-    seconds, as it makes every training source to keep the two apart; later calls in the same process take none.
+    seconds because it builds every training source. The result is cached in the process.
 
     Args:
         name (`str`):
-            One of [`BUILTIN_SOURCES`].
+            A name in [`BUILTIN_SOURCES`].
 
     Returns:
         `list[str]`: The documents, in an order that is the same each time.
 
     Raises:
         ValueError: If there is no such source.
-        RuntimeError: If this environment does not hold enough text, for example because Python was installed without
-            the sources of its standard library.
+        RuntimeError: If this environment has too little text, for example because Python was installed without the
+            source files of its standard library.
 
     Example:
         >>> from hf_nexus.mixture.builtin.corpus import builtin_documents
         >>> print(builtin_documents("reasoning")[0].splitlines()[1])
-        The start is 14 * 60 + 13 = 853 minutes after midnight.
+        Then 74 - 15 = 59 are left.
     """
     if name not in BUILTIN_SOURCES:
         raise ValueError(f"There is no built-in source {name!r}. Choose one of: {', '.join(BUILTIN_SOURCES)}.")
@@ -98,50 +95,29 @@ def builtin_documents(name: str) -> list[str]:
 
 @cache
 def _documents(name: str) -> tuple[str, ...]:
-    size, least = _SIZES[BUILTIN_SOURCES[name].role]
-    documents: dict[str, None] = {}
+    source = BUILTIN_SOURCES[name]
+    size, least = _SIZES[source.role]
+    found: dict[str, None] = {}
     total = 0
-    for text in _apart(name) if BUILTIN_SOURCES[name].role == "ood" else _texts(name):
+    for text in source.texts() if source.role == "train" else _disjoint(source.texts()):
         if total >= size:
             break
-        if text not in documents:
-            documents[text] = None
+        if text not in found:
+            found[text] = None
             total += len(text.encode())
     if total < least:
         raise RuntimeError(
-            f"The built-in source {name!r} ({BUILTIN_SOURCES[name].description}) came to {total} bytes here; it needs "
-            f"{least}. Install Python with its standard library and the packages of hf_nexus from wheels, or leave "
-            f"builtin/{name} out of the mixture."
+            f"The built-in source {name!r} ({source.description}) has {total} bytes in this environment and needs "
+            f"{least}. Install Python with its standard library and the packages of hf_nexus from wheels, or remove "
+            f"builtin/{name} from the mixture."
         )
-    return tuple(documents)
+    return tuple(found)
 
 
-def _texts(name: str) -> Iterable[str]:
-    match name:
-        case "code":
-            return harvest.code()
-        case "documentation":
-            return harvest.documentation(_SIZES["train"][0])
-        case "mathematics":
-            return common.documents(name, mathematics.PROBLEMS + number_theory.PROBLEMS)
-        case "reasoning":
-            return common.documents(name, reasoning.PROBLEMS)
-        case "records":
-            return common.documents(name, records.PROBLEMS)
-        case "headers":
-            return harvest.headers()
-        case "licenses":
-            return harvest.licenses()
-        case "readmes":
-            return harvest.readmes()
-    assert name == "logic", name
-    return common.documents(name, logic.PROBLEMS)
-
-
-def _apart(name: str) -> Iterator[str]:
-    """The texts of an OOD source without what training holds as well."""
+def _disjoint(texts: Iterable[str]) -> Iterator[str]:
+    """The texts without what they share with training sources."""
     known = _training_blocks()
-    for text in _texts(name):
+    for text in texts:
         for passage in without(text, known):
             yield from harvest.split(passage)
 

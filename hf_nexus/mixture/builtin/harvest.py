@@ -1,6 +1,7 @@
-"""Text that lies on every machine which can run hf_nexus: the standard library, and the packages it depends on.
+"""
+Text that every installation of hf_nexus has: the standard library and the packages that hf_nexus depends on.
 
-Packages are found without being imported, and everything is read in an order that depends on names alone.
+Packages are found without being imported. The order depends on names alone, not on the file system.
 """
 
 import ast
@@ -18,44 +19,26 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# Byte tables, tests, other people's packages, and what distributions of Python tend to leave out.
-_NOT_CODE = (
-    "dist-packages",
-    "distutils",
-    "encodings",
-    "ensurepip",
-    "idlelib",
-    "lib2to3",
-    "pydoc_data",
-    "site-packages",
-)
-_TESTS = ("test", "tests", "testing", "idle_test")
-_DOCUMENTED = (
-    "numpy",
-    "torch/nn",
-    "torch/optim",
-    "networkx",
-    "sympy",
-    "matplotlib",
-    "transformers",
-    "huggingface_hub",
-)
-# What these need in turn is found from their metadata.
-_REQUIRED = ("torch", "transformers", "accelerate", "datasets", "numpy", "pyyaml", "matplotlib", "rich", "typer")
+# Byte tables, packages of other projects, and modules that some distributions of Python leave out.
+_NOT_CODE = "dist-packages distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages"
+_TESTS = "test tests testing idle_test"
+_DOCUMENTED = "numpy torch/nn torch/optim networkx sympy matplotlib transformers huggingface_hub"
+_REQUIRED = "torch transformers accelerate datasets numpy pyyaml matplotlib rich typer"
 _LICENSE_FILE = re.compile(r"\.dist-info/(.*/)?[^/]*(LICEN[CS]E|COPYING|NOTICE)[^/]*$", re.IGNORECASE)
 
 
 def split(text: str, size: int = 3000) -> Iterator[str]:
     """
-    Cuts a text into pieces: past `size` characters at a blank line before unindented text, past twice `size` at any
-    blank line, past four times `size` at any line. Pieces under 200 characters are dropped: they say mostly where
-    documents end.
+    Cut a text into pieces of about `size` characters.
+
+    A piece ends before an unindented line that follows a blank line. A piece of twice `size` ends at any blank line,
+    and one of four times `size` at any line. Pieces under 200 characters are dropped.
 
     Args:
         text (`str`):
             Source code or prose.
         size (`int`, *optional*, defaults to `3000`):
-            The length in characters that pieces are cut at when the text allows it.
+            The length in characters after which a piece may end.
 
     Example:
         >>> from hf_nexus.mixture.builtin.harvest import split
@@ -81,70 +64,72 @@ def _piece(lines: list[str]) -> Iterator[str]:
 
 
 def _scattered(names: Iterable[str]) -> list[str]:
-    """The names in the order of their hashes: whatever comes first is a sample of the whole."""
+    """The names in the order of their hashes. The first ones are a sample of all."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def _files(root: Path, suffix: str, skip: Collection[str] = ()) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The files below `root`, scattered, and the parts of their paths from there; `skip` names directories."""
+def _files(root: Path, suffix: str, skip: Collection[str] = ()) -> Iterator[str]:
+    """Scattered paths, relative to `root`, of the files that are in no folder named in `skip`."""
     found: list[str] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(suffix)]
-    for name in _scattered(found):
-        yield root / name, tuple(name.split("/"))
+    yield from _scattered(found)
 
 
 def _text(path: Path) -> str:
-    """The file's text, or nothing where it is not UTF-8. Line ends are "\\n" everywhere."""
+    """The text of a file with `\\n` line ends, or an empty one if the file is not UTF-8."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
         return ""
 
 
+def _parsed(path: Path) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in strings that are not raw
+        return ast.parse(_text(path))
+
+
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"The built-in corpus reads the files of {name}, which is missing: pip install {name}.")
+        raise ImportError(f"The built-in corpus reads the files of {name}, which is not installed: pip install {name}")
     return Path(spec.submodule_search_locations[0])
 
 
 def code() -> Iterator[str]:
-    """Pieces of the standard library's modules."""
+    """Pieces of the modules of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path, parts in _files(root, ".py", (*_NOT_CODE, *_TESTS)):
-        # Directories such as config-3.12-x86_64 and files such as _sysconfigdata hold the paths of this machine.
-        if not parts[0].startswith(("_sysconfigdata", "config-")):
-            yield from split(_text(path))
+    for name in _files(root, ".py", (*_NOT_CODE.split(), *_TESTS.split())):
+        if not name.startswith(("_sysconfigdata", "config-")):  # These contain paths of the machine.
+            yield from split(_text(root / name))
 
 
 def documentation(size: int) -> Iterator[str]:
     """
-    Python's help topics, then docstrings of several packages in equal shares.
+    Python's help topics, then docstrings of several packages.
 
     Args:
         size (`int`):
-            Bytes wanted. A package that has more than its share is left early.
+            Number of bytes, about equal for each package.
     """
-    topics = 0
-    for text in _help_topics():
-        topics += len(text.encode())
-        yield text
-    share = (size - topics) / len(_DOCUMENTED)
-    for place in _DOCUMENTED:
-        name, _, below = place.partition("/")
-        left = share
-        for text in _docstrings(_package(name) / below, place.replace("/", ".")):
-            left -= len(text.encode())
+    topics = list(_help_topics())
+    yield from topics
+    budget = (size - sum(len(text.encode()) for text in topics)) / len(_DOCUMENTED.split())
+    for place in _DOCUMENTED.split():
+        name, _, folder = place.partition("/")
+        left = budget
+        for text in _docstrings(_package(name) / folder, place.replace("/", ".")):
             yield text
+            left -= len(text.encode())
             if left <= 0:
                 break
 
 
 def _help_topics() -> Iterator[str]:
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
-    if path.exists():  # Some distributions of Python keep it in a package of its own.
+    if path.exists():  # Some distributions of Python have it in a separate package.
         for node in ast.walk(_parsed(path)):
             if isinstance(node, ast.Dict):
                 for topic in node.values:
@@ -152,13 +137,13 @@ def _help_topics() -> Iterator[str]:
 
 
 def _docstrings(root: Path, package: str) -> Iterator[str]:
-    for path, parts in _files(root, ".py", _TESTS):
-        module = ".".join((package, *parts[:-1], path.stem)).removesuffix(".__init__")
-        yield from _described(_parsed(path), module)
+    for name in _files(root, ".py", _TESTS.split()):
+        module = f"{package}.{name.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+        yield from _described(_parsed(root / name), module)
 
 
 def _described(node: ast.AST, name: str) -> Iterator[str]:
-    """A document for each docstring of some length, headed by what it describes."""
+    """A document for each docstring of 300 characters or more, with the signature as its first line."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text and len(text) >= 300:
@@ -169,22 +154,16 @@ def _described(node: ast.AST, name: str) -> Iterator[str]:
                 yield from _described(child, f"{name}.{child.name}")
 
 
-def _parsed(path: Path) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a string that is not raw: theirs, not ours.
-        return ast.parse(_text(path))
-
-
 def headers() -> Iterator[str]:
-    """Pieces of the C++ headers that torch ships, without the generated ones and those of other projects."""
+    """Pieces of the C++ headers of torch, without the generated ones and those of other projects."""
     root = _package("torch") / "include"
-    for path, parts in _files(root, ".h", ("ops",)):
-        if parts[0] in ("ATen", "c10") or parts[:2] == ("torch", "csrc"):
-            yield from split(_text(path))
+    for name in _files(root, ".h", ("ops",)):
+        if name.startswith(("ATen/", "c10/", "torch/csrc/")):
+            yield from split(_text(root / name))
 
 
 def readmes() -> Iterator[str]:
-    """Pieces of the long descriptions of all packages that hf_nexus needs."""
+    """Pieces of the long descriptions of the required packages."""
     packages = required_packages()
     for name in _scattered(packages):
         metadata = packages[name].metadata
@@ -193,7 +172,7 @@ def readmes() -> Iterator[str]:
 
 
 def licenses() -> Iterator[str]:
-    """Pieces of the licence texts of all packages that hf_nexus needs; one that says little new is left out."""
+    """Pieces of the licence texts of the required packages. A text that mostly repeats earlier ones is left out."""
     seen: set[str] = set()
     for package in required_packages().values():
         for file in sorted(package.files or (), key=str):
@@ -207,23 +186,21 @@ def licenses() -> Iterator[str]:
 
 
 def required_packages() -> dict[str, Distribution]:
-    """Every installed package that hf_nexus needs, directly or not, in the order of names; extras do not count."""
+    """The installed packages that hf_nexus needs, directly or not, by name. Extras do not count."""
     found: dict[str, Distribution] = {}
-    waiting: Iterable[str] = _REQUIRED
-    while waiting:
-        needed: list[str] = []
-        for name in map(canonicalize_name, waiting):
-            try:
-                package = found[name] if name in found else distribution(name)
-            except PackageNotFoundError:
-                continue
-            if name not in found:
-                found[name] = package
-                needed += _needs(package)
-        waiting = needed
+
+    def add(name: str) -> None:
+        name = canonicalize_name(name)
+        if name in found:
+            return
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:
+            return
+        for needed in map(Requirement, found[name].requires or ()):
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                add(needed.name)
+
+    for name in _REQUIRED.split():
+        add(name)
     return dict(sorted(found.items()))
-
-
-def _needs(package: Distribution) -> list[str]:
-    requirements = map(Requirement, package.requires or ())
-    return [needed.name for needed in requirements if not needed.marker or needed.marker.evaluate({"extra": ""})]

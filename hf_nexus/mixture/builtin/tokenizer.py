@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the mixture it will be used for."""
+"""A byte-level BPE tokenizer that is trained on the mixture."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -12,30 +12,28 @@ __all__ = ["EOS_TOKEN", "PAD_TOKEN", "train_tokenizer"]
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|padding|>"
-# Merges stay within a word with the space before it, one digit, a run of signs or a run of white space.
+# A merge stays within a word and the space before it, one digit, a run of signs or a run of white space.
 _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """
-    Trains a byte-level BPE tokenizer: any text is encoded without an unknown token and decoded without loss.
+    Train a byte-level BPE tokenizer. It encodes any text without unknown tokens and decodes it without loss.
 
-    Each digit is a token of its own, so that numbers look alike whatever their length. Encoding adds no special
-    tokens; whoever packs the documents puts `eos_token` between them. The same documents give the same tokenizer.
+    Each digit is one token, and encoding adds no special tokens. The same documents give the same tokenizer.
 
     Args:
         documents (`Iterable[str]`):
-            The text to learn merges from. The built-in training sources take a few seconds, every fourth of their
-            documents about one, with tokens as long.
+            The text to learn merges from. The built-in training sources take a few seconds.
         vocab_size (`int`):
-            Number of tokens, with the two special tokens and the 256 bytes. Fewer result if the documents run out of
-            pairs that occur twice: size a model by `len(tokenizer)`.
+            Number of tokens, including two special tokens and 256 bytes. The result has fewer tokens if the documents
+            run out of pairs that occur twice, so size a model by `len(tokenizer)`.
 
     Returns:
         `PreTrainedTokenizerFast`: With `eos_token` (`"<|endoftext|>"`, id 0) and `pad_token` (`"<|padding|>"`, id 1).
 
     Raises:
-        ValueError: If `vocab_size` does not hold the special tokens and the bytes.
+        ValueError: If `vocab_size` is smaller than the number of special tokens and bytes.
 
     Example:
         >>> from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
@@ -47,22 +45,18 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
     """
     from transformers import PreTrainedTokenizerFast
 
-    # The set of bytes comes in no fixed order.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # It comes in random order.
     special = [EOS_TOKEN, PAD_TOKEN]
     least = len(alphabet) + len(special)
     if vocab_size < least:
         raise ValueError(
-            f"`vocab_size` is {vocab_size}; the {len(alphabet)} bytes and {len(special)} special tokens alone take "
-            f"{least}. Choose {least} or more."
+            f"`vocab_size` is {vocab_size}, but {len(special)} special tokens and {len(alphabet)} bytes need {least}. "
+            f"Choose {least} or more."
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -20,7 +20,7 @@ WORDS = ["sum", "root", "square", "cube", "ratio", "share"]
 TEXT = [f"The {word} of number {n} is {n * n}.\n\tdef {word}(x): return x" for n in range(20) for word in WORDS]
 TRAIN = """
 import json, sys
-from hf_nexus.mixture.tokenizer import train_tokenizer
+from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 print(train_tokenizer(*json.load(sys.stdin)).backend_tokenizer.to_str())
 """
 
@@ -35,18 +35,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return copy.deepcopy(trained())  # Padding changes its state.
 
 
-def test_the_vocabulary_has_the_size_asked_for_and_special_tokens_first(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_vocabulary_has_its_size_and_special_tokens_first(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) == tokenizer.vocab_size == SIZE
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == (EOS_TOKEN, 0)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == (PAD_TOKEN, 1)
 
 
-def test_words_of_the_corpus_become_tokens_and_nothing_is_added(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_words_become_tokens_and_nothing_is_added(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer("The square of number")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["The", "Ġsquare", "Ġof", "Ġnumber"]
 
 
-def test_each_digit_is_a_token_of_its_own_however_often_a_number_occurs() -> None:
+def test_each_digit_is_one_token_even_in_frequent_numbers() -> None:
     tokens = train_tokenizer(["in 2024 and 2024, year2024"] * 50, 1000).tokenize("from 2024 to 361, x14")
     digits = [token.lstrip("Ġ") for token in tokens if any(sign.isdigit() for sign in token)]
     assert digits == list("202436114")
@@ -81,6 +81,7 @@ def test_padding_works_in_a_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     assert batch["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
 
 
+@pytest.mark.slow
 def test_another_process_trains_the_same_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "4711", "RAYON_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     command, given = [sys.executable, "-c", TRAIN], json.dumps([TEXT, SIZE])
@@ -94,6 +95,6 @@ def test_a_small_corpus_gives_a_smaller_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [0, 257])
-def test_a_vocabulary_without_room_for_all_bytes_is_refused(vocab_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"`vocab_size` is {vocab_size}; .* Choose 258 or more"):
+def test_a_vocabulary_without_room_for_bytes_is_refused(vocab_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"`vocab_size` is {vocab_size}, .* Choose 258 or more"):
         train_tokenizer(TEXT, vocab_size)
