@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import SourceConfig
-from .strict import BUILTIN_PREFIX
+from .config import BUILTIN_PREFIX, SourceConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -25,7 +25,7 @@ def arguments_of(name: str, *flags: str):
 
 def parameters_of(name: str) -> int:
     arguments = arguments_of(name)
-    return count_parameters(model_config(arguments.model, arguments.data.sequence_length))
+    return count_parameters(model_config(arguments.model, arguments.mixture.sequence_length))
 
 
 def test_the_five_configurations_are_found_by_name():
