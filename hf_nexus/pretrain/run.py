@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from ..files import one_line_errors
-from ..mixture.plan import check_map_style
+from ..mixture.loading import check_loadable
 from ..trainer.checkpoints import last_checkpoint
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
@@ -160,7 +160,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     from .console import RunLog
 
     args = arguments.training
-    check_map_style(arguments.mixture)
+    check_loadable(arguments.mixture)
     checkpoint = find_checkpoint(arguments)
     console = _console(quiet=args.process_index > 0)
     if args.cpu_threads is not None:

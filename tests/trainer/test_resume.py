@@ -87,7 +87,7 @@ def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
 ) -> None:
     expected = whole(kind, schedule)
     if kind != "map-style":  # later passes are among what is resumed
-        assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["lanes"]["0"].values()) >= 1
+        assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["partitions"]["0"].values()) >= 1
     for step in range(1, STEPS):
         data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
         resumed = run(tmp_path, data, checkpoint(expected, step), **config)
@@ -524,12 +524,15 @@ def test_rows_that_are_skipped_are_counted_in_the_log_and_when_resumed(tmp_path:
 
     trainer = run(tmp_path / "whole", data("skip"))
     counts = [entry["skipped_rows/a"] for entry in trainer.state.log_history if "skipped_rows/a" in entry]
-    assert counts == sorted(counts) and counts[-1] == trainer._progress.state_dict(STEPS)["lanes"]["0"]["a"]["skipped"]
+    assert (
+        counts == sorted(counts)
+        and counts[-1] == trainer._progress.state_dict(STEPS)["partitions"]["0"]["a"]["skipped"]
+    )
     assert counts[-1] >= 4
     resumed = run(tmp_path, data("skip"), checkpoint(trainer, 3))
     assert differences(resumed, trainer, 3) == []
     assert [e.get("skipped_rows/a") for e in resumed.state.log_history if "loss" in e][-1] == counts[-1]
-    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] cannot be used.*on_error to 'skip'"):
+    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] is unusable.*on_error to 'skip'"):
         run(tmp_path / "raise", data("raise"))
 
 

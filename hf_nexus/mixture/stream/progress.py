@@ -91,9 +91,11 @@ class StreamProgress:
         retired = saved.get("retired", {}).items()
         self.retired: dict[str, int] = {name: first for name, (limit, first) in retired if self._limit(name) == limit}
         self.sent = step * self._k - 1  # the last micro-batch sent for
-        self._lanes: dict[str, Any] = {lane: dict(states) for lane, states in saved.get("lanes", {}).items()}
+        self._partitions: dict[str, Any] = {
+            index: dict(states) for index, states in saved.get("partitions", {}).items()
+        }
         self._pending: tuple[int, list[StreamState]] = (step, [])
-        self.stream.begin(self._lanes)
+        self.stream.begin(self._partitions)
 
     def source_of(self, number: int) -> int:
         """
@@ -160,14 +162,14 @@ class StreamProgress:
         window, states = self._pending
         if window < step:
             for state in states:
-                state.store(self._lanes)
+                state.store(self._partitions)
             self._pending = (step, [])
 
     def skipped_rows(self, step: int) -> dict[str, int]:
         """For each source, rows that this rank skipped before an outer step because they could not be used."""
         self._commit(step)
         counts = dict.fromkeys(self.stream.names, 0)
-        for states in self._lanes.values():
+        for states in self._partitions.values():
             for name, state in states.items():
                 counts[name] += state.get("skipped", 0)
         return counts
@@ -177,7 +179,7 @@ class StreamProgress:
         self._commit(step)
         state = {
             "first": self._first,
-            "lanes": self._lanes,
+            "partitions": self._partitions,
             "retired": {name: [self._limit(name), first] for name, first in self.retired.items()},
             "schedule": self._schedules.get(step, self._schedule.state_dict()),
             "shares": {str(s): shares.tolist() for s, shares in self._shares.items() if s >= step},
