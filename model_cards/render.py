@@ -21,7 +21,7 @@ from hf_nexus.hub.run_summary import RunSummary
 from hf_nexus.pretrain.card import planned_summary
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
-from hf_nexus.trainer.card import CARD_FILES, write_card
+from hf_nexus.trainer.card import CARD_FILES
 
 FOLDER = Path(__file__).resolve().parent
 # What no trainer knows. The built-in corpus is what an installation holds: English text and code.
@@ -100,7 +100,7 @@ def finetune(base: Path, folder: Path) -> None:
     )
     trainer.train()
     trainer.save_model()
-    write_card(trainer, model_name=f"{base.resolve().name}-lora", prompt="If")
+    trainer.write_card(model_name=f"{base.resolve().name}-lora", prompt="If")
 
 
 def main() -> None:

@@ -200,3 +200,58 @@ def test_the_foreach_kernels_that_walk_and_restore_exist():
     torch._foreach_sqrt_(a)
     torch._foreach_zero_(a)
     assert [float(n) for n in norms] == pytest.approx([0, 3**0.5]) and not any(t.any() for t in a)
+
+
+def stock_trainer(folder):
+    args = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, hub_token="secret")
+    return Trainer(tiny_llama(), args, train_dataset=Rows(8, 0), eval_dataset=Rows(4, 1))
+
+
+def test_an_evaluation_is_logged_and_announced_through_the_handler(tmp_path):
+    """`held_back` replaces these two for a while, since no argument of `evaluate` leaves them out."""
+    trainer, seen = stock_trainer(tmp_path), []
+    handler = trainer.callback_handler
+
+    def note(name):
+        def event(args, state, control, *values):
+            seen.append(name)
+            return control
+
+        return event
+
+    vars(handler).update(on_log=note("log"), on_evaluate=note("evaluate"))
+    trainer.evaluate()
+    assert seen == ["log", "evaluate"] and len(trainer.state.log_history) == 1
+
+
+def test_a_prediction_closes_the_bar_of_an_evaluation():
+    from transformers import ProgressCallback
+
+    state = TrainerState()
+    bars = ProgressCallback()
+    bars.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
+    assert bars.prediction_bar is not None
+    bars.on_predict(None, state, None, metrics={})
+    assert bars.prediction_bar is None
+
+
+def test_saved_arguments_hold_the_token(tmp_path):
+    """Saved arguments are uploaded, so ours are saved without it."""
+    trainer = stock_trainer(tmp_path)
+    trainer.save_model()
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token == "secret"
+
+
+def test_averaging_over_devices_is_asked_of_the_arguments():
+    """Neither method takes an argument for it, so `changed` sets it for a while."""
+    for method in (Trainer._get_num_items_in_batch, Trainer.compute_loss):
+        assert "self.args.average_tokens_across_devices" in inspect.getsource(method)
+
+
+def test_states_without_a_callback_are_saved_and_loaded(tmp_path):
+    """Totals and the status of publishing travel in `stateful_callbacks`."""
+    trainer = stock_trainer(tmp_path)
+    trainer.state.stateful_callbacks["TrainingMeter"] = {"args": {}, "attributes": {"unit": "rows"}}
+    trainer.save_state()
+    loaded = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
+    assert loaded.stateful_callbacks["TrainingMeter"]["attributes"] == {"unit": "rows"}

@@ -17,7 +17,6 @@ from ..mixture.stream.documents import StreamedDocuments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
 from ..trainer.checkpoints import last_checkpoint
-from ..trainer.cosines import source_cosines
 from .config import ComparisonConfig
 from .parts import Task
 from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
@@ -136,7 +135,7 @@ class Run:
             arm=self.arm,
             seed=self.seed,
             settings=self.settings,
-            curve=_curve(log, run.mixture, window * run.arguments.mixture.sequence_length),
+            curve=_curve(log, run.mixture, window * run.arguments.data.sequence_length),
             seconds=next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), 0.0),
         )
         if self.trial:
@@ -147,7 +146,7 @@ class Run:
             if "loss" in entry
         ]
         last = run.trainer.state.global_step
-        record.cosines = [*_logged_cosines(log, names), (last, _pairs(source_cosines(run.trainer)))]
+        record.cosines = [*_logged_cosines(log, names), (last, _pairs(run.trainer.source_cosines()))]
         for name, task in self.config.tasks.items():
             scores = answer_scores(
                 run.trainer.model,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
-from ..mixture.isolation import IsolateDocuments, choose_isolation, needs_flat_rows
+from ..mixture.isolation import isolated_collator
 from .losses import TokenMean
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ class HeldOut:
 
 def held_out_rows(model: Any, mixture: "Mixture", batch_size: int) -> dict[str, HeldOut]:
     """The held-out rows of each source that has some, OOD sources last; documents are isolated as in training."""
-    attention = model.config._attn_implementation
-    collate: Callable[[list], Any] = default_data_collator
-    if choose_isolation(mixture.config.isolate_documents, attention):
-        collate = IsolateDocuments(collate, mixture.eos_token_id, needs_flat_rows(attention))
+    wanted, attention = mixture.config.isolate_documents, model.config._attn_implementation
+    collate = isolated_collator(default_data_collator, wanted, attention, mixture.eos_token_id)
     return {name: HeldOut(model, rows, collate, batch_size) for name, rows in mixture.eval.items()}

@@ -1,4 +1,4 @@
-"""Map-style mixtures: several sources as one dataset, and the order in which their rows are read."""
+"""Map-style mixtures: several sources as one dataset, and the order of their rows."""
 
 import zlib
 from collections.abc import Iterator, Mapping
@@ -54,38 +54,38 @@ class MixtureDataset(torch.utils.data.Dataset):
         return self.sources[self.names[source]][int(index - self.offsets[source])]
 
     def __getitems__(self, indices: list[int]) -> list:
-        """The rows of one micro-batch; if they are all of one source, as in training, they know which."""
+        """The rows of one micro-batch, tagged with their source if they share one, as in training."""
         source = int(np.searchsorted(self.offsets, indices[0], side="right")) - 1
         offset, end = self.offsets[source], self.offsets[source + 1]
         if not all(offset <= i < end for i in indices):
-            return [self[i] for i in indices]  # evaluated in order, say
+            return [self[i] for i in indices]  # in evaluation, for example
         dataset, local = self.sources[self.names[source]], [int(i - offset) for i in indices]
         fetch = getattr(dataset, "__getitems__", None)
         return TaggedRows(fetch(local) if fetch is not None else (dataset[i] for i in local), self.names[source])
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on: Accelerate reaches the dataset, but not the sampler, once it skips batches on resume."""
+        """Pass the epoch to the sampler, which Accelerate does not reach when it skips batches on resume."""
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
 
 
 class MixtureSampler(torch.utils.data.Sampler[int]):
     """
-    Row indices of a [`MixtureDataset`] such that each stretch of `rows` is one micro-batch of one source.
+    Row indices of a [`MixtureDataset`]. Each group of `rows` indices is one micro-batch of one source.
 
-    The run is one sequence of micro-batches; epoch e is its e-th stretch of `total rows // rows` micro-batches,
-    whatever the weights. Each source is read in an order drawn from (seed, source, pass), a new one for each pass over
-    it, without losing or repeating a row within a pass.
+    The run is one sequence of micro-batches. Epoch e is the e-th part of `total rows // rows` micro-batches, for any
+    weights. Each source is read in an order drawn from (seed, source, pass): each pass has another order, and holds
+    every row once.
 
     Args:
         dataset (`MixtureDataset`):
             The rows.
         schedule (`SourceSchedule`):
-            Which source comes when.
+            The source of each micro-batch.
         rows (`int`):
             Rows of one micro-batch over all ranks: batch size per device * number of ranks.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the orders.
+            Seed of the orders of rows.
 
     Raises:
         ValueError: a source of positive weight has fewer rows than one micro-batch.
@@ -107,7 +107,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         dataset.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
-        """Read the `epoch`-th stretch next."""
+        """Read epoch number `epoch` next."""
         self.epoch = epoch
 
     def micro_batches_per_epoch(self) -> int:

@@ -1,4 +1,4 @@
-"""Documents that share a packed row without attending to each other."""
+"""Documents of a packed row that do not attend to each other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from transformers.utils.generic import is_flash_attention_requested
 
-__all__ = ["IsolateDocuments", "choose_isolation", "isolates", "needs_flat_rows"]
+__all__ = ["IsolateDocuments", "choose_isolation", "isolated_collator", "isolates", "needs_flat_rows"]
 
-# These build a mask of blocks from position ids that restart, if there is no attention mask.
+# Without an attention mask, these build a block mask from position ids that restart.
 _MASKED = ("eager", "sdpa", "flex_attention")
 
 
 def isolates(attn_implementation: str) -> bool:
     """
-    Whether an attention implementation of transformers keeps documents apart whose position ids restart.
+    Whether an attention implementation of transformers separates documents whose position ids restart.
 
     It does so only without an `attention_mask` and without a cache (`use_cache=False`, as the Trainer sets it).
 
@@ -29,7 +29,7 @@ def isolates(attn_implementation: str) -> bool:
 
 def needs_flat_rows(attn_implementation: str) -> bool:
     """
-    Whether an attention implementation looks at restarting position ids only where the batch is one long row.
+    Whether an attention implementation uses restarting position ids only if the batch is one long row.
 
     Example:
         >>> from hf_nexus.mixture.isolation import needs_flat_rows
@@ -41,16 +41,16 @@ def needs_flat_rows(attn_implementation: str) -> bool:
 
 def choose_isolation(wanted: bool | None, attn_implementation: str) -> bool:
     """
-    Whether a run isolates documents: as wanted, else where the attention allows it.
+    Whether a run isolates documents: as wanted, or by default if the attention implementation can do it.
 
     Args:
         wanted (`bool`, *optional*):
             [`MixtureConfig`]'s `isolate_documents`.
         attn_implementation (`str`):
-            Of the model: `model.config._attn_implementation`.
+            The model's: `model.config._attn_implementation`.
 
     Raises:
-        ValueError: it is wanted, and the attention cannot do it.
+        ValueError: it is wanted, and the attention implementation cannot do it.
 
     Example:
         >>> from hf_nexus.mixture.isolation import choose_isolation
@@ -60,27 +60,41 @@ def choose_isolation(wanted: bool | None, attn_implementation: str) -> bool:
     possible = isolates(attn_implementation)
     if wanted and not possible:
         raise ValueError(
-            f"isolate_documents: the attention implementation {attn_implementation!r} cannot keep the documents of a "
-            f"row apart. Use one of {', '.join(_MASKED)}, flash_attention_2, or set isolate_documents to false."
+            f"isolate_documents: the attention implementation {attn_implementation!r} cannot separate the documents "
+            f"of a row. Use one of {', '.join(_MASKED)}, flash_attention_2, or set isolate_documents to false."
         )
     return possible if wanted is None else wanted
 
 
+def isolated_collator(
+    collate: Callable[[list], Any], wanted: bool | None, attn_implementation: str, eos_token_id: int
+) -> Callable[[list], Any]:
+    """
+    The collator of a run: [`IsolateDocuments`] around `collate`, or `collate` itself, as [`choose_isolation`] decides.
+
+    Raises:
+        ValueError: as for [`choose_isolation`].
+    """
+    if not choose_isolation(wanted, attn_implementation):
+        return collate
+    return IsolateDocuments(collate, eos_token_id, needs_flat_rows(attn_implementation))
+
+
 class IsolateDocuments:
     """
-    Wrap a collator so that the documents of its packed rows stand alone: `position_ids` restart after each EOS, and no
-    first token of a document is a target, since what comes before it says nothing about it.
+    A collator whose packed rows hold independent documents: `position_ids` restart after each EOS, and the first token
+    of a document is no target.
 
     Args:
         collate (`Callable[[list], Any]`):
-            Returns a mapping with `input_ids` and `labels`, both (B, L), which the model shifts.
+            The wrapped collator. Returns a mapping with `input_ids` and `labels`, both (B, L), which the model shifts.
         eos_token_id (`int`):
-            Ends each document.
+            The token that ends each document.
         flatten (`bool`, *optional*, defaults to `False`):
-            Lay the rows end to end, (1, B * L), for attention that [`needs_flat_rows`].
+            Lay the rows end to end, (1, B * L), for attention implementations that [`needs_flat_rows`].
 
     Raises:
-        ValueError: on a batch with padding, which needs the attention mask that isolation must do without.
+        ValueError: a batch has padding, which needs an attention mask.
 
     Example:
         >>> import torch
@@ -102,16 +116,16 @@ class IsolateDocuments:
         mask = batch.pop("attention_mask", None)
         if mask is not None and not mask.all():
             raise ValueError(
-                "The collator pads the rows, and documents can be isolated only in rows without padding. Pack them to "
+                "The collator pads the rows, and only documents in rows without padding can be isolated. Pack them to "
                 "one length, or set isolate_documents to false."
             )
         ids = batch["input_ids"].numpy()
-        first = np.ones(ids.shape, dtype=bool)  # of a document, or of what a row holds of it
+        first = np.ones(ids.shape, dtype=bool)  # token of a document, or of its part in this row
         first[:, 1:] = ids[:, :-1] == self.eos_token_id
         starts = np.flatnonzero(first)
         positions = np.arange(ids.size) - np.repeat(starts, np.diff(starts, append=ids.size))
         batch["position_ids"] = torch.from_numpy(positions).view(ids.shape)
-        batch["labels"] = batch["labels"].clone()  # a collator may return the tokens themselves
+        batch["labels"] = batch["labels"].clone()  # they may share memory with input_ids
         batch["labels"].view(-1)[torch.from_numpy(starts)] = -100
         if self.flatten:
             for name in ("input_ids", "labels", "position_ids"):

@@ -1,4 +1,4 @@
-"""The state of the data in a checkpoint: what it was read from, and for streams where each source stands."""
+"""The data in a checkpoint: a description of what is read, and the positions of streams."""
 
 import json
 from collections.abc import Mapping, Sized
@@ -26,8 +26,8 @@ def save_data_state(folder: str, rank: int, description: Mapping[str, Any], stre
 
 def load_data_state(folder: str, rank: int) -> dict[str, Any] | None:
     """
-    This rank's state in a checkpoint, `None` if there is none. If only the first rank's is there, its description (of
-    a run of fewer ranks, or on a node with a disk of its own), without the positions, which are not this rank's.
+    This rank's state in a checkpoint; `None` if there is none. If only the first rank's is there (saved by fewer
+    ranks, or on another disk), its description without the positions.
     """
     for path in (_path(folder, rank), _path(folder, 0)):
         if path.is_file():
@@ -46,11 +46,11 @@ def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokeniz
 
     Args:
         data ([`TrainingData`]), args ([`NexusConfig`]):
-            What is trained on, and how.
+            The training data and the training arguments.
         batch_size (`int`, *optional*):
-            Rows of a micro-batch on each device; `None` where it is found by trying.
+            Rows of a micro-batch on each device; `None` if it is found by trying.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            It matters where documents are tokenized by us.
+            The tokenizer, which matters if documents are tokenized here.
     """
     facts: dict[str, Any] = {
         "ranks": args.world_size,
@@ -67,7 +67,7 @@ def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokeniz
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["isolate_documents"] = data.mixture.config.isolate_documents
         facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
-        for name, source in data.mixture.config.ood_sources.items():  # their documents are not trained on
+        for name, source in data.mixture.config.ood_sources.items():  # their documents are left out of training
             facts[f"source {name!r}"] = _settings(source)
     for name, dataset in data.dataset.sources.items():
         facts[f"source {name!r}"] = _describe(name, dataset, data.mixture)
@@ -83,15 +83,15 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
     documents = source.documents if isinstance(source, StreamedDocuments) else source
     if isinstance(source, StreamedDocuments) and mixture is None:
         facts["sequence_length"] = source.sequence_length
-        facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
+        facts["tokenizer"] = tokenizer_fingerprint(source.reader.tokenizer)
     if isinstance(documents, Sized):
         return facts | {"rows": len(documents)}
-    shards = getattr(documents, "num_shards", None)  # only of those of `datasets`
+    shards = getattr(documents, "num_shards", None)  # torch datasets have none
     return facts | {"shards": shards}
 
 
 def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs between two descriptions of data, in words."""
+    """The differences between two descriptions of data, as phrases."""
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     return [_difference(name, saved.get(name), current.get(name)) for name in names]
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ..hub.results import Evaluation
 from ..hub.run_summary import RunSummary
-from ..trainer.card import CARD_FILES, write_card
+from ..trainer.card import CARD_FILES
 from .fields import PretrainArguments
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class RunLog(TrainerCallback):
 
 def write_report(arguments: PretrainArguments, trainer: "NexusTrainer", console: "Console") -> RunSummary:
     """Write the card of a pretraining run into its output folder, and print the table of losses."""
-    summary = write_card(trainer, arguments.folder, **trainer.card_details)
+    summary = trainer.write_card(arguments.folder)
     written = ", ".join(name for name in CARD_FILES if (arguments.folder / name).exists())
     console.print(_loss_table(summary.evaluations))
     console.print(f"Saved in {arguments.folder}: the model and its tokenizer, trainer_state.json, {written}")

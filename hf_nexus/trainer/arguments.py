@@ -1,6 +1,8 @@
-"""What a trainer's constructor was given, in a form that does not depend on the class it is mixed into."""
+"""The arguments of a trainer's constructor, and training arguments, for any class that the mixin is joined with."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -8,11 +10,11 @@ from transformers import TrainingArguments
 
 from .config import NexusConfig, NexusConfigMixin
 
-__all__ = ["arguments_by_name", "with_nexus_fields"]
+__all__ = ["arguments_by_name", "changed", "with_nexus_fields"]
 
 
 def with_nexus_fields(args: TrainingArguments | None) -> Any:
-    """Training arguments that certainly have the Nexus fields: with the defaults where they had none."""
+    """Training arguments that have the Nexus fields: with the defaults where they had none."""
     if args is None:
         return NexusConfig(output_dir="tmp_trainer")
     if not isinstance(args, NexusConfigMixin):
@@ -23,20 +25,20 @@ def with_nexus_fields(args: TrainingArguments | None) -> Any:
 
 def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    The arguments of a trainer's constructor as keywords, whatever their order in the class it is made of.
+    The arguments of a trainer's constructor by name.
 
     Args:
         cls (`type`), mixin (`type`):
-            The trainer's class, and the mixin that asks.
+            The class of the trainer, and the mixin. The names are those of the class after the mixin.
         args (`tuple`), kwargs (`dict`):
-            What the constructor was given.
+            The arguments of the constructor.
 
     Raises:
-        TypeError: too many arguments, or one that was given twice.
+        TypeError: too many arguments, or one that is given twice.
     """
     after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
     signatures = [inspect.signature(c.__init__) for c in after if "__init__" in vars(c)]  # type: ignore[misc]
-    # One with *args passes on what it is given.
+    # A constructor with *args passes them on to the next.
     signature = next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
     names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     if len(args) > len(names):
@@ -45,3 +47,21 @@ def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any
     if repeated := sorted(positional.keys() & kwargs.keys()):
         raise TypeError(f"Given by position and by name: {', '.join(repeated)}.")
     return positional | kwargs
+
+
+@contextmanager
+def changed(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """
+    Training arguments with other values inside the context.
+
+    The Trainer reads `average_tokens_across_devices` in methods that take no argument for it, and pickles the whole
+    object, `hub_token` included, when it saves a model. There is no other way to change either.
+    """
+    before = {name: getattr(args, name) for name in values}
+    for name, value in values.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)

@@ -1,13 +1,15 @@
-"""What a card says about a run, gathered from its trainer."""
+"""The card of a run: the facts of a trainer, and what the card says about them."""
 
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ..hub.card import save_card
 from ..hub.environment import describe_hardware, installed_versions
@@ -15,55 +17,90 @@ from ..hub.provenance import find_commit, find_origin, hub_id, public_path
 from ..hub.results import RESULTS_NAME, Evaluation, save_results
 from ..hub.run_summary import LANGUAGE_MODEL, SUMMARY_NAME, MixtureRow, RunSummary
 from ..hub.tasks import find_task
+from ..mixture.training_data import TrainingData
 from ..plots.run import COSINES_PLOT, TRAINING_PLOT, plot_run
 
 if TYPE_CHECKING:
     from ..mixture.loading import Mixture
-    from .mixin import NexusTrainerMixin
 
-__all__ = ["CARD_FILES", "evaluations", "summarize", "write_card"]
+__all__ = ["CARD_FILES", "RunFacts", "evaluations", "summarize", "write_card"]
 
-# What `write_card` may leave in a folder, all of which belongs beside a published model.
+# The files that `write_card` may write. All belong to a published model.
 CARD_FILES = ("README.md", SUMMARY_NAME, TRAINING_PLOT, COSINES_PLOT, RESULTS_NAME)
 
 _NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
-# What else a log has under `eval_` is a metric.
+# Keys of a log under `eval_` that are no metrics of the user.
 _NO_METRIC = re.compile(r".*_(loss|runtime|per_second|time)")
 
 
-def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
+@dataclass(frozen=True)
+class RunFacts:
+    """
+    What a trainer tells the card of its run.
+
+    Args:
+        args ([`NexusConfig`]):
+            The training arguments.
+        model (`nn.Module`):
+            The model, not wrapped.
+        log_history (`Sequence[dict]`):
+            The log.
+        data ([`TrainingData`]):
+            What is trained on.
+        evaluation (`Dataset` or `Mapping[str, Dataset]`, *optional*):
+            The evaluation sets.
+        trained_tokens (`Mapping[str, int]`), unit (`str`):
+            Loss tokens of each source so far, and whether they are tokens or rows.
+        nexus (`dict[str, Any]`):
+            The resolved Nexus fields.
+        dynamic_weights (`bool`):
+            Whether the mixture weights are decided while training.
+    """
+
+    args: Any
+    model: nn.Module
+    log_history: Sequence[Mapping[str, Any]]
+    data: TrainingData
+    evaluation: Any
+    trained_tokens: Mapping[str, int]
+    unit: str
+    nexus: dict[str, Any]
+    dynamic_weights: bool = False
+
+
+def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     """
     Everything that a card says about a run, as far as it has come.
 
     Args:
-        trainer ([`NexusTrainerMixin`]):
-            Before, during or after training; on the main process.
+        facts ([`RunFacts`]):
+            What `trainer.run_facts()` returns.
         known:
-            Fields of [`RunSummary`] that a trainer cannot know (`license`, `languages`, `benchmarks`, ...), or knows
-            differently.
+            Fields of [`RunSummary`] that a trainer cannot know (`license`, `languages`, `benchmarks`, ...), or that
+            replace what it knows.
 
     Example:
         >>> from hf_nexus.trainer.card import summarize
-        >>> summarize(trainer, license="apache-2.0").parameters  # doctest: +SKIP
+        >>> summarize(trainer.run_facts(), license="apache-2.0").parameters  # doctest: +SKIP
         1049728
     """
-    args, log, mixture = trainer.args, trainer.state.log_history, trainer.data.mixture
+    args, log, model, mixture = facts.args, facts.log_history, facts.model, facts.data.mixture
     last = {key: value for entry in log for key, value in entry.items()}
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
-    rows, purpose = _mixture_rows(trainer), find_task(model)
+    rows, purpose = _mixture_rows(facts), find_task(model)
     # Language models have their perplexity instead.
     metrics = [] if purpose["auto_class"] == LANGUAGE_MODEL else [key for key in last if _is_metric(key, last[key])]
+    config: Any = model.config
     found: dict[str, Any] = {
         "model_name": args.hub_model_id or Path(args.output_dir).resolve().name,
-        "model_type": model.config.model_type,
+        "model_type": config.model_type,
         "parameters": parameters,
-        "nexus": trainer.nexus_settings(),
+        "nexus": facts.nexus,
         "mixture": rows,
-        "unit": trainer.meter.unit,
-        "stages": trainer.data.stages,
-        "evaluations": evaluations(log, trainer.data.names, trainer.eval_dataset, _paths(mixture)),
+        "unit": facts.unit,
+        "stages": facts.data.stages,
+        "evaluations": evaluations(log, facts.data.names, facts.evaluation, _paths(mixture)),
         **_hyperparameters(args),
         "numbers": {key: float(last[key]) for key in (*_NUMBERS, *metrics) if key in last},
         **purpose,
@@ -80,37 +117,30 @@ def summarize(trainer: "NexusTrainerMixin", **known: Any) -> RunSummary:
     return RunSummary(**found | known)
 
 
-def write_card(
-    trainer: "NexusTrainerMixin", folder: str | Path | None = None, *, plots: bool = True, **known: Any
-) -> RunSummary:
+def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **known: Any) -> RunSummary:
     """
-    Write the card of a run as far as it has come, with everything that it shows: `CARD_FILES`. What a user wrote into
+    Write the card of a run as far as it has come, and everything that it shows: `CARD_FILES`. What a user wrote into
     an existing `README.md` stays.
 
     Args:
-        trainer ([`NexusTrainerMixin`]):
-            On the main process.
-        folder (`str` or `Path`, *optional*):
-            Where to; `output_dir` by default.
+        facts ([`RunFacts`]):
+            What `trainer.run_facts()` returns.
+        folder (`str` or `Path`):
+            The folder.
         plots (`bool`, *optional*, defaults to `True`):
-            Draw the pictures, which takes most of the time. A card without them does not mention them.
+            Draw the plots, which takes most of the time. A card without them does not mention them.
         known:
-            Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
+            As for [`summarize`].
 
     Returns:
         [`RunSummary`]: what the card says.
 
     Raises:
         ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).
-
-    Example:
-        >>> from hf_nexus.trainer.card import write_card
-        >>> write_card(trainer, license="apache-2.0", languages=["en"])  # doctest: +SKIP
     """
-    folder = Path(folder or trainer.args.output_dir)
-    summary = summarize(trainer, **known)
+    summary = summarize(facts, **known)
     if plots:
-        drawn = {path.name for path in plot_run(trainer.state.log_history, trainer.data.names, folder)}
+        drawn = {path.name for path in plot_run(facts.log_history, facts.data.names, folder)}
         summary.plot = TRAINING_PLOT if TRAINING_PLOT in drawn else None
         summary.cosine_plot = COSINES_PLOT if COSINES_PLOT in drawn else None
     save_card(summary, folder)
@@ -127,11 +157,11 @@ def evaluations(
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`), sources (`Sequence[str]`):
-            Of the trainer; the training sources.
+            The log of the trainer, and the training sources.
         eval_sets (`Dataset` or `Mapping[str, Dataset]`, *optional*):
-            As the trainer has them; a set that is named like a source holds rows of it.
+            The evaluation sets. A set that is named like a source holds rows of that source.
         paths (`Mapping[str, str]`):
-            Where sources come from, as far as known.
+            Paths of the sources, as far as they are known.
 
     Example:
         >>> from hf_nexus.trainer.card import evaluations
@@ -157,18 +187,18 @@ def evaluations(
     return found
 
 
-def _mixture_rows(trainer: Any) -> list[MixtureRow]:
-    data, mixture = trainer.data, trainer.data.mixture
+def _mixture_rows(facts: RunFacts) -> list[MixtureRow]:
+    data, mixture = facts.data, facts.data.mixture
     if not data.stages:  # one plain dataset
         return []
-    tokens = {name: trainer.meter.trained_tokens[name] for name in data.names}
+    tokens = {name: facts.trained_tokens[name] for name in data.names}
     starts = [0.0, *(until for until, _ in data.stages)]
     weights: dict[str, float | None] = dict.fromkeys(data.names)
-    if trainer._weights_function is None:
-        parts = [
+    if not facts.dynamic_weights:
+        stages = [
             (end - start, shares) for (start, end), (_, shares) in zip(pairwise(starts), data.stages, strict=True)
         ]
-        weights |= {name: fsum(part * shares[name] for part, shares in parts) for name in data.names}
+        weights |= {name: fsum(length * shares[name] for length, shares in stages) for name in data.names}
     paths = _paths(mixture)
     return [
         MixtureRow(
@@ -185,7 +215,7 @@ def _mixture_rows(trainer: Any) -> list[MixtureRow]:
 
 
 def _epochs(trained: int, tokens: int | None, mixture: "Mixture") -> float | None:
-    """Passes over a source; the first token of a row is not predicted, and so not among those trained on."""
+    """Passes over a source. The first token of a row is not predicted, so it is not among those trained on."""
     length = mixture.config.sequence_length
     return trained / (tokens * (length - 1) / length) if tokens else None
 
@@ -196,17 +226,17 @@ def _is_metric(key: str, value: Any) -> bool:
 
 def _hyperparameters(args: Any) -> dict[str, Any]:
     """All training arguments, and those that differ from their defaults, as plain data."""
-    plain = copy.copy(args)  # new arguments would set up the devices again, under a training that goes on
+    plain = copy.copy(args)  # new arguments would set up the devices again, during training
     for f in fields(args):
         if f.init and f.name != "output_dir":
             setattr(plain, f.name, f.default if f.default_factory is MISSING else f.default_factory())
-    # Some classes have defaults that are only allowed on a CPU if it is asked for: TRL's have bf16=True.
+    # TRL's defaults have bf16=True, which is allowed on a CPU only if a CPU is asked for.
     plain.use_cpu = args.device.type == "cpu"
     plain.__post_init__()
     plain.use_cpu = False
-    plain.accelerator_config.pop("use_configured_state", None)  # as setting up the devices does
+    plain.accelerator_config.pop("use_configured_state", None)  # as the set-up of the devices does
     if args.nexus:
-        plain.logging_nan_inf_filter = args.logging_nan_inf_filter  # which Nexus has set, and not the user
+        plain.logging_nan_inf_filter = args.logging_nan_inf_filter  # set by the trainer, not by the user
     values, defaults = args.to_dict(), plain.to_dict()
     changed = {name: value for name, value in values.items() if value != defaults.get(name)}
     return {"hyperparameters": values, "changed_hyperparameters": changed}

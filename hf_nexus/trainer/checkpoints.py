@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that repeat the window in progress when they are resumed."""
+"""Checkpoints that are complete or absent, and the random states from which each is resumed."""
 
 import os
 import random
@@ -10,21 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from accelerate.state import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-__all__ = ["LAST", "CheckpointMixin", "is_complete", "last_checkpoint"]
+__all__ = ["LAST", "RandomStates", "StagedCheckpoints", "is_complete", "last_checkpoint", "resolve_checkpoint"]
 
-# What `resume_from_checkpoint` may be instead of a path, in lower case.
+# Words for the newest checkpoint, as `resume_from_checkpoint` may be given on a command line.
 LAST = ("last", "true")
-# Beside the checkpoints. Pushes of an output folder leave out names that begin with an underscore.
+# Pushes of an output folder leave out names that begin with an underscore.
 STAGING_DIR = "_incomplete"
-# transformers puts it into a checkpoint that it begins because of a SIGTERM, and removes it at the end.
+# transformers puts this file into a checkpoint that it begins because of a SIGTERM, and removes it at the end.
 SENTINEL = "checkpoint-is-incomplete.txt"
-
-# What the mixins are mixed into has the Trainer's attributes; this tells type checkers not to look for them.
-Base: Any = object
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -34,8 +32,8 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """
-    The newest complete checkpoint of an output folder, `None` if there is none. Like transformers'
-    `get_last_checkpoint`, which takes incomplete ones too.
+    The newest complete checkpoint of an output folder; `None` if there is none. transformers' `get_last_checkpoint`
+    returns incomplete ones, too.
 
     Example:
         >>> from hf_nexus.trainer.checkpoints import last_checkpoint
@@ -49,100 +47,120 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
 
 
+def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
+    """
+    The checkpoint to resume from.
+
+    Args:
+        resume (`str` or `bool`, *optional*):
+            A path, or `True`, `"last"` or `"true"` for the newest complete checkpoint.
+        folder (`str`):
+            The output folder.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or the given one is not complete.
+    """
+    if not resume:
+        return None
+    wanted = str(resume)
+    if is_complete(wanted):
+        return wanted
+    if wanted.lower() not in LAST:
+        raise ValueError(
+            f"The checkpoint {wanted!r} does not exist or was not written to its end. Resume from an earlier "
+            "one, or with resume_from_checkpoint=True from the newest that is complete."
+        )
+    last = last_checkpoint(folder)
+    if last is None:
+        raise ValueError(f"No complete checkpoint was found in {folder!r}; train without resuming.")
+    return last
+
+
 def _recover(run_dir: Path) -> None:
-    """Put back a checkpoint that was moved aside for another of the same step, which then never came."""
+    """Put back a checkpoint that was moved aside for another of the same step, if that was never completed."""
     for replaced in (run_dir / STAGING_DIR / "replaced").glob("*"):
         if not is_complete(run_dir / replaced.name):
             with suppress(OSError):  # another rank was faster
                 replaced.rename(run_dir / replaced.name)
 
 
-class CheckpointMixin(Base):
+class StagedCheckpoints:
     """
-    Writes each checkpoint to `_incomplete/` in the run's folder and renames it when every rank is done, so that a
-    folder `checkpoint-<step>` is complete whenever it can be seen.
+    Writes each checkpoint to `_incomplete/` in the run's folder and renames it once every rank is done. A folder
+    `checkpoint-<step>` is complete as soon as it can be seen.
+
+    Args:
+        args ([`NexusConfig`]):
+            The training arguments.
+
+    Attributes:
+        staging (`bool`):
+            Whether a checkpoint is being written.
+        stopped_by_sigterm (`bool`):
+            Whether the Trainer's `enable_jit_checkpoint` has ended training.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.stopped_by_sigterm = False  # whether Trainer's `enable_jit_checkpoint` has ended training
-        self._staging = False
-        self._random_states = RandomStates()
-        super().__init__(*args, **kwargs)
-        self.add_callback(self._random_states)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        Train as the base class does; `resume_from_checkpoint=True` takes the newest complete checkpoint, and so do the
-        words `"last"` and `"true"`, as which a script's command line has it.
-
-        Raises:
-            ValueError: there is no complete checkpoint, or the given one is not.
-        """
-        folder = Path(self.args.output_dir)
+    def __init__(self, args: Any):
+        self._args = args
+        self.staging = False
         self.stopped_by_sigterm = False
-        if resume_from_checkpoint and not is_complete(wanted := str(resume_from_checkpoint)):
-            if wanted.lower() not in LAST:
-                raise ValueError(
-                    f"The checkpoint {wanted!r} does not exist or was not written to its end. Resume from an earlier "
-                    "one, or with resume_from_checkpoint=True from the newest that is complete."
-                )
-            resume_from_checkpoint = last_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"No complete checkpoint was found in {str(folder)!r}; train without resuming.")
+
+    def begin(self) -> None:
+        """Delete what a killed run left, before training."""
+        folder = Path(self._args.output_dir)
+        self.stopped_by_sigterm = False
         _recover(folder)
-        if self.args.should_save:
-            shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)  # of a run that was killed
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._args.should_save:
+            shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING_DIR) if self._staging else run_dir
+    def folder(self, run_dir: str) -> str:
+        """The folder into which the Trainer writes: the run's, or `_incomplete` in it while one is written."""
+        return os.path.join(run_dir, STAGING_DIR) if self.staging else run_dir
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        staged = run_dir / STAGING_DIR / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        final = run_dir / staged.name
-        if self.args.enable_jit_checkpoint and (final / SENTINEL).exists():
+    @contextmanager
+    def stage(self, run_dir: str, state: TrainerState) -> Iterator[Path]:
+        """
+        Write one checkpoint inside the context. All ranks must enter it.
+
+        Args:
+            run_dir (`str`), state (`TrainerState`):
+                The run's folder, and the state, whose path of the best checkpoint is corrected.
+
+        Returns:
+            `Path`: where the checkpoint is once the context is left.
+        """
+        processes = PartialState()
+        staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        final = Path(run_dir, staged.name)
+        if self._args.enable_jit_checkpoint and (final / SENTINEL).exists():
             self.stopped_by_sigterm = True
-        if self.args.should_save:
+        if self._args.should_save:
             shutil.rmtree(staged, ignore_errors=True)  # of an earlier attempt
-        self.accelerator.wait_for_everyone()
-        self._staging = True
+        processes.wait_for_everyone()
+        self.staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            yield final
         finally:
-            self._staging = False
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            _publish(staged, final)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process and staged.exists():  # on a node with a disk of its own
-            _publish(staged, final)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
+            self.staging = False
+        if state.best_model_checkpoint == str(staged):
+            state.best_model_checkpoint = str(final)
+            if self._args.should_save:
+                state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        processes.wait_for_everyone()
+        if self._args.should_save:
+            _move(staged, final)
+        processes.wait_for_everyone()
+        if processes.is_local_main_process and staged.exists():  # on a node that does not share the disk
+            _move(staged, final)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:  # it is pushed once it is complete
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        self._random_states.loaded()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self._random_states.of_resumption():
-            super()._save_rng_state(output_dir)
+    def rotate(self, run_dir: str, best: str | None) -> None:
+        """Delete the oldest checkpoints beyond `save_total_limit`, but not the best."""
+        if self._args.should_save:
+            rotate_checkpoints(run_dir, self._args.save_total_limit, best, use_mtime=True)
 
 
-def _publish(staged: Path, final: Path) -> None:
-    if final.exists():  # an earlier run's, or the place that transformers has marked for a SIGTERM
+def _move(staged: Path, final: Path) -> None:
+    if final.exists():  # an earlier run's, or the folder that transformers has marked for a SIGTERM
         replaced = staged.parent / "replaced" / final.name
         shutil.rmtree(replaced, ignore_errors=True)
         replaced.parent.mkdir(exist_ok=True)
@@ -151,40 +169,47 @@ def _publish(staged: Path, final: Path) -> None:
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-class RandomStates(TrainerCallback):
+class RandomStates:
     """
-    Which random states a checkpoint has to hold. One that is saved while a window is in progress (Trainer saves in
-    `on_pre_optimizer_step` after a SIGTERM) is resumed at the window's start, so it holds the states of that moment.
+    The random states that a checkpoint must hold.
+
+    A checkpoint that is saved during a window (the Trainer saves in `on_pre_optimizer_step` after a SIGTERM) is
+    resumed at the window's start, so it holds the states of that moment. A window is in progress until the number of
+    the outer step has changed.
     """
 
     def __init__(self) -> None:
-        self._epoch: Any = None
-        self._window: Any = None
+        self.begin()
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Forget a window that was broken off."""
-        self._epoch = self._window = None
+    def begin(self) -> None:
+        """Forget an interrupted window, before training."""
+        self._epoch: tuple | None = None
+        self._window: tuple | None = None
+        self._step = 0
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        """Note the states: where an epoch starts, Trainer resumes before the data loader draws its seed."""
-        self._epoch = _random_states() if float(state.epoch or 0).is_integer() else None
+    def begin_epoch(self, step: int, epoch: float | None) -> None:
+        """Note the states where an epoch starts: the Trainer resumes there before the data loader draws its seed."""
+        self._forget(step)
+        self._epoch = _random_states() if float(epoch or 0).is_integer() else None
 
     def loaded(self) -> None:
-        """Note the states anew: where a resumed run begins with an epoch, Trainer loads them after that event."""
+        """Note the states again: the Trainer loads them after the start of the epoch that is resumed."""
         if self._epoch is not None:
             self._epoch = _random_states()
 
-    def begin_window(self) -> None:
-        """Note the states before the first micro-batch."""
-        self._window = self._epoch or _random_states()
+    def begin_window(self, step: int) -> None:
+        """Note the states before the first micro-batch of an outer step."""
+        self._forget(step)
+        self._window, self._step = self._epoch or _random_states(), step
 
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """The window is done: from here on the states are those of the moment."""
-        self._epoch = self._window = None
+    def _forget(self, step: int) -> None:
+        if self._window is not None and self._step < step:
+            self._epoch = self._window = None
 
     @contextmanager
-    def of_resumption(self) -> Iterator[None]:
-        """The states that resuming now would have to start from, for as long as the context lasts."""
+    def to_save(self, step: int) -> Iterator[None]:
+        """The states from which a checkpoint of an outer step is resumed, inside the context."""
+        self._forget(step)
         start, now = self._window or self._epoch, _random_states()
         if start is not None:
             _set_random_states(start)

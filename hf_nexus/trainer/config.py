@@ -32,37 +32,40 @@ class NexusConfigMixin:
 
     Args:
         nexus (`bool`, *optional*, defaults to `True`):
-            Apply the Nexus update. When off, training is the plain Trainer's; a mixture is still sampled and logged
-            per source.
+            Apply the Nexus update. When off, the Trainer accumulates gradients as usual. A mixture is still sampled
+            and logged per source.
         inner_lr (`float`, *optional*, defaults to 0.05):
             Length gamma of one inner step, in parameter space (the gradient is normalized). 0 averages the normalized
             gradients without moving: the control that isolates the path's effect.
         inner_lr_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, or `"follow"`: `inner_lr * lr_t / peak lr` of the first parameter group.
         inner_direction (`str`, *optional*, defaults to `"gradient"`):
-            `"gradient"`, or `"random"`: walk random directions of the same length (a control).
+            `"gradient"`, or `"random"`: move along random directions of the same length (a control).
         inner_sync (`str`, *optional*, defaults to `"global"`):
             `"global"` reduces every inner gradient over the ranks. `"local"` (DDP only) lets each rank walk its own
             path and averages the pseudo-gradient once per outer step.
         snapshot_device (`str`, *optional*):
-            `"cpu"` keeps the extra copy of the parameters in host memory; beside the parameters by default.
+            `"cpu"` keeps the extra copy of the parameters in host memory. By default it is on the device of the
+            parameters.
         mixture_weights (`dict[str, float]`, `list[dict]` or JSON `str`, *optional*):
-            Share of each source, in micro-batches (which are tokens where rows are packed). Or stages, by fraction of
-            training: `[{"until": 0.8, "weights": {...}}, {"until": 1.0, "weights": {...}}]`. Defaults to the
-            mixture's own weights, else proportional to rows.
+            Share of each source in the micro-batches, and so in the tokens of packed rows. Or stages, by fraction of
+            training: `[{"until": 0.8, "weights": {...}}, {"until": 1.0, "weights": {...}}]`. Defaults to the weights
+            of the mixture, or if there are none, to the numbers of rows.
         source_schedule (`str`, *optional*, defaults to `"random"`):
             How the source of each inner step is chosen: `"random"` draws it from the weights, as in the paper;
-            `"stratified"` takes the source furthest below its target share.
+            `"stratified"` takes the source that is furthest below its target share.
         gradient_cosine_steps (`int`, *optional*, defaults to 0):
             Log the gradient cosine of each pair of sources at the restored weights every this many outer steps
             (0: never). One measurement costs about S^2/2 backward passes for S sources.
         matrix_optimizer (`str`, *optional*):
-            `"muon"` gives the matrices between the embeddings and the output layer to torch's Muon, and leaves the
-            rest to `optim`, which must be AdamW. Muon's options are in `optim_args`, as in
-            `"muon_lr=0.01,muon_momentum=0.95"`; `learning_rate` and `weight_decay` are both optimizers'.
+            `"muon"` trains the matrices between the embeddings and the output layer with torch's Muon, and the other
+            parameters with `optim`, which must be AdamW. Muon's options are in `optim_args`, for example
+            `"muon_lr=0.01,muon_momentum=0.95"`. `learning_rate` and `weight_decay` apply to both optimizers.
+        allow_mixture_change (`bool`, *optional*, defaults to `False`):
+            Resume although the data is not that of the checkpoint. Streams are then read from their beginning.
         hub_flush_timeout (`float`, *optional*, defaults to 600):
-            With `push_to_hub`, how long to wait at the end for the Hub, in seconds. What it does not have by then
-            stays on disk, for `hf-nexus push`.
+            With `push_to_hub`, seconds to wait for the Hub at the end. What is not uploaded by then stays on disk, for
+            `hf-nexus push`.
     """
 
     nexus: bool = field(default=True, metadata={"help": "Apply the Nexus update; off: plain Trainer."})
@@ -94,7 +97,7 @@ class NexusConfigMixin:
     )
     allow_mixture_change: bool = field(
         default=False,
-        metadata={"help": "Resume although the data is not what the checkpoint was trained on; streams start anew."},
+        metadata={"help": "Resume although the data is not that of the checkpoint; streams start at their beginning."},
     )
 
     hub_flush_timeout: float = field(
@@ -103,7 +106,7 @@ class NexusConfigMixin:
 
     def __post_init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # without it each process would silently train a model of its own
+            self.use_cpu = True  # otherwise each process would train a model alone, without a message
         self.mixture_weights = _parse_weights(self.mixture_weights)
         self.inner_lr = float(self.inner_lr)
         for name, allowed in _CHOICES.items():
@@ -122,7 +125,7 @@ class NexusConfigMixin:
             raise ValueError(
                 f"hub_flush_timeout={self.hub_flush_timeout} is not allowed; it must be finite and >= 0 seconds."
             )
-        super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments this is mixed into
+        super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is joined with
 
 
 @dataclass
@@ -164,7 +167,7 @@ def _parse_weights(weights: dict | list | str | None) -> dict[str, float] | list
 
 
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The Nexus fields of `args` with k, as plain data: what is saved beside a model and compared on resume."""
+    """The Nexus fields and k as plain data: saved with a model, and compared when a run is resumed."""
     left_out = ("allow_mixture_change", "hub_flush_timeout")  # they do not change what is trained
     names = [f.name for f in fields(NexusConfigMixin) if f.name not in left_out]
     settings = {name: getattr(args, name) for name in names}

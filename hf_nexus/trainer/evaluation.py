@@ -1,102 +1,140 @@
-"""Evaluation losses that weigh tokens, whatever the batch size and the number of ranks."""
+"""Evaluation: several sets at once, and losses weighted by tokens at any batch size and on any number of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor
+from transformers import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import CallbackHandler
 
-from ..evaluation.losses import TokenMean, mask_rows
-from ..mixture.isolation import IsolateDocuments
-from .checkpoints import Base
+from ..evaluation.losses import TokenMean, mask_rows, mean_losses, perplexities
+from .distributed import sum_over_ranks
+from .window import has_token_labels
 
-__all__ = ["TokenWeightedMixin", "has_token_labels"]
+__all__ = ["Evaluation", "held_back", "metric_of_set"]
 
-# What token losses are counted by; the second where a collator has shifted the first.
+# Labels by which token losses are counted; the second where a collator has shifted the first.
 _LABELS = ("labels", "shift_labels")
+_SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
-def has_token_labels(inputs: Any) -> bool:
-    """Whether a batch has labels that are one per token, (B, T) of integers."""
-    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
-
-
-class TokenWeightedMixin(Base):
+class Evaluation:
     """
-    Makes the loss of an evaluation set the sum of its token losses over the number of its loss tokens.
+    The loss of an evaluation set as the sum of its token losses over the number of its loss tokens.
 
-    The base class averages the mean losses of batches, each weighted by its rows, which depends on how the rows are
-    batched where they hold different numbers of loss tokens. Its value stays where there are no token labels, (B, T)
-    of integers, or where it does not count loss items itself: with a model that takes no `num_items_in_batch`.
+    The Trainer averages the mean losses of batches, each weighted by its rows. This depends on the batches if rows
+    have different numbers of loss tokens. Its value stays if labels are not one per token, or if it does not count
+    loss tokens: with a model that takes no `num_items_in_batch`.
+
+    Args:
+        args ([`NexusConfig`]):
+            The training arguments.
+
+    Attributes:
+        mean ([`TokenMean`], *optional*):
+            The token losses so far, while an evaluation is in progress.
+        labels_are_tokens (`bool`):
+            Whether the labels of the last evaluated batch were one per token.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._token_mean: TokenMean | None = None  # of the evaluation that is going on
-        self._evaluated: Any = None  # its data loader
-        self._labels_are_tokens = False  # in the last batch that was evaluated
-        super().__init__(*args, **kwargs)
+    def __init__(self, args: Any):
+        self._args = args
+        self._loader: Any = None
+        self.mean: TokenMean | None = None
+        self.labels_are_tokens = False
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """The base class's loop; its loss is replaced by the mean over tokens."""
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if not self.args.nexus and not self.data.stages:  # this is to be the base class, and nothing else
-            return super().evaluation_loop(*arguments)
-        mean, outer = TokenMean(), (self._token_mean, self._evaluated)
-        self._token_mean, self._evaluated = mean, dataloader
+    @contextmanager
+    def loop(self, loader: Any) -> Iterator[TokenMean]:
+        """One evaluation loop over a data loader."""
+        outer = self.mean, self._loader
+        self.mean, self._loader = TokenMean(), loader
         try:
-            output = super().evaluation_loop(*arguments)
+            yield self.mean
         finally:
-            self._token_mean, self._evaluated = outer
-        sums = mean.sums
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
-        total, tokens = sums.tolist()
-        if tokens:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
-        return output
+            self.mean, self._loader = outer
 
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
-    ) -> tuple:
-        """The base class's step; the loss is the mean over this rank's own rows, whose tokens are counted."""
-        tokens = None
-        self._labels_are_tokens = has_token_labels(inputs)
-        if self._token_mean is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        # Over all ranks, upstream would multiply by their number even a loss that does not divide by the count.
-        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        try:
-            if self._labels_are_tokens:
-                inputs = self._without_repeats(inputs)
-                tokens = self._get_num_items_in_batch([inputs], self.args.device)
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        finally:
-            self.args.average_tokens_across_devices = average
-        if loss is not None and tokens is not None:
-            self._token_mean.add(loss, tokens.sum())
-        return loss, logits, labels
+    def token_loss(self, mean: TokenMean) -> float | None:
+        """Loss per token over all ranks; `None` if no token was counted. All ranks must call it."""
+        total, tokens = sum_over_ranks(mean.sums.to(self._args.device)).tolist()
+        return total / tokens if tokens else None
 
-    def _without_repeats(self, inputs: Any) -> Any:
+    def real_rows(self, inputs: Any, flat: bool) -> Any:
         """
-        Mask the rows with which accelerate has completed the last batch. They stay in it, since the ranks gather
-        outputs of one shape, which upstream cuts itself.
+        A batch in which the rows that Accelerate has repeated to complete the last batch are masked. They stay in it,
+        since the ranks gather outputs of one shape, which the Trainer truncates.
+
+        Args:
+            inputs (`Mapping`):
+                With labels of shape (B, T), or (1, B * T) if `flat`.
+            flat (`bool`):
+                Whether the rows are laid end to end.
         """
-        loader, ranks = self._evaluated, self.args.world_size
+        loader, ranks = self._loader, self._args.world_size
         if ranks == 1 or not isinstance(loader, DataLoaderStateMixin):
             return inputs
-        # Of the rows of all ranks, one rank's after the other's, `remainder` are real; -1 if nobody knows.
+        # `remainder` counts the real rows of all ranks, one rank's after the other's; -1 if it is not known.
         if not loader.end_of_dataloader or loader.remainder < 1:
             return inputs
-        flat = isinstance(self.data_collator, IsolateDocuments) and self.data_collator.flatten
         rows = loader.total_batch_size // ranks if flat else len(inputs["labels"])
-        real = min(max(loader.remainder - rows * self.args.process_index, 0), rows)
+        real = min(max(loader.remainder - rows * self._args.process_index, 0), rows)
         return {**inputs, **{name: mask_rows(inputs[name], rows, real) for name in _LABELS if name in inputs}}
+
+    def note_labels(self, inputs: Any) -> bool:
+        """Whether the labels of a batch are one per token."""
+        self.labels_are_tokens = has_token_labels(inputs)
+        return self.labels_are_tokens
+
+    def add(self, loss: Tensor | None, tokens: Any) -> None:
+        """Count a batch whose mean loss over `tokens` is known."""
+        if self.mean is not None and loss is not None and isinstance(tokens, Tensor):
+            self.mean.add(loss, tokens.sum())
+
+    @staticmethod
+    def summarize(
+        metrics: Mapping[str, float], sets: list[str], weights: Mapping[str, float], prefix: str, tokens: bool
+    ) -> dict[str, float]:
+        """The means over the sets, and perplexities if all labels are tokens."""
+        means = mean_losses(metrics, sets, weights, prefix)
+        return means | (perplexities({**metrics, **means}, sets, prefix) if tokens else {})
+
+
+def metric_of_set(key: str, prefix: str) -> str:
+    """The key of a metric of the evaluation set whose metrics begin with `prefix`."""
+    return key if key == "epoch" or key.startswith(f"{prefix}_") else f"{prefix}_{key.removeprefix('eval_')}"
+
+
+def without_speed_of_sets(metrics: Mapping[str, float], sets: list[str], prefix: str) -> dict[str, float]:
+    """Metrics without the run times of single sets: the tables of notebooks have a column for each metric."""
+    speed = {f"{prefix}_{name}{what}" for name in sets for what in _SPEED}
+    return {key: value for key, value in metrics.items() if key not in speed}
+
+
+@contextmanager
+def held_back(handler: CallbackHandler, log_history: list[dict[str, Any]]) -> Iterator[None]:
+    """
+    Hold back the log entries and events of the single evaluations inside the context.
+
+    Several sets are one evaluation: callbacks must see it once, with its means. The Trainer logs each set and sends
+    `on_evaluate` for it in one method, without a way to leave either out. Progress bars get `on_predict` in place of
+    `on_evaluate`: it closes the bar of the set.
+    """
+    entries = len(log_history)
+
+    def close_bars(args: Any, state: Any, control: Any, metrics: Any) -> Any:
+        for callback in handler.callbacks:
+            if isinstance(callback, (ProgressCallback, DEFAULT_PROGRESS_CALLBACK)):
+                callback.on_predict(args, state, control, metrics=metrics)
+        return control
+
+    def ignore(args: Any, state: Any, control: Any, logs: Any) -> Any:
+        return control
+
+    vars(handler).update(on_evaluate=close_bars, on_log=ignore)
+    try:
+        yield
+    finally:
+        del vars(handler)["on_evaluate"], vars(handler)["on_log"]  # the methods of the class are back
+        del log_history[entries:]

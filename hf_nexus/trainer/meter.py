@@ -1,17 +1,17 @@
-"""What a run has trained on so far, and how it went since the last log line."""
+"""What a run has trained on so far, and the averages since the last log line."""
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+
+from .distributed import sum_over_ranks
 
 __all__ = ["TrainingMeter", "peak_flops"]
 
@@ -38,84 +38,99 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass
 class _Interval:
-    """Sums since the last log line; tensors stay on the device until then."""
+    """Sums since the last log line. Tensors stay on the device until then."""
 
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
     tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))
-    unsettled: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # tokens not in the totals yet
+    new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
     cosines: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
-    finite: list[Tensor] = field(default_factory=list)  # of each window, whether any of its losses was
+    finite: list[Tensor] = field(default_factory=list)  # of each window, whether any of its losses was finite
     skipped: int = 0
-    flos: float | None = None  # at its start
+    flos: float | None = None  # at the start of the interval
     started: float = field(default_factory=time.perf_counter)
     paused: float = 0.0
 
 
-class TrainingMeter(TrainerCallback, ExportableState):
+class TrainingMeter:
     """
-    Counts what each source has contributed. The totals travel in `trainer_state.json` and survive a resume.
+    Counts what each source has contributed. The totals are saved in `trainer_state.json` and resumed from it.
+
+    A window counts once the optimizer has stepped: a checkpoint that is saved before that repeats the window when it
+    is resumed. The number of the outer step tells.
 
     Args:
         sources (`Sequence[str]`):
-            Names of the sources; one nameless source, which is counted but not logged, for one plain dataset.
+            Names of the sources. One empty name, which is counted but not logged, stands for a plain dataset.
+        device (`torch.device`):
+            Where sums over ranks are computed.
+
+    Attributes:
+        trained_tokens (`dict[str, int]`):
+            Loss tokens of each source, or rows where labels are not one per token, over all ranks.
+        unit (`str`):
+            `"tokens"` or `"rows"`.
+        inner_steps_skipped (`float`):
+            Inner steps without a usable gradient, on average over the ranks.
+        windows_dropped (`int`):
+            Windows that the end of the data cut short.
     """
 
-    def __init__(self, sources: Sequence[str] = ("",)):
+    def __init__(self, sources: Sequence[str], device: torch.device):
         self.sources = list(sources)
-        self._begin(dict.fromkeys(self.sources, 0), 0, 0)
+        self._device = device
+        self.begin(None)
 
-    def _begin(
-        self, trained_tokens: dict[str, int], inner_steps_skipped: float, windows_dropped: int, unit: str = "tokens"
-    ) -> None:
-        self.trained_tokens = trained_tokens
-        self.unit = unit  # "rows" where labels are not one per token
-        self.inner_steps_skipped = inner_steps_skipped
-        self.windows_dropped = windows_dropped
-        self._interval = _Interval()
-        self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
-
-    def state(self) -> dict:
-        """The totals up to the last [`settle`], for `trainer_state.json`."""
+    def state(self) -> dict[str, Any]:
+        """The totals up to the last update, in the form that `trainer_state.json` has."""
         totals = ("trained_tokens", "inner_steps_skipped", "windows_dropped", "unit")
         return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Start from the resumed checkpoint's totals, or from nothing."""
-        totals: dict[str, Any] = {"trained_tokens": {}, "inner_steps_skipped": 0, "windows_dropped": 0}
-        if state.global_step and (saved := state.stateful_callbacks.get(type(self).__name__)):
-            totals |= saved["attributes"]
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Start from the [`~TrainingMeter.state`] of a checkpoint, or from nothing."""
+        totals: Mapping[str, Any] = {} if saved is None else saved["attributes"]
+        known = totals.get("trained_tokens", {})
         # A resumed mixture may have gained sources, or lost some.
-        known = totals["trained_tokens"]
-        self._begin(**totals | {"trained_tokens": {source: known.get(source, 0) for source in self.sources}})
+        self.trained_tokens: dict[str, int] = {source: known.get(source, 0) for source in self.sources}
+        self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
+        self.windows_dropped: int = totals.get("windows_dropped", 0)
+        self.unit: str = totals.get("unit", "tokens")
+        self._interval = _Interval()
+        self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
+        self._step = -1  # the outer step of that window
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Forget a window that was broken off."""
-        self._window.clear()
+    # ---- Counting ----
 
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Count the window; a checkpoint saved before this step repeats it, and must not count it twice."""
-        for count in self._window:
-            count()
+    def begin_window(self, step: int) -> None:
+        """Begin the window of an outer step. One of the same step that was interrupted is discarded."""
+        self._count(step)
         self._window.clear()
+        self._step = step
+
+    def _count(self, step: int) -> None:
+        """Count the last window if it belongs to a step before `step`."""
+        if self._step < step:
+            for count in self._window:
+                count()
+            self._window.clear()
 
     def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
-        """Note one trained micro-batch: `loss` is the sum over its tokens on this rank, both 0-d tensors."""
+        """Add a trained micro-batch: `loss` is the sum over its tokens on this rank; both are 0-d."""
         self._window.append(partial(self._count_micro_batch, source, loss, tokens))
 
-    def add_window(
+    def add_path(
         self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
     ) -> None:
-        """Note one outer step; `finite` (0-d bool) says whether any of its losses was."""
-        self._window.append(partial(self._count_window, pseudo_gradient_norm, steps_taken, steps_skipped, finite))
+        """Add the path of a window; `finite` (0-d bool) says whether any of its losses was finite."""
+        self._window.append(partial(self._count_path, pseudo_gradient_norm, steps_taken, steps_skipped, finite))
 
     def _count_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
         interval.loss[source] = interval.loss[source] + loss
         interval.tokens[source] = interval.tokens[source] + tokens
-        interval.unsettled[source] = interval.unsettled[source] + tokens
+        interval.new_tokens[source] = interval.new_tokens[source] + tokens
 
-    def _count_window(
+    def _count_path(
         self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
     ) -> None:
         self._interval.skipped += steps_skipped
@@ -127,56 +142,48 @@ class TrainingMeter(TrainerCallback, ExportableState):
             self._interval.cosines.append((k * pseudo_gradient_norm**2 - 1) / (k - 1))
 
     def pause(self, seconds: float) -> None:
-        """Leave a stretch of wall time (evaluation, saving) out of the throughput."""
+        """Leave wall time (evaluation, saving) out of the throughput."""
         self._interval.paused += seconds
 
-    def settle(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """
-        Bring the totals up to date. All ranks must call it.
+    # ---- Reading ----
 
-        Args:
-            sum_over_ranks (`Callable[[Tensor], Tensor]`):
-                Adds a 1-d tensor up over the ranks.
-            device (`torch.device`):
-                Where that tensor has to live.
-        """
+    def update_totals(self, step: int) -> None:
+        """Bring the totals up to date with all windows before an outer step. All ranks must call it."""
+        self._count(step)
         interval = self._interval
-        tokens = [interval.unsettled[source] for source in self.sources]
-        *counts, skipped, ranks = sum_over_ranks(_stack([*tokens, interval.skipped, 1], device)).tolist()
+        tokens = [interval.new_tokens[source] for source in self.sources]
+        *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, interval.skipped, 1])).tolist()
         for source, count in zip(self.sources, counts, strict=True):
             self.trained_tokens[source] += round(count)
-        self.inner_steps_skipped += skipped / ranks  # on average over the ranks, which may differ in local mode
-        interval.unsettled.clear()
+        self.inner_steps_skipped += skipped / ranks  # ranks may differ in local mode
+        interval.new_tokens.clear()
         interval.skipped = 0
 
-    def read(
-        self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device, total_flos: float = 0.0
-    ) -> dict[str, float]:
+    def read(self, step: int, total_flos: float = 0.0) -> dict[str, float]:
         """
-        Settle, then return the figures since the last call. All ranks must call it.
+        Update the totals, and return what is logged since the last call. All ranks must call it.
 
         Args:
-            sum_over_ranks (`Callable[[Tensor], Tensor]`), device (`torch.device`):
-                As in [`settle`].
+            step (`int`):
+                The outer step: windows before it count.
             total_flos (`float`, *optional*, defaults to 0):
                 Floating-point operations of all ranks so far.
 
         Returns:
-            `dict[str, float]`: `loss/<source>` for the sources met, `tokens/<source>` for all (tokens that carried
-            loss, since the beginning; rows where labels are not one per token), `path_cosine`, `pseudo_gradient_norm`,
-            `inner_steps_skipped` (since the beginning), `tokens_per_second` (or rows), and `mfu` where the device's
-            peak is known. `loss` is among them, as NaN, if windows ran and none of their losses was finite.
+            `dict[str, float]`: `loss/<source>` for the sources since the last call, `tokens/<source>` for all (loss
+            tokens since the beginning; rows where labels are not one per token), `path_cosine`,
+            `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning), `tokens_per_second` (or rows), and
+            `mfu` if the device's peak is known. `loss` is among them, as NaN, if windows ran and none of their losses
+            was finite.
         """
-        self.settle(sum_over_ranks, device)
+        self.update_totals(step)
         interval, self._interval = self._interval, _Interval()
         seconds = time.perf_counter() - interval.started - interval.paused
         sums = [interval.loss[s] for s in self.sources] + [interval.tokens[s] for s in self.sources]
-        # On one rank a window may have taken no step: sums and counts, not means, are what adds up.
+        # A rank may have windows without a step: sums and counts add up over ranks, means do not.
         lists = [interval.cosines, interval.norms, interval.finite]
         sums += [x for values in lists for x in (sum(values), len(values))]
-        *sums, cosine, cosines, norm, norms, finite, windows, ranks = sum_over_ranks(
-            _stack([*sums, 1], device)
-        ).tolist()
+        *sums, cosine, cosines, norm, norms, finite, windows, ranks = sum_over_ranks(self._stack([*sums, 1])).tolist()
         losses, tokens = sums[: len(self.sources)], sums[len(self.sources) :]
         logs = {f"loss/{s}": x / n for s, x, n in zip(self.sources, losses, tokens, strict=True) if s and n}
         logs |= {f"tokens/{s}": count for s, count in self.trained_tokens.items() if s}
@@ -190,12 +197,11 @@ class TrainingMeter(TrainerCallback, ExportableState):
                 logs["loss"] = math.nan
         if sum(tokens):
             logs["tokens_per_second"] = sum(tokens) / seconds
-        if (peak := peak_flops(device)) and interval.flos is not None:
+        if (peak := peak_flops(self._device)) and interval.flos is not None:
             logs["mfu"] = (total_flos - interval.flos) / seconds / (peak * ranks)
         self._interval.flos = total_flos
         return logs
 
-
-def _stack(values: list, device: torch.device) -> Tensor:
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # float64 keeps token counts exact
-    return torch.stack([torch.as_tensor(value, device=device).to(dtype) for value in values])
+    def _stack(self, values: list) -> Tensor:
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # float64 keeps token counts exact
+        return torch.stack([torch.as_tensor(value, device=self._device).to(dtype) for value in values])

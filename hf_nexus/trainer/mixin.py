@@ -1,23 +1,51 @@
-"""The Trainer extension: one Nexus window per optimizer step, the rest is the Trainer's."""
+"""
+The Trainer extension: one Nexus window per optimizer step.
+
+[`NexusTrainerMixin`] overrides hooks of the Trainer, in the order in which a run calls them. Each hook hands over to a
+collaborator that knows plain data and not the trainer: `Feed` (which rows come next), `Window` and `Walker` (one outer
+step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
+"""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, default_data_collator
 from transformers.utils import logging
 
-from ..nexus import Nexus
+from ..hub.publisher import Publisher
+from ..hub.run_summary import RunSummary
+from ..mixture.isolation import IsolateDocuments, isolated_collator
+from ..mixture.stream.progress import WeightsFunction
+from ..mixture.stream.reader import SourceError
+from ..mixture.training_data import TrainingData
+from .arguments import arguments_by_name, changed, with_nexus_fields
+from .card import CARD_FILES, RunFacts, write_card
+from .checkpoints import RandomStates, StagedCheckpoints, resolve_checkpoint
 from .config import nexus_settings
-from .cosines import check_measurable, source_cosines
-from .distributed import Shards, average_pseudo_gradients, check_supported, reshard
-from .mixture_trainer import MixtureTrainerMixin, Window
-from .optimizers import check_optimizer, create_muon_with_adamw
-from .precision import check_weights, warn_of_short_steps
+from .cosines import source_cosines
+from .evaluation import Evaluation, held_back, metric_of_set, without_speed_of_sets
+from .feed import Feed
+from .meter import TrainingMeter
+from .optimizers import create_muon_with_adamw
+from .publishing import Publishing, card_fields
+from .support import (
+    Launch,
+    check_arguments,
+    check_cosines,
+    check_launch,
+    check_optimizer,
+    check_set_names,
+    check_weights,
+)
+from .trackers import attach_plots
+from .trl import SourcePreparation, trl_parent, widen_adapters
+from .window import Walker, Window, has_token_labels, inner_lr_scale
 
 __all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
 
@@ -26,105 +54,382 @@ logger = logging.get_logger(__name__)
 # The Nexus settings, saved beside each model.
 SETTINGS_NAME = "nexus.yaml"
 
+if TYPE_CHECKING:  # the mixin is joined with any Trainer
+    _Base = Trainer
+else:
+    _Base = object
 
-class NexusTrainerMixin(MixtureTrainerMixin):
+
+class NexusTrainerMixin(_Base):
     """
     Trains any [`~transformers.Trainer`] subclass with the Nexus update: `class MyTrainer(NexusTrainerMixin, Base)`.
 
-    Beyond the base class's, `train_dataset` may be a dict or `DatasetDict` of sources, a [`Mixture`], or a dataset
-    with a
-    `source` column. Every micro-batch then holds one source, the same on all ranks. A plain dataset is loaded as
-    always, and its micro-batches play the sources.
+    `train_dataset` may also be a dict or `DatasetDict` of sources, a [`Mixture`], or a dataset with a `source` column.
+    Every micro-batch then holds one source, the same on all ranks. A plain dataset is loaded as usual, and its
+    micro-batches take the place of sources.
 
-    The whole window of k = `gradient_accumulation_steps` micro-batches runs inside its last `training_step`, so that
-    no displaced weight exists outside that call. The logged `loss` is a *path loss*: micro-batch m is evaluated at
-    weights already moved by the ones before it. Compare runs by `evaluate`, never by it.
+    The whole window of k = `gradient_accumulation_steps` micro-batches runs inside its last `training_step`: no
+    displaced weight exists outside that call. The logged `loss` is a *path loss*: micro-batch m is evaluated at
+    weights that the ones before it have moved. Compare runs by `evaluate`, never by it.
+
+    Args:
+        mixture_weights_function (`Callable[[int], Mapping[str, float]]`, *optional*):
+            Gives the weights of the sources at an outer step, in place of fixed ones: a pure function of the step, or
+            an object with `state_dict` and `load_state_dict`, which are then saved with the checkpoint. It is called
+            once for each step, when the data loader asks for its micro-batches. On several ranks the answer of the
+            first counts.
+
+    Attributes:
+        data ([`TrainingData`]):
+            What is trained on.
+        meter ([`TrainingMeter`]):
+            What each source has contributed.
+        card_details (`dict[str, Any]`):
+            Fields of [`RunSummary`] that a trainer cannot know, such as `license` or `languages`. Every card has them.
+        wait_after_training (`bool`):
+            Whether `train()` of a single process waits for the Hub, up to `hub_flush_timeout`. If not, the end of the
+            process waits.
 
     Raises:
         ValueError: an unsupported launch or precision, or a mixture that cannot be sampled; see
         docs/troubleshooting.md.
     """
 
-    current_gradient_accumulation_steps: Any
+    args: Any  # the training arguments with the Nexus fields
+    model: Any
     optimizer: Any
+    hub_model_id: Any
+    current_gradient_accumulation_steps: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._nexus: Nexus | None = None
-        super().__init__(*args, **kwargs)
-        check_measurable(self)
-        check_optimizer(self)
-        if not self.args.nexus:
+    # ---- Construction ----
+
+    def __init__(self, *args: Any, mixture_weights_function: WeightsFunction | None = None, **kwargs: Any):
+        given = arguments_by_name(type(self), NexusTrainerMixin, args, kwargs)
+        settings = given["args"] = with_nexus_fields(given.get("args"))
+        self._feed = Feed(given.get("train_dataset"), given.get("eval_dataset"), settings, mixture_weights_function)
+        self._window = Window()
+        self._walker = Walker(settings)
+        self._evaluation = Evaluation(settings)
+        self._checkpoints = StagedCheckpoints(settings)
+        self._random_states = RandomStates()
+        self._publishing = Publishing(settings)
+        self.card_details: dict[str, Any] = {}
+        self.wait_after_training = True
+        parent = trl_parent(type(self))
+        self._trl = None if parent is None else SourcePreparation(parent, settings, self.data)
+        given |= {"train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
+        if self._trl is not None and self._trl.shown is not None:
+            given["train_dataset"] = self._trl.shown
+        if self.data.mixture is not None and given.get("data_collator") is None:
+            # Rows of a mixture are full. The Trainer's collator would ask the tokenizer for a padding token.
+            given["data_collator"] = default_data_collator
+        super().__init__(**given)
+        if self._trl is not None and self._trl.shown is not None:
+            self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
+        self.meter = TrainingMeter(self.data.names, self.args.device)
+        self._isolate_documents()
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what is not supported."""
+        args, data = self.args, self.data
+        check_set_names(data.names, self.eval_dataset)
+        check_cosines(
+            args.gradient_cosine_steps,
+            bool(data.stages),
+            self.is_fsdp_enabled,
+            data.streams_without(self.eval_dataset),
+        )
+        check_optimizer(args, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
+        if not args.nexus:
             return
-        check_supported(self)
+        if self._trl is not None:
+            widen_adapters(self.model)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        launch = Launch(
+            kind=self.accelerator.distributed_type,
+            fsdp_version=None if plugin is None else plugin.fsdp_version,
+            spread_at_load=self.is_model_parallel or getattr(self, "is_distributed_loading_by_transformers", False),
+            parallel_sizes=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+        )
+        check_launch(args, launch)
         if self.train_dataset is not None:
             check_weights(self.model)
-        # It would synchronise at each of the window's zero losses, and let one NaN micro-batch replace them all.
-        self.args.logging_nan_inf_filter = False
-        if self.args.gradient_accumulation_steps == 1:
-            logger.warning(
-                "gradient_accumulation_steps=1: a window of one inner step is a normalized gradient, and there is "
-                "nothing to align. Set it to 4 or more (and divide per_device_train_batch_size) to use Nexus."
+        # The filter would wait for the device at each of the window's zero losses, and a NaN would replace them all.
+        args.logging_nan_inf_filter = False
+        check_arguments(args)
+
+    def _isolate_documents(self) -> None:
+        """Keep the documents of packed rows apart, in training and evaluation."""
+        mixture = self.data.mixture
+        if mixture is None:
+            return
+        wanted, attention = mixture.config.isolate_documents, self.model.config._attn_implementation
+        self.data_collator = isolated_collator(self.data_collator, wanted, attention, mixture.eos_token_id)
+        if isinstance(self.data_collator, IsolateDocuments) and self.args.use_cache:
+            raise ValueError(
+                "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or "
+                "set isolate_documents to false."
             )
+
+    @property
+    def data(self) -> TrainingData:
+        """What is trained on."""
+        return self._feed.data
+
+    @property
+    def mixture_weights(self) -> dict[str, float] | None:
+        """Shares of the sources, in the last stage; `None` for a plain dataset."""
+        return self.data.weights
+
+    @property
+    def publisher(self) -> Publisher | None:
+        """On the main process, once there is a repository to push to."""
+        return self._publishing.publisher
+
+    @property
+    def stopped_by_sigterm(self) -> bool:
+        """Whether the Trainer's `enable_jit_checkpoint` has ended training."""
+        return self._checkpoints.stopped_by_sigterm
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Create what is missing of repository and branch, later if the Hub cannot be reached. All ranks must call it.
+
+        Args:
+            token (`str`, *optional*):
+                With write access; `args.hub_token`, or the one that is logged in, by default.
+            private (`bool`, *optional*):
+                Visibility of a repository that does not exist yet; `args.hub_private_repo` by default.
+
+        Raises:
+            ValueError: on all ranks, if the Hub refuses.
+        """
+        self.hub_model_id = self.card_details["repo_id"] = self._publishing.connect(token, private)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's preparation of a dataset; of the first source it prepares all."""
+        prepare = super()._prepare_dataset  # type: ignore[misc]  # of TRL's trainers
+        if self._trl is None or self._trl.shown is None or dataset is not self._trl.shown:
+            return prepare(dataset, *args, **kwargs)
+        return self._prepare_sources(lambda source: prepare(source, *args, **kwargs))
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's log-probabilities of the reference model, for each source."""
+        compute = super()._precompute_ref_logps  # type: ignore[misc]  # of TRL's trainers
+        if self._trl is None or dataset is not self.data.dataset or not self.data.stages:
+            return compute(dataset, *args, **kwargs)
+        return self._prepare_sources(lambda source: compute(source, *args, **kwargs))
+
+    def _prepare_sources(self, function: Any) -> Any:
+        assert self._trl is not None
+        self._feed.set_data(self._trl.prepare(function), self.data.evaluation)
+        return self.data.dataset
+
+    # ---- Before the first step ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train as the base class does. If a source cannot be read any more, a checkpoint is saved before the error is
+        raised, unless nothing was trained since the last.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint; `True`, or `"last"` and `"true"` on a command line, for the newest complete one.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or the given one is not complete.
+            SourceError: the network failed for too long, or a source has a row that cannot be used.
+        """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._checkpoints.begin()
+        self._feed.resume(None, self._train_batch_size, self.processing_class)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        except SourceError as error:
+            self.is_in_train = False
+            step = self.state.global_step
+            if step == self._feed.first_step:  # there is nothing new to save
+                raise
+            self._save_checkpoint(self.model, trial=None)
+            raise SourceError(
+                f"{error}\nTraining stopped after step {step}, and a checkpoint was saved in "
+                f"{self.args.output_dir!r}. Fix the cause, then go on with resume_from_checkpoint=True."
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load a checkpoint, once its data is found to be that of this run."""
+        self._feed.resume(resume_from_checkpoint, self._train_batch_size, self.processing_class)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        path = Path(resume_from_checkpoint, SETTINGS_NAME)
+        saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        for name, value in self.nexus_settings().items():
+            if name in saved and saved[name] != value:
+                logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")
+
+    def check_data(self, checkpoint: str) -> None:
+        """
+        Check that training can be resumed exactly from a checkpoint, as far as its data goes.
+
+        Raises:
+            ValueError: the data is not that of the checkpoint, and `allow_mixture_change` is off.
+        """
+        self._feed.check(checkpoint, self._train_batch_size, self.processing_class)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """The order of the sources and their rows."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return self._feed.sampler(dataset, self._train_batch_size) or super()._get_train_sampler(train_dataset)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """The base class's collator, whose training micro-batches say which source they hold."""
+        collate = super()._get_collator_with_removed_columns(data_collator, description)
+        return self._feed.tagged(collate) if description == "Training" else collate
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with Muon."""
         if self.optimizer is None and self.args.matrix_optimizer is not None:
-            self.optimizer = create_muon_with_adamw(self, self.model if model is None else model)
+            model = self.model if model is None else model
+            _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
+            decaying = self.get_decay_parameter_names(model)
+            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self.is_fsdp_enabled)
         return super().create_optimizer(model)
 
-    # ---- The window ----
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the model as the base class does, and begin where the state stands."""
+        self._walker.reset()  # the wrapped model and its parameters may be new
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        step = self.state.global_step
+        self._feed.begin(step)
+        self._random_states.begin()
+        self.meter.begin(self._saved_states().get("TrainingMeter") if step else None)
+        attach_plots(self.callback_handler.callbacks, self.data.names)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's epoch; a run that is resumed after its last step trains no more."""
+        if self.state.global_step >= self.state.max_steps and (self.args.nexus or self.data.stages):
+            self.control.should_training_stop = True
+            return
+        self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._random_states.loaded()
+
+    # ---- One outer step ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """
+        Fetch the micro-batches of one window, and note their sources.
+
+        Raises:
+            SourceError: this rank or another could not read a source any more.
+        """
+        self._window = window = Window(fetching=True)
+        self.meter.begin_window(self.state.global_step)
+        batches, items = super().get_batch_samples(
+            window.take(epoch_iterator, tagged=bool(self.data.stages)), num_batches, device
+        )
+        window.fetching = False
+        if batches:
+            counted = window.tokens is not None and has_token_labels(batches[0])
+            window.unit = self.meter.unit = "tokens" if counted else "rows"
+        return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the loss tokens of the window, and of each of its micro-batches."""
+        count = super()._get_num_items_in_batch
+        if not self._window.fetching:  # a batch of an evaluation
+            return count(batch_samples, device)
+        self._feed.agree(self._window, self.state.global_step)
+        average = self.args.average_tokens_across_devices
+        with changed(self.args, average_tokens_across_devices=False):  # local counts first, then one reduction of all
+            counts = [count([batch], device) for batch in batch_samples]
+        counted = [n for n in counts if isinstance(n, Tensor)]
+        if not counted or len(counted) < len(counts):
+            return count(batch_samples, device)
+        self._window.tokens = self._window.divisors = torch.stack(counted)
+        if average and self.args.world_size > 1:
+            self._window.divisors = self.accelerator.reduce(self._window.tokens, "sum")
+        return self._window.divisors.sum()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
-        One micro-batch of the base class's loop. All but the window's last are kept; the last runs the whole window.
+        One micro-batch of the base class's loop. With Nexus all but the window's last are kept, and the last runs the
+        whole window.
 
         Returns:
             `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
         """
-        window = self._window
-        if window.position >= len(window.batches):
+        window, step = self._window, super().training_step
+        if window.complete:
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
-        if window.position == 0:
-            self._random_states.begin_window()
-            self._measure_cosines()
+        if not window.inputs:
+            self._random_states.begin_window(self.state.global_step)
+            self._log_source_cosines()
+        window.inputs.append(inputs)
         if not self.args.nexus:
-            return super().training_step(model, inputs, num_items_in_batch)
-        window.batches[window.position] = inputs  # a subclass may have changed them
-        window.position += 1
-        if window.position == len(window.batches):
+            loss = step(model, inputs, num_items_in_batch)
+            self._count_accumulated(loss)
+            return loss
+        if len(window.inputs) == len(window):
             if self.accelerator.gradient_state.sync_gradients:
-                return self._run_window(model, window)
-            # The stream ended inside the window: the Trainer will not step, and neither do we.
+                return self._walk_window(model, step)
+            # The stream ended inside the window: the Trainer will not step.
             self.meter.windows_dropped += 1
-            logger.warning(f"The data ended inside a window: its {len(window.batches)} micro-batches were dropped.")
+            logger.warning(f"The data ended inside a window: its {len(window)} micro-batches were dropped.")
         return torch.zeros((), device=self.args.device)
 
-    def _run_window(self, model: nn.Module, window: Window) -> Tensor:
-        nexus = self._prepare_nexus(model)
+    def _walk_window(self, model: nn.Module, step: Any) -> Tensor:
+        """Run the window with the Nexus update; `step` is the base class's `training_step`."""
+        window = self._window
         local = self.args.inner_sync == "local" and self.args.world_size > 1
-        losses: list[Tensor] = []
-        # Each micro-batch is a mean of its own: upstream must not divide it by the window's length as well.
-        steps, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
-        # A schedule-free optimizer keeps other weights for evaluation; it must not swap them inside the window.
+
+        def micro_step(inputs: Any, items: Tensor | None) -> Tensor:
+            with self.accelerator.no_sync(model) if local else nullcontext():
+                return step(model, inputs, items)
+
+        # The loss of each micro-batch is a mean: the base class must not divide it by the window's length as well.
+        k, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
+        # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
         self.optimizer.train()
+        scale = inner_lr_scale(self.args.inner_lr_schedule, self.optimizer, self.args.learning_rate)
         try:
-            with nexus.window():
-                for i, inputs in enumerate(window.batches):
-                    items = None if window.divisors is None else window.divisors[i]
-                    with self.accelerator.no_sync(model) if local else nullcontext():
-                        # past MixtureTrainerMixin, whose accounting is for accumulated micro-batches
-                        losses.append(super(MixtureTrainerMixin, self).training_step(model, inputs, items))
-                    nexus.inner_step()
-        except BaseException:
-            reshard(model)
-            raise
+            losses = self._walker.walk(
+                model,
+                window,
+                micro_step,
+                step=self.state.global_step,
+                inner_lr=self.args.inner_lr * scale,
+                autocast=self.accelerator.mixed_precision == "bf16",
+            )
         finally:
-            nexus.restore()  # should a signal have kept the window from being left
-            self.current_gradient_accumulation_steps = steps
+            self.current_gradient_accumulation_steps = k
+        self._count_path(losses)
+        if local:
+            self._walker.average_over_ranks()
+        # A NaN would stay in the base class's sum for ever. If no loss is finite, the running mean takes its place,
+        # and the meter logs NaN for the interval if that is so in all of its windows.
+        running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return window.mean_loss(losses, otherwise=running)
+
+    def _count_accumulated(self, loss: Tensor) -> None:
+        """Count a micro-batch of plain accumulation, given the loss that the base class has divided for it."""
+        window, i = self._window, len(self._window.inputs) - 1
+        if window.divisors is None:
+            mean = loss * self.current_gradient_accumulation_steps
+        else:
+            mean = loss * window.divisors.sum() / window.divisors[i]
+        self.meter.add_micro_batch(*window.summed(i, mean, self.args.world_size))
+
+    def _count_path(self, losses: Tensor) -> None:
+        """Count the micro-batches of a path whose steps were taken."""
+        nexus = self._walker.nexus
+        assert nexus is not None
         skipped = len(losses) - nexus.steps_taken
-        self.meter.add_window(
-            nexus.pseudo_gradient_norm, nexus.steps_taken, skipped, torch.stack(losses).isfinite().any()
-        )
+        self.meter.add_path(nexus.pseudo_gradient_norm, nexus.steps_taken, skipped, losses.isfinite().any())
         if not nexus.steps_taken:
             logger.warning_once(
                 f"Step {self.state.global_step}: no inner step had a usable gradient (zero or not finite), so the "
@@ -132,121 +437,341 @@ class NexusTrainerMixin(MixtureTrainerMixin):
             )
         for i, taken in enumerate(nexus.taken):
             if taken:
-                self.meter.add_micro_batch(*window.count(i, losses[i], self.args.world_size))
-        if local:
-            average_pseudo_gradients(nexus.params, nexus.steps_taken > 0)
-        return self._window_loss(torch.stack(losses), window)
+                self.meter.add_micro_batch(*self._window.summed(i, losses[i], self.args.world_size))
 
-    def _prepare_nexus(self, model: nn.Module) -> Nexus:
-        """The walker with this step's settings."""
-        if self._nexus is None:
-            params = [p for p in model.parameters() if p.requires_grad]
-            shards = Shards(params)
-            # Ranks that walk one path together need the same random directions, those that walk their own do not.
-            walker = self.args.process_index if self.args.inner_sync == "local" else shards.index
-            self._nexus = Nexus(
-                params,
-                self.args.inner_lr,
-                direction=self.args.inner_direction,
-                snapshot_device=self.args.snapshot_device,
-                reduce_norm=shards.norm,
-                key=(self.args.seed, walker),
-            )
-            warn_of_short_steps(self._nexus, autocast=self.accelerator.mixed_precision == "bf16")
-        self._nexus.outer_step = self.state.global_step
-        self._nexus.inner_lr = self.args.inner_lr * self._schedule_factor()
-        return self._nexus
-
-    def _schedule_factor(self) -> float:
-        if self.args.inner_lr_schedule == "constant":
-            return 1.0
-        group = self.optimizer.param_groups[0]
-        # Schedulers start from `initial_lr`; OneCycleLR climbs from there to `max_lr`.
-        peak = max(group["lr"], group.get("max_lr", group.get("initial_lr", self.args.learning_rate)))
-        return float(group["lr"]) / float(peak) if peak else 0.0
-
-    def _window_loss(self, losses: Tensor, window: Window) -> Tensor:
+    def source_cosines(self) -> dict[tuple[str, str], float]:
         """
-        Token-weighted mean of the finite losses (k,). Without any, the running mean of the log interval, since a NaN
-        would stay in upstream's sum for ever; that the interval had none at all is logged as NaN.
+        Gradient cosine of each pair of sources at the present weights.
+
+        Each gradient is taken on the first `per_device_train_batch_size` rows of the source's evaluation set, or of
+        its training rows if it has none: the same on every rank.
         """
-        weights = torch.ones_like(losses) if window.divisors is None else window.divisors.to(losses.dtype)
-        finite = losses.isfinite()
-        total = torch.where(finite, weights, 0).sum()
-        mean = torch.where(finite, losses * weights, 0).sum() / total
-        running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
-        return torch.where(total > 0, mean, running)
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        rows = self.args.per_device_train_batch_size
+        batches = {
+            name: self._prepare_inputs(collate(self._feed.first_rows(name, rows, self.eval_dataset)))
+            for name in self.data.names
+        }
 
-    def _restore(self) -> None:
-        """Weights are only ever displaced inside a window; this also covers one whose own restore was broken off."""
-        if self._nexus is not None:
-            self._nexus.restore()
+        def loss(batch: Any) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, dict(batch))  # type: ignore[return-value]  # no outputs
 
-    def _at_start(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._nexus is None else self._nexus.at_start()
+        return source_cosines(self.model, batches, loss, self.args.device)
 
-    def _measure_cosines(self) -> None:
+    def _log_source_cosines(self) -> None:
         every = self.args.gradient_cosine_steps
         if not every or self.state.global_step % every:
             return
         started = time.perf_counter()
-        self.log({f"cosine/{a}-{b}": value for (a, b), value in source_cosines(self).items()})
+        cosines = self.source_cosines()
+        self.log({f"cosine/{a}-{b}": value for (a, b), value in cosines.items()})
         self.meter.pause(time.perf_counter() - started)
 
-    # ---- Logging, saving, resuming ----
+    # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's figures to the training log line."""
-        if self.is_in_train and "loss" in logs and self._nexus is not None:
-            logs["inner_lr"] = self._nexus.effective_inner_lr
+        """Log, with the numbers of the window, the sources and the Hub in each training log line."""
+        step = self.state.global_step
+        if self.is_in_train and "loss" in logs:
+            if self._walker.nexus is not None:
+                logs["inner_lr"] = self._walker.nexus.effective_inner_lr
+            logs |= self.meter.read(step, self.state.total_flos)
+            logs |= self._feed.skipped_rows(step)
+            logs |= self._publishing.logs()
+        elif "train_loss" in logs:  # the end of training
+            self.meter.update_totals(step)
         super().log(logs, start_time)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._restore()
-        self._nexus = None  # the wrapped model and its parameters may be new
-        return super()._prepare_for_training(*args, **kwargs)
+    # ---- Evaluation ----
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """
+        Evaluate one set as the base class does, or several sets at once, at the restored weights.
+
+        The loss of a set is the sum of its token losses over the number of its loss tokens, in nats per token: the
+        same at any batch size and on any number of ranks. (`dataloader_drop_last` leaves rows out, and an iterable
+        evaluation set that is split by `dispatch_batches=False` repeats some on several ranks.) It replaces a `loss`
+        among the results of `compute_metrics`. The base class's mean over rows stays for labels that are not one per
+        token, for models that take no `num_items_in_batch`, and with `nexus=False` and one plain training set.
+
+        Several sets are logged and given to `on_evaluate` once, with two means over them: `<prefix>_loss`, the macro
+        loss over the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the
+        others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is
+        absent. Each loss comes with its perplexity, if it is finite and labels are one per token. What a base class
+        adds to the log of an evaluation (TRL's `eval_rewards/accuracies`, for example) is there for each set, as
+        `<prefix>_<name>_rewards/accuracies`.
+
+        Args:
+            eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
+                As in [`~transformers.Trainer.evaluate`]. The name `ood` is reserved.
+            **kwargs:
+                Passed on to the base class (`Seq2SeqTrainer`'s generation arguments, for example).
+
+        Returns:
+            `dict[str, float]`: the metrics of all sets, `<prefix>_<name>_loss` and `<prefix>_<name>_perplexity`
+            among them.
+        """
         started = time.perf_counter()
-        self.meter.settle(self._sum_over_ranks, self.args.device)
-        with self._at_start():
-            super()._save_checkpoint(*args, **kwargs)
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        evaluate = super().evaluate
+        with self._walker.at_start():
+            if not isinstance(sets, Mapping):
+                metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+            else:
+                check_set_names((), sets)
+                metrics = {}
+                tokens = True
+                with held_back(self.callback_handler, self.state.log_history):
+                    for name, dataset in sets.items():
+                        chosen: Any = name if eval_dataset is None else dataset
+                        prefix = f"{metric_key_prefix}_{name}"
+                        of_set = evaluate(chosen, ignore_keys, prefix, **kwargs)
+                        metrics |= {metric_of_set(key, prefix): value for key, value in of_set.items()}
+                        tokens = tokens and self._evaluation.labels_are_tokens
+                names = list(sets)
+                weights = self.mixture_weights or {}
+                metrics |= self._evaluation.summarize(metrics, names, weights, metric_key_prefix, tokens)
+                self.log(metrics)
+                shown = without_speed_of_sets(metrics, names, metric_key_prefix)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, shown)
         self.meter.pause(time.perf_counter() - started)
+        return metrics
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the restored weights, and the resolved Nexus settings beside them."""
-        with self._at_start():
-            super().save_model(*args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The base class's loop; its loss is replaced by the mean over tokens."""
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if not self.args.nexus and not self.data.stages:  # the base class unchanged
+            return super().evaluation_loop(*arguments)
+        with self._evaluation.loop(dataloader) as mean:
+            output = super().evaluation_loop(*arguments)
+        loss = self._evaluation.token_loss(mean)
+        if loss is not None and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate at the restored weights."""
-        with self._at_start():
-            return super().evaluate(*args, **kwargs)
-
-    evaluate.__doc__ = MixtureTrainerMixin.evaluate.__doc__
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple:
+        """The base class's step; the loss is the mean over this rank's rows, whose tokens are counted."""
+        evaluation, tokens = self._evaluation, None
+        token_labels = evaluation.note_labels(inputs)
+        if evaluation.mean is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        # Over all ranks, the base class would multiply by their number even a loss that ignores the count.
+        with changed(self.args, average_tokens_across_devices=False):
+            if token_labels:
+                flat = isinstance(self.data_collator, IsolateDocuments) and self.data_collator.flatten
+                inputs = evaluation.real_rows(inputs, flat)
+                tokens = self._get_num_items_in_batch([inputs], self.args.device)
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        evaluation.add(loss, tokens)
+        return loss, logits, labels
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict at the restored weights."""
-        with self._at_start():
+        with self._walker.at_start():
             return super().predict(*args, **kwargs)
 
-    def nexus_settings(self) -> dict[str, Any]:
-        """The resolved Nexus fields, mixture weights included, as plain data."""
-        return {**nexus_settings(self.args), "mixture_weights": self.mixture_weights}
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder of checkpoints; while one is written, the folder of incomplete ones."""
+        return self._checkpoints.folder(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint of the restored weights, complete or not at all, then push it."""
+        started = time.perf_counter()
+        self.meter.update_totals(self.state.global_step)
+        self._record_status()
+        run_dir = self._get_output_dir(trial)
+        with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as checkpoint:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        self._checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
+        self.meter.pause(time.perf_counter() - started)
+
+    def _saved_states(self) -> dict[str, Any]:
+        """The part of `trainer_state.json` for states of collaborators."""
+        states: Any = self.state.stateful_callbacks
+        return states
+
+    def _record_status(self) -> None:
+        """Put the totals and the status of publishing into the state that is saved."""
+        self._saved_states()["TrainingMeter"] = self.meter.state()
+        self._publishing.record(self._saved_states())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random states and the positions of the data from which the checkpoint is resumed."""
+        step = self.state.global_step
+        with self._random_states.to_save(step):
+            super()._save_rng_state(output_dir)
+        self._feed.save(output_dir, step, self._train_batch_size, self.processing_class)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the restored weights. With `push_to_hub`, those of the output folder are queued as well."""
+        with self._walker.at_start():
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.push_to_hub and not _internal_call:
+                if Path(output_dir or self.args.output_dir) != Path(self.args.output_dir):
+                    super().save_model(_internal_call=True)
+                self._publish_run("Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        """Save the model, the arguments without the token, and the Nexus settings."""
+        with changed(self.args, hub_token=None):  # saved arguments are uploaded
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir, SETTINGS_NAME)
             path.write_text(yaml.safe_dump(self.nexus_settings(), sort_keys=False))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        path = Path(resume_from_checkpoint, SETTINGS_NAME)
-        saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
-        for name, value in self.nexus_settings().items():
-            if name in saved and saved[name] != value:
-                logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")
+    def nexus_settings(self) -> dict[str, Any]:
+        """The resolved Nexus fields with the mixture weights, as plain data."""
+        return {**nexus_settings(self.args), "mixture_weights": self.mixture_weights}
+
+    def save_state(self) -> None:
+        """Save `trainer_state.json`, with the totals and the status of publishing at this moment."""
+        self._record_status()
+        super().save_state()
+
+    # ---- Cards and the Hub ----
+
+    def run_facts(self) -> RunFacts:
+        """What the card says about this run is made of these facts."""
+        return RunFacts(
+            args=self.args,
+            model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+            log_history=self.state.log_history,
+            data=self.data,
+            evaluation=self.eval_dataset,
+            trained_tokens=self.meter.trained_tokens,
+            unit=self.meter.unit,
+            nexus=self.nexus_settings(),
+            dynamic_weights=self._feed.dynamic_weights,
+        )
+
+    def write_card(self, folder: str | Path | None = None, *, plots: bool = True, **known: Any) -> RunSummary:
+        """
+        Write the card of the run as far as it has come, with its plots and results, on the main process.
+
+        Args:
+            folder (`str` or `Path`, *optional*):
+                The folder; `output_dir` by default.
+            plots (`bool`, *optional*, defaults to `True`):
+                Draw the plots, which takes most of the time.
+            known:
+                Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
+
+        Returns:
+            [`RunSummary`]: what the card says.
+
+        Raises:
+            ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).
+
+        Example:
+            >>> trainer.write_card(license="apache-2.0", languages=["en"])  # doctest: +SKIP
+        """
+        known = {**self.card_details, **known}
+        return write_card(self.run_facts(), folder or self.args.output_dir, plots=plots, **known)
+
+    def create_model_card(self, *args: Any, **details: Any) -> None:
+        """
+        Write the card into the output folder, as [`~NexusTrainerMixin.write_card`]. If that fails, a warning says why.
+
+        Args:
+            details:
+                Fields of [`RunSummary`], or `language`, `tags`, `tasks` and `model_name` as in
+                [`~transformers.Trainer.create_model_card`]. The run itself knows its other arguments.
+        """
+        self.card_details |= card_fields(args, details)
+        self._try_to_write_card(plots=not self._checkpoints.staging)  # TRL calls this for each checkpoint
+
+    def _try_to_write_card(self, plots: bool) -> None:
+        if not self.is_world_process_zero():
+            return
+        try:
+            self.write_card(plots=plots)
+        except Exception as error:  # a card must not cost a run
+            logger.warning(f"The card could not be written: {error}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Queue a checkpoint once it is complete."""
+        if self._checkpoints.staging or not self._publishing.pushes_checkpoints:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._try_to_write_card(plots=False)  # drawing would delay training; the last card has the plots
+        self._publishing.push_checkpoint(checkpoint_folder, self.state.global_step, CARD_FILES)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **details: Any,
+    ) -> Any:
+        """
+        Save the model and push the output folder without its checkpoints. All ranks must call it.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether the main process waits, up to `args.hub_flush_timeout` seconds.
+            token (`str`, *optional*), private (`bool`, *optional*):
+                As in `init_hf_repo`.
+            revision (`str`, *optional*):
+                Branch, created if missing; `args.hub_revision` by default.
+            details:
+                For [`~NexusTrainerMixin.create_model_card`].
+
+        Returns:
+            `CommitInfo`, *optional*: on the main process, if it waited and everything is on the Hub. `None` is no
+            error: what is missing stays on disk.
+
+        Raises:
+            ValueError: if there is no repository to push to yet, as `init_hf_repo`.
+
+        Example:
+            >>> trainer.push_to_hub(license="apache-2.0", language="en")  # doctest: +SKIP
+        """
+        if self.hub_model_id is None or token is not None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        message = commit_message or "End of training"
+        self._publish_run(message, revision, **details)
+        return self._publishing.wait(message) if blocking else None
+
+    def _publish_run(self, commit_message: str, revision: str | None = None, **details: Any) -> None:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card(**details)
+        self.save_state()
+        self.publish(commit_message, revision)
+
+    def publish(self, commit_message: str, revision: str | None = None) -> None:
+        """Queue the output folder as it is, without its checkpoints."""
+        self._publishing.push_run(self.state.global_step, commit_message, revision)
+
+    def _finish_current_push(self) -> None:
+        """Wait for the Hub after training, if this is the place to wait."""
+        alone = self.args.world_size == 1  # the other ranks would wait at the next collective
+        if self.wait_after_training and alone and self.args.hub_strategy != "end":
+            self._publishing.wait("End of training")
 
 
 class NexusTrainer(NexusTrainerMixin, Trainer):

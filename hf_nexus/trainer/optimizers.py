@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model and AdamW for all else, as one optimizer."""
+"""Muon for the matrices of a model and AdamW for the other parameters, as one optimizer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,15 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import PreTrainedModel, Trainer
-from transformers.training_args import OptimizerNames
+from transformers import PreTrainedModel
 
-__all__ = ["MuonWithAdamW", "check_optimizer", "create_muon_with_adamw", "muon_options"]
+__all__ = ["MuonWithAdamW", "create_muon_with_adamw", "muon_options"]
 
-# What `optim_args` may say about Muon, and how it is read.
+# The options of Muon in `optim_args`, and their types.
 _OPTIONS: dict[str, Callable[[str], Any]] = {"muon_lr": float, "muon_momentum": float, "muon_adjust_lr_fn": str}
-# The field `optim` chooses the optimizer of what is not a matrix.
-_ADAMW = {OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED}
 
 
 class MuonWithAdamW(Optimizer):
@@ -48,18 +45,18 @@ class MuonWithAdamW(Optimizer):
     ):
         chosen = ((AdamW, others, adamw), (Muon, matrices, muon))
         filled = [(kind, [g for g in groups if len(g["params"])], options) for kind, groups, options in chosen]
-        parts = [kind(groups, **options) for kind, groups, options in filled if groups]
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        optimizers = [kind(groups, **options) for kind, groups, options in filled if groups]
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         self._join()
 
     def _join(self) -> None:
-        """Make the two parts anew over the present groups, which they share, and over one state."""
+        """Build both optimizers over the present groups, which they share, and over one state."""
         kinds = [(AdamW, "betas"), (Muon, "momentum")]  # an option that only the groups of that kind have
         split = [(kind, [g for g in self.param_groups if option in g]) for kind, option in kinds]
-        # Groups that have all their options already are kept as they are, the very same dicts.
-        self._parts: list[Optimizer] = [kind(groups) for kind, groups in split if groups]
-        for part in self._parts:
-            part.state = self.state
+        # Groups that have all options already are kept: the same dicts.
+        self._optimizers: list[Optimizer] = [kind(groups) for kind, groups in split if groups]
+        for optimizer in self._optimizers:
+            optimizer.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -67,13 +64,13 @@ class MuonWithAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step with each part."""
+        """Take one step with both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            part.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         return loss
 
 
@@ -82,10 +79,10 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
     The options of Muon in the field `optim_args`, such as `"muon_lr=0.01,muon_momentum=0.9"`.
 
     Without `muon_adjust_lr_fn`, its updates are scaled to the size of AdamW's (`"match_rms_adamw"`), so that both
-    share one learning rate; `"original"` is Keller Jordan's scaling, which wants one of its own.
+    share one learning rate. `"original"` is Keller Jordan's scaling, which needs another learning rate.
 
     Raises:
-        ValueError: names what is not understood.
+        ValueError: names the option that is not understood.
 
     Example:
         >>> from hf_nexus.trainer.optimizers import muon_options
@@ -101,64 +98,51 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
             options[key.removeprefix("muon_")] = _OPTIONS[key](value)
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"optim_args={optim_args!r} says {part!r}, which matrix_optimizer='muon' does not understand; use "
+                f"optim_args={optim_args!r}: {part!r} is no option of matrix_optimizer='muon'. Use "
                 "'muon_lr=<number>', 'muon_momentum=<number>' or 'muon_adjust_lr_fn=match_rms_adamw' (or =original), "
                 "joined by commas."
             ) from error
-    Muon([nn.Parameter(torch.zeros(1, 1))], **options)  # its own checks, before a model is built
+    Muon([nn.Parameter(torch.zeros(1, 1))], **options)  # checks the values before a model is built
     return options
 
 
-def check_optimizer(trainer: Trainer) -> None:
-    """
-    Refuse `matrix_optimizer`, which builds on AdamW, where something else decides on the optimizer.
-
-    Raises:
-        ValueError: names the two, and which to leave out.
-    """
-    args: Any = trainer.args
-    given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-    other = "an optimizer given to the trainer" if given else f"optim={OptimizerNames(args.optim).value!r}"
-    if args.matrix_optimizer is not None and (given or args.optim not in _ADAMW):
-        raise ValueError(
-            f"matrix_optimizer={args.matrix_optimizer!r} and {other} exclude each other: it builds on "
-            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
-        )
-
-
-def create_muon_with_adamw(trainer: Trainer, model: nn.Module) -> MuonWithAdamW:
+def create_muon_with_adamw(
+    model: nn.Module, args: Any, adamw: dict[str, Any], decaying: Iterable[str], sharded: bool = False
+) -> MuonWithAdamW:
     """
     The optimizer of `matrix_optimizer="muon"`: Muon for trainable 2-D weights of at least two rows and columns that
-    are not an embedding or the output layer, the Trainer's AdamW for all else. Weight decay is split by the Trainer.
+    are not an embedding or the output layer, AdamW for the other parameters.
 
     Args:
-        trainer ([`~transformers.Trainer`]):
-            Its arguments give the options.
-        model (`nn.Module`):
-            What is trained.
+        model (`nn.Module`), args ([`NexusConfig`]):
+            The model, and the training arguments.
+        adamw (`dict[str, Any]`):
+            Options of AdamW.
+        decaying (`Iterable[str]`):
+            Names of the parameters with weight decay.
+        sharded (`bool`, *optional*, defaults to `False`):
+            Whether the model will be sharded over the ranks.
 
     Raises:
-        ValueError: the model has nothing for Muon.
+        ValueError: the model has no matrix for Muon, or one with fewer rows than there are ranks to shard it.
     """
-    args = trainer.args
-    decaying, tables = set(trainer.get_decay_parameter_names(model)), _embeddings_and_heads(model)
+    decaying, tables = set(decaying), _embeddings_and_heads(model)
     matrices: tuple[list[Tensor], list[Tensor]] = ([], [])  # with weight decay, and without
     others: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, p in model.named_parameters():
         if p.requires_grad:
             is_matrix = p.ndim == 2 and min(p.shape) > 1 and id(p) not in tables
             (matrices if is_matrix else others)[name not in decaying].append(p)
-            if is_matrix and trainer.is_fsdp_enabled and len(p) < args.world_size:  # torch fails at the first step
+            if is_matrix and sharded and len(p) < args.world_size:  # torch fails at the first step
                 raise ValueError(
                     f"matrix_optimizer='muon' cannot shard {name!r} of shape {tuple(p.shape)} over {args.world_size} "
-                    "ranks: torch's Muon needs a row for each. Use fewer ranks, DDP, or leave it out."
+                    "ranks: torch's Muon needs a row for each rank. Use fewer ranks, DDP, or leave it out."
                 )
     if not any(matrices):
         raise ValueError(
-            "matrix_optimizer='muon' found no trainable matrix in the model (embeddings and the output layer are "
-            "AdamW's); leave it out."
+            "matrix_optimizer='muon' found no trainable matrix in the model (AdamW has embeddings and the output "
+            "layer). Leave it out."
         )
-    _, adamw = trainer.get_optimizer_cls_and_kwargs(args)
     muon = {"lr": args.learning_rate, **muon_options(args.optim_args)}
     decays = (args.weight_decay, 0.0)
     groups = [
@@ -168,9 +152,9 @@ def create_muon_with_adamw(trainer: Trainer, model: nn.Module) -> MuonWithAdamW:
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    """Ids of the parameters that are a table of the vocabulary (or of positions), not a map between features."""
+    """Ids of the parameters of embeddings and output layers."""
     tables: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    for module in model.modules():  # adapters wrap the model whose output layer it is
+    for module in model.modules():  # adapters wrap the model that has the output layer
         if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
             tables.append(head)
     return {id(p) for table in tables for p in table.parameters()}

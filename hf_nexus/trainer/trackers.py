@@ -1,49 +1,46 @@
-"""The pictures of a run in the experiment tracker that has its metrics: TensorBoard, Weights & Biases, Trackio."""
+"""The plots of a run in its experiment tracker: TensorBoard, Weights & Biases, Trackio."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-if TYPE_CHECKING:
-    from .mixture_trainer import MixtureTrainerMixin
-
-__all__ = ["TrackerPlots"]
+__all__ = ["TrackerPlots", "attach_plots"]
 
 logger = logging.getLogger(__name__)
 
-# Takes a picture's name, its PNG file and the outer step.
+# Takes the name of a plot, its PNG file and the outer step.
 Send = Callable[[str, Path, int], None]
+
+_TRACKERS = (TensorBoardCallback, WandbCallback, TrackioCallback)
 
 
 class TrackerPlots(TrainerCallback):
     """
-    At the end of training, sends the pictures of the card as `plots/<name>` to those trackers of `report_to` that show
-    images. Metrics need no help: each integration logs what [`~transformers.Trainer.log`] is given.
+    Sends the plots of the card at the end of training, as `plots/<name>`, to the trackers that show images. Metrics
+    need no help: the tracker's own callback logs what [`~transformers.Trainer.log`] is given.
 
     Args:
-        trainer ([`MixtureTrainerMixin`]):
-            Whose log is drawn, and whose callbacks are asked for trackers.
+        sources (`list[str]`):
+            Names of the training sources.
+        callbacks (`list[TrainerCallback]`):
+            The callbacks of the trainer, the trackers among them.
     """
 
-    def __init__(self, trainer: "MixtureTrainerMixin"):
-        self.trainer = trainer
-
-    @classmethod
-    def attach(cls, trainer: "MixtureTrainerMixin") -> None:
-        """Become the first callback of `trainer`: at the end of training the trackers' own close them."""
-        trainer.callback_handler.callbacks.insert(0, cls(trainer))
+    def __init__(self, sources: list[str], callbacks: list[TrainerCallback]):
+        self.sources = sources
+        self.callbacks = callbacks
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw and send. A picture is not worth a run: what goes wrong is a warning."""
+        """Draw and send. An error here is a warning: a plot must not cost a run."""
         if not state.is_world_process_zero:
             return
         try:
-            senders = list(_senders(self.trainer.callback_handler.callbacks))
+            senders = list(self._senders())
             if senders:
                 self._draw_and_send(senders, state)
         except Exception as error:
@@ -53,40 +50,49 @@ class TrackerPlots(TrainerCallback):
         from ..plots.run import plot_run
 
         with TemporaryDirectory() as folder:
-            for picture in plot_run(state.log_history, self.trainer.data.names, folder):
+            for plot in plot_run(state.log_history, self.sources, folder):
                 for send in senders:
-                    send(f"plots/{picture.stem}", picture, state.global_step)
+                    send(f"plots/{plot.stem}", plot, state.global_step)
+
+    def _senders(self) -> Iterator[Send]:
+        """One for each tracker that has a run open."""
+        for callback in self.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                yield _to_tensorboard(callback.tb_writer)
+            elif isinstance(callback, WandbCallback):
+                yield _to_wandb
+            elif isinstance(callback, TrackioCallback):
+                yield _to_trackio
 
 
-def _senders(callbacks: Iterable[TrainerCallback]) -> Iterator[Send]:
-    """One for each tracker that has a run open."""
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            yield _to_tensorboard(callback.tb_writer)
-        elif isinstance(callback, WandbCallback):
-            yield _to_wandb
-        elif isinstance(callback, TrackioCallback):
-            yield _to_trackio
+def attach_plots(callbacks: list[TrainerCallback], sources: list[str]) -> None:
+    """
+    Send the plots to the trackers among the callbacks of a trainer, if there are any.
+
+    The callback comes first: at the end of training the trackers' own callbacks close them.
+    """
+    if any(isinstance(c, _TRACKERS) for c in callbacks) and not any(isinstance(c, TrackerPlots) for c in callbacks):
+        callbacks.insert(0, TrackerPlots(sources, callbacks))
 
 
 def _to_tensorboard(writer: Any) -> Send:
-    def send(name: str, picture: Path, step: int) -> None:
+    def send(name: str, plot: Path, step: int) -> None:
         from matplotlib.image import imread
 
-        writer.add_image(name, imread(picture)[..., :3], step, dataformats="HWC")
+        writer.add_image(name, imread(plot)[..., :3], step, dataformats="HWC")
 
     return send
 
 
-# As the integrations of transformers do, these two tell the step by a metric and leave the tracker's own count alone.
-def _to_wandb(name: str, picture: Path, step: int) -> None:
+# Like the callbacks of transformers, these two log the step as a metric and leave the tracker's own count alone.
+def _to_wandb(name: str, plot: Path, step: int) -> None:
     import wandb
 
     if wandb.run is not None:
-        wandb.run.log({name: wandb.Image(str(picture)), "train/global_step": step})
+        wandb.run.log({name: wandb.Image(str(plot)), "train/global_step": step})
 
 
-def _to_trackio(name: str, picture: Path, step: int) -> None:
+def _to_trackio(name: str, plot: Path, step: int) -> None:
     import trackio
 
-    trackio.log({name: trackio.Image(str(picture)), "train/global_step": step})
+    trackio.log({name: trackio.Image(str(plot)), "train/global_step": step})

@@ -96,7 +96,8 @@ def mixture(sources: Mapping[str, Any], shares: Any = None, buffer_size: int = 6
     }
     stages = [{"until": 1.0, "weights": shares}] if isinstance(shares, Mapping) else shares
     config = MixtureConfig(configs, LENGTH, buffer_size=buffer_size, stages=stages, isolate_documents=False)
-    return Mixture(config, dict(sources), {}, dict.fromkeys(sources), 0)
+    final = config.stages[-1].weights if config.stages else {}
+    return Mixture(config, dict(sources), {}, final, dict.fromkeys(sources), {}, dict.fromkeys(sources), 0)
 
 
 # ---- Runs ----
@@ -115,7 +116,7 @@ class Recorder(NexusTrainer):
         self.epochs[self.state.global_step] = self.state.epoch
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        source = self._window.sources[self._window.position]
+        source = self._window.sources[len(self._window.inputs)]
         self.micro_batches[self.state.global_step].append((source, inputs["input_ids"].tolist()))
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -31,7 +31,7 @@ def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
     assert {p.dtype for p in base.values()} == {dtype}
     whole = make_trainer(sources, model, **SAVING)
     whole.train()
-    snapshot = [copy for copy in whole._nexus._snapshot.copies if copy is not None]
+    snapshot = [copy for copy in whole._walker.nexus._snapshot.copies if copy is not None]
     assert sum(copy.numel() for copy in snapshot) == model.get_nb_trainable_parameters()[0]
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
 
@@ -73,7 +73,7 @@ def test_adapters_on_a_base_of_four_bits(make_trainer, sources, tmp_path):
     def train(model: Any, name: str, resume: Path | None = None) -> torch.Tensor:
         trainer = make_trainer(sources, model, output_dir=str(tmp_path / name), **SAVING)
         trainer.train(resume_from_checkpoint=resume and str(resume))
-        assert sum(p.numel() for p in trainer._nexus.params) == model.get_nb_trainable_parameters()[0]
+        assert sum(p.numel() for p in trainer._walker.nexus.params) == model.get_nb_trainable_parameters()[0]
         return adapters(model)
 
     model = adapted(quantized())

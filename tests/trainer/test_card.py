@@ -12,8 +12,8 @@ from hf_nexus.hub.card import BenchmarkScore
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.run_summary import RunSummary
 from hf_nexus.hub.tasks import find_task
-from hf_nexus.trainer.card import CARD_FILES, summarize, write_card
-from hf_nexus.trainer.publishing import _details
+from hf_nexus.trainer.card import CARD_FILES, summarize
+from hf_nexus.trainer.publishing import card_fields
 from tests.support.tiny import VOCAB, Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -37,7 +37,7 @@ def trained(make_trainer, sources):
 
 
 def test_the_summary_holds_what_the_trainer_logged(trained):
-    run = summarize(trained)
+    run = summarize(trained.run_facts())
     log = trained.state.log_history
     losses = [entry["eval_law_loss"] for entry in log if "eval_law_loss" in entry]
     rows = {row.name: row for row in run.evaluations}
@@ -62,7 +62,7 @@ def test_the_summary_holds_what_the_trainer_logged(trained):
 def test_the_folder_holds_what_the_card_shows_and_a_users_words_stay(trained, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words.\n")
     score = BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 1.5, task_id="gsm8k")
-    run = write_card(trained, tmp_path, languages=["en"], benchmarks=[score])
+    run = trained.write_card(tmp_path, languages=["en"], benchmarks=[score])
     assert {name for name in CARD_FILES if (tmp_path / name).exists()} == set(CARD_FILES)
     text = (tmp_path / "README.md").read_text()
     check_card(text)
@@ -71,12 +71,12 @@ def test_the_folder_holds_what_the_card_shows_and_a_users_words_stay(trained, tm
         assert (tmp_path / picture).exists()
     assert text.count("![") == 2 and RunSummary.load(tmp_path).evaluations == run.evaluations
     with pytest.raises(ValueError, match="license"):
-        write_card(trained, tmp_path, license="whatever you like")
+        trained.write_card(tmp_path, license="whatever you like")
     assert (tmp_path / "README.md").read_text() == text
 
 
 def test_a_run_before_its_first_step_has_a_card_without_pictures(make_trainer, sources, tmp_path):
-    write_card(make_trainer(sources), tmp_path)
+    make_trainer(sources).write_card(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["README.md", "run_summary.json"]
     assert "![" not in (tmp_path / "README.md").read_text()
 
@@ -86,7 +86,7 @@ def test_one_plain_dataset_has_no_mixture(make_trainer, tmp_path):
         Rows(16, 0), trainer_kwargs={"eval_dataset": Rows(4, 1)}, eval_strategy="steps", eval_steps=1
     )
     trainer.train()
-    run = write_card(trainer, tmp_path)
+    run = trainer.write_card(tmp_path)
     assert run.mixture == [] and [row.role for row in run.evaluations] == ["held_out"]
     assert "## Mixture" not in (tmp_path / "README.md").read_text()
 
@@ -95,7 +95,7 @@ def test_a_model_from_a_folder_is_no_model_of_the_hub(make_trainer, sources, tmp
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained("base")
     model = type(tiny_llama()).from_pretrained("base")
-    run = write_card(make_trainer(sources, model=model), tmp_path / "card")
+    run = make_trainer(sources, model=model).write_card(tmp_path / "card")
     text = (tmp_path / "card" / "README.md").read_text()
     assert run.base_model == "./base" and "trained further from `base`" in text
     assert "base_model:" not in text and str(tmp_path) not in text
@@ -114,7 +114,7 @@ def test_the_code_of_an_adapters_card_runs(make_trainer, tmp_path, monkeypatch, 
     trainer = make_trainer({"a": Rows(16, 0), "b": Rows(16, 1)}, model=model, trainer_kwargs=kwargs, max_steps=1)
     trainer.train()
     trainer.save_model()
-    run = write_card(trainer)
+    run = trainer.write_card()
     assert (run.adapter, run.base_model, run.trainable_parameters) == ("LoRA", "./base", trainable)
     text = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in text and f"LoRA adapter of {trainable:,} trainable parameters" in text
@@ -128,7 +128,7 @@ def test_the_adapter_of_a_model_without_a_name_has_a_card(make_trainer):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     trainer = make_trainer({"a": Rows(16, 0)}, model=peft.get_peft_model(tiny_llama(), lora))
-    run = write_card(trainer)
+    run = trainer.write_card()
     assert (run.adapter, run.base_model, run.task) == ("LoRA", None, "text-generation")
     text = Path(trainer.args.output_dir, "README.md").read_text()
     check_card(text)
@@ -181,7 +181,7 @@ class OwnModel(transformers.BertModel):
 )
 def test_the_task_and_the_class_of_the_example_follow_from_the_model(make_trainer, make, task, auto_class):
     trainer = make_trainer(Rows(8, 0), model=make())
-    run = summarize(trainer)
+    run = summarize(trainer.run_facts())
     assert (run.task, run.auto_class) == (task, auto_class)
     assert (
         auto_class is None
@@ -209,10 +209,9 @@ def test_a_mapping_says_more_than_the_name_of_a_class(name, task):
 
 @pytest.mark.parametrize("given", [{"tasks": "summarization"}, {"tasks": ["summarization", "translation"]}])
 def test_tasks_may_be_given_as_the_trainer_takes_them(given):
-    assert (
-        _details(**given)["task"] == _details(None, None, None, None, None, *given.values())["task"] == "summarization"
-    )
-    assert "task" not in _details(tasks=None)
+    assert card_fields((), given)["task"] == "summarization"
+    assert card_fields((None, None, None, None, None, *given.values()), {})["task"] == "summarization"
+    assert "task" not in card_fields((), {"tasks": None})
 
 
 class Labelled(Rows):

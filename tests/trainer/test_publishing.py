@@ -77,13 +77,13 @@ def make(
 
     yield make
     for trainer in made:
-        if trainer._last_wait is not None:
-            trainer._last_wait.end(0.0)
+        if trainer._publishing._last_wait is not None:
+            trainer._publishing._last_wait.end(0.0)
 
 
 def push(out: Path, *options: str, token: str = ALICE) -> subprocess.CompletedProcess[str]:
     """`hf-nexus push`, as it is typed."""
-    command = [sys.executable, "-m", "hf_nexus.cli.app", "push", str(out), *options]
+    command = [sys.executable, "-m", "hf_nexus.cli", "push", str(out), *options]
     return subprocess.run(
         command, env={**os.environ, "HF_TOKEN": token}, capture_output=True, text=True, timeout=2 * SECONDS
     )
@@ -186,7 +186,7 @@ def test_a_hub_that_fails_for_good_costs_the_run_its_bound_at_most(
     hub.fail("/commit/", **fault)
     trainer.train()
     assert trainer.push_to_hub() is None
-    trainer._last_wait.end()
+    trainer._publishing._last_wait.end()
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert line.startswith(f"On the Hub ({REPO}@main): nothing. Not there yet: step ")
     assert line.endswith(f"Send the rest with: hf-nexus push {out}")
@@ -242,7 +242,7 @@ def test_what_was_saved_arrives_although_the_run_fails(
     trainer.add_callback(_Fails())
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer.train()
-    trainer._last_wait.end()
+    trainer._publishing._last_wait.end()
     assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 2."
     files, saved = hub.files(REPO), content(tmp_path / "out/checkpoint-2", *MODEL)
     assert digests({name: files[name] for name in MODEL}) == digests(saved)
@@ -261,9 +261,10 @@ _RUN = """
 import sys
 from functools import partial
 from transformers import TrainerCallback
-from hf_nexus import NexusConfig, NexusTrainer, publishing
-from tests.conftest import Rows, tiny_llama
-from tests.hub_runs import QUICK
+from hf_nexus import NexusConfig, NexusTrainer
+from hf_nexus.trainer import publishing
+from tests.support.hub.runs import QUICK
+from tests.support.tiny import Rows, tiny_llama
 publishing.Publisher = partial(publishing.Publisher, patience=QUICK)
 out, timeout, ending = sys.argv[1:]
 class End(TrainerCallback):
@@ -367,8 +368,8 @@ def test_a_pretraining_run_ends_with_its_report_on_the_hub(
     trainer = pretrain(
         parse_arguments(["--config", str(config), "--output_dir", str(out), "--max_steps", "3", *flags])
     )
-    assert trainer._last_wait is not None
-    trainer._last_wait.end()
+    assert trainer._publishing._last_wait is not None
+    trainer._publishing._last_wait.end()
     assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 3."
     files = hub.files(REPO)
     names = [*MODEL, *CARD, "tokenizer.json", "pretrain.yaml"]

@@ -87,7 +87,7 @@ def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
 ) -> None:
     expected = whole(kind, schedule)
     if kind != "map-style":  # later passes are among what is resumed
-        assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["partitions"]["0"].values()) >= 1
+        assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["positions"]["0"].values()) >= 1
     for step in range(1, STEPS):
         data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
         resumed = run(tmp_path, data, checkpoint(expected, step), **config)
@@ -248,7 +248,7 @@ def test_a_change_of_the_data_is_refused_by_name_and_can_be_allowed(
     if change in ("weights", "sources", "stages"):
         trainer = run(tmp_path, build(), before, allow_mixture_change=True, **config)
         assert sorted(trainer.micro_batches) == list(range(2, STEPS))
-        assert "Going on with a fresh state of the data" in caplog.text
+        assert "the data is read from its beginning" in caplog.text
         again = run(tmp_path / "again", build(), checkpoint(trainer, 4), **config)  # and that is resumed exactly
         assert again.micro_batches == {step: trainer.micro_batches[step] for step in (4, 5)}
         assert torch.equal(weights(again), weights(trainer))
@@ -404,7 +404,7 @@ def test_a_source_read_max_epochs_times_hands_over_its_weight_and_that_is_resume
     config = {"source_schedule": schedule}
     trainer = run(tmp_path / "whole", limited(), **config)
     (record,) = [r for r in caplog.records if "max_epochs" in r.message]
-    first = trainer._progress.retired["a"]
+    first = trainer._feed._progress.left_out["a"]
     assert 1 < first < STEPS - 1
     assert "'a'" in record.message and f"from step {first} on" in record.message
     expected, current = DynamicSchedule(["a", "b", "c"], 42, schedule), []
@@ -424,7 +424,7 @@ def test_a_source_read_max_epochs_times_hands_over_its_weight_and_that_is_resume
 def test_a_source_ends_for_a_loader_that_reads_ahead(tmp_path: Path) -> None:
     config = {"dataloader_num_workers": 2, "max_steps": 8}
     trainer = run(tmp_path / "whole", limited(), **config)
-    assert trainer._progress.retired["a"] < 8
+    assert trainer._feed._progress.left_out["a"] < 8
     for step in (2, 4, 5):
         resumed = run(tmp_path, limited(), checkpoint(trainer, step), **config)
         assert differences(resumed, trainer, step) == []
@@ -524,15 +524,12 @@ def test_rows_that_are_skipped_are_counted_in_the_log_and_when_resumed(tmp_path:
 
     trainer = run(tmp_path / "whole", data("skip"))
     counts = [entry["skipped_rows/a"] for entry in trainer.state.log_history if "skipped_rows/a" in entry]
-    assert (
-        counts == sorted(counts)
-        and counts[-1] == trainer._progress.state_dict(STEPS)["partitions"]["0"]["a"]["skipped"]
-    )
+    assert counts == sorted(counts) and counts[-1] == trainer._feed._progress.skipped_rows(STEPS)["a"]
     assert counts[-1] >= 4
     resumed = run(tmp_path, data("skip"), checkpoint(trainer, 3))
     assert differences(resumed, trainer, 3) == []
     assert [e.get("skipped_rows/a") for e in resumed.state.log_history if "loss" in e][-1] == counts[-1]
-    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] is unusable.*on_error to 'skip'"):
+    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] cannot be used.*on_error to 'skip'"):
         run(tmp_path / "raise", data("raise"))
 
 

@@ -1,6 +1,4 @@
-"""What Nexus does not support is refused when the trainer is built, with the way out."""
-
-from types import SimpleNamespace
+"""What Nexus does not support is refused when the trainer is built, with what to use instead."""
 
 import pytest
 from accelerate import Accelerator
@@ -8,10 +6,10 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_nexus.trainer import distributed
+from hf_nexus.trainer import support
 from tests.support.tiny import Rows, tiny_llama
 
-WAY_OUT = "torchrun --nproc_per_node"
+INSTEAD = "torchrun --nproc_per_node"
 
 
 @pytest.fixture
@@ -24,27 +22,28 @@ def build(make_trainer):
 )
 def test_other_launches_are_refused(build, monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
-    with pytest.raises(ValueError, match=f"does not support {kind.value}.*{WAY_OUT}.*fsdp_version"):
+    with pytest.raises(ValueError, match=f"does not support {kind.value}.*{INSTEAD}.*fsdp_version"):
         build()
 
 
-def test_fsdp1_is_refused():
-    fsdp1 = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
-    trainer = SimpleNamespace(args=SimpleNamespace(inner_sync="global"), accelerator=SimpleNamespace(state=fsdp1))
+def launch(**facts) -> support.Launch:
+    return support.Launch(**{"kind": DistributedType.FSDP, **facts})
+
+
+def test_fsdp1_is_refused(build):
     with pytest.raises(ValueError, match=r"FSDP1.*set fsdp_version to 2"):
-        distributed._check_fsdp(trainer)
+        support.check_launch(build().args, launch(fsdp_version=1))
 
 
-def test_local_mode_is_refused_under_fsdp():
-    fsdp2 = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2))
-    trainer = SimpleNamespace(args=SimpleNamespace(inner_sync="local"), accelerator=SimpleNamespace(state=fsdp2))
+def test_local_mode_is_refused_under_fsdp(build):
+    support.check_launch(build().args, launch(fsdp_version=2))
     with pytest.raises(ValueError, match="inner_sync='global', or DDP"):
-        distributed._check_fsdp(trainer)
+        support.check_launch(build(inner_sync="local").args, launch(fsdp_version=2))
 
 
 def test_sagemaker_model_parallelism_is_refused(build, monkeypatch):
-    monkeypatch.setattr(distributed, "is_sagemaker_mp_enabled", lambda: True)
-    with pytest.raises(ValueError, match=f"SageMaker.*{WAY_OUT}"):
+    monkeypatch.setattr(support, "is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(ValueError, match=f"SageMaker.*{INSTEAD}"):
         build()
 
 
@@ -53,7 +52,7 @@ def test_parallelism_inside_the_model_is_refused(build, monkeypatch, size):
     trainer = build()
     monkeypatch.setattr(trainer, size, lambda: 2)
     with pytest.raises(ValueError, match="tensor, context or sequence parallelism"):
-        distributed.check_supported(trainer)
+        trainer._check()
 
 
 @pytest.mark.parametrize(
@@ -69,20 +68,20 @@ def test_fp16_is_refused(build):
     trainer = build()
     trainer.args.fp16 = True  # set on a CPU, the arguments themselves would refuse it
     with pytest.raises(ValueError, match=r"fp16.*bf16=True over float32"):
-        distributed.check_supported(trainer)
+        trainer._check()
 
 
 def test_processes_that_would_each_train_alone_are_refused(build, monkeypatch):
     """As Trainer does without a GPU, if it is not told to use the CPU."""
     trainer = build()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"one of 2 processes.*use_cpu=True"):
-        distributed.check_supported(trainer)
+    with pytest.raises(ValueError, match=r"2 processes were launched.*use_cpu=True"):
+        trainer._check()
 
 
 def test_data_parallel_is_refused_with_the_torchrun_line(build, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
-    with pytest.raises(ValueError, match=f"{WAY_OUT} 4"):
+    with pytest.raises(ValueError, match=f"{INSTEAD} 4"):
         build()
 
 
@@ -94,5 +93,5 @@ def test_models_spread_at_load_time_are_refused(build):
 
 
 def test_what_is_refused_with_nexus_is_not_without(make_trainer, monkeypatch):
-    monkeypatch.setattr(distributed, "is_sagemaker_mp_enabled", lambda: True)
+    monkeypatch.setattr(support, "is_sagemaker_mp_enabled", lambda: True)
     assert isinstance(make_trainer(Rows(16, 0), nexus=False), Trainer)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hf_nexus.trainer.card import write_card
 from tests.support.tiny import Rows
 
 PICTURES = ("training", "gradient_cosines")
@@ -55,7 +54,7 @@ def test_tensorboard_has_all_metrics_and_pictures(trained, tmp_path):
     assert {tag: last[tag].value for tag in expected} == pytest.approx(expected)
     cosines = [entry["path_cosine"] for entry in trainer.state.log_history if "path_cosine" in entry]
     assert [scalar.value for scalar in events.Scalars("train/path_cosine")] == pytest.approx(cosines)
-    write_card(trainer, tmp_path / "card")
+    trainer.write_card(tmp_path / "card")
     for name in PICTURES:
         (image,) = events.Images(f"plots/{name}")
         assert image.step == 4
@@ -76,7 +75,7 @@ def test_wandb_has_all_metrics_and_pictures(trained, tmp_path, monkeypatch):
     finally:
         wandb.finish()
     assert summary == pytest.approx(expected)
-    write_card(trainer, tmp_path / "card")
+    trainer.write_card(tmp_path / "card")
     for name in PICTURES:
         (sent,) = folder.glob(f"media/images/plots/{name}_*.png")
         assert sent.read_bytes() == (tmp_path / "card" / f"{name}.png").read_bytes()
@@ -93,7 +92,7 @@ def test_trackio_has_all_metrics_and_pictures(trained, tmp_path, monkeypatch):
     last = {name: value for entry in logs for name, value in entry.items()}
     expected = metrics(trainer)
     assert {name: last[name] for name in expected} == pytest.approx(expected)
-    write_card(trainer, tmp_path / "card")
+    trainer.write_card(tmp_path / "card")
     for name in PICTURES:
         sent = Path(TRACKIO_DIR, "media", last[f"plots/{name}"]["file_path"])
         assert sent.read_bytes() == (tmp_path / "card" / f"{name}.png").read_bytes()

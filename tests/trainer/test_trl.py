@@ -255,7 +255,7 @@ def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
     trainer.train()
     assert all(map(torch.equal, frozen, [p for p in trainer.model.parameters() if not p.requires_grad]))
     assert trainer.meter.inner_steps_skipped == 0
-    assert sum(p.numel() for p in trainer._nexus.params) == trainer.model.num_parameters(only_trainable=True)
+    assert sum(p.numel() for p in trainer._walker.nexus.params) == trainer.model.num_parameters(only_trainable=True)
 
 
 def test_the_recipe_puts_adapters_on_a_model_and_conversations_of_ones_own(tokenizer, tmp_path, monkeypatch, capsys):
@@ -331,7 +331,7 @@ def test_without_nexus_a_trainer_that_generates_is_itself(tmp_path, tokenizer):
 
 def test_arguments_of_another_trainer_are_refused(make):
     with pytest.raises(
-        ValueError, match=r"SFTTrainer needs arguments of its own, but got NexusConfig.*NexusSFTConfig"
+        ValueError, match=r"SFTTrainer needs arguments of its own class, but got NexusConfig.*NexusSFTConfig"
     ):
         NexusSFTTrainer(llama(tiny_tokenizer()), NexusConfig(report_to="none", use_cpu=True), None, texts())
 

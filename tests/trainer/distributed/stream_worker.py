@@ -95,7 +95,7 @@ def facts(trainer: Recorder, agreement: Agreement | None = None) -> dict[str, An
         "rows": rows,
         "weights": weights(trainer).tolist(),
         "agree": agreement.found if agreement else [],
-        "retired": trainer._progress.retired if trainer._progress else {},
+        "left_out": trainer._feed._progress.left_out if trainer._feed._progress else {},
     }
 
 

@@ -43,8 +43,8 @@ def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: s
 
 def test_a_source_that_ends_on_one_rank_is_left_out_by_both_from_the_same_step_on(ranks: list[dict]) -> None:
     first, second = (rank["ending"] for rank in ranks)
-    assert first["retired"] == second["retired"] and set(first["retired"]) == {"a"}
-    step = first["retired"]["a"]
+    assert first["left_out"] == second["left_out"] and set(first["left_out"]) == {"a"}
+    step = first["left_out"]["a"]
     assert 1 < step < 7
     assert "a" in first["sources"][: step * K] and "a" not in first["sources"][step * K :]
     rows = [[16 * row[0] + row[1] for row in rank["ending"]["rows"]["a"]] for rank in ranks]

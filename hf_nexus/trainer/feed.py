@@ -1,0 +1,232 @@
+"""The data side of a run: which rows come next, how ranks agree on it, and what a checkpoint needs to go on."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..mixture.indexed import MixtureDataset, MixtureSampler
+from ..mixture.schedule import SourceSchedule
+from ..mixture.stages import stage_borders
+from ..mixture.state import compare_data, describe_data, load_data_state, save_data_state
+from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
+from ..mixture.stream.progress import StreamProgress, WeightsFunction
+from ..mixture.stream.reader import SourceError
+from ..mixture.tags import tag_micro_batches
+from ..mixture.training_data import StageWeights, TrainingData, prepare_data
+from .distributed import broadcast, max_over_ranks, sum_over_ranks
+from .support import check_loader
+from .window import Window
+
+__all__ = ["Feed"]
+
+logger = logging.getLogger(__name__)
+
+
+class Feed:
+    """
+    Feeds a Trainer with micro-batches of one source each.
+
+    Args:
+        train (`Mixture`, `Mapping[str, Dataset]` or `Dataset`), evaluation:
+            `train_dataset` and `eval_dataset` of the trainer.
+        args ([`NexusConfig`]):
+            The training arguments.
+        weights_function (`Callable[[int], Mapping[str, float]]`, *optional*):
+            Decides the mixture weights while training.
+
+    Attributes:
+        data ([`TrainingData`]):
+            What is read.
+        first_step (`int`):
+            The outer step at which training began or was resumed.
+
+    Raises:
+        ValueError: as for [`prepare_data`] and `check_loader`.
+    """
+
+    def __init__(self, train: Any, evaluation: Any, args: Any, weights_function: WeightsFunction | None = None):
+        self._args = args
+        self._weights_function = weights_function
+        self._seed = args.seed if args.data_seed is None else args.data_seed
+        self._progress: StreamProgress | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        self.first_step = 0
+        self.set_data(train, evaluation)
+
+    def set_data(self, train: Any, evaluation: Any) -> None:
+        """Read other data from now on."""
+        dynamic = self._weights_function is not None
+        self.data: TrainingData = prepare_data(train, evaluation, self._args.mixture_weights, dynamic, self._seed)
+        if self.data.stages:
+            check_loader(self._args, self.data.dataset)
+
+    @property
+    def dynamic_weights(self) -> bool:
+        """Whether the mixture weights are decided while training."""
+        return self._weights_function is not None
+
+    # ---- Before the first step ----
+
+    def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
+        """
+        The order in which a training set is read; `None` for a plain dataset, whose order is the Trainer's.
+
+        Args:
+            dataset (`Dataset`):
+                The training set.
+            batch_size (`int`):
+                Rows of a micro-batch on each device.
+        """
+        args = self._args
+        # Accelerate deals batches to the ranks in turn: as many batches in a row as there are ranks share a source.
+        rows, k = batch_size * args.world_size, args.gradient_accumulation_steps
+        if isinstance(dataset, MixtureStream):
+            weights = self._weights_function or StageWeights(self.data.stages, args.max_steps)
+            share: Callable[[np.ndarray], np.ndarray] = lambda shares: shares  # noqa: E731
+            if self.dynamic_weights and args.world_size > 1:
+                share = self._shares_of_first_rank
+            dataset.place(args.process_index, args.world_size, max(1, args.dataloader_num_workers))
+            self._progress = StreamProgress(
+                dataset, weights, k, self._seed, args.source_schedule, self.data.max_epochs, share
+            )
+            return MicroBatchSampler(self._progress.source_of, args.max_steps * k, rows)
+        if isinstance(dataset, MixtureDataset):
+            epoch = max(1, len(dataset) // rows)
+            windows = math.ceil(epoch / k)  # of an epoch, the last of which may be shorter
+            steps = math.ceil(args.max_steps if args.max_steps > 0 else args.num_train_epochs * windows)
+            borders = [
+                (step // windows * epoch + step % windows * k, shares)
+                for step, shares in stage_borders(self.data.stages, steps, 1)
+            ]
+            schedule = SourceSchedule(borders, self._seed, args.source_schedule)
+            return MixtureSampler(dataset, schedule, rows, self._seed)
+        return None
+
+    def _shares_of_first_rank(self, shares: np.ndarray) -> np.ndarray:
+        return broadcast(torch.from_numpy(shares), self._args.device).cpu().numpy()
+
+    def tagged(self, collate: Callable[[list], Any]) -> Callable[[Any], Any]:
+        """The collator of the training data, whose micro-batches say which source they hold."""
+        return tag_micro_batches(collate) if self.data.stages else collate
+
+    def begin(self, step: int) -> None:
+        """Go to the position of an outer step, before the data loader starts its workers."""
+        self.first_step = step
+        if self._progress is not None:
+            self._progress.begin(step, self._resumed if step else None)
+
+    # ---- During training ----
+
+    def agree(self, window: Window, step: int) -> None:
+        """
+        Tell all ranks what one of them found in the window that was just fetched: an error, or the end of a source.
+
+        Raises:
+            SourceError: a rank could not read a source.
+        """
+        progress, args = self._progress, self._args
+        if progress is None:
+            return
+        progress.note_window(step, window.states)
+        if window.error is not None:
+            # The other ranks went on: they have asked for all that follows, and wait for the first rank's weights.
+            ahead = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+            last = step + 1 + ahead // args.gradient_accumulation_steps
+            for further in range(step, min(last, args.max_steps - 1) + 1):
+                progress.decide_shares(further)
+        ended = set(progress.exhausted())
+        facts = torch.tensor([window.error is not None, progress.sent, *(name in ended for name in self.data.names)])
+        if args.world_size > 1:  # on the host, one rank alone does not wait for the device
+            facts = max_over_ranks(facts.to(args.device))
+        failed, sent, *ended_anywhere = facts.tolist()
+        if failed:
+            raise window.error or SourceError("Another rank could not read its data: see its message.")
+        for name, has_ended in zip(self.data.names, ended_anywhere, strict=True):
+            if has_ended:
+                progress.leave_out(name, sent)
+
+    def skipped_rows(self, step: int) -> dict[str, int]:
+        """`skipped_rows/<source>` for each source with rows that could not be used, over all ranks."""
+        if self._progress is None:
+            return {}
+        counts = torch.tensor(list(self._progress.skipped_rows(step).values()), device=self._args.device)
+        counted = zip(self.data.names, sum_over_ranks(counts).tolist(), strict=True)
+        return {f"skipped_rows/{name}": count for name, count in counted if count}
+
+    # ---- Saving and resuming ----
+
+    def _describe(self, batch_size: int, tokenizer: Any) -> dict[str, Any]:
+        size = None if self._args.auto_find_batch_size else batch_size
+        return describe_data(self.data, self._args, size, tokenizer)
+
+    def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
+        """
+        Write the state of the data into a checkpoint: what it is, and the positions of this rank's streams.
+
+        Args:
+            folder (`str`), step (`int`):
+                The checkpoint and its outer step.
+            batch_size (`int`), tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                As for [`~Feed.check`].
+        """
+        if self.data.stages:
+            stream = None if self._progress is None else self._progress.state_dict(step)
+            save_data_state(folder, self._args.process_index, self._describe(batch_size, tokenizer), stream)
+
+    def resume(self, checkpoint: str | None, batch_size: int, tokenizer: Any) -> None:
+        """Take the positions of the streams from a checkpoint, as [`~Feed.check`] allows, or start from nothing."""
+        self._resumed = None if checkpoint is None else self.check(checkpoint, batch_size, tokenizer)
+
+    def check(self, checkpoint: str, batch_size: int, tokenizer: Any) -> dict[str, Any] | None:
+        """
+        Whether the data is that of a checkpoint.
+
+        Args:
+            checkpoint (`str`):
+                Folder of the checkpoint.
+            batch_size (`int`):
+                Rows of a micro-batch on each device.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                The tokenizer, which matters if documents are tokenized here.
+
+        Returns:
+            `dict`, *optional*: the positions of the streams; `None` if there are no streams, or if they are read from
+            the start.
+
+        Raises:
+            ValueError: the data cannot be resumed exactly, and `allow_mixture_change` is off.
+        """
+        if not self.data.stages:
+            return None
+        rank = self._args.process_index
+        saved = load_data_state(checkpoint, rank)
+        differences = (
+            [] if saved is None else compare_data(saved["description"], self._describe(batch_size, tokenizer))
+        )
+        stream = None if saved is None else saved["stream"]
+        if isinstance(self.data.dataset, MixtureStream) and stream is None and not differences:
+            differences = [
+                f"it has no data_state_{rank}.json (was it saved with save_only_model, or on another disk?)"
+            ]
+        if not differences:
+            return stream
+        found = f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}."
+        if not self._args.allow_mixture_change:
+            raise ValueError(
+                f"{found} Restore the data, or pass allow_mixture_change=True (--allow_mixture_change True): weights "
+                "and optimizer are resumed, and streams are read from their beginning."
+            )
+        logger.warning("%s Training goes on, and the data is read from its beginning.", found)
+        return None
+
+    # ---- Rows at any time ----
+
+    def first_rows(self, source: str, count: int, evaluation: Any) -> list[Any]:
+        """The first rows of a source's evaluation set, or of its training rows if it has no evaluation set."""
+        held_out = evaluation if isinstance(evaluation, Mapping) else {}
+        dataset = held_out.get(source, self.data.dataset.sources[source])
+        return [dataset[i] for i in range(min(len(dataset), count))]

@@ -1,0 +1,323 @@
+"""Everything that is refused or warned of, with what to do instead."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_sagemaker_mp_enabled, logging
+
+from ..evaluation.losses import OOD
+from ..mixture.stream.dataset import MixtureStream
+from ..nexus import Nexus
+
+__all__ = [
+    "Launch",
+    "check_arguments",
+    "check_cosines",
+    "check_launch",
+    "check_loader",
+    "check_optimizer",
+    "check_set_names",
+    "check_trl_arguments",
+    "check_weights",
+    "warn_of_short_steps",
+]
+
+logger = logging.get_logger(__name__)
+
+# Root mean square of an inner step below which the noise of bfloat16 autocast hides a third of the path's signal.
+AUTOCAST_FLOOR = 3e-6
+
+_LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
+_FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
+# What the field `optim` may be beside `matrix_optimizer`.
+_ADAMW = {OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED}
+_DDP = {
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+}
+
+
+# ---- Launch and precision ----
+
+
+@dataclass(frozen=True)
+class Launch:
+    """
+    How a trainer was started.
+
+    Args:
+        kind (`DistributedType`):
+            What Accelerate found.
+        fsdp_version (`int`, *optional*):
+            1 or 2, if FSDP is on.
+        spread_at_load (`bool`):
+            Whether the model was spread over devices when it was loaded.
+        parallel_sizes (`int`):
+            Product of the sizes of tensor, context and sequence parallelism.
+    """
+
+    kind: DistributedType
+    fsdp_version: int | None = None
+    spread_at_load: bool = False
+    parallel_sizes: int = 1
+
+
+def check_launch(args: Any, launch: Launch) -> None:
+    """
+    Refuse launches and settings under which something else than the Nexus update would be trained.
+
+    Args:
+        args ([`NexusConfig`]), launch ([`Launch`]):
+            The training arguments, and how the trainer was started.
+
+    Raises:
+        ValueError: names what is not supported, and what to use instead.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
+            f"`torchrun --nproc_per_node {args.n_gpu} your_script.py ...`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if launch.spread_at_load:
+        raise ValueError(
+            "Nexus does not support models that are spread over devices at load time (device_map, tp_plan, "
+            "distributed_config). Load the model without them and start with "
+            "`torchrun --nproc_per_node <GPUs> your_script.py ...`."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train a model alone. Without a GPU, pass "
+            "use_cpu=True."
+        )
+    if is_sagemaker_mp_enabled():
+        raise ValueError(
+            "Nexus does not support SageMaker model parallelism. Use DDP (`torchrun --nproc_per_node <GPUs> "
+            "your_script.py ...`) or FSDP2."
+        )
+    if args.fp16:
+        raise ValueError(
+            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
+            "bf16=True over float32 weights."
+        )
+    if args.optim in _LAYERWISE | _FUSED_BACKWARD:
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
+            "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
+        )
+    if launch.fsdp_version is not None:
+        _check_fsdp(args, launch.fsdp_version)
+    elif launch.kind not in _DDP | {DistributedType.NO}:
+        raise ValueError(
+            f"Nexus does not support {launch.kind.value}. Use DDP (`torchrun --nproc_per_node <GPUs> your_script.py "
+            "...`) or FSDP2 (add `--fsdp True --fsdp_config '{\"fsdp_version\": 2}'`)."
+        )
+    if launch.parallel_sizes != 1:
+        raise ValueError("Nexus does not support tensor, context or sequence parallelism. Use DDP (torchrun) instead.")
+
+
+def _check_fsdp(args: Any, version: int) -> None:
+    if version != 2:
+        raise ValueError(
+            "Nexus does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: set fsdp_version to 2 "
+            "in fsdp_config or in the accelerate configuration."
+        )
+    if args.inner_sync == "local":
+        raise ValueError(
+            "inner_sync='local' is not possible under FSDP: no rank holds all the weights that it would walk. Use "
+            "inner_sync='global', or DDP."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """
+    Refuse trainable weights of less than 32 bits: rounding would lose most of an inner step.
+
+    Raises:
+        ValueError: names the first such parameter and the fix.
+    """
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Parameter {name!r} is {p.dtype}; Nexus needs float32 trainable weights, since 69 to 99.7 % of an "
+                "inner step is lost in bfloat16. Load with `from_pretrained(..., dtype=torch.float32)` or call "
+                "`model.float()`, and pass bf16=True to compute in bfloat16."
+            )
+
+
+def check_arguments(args: Any) -> None:
+    """Warn if the window has one inner step."""
+    if args.gradient_accumulation_steps == 1:
+        logger.warning(
+            "gradient_accumulation_steps=1: a window of one inner step only normalizes the gradient. Set it to 4 or "
+            "more (and divide per_device_train_batch_size) to use Nexus."
+        )
+
+
+def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
+    """
+    Warn if inner steps are too short to be told from rounding, or from the noise of bfloat16 compute.
+
+    Args:
+        nexus ([`Nexus`]):
+            The update, with the configured `inner_lr`.
+        autocast (`bool`):
+            Whether the model computes under bfloat16 autocast.
+    """
+    size = sum(p.numel() for p in nexus.params)
+    per_weight = nexus.inner_lr / math.sqrt(size)
+    if 0 < nexus.inner_lr < nexus.min_inner_lr:
+        logger.warning(
+            f"inner_lr={nexus.inner_lr} is below {nexus.min_inner_lr:.1e}, where rounding would hide the path of "
+            f"{size:,} parameters: normalized gradients are averaged without moving instead."
+        )
+    elif autocast and 0 < per_weight < AUTOCAST_FLOOR:
+        logger.warning(
+            f"inner_lr={nexus.inner_lr} moves each of {size:,} weights by {per_weight:.1e} on average. At 3e-6, "
+            "bfloat16 autocast was measured to keep 63 % of the path's signal, at 3e-7 only 8 %. Raise inner_lr to "
+            f"{AUTOCAST_FLOOR * math.sqrt(size):.2g} or more."
+        )
+
+
+# ---- Optimizer ----
+
+
+def check_optimizer(args: Any, given: bool) -> None:
+    """
+    Refuse `matrix_optimizer`, which extends the Trainer's AdamW, with another optimizer.
+
+    Args:
+        args ([`NexusConfig`]):
+            The training arguments.
+        given (`bool`):
+            Whether an optimizer was given to the trainer.
+
+    Raises:
+        ValueError: names the two, and which to leave out.
+    """
+    other = "an optimizer given to the trainer" if given else f"optim={OptimizerNames(args.optim).value!r}"
+    if args.matrix_optimizer is not None and (given or args.optim not in _ADAMW):
+        raise ValueError(
+            f"matrix_optimizer={args.matrix_optimizer!r} and {other} exclude each other: it extends "
+            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
+        )
+
+
+# ---- Data ----
+
+
+def check_loader(args: Any, dataset: Any) -> None:
+    """
+    Refuse settings under which micro-batches would mix sources, or could not be resumed.
+
+    Args:
+        args ([`NexusConfig`]), dataset ([`MixtureDataset`] or [`MixtureStream`]):
+            The training arguments and the mixture.
+
+    Raises:
+        ValueError: names the setting and what to do.
+    """
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, "
+                "or pass one plain dataset."
+            )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
+            "set by source_schedule. Leave it at 'random', or pass one plain dataset."
+        )
+    if not isinstance(dataset, MixtureStream):
+        return
+    if args.max_steps <= 0:
+        raise ValueError(
+            "max_steps is needed: a mixture with streaming sources, or with weights decided while training, has no "
+            "end."
+        )
+    if not args.dataloader_in_order:
+        raise ValueError("dataloader_in_order=False is not possible for streaming sources: leave it at True.")
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True is not possible for streaming sources, and not needed: they go on from their "
+            "position without reading anything again. Leave it out."
+        )
+
+
+def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
+    """
+    Refuse the reserved name `ood` for a source or an evaluation set.
+
+    Raises:
+        ValueError: names which of the two it is.
+    """
+    if isinstance(evaluation, Mapping) and OOD in evaluation:
+        raise ValueError(
+            f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set."
+        )
+    if OOD in sources:
+        raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
+
+
+def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str]) -> None:
+    """
+    Refuse `gradient_cosine_steps` where the gradients of the sources cannot be computed.
+
+    Args:
+        steps (`int`):
+            `gradient_cosine_steps`.
+        sources (`bool`), sharded (`bool`):
+            Whether there are several sources, and whether the parameters are sharded.
+        unread (`Iterable[str]`):
+            Streaming sources without an evaluation set.
+
+    Raises:
+        ValueError: there are no sources, the parameters are sharded, or a stream has no evaluation set.
+    """
+    if steps and (sharded or not sources):
+        raise ValueError(
+            f"gradient_cosine_steps={steps} needs a train_dataset of several sources, and is not possible under FSDP. "
+            "Set it to 0."
+        )
+    for name in unread if steps else ():
+        raise ValueError(
+            f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {name!r} is a stream. "
+            "Give it an evaluation set (eval_split or eval_rows), or set it to 0."
+        )
+
+
+def check_trl_arguments(parent: type, args: Any, mixes: bool) -> None:
+    """
+    Refuse trainers of TRL that generate text while they train, and arguments that are not TRL's.
+
+    Args:
+        parent (`type`), args (`TrainingArguments`):
+            The trainer of TRL and its arguments.
+        mixes (`bool`):
+            Whether there are several sources.
+
+    Raises:
+        ValueError: names the trainer and what to use instead.
+    """
+    # A trainer that samples completions has a temperature. Trainers on given data have none.
+    if (args.nexus or mixes) and "temperature" in {f.name for f in fields(args)}:
+        raise ValueError(
+            f"Nexus does not support {parent.__name__}: it generates text while it trains, which inside a window "
+            f"would come from displaced weights. Use {parent.__name__} as it is (nexus=False and one plain dataset), "
+            "or a trainer on given data, such as SFTTrainer or DPOTrainer."
+        )
+    if not any(c.__module__.startswith("trl.") for c in type(args).__mro__):
+        config = parent.__name__.replace("Trainer", "Config")
+        raise ValueError(
+            f"{parent.__name__} needs arguments of its own class, but got {type(args).__name__}. Pass {config}, or to "
+            f"set Nexus fields: `@dataclass class Nexus{config}(NexusConfigMixin, {config}): pass`."
+        )

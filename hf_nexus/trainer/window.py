@@ -1,0 +1,224 @@
+"""One outer step: its micro-batches, their counts, and the path that Nexus walks over them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import find_batch_size
+
+from ..mixture.stream.dataset import StreamState
+from ..mixture.stream.reader import SourceError
+from ..mixture.tags import pop_tag
+from ..nexus import Nexus
+from .distributed import Shards, average_pseudo_gradients, reshard
+from .support import warn_of_short_steps
+
+__all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
+
+
+def has_token_labels(inputs: Any) -> bool:
+    """Whether a batch has one label per token: integers of shape (B, T)."""
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+
+
+@dataclass
+class Window:
+    """
+    The micro-batches of one outer step on this rank.
+
+    Attributes:
+        sources (`list[str]`), rows (`list[int]`):
+            Source and number of rows of each micro-batch, k of them, or fewer at the end of the data.
+        states (`list[StreamState]`):
+            Positions of the streams after the micro-batches.
+        error ([`SourceError`], *optional*):
+            Why no more micro-batches could be read.
+        fetching (`bool`):
+            Whether the micro-batches are being fetched.
+        unit (`str`):
+            What the losses per source are averaged over: `"tokens"`, or `"rows"` where labels are not one per token.
+        tokens (`Tensor`, *optional*):
+            Loss tokens of each micro-batch on this rank, (k,).
+        divisors (`Tensor`, *optional*):
+            What the loss of each micro-batch is divided by, (k,): its tokens, over all ranks with
+            `average_tokens_across_devices`.
+        inputs (`list`):
+            The micro-batches that `training_step` was called with so far.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    states: list[StreamState] = field(default_factory=list)
+    error: SourceError | None = None
+    fetching: bool = False
+    unit: str = "rows"
+    tokens: Tensor | None = None
+    divisors: Tensor | None = None
+    inputs: list[Any] = field(default_factory=list)
+
+    def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
+        """
+        Micro-batches without their tags, which are noted, until one cannot be read.
+
+        Args:
+            batches (`Iterable`):
+                The micro-batches of the data loader.
+            tagged (`bool`):
+                Whether they must have tags: those of a mixture do.
+
+        Raises:
+            ValueError: a tag is missing.
+        """
+        try:
+            for batch in batches:
+                tag = pop_tag(batch)
+                if tag is None and tagged:
+                    raise ValueError(
+                        "A micro-batch does not say which source it holds: the training data loader is not the "
+                        "mixture's, or drops the tag. Leave get_train_dataloader() and get_batch_samples() to "
+                        "NexusTrainer, or pass train_dataset as one plain dataset."
+                    )
+                self.sources.append("" if tag is None else tag.source)
+                self.rows.append((find_batch_size(batch) or 1) if tag is None else tag.rows)
+                if tag is not None and tag.state is not None:
+                    self.states.append(tag.state)
+                yield batch
+        except SourceError as error:
+            # The message of an error from a worker is a traceback, which ends in the original message.
+            self.error = SourceError(str(error).rpartition("SourceError: ")[2].strip())
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def complete(self) -> bool:
+        """Whether `training_step` was called with all micro-batches, or no window is in progress."""
+        return len(self.inputs) >= len(self)
+
+    def summed(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
+        """Source, summed loss and tokens (or rows) of micro-batch `i` on this rank, given its mean loss."""
+        if self.unit == "rows" or self.tokens is None or self.divisors is None:
+            return self.sources[i], mean_loss * self.rows[i], torch.full_like(mean_loss, self.rows[i])
+        # The Trainer multiplies the loss by the number of ranks if it is divided by the tokens of all ranks.
+        scale = 1 if self.divisors is self.tokens else ranks
+        return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
+
+    def mean_loss(self, losses: Tensor, otherwise: Tensor) -> Tensor:
+        """Token-weighted mean of the finite losses (k,); `otherwise` if there is none."""
+        weights = torch.ones_like(losses) if self.divisors is None else self.divisors.to(losses.dtype)
+        finite = losses.isfinite()
+        total = torch.where(finite, weights, 0).sum()
+        return torch.where(total > 0, torch.where(finite, losses * weights, 0).sum() / total, otherwise)
+
+
+class Walker:
+    """
+    Walks the micro-batches of a window with the Nexus update. Weights are displaced inside [`~Walker.walk`] only.
+
+    Args:
+        args ([`NexusConfig`]):
+            The Nexus fields, seed and rank.
+
+    Attributes:
+        nexus ([`Nexus`], *optional*):
+            The update, once a window was walked.
+    """
+
+    def __init__(self, args: Any):
+        self._args = args
+        self.nexus: Nexus | None = None
+
+    def walk(
+        self, model: nn.Module, window: Window, micro_step: Callable[[Any, Tensor | None], Tensor], **settings: Any
+    ) -> Tensor:
+        """
+        Walk a window and leave the pseudo-gradient in `.grad`.
+
+        Args:
+            model (`nn.Module`):
+                The wrapped model.
+            window ([`Window`]):
+                All of its micro-batches are in `inputs`.
+            micro_step (`Callable[[Any, Tensor], Tensor]`):
+                Forward and backward pass of one micro-batch, given its inputs and the divisor of its loss. Returns
+                the mean loss.
+            **settings:
+                As for `_prepare`.
+
+        Returns:
+            `Tensor`: the losses, (k,).
+        """
+        nexus = self._prepare(model, **settings)
+        losses: list[Tensor] = []
+        try:
+            with nexus.window():
+                for i, inputs in enumerate(window.inputs):
+                    losses.append(micro_step(inputs, None if window.divisors is None else window.divisors[i]))
+                    nexus.inner_step()
+        except BaseException:
+            reshard(model)
+            raise
+        finally:
+            nexus.restore()  # a signal can keep the window from being left
+        return torch.stack(losses)
+
+    def _prepare(self, model: nn.Module, step: int, inner_lr: float, autocast: bool) -> Nexus:
+        """The update with the settings of an outer step; `autocast` says whether the model computes in bfloat16."""
+        if self.nexus is None:
+            args = self._args
+            params = [p for p in model.parameters() if p.requires_grad]
+            shards = Shards(params)
+            # Ranks that walk one path need the same random directions, ranks that walk their own do not.
+            path = args.process_index if args.inner_sync == "local" else shards.index
+            self.nexus = Nexus(
+                params,
+                args.inner_lr,
+                direction=args.inner_direction,
+                snapshot_device=args.snapshot_device,
+                reduce_norm=shards.norm,
+                key=(args.seed, path),
+            )
+            warn_of_short_steps(self.nexus, autocast)
+        self.nexus.outer_step = step
+        self.nexus.inner_lr = inner_lr
+        return self.nexus
+
+    def average_over_ranks(self) -> None:
+        """Replace the pseudo-gradient in `.grad` by the average over the ranks that moved (`inner_sync="local"`)."""
+        if self.nexus is not None:
+            average_pseudo_gradients(self.nexus.params, self.nexus.steps_taken > 0)
+
+    def reset(self) -> None:
+        """Forget the parameters: the model may be wrapped again, or another one."""
+        if self.nexus is not None:
+            self.nexus.restore()
+        self.nexus = None
+
+    def at_start(self) -> AbstractContextManager[None]:
+        """The weights of the window's start inside the context, whatever point of the path has been reached."""
+        return nullcontext() if self.nexus is None else self.nexus.at_start()
+
+
+def inner_lr_scale(schedule: str, optimizer: Any, peak_lr: float) -> float:
+    """
+    What `inner_lr` is multiplied by at this step: 1, or with the schedule `"follow"` the present learning rate of the
+    first parameter group over its peak.
+
+    Args:
+        schedule (`str`):
+            `inner_lr_schedule`.
+        optimizer (`Optimizer`):
+            The outer optimizer.
+        peak_lr (`float`):
+            The peak if the optimizer does not know it: `learning_rate`.
+    """
+    if schedule == "constant":
+        return 1.0
+    group = optimizer.param_groups[0]
+    # Schedulers start from `initial_lr`. OneCycleLR rises from there to `max_lr`.
+    peak = max(group["lr"], group.get("max_lr", group.get("initial_lr", peak_lr)))
+    return float(group["lr"]) / float(peak) if peak else 0.0

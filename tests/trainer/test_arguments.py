@@ -1,0 +1,44 @@
+"""Arguments of constructors and training arguments."""
+
+import pytest
+from transformers import Seq2SeqTrainingArguments, Trainer
+
+from hf_nexus import NexusConfig, NexusTrainer, NexusTrainerMixin
+from hf_nexus.trainer.arguments import arguments_by_name, changed, with_nexus_fields
+
+
+def test_positional_arguments_get_the_names_of_the_base_class() -> None:
+    assert arguments_by_name(NexusTrainer, NexusTrainerMixin, ("m", "a"), {"train_dataset": 1}) == {
+        "model": "m",
+        "args": "a",
+        "train_dataset": 1,
+    }
+
+
+def test_an_argument_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(TypeError, match="by position and by name: model"):
+        arguments_by_name(NexusTrainer, NexusTrainerMixin, ("m",), {"model": "m"})
+
+
+def test_names_are_looked_up_past_constructors_with_star_args() -> None:
+    class Passing(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Own(NexusTrainerMixin, Passing):
+        pass
+
+    assert arguments_by_name(Own, NexusTrainerMixin, ("m",), {}) == {"model": "m"}
+
+
+def test_other_training_arguments_get_the_default_fields(tmp_path) -> None:
+    args = with_nexus_fields(Seq2SeqTrainingArguments(output_dir=str(tmp_path)))
+    assert args.inner_lr == NexusConfig(output_dir=str(tmp_path)).inner_lr
+
+
+def test_changed_arguments_are_restored_after_an_error(tmp_path) -> None:
+    args = NexusConfig(output_dir=str(tmp_path), hub_token="secret")
+    with pytest.raises(KeyboardInterrupt), changed(args, hub_token=None):
+        assert args.hub_token is None
+        raise KeyboardInterrupt
+    assert args.hub_token == "secret"
