@@ -58,9 +58,9 @@ docs-test: $(READY)
 	$(PYTEST) tests/test_docs.py
 	$(PYTEST) tests/pretrain/test_cost.py -k page
 
-# Each script of recipes/ as its header says, those that take minutes included.
+# Every command in the headers of recipes/, also those that take minutes.
 recipes: $(READY)
-	$(PYTEST) -n 2 tests/test_recipes.py
+	$(PYTEST) -n 2 tests/recipes
 
 # The tests of the source distribution against the installed wheel, with no source of the package in reach.
 test-wheel: build

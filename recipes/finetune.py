@@ -1,17 +1,18 @@
 """
-Train or fine-tune a causal language model on text: the usual script around a Trainer, here with the Nexus update.
-What that takes are the two lines marked `Nexus`; a script of yours needs no others.
+Train or fine-tune a causal language model on text with the Nexus update.
 
-On a text file, with a small model of bytes from scratch, half a minute on one CPU core and no download:
+Only the two lines marked `Nexus` differ from the same script for Trainer. The accuracy needs pip install evaluate.
+
+A small byte-level model from scratch on a text file, in half a minute on one CPU core without a download:
 
     python recipes/finetune.py --train_file docs/hub.md --do_train --do_eval --max_steps 40 --block_size 128 \\
         --gradient_accumulation_steps 4 --learning_rate 3e-3 --inner_lr 0.1 --output_dir runs/finetune
 
-and 20 steps more, with the same flags but these:
+20 more steps, with the same flags and these:
 
     --max_steps 60 --resume_from_checkpoint runs/finetune/checkpoint-40
 
-A model and a data set of the Hub, streamed, with LoRA adapters, pushed; on several GPUs with `torchrun`:
+LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. Use `torchrun` for several GPUs:
 
     python recipes/finetune.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --lora_r 16 \\
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming --block_size 1024 \\
@@ -26,7 +27,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from transformers import (
     CONFIG_MAPPING,
@@ -41,56 +41,56 @@ from transformers import (
 
 from hf_nexus import NexusConfig as TrainingArguments  # Nexus: was `from transformers import TrainingArguments`
 from hf_nexus import NexusTrainer as Trainer  # Nexus: was `from transformers import Trainer`
+from hf_nexus.evaluation.metrics import NextTokenAccuracy
 
-logger = logging.getLogger(__name__)
 TINY = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
 
 
 @dataclass
 class ModelArguments:
-    """Which model is trained."""
+    """Arguments of the model and the tokenizer."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A model of the Hub, or a folder."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local path of a model."})
     model_type: str = field(default="llama", metadata={"help": "Architecture of a model from scratch."})
-    config_overrides: str = field(default=TINY, metadata={"help": "Its shape, such as 'hidden_size=64'."})
-    config_name: str | None = field(default=None, metadata={"help": "A saved configuration of a model from scratch."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "The model's own by default; else bytes."})
+    config_overrides: str = field(default=TINY, metadata={"help": "Shape of a model from scratch: 'hidden_size=64'."})
+    config_name: str | None = field(default=None, metadata={"help": "Saved configuration of a model from scratch."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's tokenizer, or bytes."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    token: str | None = field(default=None, metadata={"help": "For the Hub; that of `hf auth login` by default."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    dtype: str = field(default="float32", metadata={"help": "Of frozen weights; what is trained needs float32."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
+    token: str | None = field(default=None, metadata={"help": "Hub token. Default: that of `hf auth login`."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights. Trained ones need float32."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of the LoRA adapters. 0 trains all weights."})
 
     def __post_init__(self) -> None:
         if self.lora_r and self.model_name_or_path is None:
-            raise ValueError("--lora_r needs --model_name_or_path: adapters are of no use without their base.")
+            raise ValueError("--lora_r trains adapters of a pretrained model. Add --model_name_or_path.")
 
 
 @dataclass
 class DataTrainingArguments:
-    """What it is trained on."""
+    """Arguments of the data."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "A file of text, or .csv, .json, .jsonl."})
-    validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
-    validation_split_percentage: int = field(default=5, metadata={"help": "Of the text, if there is no such file."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on at most."})
-    block_size: int = field(default=512, metadata={"help": "Tokens of a row."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data while training; set --max_steps."})
-    keep_linebreaks: bool = field(default=True, metadata={"help": "Of text files."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Text, .csv, .json, .jsonl or .parquet file."})
+    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
+    validation_split_percentage: int = field(default=5, metadata={"help": "Held-out part if there is no such file."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of rows to train on."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of rows to evaluate on."})
+    block_size: int = field(default=512, metadata={"help": "Number of tokens in a row."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data during training. Needs --max_steps."})
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line breaks of text files."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenization."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again."})
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_file is None:
-            raise ValueError("There is nothing to train on: pass --dataset_name or --train_file.")
+            raise ValueError("There is no training data. Pass --dataset_name or --train_file.")
 
 
 def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | IterableDatasetDict:
-    """The splits `train` and `validation`; `options` are those of `load_dataset`."""
+    """The splits `train` and `validation`. The options go to `load_dataset`."""
     options["streaming"] = args.streaming
     if args.dataset_name is not None:
         path, options["name"] = args.dataset_name, args.dataset_config_name
@@ -115,7 +115,7 @@ def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | Ite
 
 
 def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
-    """All texts in a row, cut into blocks; what remains is dropped."""
+    """Concatenate the texts and cut them into blocks. A shorter rest is dropped."""
     joined = {key: list(chain.from_iterable(values)) for key, values in examples.items()}
     length = len(joined["input_ids"]) // block_size * block_size
     rows = {key: [v[i : i + block_size] for i in range(0, length, block_size)] for key, v in joined.items()}
@@ -123,7 +123,7 @@ def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
 
 
 def tokenize(texts: Any, tokenizer: Any, args: DataTrainingArguments) -> Any:
-    """Rows of `block_size` tokens of each split."""
+    """Rows of `block_size` tokens for each split."""
     columns = list(next(iter(texts["train"])))
     column = "text" if "text" in columns else columns[0]
     options: dict[str, Any] = {"batched": True}
@@ -134,7 +134,7 @@ def tokenize(texts: Any, tokenizer: Any, args: DataTrainingArguments) -> Any:
 
 
 def load_model(args: ModelArguments) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+    """The model and the tokenizer."""
     name = args.tokenizer_name or args.model_name_or_path
     options: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     options |= {"cache_dir": args.cache_dir, "token": args.token}
@@ -160,12 +160,6 @@ def load_model(args: ModelArguments) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def compute_metrics(predictions: Any) -> dict[str, float]:
-    """Accuracy of the next token."""
-    predicted, labels = predictions.predictions[:, :-1], predictions.label_ids[:, 1:]
-    return {"accuracy": float(np.mean(predicted[labels != -100] == labels[labels != -100]))}
-
-
 def first_rows(rows: Any, count: int | None) -> Any:
     return rows if count is None else rows.take(count)
 
@@ -175,7 +169,7 @@ def main() -> None:
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     endless = data_args.streaming and data_args.validation_file is None
     if endless and training_args.do_eval and data_args.max_eval_samples is None:
-        raise ValueError("--streaming --do_eval needs --max_eval_samples: a stream would be evaluated to its end.")
+        raise ValueError("--streaming --do_eval would evaluate on the whole stream. Add --max_eval_samples.")
     logging.basicConfig(level=training_args.get_process_log_level())
     set_seed(training_args.seed)
 
@@ -185,6 +179,7 @@ def main() -> None:
             load_texts(data_args, cache_dir=model_args.cache_dir, token=model_args.token), tokenizer, data_args
         )
 
+    accuracy = NextTokenAccuracy()
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -192,8 +187,8 @@ def main() -> None:
         eval_dataset=first_rows(rows["validation"], data_args.max_eval_samples) if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+        compute_metrics=accuracy.compute_metrics,
+        preprocess_logits_for_metrics=accuracy.argmax,
     )
 
     if training_args.do_train:
@@ -209,11 +204,11 @@ def main() -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
 
-    about = {"finetuned_from": model_args.model_name_or_path, "dataset": data_args.dataset_name}
+    card = {"finetuned_from": model_args.model_name_or_path, "dataset": data_args.dataset_name}
     if training_args.push_to_hub:
-        trainer.push_to_hub(**about)
+        trainer.push_to_hub(**card)
     else:
-        trainer.create_model_card(**about)
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":

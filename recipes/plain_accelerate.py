@@ -1,12 +1,14 @@
 """
-The Nexus update in a bare training loop on `accelerate`, no Trainer: a tiny Llama on three sources of the built-in
-corpus, which needs no download. Prints the loss of each source before and after, on held-out text.
+Train with the Nexus update in a plain `accelerate` loop, without Trainer.
+
+The model is a tiny Llama, and the data are three sources of the built-in corpus, which needs no download. The script
+prints the held-out loss of each source before and after training. It takes half a minute on one CPU core:
 
     python recipes/plain_accelerate.py
     accelerate launch recipes/plain_accelerate.py --steps 100 --inner_lr 0.1
     torchrun --nproc_per_node 2 recipes/plain_accelerate.py
 
-Half a minute on one CPU core. A second process adds its rows to every micro-batch.
+Each process adds its own rows to every micro-batch.
 """
 
 import argparse
@@ -21,13 +23,19 @@ from hf_nexus.mixture import SourceSchedule
 from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 
-WEIGHTS = {"code": 0.5, "mathematics": 0.25, "reasoning": 0.25}  # share of the micro-batches
-INNER_STEPS, ROWS, LENGTH = 4, 4, 128  # k micro-batches of (ROWS, LENGTH) tokens per process make one outer step
+WEIGHTS = {"code": 0.5, "mathematics": 0.25, "reasoning": 0.25}  # mixture weights
+INNER_STEPS, ROWS, LENGTH = (
+    4,
+    4,
+    128,
+)  # per outer step and process: 4 micro-batches of (4, 128) tokens
 
 
 def main(steps: int, inner_lr: float) -> None:
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said aloud, or torchrun is not noticed
-    set_seed(0)  # the same weights on every process
+    # On a CPU, `cpu=True` makes the processes of torchrun work together.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    set_seed(0)  # the same initial weights on every process
+
     texts = {name: builtin_documents(name)[:300] for name in WEIGHTS}
     tokenizer = train_tokenizer([text for documents in texts.values() for text in documents], vocab_size=1024)
 
@@ -45,22 +53,22 @@ def main(steps: int, inner_lr: float) -> None:
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=4e-3))
     nexus = Nexus(model.parameters(), inner_lr=inner_lr)
     schedule = SourceSchedule(WEIGHTS, kind="stratified")  # the same source on every process at each inner step
-    draw = torch.Generator().manual_seed(accelerator.process_index)  # but other rows of it
+    generator = torch.Generator().manual_seed(accelerator.process_index)  # different rows on every process
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        bare = accelerator.unwrap_model(model)
-        return {name: bare(input_ids=rows, labels=rows).loss.item() for name, rows in held_out.items()}
+        unwrapped = accelerator.unwrap_model(model)
+        return {name: unwrapped(input_ids=rows, labels=rows).loss.item() for name, rows in held_out.items()}
 
     before = evaluate()
     for step in range(steps):
         with nexus.window():
             for source in schedule.sources(step * INNER_STEPS, (step + 1) * INNER_STEPS):
                 rows = train[schedule.names[source]]
-                batch = rows[torch.randint(len(rows), (ROWS,), generator=draw)].to(accelerator.device)
+                batch = rows[torch.randint(len(rows), (ROWS,), generator=generator)].to(accelerator.device)
                 accelerator.backward(model(input_ids=batch, labels=batch).loss)
                 nexus.inner_step()
-        # The weights are back where they were, and `.grad` holds the pseudo-gradient.
+        # The weights are restored, and `.grad` holds the pseudo-gradient.
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 10 == 9:
@@ -73,7 +81,5 @@ def main(steps: int, inner_lr: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="outer steps (default: %(default)s)")
-    parser.add_argument(
-        "--inner_lr", type=float, default=0.05, help="length gamma of an inner step (default: %(default)s)"
-    )
+    parser.add_argument("--inner_lr", type=float, default=0.05, help="inner learning rate (default: %(default)s)")
     main(**vars(parser.parse_args()))

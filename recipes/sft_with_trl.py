@@ -1,18 +1,19 @@
 """
-Supervised fine-tuning on conversations of several sources: TRL's SFTTrainer with the Nexus update (pip install
-'hf-nexus[trl]'). A minute on one CPU core, a tiny model from scratch and the built-in corpus, no download:
+Fine-tune on conversations of several sources with TRL's SFTTrainer and the Nexus update: pip install 'hf-nexus[trl]'
+
+A tiny model from scratch on the built-in corpus, in a minute on one CPU core without a download:
 
     python recipes/sft_with_trl.py --output_dir runs/sft
     python recipes/sft_with_trl.py --output_dir runs/sft-packed --packing True
 
-A model and conversations of your own, in files of one JSON object {"messages": [...]} a line; LoRA if peft is there:
+A pretrained model with LoRA on your own files, with one JSON object {"messages": [...]} per line:
 
     accelerate launch recipes/sft_with_trl.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
         --files '{"chat": "chat.jsonl", "code": "code.jsonl"}' --mixture_weights '{"chat": 0.6, "code": 0.4}' \\
         --lora_r 16 --output_dir runs/sft --gradient_accumulation_steps 8 --max_steps 1000
 
-Only what the assistant says is learned (`--assistant_only_loss False`: all of it). A trainer for preferences is made
-in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pass`.
+The loss is on the messages of the assistant only, unless you pass `--assistant_only_loss False`. Other TRL trainers
+work in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pass`.
 """
 
 import json
@@ -36,7 +37,7 @@ from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 
 BUILTIN = ("mathematics", "reasoning")
-# `generation` marks what the assistant says, its end included.
+# `generation` marks the message of the assistant and the end token.
 TEMPLATE = """{%- for message in messages -%}
 {%- if message.role == "assistant" -%}
 A: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
@@ -48,12 +49,12 @@ Q: {{ message.content }}
 
 
 class NexusSFTTrainer(NexusTrainerMixin, SFTTrainer):
-    """Each source is tokenized and packed on its own, and a micro-batch holds one source."""
+    """SFTTrainer with the Nexus update. Each source is packed separately, and a micro-batch holds one source."""
 
 
 @dataclass
 class NexusSFTConfig(NexusConfigMixin, SFTConfig):
-    """SFTConfig with the Nexus fields, and defaults for the built-in corpus."""
+    """SFTConfig with the Nexus fields and defaults for the built-in corpus."""
 
     output_dir: str | None = "runs/sft"
     assistant_only_loss: bool = True
@@ -65,37 +66,39 @@ class NexusSFTConfig(NexusConfigMixin, SFTConfig):
     inner_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:  # SFTConfig would insist on it
+        if self.bf16 is None:  # SFTConfig would choose True, also without a GPU.
             self.bf16 = is_torch_bf16_gpu_available()
         super().__post_init__()
 
 
 @dataclass
 class ScriptArguments:
-    """What is trained, on what."""
+    """Arguments of the model and the data."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A tiny Llama from scratch by default."})
-    files: str | None = field(default=None, metadata={"help": "JSON: the JSONL file of each source."})
-    eval_rows: int = field(default=32, metadata={"help": "Conversations of each source that are held out."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or local path of a model. By default, a tiny Llama from scratch."}
+    )
+    files: str | None = field(default=None, metadata={"help": "A JSON object with the JSONL file of each source."})
+    eval_rows: int = field(default=32, metadata={"help": "Number of held-out conversations of each source."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of the LoRA adapters. 0 trains all weights."})
 
     def __post_init__(self) -> None:
         if self.lora_r and self.model_name_or_path is None:
-            raise ValueError("--lora_r needs --model_name_or_path: adapters are of no use without their base.")
+            raise ValueError("--lora_r trains adapters of a pretrained model. Add --model_name_or_path.")
 
 
 def conversations(source: str) -> Dataset:
-    """The questions of a built-in source, with their solutions, as messages."""
-    examples = [example for document in builtin_documents(source)[:60] for example in document.split("\n\n")]
-    parts = [(question, answer) for question, _, answer in (e.partition("\n") for e in examples) if answer]
-    roles = ("user", "assistant")
-    turns = [[{"role": r, "content": text} for r, text in zip(roles, part, strict=True)] for part in parts]
-    return Dataset.from_dict({"messages": turns})
+    """The problems of a built-in source and their solutions as messages."""
+    problems = [problem for document in builtin_documents(source)[:60] for problem in document.split("\n\n")]
+    messages = []
+    for question, _, answer in (problem.partition("\n") for problem in problems):
+        messages.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return Dataset.from_dict({"messages": messages})
 
 
 def tiny_model(sources: dict[str, Dataset]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """From scratch, with a tokenizer trained on the sources."""
-    texts = [turn["content"] for rows in sources.values() for messages in rows["messages"] for turn in messages]
+    """A model from scratch and a tokenizer that is trained on the sources."""
+    texts = [message["content"] for rows in sources.values() for chat in rows["messages"] for message in chat]
     tokenizer = train_tokenizer(texts, vocab_size=1024)
     tokenizer.chat_template = TEMPLATE
     config = LlamaConfig(
@@ -131,8 +134,8 @@ def main() -> None:
     trainer = NexusSFTTrainer(
         model=model,
         args=args,
-        train_dataset=DatasetDict({name: parts["train"] for name, parts in split.items()}),
-        eval_dataset={name: parts["test"] for name, parts in split.items()},
+        train_dataset=DatasetDict({name: rows["train"] for name, rows in split.items()}),
+        eval_dataset={name: rows["test"] for name, rows in split.items()},
         processing_class=tokenizer,
         peft_config=adapters,
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Eight machines of eight GPUs through Slurm:
+# Eight machines with eight GPUs each, through Slurm:
 #   sbatch recipes/accelerate/slurm.sh recipes/accelerate/multi_node.yaml --inner_sync local
-# The first argument is the accelerate file, the rest goes to the recipe. When its time is nearly up, the job is queued
-# again and resumes from its last checkpoint (`save_steps`).
+# The first argument is the accelerate file. All others go to the recipe. Shortly before its time limit, the job is
+# requeued. It then resumes from its last checkpoint (`save_steps`).
 #SBATCH --job-name=nexus-3b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -12,11 +12,11 @@
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Yours, if the cluster asks for them:
+# Fill in what your cluster requires:
 ##SBATCH --partition=...
 ##SBATCH --account=...
 set -uo pipefail
-# source .venv/bin/activate  # or however your environment is entered on each machine
+# source .venv/bin/activate  # activate your environment here
 
 accelerate_file=$1
 shift
@@ -29,7 +29,7 @@ if compgen -G "$output/checkpoint-*" > /dev/null; then
   resume=(--resume_from_checkpoint last)
 fi
 
-# Single quotes: SLURM_NODEID is that of each machine.
+# Single quotes, because SLURM_NODEID differs between machines.
 # shellcheck disable=SC2016
 srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_NODEID" \
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) --main_process_ip "$MAIN_HOST" "$@"' \

@@ -20,11 +20,10 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from hf_nexus import NexusConfig, NexusConfigMixin, NexusTrainerMixin
+from tests.support.saved_weights import same, saved_weights
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_config import documents
 from tests.support.tiny_tokenizer import EOS, tiny_tokenizer
-from tests.test_scripts import same
-from tests.test_scripts import weights as saved_weights
 from tests.trainer.test_interplay import Recorded, adamw, by_hand, distance, plain_loss
 
 RECIPE = Path(__file__).parents[2] / "recipes/sft_with_trl.py"

@@ -1,4 +1,4 @@
-"""`recipes/accelerate/slurm.sh`, with stand-ins for Slurm's commands and for the launcher."""
+"""`recipes/accelerate/slurm.sh` with stand-ins for the commands of Slurm and for the launcher."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 from hf_nexus.pretrain.parsing import parse_arguments
 
-ACCELERATE = Path(__file__).parents[1] / "recipes/accelerate"
+ACCELERATE = Path(__file__).parents[2] / "recipes/accelerate"
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > requeued; fi',
     "srun": 'SLURM_NODEID=1 exec "$@"',  # the second of two machines
@@ -38,17 +38,17 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
 
 
 def launched(folder: Path) -> tuple[Namespace, list[str]]:
-    """What the launcher was told, and what the recipe."""
+    """The arguments of the launcher and of the recipe."""
     from accelerate.commands.launch import launch_command_parser
 
-    command, *words = (folder / "launched").read_text().splitlines()
+    command, *rest = (folder / "launched").read_text().splitlines()
     assert command == "launch"
-    arguments = launch_command_parser().parse_args(words)
+    arguments = launch_command_parser().parse_args(rest)
     return arguments, arguments.training_script_args
 
 
 @pytest.mark.parametrize("file", ["multi_node.yaml", "fsdp2_multi_node.yaml"])
-def test_each_machine_launches_its_eight_processes_and_meets_the_first(start, tmp_path, file):
+def test_a_machine_starts_eight_processes_and_meets_the_first(start, tmp_path, file):
     assert start(str(ACCELERATE / file), "--inner_lr", "0.1").wait(180) == 0
     launcher, recipe = launched(tmp_path)
     assert launcher.config_file == str(ACCELERATE / file)
@@ -59,7 +59,7 @@ def test_each_machine_launches_its_eight_processes_and_meets_the_first(start, tm
     assert "--resume_from_checkpoint" not in recipe
 
 
-def test_it_goes_on_from_a_checkpoint_and_is_queued_again_when_its_time_is_up(start, tmp_path):
+def test_the_job_resumes_and_is_requeued_before_the_time_limit(start, tmp_path):
     (tmp_path / "mine/checkpoint-40").mkdir(parents=True)
     job = start(str(ACCELERATE / "multi_node.yaml"), OUTPUT_DIR="mine", TRAINING_TAKES="600")
     try:

@@ -1,4 +1,4 @@
-"""recipes/finetune.py: a script around a Trainer, of which two lines are Nexus."""
+"""`recipes/finetune.py`: a script for Trainer with two changed lines."""
 
 import json
 import re
@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 from hf_nexus.hub.publisher import Publisher
 from tests.support.hub.runs import QUICK, REPO, impatient_client
 from tests.support.hub.server import ALICE, HubServer
+from tests.support.saved_weights import same, saved_weights
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_config import documents
 from tests.trainer import test_publishing
 
 pytest.importorskip("datasets")
-SCRIPT = Path(__file__).parents[1] / "recipes/finetune.py"
+SCRIPT = Path(__file__).parents[2] / "recipes/finetune.py"
 SHAPE = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"
 TRAINING = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --seed 3"
 QUIET = "--use_cpu --report_to none --disable_tqdm true"
@@ -32,7 +33,7 @@ hub = test_publishing.hub  # the fixture
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`run(*flags)` runs the script, or another, in this process, and returns its output folder."""
+    """`run(*flags)` runs the script in this process and returns its output folder."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(documents("abcd", 12, 0)))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -48,7 +49,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> list[str]:
-    """The flags that put adapters on a model that was saved."""
+    """The flags for adapters on a saved model."""
     pytest.importorskip("peft")
     tokenizer = ByT5Tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
@@ -56,45 +57,38 @@ def adapted(tmp_path: Path) -> list[str]:
     return ["--lora_r", "2", "--model_name_or_path", str(tmp_path / "base")]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one | other)
-
-
-def test_with_the_two_lines_as_they_were_it_is_a_script_for_trainer(run, tmp_path):
+def test_with_two_lines_changed_it_is_a_script_for_trainer(run, tmp_path):
     text, count = re.subn(
         r"from hf_nexus import Nexus\w+ as (\w+)", r"from transformers import \1", SCRIPT.read_text()
     )
-    assert count == 2 and "hf_nexus" not in text.split('"""')[2]
+    assert count == 2
+    assert re.findall(r"hf_nexus.*", text.split('"""')[2]) == ["hf_nexus.evaluation.metrics import NextTokenAccuracy"]
     stock = tmp_path / "stock.py"
     stock.write_text(text)
     nexus, off, plain = run(out="nexus"), run("--nexus", "False", out="off"), run(script=stock, out="plain")
-    assert same(weights(off), weights(plain))
-    assert not same(weights(nexus), weights(plain))
+    assert same(saved_weights(off), saved_weights(plain))
+    assert not same(saved_weights(nexus), saved_weights(plain))
     assert [(folder / "nexus.yaml").exists() for folder in (nexus, off, plain)] == [True, True, False]
     for folder in (nexus, off, plain):
         results = json.loads((folder / "all_results.json").read_text())
-        assert results["eval_loss"] < 5.8 and 0 < results["eval_accuracy"] < 1  # 5.95 = log(384) untrained
+        assert results["eval_loss"] < 5.8 and 0 < results["eval_next_token_accuracy"] < 1  # 5.95 = log(384) untrained
         assert {"train_loss", "perplexity"} <= results.keys()
         assert (folder / "README.md").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["map-style", "streaming"])
-def test_it_resumes_to_the_bit(run, flags):
+def test_resuming_is_exact(run, flags):
     whole = run(*flags)
     resumed = run(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-2"), "--seed", "3", out="resumed")
-    assert same(weights(whole), weights(resumed))
-    half = weights(whole / "checkpoint-2")
-    assert not same(weights(whole), half)
+    assert same(saved_weights(whole), saved_weights(resumed))
+    half = saved_weights(whole / "checkpoint-2")
+    assert not same(saved_weights(whole), half)
     shutil.rmtree(whole / "checkpoint-4")
     (whole / "model.safetensors").unlink()
-    assert same(weights(run(*flags, "--resume_from_checkpoint", "last")), weights(resumed))
+    assert same(saved_weights(run(*flags, "--resume_from_checkpoint", "last")), saved_weights(resumed))
 
 
-def test_it_streams_with_adapters(run, adapted):
+def test_streaming_with_adapters(run, adapted):
     folder = run("--streaming", "--max_train_samples", "1000", *adapted)
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
     adapters = load_file(folder / "adapter_model.safetensors")
@@ -102,17 +96,16 @@ def test_it_streams_with_adapters(run, adapted):
     assert any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # zero before training
 
 
-def test_a_model_from_scratch_by_a_saved_configuration(run, adapted, tmp_path):
-    """And the flags of the standard script that go with it."""
+def test_a_model_from_scratch_with_a_saved_configuration(run, adapted, tmp_path):
     base = tmp_path / "base"
     flags = ["--config_name", str(base), "--tokenizer_name", str(base), "--keep_linebreaks", "False"]
     folder = run(*flags, "--model_revision", "main", "--trust_remote_code", "False", "--dtype", "float32")
-    shapes = {name: tensor.shape for name, tensor in weights(folder).items()}
-    assert shapes == {name: tensor.shape for name, tensor in weights(base).items()}
+    shapes = {name: tensor.shape for name, tensor in saved_weights(folder).items()}
+    assert shapes == {name: tensor.shape for name, tensor in saved_weights(base).items()}
 
 
 def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:
-    """The folder of a run that pushed; what the Hub then has is written to `downloaded`."""
+    """Run and push. Returns the folder of the run, and writes the files of the Hub to `downloaded`."""
     monkeypatch.setattr(
         "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
     )
@@ -127,16 +120,15 @@ def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path,
     return folder
 
 
-def test_what_it_pushes_is_the_model(run, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_the_pushed_model_is_the_saved_one(run, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
     downloaded = tmp_path / "downloaded"
     folder = push(run, hub, monkeypatch, downloaded)
     pushed = AutoModelForCausalLM.from_pretrained(downloaded).state_dict()
-    assert same(weights(folder), {name: pushed[name] for name in weights(folder)})
+    assert same(saved_weights(folder), {name: pushed[name] for name in saved_weights(folder)})
     assert AutoTokenizer.from_pretrained(downloaded)("ab").input_ids == ByT5Tokenizer()("ab").input_ids
 
 
-def test_it_pushes_adapters(run, adapted, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """They load on their base."""
+def test_pushed_adapters_load_on_their_base(run, adapted, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
     from peft import PeftModel
 
     folder = push(run, hub, monkeypatch, tmp_path / "downloaded", *adapted)
@@ -157,11 +149,11 @@ def test_it_pushes_adapters(run, adapted, hub: HubServer, tmp_path, monkeypatch:
     ("flags", "message"),
     [
         ([], "--dataset_name or --train_file"),
-        (["--lora_r", "2"], "--lora_r needs --model_name_or_path"),
-        (["--train_file", "x", "--streaming", "--do_eval", "--use_cpu"], "--do_eval needs --max_eval_samples"),
+        (["--lora_r", "2"], "--lora_r trains adapters"),
+        (["--train_file", "x", "--streaming", "--do_eval", "--use_cpu"], "Add --max_eval_samples"),
     ],
 )
-def test_what_is_missing_is_said(monkeypatch, flags, message):
+def test_a_missing_argument_is_named(monkeypatch, flags, message):
     monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "nowhere", *flags])
     with pytest.raises(ValueError, match=message):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,4 +1,4 @@
-"""Each script of `recipes/`, run as its header says: without a network, on a CPU, on the built-in corpus."""
+"""The commands in the header of each recipe: they run on a CPU without a network."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import pytest
 
 from hf_nexus.pretrain.parsing import load_config
 
-ROOT = Path(__file__).parents[1]
-# What cannot be had here: several accelerators or machines, models and data of the Hub, files of the reader's.
+ROOT = Path(__file__).parents[2]
+# Commands that need several accelerators or machines, the Hub, or files of the reader.
 ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "mine.yaml")
 
 
 def header_commands(recipe: Path) -> list[str]:
-    """The commands of the docstring, in order. Lines of flags alone are for the command before them."""
+    """The commands of the docstring. A line of flags only is added to the command before it."""
     text = recipe.read_text().split('"""')[1].replace("\\\\\n", " ")
     commands: list[str] = []
     for line in re.findall(r"^    (\S.*)$", text, re.MULTILINE):
@@ -32,7 +32,7 @@ COMMANDS = {recipe.name: header_commands(recipe) for recipe in sorted((ROOT / "r
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Callable[[str], tuple[str, Path]]:
-    """`run(command)` gives what it printed, and the folder in which it ran, which is the same for all."""
+    """`run(command)` returns its output and its working directory, which all commands share."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("recipes", "docs"):
         (folder / name).symlink_to(ROOT / name)
@@ -50,13 +50,13 @@ def run(tmp_path_factory) -> Callable[[str], tuple[str, Path]]:
 
 
 def losses(stdout: str) -> dict[str, tuple[float, float]]:
-    """Losses before and after that a recipe prints, by source."""
+    """The losses before and after training that a recipe prints for each source."""
     lines = re.findall(r"^(\w+): loss ([\d.]+) -> ([\d.]+)$", stdout, re.MULTILINE)
-    assert len(lines) == len({name for name, _, _ in lines}), stdout  # one process prints
+    assert len(lines) == len({name for name, _, _ in lines}), stdout  # only one process prints
     return {name: (float(before), float(after)) for name, before, after in lines}
 
 
-def test_the_headers_hold_the_commands_that_are_run_here():
+def test_every_command_of_the_headers_is_found():
     assert {name: len(commands) for name, commands in COMMANDS.items()} == {
         "compare.py": 1,
         "finetune.py": 2,
@@ -66,7 +66,8 @@ def test_the_headers_hold_the_commands_that_are_run_here():
     }
 
 
-def test_finetune_and_what_resumes_it(run):
+@pytest.mark.slow
+def test_finetune_trains_and_resumes(run):
     for command, step in zip(COMMANDS["finetune.py"], (40, 60), strict=True):
         _, folder = run(command)
         assert json.loads((folder / "runs/finetune/trainer_state.json").read_text())["global_step"] == step
@@ -75,6 +76,7 @@ def test_finetune_and_what_resumes_it(run):
     assert (folder / "runs/finetune/README.md").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_of_3b(run):
     stdout, _ = run(COMMANDS["pretrain_3b.py"][0])
     text = " ".join(stdout.split())
@@ -91,8 +93,9 @@ def test_the_demo_with_a_flag(run):
     assert (folder / "runs/nexus-demo/training.png").exists()
 
 
-@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_sft_with_trl_lowers_the_loss_of_both_sources(run, packing):
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_lowers_the_loss_of_both_sources(run, packing):
     pytest.importorskip("trl")
     stdout, folder = run(COMMANDS["sft_with_trl.py"][packing])
     found = losses(stdout)
@@ -102,7 +105,8 @@ def test_sft_with_trl_lowers_the_loss_of_both_sources(run, packing):
     assert (folder / ("runs/sft-packed" if packing else "runs/sft") / "model.safetensors").exists()
 
 
-def test_plain_accelerate(run):
+@pytest.mark.slow
+def test_plain_accelerate_lowers_every_loss(run):
     found = losses(run(COMMANDS["plain_accelerate.py"][0])[0])
     assert set(found) == {"code", "mathematics", "reasoning"}
     for name, (before, after) in found.items():
@@ -110,13 +114,13 @@ def test_plain_accelerate(run):
 
 
 @pytest.mark.slow
-def test_plain_accelerate_on_two_processes_begins_as_on_one(run):
+def test_plain_accelerate_starts_equal_on_two_processes(run):
     alone, longer, two = [losses(run(command)[0]) for command in COMMANDS["plain_accelerate.py"]]
     for name, (before, after) in alone.items():
-        assert longer[name][0] == two[name][0] == before, name  # the same model, and text
+        assert longer[name][0] == two[name][0] == before, name  # the same model and text
         assert longer[name][1] < after, name
         assert two[name][1] < before - 0.3, name
-    assert two != alone  # the second process had rows of its own
+    assert two != alone  # the second process has other rows
 
 
 @pytest.mark.slow
