@@ -93,7 +93,7 @@ def trainer_arm(kind: type[Trainer], train: Any, collate: Callable, options: arg
 def stream_arm(sources: dict[str, Any], options: argparse.Namespace) -> DataLoader:
     """A loader over streams, as a run on one process has it."""
     stream = MixtureStream(sources)
-    stream.place(rank=0, ranks=1, lanes_per_rank=max(1, options.workers))
+    stream.place(rank=0, ranks=1, workers=max(1, options.workers))
     stream.begin(None)
     schedule = SourceSchedule(dict.fromkeys(sources, 1.0))
     sampler = MicroBatchSampler(lambda i: schedule.sources(i, i + 1)[0], STEPS, options.rows)

@@ -28,8 +28,10 @@ ROOMS = [
     "nexus",
     "controls",
     "tensors",
+    "schema",
+    "strict",
+    "files",
 ]
-ROOMS += ["files"]
 
 
 def rooms_of_imports(path: Path) -> set[str]:

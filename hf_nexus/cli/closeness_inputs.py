@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..files import nearest
 from ..mixture.config import MixtureConfig
-from ..mixture.strict import parse_yaml
-from ..pretrain.fields import DataArguments
 from ..pretrain.folder import CONFIG_NAME
 from ..pretrain.parsing import load_config
+from ..strict import parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +118,7 @@ def mixture_of(model: str, config: str | None = None) -> MixtureConfig:
         config = str(found[0])
     elif Path(config).is_file() and "sources" in parse_yaml(Path(config).read_text(encoding="utf-8"), config):
         return MixtureConfig.from_yaml(config)
-    return MixtureConfig.from_dict({**asdict(DataArguments()), **load_config(config)["data"]})
+    return MixtureConfig.from_dict(load_config(config)["data"])
 
 
 def parse_minima(text: str | None) -> dict[str, str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import nearest
-from ..mixture.strict import known_keys, parse_yaml, require_count, require_text
 from ..pretrain.fields import SECTIONS, PretrainConfig
-from ..pretrain.parsing import check_keys, load_config
+from ..pretrain.parsing import check_section, load_config
+from ..strict import Count, Text, check, known_keys, parse_yaml
 from .parts import RESERVED, MinimaSearch, Primary, Task, Tuning, check_grid, check_seeds
 
 __all__ = ["ComparisonConfig", "available_comparisons"]
@@ -73,18 +73,13 @@ class ComparisonConfig:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        require_text("base", self.base)
-        require_text("output_dir", self.output_dir)
+        check(self.base, Text, "base")
+        check(self.output_dir, Text, "output_dir")
         check_seeds("seeds", self.seeds)
-        require_count("train_sample_rows", self.train_sample_rows)
-        if self.workers is not None:
-            require_count("workers", self.workers)
+        check(self.train_sample_rows, Count, "train_sample_rows")
+        check(self.workers, Count | None, "workers")
         for section in SECTIONS:
-            if not isinstance(getattr(self, section), Mapping):
-                raise ValueError(
-                    f"{section}: {getattr(self, section)!r} must be a mapping of fields; or leave it out."
-                )
-            check_keys("The comparison", section, getattr(self, section))
+            check_section(section, getattr(self, section))
         if fixed := sorted(set(RESERVED) & set(self.training)):
             raise ValueError(f"training.{fixed[0]}: the comparison decides on it for each run. Leave it out.")
         self._check_arms()

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 from ..files import nearest
-from ..mixture.strict import require_count, require_positive, require_text
 from ..pretrain.fields import PretrainConfig
+from ..strict import Bound, Count, Positive, Text, check
 
 __all__ = ["RESERVED", "MinimaSearch", "Primary", "Task", "Tuning", "check_grid", "check_seeds"]
 
@@ -33,7 +33,7 @@ class Primary:
     figure: str = "ood_loss"
 
     def __post_init__(self) -> None:
-        require_text("primary.arm", self.arm)
+        check(self.arm, Text, "primary.arm")
         if self.figure not in FIGURES and not str(self.figure).startswith(_FIGURE_OF_ONE):
             raise ValueError(
                 f"primary.figure: {self.figure!r} is not known. Use one of {', '.join(FIGURES)}, or "
@@ -63,8 +63,7 @@ class Tuning:
     def __post_init__(self) -> None:
         check_grid("tuning.grid", self.grid)
         check_seeds("tuning.seeds", self.seeds)
-        if self.max_steps is not None:
-            require_count("tuning.max_steps", self.max_steps)
+        check(self.max_steps, Count | None, "tuning.max_steps")
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ class MinimaSearch:
     grid: int = 9
 
     def __post_init__(self) -> None:
-        require_positive("minima.learning_rate", self.learning_rate)
+        check(self.learning_rate, Positive, "minima.learning_rate")
         for name in ("max_steps", "eval_steps", "patience", "eval_rows"):
-            require_count(f"minima.{name}", getattr(self, name))
-        require_count("minima.grid", self.grid, least=3)
+            check(getattr(self, name), Count, f"minima.{name}")
+        check(self.grid, Annotated[int, Bound(least=3)], "minima.grid")
         if self.seeds is not None:
             check_seeds("minima.seeds", self.seeds)
         if self.sources is not None and (not isinstance(self.sources, list) or len(set(self.sources)) < 2):
@@ -132,10 +131,9 @@ class Task:
     max_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        require_text("tasks.path", self.path)
-        require_count("tasks.max_new_tokens", self.max_new_tokens, least=0)
-        if self.max_rows is not None:
-            require_count("tasks.max_rows", self.max_rows)
+        check(self.path, Text, "tasks.path")
+        check(self.max_new_tokens, Annotated[int, Bound(least=0)], "tasks.max_new_tokens")
+        check(self.max_rows, Count | None, "tasks.max_rows")
         if "{question}" not in self.prompt:
             raise ValueError(f"tasks.prompt: {self.prompt!r} does not contain {{question}}.")
 
@@ -145,7 +143,7 @@ def check_seeds(key: str, seeds: Any) -> None:
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"{key}: {seeds!r} must be a list of different whole numbers.")
     for seed in seeds:
-        require_count(key, seed, least=0)
+        check(seed, Annotated[int, Bound(least=0)], key)
 
 
 def check_grid(key: str, grid: Any) -> None:

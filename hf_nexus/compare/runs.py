@@ -135,7 +135,7 @@ class Run:
             arm=self.arm,
             seed=self.seed,
             settings=self.settings,
-            curve=_curve(log, run.mixture, window * run.arguments.data.sequence_length),
+            curve=_curve(log, run.mixture, window * run.arguments.mixture.sequence_length),
             seconds=next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), 0.0),
         )
         if self.trial:

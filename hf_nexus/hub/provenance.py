@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import is_peft_available
 
-from ..mixture.strict import BUILTIN_PREFIX
+from ..mixture.config import BUILTIN_PREFIX
 from .check import is_repo_id
 
 __all__ = ["find_commit", "find_origin", "hub_id", "public_path"]

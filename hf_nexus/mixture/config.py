@@ -1,48 +1,202 @@
-"""What a mixture is made of: its sources and how they are packed and weighted."""
+"""The configuration of a mixture: its sources and how they are packed and weighted."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .source import SourceConfig
+from ..schema import documented
+from ..strict import Bound, Count, Positive, Text, check_fields, parse_yaml, read
 from .stages import Stage, parse_stages
-from .strict import (
-    NOT_TEXT,
-    check_source,
-    columns_error,
-    known_keys,
-    parse_yaml,
-    require_count,
-    require_flag,
-    require_positive,
-)
 
-__all__ = ["MixtureConfig", "SourceConfig"]
+__all__ = ["BUILTIN_PREFIX", "MixtureConfig", "SourceConfig"]
+
+BUILTIN_PREFIX = "builtin/"
+# Names of sources become part of the names of metrics, such as `eval_<name>_loss`.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NOT_TEXT = ("messages_column", "prompt_column", "completion_column")
 
 
+@documented
+@dataclass
+class SourceConfig:
+    """
+    One source of a mixture, checked on creation.
+
+    Documents are read from a text column, from chat messages (rendered with the tokenizer's chat template), or from a
+    prompt and its completion. All of their tokens are trained on.
+
+    Args:
+        path (`str`):
+            Dataset on the Hub, local file (`.jsonl`, `.json`, `.parquet`, `.csv`, or `.txt`: one document), glob,
+            folder of data files, folder written by `save_to_disk`, or `builtin/<name>`.
+        subset (`str`, *optional*):
+            Subset (configuration) of the dataset.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of the dataset, as in [`~datasets.load_dataset`].
+        revision (`str`, *optional*):
+            Branch, tag or commit of a dataset on the Hub.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Column with the documents.
+        messages_column (`str`, *optional*):
+            Column with conversations, in place of `text_column`.
+        prompt_column (`str`, *optional*):
+            Column with prompts (strings or lists of messages), in place of `text_column`.
+        completion_column (`str`, *optional*):
+            Column with the completions of the prompts.
+        weight (`float`, *optional*):
+            Share of the training tokens, relative to the other weights. Give all training sources a weight, or none.
+        max_tokens (`int`, *optional*):
+            Read whole documents, in order, up to this number of tokens. Limits tokenization, not the download.
+        max_epochs (`float`, *optional*):
+            Largest number of passes over the source. A streaming source that reaches it (a whole number) leaves its
+            weight to the others. A source of known size that would exceed it is an error before training.
+        eval_rows (`int`, *optional*):
+            Number of documents to hold out, chosen by a hash of their text. Copies of them are not trained on.
+        eval_split (`str`, *optional*):
+            Split with the held-out documents, in place of `eval_rows`. For instance `"validation[:1000]"`.
+        license (`str`, *optional*):
+            License of the source. Defaults to the one that the dataset states.
+        role (`str`, *optional*, defaults to `"train"`):
+            `"train"`, or `"ood"` for a source that is only evaluated.
+        tokens (`int`, *optional*):
+            Known size in tokens, for plans made before any download.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read, tokenize and pack during training instead of before it.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            Handling of rows without usable text in a streaming source: `"raise"`, or `"skip"` and count them.
+
+    Raises:
+        ValueError: a value that is not allowed, or keys that contradict each other. The message starts with the key.
+
+    Example:
+        >>> from hf_nexus.mixture import SourceConfig
+        >>> SourceConfig(path="data/code/*.jsonl", text_column="content", eval_rows=100).role
+        'train'
+    """
+
+    path: Text
+    subset: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+    text_column: Text = "text"
+    messages_column: Text | None = None
+    prompt_column: Text | None = None
+    completion_column: Text | None = None
+    weight: Positive | None = None
+    max_tokens: Count | None = None
+    max_epochs: Positive | None = None
+    eval_rows: Count | None = None
+    eval_split: Text | None = None
+    license: Text | None = None
+    role: Literal["train", "ood"] = "train"
+    tokens: Count | None = None
+    streaming: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        if self.weight == 0:
+            raise ValueError("weight: 0 is not allowed. To evaluate on a source without training, set `role: ood`.")
+        check_fields(self)
+        self._check_columns()
+        if self.eval_split is not None:
+            if self.eval_rows is not None:
+                raise ValueError("eval_rows: it cannot be combined with eval_split. Keep one of the two.")
+            if self.eval_split == self.split:
+                raise ValueError(f"eval_split: {self.eval_split!r} is the training split. Use eval_rows instead.")
+        if self.streaming:
+            self._check_streaming()
+        elif self.on_error == "skip":
+            raise ValueError("on_error: only a streaming source skips rows. Add `streaming: true`, or remove it.")
+        if self.role == "ood":
+            self._refuse(("weight", "max_epochs", "eval_rows", "eval_split"), "an OOD source, which is only evaluated")
+        if self.path.startswith(BUILTIN_PREFIX):
+            self._check_builtin()
+
+    def _check_columns(self) -> None:
+        other = [key for key in _NOT_TEXT if getattr(self, key)]
+        if other and self.text_column != "text":
+            raise ValueError(_two_columns(other[0]))
+        if self.messages_column and len(other) > 1:
+            raise ValueError(f"messages_column: it cannot be combined with {other[1]}. Keep one of the two.")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            missing = "prompt_column" if self.prompt_column is None else "completion_column"
+            raise ValueError(f"{missing}: missing. Give both prompt_column and completion_column.")
+
+    def _check_streaming(self) -> None:
+        if self.role == "ood":
+            raise ValueError("streaming: an OOD source is read before training. Remove it, and set max_tokens.")
+        if self.max_tokens is not None:
+            raise ValueError(
+                "max_tokens: it does not apply to a stream, which is read only as far as training needs it. Limit "
+                "training with weight and max_epochs, or remove `streaming`."
+            )
+        if self.max_epochs is not None and self.max_epochs != int(self.max_epochs):
+            raise ValueError(
+                f"max_epochs: {self.max_epochs!r} is not allowed for a streaming source, whose size is unknown. It "
+                "must be a whole number."
+            )
+        if "[" in self.split:
+            raise ValueError(
+                f"split: {self.split!r} is a slice, and a stream cannot be sliced. Name a whole split, or remove "
+                "`streaming`."
+            )
+
+    def _check_builtin(self) -> None:
+        self._refuse(("subset", "revision", "eval_split", *_NOT_TEXT), "a built-in source (one split of plain text)")
+        for key, default in (("split", "train"), ("text_column", "text")):
+            if getattr(self, key) != default:
+                raise ValueError(f"{key}: it cannot be chosen for a built-in source. Remove it.")
+
+    def _refuse(self, keys: Iterable[str], kind: str) -> None:
+        for key in keys:
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: it has no meaning for {kind}. Remove it.")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are read, by their key in the configuration."""
+        if self.messages_column is not None:
+            return {"messages_column": self.messages_column}
+        if self.prompt_column is not None and self.completion_column is not None:
+            return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
+        return {"text_column": self.text_column}
+
+    @property
+    def known_tokens(self) -> int | None:
+        """The stated size, limited by `max_tokens`. `None` if neither is given."""
+        return min((n for n in (self.tokens, self.max_tokens) if n is not None), default=None)
+
+
+def _two_columns(other: str) -> str:
+    return f"text_column: it cannot be combined with {other}. Keep the one that holds the documents."
+
+
+@documented
 @dataclass
 class MixtureConfig:
     """
-    Sources and how they are packed and weighted, checked on creation.
+    Sources of a mixture and how they are packed and weighted, checked on creation.
 
     Args:
         sources (`dict[str, SourceConfig]`):
-            By name. The names are those of the logged metrics (`loss/<name>`, `eval_<name>_loss`).
-        sequence_length (`int`):
+            Sources by name. The names become part of the names of metrics (`loss/<name>`, `eval_<name>_loss`).
+        sequence_length (`int`, *optional*, defaults to 1024):
             Tokens of each packed row, L.
         temperature (`float`, *optional*, defaults to 1.0):
-            Without weights, shares are proportional to `size ** (1 / temperature)`: above 1 they are evened out.
+            Without weights, the share of a source is proportional to `size ** (1 / temperature)`. Above 1, small
+            sources are sampled more often.
         num_proc (`int`, *optional*):
-            Processes that tokenize. By default one, in which a fast tokenizer uses a thread per core.
+            Number of processes that tokenize. Defaults to one, in which a fast tokenizer uses one thread per core.
         buffer_size (`int`, *optional*, defaults to 10000):
-            Rows of a streaming source among which it is shuffled, and at most read again when training resumes.
+            Number of rows among which a streaming source is shuffled. At most this many are read again on resume.
         stages (`list[Stage]`, *optional*):
-            Weights that change during training, in place of the sources' own: each stage ends at a fraction of the
-            outer steps (`until`), and its `weights` name every training source.
+            Weights that change during training, in place of the weights of the sources. Each stage ends at a fraction
+            of the outer steps (`until`), and its `weights` name every training source.
         isolate_documents (`bool`, *optional*):
-            Keep the documents of a row from attending to each other. By default where the attention allows it.
+            Prevent attention between the documents of a row. Defaults to true if the attention supports it.
 
     Raises:
         ValueError: a value that is not allowed, or keys that contradict each other. The message starts with the path
@@ -58,43 +212,46 @@ class MixtureConfig:
     """
 
     sources: dict[str, SourceConfig]
-    sequence_length: int
-    temperature: float = 1.0
-    num_proc: int | None = None
-    buffer_size: int = 10_000
+    sequence_length: Annotated[int, Bound(least=2)] = 1024
+    temperature: Positive = 1.0
+    num_proc: Count | None = None
+    buffer_size: Annotated[int, Bound(least=2)] = 10_000
     stages: list[Stage] | None = None
     isolate_documents: bool | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sources, Mapping):
-            raise ValueError(f"sources: {self.sources!r} is not a mapping of names to sources.")
-        require_count("sequence_length", self.sequence_length, least=2)
-        require_positive("temperature", self.temperature)
-        if self.num_proc is not None:
-            require_count("num_proc", self.num_proc)
-        require_count("buffer_size", self.buffer_size, least=2)
-        if self.isolate_documents is not None:
-            require_flag("isolate_documents", self.isolate_documents)
+        check_fields(self)
         for name, source in self.sources.items():
-            if not isinstance(source, SourceConfig):
-                raise ValueError(f"sources.{name}: {source!r} is no SourceConfig. Use from_dict for plain data.")
-            check_source(name, source, self.sequence_length)
-        train = self.train_sources
-        if not train:
-            raise ValueError("sources: there is none to train on. Add one whose role is 'train' (the default).")
-        self._check_weights(train)
+            self._check_source(name, source)
+        if not self.train_sources:
+            raise ValueError("sources: none of them is trained on. Add one with the role 'train' (the default).")
+        self._check_weights(self.train_sources)
+
+    def _check_source(self, name: Any, source: SourceConfig) -> None:
+        key = f"sources.{name}"
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{key}: a name starts with a letter or digit and holds only letters, digits, '_', '-' and '.'."
+            )
+        if name == "ood":
+            raise ValueError(f"{key}: the name 'ood' is reserved for the mean over OOD sources. Choose another name.")
+        if source.max_tokens is not None and source.max_tokens < self.sequence_length:
+            raise ValueError(
+                f"{key}.max_tokens: {source.max_tokens} tokens do not fill one row of "
+                f"sequence_length={self.sequence_length}. Raise it, or shorten sequence_length."
+            )
 
     def _check_weights(self, train: dict[str, SourceConfig]) -> None:
         unweighted = [name for name, source in train.items() if source.weight is None]
         if self.stages is not None:
             for name in train:
                 if name not in unweighted:
-                    raise ValueError(f"sources.{name}.weight: it has no effect beside stages. Remove one of the two.")
+                    raise ValueError(f"sources.{name}.weight: it has no effect with stages. Remove one of the two.")
             self.stages = parse_stages(self.stages, train)
         elif 0 < len(unweighted) < len(train):
             raise ValueError(
-                f"sources.{unweighted[0]}.weight: missing, while other training sources have one. Give it to all of "
-                f"{', '.join(train)}, or to none (then the sizes decide)."
+                f"sources.{unweighted[0]}.weight: missing, while other training sources have one. Give a weight to "
+                f"all of {', '.join(train)}, or to none (then the sizes decide)."
             )
         elif unsized := [name for name in unweighted if train[name].streaming and train[name].tokens is None]:
             raise ValueError(
@@ -102,32 +259,28 @@ class MixtureConfig:
                 f"to all training sources, or state sources.{unsized[0]}.tokens."
             )
         if self.temperature != 1 and (self.stages is not None or not unweighted):
-            raise ValueError("temperature: it has no effect beside explicit weights. Remove it, or the weights.")
+            raise ValueError("temperature: it has no effect with explicit weights. Remove it, or the weights.")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "MixtureConfig":
         """
-        Build from plain data, refusing unknown keys.
+        Build from plain data.
 
         Raises:
-            ValueError: as for the class, and for an unknown key or an empty source.
+            ValueError: an unknown key, no sources, or an error of the class.
         """
-        values = known_keys(mapping, cls, "")
-        sources = values.get("sources")
+        sources = mapping.get("sources") if isinstance(mapping, Mapping) else None
         if not isinstance(sources, Mapping) or not sources:
             raise ValueError(f"sources: {sources!r} names none. Give one or more, as in `web: {{path: web.jsonl}}`.")
-        parsed = {}
         for name, source in sources.items():
-            fields = known_keys(source, SourceConfig, f"sources.{name}")
-            other = [key for key in NOT_TEXT if fields.get(key)]
-            if "text_column" in fields and other:
-                raise ValueError(columns_error(name, other[0]))
-            parsed[name] = SourceConfig(**fields)
-        return cls(**{**values, "sources": parsed})
+            if isinstance(source, Mapping) and "text_column" in source:  # even with its default, it is a contradiction
+                for other in filter(source.get, _NOT_TEXT):
+                    raise ValueError(f"sources.{name}.{_two_columns(other)}")
+        return read(cls, mapping)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureConfig":
-        """Build from a YAML file with the fields of the class at its top level."""
+        """Build from a YAML file that holds the fields of the class at its top level."""
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
         try:
             return cls.from_dict(values)
@@ -146,11 +299,11 @@ class MixtureConfig:
 
     def weights(self, sizes: Mapping[str, int]) -> dict[str, float]:
         """
-        Shares of the training tokens, which sum to 1: those of the last stage, where there are stages.
+        Shares of the training tokens, which sum to 1. With stages, those of the last stage.
 
         Args:
             sizes (`Mapping[str, int]`):
-                Tokens of each training source; not needed where weights are given.
+                Tokens of each training source. Not needed if weights are given.
 
         Raises:
             ValueError: a size that is needed is missing or not positive.
@@ -160,14 +313,7 @@ class MixtureConfig:
     def stage_weights(self, sizes: Mapping[str, int]) -> list[tuple[float, dict[str, float]]]:
         """
         `(until, shares)` of each stage: the fraction of training at which it ends, and shares that sum to 1. Without
-        stages there is one, until 1.0.
-
-        Args:
-            sizes (`Mapping[str, int]`):
-                As for [`~MixtureConfig.weights`].
-
-        Raises:
-            ValueError: as there.
+        stages, a single one until 1.0. Arguments and errors are those of [`~MixtureConfig.weights`].
         """
         if self.stages is not None:
             return [(stage.until, _shares(stage.weights)) for stage in self.stages]

@@ -1,22 +1,33 @@
-"""Where documents come from (the Hub, local files, the built-in corpus) and which columns of a row make one."""
+"""Documents of a source: where they are loaded from, and the text and tokens of each row."""
 
 import glob
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from .config import SourceConfig
-from .strict import BUILTIN_PREFIX
+from .config import BUILTIN_PREFIX, SourceConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DocumentReader", "column_names", "load_documents", "require_chat_template", "source_license", "split_text"]
+__all__ = [
+    "DocumentEncoder",
+    "column_names",
+    "document_hash",
+    "load_documents",
+    "require_chat_template",
+    "source_license",
+    "split_text",
+]
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+# ---- Loading ----
 
 
 def load_documents(
@@ -29,14 +40,15 @@ def load_documents(
         name (`str`), source ([`SourceConfig`]):
             The source.
         split (`str`):
-            Which part of it; slices such as `"train[:10%]"` work where the source is no folder of `save_to_disk`.
+            The split. Slices such as `"train[:10%]"` work, except for folders of `save_to_disk`.
         cache_dir (`str`, *optional*):
             As in [`~datasets.load_dataset`].
         streaming (`bool`, *optional*, defaults to `False`):
-            Download and convert nothing: an `IterableDataset`, or a `Dataset` where one lies ready.
+            Return an `IterableDataset` without downloading or converting. Sources that are ready to read, such as
+            folders of `save_to_disk`, are still returned as a `Dataset`.
 
     Raises:
-        ValueError: nothing there, no such split or subset, no documents, or none of the columns that `source` names.
+        ValueError: Nothing is there, it has no such split, subset or column, or it has no documents.
 
     Example:
         >>> from pathlib import Path
@@ -62,7 +74,7 @@ def load_documents(
             documents = load_dataset(path, source.subset, split=split, streaming=streaming, **options)
         available = column_names(documents)
     except (OSError, ValueError, StopIteration, DatasetsError) as error:
-        cause = error.__cause__ or str(error) or "there is no row in it"
+        cause = error.__cause__ or str(error) or "it has no rows"
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {cause}\n"
             "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
@@ -76,7 +88,7 @@ def load_documents(
 
 
 def column_names(documents: "Dataset | IterableDataset") -> list[str]:
-    """The columns, from the first row of a stream that does not know them."""
+    """The columns of documents. Some streams do not know them, so this reads their first row."""
     return documents.column_names or list(next(iter(documents), {}))
 
 
@@ -100,13 +112,13 @@ def _load_builtin(name: str) -> "Dataset":
 
 
 def _is_local(path: str) -> bool:
-    data_file = os.path.splitext(_uncompressed(path))[1] in _FORMATS
-    return os.path.exists(path) or glob.has_magic(path) or path.startswith((".", "/")) or data_file
+    return os.path.exists(path) or glob.has_magic(path) or path.startswith((".", "/")) or _suffix(path) in _FORMATS
 
 
-def _uncompressed(path: str) -> str:
+def _suffix(path: str) -> str:
+    """The suffix of a file name, without that of a compression."""
     stem, suffix = os.path.splitext(path)
-    return stem if suffix in _COMPRESSIONS else path
+    return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
 
 
 def _load_local(
@@ -121,12 +133,12 @@ def _load_local(
     files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not files:
         raise ValueError(f"no file matches {path!r} in {os.getcwd()!r}.")
-    suffixes = {os.path.splitext(_uncompressed(file))[1] for file in files}
+    suffixes = set(map(_suffix, files))
     formats = {_FORMATS.get(suffix) for suffix in suffixes}
     if len(formats) > 1 or None in formats:
         raise ValueError(f"the files end in {', '.join(sorted(suffixes))}; use files of one of {', '.join(_FORMATS)}.")
     (format,) = formats
-    # A line or a paragraph of a text file is no document: an EOS after each would cut the text to pieces.
+    # A text file is one document. By default each of its lines would be one.
     options = {"sample_by": "document"} if format == "text" else {}
     return load_dataset(format, data_files=files, split=split, cache_dir=cache_dir, streaming=streaming, **options)
 
@@ -137,32 +149,35 @@ def _load_saved(path: str, split: str) -> "Dataset":
     saved = load_from_disk(path)
     if isinstance(saved, DatasetDict):
         if split not in saved:
-            raise ValueError(f"there is no split {split!r} in the saved folder, only {', '.join(saved)}.")
+            raise ValueError(f"the saved folder has no split {split!r}, only {', '.join(saved)}.")
         return saved[split]
     if split != "train":
-        raise ValueError("the saved folder holds one dataset without splits; leave `split` and `eval_split` out.")
+        raise ValueError("the saved folder holds one dataset without splits; remove `split` and `eval_split`.")
     return saved
 
 
+# ---- Text and tokens ----
+
+
 @dataclass(frozen=True)
-class DocumentReader:
+class DocumentEncoder:
     """
-    Turns rows of a source into the text of documents.
+    Turns rows of a source into the text of documents, and text into tokens.
 
     Args:
         name (`str`), source ([`SourceConfig`]):
             The source.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its chat template renders messages.
+            Tokenizes, and renders messages with its chat template.
         available (`Sequence[str]`):
             Columns of the source, for errors.
 
     Example:
         >>> from hf_nexus.mixture import SourceConfig
-        >>> from hf_nexus.mixture.documents import DocumentReader
+        >>> from hf_nexus.mixture.documents import DocumentEncoder
         >>> sums = SourceConfig(path="sums.jsonl", prompt_column="question", completion_column="answer")
-        >>> read = DocumentReader("sums", sums, tokenizer=None, available=["question", "answer"])
-        >>> read({"question": ["1 + 1?"], "answer": ["2"]}, first_row=0)
+        >>> encoder = DocumentEncoder("sums", sums, tokenizer=None, available=["question", "answer"])
+        >>> encoder.texts({"question": ["1 + 1?"], "answer": ["2"]}, first_row=0)
         ['1 + 1?\\n2']
     """
 
@@ -171,33 +186,53 @@ class DocumentReader:
     tokenizer: "PreTrainedTokenizerBase"
     available: Sequence[str]
 
-    def __call__(self, batch: Mapping[str, list], first_row: int) -> list[str]:
+    def texts(self, batch: Mapping[str, list], first_row: int) -> list[str]:
         """
-        The documents of a batch of rows; `first_row` is the number of its first row, for errors.
+        The documents of a batch of columns. Errors count rows from `first_row`.
 
         Raises:
-            ValueError: a value that is no string, or no list of messages where messages are read.
+            ValueError: A value is not a string, or not a list of messages where messages are read.
         """
         columns = {key: batch[column] for key, column in self.source.columns.items()}
         if self.source.messages_column is not None:
             return self._messages(columns, first_row)
         if self.source.prompt_column is not None and any(isinstance(v, list) for c in columns.values() for v in c):
             return self._messages(columns, first_row)
-        self._check(columns, first_row, lambda value: isinstance(value, str), "a string")
-        return [_join(*parts) for parts in zip(*columns.values(), strict=True)]
+        self._require(columns, first_row, lambda value: isinstance(value, str), "a string")
+        return [_join(*values) for values in zip(*columns.values(), strict=True)]
+
+    def texts_of_rows(self, rows: Sequence[Mapping[str, Any]], first_row: int) -> list[str]:
+        """
+        The documents of rows, all of which can be encoded.
+
+        Raises:
+            Exception: A row is unusable. The type depends on the cause.
+        """
+        batch = {column: [row.get(column) for row in rows] for column in self.source.columns.values()}
+        texts = self.texts(batch, first_row)
+        for text in texts:
+            text.encode()  # fails for half a surrogate pair, or bytes that are not UTF-8
+        return texts
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, without special tokens."""
+        if not texts:
+            return []
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
 
     def _messages(self, columns: dict[str, list], first_row: int) -> list[str]:
         require_chat_template(self.name, self.source, self.tokenizer)
-        self._check(columns, first_row, _is_conversation, "a list of messages with a role and content")
+        self._require(columns, first_row, _is_conversation, "a list of messages with a role and content")
         texts = []
-        for parts in zip(*columns.values(), strict=True):
-            # Every message may come with the keys of all of them, as None; templates expect those to be absent.
-            messages = [{k: v for k, v in message.items() if v is not None} for part in parts for message in part]
+        for conversation in zip(*columns.values(), strict=True):
+            # Datasets add missing keys to messages as None. Templates expect them to be absent.
+            messages = [{k: v for k, v in m.items() if v is not None} for part in conversation for m in part]
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            texts.append(text.removesuffix(self.tokenizer.eos_token))  # tokenizing adds it
+            texts.append(text.removesuffix(self.tokenizer.eos_token))  # packing adds it
         return texts
 
-    def _check(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:
+    def _require(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:
         for key, values in columns.items():
             for number, value in enumerate(values, first_row):
                 if not allowed(value):
@@ -212,8 +247,8 @@ def require_chat_template(name: str, source: SourceConfig, tokenizer: "PreTraine
     """Raise `ValueError` if the tokenizer cannot render the messages of a source."""
     if not tokenizer.chat_template:
         raise ValueError(
-            f"sources.{name}.{next(iter(source.columns))}: messages are rendered with a chat template, and the "
-            "tokenizer has none. Set tokenizer.chat_template, use a tokenizer that has one, or name a text_column."
+            f"sources.{name}.{next(iter(source.columns))}: messages need a chat template, and the tokenizer has none. "
+            "Set tokenizer.chat_template, use a tokenizer that has one, or name a text_column."
         )
 
 
@@ -230,10 +265,21 @@ def _join(prompt: str, completion: str = "") -> str:
     return prompt + ("" if apart else "\n") + completion
 
 
+def document_hash(text: str) -> int:
+    """
+    A 64-bit hash of the text of a document, by which documents are held out.
+
+    Example:
+        >>> from hf_nexus.mixture.documents import document_hash
+        >>> document_hash("a")
+        3405396810240292928
+    """
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def split_text(text: str, size: int) -> Iterator[str]:
     """
-    Pieces of at most `size` characters that make up a text, cut before a line end where one is in reach, else before a
-    space.
+    Split a text into segments of at most `size` characters, before a line end if one is near, else before a space.
 
     Example:
         >>> from hf_nexus.mixture.documents import split_text

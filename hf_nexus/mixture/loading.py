@@ -1,7 +1,8 @@
-"""Loading a mixture: every source read, held out, tokenized and packed, so that training starts from rows."""
+"""Loading a mixture: documents are read, held out, tokenized and packed, and training starts from rows."""
 
 import logging
 import re
+from collections.abc import Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,39 +11,44 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import MixtureConfig, SourceConfig
-from .documents import DocumentReader, column_names, load_documents, require_chat_template, source_license
+from .documents import (
+    DocumentEncoder,
+    column_names,
+    document_hash,
+    load_documents,
+    require_chat_template,
+    source_license,
+)
 from .packing import SourcePacker, tokenizer_fingerprint
-from .plan import check_map_style
-from .stream.documents import StreamedDocuments, document_hash, read_texts
+from .stream.documents import StreamedDocuments
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Mixture", "load_mixture"]
+__all__ = ["Mixture", "check_loadable", "load_mixture"]
 
 logger = logging.getLogger(__name__)
+
+# Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
+MAP_STYLE_LIMIT = 2_000_000_000
 
 
 @dataclass
 class Mixture:
     """
-    A loaded mixture. Rows are `{"input_ids": (L,), "labels": (L,)}`, the labels equal to the tokens: causal models of
-    transformers shift them.
+    A loaded mixture. Rows are `{"input_ids": (L,), "labels": (L,)}`. The labels equal the tokens, because causal
+    models of transformers shift them.
 
     Attributes:
         config ([`MixtureConfig`]):
-            What was loaded.
+            The configuration.
         train (`dict[str, Dataset | StreamedDocuments]`):
-            Rows of the training sources; of a streaming source, what makes them while training.
+            Rows of the training sources. Those of a streaming source are made during training.
         eval (`dict[str, Dataset]`):
             Held-out rows of training sources, then the rows of OOD sources.
-        weights (`dict[str, float]`):
-            Shares of the training tokens.
-        tokens (`dict[str, int | None]`), eval_tokens (`dict[str, int]`):
-            Number of rows times L, for `train` and `eval`; for a streaming source what is stated, or `None`.
         licenses (`dict[str, str | None]`):
-            Licence of each source, `None` where nothing states it.
+            Licence of each source, `None` if it is not stated.
         eos_token_id (`int`):
             The token that ends each document.
     """
@@ -50,11 +56,26 @@ class Mixture:
     config: MixtureConfig
     train: "dict[str, Dataset | StreamedDocuments]"
     eval: "dict[str, Dataset]"
-    weights: dict[str, float]
-    tokens: dict[str, int | None]
-    eval_tokens: dict[str, int]
     licenses: dict[str, str | None]
     eos_token_id: int
+
+    @property
+    def tokens(self) -> dict[str, int | None]:
+        """Tokens of each training source. For a streaming source these are configured, or `None`."""
+        sources, length = self.config.sources, self.config.sequence_length
+        return {
+            n: len(rows) * length if isinstance(rows, Sized) else sources[n].tokens for n, rows in self.train.items()
+        }
+
+    @property
+    def eval_tokens(self) -> dict[str, int]:
+        """Tokens of each evaluation set."""
+        return {name: len(rows) * self.config.sequence_length for name, rows in self.eval.items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Mixture weights of the training sources, which sum to 1 (those of the last stage)."""
+        return self.config.weights({name: count for name, count in self.tokens.items() if count is not None})
 
 
 def load_mixture(
@@ -63,23 +84,23 @@ def load_mixture(
     """
     Load, tokenize and pack the sources of a mixture.
 
-    An EOS ends each document, and no row crosses sources. A document that is held out anywhere (by `eval_rows`, in an
-    `eval_split` or in an OOD source) is trained on nowhere, whichever source it is in and however often. Everything is
-    cached: a second call with the same files and tokenizer reads the rows from disk. Of several processes let one go
-    first (`with args.main_process_first(): ...`), or each does the work.
+    An EOS ends each document, and no row crosses sources. A document that is held out in one place (by `eval_rows`, an
+    `eval_split` or an OOD source) is not trained on in any source. Everything is cached: a second call with the same
+    files and tokenizer reads the rows from disk. With several processes, let one go first
+    (`with args.main_process_first(): ...`), or each does the work.
 
-    Nothing of a streaming source is read but what is held out: the first `eval_rows` different documents, or a split.
+    Of a streaming source, only the held-out documents are read: the first `eval_rows` different ones, or a split.
 
     Args:
         config ([`MixtureConfig`]):
-            What to load.
+            The sources.
         tokenizer (`PreTrainedTokenizerBase`):
-            With an EOS token. It adds no other special tokens.
+            A tokenizer with an EOS token. No other special tokens are added.
         cache_dir (`str` or `Path`, *optional*):
-            Where `datasets` keeps its files, and the rows lie in a folder `hf_nexus`; by default its usual cache.
+            Cache folder of `datasets`, whose usual one is the default. Rows are in its folder `hf_nexus`.
 
     Raises:
-        ValueError: a source that cannot be loaded, holds something else than text, fills no row, or is too large.
+        ValueError: A source cannot be loaded, holds something other than text, fills no row, or is too large.
         ImportError: `datasets` is not installed.
 
     Example:
@@ -98,38 +119,57 @@ def load_mixture(
         import datasets
     except ImportError as error:
         raise ImportError("Loading a mixture needs the datasets library: pip install datasets") from error
-    _check(config, tokenizer)
+    check_loadable(config)
+    _check_tokenizer(config, tokenizer)
     files = None if cache_dir is None else str(cache_dir)
     rows_dir = Path(files or datasets.config.HF_DATASETS_CACHE) / "hf_nexus"
     rows_dir.mkdir(parents=True, exist_ok=True)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint, length = tokenizer_fingerprint(tokenizer), config.sequence_length
+
     packers, licenses, documents, held_out = {}, {}, {}, {}
     for name, source in config.sources.items():
-        whole = load_documents(name, source, source.split, files, source.streaming)
-        reader = DocumentReader(name, source, tokenizer, available=column_names(whole))
-        packers[name] = SourcePacker(reader, fingerprint, rows_dir, config.num_proc)
-        licenses[name] = source_license(source, whole)
-        if source.role == "ood":
-            held_out[name] = _text_only(whole, source)
-            continue
-        documents[name] = _text_only(whole, source)
-        if source.eval_split is not None:
-            held_out[name] = _eval_split(reader, files)
-        elif source.eval_rows is not None:
-            hold_out = _first_documents if source.streaming else _hold_out
-            held_out[name] = hold_out(packers[name], documents[name], source.eval_rows)
+        loaded = load_documents(name, source, source.split, files, source.streaming)
+        encoder = DocumentEncoder(name, source, tokenizer, available=column_names(loaded))
+        packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
+        licenses[name] = source_license(source, loaded)
+        documents[name] = _text_only(loaded, source)
+        held_out[name] = _held_out(packers[name], documents[name], files)
+
+    # The order of the evaluation sets: training sources, then OOD sources.
+    held_out = {n: held_out[n] for n in (*config.train_sources, *config.ood_sources) if held_out[n] is not None}
     hashes = np.concatenate([np.empty(0, np.int64), *(packers[n].hash_documents(d) for n, d in held_out.items())])
-    train = {name: _train(packers[name], documents[name], hashes, config) for name in documents}
-    order = [*config.train_sources, *config.ood_sources]
-    evaluation = {name: _pack_eval(packers[name], held_out[name], config) for name in order if name in held_out}
-    tokens = {name: _tokens(rows, config.sources[name], config.sequence_length) for name, rows in train.items()}
-    eval_tokens = {name: len(rows) * config.sequence_length for name, rows in evaluation.items()}
-    weights = config.weights({name: count for name, count in tokens.items() if count is not None})
-    return Mixture(config, train, evaluation, weights, tokens, eval_tokens, licenses, tokenizer.eos_token_id)
+    train = {name: _train_rows(packers[name], documents[name], hashes, length) for name in config.train_sources}
+    evaluation = {
+        name: packers[name].pack_documents(found, length, held_out=name in config.train_sources)
+        for name, found in held_out.items()
+    }
+    return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id)
 
 
-def _check(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    check_map_style(config)
+def check_loadable(config: MixtureConfig) -> None:
+    """
+    Refuse sources that are too large to tokenize before training, by the sizes that the configuration states.
+
+    Raises:
+        ValueError: A source without `streaming` has more than two billion known tokens after `max_tokens`.
+
+    Example:
+        >>> from hf_nexus.mixture import MixtureConfig
+        >>> from hf_nexus.mixture.loading import check_loadable
+        >>> web = {"path": "org/web", "tokens": 10_000_000_000, "max_tokens": 1_000_000_000}
+        >>> check_loadable(MixtureConfig.from_dict({"sources": {"web": web}, "sequence_length": 1024}))
+    """
+    for name, source in config.sources.items():
+        if source.streaming or source.known_tokens is None or source.known_tokens <= MAP_STYLE_LIMIT:
+            continue
+        stream = ", or `streaming: true` to tokenize during training" if source.role == "train" else ""
+        raise ValueError(
+            f"sources.{name}.tokens: {source.known_tokens:,} tokens are too many to tokenize before training (at most "
+            f"{MAP_STYLE_LIMIT:,} per source). Set sources.{name}.max_tokens to {MAP_STYLE_LIMIT:,} or less{stream}."
+        )
+
+
+def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no EOS token, which must end each document. Set tokenizer.eos_token.")
     for name, source in config.sources.items():
@@ -138,72 +178,69 @@ def _check(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _text_only(documents: "Dataset | IterableDataset", source: SourceConfig) -> Any:
-    if documents.column_names is None:  # rows of a stream of which some may lack a column
+    if documents.column_names is None:  # a stream, where a row may lack a column
         return documents
-    # A dataset may have been saved with a format, such as tensors.
+    # A saved dataset may have a format, such as tensors.
     return documents.select_columns(list(source.columns.values())).with_format(None)
 
 
-def _hold_out(packer: SourcePacker, documents: "Dataset", count: int) -> "Dataset":
-    """The documents with the `count` smallest hashes, each once, whatever their order."""
+# ---- Holding out ----
+
+
+def _held_out(packer: SourcePacker, documents: Any, cache_dir: str | None) -> "Dataset | None":
+    """The documents of a source that are evaluated on, `None` if there are none."""
+    source = packer.encoder.source
+    if source.role == "ood":
+        return documents
+    if source.eval_split is not None:
+        return _eval_split(packer.encoder, cache_dir)
+    if source.eval_rows is None:
+        return None
+    select = _first_documents if source.streaming else _smallest_hashes
+    return select(packer, documents, source.eval_rows)
+
+
+def _smallest_hashes(packer: SourcePacker, documents: "Dataset", count: int) -> "Dataset":
+    """The documents with the `count` smallest hashes, each once, independent of the order of documents."""
     distinct, first = np.unique(packer.hash_documents(documents), return_index=True)
     if count >= len(distinct):
-        raise ValueError(
-            f"sources.{packer.reader.name}.eval_rows: {count} documents are to be held out, but the source has only "
-            f"{len(distinct)} different ones. Hold out fewer."
-        )
+        raise _too_few_documents(packer, count, len(distinct))
     return documents.select(first[:count])
-
-
-def _without(packer: SourcePacker, documents: "Dataset", held_out: np.ndarray, expected: int) -> "Dataset":
-    """The documents whose hash is not among those held out."""
-    # Hashed even if nothing is held out: this finds rows that are no text, by their number, before the slow pass.
-    kept = np.flatnonzero(~np.isin(packer.hash_documents(documents), held_out))
-    name, left_out = packer.reader.name, len(documents) - len(kept)
-    if len(kept) == 0:
-        raise ValueError(
-            f"sources.{name}: all of its {len(documents)} documents are held out for evaluation, here or in an OOD "
-            "source. Remove the overlap."
-        )
-    if left_out > expected:
-        logger.warning(
-            "Source %r: %d more documents are not trained on, because they are copies of held-out ones.",
-            name,
-            left_out - expected,
-        )
-    return documents.select(kept) if left_out else documents
 
 
 def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: int) -> "Dataset":
     """The first `count` different documents of a stream."""
     from datasets import Dataset
 
-    reader = packer.reader
+    encoder = packer.encoder
+    columns = encoder.source.columns.values()
     found: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(documents):
         try:
-            (text,) = read_texts(reader, [row], number)
+            (text,) = encoder.texts_of_rows([row], number)
         except Exception as error:
-            if reader.source.on_error == "skip":
+            if encoder.source.on_error == "skip":
                 continue
-            raise ValueError(
-                f"{error} To leave such rows out, set sources.{reader.name}.on_error to 'skip'."
-            ) from error
+            raise ValueError(f"{error} To skip such rows, set sources.{encoder.name}.on_error to 'skip'.") from error
         if text:
-            found.setdefault(document_hash(text), {column: row[column] for column in reader.source.columns.values()})
+            found.setdefault(document_hash(text), {column: row[column] for column in columns})
         if len(found) == count:
             return Dataset.from_list(list(found.values()))
-    raise ValueError(
-        f"sources.{reader.name}.eval_rows: {count} documents are to be held out, but the source has only {len(found)} "
-        "different ones. Hold out fewer."
+    raise _too_few_documents(packer, count, len(found))
+
+
+def _too_few_documents(packer: SourcePacker, wanted: int, found: int) -> ValueError:
+    return ValueError(
+        f"sources.{packer.encoder.name}.eval_rows: {wanted} documents are to be held out, but the source has only "
+        f"{found} different ones. Hold out fewer."
     )
 
 
-def _eval_split(reader: DocumentReader, cache_dir: str | None) -> "Dataset":
-    """The documents of the split to evaluate on; that of a streaming source is not loaded with all other splits."""
+def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> "Dataset":
+    """The documents of `eval_split`. For a streaming source, only the needed rows are read."""
     from datasets import Dataset
 
-    name, source, split = reader.name, reader.source, str(reader.source.eval_split)
+    name, source, split = encoder.name, encoder.source, str(encoder.source.eval_split)
     if not source.streaming:
         return _text_only(load_documents(name, source, split, cache_dir), source)
     match = re.fullmatch(r"([^\[\]]+)(?:\[:(\d+)\])?", split)
@@ -213,40 +250,28 @@ def _eval_split(reader: DocumentReader, cache_dir: str | None) -> "Dataset":
             "in 'validation[:1000]'."
         )
     documents = load_documents(name, source, match[1], cache_dir, streaming=True)
-    columns = list(source.columns.values())
     rows = islice(documents, int(match[2]) if match[2] else None)
-    return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
+    return Dataset.from_list([{column: row.get(column) for column in source.columns.values()} for row in rows])
 
 
-def _train(
-    packer: SourcePacker, documents: Any, held_out: np.ndarray, config: MixtureConfig
+# ---- Training rows ----
+
+
+def _train_rows(
+    packer: SourcePacker, documents: Any, held_out: np.ndarray, sequence_length: int
 ) -> "Dataset | StreamedDocuments":
-    """The rows of a training source, or what makes them."""
-    source = packer.reader.source
-    if source.streaming:
-        return StreamedDocuments(documents, packer.reader, config.sequence_length, frozenset(held_out.tolist()))
-    return _pack_train(packer, _without(packer, documents, held_out, source.eval_rows or 0), config)
-
-
-def _tokens(rows: "Dataset | StreamedDocuments", source: SourceConfig, sequence_length: int) -> int | None:
-    return source.tokens if isinstance(rows, StreamedDocuments) else len(rows) * sequence_length
-
-
-def _pack_train(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":
-    limit = config.sources[packer.reader.name].max_tokens
-    what, fix = "the training documents", _more_documents(limit)
-    return packer.pack_documents(documents, config.sequence_length, limit, what=what, fix=fix)
-
-
-def _pack_eval(packer: SourcePacker, documents: "Dataset", config: MixtureConfig) -> "Dataset":
-    source = config.sources[packer.reader.name]
-    if source.role == "ood":
-        limit = source.max_tokens
-        return packer.pack_documents(documents, config.sequence_length, limit, fix=_more_documents(limit))
-    fix = "raise eval_rows" if source.eval_rows is not None else "choose a larger eval_split"
-    what = f"the {len(documents)} held-out documents"
-    return packer.pack_documents(documents, config.sequence_length, what=what, fix=fix)
-
-
-def _more_documents(max_tokens: int | None) -> str:
-    return "raise max_tokens, or add documents" if max_tokens else "add documents"
+    """The rows of a training source, without documents whose hash is held out."""
+    if packer.encoder.source.streaming:
+        return StreamedDocuments(documents, packer.encoder, sequence_length, frozenset(held_out.tolist()))
+    # Also hashed if nothing is held out, because hashing reports rows that are not text by their number.
+    kept = np.flatnonzero(~np.isin(packer.hash_documents(documents), held_out))
+    name, left_out = packer.encoder.name, len(documents) - len(kept)
+    if len(kept) == 0:
+        raise ValueError(
+            f"sources.{name}: all of its {len(documents)} documents are held out for evaluation, in this or an OOD "
+            "source. Remove the overlap."
+        )
+    copies = left_out - (packer.encoder.source.eval_rows or 0)
+    if copies > 0:
+        logger.warning("Source %r: %d more documents are copies of held-out ones and are left out.", name, copies)
+    return packer.pack_documents(documents.select(kept) if left_out else documents, sequence_length)

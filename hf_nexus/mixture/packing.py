@@ -1,47 +1,45 @@
 """
-From documents to rows of L tokens, in three passes; each reads Arrow files and writes new ones, a batch at a time.
+From documents to rows of L tokens, in three passes over Arrow files:
 
-1. hash: one number for the text of each document, by which documents are held out;
+1. hash: a number for the text of each document, by which documents are held out;
 2. tokenize: the tokens of each document and an EOS, in parallel;
 3. pack: the documents end to end, cut every L tokens: `(n, L)`.
 
-Each pass is a `Dataset.map` into a file named after everything that its result depends on, so it is done once. Packing
-is a pass of its own, in one process that carries the incomplete row from batch to batch: a source loses fewer than L
-tokens in all, and its rows depend neither on the size of the batches nor on the number of processes. It only copies
-memory, so a billion tokens take it seconds. The price: tokens lie on disk twice, ragged and packed, at 4 bytes each.
+Each pass is a `Dataset.map` into a cache file named after everything that its result depends on. Packing is a separate
+pass in one process, which carries the incomplete row from batch to batch. A source loses fewer than L tokens, and its
+rows depend neither on the batch size nor on the number of processes. Tokens are on disk twice, at 4 bytes each.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .documents import DocumentReader
+from .documents import DocumentEncoder, document_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RowPacker", "SourcePacker", "tokenizer_fingerprint"]
 
-# Part of every file name. Raise it when the same documents and tokenizer give other rows than before.
+# In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
 CACHE_VERSION = 1
-# Documents of a batch: few enough for books of a million characters, enough to keep the threads of a tokenizer busy.
+# Documents per batch: few enough for books of a million characters, enough to keep the threads of a tokenizer busy.
 BATCH_SIZE = 256
-# Tokens of a batch that is packed.
+# Tokens per batch of the packing pass.
 TOKENS_PER_BATCH = 1 << 20
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """
-    Hash of what decides the tokens of a document. Unlike a hash of the object, it survives saving and loading, and is
-    the same in each version of transformers.
+    Hash of everything in a tokenizer that affects the tokens of a document. Unlike a hash of the object, it stays the
+    same after saving and loading, and across versions of transformers.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -58,7 +56,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.is_fast:
         return Hasher.hash(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend.pop("truncation")  # left over from the tokenizer's last call
+    backend.pop("truncation")  # both are left over from the tokenizer's last call
     backend.pop("padding")
     settings = [tokenizer.eos_token_id, tokenizer.split_special_tokens, tokenizer.chat_template]
     return Hasher.hash([json.dumps(backend, sort_keys=True), settings])
@@ -66,7 +64,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 class RowPacker:
     """
-    Lays documents end to end and cuts them into rows, batch after batch; what fills no row waits for the next batch.
+    Lays documents end to end and cuts them into rows. Tokens that fill no row are kept for the next batch.
 
     Args:
         sequence_length (`int`):
@@ -94,7 +92,7 @@ class RowPacker:
         tokens = pc.list_flatten(table["input_ids"]).to_numpy().astype(np.int32, copy=False)
         tokens = np.concatenate([self.rest, tokens])
         full = len(tokens) // self.sequence_length * self.sequence_length
-        self.rest = tokens[full:].copy()  # a view would keep the whole batch alive
+        self.rest = tokens[full:].copy()  # a view would keep the whole batch in memory
         return pa.table(
             {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens[:full]), self.sequence_length)}
         )
@@ -106,82 +104,75 @@ class SourcePacker:
     The passes over one source.
 
     Args:
-        reader ([`DocumentReader`]):
-            Reads the documents of the source.
+        encoder ([`DocumentEncoder`]):
+            Makes text and tokens of the source's rows.
         fingerprint (`str`):
-            The [`tokenizer_fingerprint`] of the reader's tokenizer.
+            The [`tokenizer_fingerprint`] of the encoder's tokenizer.
         cache_dir (`Path`):
-            Folder of the files written.
+            Folder of the cache files.
         num_proc (`int`, *optional*):
-            Processes that hash and tokenize.
+            Number of processes that hash and tokenize.
     """
 
-    reader: DocumentReader
+    encoder: DocumentEncoder
     fingerprint: str
     cache_dir: Path
     num_proc: int | None = None
 
     def hash_documents(self, documents: "Dataset") -> np.ndarray:
-        """A number for the text of each document, `(len(documents),)` int64, the same for the same text everywhere."""
-        from datasets import Features, Value
+        """The [`document_hash`] of each document, `(len(documents),)` int64."""
+        from datasets import Value
 
-        features = Features({"hash": Value("int64")})
-        columns = self.reader.source.columns
-        rendered_by = None if "text_column" in columns else self.fingerprint
-        hashed = self._read("hash", documents, _hash_batch, features, [columns, rendered_by], with_indices=True)
+        columns = self.encoder.source.columns
+        key = [columns, None if "text_column" in columns else self.fingerprint]
+        hashed = self._encode("hash", documents, self._hash, {"hash": Value("int64")}, key, with_indices=True)
         return hashed.with_format("numpy")["hash"][:]
 
-    def pack_documents(
-        self,
-        documents: "Dataset",
-        sequence_length: int,
-        max_tokens: int | None = None,
-        *,
-        what: str = "the documents",
-        fix: str = "add documents",
-    ) -> "Dataset":
+    def pack_documents(self, documents: "Dataset", sequence_length: int, held_out: bool = False) -> "Dataset":
         """
-        Rows of a source: `input_ids` and equal `labels`, both `(L,)`, given as int64 tensors.
+        The rows of documents: `input_ids` and equal `labels`, both `(L,)` int64 tensors.
 
         Args:
             documents (`Dataset`):
-                What to tokenize.
+                The documents. The source's `max_tokens` limits how many are tokenized.
             sequence_length (`int`):
-                L.
-            max_tokens (`int`, *optional*):
-                Use whole documents from the start up to so many tokens; not much more is tokenized.
-            what (`str`, *optional*), fix (`str`, *optional*):
-                For the error: what is packed, and what can be done besides shorter rows.
+                Tokens per row, L.
+            held_out (`bool`, *optional*, defaults to `False`):
+                Whether these are the held-out documents of a training source, which `max_tokens` does not limit.
 
         Raises:
-            ValueError: the documents do not fill one row.
+            ValueError: The documents do not fill one row.
         """
-        from datasets import Features, List, Value, concatenate_datasets
+        from datasets import List, Value, concatenate_datasets
 
-        tokenized = self._tokenize_up_to(documents, max_tokens) if max_tokens else self._tokenize(documents)
+        limit = None if held_out else self.encoder.source.max_tokens
+        tokenized = self._tokenize_up_to(documents, limit) if limit else self._tokenize(documents)
         tokens = int(_document_lengths(tokenized).sum()) if len(tokenized) else 0
         if tokens < sequence_length:
-            limit = f" within max_tokens={max_tokens}" if max_tokens else ""
-            raise ValueError(
-                f"sources.{self.reader.name}: {what} have {tokens} tokens{limit}, which fill no row of "
-                f"sequence_length={sequence_length}. Shorten sequence_length, or {fix}."
-            )
-        features = Features({"input_ids": List(Value("int32"), length=sequence_length)})
+            raise self._too_few_tokens(documents, tokens, sequence_length, held_out)
+        row = List(Value("int32"), length=sequence_length)
         batch_size = max(1, TOKENS_PER_BATCH * len(tokenized) // tokens)
         pack, arrow = RowPacker(sequence_length), tokenized.with_format("arrow")
-        rows = self._map("pack", arrow, pack, features, [sequence_length], batch_size=batch_size)
+        rows = self._map("pack", arrow, pack, {"input_ids": row}, [sequence_length], batch_size=batch_size)
         # Both columns are the same bytes of the same file.
         rows = concatenate_datasets([rows, rows.rename_column("input_ids", "labels")], axis=1)
         return rows.with_format("torch")
 
-    def _tokenize(self, documents: "Dataset") -> "Dataset":
-        from datasets import Features, List, Value
-
-        features = Features({"input_ids": List(Value("int32"))})
-        key = [self.reader.source.columns, self.fingerprint]
-        return self._read("tokenize", documents, _tokenize_batch, features, key)
+    def _too_few_tokens(self, documents: "Dataset", tokens: int, length: int, held_out: bool) -> ValueError:
+        source, what, limit = self.encoder.source, "the documents", ""
+        fix = "add documents"
+        if held_out:
+            what = f"the {len(documents)} held-out documents"
+            fix = "raise eval_rows" if source.eval_rows is not None else "choose a larger eval_split"
+        elif source.max_tokens:
+            limit, fix = f" within max_tokens={source.max_tokens}", "raise max_tokens, or add documents"
+        return ValueError(
+            f"sources.{self.encoder.name}: {what} have {tokens} tokens{limit}, which fill no row of "
+            f"sequence_length={length}. Shorten sequence_length, or {fix}."
+        )
 
     def _tokenize_up_to(self, documents: "Dataset", max_tokens: int) -> "Dataset":
+        """Whole documents from the start, up to a number of tokens. Tokenizes few more than these."""
         from datasets import concatenate_datasets
 
         slices, total, start, size = [], 0, 0, 4 * BATCH_SIZE
@@ -189,55 +180,58 @@ class SourcePacker:
             stop = min(start + size, len(documents))
             slices.append(self._tokenize(documents.select(range(start, stop))))
             total += int(_document_lengths(slices[-1]).sum())
-            # As many documents as the missing tokens take if the next ones are as long as those so far.
+            # The missing tokens take about this many documents of the mean length so far.
             size = math.ceil(1.05 * (max_tokens - total) * stop / max(total, 1)) + BATCH_SIZE
             start = stop
         tokenized = concatenate_datasets(slices)
         keep = np.searchsorted(np.cumsum(_document_lengths(tokenized)), max_tokens, side="right")
         return tokenized.select(range(int(keep)))
 
-    def _read(self, step: str, documents: "Dataset", *args: Any, **options: Any) -> "Dataset":
+    def _tokenize(self, documents: "Dataset") -> "Dataset":
+        from datasets import List, Value
+
+        key = [self.encoder.source.columns, self.fingerprint]
+        return self._encode("tokenize", documents, self._tokens, {"input_ids": List(Value("int32"))}, key)
+
+    def _hash(self, batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
+        return {"hash": [document_hash(text) for text in self.encoder.texts(batch, first_row=rows[0])]}
+
+    def _tokens(self, batch: Mapping[str, list]) -> "pa.Table":
+        import pyarrow as pa
+
+        eos = self.encoder.tokenizer.eos_token_id
+        documents = self.encoder.tokenize(self.encoder.texts(batch, first_row=0))
+        return pa.table({"input_ids": pa.array([[*ids, eos] for ids in documents if ids], pa.list_(pa.int32()))})
+
+    def _encode(self, step: str, documents: "Dataset", *args: Any, **options: Any) -> "Dataset":
         num_proc = min(self.num_proc, len(documents)) if self.num_proc else None
-        given = {"reader": self.reader}
-        return self._map(step, documents, *args, batch_size=BATCH_SIZE, num_proc=num_proc, fn_kwargs=given, **options)
+        return self._map(step, documents, *args, batch_size=BATCH_SIZE, num_proc=num_proc, **options)
 
     def _map(
-        self, step: str, documents: "Dataset", function: Callable, features: "Features", key: list[Any], **options: Any
+        self,
+        step: str,
+        documents: "Dataset",
+        function: Callable,
+        features: Mapping[str, Any],
+        key: list[Any],
+        **options: Any,
     ) -> "Dataset":
+        from datasets import Features
         from datasets.fingerprint import Hasher
 
-        # The fingerprint that `map` makes itself would hash the tokenizer object, which changes when it is saved.
+        # The fingerprint of `map` itself would hash the tokenizer object, which changes when it is saved.
         fingerprint = Hasher.hash([CACHE_VERSION, step, Hasher.hash(documents), key])
         mapped = documents.map(
             function,
             batched=True,
-            features=features,
+            features=Features(features),
             remove_columns=documents.column_names,
             cache_file_name=str(self.cache_dir / f"{step}-{fingerprint}.arrow"),
             new_fingerprint=fingerprint,
-            desc=f"{step.capitalize()} {self.reader.name}",
+            desc=f"{step.capitalize()} {self.encoder.name}",
             **options,
         )
         return mapped.with_format(None)
-
-
-def _hash_batch(batch: Mapping[str, list], rows: list[int], reader: DocumentReader) -> "pa.Table":
-    import pyarrow as pa
-
-    texts = reader(batch, first_row=rows[0])
-    digests = b"".join(blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return pa.table({"hash": np.frombuffer(digests, dtype="<i8")})
-
-
-def _tokenize_batch(batch: Mapping[str, list], reader: DocumentReader) -> "pa.Table":
-    import pyarrow as pa
-
-    texts = reader(batch, first_row=0)
-    tokens = reader.tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    eos = reader.tokenizer.eos_token_id
-    return pa.table({"input_ids": pa.array([[*ids, eos] for ids in tokens if ids], pa.list_(pa.int32()))})
 
 
 def _document_lengths(tokenized: "Dataset") -> np.ndarray:

@@ -4,13 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from .config import MixtureConfig
-
-__all__ = ["PlanRow", "check_map_style", "mixture_plan"]
-
-# Map-style sources are tokenized and packed in full before the first step: two billion tokens are about 8 GB of text
-# and 16 GB of cache.
-MAP_STYLE_LIMIT = 2_000_000_000
+__all__ = ["PlanRow", "mixture_plan"]
 
 
 @dataclass(frozen=True)
@@ -45,32 +39,6 @@ class PlanRow:
     def epochs_of(self, tokens: int) -> float | None:
         """How often so many tokens read the source, `None` where its size is not known."""
         return None if self.tokens is None else tokens / self.tokens
-
-
-def check_map_style(config: MixtureConfig) -> None:
-    """
-    Refuse sources that are too large to be loaded whole, from the sizes that the configuration states. Streaming
-    sources may be of any size.
-
-    Raises:
-        ValueError: another source of more than two billion known tokens after `max_tokens`.
-
-    Example:
-        >>> from hf_nexus.mixture import MixtureConfig
-        >>> from hf_nexus.mixture.plan import check_map_style
-        >>> web = {"path": "org/web", "tokens": 10_000_000_000, "max_tokens": 1_000_000_000}
-        >>> check_map_style(MixtureConfig.from_dict({"sources": {"web": web}, "sequence_length": 1024}))
-    """
-    for name, source in config.sources.items():
-        if source.streaming or source.known_tokens is None or source.known_tokens <= MAP_STYLE_LIMIT:
-            continue
-        way_out = f"Set sources.{name}.max_tokens to {MAP_STYLE_LIMIT:,} or less"
-        if source.role == "train":
-            way_out += ", or `streaming: true` to tokenize while training"
-        raise ValueError(
-            f"sources.{name}.tokens: {source.known_tokens:,} tokens are too many to be tokenized before training (at "
-            f"most {MAP_STYLE_LIMIT:,} for each source). {way_out}."
-        )
 
 
 def mixture_plan(

@@ -1,42 +1,51 @@
-"""Weights that change during training: a list of stages, each up to a fraction of the run."""
+"""Mixture weights that change during training: stages, each up to a fraction of the run."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from .strict import known_keys
+from ..schema import documented
+from ..strict import Bound, check, check_fields
 
 __all__ = ["Stage", "parse_stages", "stage_borders", "weight_stages"]
 
 
+@documented
 @dataclass(frozen=True)
 class Stage:
     """
-    Weights up to a point of training.
+    Mixture weights up to a point of training, checked on creation.
 
     Args:
         until (`float`):
-            Where the stage ends, as a fraction of the outer steps: above 0, and 1.0 for the last stage.
+            End of the stage, as a fraction of the outer steps: above 0, and 1.0 for the last stage.
         weights (`dict[str, float]`):
             Shares of the tokens of this stage, relative to each other. 0 leaves a source out of the stage.
+
+    Raises:
+        ValueError: a value that is not allowed, or no weight above 0.
     """
 
-    until: float
-    weights: dict[str, float]
+    until: Annotated[float, Bound(above=0, most=1)]
+    weights: dict[str, Annotated[float, Bound(least=0)]]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if sum(self.weights.values()) <= 0:
+            raise ValueError("weights: all weights are 0, or there are none. Give one of the sources a weight.")
 
 
 def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "stages") -> list[Stage]:
     """
-    Read stages from plain data, or check those that were built already.
+    Read stages from plain data, or check existing ones.
 
     Args:
         value (`list[dict]` or `list[Stage]`):
             For instance `[{"until": 0.8, "weights": {"web": 1, "code": 0}}, {"until": 1.0, "weights": ...}]`.
         names (`Iterable[str]`, *optional*):
-            The training sources. Those of the first stage by default.
+            Names of the training sources. Defaults to those of the first stage.
         key (`str`, *optional*, defaults to `"stages"`):
-            Named in errors.
+            Path of the value, named in errors.
 
     Raises:
         ValueError: an unknown or missing key, fractions that do not rise to 1, weights that do not name every training
@@ -49,58 +58,36 @@ def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "sta
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(
-            f"{key}: {value!r} is no list of stages. Give one or more, as in `[{{until: 0.8, weights: {{web: 1}}}}, "
-            "{until: 1.0, weights: {web: 1}}]`."
+            f"{key}: {value!r} is not a list of stages. Give one or more, as in "
+            "`[{until: 0.8, weights: {web: 1}}, {until: 1.0, weights: {web: 1}}]`."
         )
-    expected = None if names is None else list(names)
-    stages: list[Stage] = []
-    for i, entry in enumerate(value):
-        where = f"{key}[{i}]"
-        fields = vars(entry) if isinstance(entry, Stage) else known_keys(entry, Stage, where)
-        weights = _check_weights(f"{where}.weights", fields["weights"], expected)
-        expected = expected or list(weights)
-        before = stages[-1].until if stages else 0.0
-        stages.append(
-            Stage(_check_until(f"{where}.until", fields["until"], before, last=i == len(value) - 1), weights)
-        )
-    for name in stages[0].weights:
+    stages: list[Stage] = check(value, list[Stage], key)
+    expected, before = list(stages[0].weights if names is None else names), 0.0
+    for i, stage in enumerate(stages):
+        if set(stage.weights) != set(expected):
+            raise ValueError(
+                f"{key}[{i}].weights: it names {', '.join(map(str, stage.weights))}, but the training sources are "
+                f"{', '.join(expected)}. Give each of them a weight in every stage, and no other name; 0 leaves a "
+                "source out of a stage."
+            )
+        last = i == len(stages) - 1
+        if last and stage.until != 1:
+            raise ValueError(f"{key}[{i}].until: {stage.until!r} is not allowed; the last stage ends at 1.0.")
+        if not last and not before < stage.until < 1:
+            raise ValueError(
+                f"{key}[{i}].until: {stage.until!r} is not allowed; each stage ends later than the one before it "
+                f"({before:g} here), and only the last one at 1.0."
+            )
+        before = stage.until
+    for name in expected:
         if all(stage.weights[name] == 0 for stage in stages):
             raise ValueError(f"{key}: the source {name!r} has no weight in any stage. Give it one, or remove it.")
-    return stages
-
-
-def _check_until(key: str, value: Any, before: float, last: bool) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if last and (not number or value != 1):
-        raise ValueError(f"{key}: {value!r} is not allowed; the last stage ends with training, at 1.0.")
-    if not number or not before < value <= 1 or (value == 1 and not last):
-        raise ValueError(
-            f"{key}: {value!r} is not allowed; each stage ends at a fraction of training above that of the one before "
-            f"({before:g} here), and only the last at 1.0."
-        )
-    return float(value)
-
-
-def _check_weights(key: str, weights: Any, names: list[str] | None) -> dict[str, float]:
-    if not isinstance(weights, Mapping) or not weights:
-        raise ValueError(f"{key}: {weights!r} is no mapping of sources to weights.")
-    if names is not None and set(weights) != set(names):
-        raise ValueError(
-            f"{key}: it names {', '.join(map(str, weights))}, but the training sources are {', '.join(names)}. Give "
-            "each of them a weight in every stage, and no other name; 0 leaves a source out of a stage."
-        )
-    for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"{key}.{name}: {weight!r} is not allowed; it must be a finite number of 0 or more.")
-    if sum(weights.values()) <= 0:
-        raise ValueError(f"{key}: all weights are 0. Give one of the sources a weight.")
-    return {name: float(weights[name]) for name in names or weights}
+    return [Stage(stage.until, {name: stage.weights[name] for name in expected}) for stage in stages]
 
 
 def weight_stages(weights: Mapping[str, float] | Sequence[Any]) -> list[tuple[float, dict[str, float]]]:
     """
-    `(until, weights)` of each stage of what may be given as `mixture_weights`: one mapping, or a list of stages.
+    `(until, weights)` of each stage of a `mixture_weights` value: one mapping, or a list of stages.
 
     Raises:
         ValueError: as for [`parse_stages`].
@@ -119,17 +106,19 @@ def stage_borders(
     stages: Iterable[tuple[float, Mapping[str, float]]], max_steps: int, inner_steps: int
 ) -> list[tuple[int, dict[str, float]]]:
     """
-    Where each stage begins: at an outer step, `round(until * max_steps)` of the stage before it.
+    Beginning of each stage, at outer step `round(until * max_steps)` of the stage before it.
 
     Args:
         stages (`Iterable[tuple[float, Mapping[str, float]]]`):
-            `(until, weights)` of each, from [`weight_stages`] or [`MixtureConfig`]'s `stage_weights`.
-        max_steps (`int`), inner_steps (`int`):
-            Outer steps of the run; micro-batches of each, k.
+            `(until, weights)` of each stage, from [`weight_stages`] or [`~MixtureConfig.stage_weights`].
+        max_steps (`int`):
+            Outer steps of the run.
+        inner_steps (`int`):
+            Micro-batches of each outer step, k.
 
     Returns:
         `list[tuple[int, dict[str, float]]]`: the first micro-batch of each stage and its weights, for
-        [`SourceSchedule`]. A stage that rounds to no step at all is left out.
+        [`SourceSchedule`]. A stage that rounds to zero steps is left out.
 
     Example:
         >>> from hf_nexus.mixture.stages import stage_borders

@@ -83,7 +83,7 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
     documents = source.documents if isinstance(source, StreamedDocuments) else source
     if isinstance(source, StreamedDocuments) and mixture is None:
         facts["sequence_length"] = source.sequence_length
-        facts["tokenizer"] = tokenizer_fingerprint(source.reader.tokenizer)
+        facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
     if isinstance(documents, Sized):
         return facts | {"rows": len(documents)}
     shards = getattr(documents, "num_shards", None)  # torch datasets have none

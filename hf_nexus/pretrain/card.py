@@ -47,7 +47,7 @@ def planned_summary(arguments: PretrainArguments, plan: RunPlan, **known: Any) -
     shares = [{row.source: row.stage_shares[i] for row in planned} for i in range(len(plan.stages))]
     found: dict[str, Any] = {
         "model_name": arguments.training.hub_model_id or arguments.folder.name,
-        "model_type": model_config(arguments.model, arguments.data.sequence_length).model_type,
+        "model_type": model_config(arguments.model, arguments.mixture.sequence_length).model_type,
         "parameters": plan.parameters,
         "nexus": nexus_settings(arguments.training),
         "planned": True,

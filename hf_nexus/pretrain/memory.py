@@ -133,7 +133,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
         per_parameter["DDP gradient buckets"] = 4
     per_token, layer, formula = _activations(arguments)
     embedding = 4 * arguments.model.vocab_size * arguments.model.hidden_size
-    tokens = t.per_device_train_batch_size * arguments.data.sequence_length
+    tokens = t.per_device_train_batch_size * arguments.mixture.sequence_length
     return MemoryEstimate(
         parameters,
         per_parameter,
@@ -149,7 +149,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
 
 def _activations(arguments: PretrainArguments) -> tuple[int, int, str]:
     """Bytes per token of all, of one layer in its backward pass, and how the first come about."""
-    m, t, length = arguments.model, arguments.training, arguments.data.sequence_length
+    m, t, length = arguments.model, arguments.training, arguments.mixture.sequence_length
     h, ffn, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
     kv = h // heads * (m.num_key_value_heads or heads)
     if t.bf16:

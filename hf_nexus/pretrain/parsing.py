@@ -1,48 +1,43 @@
-"""From a command line to the arguments of a run: a YAML file by name or path, then every other flag on top of it."""
+"""The command line of a pretraining run: a YAML file by name or path, with flags applied on top of it."""
 
 import argparse
 import dataclasses
 import enum
-import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import HfArgumentParser
 
 from ..files import nearest
 from ..mixture.config import MixtureConfig
-from ..mixture.strict import parse_yaml
-from .fields import (
-    SECTIONS,
-    DataArguments,
-    HardwareArguments,
-    ModelArguments,
-    PretrainArguments,
-    PretrainConfig,
-    RunArguments,
-)
+from ..strict import check, field_types, from_text, options, parse_yaml
+from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
 
-__all__ = ["available_configs", "check_keys", "load_config", "parse_arguments"]
+__all__ = ["available_configs", "check_section", "load_config", "parse_arguments"]
 
 _CONFIGS = resources.files("hf_nexus").joinpath("pretrain", "configs")
+_DEFAULT_CONFIG = "3b"
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
+_NO_FLAGS = ("sources", "parallelism_config")
 
 
 def available_configs() -> list[str]:
-    """Names of the configurations that come with the package."""
+    """Names of the configurations in the package."""
     files = _CONFIGS.iterdir()
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
 
 
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
-    Read a configuration by name (`"demo"`) or path and check its sections and keys.
+    Read a configuration by name (`"demo"`) or path, and check its sections, keys and types.
 
     Raises:
-        ValueError: no such configuration, not a mapping, or an unknown section or key.
+        ValueError: no such configuration, an unknown section or key, or a value of the wrong type. The message names
+            the file, the section and the key.
 
     Example:
         >>> from hf_nexus.pretrain.parsing import load_config
@@ -60,146 +55,125 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
             f"Use one of {', '.join(names)}, or the path of a YAML file."
         )
     config = parse_yaml(text, name_or_path)
-    if not all(isinstance(section, dict) for section in config.values()):
-        raise ValueError(f"{name_or_path} must hold the mappings {', '.join(SECTIONS)}.")
     for section, values in config.items():
         if section not in SECTIONS:
             raise ValueError(
-                f"{name_or_path} has an unknown section {section!r}.{nearest(section, SECTIONS)} "
+                f"{name_or_path}: unknown section {section!r}.{nearest(section, SECTIONS)} "
                 f"Allowed: {', '.join(SECTIONS)}."
             )
-        check_keys(name_or_path, section, values)
+        check_section(section, values, f"{name_or_path}: ")
     if not config.get("data", {}).get("sources"):
-        raise ValueError(f"{name_or_path} names no sources: `data: sources:` needs at least one.")
+        raise ValueError(f"{name_or_path}: data.sources: missing. Name one source or more.")
     return config
 
 
-def check_keys(where: str, section: str, values: dict[str, Any]) -> None:
-    """Raise `ValueError`, which begins with `where`, if `values` has a key that the section does not know."""
-    allowed = _keys(section)
-    for key in values:
-        if key in allowed:
-            continue
-        home = next((name for name in SECTIONS if key in _keys(name)), None)
-        hint = f" It belongs to the section {home!r}." if home else nearest(key, allowed)
-        raise ValueError(f"{where} has an unknown key {key!r} in the section {section!r}.{hint}")
+def check_section(section: str, values: Any, where: str = "") -> dict[str, Any]:
+    """
+    Check the keys of a section, or of a part of it, and the types of their values.
 
+    Args:
+        section (`str`):
+            `"model"`, `"data"` or `"training"`.
+        values (`Mapping[str, Any]`):
+            Plain data.
+        where (`str`, *optional*, defaults to `""`):
+            Start of error messages, for instance the file with a colon.
 
-def _keys(section: str) -> list[str]:
-    names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
-    return [*names, "sources"] if section == "data" else names
+    Returns:
+        `dict[str, Any]`: the values as the fields have them, such as floats in place of whole numbers.
 
-
-_DATACLASSES: Any = [RunArguments, HardwareArguments, *SECTIONS.values()]
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _make_parser() -> _Parser:
-    return _Parser(  # abbreviations would let a misspelt flag pass as another one
-        _DATACLASSES,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Pretrain a Llama on a mixture of sources with the Nexus update.",
-    )
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}{section}: {values!r} is not allowed; it must be a mapping of fields.")
+    kinds, found = field_types(SECTIONS[section]), {}
+    for key, value in values.items():
+        if key not in kinds:
+            home = next((name for name, cls in SECTIONS.items() if key in field_types(cls)), None)
+            hint = f" It belongs to the section {home!r}." if home else nearest(key, kinds)
+            raise ValueError(f"{where}{section}.{key}: unknown key.{hint}")
+        found[key] = check(value, kinds[key], f"{where}{section}.{key}")
+    return found
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
     """
-    Parse a command line: the YAML that `--config` names, then every other argument on top.
+    Parse a command line: the YAML named by `--config`, with every other flag on top of it.
 
-    Nothing is downloaded. With `--dry_run` the training arguments are built for a CPU, so that those of a GPU run
-    (`bf16`) can be planned anywhere.
+    Nothing is downloaded. With `--dry_run` the training arguments are built for a CPU. This allows to plan a GPU run
+    (`bf16`) on any machine.
 
     Args:
         argv (`list[str]`):
             For instance `["--config", "demo", "--max_steps", "20"]`.
 
     Raises:
-        ValueError: an unknown key or argument, or a value of the wrong type, named in the message.
+        ValueError: an unknown key or flag, or a value that is not allowed, named in the message.
     """
-    parser = _make_parser()
-    defaults = vars(parser.parse_args([]))
-    known, rest = parser.parse_known_args(argv)
-    if rest:
-        raise ValueError(_describe_unknown(rest, parser))
-    config = load_config(known.config)
-    values: list[str] = []
-    for section, content in config.items():
-        types = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}
-        for key, value in content.items():
-            if key == "sources":
-                continue
-            if isinstance(value, dict | list) and "str" not in str(types[key]):
-                raise ValueError(f"{known.config}: {section}.{key} must be a single value, not {value!r}.")
-            if value is None or isinstance(value, dict | list):
-                parser.set_defaults(**{key: value})
-            else:  # through argparse, which converts and checks it as if it had been typed
-                values.append(f"--{key}={value}")
-    try:
-        parser.parse_args(values)
-    except ValueError as error:
-        raise ValueError(f"{known.config}: {error}") from error
-    return _build(vars(parser.parse_args([*values, *argv])), config["data"], defaults)
-
-
-def _build(values: dict[str, Any], file: dict[str, Any], defaults: dict[str, Any]) -> PretrainArguments:
-    sources = file["sources"]
-    resolved = {
-        section: {key: _plain(key, values[key]) for key in _keys(section) if key not in ("sources", *_NOT_SAVED)}
-        for section in SECTIONS
-    }
-    try:
-        mixture = MixtureConfig.from_dict({**resolved["data"], "sources": sources})
-    except ValueError as error:
-        from_flags = any(value != _plain(key, file.get(key, defaults[key])) for key, value in resolved["data"].items())
-        raise ValueError(str(error) if from_flags else f"{values['config']}: {error}") from error
-    resolved["data"]["sources"] = sources
-    given = {name: {key: values[key] for key in _keys(name) if key != "sources"} for name in SECTIONS}
-    model = ModelArguments(**given["model"])
-    _check_shape(model)
-    if values["devices"] is not None and values["devices"] < 1:
-        raise ValueError(f"--devices {values['devices']} is not allowed; plan for 1 or more.")
-    if values["dry_run"]:
-        given["training"]["use_cpu"] = True
-    else:
-        _require_accelerator(values)
-    training = PretrainConfig(**given["training"])
+    given = _given_flags(argv)
+    name, dry_run = given.pop("config", _DEFAULT_CONFIG), given.pop("dry_run", "false")
+    dry_run = dry_run is True or from_text(dry_run, bool, "--dry_run")
+    flags = {cls: _values_of_flags(cls, given) for cls in (HardwareArguments, *SECTIONS.values())}
+    config = load_config(name)
+    plain = {section: {**config.get(section, {}), **flags[cls]} for section, cls in SECTIONS.items()}
+    values = {section: check_section(section, content) for section, content in plain.items()}
+    resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
+    with _naming(name, "model.", flags[ModelArguments]):
+        model = ModelArguments(**values["model"])
+    with _naming(name, "data.", flags[MixtureConfig]):
+        mixture = MixtureConfig.from_dict(resolved["data"])
+    if dry_run:
+        values["training"]["use_cpu"] = True
+    elif model.accelerators > 0 and not torch.accelerator.is_available():
+        raise ValueError(
+            f"The configuration {name!r} needs an accelerator, and this machine has none. Run the demo: "
+            "hf-nexus train demo (in a checkout also accelerate launch recipes/pretrain_3b.py --config demo). "
+            "Or plan this one: add --dry_run."
+        )
+    with _naming(name, "", flags[PretrainConfig]):
+        training = PretrainConfig(**values["training"])
     _check_weights(training, mixture)
+    defaults = _defaults(PretrainConfig)
     return PretrainArguments(
+        config=name,
         model=model,
-        data=DataArguments(**given["data"]),
-        training=training,
         mixture=mixture,
-        config=values["config"],
-        dry_run=values["dry_run"],
-        devices=values["devices"],
+        training=training,
         resolved=resolved,
-        changed={key: value for key, value in resolved["training"].items() if value != _plain(key, defaults[key])},
-        hardware=HardwareArguments(**{f.name: values[f.name] for f in dataclasses.fields(HardwareArguments)}),
+        changed={key: value for key, value in resolved["training"].items() if value != defaults[key]},
+        dry_run=dry_run,
+        hardware=HardwareArguments(**flags[HardwareArguments]),
     )
 
 
-def _check_shape(model: ModelArguments) -> None:
-    heads, groups = model.num_attention_heads, model.num_key_value_heads
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
-        value = getattr(model, name)
-        if value is not None and value < 1:
-            raise ValueError(f"model.{name}={value} is not allowed; it must be 1 or more.")
-    if model.hidden_size % (2 * heads):
-        raise ValueError(
-            f"model.hidden_size={model.hidden_size} with model.num_attention_heads={heads} is not allowed: each head "
-            f"needs the same even width. Make hidden_size a multiple of {2 * heads}, or change num_attention_heads."
-        )
-    if groups is not None and heads % groups:
-        raise ValueError(
-            f"model.num_key_value_heads={groups} is not allowed with model.num_attention_heads={heads}: it must "
-            "divide them evenly. Leave it out for as many as attention heads."
-        )
+@contextmanager
+def _naming(config: str, section: str, flags: Mapping[str, Any]) -> Iterator[None]:
+    """Name the configuration in an error, unless flags changed the section."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}{error}" if flags else f"{config}: {section}{error}") from error
+
+
+def _resolve(section: str, plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """All fields of a section as plain data. Mappings and lists are kept as given."""
+    typed = {key: plain[key] if isinstance(plain[key], dict | list) else value for key, value in values.items()}
+    every = {**_defaults(SECTIONS[section]), **typed}
+    sources = {"sources": every.pop("sources")} if section == "data" else {}
+    return {key: value for key, value in every.items() if key not in _NOT_SAVED} | sources
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The defaults of the fields of a dataclass as plain data."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.init:
+            value = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                value = field.default_factory()
+            found[field.name] = value.value if isinstance(value, enum.Enum) else value
+    return found
 
 
 def _check_weights(training: PretrainConfig, mixture: MixtureConfig) -> None:
@@ -213,29 +187,73 @@ def _check_weights(training: PretrainConfig, mixture: MixtureConfig) -> None:
         )
 
 
-def _require_accelerator(values: dict[str, Any]) -> None:
-    if values["accelerators"] > 0 and not torch.accelerator.is_available():
-        raise ValueError(
-            f"The configuration {values['config']!r} needs an accelerator, and this machine has none. Run the demo: "
-            "hf-nexus train demo (in a checkout also accelerate launch recipes/pretrain_3b.py --config demo). "
-            "Or plan this one: add --dry_run."
-        )
+# ---- Flags ----
 
 
-def _plain(key: str, value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):  # given as JSON
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--{key} is not valid JSON: {value!r} ({error}).") from error
-    return value
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+_UNSET = object()
+
+
+def _given_flags(argv: list[str]) -> dict[str, Any]:
+    """The flags of a command line by field, as text; `True` or `False` for a flag without a value."""
+    parser = _Parser(
+        allow_abbrev=False,  # abbreviations would accept a misspelt flag as another one
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Pretrain a Llama on a mixture of sources with the Nexus update.",
+    )
+    parser.add_argument(
+        "--config", default=_DEFAULT_CONFIG, help="Name of a configuration in the package, or a YAML file."
+    )
+    parser.add_argument(
+        *("--dry_run", "--dry-run"),
+        nargs="?",
+        const=True,
+        default=False,
+        help="Print the plan, without network or GPU.",
+    )
+    _add_flags(parser.add_argument_group("hardware to plan for"), HardwareArguments)
+    for section, cls in SECTIONS.items():
+        _add_flags(parser.add_argument_group(section), cls)
+    unset = argparse.Namespace(**{action.dest: _UNSET for action in parser._actions})
+    found, rest = parser.parse_known_args(argv, unset)
+    if rest:
+        raise ValueError(_describe_unknown(rest, parser))
+    return {key: value for key, value in vars(found).items() if value is not _UNSET}
+
+
+def _add_flags(group: "argparse._ArgumentGroup", cls: type) -> None:
+    defaults = _defaults(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in defaults or field.name in _NO_FLAGS:
+            continue
+        name, kinds = field.name, dict(options(field_types(cls)[field.name]))
+        settings: dict[str, Any] = {"default": defaults[name], "help": field.metadata.get("help")}
+        if list[str] in kinds and str not in kinds:
+            settings["nargs"] = "+"
+        elif bool in kinds or "const" in field.metadata:
+            settings |= {"nargs": "?", "const": True}
+        group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **settings)
+        if defaults[name] is True:
+            opposite = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
+            group.add_argument(*opposite, dest=name, action="store_false", help=f"Sets {name} to false.")
+
+
+def _values_of_flags(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the flags that are fields of a dataclass, as plain data."""
+    found = {}
+    for key, kind in field_types(cls).items():
+        if key in given:
+            text = given[key]
+            found[key] = from_text(text, kind, f"--{key}") if isinstance(text, str) else check(text, kind, f"--{key}")
+    return found
 
 
 def _describe_unknown(rest: list[str], parser: argparse.ArgumentParser) -> str:
     word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    sections = ", ".join(SECTIONS)
     what = f"Unknown argument {word!r}" if word.startswith("-") else f"{word!r} is not a flag"
-    return f"{what}.{nearest(word, flags)} Allowed are the fields of the sections {sections}."
+    return f"{what}.{nearest(word, flags)} Allowed are the fields of the sections {', '.join(SECTIONS)}."

@@ -81,7 +81,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         >>> round(plan.parameters / 1e6)
         132
     """
-    t, length = arguments.training, arguments.data.sequence_length
+    t, length = arguments.training, arguments.mixture.sequence_length
     choose_isolation(arguments.mixture.isolate_documents, attention_of(arguments))
     parameters = count_parameters(model_config(arguments.model, length))
     rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
@@ -176,7 +176,7 @@ def _run_table(arguments: PretrainArguments, plan: RunPlan) -> "Table":
     shape = f"{m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary {m.vocab_size}"
     table.add_row("parameters", f"{plan.parameters:,} ({shape})")
     factors = (
-        f"{t.per_device_train_batch_size} rows x {arguments.data.sequence_length} tokens x "
+        f"{t.per_device_train_batch_size} rows x {arguments.mixture.sequence_length} tokens x "
         f"{t.gradient_accumulation_steps} inner steps on each device"
     )
     table.add_row("devices", str(plan.devices))

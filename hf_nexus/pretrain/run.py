@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from ..files import one_line_errors
-from ..mixture.plan import check_map_style
+from ..mixture.loading import check_loadable
 from ..trainer.checkpoints import last_checkpoint
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
@@ -82,7 +82,7 @@ def _from_command_line(argv: list[str], debug: bool) -> "PretrainRun | None":
 def dry_run(arguments: PretrainArguments) -> None:
     """Print the plan for `--devices`, else for the launcher's processes, else for what the configuration names."""
     launched = arguments.training.world_size
-    devices = arguments.devices or (launched if launched > 1 else max(1, arguments.model.accelerators))
+    devices = arguments.hardware.devices or (launched if launched > 1 else max(1, arguments.model.accelerators))
     if arguments.training.process_index == 0:
         print_plan(arguments, plan_run(arguments, devices), _console())
 
@@ -160,7 +160,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     from .console import RunLog
 
     args = arguments.training
-    check_map_style(arguments.mixture)
+    check_loadable(arguments.mixture)
     checkpoint = find_checkpoint(arguments)
     console = _console(quiet=args.process_index > 0)
     if args.cpu_threads is not None:
@@ -171,7 +171,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
     _print_layout(arguments, console)
-    config = model_config(arguments.model, arguments.data.sequence_length, tokenizer)
+    config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
     trainer = NexusTrainer(
         model=build_model(config, arguments.model.attn_implementation),
         args=args,

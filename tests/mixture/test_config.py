@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_nexus.mixture import MixtureConfig, SourceConfig
 from hf_nexus.mixture.stages import stage_borders
-from hf_nexus.mixture.strict import parse_yaml
+from hf_nexus.strict import parse_yaml
 
 VALID: dict[str, Any] = {
     "sequence_length": 16,
@@ -83,7 +83,7 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.web.weight", float("nan"), "finite"),
         ("sources.web.weight", "1", "above 0"),
         ("sources.web.weight", True, "above 0"),
-        ("sources.web.weight", None, "Give it to all"),
+        ("sources.web.weight", None, "Give a weight to all"),
         ("sources.web.max_epochs", float("inf"), "finite"),
         ("sources.web.max_tokens", 2.5, "whole number"),
         ("sources.web.max_tokens", 15, "shorten sequence_length"),
@@ -102,7 +102,7 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.web.streaming", "yes", "true or false"),
         ("sources.web.on_error", "ignore", "'raise' or 'skip'"),
         ("sources.web.on_error", "skip", "Add `streaming: true`"),
-        ("sources.log.max_tokens", 100, "max_epochs say how much"),
+        ("sources.log.max_tokens", 100, "weight and max_epochs"),
         ("sources.log.max_epochs", 2.5, "whole number"),
         ("sources.log.split", "train[:10%]", "Name a whole split"),
         ("buffer_size", 1, "at least 2"),
@@ -127,15 +127,16 @@ def test_a_wrong_value_is_refused_naming_its_key_and_the_fix(path: str, value: A
 
 
 def test_contradictions_are_refused_without_yaml_too() -> None:
-    source = SourceConfig(path="chat.jsonl", text_column="content", messages_column="messages")
-    with pytest.raises(ValueError, match=r"sources\.chat\.text_column"):
-        MixtureConfig({"chat": source}, sequence_length=8)
-    with pytest.raises(ValueError, match=r"sources\.chat: .* from_dict"):
-        MixtureConfig({"chat": {"path": "chat.jsonl"}}, sequence_length=8)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"^text_column: .* messages_column"):
+        SourceConfig(path="chat.jsonl", text_column="content", messages_column="messages")
+    with pytest.raises(ValueError, match=r"sources\.chat\.weight: -1 "):
+        MixtureConfig({"chat": {"path": "chat.jsonl", "weight": -1}}, sequence_length=8)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"weight: -1"):
+        SourceConfig("chat.jsonl", weight=-1)
 
 
 def test_a_mixture_needs_a_source_to_train_on() -> None:
-    with pytest.raises(ValueError, match="none to train on"):
+    with pytest.raises(ValueError, match="none of them is trained on"):
         MixtureConfig({"law": SourceConfig(path="law", role="ood")}, sequence_length=8)
 
 
@@ -234,9 +235,9 @@ def test_the_last_stage_gives_the_weights_and_a_mixture_without_stages_is_one_st
 @pytest.mark.parametrize(
     ("stages", "error"),
     [
-        ([], r"stages: \[\] is no list"),
+        ([], r"stages: \[\] is not a list"),
         ([{"until": 0.5, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: 0\.5.*at 1\.0"),
-        ([{"until": 1, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 1 .*only the last"),
+        ([{"until": 1, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 1\.0 .*only the last"),
         ([{"until": 0, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 0 .*above"),
         ([{"until": 0.5, "weights": {"a": 1, "b": 1}}] * 2 + [LAST], r"stages\[1\]\.until: 0\.5 .*\(0\.5 here\)"),
         ([{"until": "1", "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: '1'"),
@@ -256,7 +257,7 @@ def test_stages_that_make_no_sense_are_refused_by_name(stages: list, error: str)
 
 
 def test_stages_stand_in_for_weights_and_temperature() -> None:
-    with pytest.raises(ValueError, match=r"sources\.b\.weight: it has no effect beside stages"):
+    with pytest.raises(ValueError, match=r"sources\.b\.weight: it has no effect with stages"):
         staged(LAST, b={"weight": 1.0})
     with pytest.raises(ValueError, match="temperature: it has no effect"):
         staged(LAST, temperature=2.0)

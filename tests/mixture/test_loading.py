@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value, load_fr
 from transformers import PreTrainedTokenizerBase
 
 from hf_nexus.mixture import Mixture, MixtureConfig, load_mixture
+from hf_nexus.mixture.loading import MAP_STYLE_LIMIT, check_loadable
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
 
@@ -199,7 +200,7 @@ def stream_texts(source: StreamedDocuments, micro_batches: int) -> str:
     """The first rows of a streaming source, as text."""
     stream = MixtureStream({"a": source})
     rows = [stream.__getitems__([(i, 0)])[0]["input_ids"] for i in range(micro_batches)]
-    return source.reader.tokenizer.decode(torch.cat(rows))
+    return source.encoder.tokenizer.decode(torch.cat(rows))
 
 
 def test_a_streaming_source_is_not_read_before_training_but_for_what_is_held_out(
@@ -231,7 +232,7 @@ def test_a_stream_leaves_out_what_any_other_source_holds_out(load: Any) -> None:
         sequence_length=4,
     )
     held_out = set(web[:2]) | set(web[10:12]) | set(web[20:24])
-    tokenizer = mixture.train["web"].reader.tokenizer
+    tokenizer = mixture.train["web"].encoder.tokenizer
     held_out |= set(documents(tokenizer, mixture.eval["code"])[:-1]) - {""}
     for name in ("web", "saved"):
         trained = set(stream_texts(mixture.train[name], 1500).split(EOS)[:-1])
@@ -406,7 +407,7 @@ def test_a_conversation_that_is_none_is_an_error(load: Any) -> None:
         ({"path": "header.csv"}, r"sources\.a: .*no data"),
         ({"path": "a.jsonl", "eval_rows": 20}, r"sources\.a\.eval_rows: .*only 20 different"),
         ({"path": "a.jsonl", "eval_rows": 1, "max_tokens": 1000}, r"sources\.a: the 1 held-out .*raise eval_rows"),
-        ({"path": "short.jsonl"}, r"sources\.a: the training documents .*add documents"),
+        ({"path": "short.jsonl"}, r"sources\.a: the documents .*add documents"),
         ({"path": "a.jsonl", "tokens": 3_000_000_000}, r"sources\.a\.tokens: .*streaming"),
     ],
 )
@@ -448,3 +449,17 @@ def test_without_datasets_the_error_says_how_to_install_it(load: Any, monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         load(a={"path": "a.jsonl"})
+
+
+def test_a_source_too_large_to_load_whole_is_refused() -> None:
+    def stated_size(**web: Any) -> MixtureConfig:
+        return MixtureConfig.from_dict({"sources": {"web": {"path": "org/web", **web}}, "sequence_length": 8})
+
+    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*max_tokens.*streaming: true"):
+        check_loadable(stated_size(tokens=MAP_STYLE_LIMIT + 1))
+    check_loadable(stated_size(tokens=MAP_STYLE_LIMIT))
+    check_loadable(stated_size(tokens=10 * MAP_STYLE_LIMIT, max_tokens=MAP_STYLE_LIMIT))
+    check_loadable(stated_size(tokens=10 * MAP_STYLE_LIMIT, streaming=True))
+    check_loadable(stated_size())
+    with pytest.raises(ValueError, match=r"sources\.web"):
+        check_loadable(stated_size(max_tokens=MAP_STYLE_LIMIT + 1))

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, default_data_collator
 
 from hf_nexus.mixture import SourceConfig
-from hf_nexus.mixture.documents import DocumentReader
+from hf_nexus.mixture.documents import DocumentEncoder
 from hf_nexus.mixture.packing import BATCH_SIZE, RowPacker, SourcePacker, tokenizer_fingerprint
 
 from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
@@ -21,8 +21,8 @@ from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
 
 def packer(folder: Path, tokenizer: Any = None, num_proc: int | None = None, **source: Any) -> SourcePacker:
     tokenizer = tokenizer or tiny_tokenizer()
-    reader = DocumentReader("web", SourceConfig(path="web", **source), tokenizer, available=["text"])
-    return SourcePacker(reader, tokenizer_fingerprint(tokenizer), folder, num_proc)
+    encoder = DocumentEncoder("web", SourceConfig(path="web", **source), tokenizer, available=["text"])
+    return SourcePacker(encoder, tokenizer_fingerprint(tokenizer), folder, num_proc)
 
 
 def texts(n: int) -> list[str]:
@@ -92,14 +92,15 @@ def test_the_padding_and_truncation_of_an_earlier_call_do_not_reach_the_rows(tmp
 @given(st.integers(8, 3000))
 def test_max_tokens_takes_as_many_whole_documents_from_the_start_as_fit(cached_packer: Any, limit: int) -> None:
     pack, docs = cached_packer
-    rows = pack.pack_documents(Dataset.from_dict({"text": docs}), 4, limit)
+    pack.encoder.source.max_tokens = limit
+    rows = pack.pack_documents(Dataset.from_dict({"text": docs}), 4)
     total, kept = 0, []
     for text in docs:
-        total += len(flat(pack.reader.tokenizer, [text]))
+        total += len(flat(pack.encoder.tokenizer, [text]))
         if total > limit:
             break
         kept.append(text)
-    stream = flat(pack.reader.tokenizer, kept)
+    stream = flat(pack.encoder.tokenizer, kept)
     assert tokens_of(rows) == stream[: len(stream) // 4 * 4]
 
 
@@ -112,7 +113,7 @@ def test_max_tokens_tokenizes_little_more_than_it_takes(tmp_path: Path, monkeypa
     docs = ["the lazy dog"] * 20_000
     each = len(flat(tiny_tokenizer(), docs[:1]))
     calls = count_tokenized(monkeypatch)
-    rows = packer(tmp_path).pack_documents(Dataset.from_dict({"text": docs}), each, 5000 * each)
+    rows = packer(tmp_path, max_tokens=5000 * each).pack_documents(Dataset.from_dict({"text": docs}), each)
     assert len(rows) == 5000
     assert 5000 <= sum(calls) <= 6000
 
@@ -137,13 +138,11 @@ def test_the_default_collator_makes_a_batch_of_rows(tmp_path: Path) -> None:
 def test_too_few_tokens_for_a_row_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     for docs in (["the fox"], [""]):
         with pytest.raises(
-            ValueError, match=r"sources\.web: the held.* no row of sequence_length=99.*raise eval_rows"
+            ValueError, match=r"sources\.web: the 1 held-out.* no row of sequence_length=99.*raise eval_rows"
         ):
-            packer(tmp_path).pack_documents(
-                Dataset.from_dict({"text": docs}), 99, what="the held-out documents", fix="raise eval_rows"
-            )
+            packer(tmp_path, eval_rows=1).pack_documents(Dataset.from_dict({"text": docs}), 99, held_out=True)
     with pytest.raises(ValueError, match="within max_tokens=8"):
-        packer(tmp_path).pack_documents(Dataset.from_dict({"text": ["the fox"] * 9}), 8, 8)
+        packer(tmp_path, max_tokens=8).pack_documents(Dataset.from_dict({"text": ["the fox"] * 9}), 8)
 
 
 def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:

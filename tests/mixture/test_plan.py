@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from hf_nexus.mixture import MixtureConfig
-from hf_nexus.mixture.plan import MAP_STYLE_LIMIT, check_map_style, mixture_plan
+from hf_nexus.mixture.plan import mixture_plan
 from hf_nexus.mixture.plan_tables import format_plan, format_stages
-
-
-def config(**web: Any) -> MixtureConfig:
-    return MixtureConfig.from_dict({"sources": {"web": {"path": "org/web", **web}}, "sequence_length": 8})
 
 
 def test_epochs_are_tokens_seen_over_size() -> None:
@@ -70,17 +65,6 @@ def test_sizes_and_weights_must_be_of_the_same_sources() -> None:
         mixture_plan({"a": 1}, {"b": 1.0}, 10)
     with pytest.raises(ValueError, match=r"sources\.a\.tokens"):
         mixture_plan({"a": 0}, {"a": 1.0}, 10)
-
-
-def test_sources_too_large_to_be_loaded_whole_are_refused_unless_limited() -> None:
-    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*max_tokens.*streaming: true"):
-        check_map_style(config(tokens=MAP_STYLE_LIMIT + 1))
-    check_map_style(config(tokens=MAP_STYLE_LIMIT))
-    check_map_style(config(tokens=10 * MAP_STYLE_LIMIT, max_tokens=MAP_STYLE_LIMIT))
-    check_map_style(config(tokens=10 * MAP_STYLE_LIMIT, streaming=True))
-    check_map_style(config())
-    with pytest.raises(ValueError, match=r"sources\.web"):
-        check_map_style(config(max_tokens=MAP_STYLE_LIMIT + 1))
 
 
 # ---- Stages ----

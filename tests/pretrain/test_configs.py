@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from transformers.optimization import get_scheduler
 
-from hf_nexus.mixture.plan import check_map_style
+from hf_nexus.mixture.loading import check_loadable
 from hf_nexus.mixture.stages import stage_borders
 from hf_nexus.pretrain.model import count_parameters, model_config
 from hf_nexus.pretrain.parsing import available_configs, load_config, parse_arguments
@@ -25,7 +25,7 @@ def arguments_of(name: str, *flags: str):
 
 def parameters_of(name: str) -> int:
     arguments = arguments_of(name)
-    return count_parameters(model_config(arguments.model, arguments.data.sequence_length))
+    return count_parameters(model_config(arguments.model, arguments.mixture.sequence_length))
 
 
 def test_the_five_configurations_are_found_by_name():
@@ -86,7 +86,7 @@ def test_large_runs_compute_in_bfloat16_and_anneal_to_zero(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_large_runs_stream_from_the_hub(name):
     mixture = arguments_of(name).mixture
-    check_map_style(mixture)
+    check_loadable(mixture)
     assert all(source.streaming and source.eval_rows for source in mixture.train_sources.values())
 
 

@@ -82,7 +82,7 @@ def allocated(train: Any, folder: Path) -> tuple[int, int]:
 
 def measure(arguments: Any, make_trainer: Any, folder: Path, document: int | None) -> tuple[int, int]:
     """As `allocated`, of two outer steps."""
-    t, length = arguments.training, arguments.data.sequence_length
+    t, length = arguments.training, arguments.mixture.sequence_length
     rows, k = t.per_device_train_batch_size, t.gradient_accumulation_steps
     settings = {name: getattr(t, name) for name in ("bf16", "gradient_checkpointing", "nexus", "inner_direction")}
     settings |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": k, "logging_strategy": "no"}
@@ -220,9 +220,9 @@ def test_the_table_says_what_hides(flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--mfu", "40"], ["--mfu 40.0", "share"]),
-        (["--link", "0"], ["--link 0.0", "above 0"]),
-        (["--price_per_hour", "-1"], ["--price_per_hour -1.0"]),
+        (["--mfu", "40"], ["--mfu: 40.0", "above 0 and of at most 1"]),
+        (["--link", "0"], ["--link: 0.0", "above 0"]),
+        (["--price_per_hour", "-1"], ["--price_per_hour: -1.0"]),
         (["--sharding", "fsdp"], ["'fsdp'", "'fsdp2'"]),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_wrong_assumption_is_named(flags, words):
 def figures(flags: list[str]) -> list[str]:
     """Memory, arithmetic, communication, step, days and price of a plan, as the page prints them."""
     arguments, price = plan(*flags), 3
-    found = plan_run(arguments, arguments.devices or arguments.model.accelerators)
+    found = plan_run(arguments, arguments.hardware.devices or arguments.model.accelerators)
     c = found.cost
     assert found.steps is not None
     days = [found.steps * seconds / 86400 for seconds in (c.best, c.worst)]
@@ -292,7 +292,7 @@ def measured_row(parameters: str, config: Path) -> tuple[Any, float, str, str]:
 def test_the_recorded_measurements_are_repeated(config, parameters, make_trainer, tmp_path):
     """A few gigabytes of memory, and of trace."""
     arguments, recorded, _, _ = measured_row(parameters, config)
-    length = arguments.data.sequence_length
+    length = arguments.mixture.sequence_length
     document = length // 4 if arguments.mixture.isolate_documents is None else None
     _, peak = measure(arguments, make_trainer, tmp_path, document)
     assert peak / 1e6 == pytest.approx(recorded, rel=0.005)
@@ -301,7 +301,7 @@ def test_the_recorded_measurements_are_repeated(config, parameters, make_trainer
 def test_the_attentions_scores_are_what_the_page_says():
     """12 T L h operations per token, half of them where a kernel skips what a causal mask hides, beside 6N."""
     model = plan().model
-    length, layers, width = plan().data.sequence_length, model.num_hidden_layers, model.hidden_size
+    length, layers, width = plan().mixture.sequence_length, model.num_hidden_layers, model.hidden_size
     share = 12 * length * layers * width / (6 * count_parameters(model_config(model, length)))
     assert f"({100 * share / 2:.0f} % more at {length} tokens" in PAGE.read_text()
     assert f"{100 * share:.0f} % where none is skipped" in PAGE.read_text()
@@ -310,7 +310,7 @@ def test_the_attentions_scores_are_what_the_page_says():
 @pytest.mark.parametrize("parameters", SMALL)
 def test_the_recorded_measurements_are_met_within_a_tenth(config, parameters):
     arguments, allocated, computed, difference = measured_row(parameters, config)
-    size = count_parameters(model_config(arguments.model, arguments.data.sequence_length))
+    size = count_parameters(model_config(arguments.model, arguments.mixture.sequence_length))
     found = estimate_memory(arguments, size, 1).total / 1e6
     assert (f"{size:,}", f"{found:,.1f} MB") == (parameters, computed)
     assert f"{100 * (found / allocated - 1):.1f} %" == difference

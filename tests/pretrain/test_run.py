@@ -55,7 +55,7 @@ def test_the_command_line_goes_before_the_yaml_in_every_section(config):
     arguments = parse_arguments(["--config", str(config), *flags])
     assert arguments.training.max_steps == 9 and arguments.training.inner_lr == 0.1 and not arguments.training.nexus
     assert arguments.model.hidden_size == 48
-    assert arguments.mixture.sequence_length == arguments.data.sequence_length == 16
+    assert arguments.mixture.sequence_length == arguments.mixture.sequence_length == 16
     assert arguments.training.learning_rate == 1e-2  # the YAML's, which no flag touched
 
 
@@ -81,9 +81,9 @@ def test_values_of_the_yaml_are_converted_like_flags(config, tmp_path):
 @pytest.mark.parametrize(
     ("section", "entry", "words"),
     [
-        ("training", {"max_step": 3}, ["'max_step'", "'training'", "Did you mean 'max_steps'"]),
-        ("model", {"inner_lr": 0.1}, ["'inner_lr'", "belongs to the section 'training'"]),
-        ("data", {"sequence_len": 3}, ["'sequence_len'", "Did you mean 'sequence_length'"]),
+        ("training", {"max_step": 3}, ["training.max_step:", "Did you mean 'max_steps'"]),
+        ("model", {"inner_lr": 0.1}, ["model.inner_lr:", "belongs to the section 'training'"]),
+        ("data", {"sequence_len": 3}, ["data.sequence_len:", "Did you mean 'sequence_length'"]),
         ("trainig", {"max_steps": 3}, ["'trainig'", "Did you mean 'training'"]),
         ("training", {"max_steps": "many"}, ["max_steps", "many"]),
         ("training", {"max_steps": [1]}, ["training.max_steps", "[1]"]),
@@ -215,7 +215,7 @@ def test_estimated_activations_are_those_saved_for_the_backward_pass(config, fla
 
 def saved_bytes(arguments) -> int:
     """Bytes of distinct storages saved for the backward pass of a micro-batch, copies of weights left out."""
-    model = build_model(model_config(arguments.model, arguments.data.sequence_length)).train()
+    model = build_model(model_config(arguments.model, arguments.mixture.sequence_length)).train()
     if arguments.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(reversed(p.shape)) for p in model.parameters()}
@@ -226,7 +226,9 @@ def saved_bytes(arguments) -> int:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = torch.zeros(arguments.training.per_device_train_batch_size, arguments.data.sequence_length, dtype=torch.long)
+    ids = torch.zeros(
+        arguments.training.per_device_train_batch_size, arguments.mixture.sequence_length, dtype=torch.long
+    )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=arguments.training.bf16)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
         output = model(input_ids=ids, labels=ids)
@@ -241,11 +243,11 @@ def saved_bytes(arguments) -> int:
         (["--hidden_size", "100", "--num_attention_heads", "7"], ["hidden_size=100", "num_attention_heads=7", "14"]),
         (["--hidden_size", "36"], ["hidden_size=36", "even width", "multiple of 8"]),
         (["--num_key_value_heads", "3"], ["num_key_value_heads=3", "num_attention_heads=4"]),
-        (["--num_hidden_layers", "0"], ["num_hidden_layers=0", "1 or more"]),
+        (["--num_hidden_layers", "0"], ["num_hidden_layers: 0", "at least 1"]),
         (["--mixture_weights", '{"code": 1}'], ["mixture_weights", "code", "digits, letters", "0 leaves"]),
         (["--mixture_weights", '{"letters": 1}'], ["mixture_weights", "digits, letters", "0 leaves"]),
-        (["--devices", "0"], ["--devices 0", "1 or more"]),
-        (["--devices", "-2"], ["--devices -2"]),
+        (["--devices", "0"], ["--devices: 0", "at least 1"]),
+        (["--devices", "-2"], ["--devices: -2"]),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_line(config, tmp_path, flags, words, dry):
@@ -380,7 +382,7 @@ def test_training_a_tokenizer_needs_builtin_sources(config, tmp_path):
 
 def test_parameters_of_the_plan_are_those_of_the_model(config):
     arguments = parse_arguments(["--config", str(config), "--dry_run"])
-    shape = model_config(arguments.model, arguments.data.sequence_length)
+    shape = model_config(arguments.model, arguments.mixture.sequence_length)
     assert count_parameters(shape) == build_model(shape).num_parameters()
 
 

@@ -96,8 +96,7 @@ def mixture(sources: Mapping[str, Any], shares: Any = None, buffer_size: int = 6
     }
     stages = [{"until": 1.0, "weights": shares}] if isinstance(shares, Mapping) else shares
     config = MixtureConfig(configs, LENGTH, buffer_size=buffer_size, stages=stages, isolate_documents=False)
-    final = config.stages[-1].weights if config.stages else {}
-    return Mixture(config, dict(sources), {}, final, dict.fromkeys(sources), {}, dict.fromkeys(sources), 0)
+    return Mixture(config, dict(sources), {}, dict.fromkeys(sources), 0)
 
 
 # ---- Runs ----

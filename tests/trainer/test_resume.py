@@ -406,7 +406,7 @@ def test_a_source_read_max_epochs_times_hands_over_its_weight_and_that_is_resume
     (record,) = [r for r in caplog.records if "max_epochs" in r.message]
     first = trainer._feed._progress.left_out["a"]
     assert 1 < first < STEPS - 1
-    assert "'a'" in record.message and f"from step {first} on" in record.message
+    assert "'a'" in record.message and f"From step {first} on" in record.message
     expected, current = DynamicSchedule(["a", "b", "c"], 42, schedule), []
     for i in range(STEPS * K):
         current.append("abc"[expected.source(i, [1 / 2, 1 / 3, 1 / 6] if i < first * K else [0, 2 / 3, 1 / 3])])
@@ -529,7 +529,7 @@ def test_rows_that_are_skipped_are_counted_in_the_log_and_when_resumed(tmp_path:
     resumed = run(tmp_path, data("skip"), checkpoint(trainer, 3))
     assert differences(resumed, trainer, 3) == []
     assert [e.get("skipped_rows/a") for e in resumed.state.log_history if "loss" in e][-1] == counts[-1]
-    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] cannot be used.*on_error to 'skip'"):
+    with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] is unusable.*on_error to 'skip'"):
         run(tmp_path / "raise", data("raise"))
 
 

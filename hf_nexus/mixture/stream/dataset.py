@@ -1,4 +1,4 @@
-"""Mixtures of streams: sources that are read while training, each from the place where it was left."""
+"""Mixtures of streams: the rows of each micro-batch, read during training from where each source stands."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from ..tags import TaggedRows
-from .documents import DocumentPacker, StreamedDocuments
-from .lanes import Lane
-from .reader import LaneReader, Retry
-from .sources import open_source
+from .documents import PackedRowReader, StreamedDocuments
+from .reader import Retry, RowReader
+from .sources import Partition, open_source
 
 __all__ = ["MicroBatchSampler", "MixtureStream", "StreamState"]
 
@@ -19,55 +18,52 @@ __all__ = ["MicroBatchSampler", "MixtureStream", "StreamState"]
 @dataclass(frozen=True)
 class StreamState:
     """
-    Where one lane stands in one source after a micro-batch. Loaders and `send_to_device` leave it as it is.
+    The position in one partition of a source after a micro-batch. Loaders and `send_to_device` do not change it.
 
     Args:
-        lane (`int`), source (`str`):
-            Who stands where.
+        partition (`int`), source (`str`):
+            The partition.
         state (`dict`):
-            The position, in types that JSON has; its `"pass"` counts the passes from 0.
+            The position as JSON types. Its `"pass"` counts the passes from 0.
     """
 
-    lane: int
+    partition: int
     source: str
     state: dict[str, Any]
 
     def store(self, states: dict[str, Any]) -> None:
-        """Put it into `states`, in place of an older one, as [`~MixtureStream.begin`] takes them."""
-        states.setdefault(str(self.lane), {})[self.source] = self.state
+        """Replace the position of the partition in `states`, which [`~MixtureStream.begin`] takes."""
+        states.setdefault(str(self.partition), {})[self.source] = self.state
 
 
 class MixtureStream(torch.utils.data.Dataset):
     """
-    Sources, streaming or not, as a dataset of *micro-batches*: what is asked for is `(number of the micro-batch,
-    position of its source)`, and each gives the next rows of that source.
+    Sources, streaming or map-style, as a dataset of *micro-batches*. The index is `(number of the micro-batch,
+    position of its source)`, and each request returns the next rows of that source.
 
-    Micro-batch i is read in lane `i % lanes_per_rank` of its rank, so that each data loader worker has a lane of its
-    own. The lanes share each source: every row belongs to one of them in each pass.
+    Each data loader worker of each rank reads its own [`Partition`] of every source.
 
     Args:
         sources (`Mapping[str, Dataset]`):
-            `datasets.IterableDataset`, [`StreamedDocuments`], map-style or torch iterable datasets. Rows are handed to
-            the collator as the dataset gives them: `with_format("torch")` spares it lists of integers. Torch iterable
-            datasets, and streams after `shuffle`, cannot return to a position: they are read again from the start of
-            the pass to resume, and by every lane.
+            `datasets.IterableDataset`, [`StreamedDocuments`], map-style or torch iterable datasets. The collator gets
+            rows as the dataset returns them: `with_format("torch")` avoids lists of integers. Torch iterable datasets,
+            and streams after `shuffle`, cannot return to a position: each worker reads all of their rows, and a
+            resume reads the pass again from its start.
         seed (`int`, *optional*, defaults to 0):
-            Of the orders in which rows are read, a new one in each pass.
+            Seed of the orders of rows, which differ in each pass.
         buffer_size (`int`, *optional*, defaults to 10000):
-            Streams are shuffled in blocks of half as many rows. As many are read again, at most, to resume.
+            Streams are shuffled in blocks of half as many rows. A resume reads at most this many rows again.
         retry ([`Retry`], *optional*):
-            What to do when the network fails.
+            What to do after a network error.
 
     Raises:
-        ValueError: no source, an empty one, or one that is no dataset.
+        ValueError: There is no source, or one is empty or not a dataset.
 
     Example:
         >>> from datasets import Dataset
         >>> from hf_nexus.mixture.stream.dataset import MixtureStream
         >>> digits = Dataset.from_dict({"digit": list(range(10))}).to_iterable_dataset(num_shards=2)
         >>> stream = MixtureStream({"digits": digits})
-        >>> stream.place(rank=0, ranks=1, lanes_per_rank=1)
-        >>> stream.begin(None)
         >>> rows = [stream.__getitems__([(i, 0)] * 5) for i in range(2)]
         >>> sorted(row["digit"] for five in rows for row in five)
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -84,7 +80,7 @@ class MixtureStream(torch.utils.data.Dataset):
         if wrong := [name for name in sources if not isinstance(name, str)]:
             raise ValueError(f"Source names must be strings, got {wrong[0]!r}.")
         if buffer_size < 2:
-            raise ValueError(f"buffer_size={buffer_size} is not possible; it must be at least 2.")
+            raise ValueError(f"buffer_size={buffer_size} is not allowed; it must be at least 2.")
         self.sources = dict(sources)
         self.names = list(sources)
         self.seed = seed
@@ -94,91 +90,80 @@ class MixtureStream(torch.utils.data.Dataset):
             name: open_source(name, s.documents if isinstance(s, StreamedDocuments) else s, buffer_size // 2)
             for name, s in sources.items()
         }
-        self.place(rank=0, ranks=1, lanes_per_rank=1)
+        self.place(rank=0, ranks=1, workers=1)
         self.begin(None)
 
-    def place(self, rank: int, ranks: int, lanes_per_rank: int) -> None:
+    def place(self, rank: int, ranks: int, workers: int) -> None:
         """
-        Say which rows are this rank's, before reading.
+        Set which partitions this rank reads.
 
         Args:
             rank (`int`), ranks (`int`):
-                This rank and how many there are.
-            lanes_per_rank (`int`):
-                The number of data loader workers, 1 without any.
+                This rank, and the number of ranks.
+            workers (`int`):
+                Number of data loader workers, 1 if there are none.
         """
-        assert 0 <= rank < ranks and lanes_per_rank >= 1
-        self.rank, self.ranks, self.lanes_per_rank = rank, ranks, lanes_per_rank
+        assert 0 <= rank < ranks and workers >= 1
+        self.rank, self.ranks, self.workers = rank, ranks, workers
 
     def begin(self, states: dict[str, Any] | None) -> None:
         """
-        Start over, or from stored states. To be called before each pass over the loader, whose workers start here.
+        Start from the first rows, or from stored positions. Call it before the data loader starts its workers.
 
         Args:
             states (`dict`, *optional*):
-                For each lane, as a string, and each source, a state of [`StreamState`].
+                Number of each partition, as a string, to source, to the position of a [`StreamState`].
         """
         self._states = states or {}
-        self._readers: dict[tuple[int, str], LaneReader | DocumentPacker] = {}
+        self._readers: dict[tuple[int, str], RowReader] = {}
         self._process = os.getpid()
-
-    def __getitem__(self, index: tuple[int, int]) -> Any:
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> TaggedRows:
         """
-        The rows of one micro-batch, B for B equal pairs.
+        The rows of one micro-batch: B rows for B equal indices.
 
         Raises:
-            SourceError: the source cannot be read on, or is smaller than a micro-batch of all ranks.
+            SourceError: The source cannot be read, or is smaller than a micro-batch of all ranks.
         """
         number, position = indices[0]
         assert all(index == indices[0] for index in indices), "a micro-batch crosses sources"
         name = self.names[position]
-        lane = self.rank * self.lanes_per_rank + number % self.lanes_per_rank
-        reader = self._reader(lane, name)
+        partition = self.rank * self.workers + number % self.workers
+        reader = self._reader(partition, name)
         rows = reader.take(len(indices))
-        self._check_size(reader, len(indices))
-        return TaggedRows(rows, name, StreamState(lane, name, reader.state()))
+        size, needed = reader.source_rows(), len(indices) * self.ranks
+        if size is not None and size < needed:  # rows would repeat within a micro-batch
+            raise reader.error(
+                f"it has about {size} rows, fewer than one micro-batch of {needed} (batch size per device times "
+                "ranks). Lower per_device_train_batch_size, or add rows to the source."
+            )
+        return TaggedRows(rows, name, StreamState(partition, name, reader.state()))
 
-    def _reader(self, lane: int, name: str) -> LaneReader | DocumentPacker:
-        if (lane, name) not in self._readers:
+    def _reader(self, index: int, name: str) -> RowReader:
+        if (index, name) not in self._readers:
             if self._process != os.getpid():
-                # In a forked worker: the thread and the lock of remote file systems stayed behind.
+                # A forked worker has the lock of remote file systems, but not the thread that would release it.
                 import fsspec.asyn
 
                 fsspec.asyn.reset_lock()
                 self._process = os.getpid()
-            state = self._states.get(str(lane), {}).get(name)
-            share = Lane(name, lane, self.ranks * self.lanes_per_rank, self.lanes_per_rank, self.seed)
-            rows = LaneReader(self._opened[name], share, self.retry, state)
+            partition = Partition(name, index, self.ranks * self.workers, self.rank, self.seed)
+            reading = self._opened[name], partition, self.retry, self._states.get(str(index), {}).get(name)
             source = self.sources[name]
-            packs = isinstance(source, StreamedDocuments)
-            self._readers[lane, name] = DocumentPacker(source, rows, state) if packs else rows
-        return self._readers[lane, name]
-
-    def _check_size(self, reader: LaneReader | DocumentPacker, rows: int) -> None:
-        """Refuse a source that would repeat itself within a micro-batch, once a pass over it shows its size."""
-        rows_of, size = reader.rows if isinstance(reader, DocumentPacker) else reader, None
-        if isinstance(reader, LaneReader) and reader.source.size is not None:
-            size = reader.source.size
-        elif reader.last_pass is not None and rows_of.is_fair_share:  # of other shares, one says nothing of the rest
-            size = reader.last_pass * self.ranks * self.lanes_per_rank
-        if size is not None and size < rows * self.ranks:
-            raise reader.error(
-                f"it has about {size} rows, fewer than one micro-batch of {rows * self.ranks} (batch size per device "
-                "times ranks). Lower per_device_train_batch_size, or give the source more rows."
-            )
+            packed = isinstance(source, StreamedDocuments)
+            self._readers[index, name] = PackedRowReader(source, *reading) if packed else RowReader(*reading)
+        return self._readers[index, name]
 
 
 class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
     """
-    What a [`MixtureStream`] is asked for: each micro-batch's number and source, once for each of its rows on all
+    Indices of a [`MixtureStream`]: the number and the source of each micro-batch, once for each of its rows on all
     ranks.
 
     Args:
         source_of (`Callable[[int], int]`):
-            Gives the position of the source of a micro-batch. It is called in order, when the micro-batch is sent for.
+            Returns the position of a micro-batch's source. It is called in order, when the loader requests the
+            micro-batch.
         micro_batches (`int`):
             Number of micro-batches of the run.
         rows (`int`):
@@ -205,4 +190,4 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
                 yield number, source
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing changes: the run is one sequence of micro-batches."""
+        """Does nothing: the run is one sequence of micro-batches."""

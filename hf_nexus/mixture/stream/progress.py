@@ -91,7 +91,7 @@ class StreamProgress:
         left_out = saved.get("left_out", {}).items()
         self.left_out: dict[str, int] = {name: step for name, (limit, step) in left_out if self._limit(name) == limit}
         self.sent = step * self._k - 1  # the last micro-batch that the data loader has asked for
-        self._positions: dict[str, Any] = {reader: dict(s) for reader, s in saved.get("positions", {}).items()}
+        self._positions: dict[str, Any] = {index: dict(s) for index, s in saved.get("positions", {}).items()}
         self._window: tuple[int, list[StreamState]] = (step, [])
         self.stream.begin(self._positions)
 

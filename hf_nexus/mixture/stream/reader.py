@@ -1,4 +1,4 @@
-"""One lane's reader of one source: row after row, pass after pass, from a position that is a small dict."""
+"""Reading one partition of a source: row after row and pass after pass, from a position that is a small dict."""
 
 import logging
 import random
@@ -7,25 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .lanes import Block, Lane
-from .sources import IndexedSource, ReplayedSource, ShardedSource
+from .sources import Block, Partition, Source
 
-__all__ = ["LaneReader", "Retry", "SourceError"]
+__all__ = ["Retry", "RowReader", "SourceError"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Not all of their errors are an OSError.
+# Packages whose network errors are not all an `OSError`.
 _NETWORK_PACKAGES = {"aiohttp", "http", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
-# Waiting does not help against these.
+# Errors that a retry does not solve.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class SourceError(RuntimeError):
     """
-    A source that cannot be read on: it raised, has a row that cannot be used, or has none. The message names the
-    source, the place in it and the cause.
+    A source that cannot be read: it raised an error, or has an unusable row, or has too few rows. The message names
+    the source, the position and the cause.
 
     Example:
         >>> from hf_nexus.mixture.stream.reader import SourceError
@@ -39,14 +38,14 @@ class SourceError(RuntimeError):
 @dataclass(frozen=True)
 class Retry:
     """
-    How often reading is tried when the network fails, and how long to wait in between.
+    How often to retry after a network error, and how long to wait in between.
 
     Args:
         attempts (`int`, *optional*, defaults to 5):
-            Tries in all, before a [`SourceError`].
+            Number of attempts, after which a [`SourceError`] is raised.
         first_wait (`float`, *optional*, defaults to 1.0), longest_wait (`float`, *optional*, defaults to 60.0):
-            Seconds before the second try, doubled before each further one. A wait is shortened by up to half, at
-            random, so that workers do not come back together.
+            Seconds before the second attempt, doubled for each further one. Waits are shortened by up to half at
+            random, to spread the retries of many workers.
 
     Example:
         >>> from hf_nexus.mixture.stream.reader import Retry
@@ -59,139 +58,129 @@ class Retry:
     longest_wait: float = 60.0
 
     def wait(self, failed: int) -> float:
-        """Seconds to wait after the try number `failed`, from 0."""
-        # Not from the generator of the run, whose draws must not depend on the network.
+        """Seconds to wait after attempt number `failed`, from 0."""
+        # The draws of the run's own generator must not depend on the network.
         return min(self.longest_wait, self.first_wait * 2**failed) * random.SystemRandom().uniform(0.5, 1)
 
 
-class LaneReader:
+class RowReader:
     """
-    Reads a lane's rows of a source, endlessly.
+    Reads the rows of one partition, endlessly.
 
     Args:
-        source ([`ShardedSource`], [`IndexedSource`] or [`ReplayedSource`]):
-            What is read.
-        lane ([`Lane`]):
-            For whom.
+        source ([`Source`]), partition ([`Partition`]):
+            What to read.
         retry ([`Retry`]):
-            What to do when the network fails.
+            What to do after a network error.
         state (`dict`, *optional*):
-            A former [`~LaneReader.state`], to go on from there.
-
-    Attributes:
-        pass_ (`int`):
-            Number of the pass, from 0.
-        last_pass (`int`, *optional*):
-            How many rows the pass before had, once one has ended.
+            The result of [`~RowReader.state`], to continue from there.
 
     Raises:
-        SourceError: from all methods that read.
+        SourceError: The source cannot be read (all methods that read).
 
     Example:
-        >>> from hf_nexus.mixture.stream.lanes import Lane
-        >>> from hf_nexus.mixture.stream.reader import LaneReader, Retry
-        >>> from hf_nexus.mixture.stream.sources import IndexedSource
-        >>> lane = Lane("digits", index=0, count=2, per_rank=2, seed=0)
-        >>> reader = LaneReader(IndexedSource([0, 1, 2, 3, 4, 5]), lane, Retry())
+        >>> from hf_nexus.mixture.stream.reader import Retry, RowReader
+        >>> from hf_nexus.mixture.stream.sources import MapStyleSource, Partition
+        >>> source = MapStyleSource([0, 1, 2, 3, 4, 5])
+        >>> partition = Partition("digits", index=0, count=2, rank=0, seed=0)
+        >>> reader = RowReader(source, partition, Retry())
         >>> first, state = reader.take(2), reader.state()
-        >>> LaneReader(IndexedSource([0, 1, 2, 3, 4, 5]), lane, Retry(), state).take(4) == reader.take(4)
+        >>> RowReader(source, partition, Retry(), state).take(4) == reader.take(4)
         True
     """
 
-    def __init__(
-        self,
-        source: ShardedSource | IndexedSource | ReplayedSource,
-        lane: Lane,
-        retry: Retry,
-        state: dict[str, Any] | None = None,
-    ):
+    def __init__(self, source: Source, partition: Partition, retry: Retry, state: dict[str, Any] | None = None):
         self.source = source
-        self.lane = lane
+        self.partition = partition
         self.retry = retry
-        state = state or {"pass": 0, "block": None, "given": 0, "rows": 0}
-        self.pass_: int = state["pass"]
-        self.last_pass: int | None = None
-        self._cursor, self._given, self._rows = state["block"], state["given"], state["rows"]
+        state = state or {"pass": 0, "block": None, "offset": 0, "rows": 0}
+        self._pass: int = state["pass"]
+        self._position = state["block"]  # the start of the current block, or of the next one
+        self._offset: int = state["offset"]  # rows of that block that were taken
+        self._rows: int = state["rows"]  # rows of this pass that were taken
+        self._last_pass: int | None = None
         self._block: Block | None = None
         self._blocks: Any = None
-
-    @property
-    def is_fair_share(self) -> bool:
-        """Whether each lane has as many rows of the source as the others, but for one."""
-        return not isinstance(self.source, ShardedSource) or self.lane.shares_all(self.source.shards)
 
     def take(self, count: int) -> list[Any]:
         """The next `count` rows."""
         rows: list[Any] = []
         while len(rows) < count:
-            more = self.ahead(count - len(rows))
-            self.advance(len(more))
+            more = self._peek(count - len(rows))
+            self._advance(len(more))
             rows += more
         return rows
 
-    def ahead(self, count: int) -> list[Any]:
-        """Rows that come next, at least one and at most `count`; they come again until [`~LaneReader.advance`]."""
-        block = self._current()
-        numbers = block.order[self._given : self._given + count].tolist()
-        return self._retried(lambda: block.fetch(numbers))
-
-    def advance(self, count: int) -> None:
-        """Count rows as given out."""
-        self._given += count
-        self._rows += count
-
-    def row(self, ahead: int) -> tuple[int, str]:
-        """Number of a row that [`~LaneReader.ahead`] gave, and words for where it is counted from."""
-        block = self._current()
-        return block.row(self._given + ahead), "" if block.shard is None else f" of shard {block.shard}"
-
     def state(self) -> dict[str, Any]:
         """
-        Where to go on, in types that JSON has: the pass, the position at the start of the block that is read, how many
-        of its rows were given out, and how many of the pass.
+        The position as JSON types: the pass, the start of the current block, and how many rows were taken from the
+        block and from the pass.
         """
-        block, given = self._cursor, self._given
-        if self._block is not None:
-            at_end = given == len(self._block)
-            block, given = (self._block.end, 0) if at_end else (self._block.start, given)
-        return {"pass": self.pass_, "block": block, "given": given, "rows": self._rows}
+        return {"pass": self._pass, "block": self._position, "offset": self._offset, "rows": self._rows}
+
+    def source_rows(self) -> int | None:
+        """Rows of the whole source: exact for map-style sources, estimated for others once a pass has ended."""
+        return self.source.size if self.source.size is not None else self._estimated_rows()
 
     def error(self, problem: str) -> SourceError:
-        """An error that says where the reader is."""
-        where = self.source.where(self.lane, self.pass_, self._cursor)
-        rank = self.lane.index // self.lane.per_rank
-        return SourceError(f"Source {self.lane.source!r} (rank {rank}, pass {self.pass_ + 1}, {where}): {problem}")
+        """An error that names the position."""
+        where = self.source.describe(self.partition, self._pass, self._position)
+        name, rank = self.partition.source, self.partition.rank
+        return SourceError(f"Source {name!r} (rank {rank}, pass {self._pass + 1}, {where}): {problem}")
 
-    def _current(self) -> Block:
-        """The block of the next row."""
-        while self._block is None or self._given >= len(self._block):
+    def _estimated_rows(self) -> int | None:
+        # With unequal partitions, one of them says nothing about the others.
+        if self._last_pass is None or not self.source.splits_evenly(self.partition):
+            return None
+        return self._last_pass * self.partition.count
+
+    def _peek(self, count: int) -> list[Any]:
+        """The next rows, at least one and at most `count`, without advancing."""
+        block = self._current_block()
+        numbers = block.order[self._offset : self._offset + count].tolist()
+        return self._retried(lambda: block.fetch(numbers))
+
+    def _advance(self, count: int) -> None:
+        """Mark rows of the last peek as taken."""
+        assert self._block is not None
+        self._offset += count
+        self._rows += count
+        if self._offset == len(self._block.order):
+            self._leave(self._block)
+
+    def _leave(self, block: Block) -> None:
+        self._position, self._offset, self._block = block.end, 0, None
+
+    def _current_block(self) -> Block:
+        while self._block is None:
             block = self._retried(self._next_block)
             if block is None:
                 self._end_pass()
-                continue
-            if self._block is not None:
-                self._given = 0
-            if self._given > len(block):
+            elif self._offset > len(block.order):
                 raise self.error(
-                    f"training resumes at row {self._given} of a block that has {len(block)}: its data changed."
+                    f"training resumes at row {self._offset} of a block, which now has only {len(block.order)} rows. "
+                    "Restore the data of the checkpoint."
                 )
-            self._block, self._cursor = block, block.end
+            elif self._offset == len(block.order):  # no row of it is in the partition
+                self._leave(block)
+            else:
+                self._block = block
         return self._block
 
     def _next_block(self) -> Block | None:
         if self._blocks is None:
-            self._blocks = self.source.blocks(self.lane, self.pass_, self._cursor)
+            self._blocks = self.source.blocks(self.partition, self._pass, self._position)
         return next(self._blocks, None)
 
     def _end_pass(self) -> None:
         if not self._rows:
             raise self.error(
-                f"no row of a whole pass falls to lane {self.lane.index} of {self.lane.count}. Use fewer data loader "
-                "workers or ranks, or give the source more rows."
+                f"partition {self.partition.index} of {self.partition.count} has no rows. Use fewer data loader "
+                "workers or ranks, or add rows to the source."
             )
-        self.last_pass, self._rows = self._rows, 0
-        self.pass_ += 1
-        self._block, self._blocks, self._cursor, self._given = None, None, None, 0
+        self._last_pass, self._rows = self._rows, 0
+        self._pass += 1
+        self._blocks, self._position, self._offset = None, None, 0
 
     def _retried(self, read: Callable[[], Result]) -> Result:
         for attempt in range(self.retry.attempts):
@@ -199,7 +188,7 @@ class LaneReader:
                 return read()
             except Exception as error:
                 cause = f"{type(error).__name__}: {error}"
-                self._blocks = None  # to open it again, at the end of the last block
+                self._blocks = None  # reopen the source at the current position
                 if not _is_network(error):
                     raise self.error(f"the source raised {cause}") from error
                 if attempt + 1 == self.retry.attempts:

@@ -1,19 +1,30 @@
-"""How sources of each kind are read: in blocks, each shuffled, each with a position to return to."""
+"""Sources of rows: every kind of dataset, read for one partition in shuffled blocks, from which reading can resume."""
 
-from collections.abc import Iterator
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .chunks import CHUNK, fetch_from, is_streaming, layers, outside_worker, read_chunks, rows_of, unformatted
-from .lanes import Block, Lane
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-__all__ = ["IndexedSource", "ReplayedSource", "ShardedSource", "open_source"]
+__all__ = ["Block", "MapStyleSource", "Partition", "ReplayedStream", "ResumableStream", "Source", "open_source"]
 
-# Layers of a streaming dataset under which shards hold each row once. Under others, such as those of `skip` and
-# `interleave_datasets`, a shard is not what it would be in the whole.
+# Rows per read. The positions that `datasets` stores depend on it.
+CHUNK = 64
+# A block of large rows ends early.
+BLOCK_BYTES = 128 << 20
+# With few partitions, and few shards for each, every shard is split among all partitions.
+_FEW_PARTITIONS, _FEW_SHARDS = 8, 4
+# Layers of a streaming dataset under which each shard holds its own rows. Under others, such as `skip` and
+# `interleave_datasets`, the rows of a shard depend on the other shards.
 _DIVISIBLE = {
     "ArrowExamplesIterable",
     "ExamplesIterable",
@@ -23,80 +34,134 @@ _DIVISIBLE = {
     "RebatchedArrowExamplesIterable",
     "SelectColumnsIterable",
 }
-# Layers whose position cannot be stored: they hold rows back.
+# Layers that hold rows back, so their position cannot be stored.
 _BUFFERING = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
 
 
-class ShardedSource:
+class ShardSlice(NamedTuple):
+    """The rows of a shard whose number modulo the number of partitions is at least `low` and below `high`."""
+
+    shard: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Partition:
     """
-    A `datasets.IterableDataset`. The order of its shards is drawn for each pass, and the row at which a block starts
-    is found again without reading those before it, as far as the format of the files allows.
+    The slice of a source that one data loader worker of one rank reads. In each pass, every row of the source is in
+    exactly one of its partitions.
+
+    Args:
+        source (`str`):
+            Name of the source.
+        index (`int`), count (`int`):
+            Number of this partition, and number of partitions.
+        rank (`int`):
+            The rank that reads it.
+        seed (`int`):
+            Seed of all orders.
+    """
+
+    source: str
+    index: int
+    count: int
+    rank: int
+    seed: int
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """A generator for the source and `key`. All partitions draw the same unless their index is in `key`."""
+        return np.random.default_rng((self.seed, zlib.crc32(self.source.encode()), *key))
+
+    def splits_shards(self, shards: int) -> bool:
+        """Whether every shard is split among all partitions, which makes their sizes equal."""
+        return self.count <= _FEW_PARTITIONS and shards < _FEW_SHARDS * self.count
+
+    def slices(self, order: list[int]) -> list[ShardSlice]:
+        """
+        The slices of shards that make up this partition, for shards in a given order. Each partition takes an equal
+        length of the shards laid end to end, which splits only the shards at its two ends. Few large shards would
+        make very unequal partitions this way, so they are all split.
+        """
+        if self.splits_shards(len(order)):
+            # Rotate, because a shard's odd rows go to its first partitions.
+            owned = [(self.index + i) % self.count for i in range(len(order))]
+            return [ShardSlice(shard, row, row + 1) for shard, row in zip(order, owned, strict=True)]
+        start, end = self.index * len(order), (self.index + 1) * len(order)  # in units of 1 / count of a shard
+        found = []
+        for number in range(start // self.count, -(-end // self.count)):
+            first = number * self.count
+            found.append(ShardSlice(order[number], max(start - first, 0), min(end - first, self.count)))
+        return found
+
+    def shuffled(self, part: ShardSlice, first: int, count: int, *key: int) -> np.ndarray:
+        """Which of the `count` rows from row `first` of a shard are in a slice of it, in an order drawn for `key`."""
+        owner = (first + np.arange(count)) % self.count
+        return self.rng(*key).permutation(np.flatnonzero((part.low <= owner) & (owner < part.high)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """
+    Rows of a partition that are read together.
+
+    Args:
+        start (`dict`), end (`dict`):
+            Positions before and after it.
+        fetch (`Callable`):
+            Returns the rows for a list of row numbers, counted from the start of the block.
+        order (`np.ndarray`):
+            Row numbers of the partition, in reading order.
+        first_row (`int`), shard (`int`, *optional*):
+            Number of the block's first row, and the shard it is counted in.
+    """
+
+    start: dict[str, Any]
+    end: dict[str, Any]
+    fetch: Callable[[list[int]], list]
+    order: np.ndarray
+    first_row: int = 0
+    shard: int | None = None
+
+
+class Source(ABC):
+    """
+    A dataset, as a [`~stream.reader.RowReader`] reads it.
+
+    Attributes:
+        size (`int`, *optional*):
+            Number of rows, where it is known.
     """
 
     size: int | None = None
 
-    def __init__(self, dataset: Any, block_rows: int):
-        self.divisible = layers(dataset) <= _DIVISIBLE
-        self.shards = dataset.num_shards if self.divisible else 1
-        self.block_rows = block_rows
-        self.dataset, self.format = unformatted(dataset)
+    @abstractmethod
+    def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
+        """The blocks of a partition in a pass, from a position of [`Block`] on."""
 
-    def blocks(self, lane: Lane, pass_: int, cursor: dict[str, Any] | None) -> Iterator[Block]:
-        """The lane's blocks of a pass, from a position on."""
-        pieces = lane.pieces(lane.rng(pass_).permutation(self.shards).tolist())
-        first = cursor["piece"] if cursor else 0
-        for piece in range(first, len(pieces)):
-            yield from self._read(lane, pass_, piece, pieces[piece], cursor if piece == first else None)
+    @abstractmethod
+    def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
+        """A position as text, for errors."""
 
-    def where(self, lane: Lane, pass_: int, cursor: dict[str, Any] | None) -> str:
-        """Words for a position."""
-        pieces = lane.pieces(lane.rng(pass_).permutation(self.shards).tolist())
-        piece, row = (cursor["piece"], cursor["row"]) if cursor else (0, 0)
-        shard = pieces[min(piece, len(pieces) - 1)][0]
-        return f"shard {shard} of {self.shards}, after {row} rows"
-
-    def _read(
-        self, lane: Lane, pass_: int, piece: int, part: tuple[int, int, int], cursor: dict[str, Any] | None
-    ) -> Iterator[Block]:
-        shard, low, high = part
-        # A new object each time: one that was given a state applies it again on its next pass.
-        dataset = self.dataset.shard(self.shards, shard)
-        if self.divisible:
-            dataset = dataset.reshard()  # by row group where there are some: these are skipped without being read
-        row, state = 0, None
-        if cursor is not None:
-            row, state = cursor["row"], cursor.get("state")
-            if state is not None:
-                dataset.load_state_dict(state)
-        # `iter`, unlike `__iter__`, leaves it to us to deal the shards to the workers of a data loader.
-        batches, ended = dataset.iter(min(CHUNK, self.block_rows)), False
-        while not ended:
-            chunks, count, ended = read_chunks(batches, self.block_rows)
-            start, first = {"piece": piece, "row": row, "state": state}, row
-            row, state = row + count, dataset.state_dict()
-            end = {"piece": piece + 1, "row": 0} if ended else {"piece": piece, "row": row, "state": state}
-            if count:
-                owner = (first + np.arange(count)) % lane.count
-                mine = np.flatnonzero((low <= owner) & (owner < high))
-                order = lane.rng(pass_, lane.index, piece, first).permutation(mine)
-                yield Block(start, end, fetch_from(chunks, dataset.features, self.format), order, first, shard)
+    def splits_evenly(self, partition: Partition) -> bool:
+        """Whether the partitions differ by at most one row."""
+        return True
 
 
-class IndexedSource:
-    """Anything with `__len__` and `__getitem__`: a permutation of it for each pass, dealt to the lanes in turn."""
+class MapStyleSource(Source):
+    """Any object with `__len__` and `__getitem__`. Its rows are permuted in each pass and dealt to the partitions."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
-        self.size: int | None = len(dataset)
+        self.size = len(dataset)
 
-    def blocks(self, lane: Lane, pass_: int, cursor: dict[str, Any] | None) -> Iterator[Block]:
-        """One block, of which nothing is read yet, for the whole pass."""
-        order = lane.rng(pass_).permutation(len(self.dataset))[lane.index :: lane.count]
-        if cursor is None or cursor["row"] == 0:
+    def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
+        """One block for the whole pass, whose rows are not read yet."""
+        order = partition.rng(pass_).permutation(len(self.dataset))[partition.index :: partition.count]
+        if position is None or position["row"] == 0:
             yield Block({"row": 0}, {"row": len(order)}, self._fetch, order)
 
-    def where(self, lane: Lane, pass_: int, cursor: dict[str, Any] | None) -> str:
-        """Words for a position."""
+    def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
         return f"{len(self.dataset)} rows"
 
     def _fetch(self, numbers: list[int]) -> list:
@@ -104,79 +169,229 @@ class IndexedSource:
         return fetch(numbers) if fetch is not None else [self.dataset[i] for i in numbers]
 
 
-class ReplayedSource:
+class ResumableStream(Source):
     """
-    An iterable that cannot return to a position: a torch `IterableDataset`, or a `datasets.IterableDataset` with a
-    shuffle buffer. Every lane reads all of it and keeps its own rows, and a resumed pass is read from its start.
+    A `datasets.IterableDataset` that can return to a position. Each pass has its own order of shards.
+
+    A resume skips the rows before the position without reading them, as far as the file format allows.
     """
 
-    size: int | None = None
+    def __init__(self, dataset: Any, block_rows: int):
+        self.divisible = _layers(dataset) <= _DIVISIBLE
+        self.shards = dataset.num_shards if self.divisible else 1
+        self.block_rows = block_rows
+        self.format = dataset._formatting.format_type if dataset._formatting else None
+        # Tables take less memory than rows until rows are asked for.
+        self.dataset = dataset.with_format("arrow") if dataset._ex_iterable.iter_arrow is not None else dataset
+
+    def splits_evenly(self, partition: Partition) -> bool:
+        return partition.splits_shards(self.shards)
+
+    def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
+        slices = self._slices(partition, pass_)
+        position = position or _slice_start(0)
+        while position["slice"] < len(slices):
+            number = position["slice"]
+            yield from self._read(partition, pass_, slices[number], position)
+            position = _slice_start(number + 1)
+
+    def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
+        slices = self._slices(partition, pass_)
+        position = position or _slice_start(0)
+        shard = slices[min(position["slice"], len(slices) - 1)].shard
+        return f"shard {shard} of {self.shards}, after {position['row']} rows"
+
+    def _slices(self, partition: Partition, pass_: int) -> list[ShardSlice]:
+        return partition.slices(partition.rng(pass_).permutation(self.shards).tolist())
+
+    def _read(self, partition: Partition, pass_: int, part: ShardSlice, position: dict[str, Any]) -> Iterator[Block]:
+        # A new object each time: `load_state_dict` also affects later iterations of the same object.
+        dataset = self.dataset.shard(self.shards, part.shard)
+        if self.divisible:
+            dataset = dataset.reshard()  # into row groups where there are any, which are skipped without being read
+        if position["state"] is not None:
+            dataset.load_state_dict(position["state"])
+        # `iter`, unlike `__iter__`, does not distribute the shards over data loader workers.
+        chunks, ended = dataset.iter(min(CHUNK, self.block_rows)), False
+        while not ended:
+            held, count, ended = _read_chunks(chunks, self.block_rows)
+            start, number, first = position, position["slice"], position["row"]
+            position = {"slice": number, "row": first + count, "state": dataset.state_dict()}
+            if count:
+                order = partition.shuffled(part, first, count, pass_, partition.index, number, first)
+                fetch = _fetch_from(held, dataset.features, self.format)
+                yield Block(start, _slice_start(number + 1) if ended else position, fetch, order, first, part.shard)
+
+
+def _slice_start(number: int) -> dict[str, Any]:
+    return {"slice": number, "row": 0, "state": None}
+
+
+class ReplayedStream(Source):
+    """
+    An iterable that cannot return to a position: a torch `IterableDataset`, or a `datasets.IterableDataset` with a
+    shuffle buffer. Every partition reads all rows and keeps its own. A resume reads the pass again from its start.
+    """
 
     def __init__(self, dataset: Any, block_rows: int):
         self.dataset = dataset
         self.block_rows = block_rows
 
-    def blocks(self, lane: Lane, pass_: int, cursor: dict[str, Any] | None) -> Iterator[Block]:
-        """The lane's blocks of a pass, from a position on."""
-        row, ended = cursor["row"] if cursor else 0, False
+    def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
+        row, ended = position["row"] if position else 0, False
         rows = islice(self._rows(pass_), row, None)
-        batches = iter(lambda: list(islice(rows, min(CHUNK, self.block_rows))), [])
+        chunks = iter(lambda: list(islice(rows, min(CHUNK, self.block_rows))), [])
+        part = ShardSlice(0, partition.index, partition.index + 1)
         while not ended:
-            chunks, count, ended = read_chunks(batches, self.block_rows)
-            start, first, row = {"row": row}, row, row + count
-            mine = np.flatnonzero((first + np.arange(count)) % lane.count == lane.index)
-            order = lane.rng(pass_, lane.index, first).permutation(mine)
+            held, count, ended = _read_chunks(chunks, self.block_rows)
+            first, row = row, row + count
             if count:
-                yield Block(start, {"row": row}, fetch_from(chunks, None, None), order, first)
+                order = partition.shuffled(part, first, count, pass_, partition.index, first)
+                yield Block({"row": first}, {"row": row}, _fetch_from(held, None, None), order, first)
 
-    def where(self, lane: Lane, pass_: int, cursor: dict[str, Any] | None) -> str:
-        """Words for a position."""
-        return f"after {cursor['row'] if cursor else 0} rows"
+    def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
+        return f"after {position['row'] if position else 0} rows"
 
     def _rows(self, pass_: int) -> Iterator[Any]:
-        if is_streaming(self.dataset):
-            dataset = self.dataset.shard(1, 0)  # a new object: iterators of the same one would share its position
+        if _is_streaming(self.dataset):
+            dataset = self.dataset.shard(1, 0)  # a new object: iterators of one object share its position
             dataset.set_epoch(pass_)
-            for batch in dataset.iter(CHUNK):
-                yield from rows_of(batch)
+            for columns in dataset.iter(CHUNK):
+                yield from _rows_of(columns)
             return
         set_epoch = getattr(self.dataset, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(pass_)
-        with outside_worker():
+        with _outside_worker():
             rows = iter(self.dataset)
         while True:
-            with outside_worker():
+            with _outside_worker():
                 chunk = list(islice(rows, CHUNK))
             if not chunk:
                 return
             yield from chunk
 
 
-def open_source(name: str, dataset: Any, block_rows: int) -> ShardedSource | IndexedSource | ReplayedSource:
+def open_source(name: str, dataset: Any, block_rows: int) -> Source:
     """
-    The reader of a dataset, by what it is.
+    The source for a dataset, by its kind.
+
+    Args:
+        name (`str`), dataset:
+            The source.
+        block_rows (`int`):
+            Rows of a block of a stream.
 
     Raises:
-        ValueError: neither map-style nor iterable, empty, or split by node already.
+        ValueError: The dataset is neither map-style nor iterable, is empty, or is split by node already.
     """
-    if is_streaming(dataset):
+    if _is_streaming(dataset):
         if dataset._distributed is not None:
             raise ValueError(
-                f"Source {name!r} was split by node (split_dataset_by_node). Pass the whole dataset: the mixture "
-                "deals its rows to the ranks."
+                f"Source {name!r} was split with split_dataset_by_node. Pass the whole dataset: the mixture "
+                "distributes its rows over the ranks."
             )
         if dataset._formatting is not None and dataset._formatting.is_table:  # collators take rows
             dataset = dataset.with_format(None)
-        kind = ReplayedSource if layers(dataset) & _BUFFERING else ShardedSource
+        kind = ReplayedStream if _layers(dataset) & _BUFFERING else ResumableStream
         return kind(dataset, block_rows)
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        return ReplayedSource(dataset, block_rows)
+        return ReplayedStream(dataset, block_rows)
     if not (callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))):
         raise ValueError(
-            f"Source {name!r} is a {type(dataset).__name__}, which can neither be indexed nor iterated as a dataset. "
-            "Pass a datasets.Dataset, a datasets.IterableDataset or a torch dataset."
+            f"Source {name!r} is a {type(dataset).__name__}, which is not a dataset. Pass a datasets.Dataset, a "
+            "datasets.IterableDataset or a torch dataset."
         )
     if len(dataset) == 0:
-        raise ValueError(f"Source {name!r} is empty. Remove it, or give it rows.")
-    return IndexedSource(dataset)
+        raise ValueError(f"Source {name!r} is empty. Remove it, or add rows.")
+    return MapStyleSource(dataset)
+
+
+# ---- Reading in chunks ----
+
+
+def _is_streaming(dataset: Any) -> bool:
+    """Whether the dataset is a `datasets.IterableDataset`. Does not import `datasets`."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.IterableDataset)
+
+
+def _layers(dataset: Any) -> set[str]:
+    """Class names of the layers of a `datasets.IterableDataset`, such as its files, maps and filters."""
+    found, todo = set(), [dataset._ex_iterable]
+    while todo:
+        layer = todo.pop()
+        found.add(type(layer).__name__)
+        todo += vars(layer).get("ex_iterables", [])
+        todo += [vars(layer)["ex_iterable"]] if "ex_iterable" in vars(layer) else []
+    return found
+
+
+def _rows_of(columns: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _read_chunks(chunks: Iterator[Any], limit: int) -> tuple[list[Any], int, bool]:
+    """Chunks of at most `limit` rows or `BLOCK_BYTES` in total, their number of rows, and whether `chunks` ended."""
+    held: list[Any] = []  # tables, or lists of rows
+    rows = size = 0
+    while rows + min(CHUNK, limit) <= limit and size < BLOCK_BYTES:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return held, rows, True
+        if isinstance(chunk, dict):
+            chunk = _rows_of(chunk)
+        held.append(chunk)
+        rows += len(chunk)
+        size += sum(map(_row_bytes, chunk)) if isinstance(chunk, list) else chunk.nbytes
+    return held, rows, False
+
+
+def _row_bytes(row: Any) -> int:
+    """Approximate memory of a row. Each integer of a list takes a pointer and an object."""
+    values = row.values() if isinstance(row, dict) else ()
+    return sum(len(v) if isinstance(v, str) else 36 * len(v) for v in values if isinstance(v, str | list))
+
+
+def _fetch_from(chunks: list[Any], features: Any, format: str | None) -> Callable[[list[int]], list]:
+    """A function that returns rows of the chunks by number, in the dataset's format."""
+    if not isinstance(chunks[0], list):
+        return _fetch_from_tables(chunks, features, format)
+    rows = [row for chunk in chunks for row in chunk]
+    return lambda numbers: [rows[i] for i in numbers]
+
+
+def _fetch_from_tables(tables: "list[pa.Table]", features: Any, format: str | None) -> Callable[[list[int]], list]:
+    import pyarrow as pa
+    from datasets import Dataset, DatasetInfo
+    from datasets.table import InMemoryTable
+
+    table = pa.concat_tables(tables)
+    # A fingerprint is given because computing one hashes the whole table.
+    block = Dataset(InMemoryTable(table), DatasetInfo(features=features), fingerprint="block").with_format(format)
+
+    def fetch(numbers: list[int]) -> list:
+        try:
+            return block.__getitems__(numbers)
+        except UnicodeDecodeError:
+            return [{name: _decoded(table[name][i]) for name in table.column_names} for i in numbers]
+
+    return fetch
+
+
+def _decoded(value: "pa.Scalar") -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:  # becomes text that cannot be encoded, which the reader of the text reports
+        return value.as_buffer().to_pybytes().decode(errors="surrogateescape")
+
+
+@contextmanager
+def _outside_worker() -> Iterator[None]:
+    """Hide the data loader worker, because torch datasets that see it skip rows, and partitions do that already."""
+    worker = torch.utils.data._utils.worker
+    info, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = info

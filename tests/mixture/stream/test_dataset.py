@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from hf_nexus.mixture.stream.chunks import layers
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream, StreamState
 from hf_nexus.mixture.stream.progress import StreamProgress
 from hf_nexus.mixture.stream.reader import Retry, SourceError
-from hf_nexus.mixture.stream.sources import ReplayedSource, ShardedSource, open_source
+from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, _layers, open_source
 from hf_nexus.mixture.tags import _KEY, tag_micro_batches
 
 IMPATIENT = Retry(attempts=3, first_wait=0.001)
@@ -254,7 +253,7 @@ def test_a_resume_reads_no_more_than_the_buffer_and_a_batch_however_late(kind: s
 
 
 def test_a_lane_without_a_row_is_an_error_that_names_it() -> None:
-    with pytest.raises(SourceError, match=r"'a' \(rank 2.*no row of a whole pass falls to lane 4 of 6. Use fewer"):
+    with pytest.raises(SourceError, match=r"'a' \(rank 2.*partition 4 of 6 has no rows. Use fewer"):
         read(start(sharded([2, 1]), rank=2, ranks=3, workers=2), range(0, 1))
 
 
@@ -267,8 +266,8 @@ def test_fewer_rows_than_a_micro_batch_of_all_ranks_are_an_error(dataset: Any) -
 def test_what_cannot_be_read_is_refused_at_once() -> None:
     for source, message in (
         ([], "'a' is empty"),
-        (iter([1]), "'a' is a list_iterator, which can neither"),
-        (split_dataset_by_node(sharded([4, 4]), 0, 2), "'a' was split by node"),
+        (iter([1]), "'a' is a list_iterator, which is not a dataset"),
+        (split_dataset_by_node(sharded([4, 4]), 0, 2), "'a' was split with split_dataset_by_node"),
     ):
         with pytest.raises(ValueError, match=message):
             MixtureStream({"a": source})
@@ -403,14 +402,14 @@ def test_upstream_has_the_layers_that_we_know() -> None:
     """The names of layers decide whether a stream has shards, a position, or neither."""
     stream = sharded([5, 5])
     table = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
-    assert layers(stream) == {"ExamplesIterable"} and layers(table) == {"ArrowExamplesIterable"}
+    assert _layers(stream) == {"ExamplesIterable"} and _layers(table) == {"ArrowExamplesIterable"}
     chain = table.map(lambda row: row).filter(lambda row: True).select_columns(["x"]).with_format("torch")
-    assert {"MappedExamplesIterable", "FilteredExamplesIterable", "SelectColumnsIterable"} < layers(chain)
+    assert {"MappedExamplesIterable", "FilteredExamplesIterable", "SelectColumnsIterable"} < _layers(chain)
     assert open_source("a", stream.map(lambda row: row), 5).shards == 2
     for other in (stream.skip(1), stream.take(1), interleave_datasets([stream, stream]), stream.repeat(2)):
         source = open_source("a", other, 5)
-        assert isinstance(source, ShardedSource) and source.shards == 1
-    assert isinstance(open_source("a", stream.shuffle(buffer_size=4), 5), ReplayedSource)
+        assert isinstance(source, ResumableStream) and source.shards == 1
+    assert isinstance(open_source("a", stream.shuffle(buffer_size=4), 5), ReplayedStream)
     assert table._ex_iterable.iter_arrow is not None and stream._ex_iterable.iter_arrow is None
     assert table._formatting is None and table.with_format("torch")._formatting.format_type == "torch"
     assert table.with_format("arrow")._formatting.is_table

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerFast
 
-from hf_nexus.mixture.documents import split_text
+from hf_nexus.mixture.documents import document_hash, split_text
 from hf_nexus.mixture.packing import SourcePacker, tokenizer_fingerprint
-from hf_nexus.mixture.stream import documents as token_stream
+from hf_nexus.mixture.stream import documents as stream_documents
 from hf_nexus.mixture.stream.dataset import MixtureStream
-from hf_nexus.mixture.stream.documents import StreamedDocuments, document_hash
+from hf_nexus.mixture.stream.documents import StreamedDocuments
 from hf_nexus.mixture.stream.reader import SourceError
 
 from ...support.stream_documents import documents_of
@@ -46,7 +46,7 @@ def start(
 
 def read(stream: MixtureStream, micro_batches: int, batch: int = 2) -> tuple[list[torch.Tensor], list[Any]]:
     rows = [stream.__getitems__([(0, 0)] * batch) for _ in range(micro_batches)]
-    return [default_collate(list(r))["input_ids"] for r in rows], [r.state.state for r in rows]
+    return [default_collate(list(r))["input_ids"] for r in rows], [r.tag.state.state for r in rows]
 
 
 def first_pass(stream: MixtureStream, source: StreamedDocuments) -> list[str]:
@@ -56,7 +56,7 @@ def first_pass(stream: MixtureStream, source: StreamedDocuments) -> list[str]:
         (rows,), (state,) = read(stream, 1, batch=1)
         if state["pass"] > 0:
             tokens += rows.flatten().tolist()[: source.sequence_length - state["tokens"]]
-            return source.reader.tokenizer.decode(tokens).split(EOS)
+            return source.encoder.tokenizer.decode(tokens).split(EOS)
         tokens += rows.flatten().tolist()
 
 
@@ -106,7 +106,7 @@ def test_resume_after_any_micro_batch_gives_the_same_tokens_and_again(
 
 def test_held_out_documents_are_left_out_by_the_hash_that_packing_gives(tmp_path: Path) -> None:
     source = stream_of(TEXTS)
-    packer = SourcePacker(source.reader, tokenizer_fingerprint(source.reader.tokenizer), tmp_path)
+    packer = SourcePacker(source.encoder, tokenizer_fingerprint(source.encoder.tokenizer), tmp_path)
     hashes = packer.hash_documents(Dataset.from_dict({"text": TEXTS[:20]})).tolist()
     assert hashes == [document_hash(text) for text in TEXTS[:20]]
     source = stream_of(TEXTS, held_out=hashes)
@@ -128,14 +128,14 @@ def test_a_bad_row_is_an_error_with_its_number_or_skipped_and_counted(
     bad: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [*TEXTS[:40], bad, *TEXTS[40:], bad]
-    with pytest.raises(SourceError, match=r"Source 'a': row (40|71) of shard 0 cannot be used: .*on_error to 'skip'"):
+    with pytest.raises(SourceError, match=r"Source 'a': row (40|71) of shard 0 is unusable: .*on_error to 'skip'"):
         first_pass(start(stream_of(texts)), stream_of(texts))
     source = stream_of(texts, on_error="skip")
     stream = start(source)
     assert sorted(first_pass(stream, source))[1:] == sorted(TEXTS)
     _, (*_, last) = read(stream, 300)
     assert last["pass"] > 2 and 2 * last["pass"] <= last["skipped"] <= 2 * (last["pass"] + 1)
-    assert caplog.text.count("It is skipped, as are others like it") == 1
+    assert caplog.text.count("It is skipped, like further unusable rows") == 1
 
 
 def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
     text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     rows = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
-    with pytest.raises(SourceError, match="row 33 of shard 0 cannot be used"):
+    with pytest.raises(SourceError, match="row 33 of shard 0 is unusable"):
         source = documents_of(rows, L)
         first_pass(start(source), source)
     source = documents_of(rows, L, on_error="skip")
@@ -172,10 +172,10 @@ def test_a_long_document_is_tokenized_a_piece_at_a_time_and_only_when_needed(mon
         return call(self, texts, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", noting)
-    monkeypatch.setattr(token_stream, "PIECE", 100)
+    monkeypatch.setattr(stream_documents, "SEGMENT", 100)
     book = " ".join(f"page {i}" for i in range(1000))
     source = stream_of([book])
-    whole = torch.tensor([*source.reader.tokenizer([book])["input_ids"][0], source.reader.tokenizer.eos_token_id])
+    whole = torch.tensor([*source.encoder.tokenizer([book])["input_ids"][0], source.encoder.tokenizer.eos_token_id])
     called.clear()
     rows, states = read(start(source), len(whole) // (2 * L))
     assert torch.cat(rows).flatten().equal(whole[: len(whole) // (2 * L) * 2 * L])

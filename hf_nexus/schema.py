@@ -1,0 +1,112 @@
+"""Dataclasses described from their docstrings: help texts and a JSON schema for editors."""
+
+import dataclasses
+import inspect
+import re
+import types
+from typing import Any, TypeVar, get_args
+
+from .strict import Bound, choices, field_types, is_subclass, options, required_fields
+
+__all__ = ["documented", "help_of", "json_schema"]
+
+T = TypeVar("T")
+
+# An entry of the section `Args:`, whose header names one field or several, and its indented text.
+_ENTRY = re.compile(r"^    (\w+ \(`[^:]*?\)):\n((?:        .*\n|\n)+)", re.MULTILINE)
+_BARE = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def documented(cls: type[T]) -> type[T]:
+    """
+    Give the fields of a dataclass the texts of its docstring as `help` in their metadata, as argparse reads it.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from hf_nexus.schema import documented, help_of
+        >>> @documented
+        ... @dataclass
+        ... class Data:
+        ...     '''
+        ...     Args:
+        ...         rows (`int`, *optional*, defaults to 1):
+        ...             Number of rows.
+        ...     '''
+        ...     rows: int = 1
+        >>> help_of(Data)
+        {'rows': 'Number of rows.'}
+    """
+    found: dict[str, str] = {}
+    for header, text in _ENTRY.findall(inspect.cleandoc(cls.__doc__ or "") + "\n"):
+        found |= dict.fromkeys(re.findall(r"(\w+) \(`", header), " ".join(text.split()))
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in found:
+            text = found[field.name].replace("%", "%%")
+            field.metadata = types.MappingProxyType({**field.metadata, "help": text})
+    return cls
+
+
+def help_of(cls: type) -> dict[str, str]:
+    """The help text of each field that has one, by name."""
+    texts = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls)}
+    return {name: text.replace("%%", "%") for name, text in texts.items() if text}
+
+
+def json_schema(cls: type, definitions: dict[str, Any]) -> dict[str, str]:
+    """
+    Add the JSON schema (draft 7) of a dataclass, and of those in its fields, to `definitions`.
+
+    Returns:
+        `dict[str, str]`: a reference to it.
+
+    Example:
+        >>> from hf_nexus.mixture import SourceConfig
+        >>> from hf_nexus.schema import json_schema
+        >>> definitions = {}
+        >>> json_schema(SourceConfig, definitions)
+        {'$ref': '#/definitions/SourceConfig'}
+        >>> definitions["SourceConfig"]["required"]
+        ['path']
+    """
+    if cls.__name__ not in definitions:
+        found: dict[str, Any] = {
+            "description": " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
+        }
+        definitions[cls.__name__] = found  # first, since a type may contain itself
+        texts, defaults = help_of(cls), {field.name: field.default for field in dataclasses.fields(cls)}
+        found["type"], found["properties"], found["additionalProperties"] = "object", {}, False
+        for name, kind in field_types(cls).items():
+            found["properties"][name] = {"description": texts[name]} if name in texts else {}
+            if isinstance(defaults[name], bool | int | float | str):
+                found["properties"][name]["default"] = defaults[name]
+            found["properties"][name] |= _schema(kind, definitions)
+        found["required"] = required_fields(cls)
+    return {"$ref": f"#/definitions/{cls.__name__}"}
+
+
+def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    members = [member for option, bound in options(kind) for member in _members(option, bound, definitions)]
+    if all(member.keys() == {"type"} for member in members):
+        names = [member["type"] for member in members]
+        return {"type": names if len(names) > 1 else names[0]}
+    return members[0] if len(members) == 1 else {"anyOf": members}
+
+
+def _members(kind: Any, bound: Bound, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    arguments = get_args(kind)
+    if kind is Any:
+        return [{}]
+    if (values := choices(kind)) is not None:
+        return [{"enum": list(values)}]
+    if dataclasses.is_dataclass(kind):
+        return [json_schema(kind, definitions)]  # type: ignore[arg-type]
+    if is_subclass(kind, list):
+        return [{"type": "array"} | ({"items": _schema(arguments[0], definitions)} if arguments else {})]
+    if is_subclass(kind, dict):
+        values_of = {"additionalProperties": _schema(arguments[1], definitions)} if arguments else {}
+        return [{"type": "object", **values_of}]
+    length = "minLength" if kind is str else "minimum"
+    limits = {length: bound.least, "exclusiveMinimum": bound.above, "maximum": bound.most}
+    found = {"type": _BARE[kind]} | {name: limit for name, limit in limits.items() if limit is not None}
+    # 1_000 is a number in YAML 1.1, which this package reads, and a string in YAML 1.2, which editors read.
+    return [found, {"type": "string", "pattern": "^[0-9]+(_[0-9]+)+$"}] if kind is int else [found]

@@ -1,0 +1,355 @@
+"""Strict reading of configurations: YAML without duplicate keys, and dataclasses whose fields are checked by type."""
+
+import dataclasses
+import enum
+import json
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .files import nearest
+
+__all__ = [
+    "Bound",
+    "Count",
+    "Positive",
+    "Text",
+    "check",
+    "check_fields",
+    "describe",
+    "field_types",
+    "from_text",
+    "known_keys",
+    "options",
+    "parse_yaml",
+    "read",
+]
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """
+    Range of a number, or the least length of a string, for `Annotated[int, Bound(...)]`. A bounded number is finite.
+
+    Args:
+        least (`float`, *optional*), above (`float`, *optional*), most (`float`, *optional*):
+            Inclusive lower, exclusive lower and inclusive upper limit.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number, or the length of a string without spaces at its ends, is in the range."""
+        number = len(value.strip()) if isinstance(value, str) else value
+        return (
+            math.isfinite(number)
+            and (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.most is None or number <= self.most)
+        )
+
+    def __str__(self) -> str:
+        limits = {"of at least": self.least, "above": self.above, "of at most": self.most}
+        return " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
+
+
+Count = Annotated[int, Bound(least=1)]
+Positive = Annotated[float, Bound(above=0)]
+Text = Annotated[str, Bound(least=1)]
+
+
+# ---- Types ----
+
+
+def field_types(cls: type[Any]) -> dict[str, Any]:
+    """
+    The type of each field that a configuration may set, by name.
+
+    `None` is allowed where it is the default. `choices` and `const` in the metadata of a field, which are argparse's,
+    restrict and extend its type.
+    """
+    hints, found = get_type_hints(cls, include_extras=True), {}
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if "choices" in field.metadata:
+            kind = Literal[tuple(field.metadata["choices"])]
+        if "const" in field.metadata:
+            kind = kind | Literal[field.metadata["const"]]
+        if field.default is None:
+            kind = kind | None
+        if field.init:
+            found[field.name] = kind
+    return found
+
+
+def required_fields(cls: type[Any]) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+
+
+def options(kind: Any) -> list[tuple[Any, Bound]]:
+    """The members of a union, each with its range. Strings next to an enumeration are its values, and left out."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    pairs = [(m.__origin__, m.__metadata__[0]) if get_origin(m) is Annotated else (m, Bound()) for m in members]
+    enumerated = any(is_subclass(member, enum.Enum) for member, _ in pairs)
+    return [(member, bound) for member, bound in pairs if not (enumerated and member is str)]
+
+
+def is_subclass(kind: Any, base: type | types.UnionType) -> bool:
+    """Whether a type is a class derived from `base`; `list[int]` counts as derived from `list`."""
+    origin = get_origin(kind) or kind
+    return isinstance(origin, type) and issubclass(origin, base)
+
+
+def choices(kind: Any) -> tuple[Any, ...] | None:
+    """The values of an enumeration or a `Literal`, `None` for any other type."""
+    if is_subclass(kind, enum.Enum):
+        return tuple(member.value for member in kind)
+    return get_args(kind) if get_origin(kind) is Literal else None
+
+
+def describe(kind: Any) -> str:
+    """The values that a type allows, as part of a sentence."""
+    return " or ".join(_describe(*option) for option in options(kind) if option[0] is not type(None)) or "null"
+
+
+def _describe(kind: Any, bound: Bound) -> str:
+    if (values := choices(kind)) is not None:
+        names = [str(value).lower() if isinstance(value, bool) else repr(value) for value in values]
+        return f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping with the keys {', '.join(required_fields(kind))}"  # type: ignore[arg-type]
+    if kind is str:
+        return "a string" if bound == Bound() else "a string that is not empty"
+    names_of = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number" if bound == Bound() else "a finite number",
+    }
+    return (
+        f"{names_of[kind]} {bound}".strip()
+        if kind in names_of
+        else "a list"
+        if is_subclass(kind, list)
+        else "a mapping"
+    )
+
+
+# ---- Values ----
+
+
+def check(value: Any, kind: Any, key: str) -> Any:
+    """
+    Check a value, and convert whole numbers to floats and mappings to dataclasses where the type says so.
+
+    Args:
+        value (`Any`):
+            Plain data.
+        kind (`Any`):
+            A type, such as `int | None`, `Count`, `Literal["a", "b"]`, `dict[str, SourceConfig]`.
+        key (`str`):
+            Path of the value, named in errors.
+
+    Raises:
+        ValueError: the value is not of this type, or out of its range.
+
+    Example:
+        >>> from hf_nexus.strict import Positive, check
+        >>> check(3, Positive, "learning_rate")
+        3.0
+    """
+    value = value.value if isinstance(value, enum.Enum) else value
+    for option, bound in options(kind):
+        if _fits(value, option, bound):
+            return _convert(value, option, key)
+    raise ValueError(f"{key}: {value!r} is not allowed; it must be {describe(kind)}.{_hint(value, kind)}")
+
+
+def _hint(value: Any, kind: Any) -> str:
+    texts = [text for option, _ in options(kind) for text in choices(option) or () if isinstance(text, str)]
+    if isinstance(value, str):
+        return nearest(value, texts)
+    if not isinstance(value, int | float) or not (texts or str in dict(options(kind))):
+        return ""
+    return " Put it in quotes" + (": YAML reads no, yes, off and on as booleans." if isinstance(value, bool) else ".")
+
+
+def _fits(value: Any, kind: Any, bound: Bound) -> bool:
+    """Whether a value has the type and range. Of a container or dataclass, only whether it is one."""
+    if kind is Any:
+        return True
+    if (values := choices(kind)) is not None:
+        return any(value == allowed and type(value) is type(allowed) for allowed in values)
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return number and (bound == Bound() or bound.holds(value))
+    if kind is str:
+        return isinstance(value, str) and bound.holds(value)
+    mapped = dataclasses.is_dataclass(kind) or is_subclass(kind, dict)
+    return isinstance(value, get_origin(kind) or kind) or (mapped and isinstance(value, Mapping))
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    arguments = get_args(kind)
+    if kind is float:
+        return float(value)
+    if is_subclass(kind, list) and arguments:
+        return [check(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if is_subclass(kind, dict) and arguments:
+        return {name: check(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return read(kind, value, key)  # type: ignore[arg-type]
+    return value
+
+
+def from_text(text: str, kind: Any, key: str) -> Any:
+    """
+    A value of the command line as plain data. Mappings, and lists of mappings, are given as JSON.
+
+    Raises:
+        ValueError: the text is not of this type.
+
+    Example:
+        >>> from hf_nexus.strict import from_text
+        >>> from_text('{"web": 0.5}', dict[str, float] | str, "--mixture_weights")
+        {'web': 0.5}
+    """
+    value: Any = text
+    kinds = [option for option, _ in options(kind)]
+    if text.lstrip().startswith(("{", "[")) and any(is_subclass(option, dict | list) for option in kinds):
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{key}: {text!r} is not valid JSON ({error}).") from error
+    elif bool in kinds and text.lower() in _BOOLEANS and (str not in kinds or text.lower() in ("true", "false")):
+        value = _BOOLEANS[text.lower()]
+    elif number := next((option for option in (int, float) if option in kinds), None):
+        with suppress(ValueError):  # refused below
+            value = number(text)
+    check(value, kind, key)
+    return value
+
+
+_BOOLEANS = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(("false", "no", "f", "n", "0"), False)
+
+
+# ---- Dataclasses ----
+
+
+def check_fields(instance: Any) -> None:
+    """
+    Check and convert the fields of a dataclass, for its `__post_init__`.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, kind in field_types(type(instance)).items():
+        object.__setattr__(instance, name, check(getattr(instance, name), kind, name))
+
+
+def known_keys(mapping: Any, cls: type[Any], key: str = "") -> dict[str, Any]:
+    """The mapping as a dict, if its keys are fields of the dataclass `cls` and none is missing."""
+    required = required_fields(cls)
+    if not isinstance(mapping, Mapping) or (required and not mapping):
+        raise ValueError(f"{key or cls.__name__}: {mapping!r} is not allowed; it must be {describe(cls)}.")
+    names, prefix = list(field_types(cls)), f"{key}." if key else ""
+    for name in mapping:
+        if name not in names:
+            hint = nearest(name, names) or f" Allowed: {', '.join(names)}."
+            raise ValueError(f"{prefix}{name}: unknown key.{hint}")
+    for name in required:
+        if name not in mapping:
+            raise ValueError(f"{prefix}{name}: missing, and it has no default.")
+    return dict(mapping)
+
+
+def read(cls: type[T], mapping: Any, key: str = "") -> T:
+    """
+    Build a dataclass that checks its own fields from plain data.
+
+    Args:
+        cls (`type`):
+            A dataclass that calls [`check_fields`] on creation.
+        mapping (`Mapping[str, Any]`):
+            Its fields.
+        key (`str`, *optional*, defaults to `""`):
+            Path of the mapping, named in errors.
+
+    Raises:
+        ValueError: an unknown or missing key, or an error of the class. The message starts with the path of the key.
+    """
+    values = known_keys(mapping, cls, key)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}" if key else str(error)) from error
+
+
+# ---- YAML ----
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `3e-4` and `2e9` as numbers, which YAML 1.1 does not."""
+
+
+def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    value = float(loader.construct_scalar(node))
+    return int(value) if value.is_integer() else value
+
+
+_Loader.add_implicit_resolver("!number", re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_constructor("!number", _construct_number)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """
+    Parse YAML that holds a mapping without duplicate keys, which plain YAML readers drop silently.
+
+    Args:
+        text (`str`):
+            The document.
+        where (`str`):
+            Named in errors, for instance the path of the file.
+
+    Raises:
+        ValueError: not YAML, not a mapping, or a duplicate key.
+
+    Example:
+        >>> from hf_nexus.strict import parse_yaml
+        >>> parse_yaml("sources: {web: {path: web.jsonl, max_tokens: 2e6}}", "example")
+        {'sources': {'web': {'path': 'web.jsonl', 'max_tokens': 2000000}}}
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        for key, line in _duplicates(node):
+            raise ValueError(f"{key}: given twice, again in line {line} of {where}. Remove one of the two.")
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold a mapping of keys to values, not {type(value).__name__}.")
+    return value
+
+
+def _duplicates(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicates(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = f"{path}.{key.value}" if path else str(key.value)
+            if here in seen:
+                yield here, key.start_mark.line + 1
+            seen.add(here)
+            yield from _duplicates(value, here)
