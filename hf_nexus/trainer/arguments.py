@@ -25,13 +25,7 @@ def with_nexus_fields(args: TrainingArguments | None) -> Any:
 
 def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    The arguments of a trainer's constructor by name.
-
-    Args:
-        cls (`type`), mixin (`type`):
-            The class of the trainer, and the mixin. The names are those of the class after the mixin.
-        args (`tuple`), kwargs (`dict`):
-            The arguments of the constructor.
+    The arguments of a trainer's constructor by name. The names are those of the class after the mixin.
 
     Raises:
         TypeError: too many arguments, or one that is given twice.

@@ -35,49 +35,23 @@ _NO_METRIC = re.compile(r".*_(loss|runtime|per_second|time)")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """
-    What a trainer tells the card of its run.
+    """What a trainer tells the card of its run."""
 
-    Args:
-        args ([`NexusConfig`]):
-            The training arguments.
-        model (`nn.Module`):
-            The model, not wrapped.
-        log_history (`Sequence[dict]`):
-            The log.
-        data ([`TrainingData`]):
-            What is trained on.
-        evaluation (`Dataset` or `Mapping[str, Dataset]`, *optional*):
-            The evaluation sets.
-        trained_tokens (`Mapping[str, int]`), unit (`str`):
-            Loss tokens of each source so far, and whether they are tokens or rows.
-        nexus (`dict[str, Any]`):
-            The resolved Nexus fields.
-        dynamic_weights (`bool`):
-            Whether the mixture weights are decided while training.
-    """
-
-    args: Any
-    model: nn.Module
+    args: Any  # the training arguments
+    model: nn.Module  # not wrapped
     log_history: Sequence[Mapping[str, Any]]
     data: TrainingData
-    evaluation: Any
-    trained_tokens: Mapping[str, int]
-    unit: str
-    nexus: dict[str, Any]
-    dynamic_weights: bool = False
+    evaluation: Any  # the evaluation sets
+    trained_tokens: Mapping[str, int]  # of each source so far
+    unit: str  # "tokens" or "rows" that were trained on
+    nexus: dict[str, Any]  # the resolved Nexus fields
+    dynamic_weights: bool = False  # whether mixture weights are decided while training
 
 
 def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     """
-    Everything that a card says about a run, as far as it has come.
-
-    Args:
-        facts ([`RunFacts`]):
-            What `trainer.run_facts()` returns.
-        known:
-            Fields of [`RunSummary`] that a trainer cannot know (`license`, `languages`, `benchmarks`, ...), or that
-            replace what it knows.
+    Everything that a card says about a run, as far as it has come. `known` are fields of [`RunSummary`] that a trainer
+    cannot know (`license`, `languages`, `benchmarks`, ...), or that replace what it knows.
 
     Example:
         >>> from hf_nexus.trainer.card import summarize
@@ -119,21 +93,14 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
 
 def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **known: Any) -> RunSummary:
     """
-    Write the card of a run as far as it has come, and everything that it shows: `CARD_FILES`. What a user wrote into
-    an existing `README.md` stays.
+    Write the card of a run and everything that it shows into a folder: `CARD_FILES`. What a user wrote into an
+    existing `README.md` stays.
 
     Args:
-        facts ([`RunFacts`]):
-            What `trainer.run_facts()` returns.
-        folder (`str` or `Path`):
-            The folder.
+        facts ([`RunFacts`]), known:
+            As for [`summarize`].
         plots (`bool`, *optional*, defaults to `True`):
             Draw the plots, which takes most of the time. A card without them does not mention them.
-        known:
-            As for [`summarize`].
-
-    Returns:
-        [`RunSummary`]: what the card says.
 
     Raises:
         ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).

@@ -49,13 +49,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
     """
-    The checkpoint to resume from.
-
-    Args:
-        resume (`str` or `bool`, *optional*):
-            A path, or `True`, `"last"` or `"true"` for the newest complete checkpoint.
-        folder (`str`):
-            The output folder.
+    The checkpoint to resume from: a path, or for `True`, `"last"` and `"true"` the newest complete one.
 
     Raises:
         ValueError: there is no complete checkpoint, or the given one is not complete.
@@ -89,15 +83,9 @@ class StagedCheckpoints:
     Writes each checkpoint to `_incomplete/` in the run's folder and renames it once every rank is done. A folder
     `checkpoint-<step>` is complete as soon as it can be seen.
 
-    Args:
-        args ([`NexusConfig`]):
-            The training arguments.
-
     Attributes:
-        staging (`bool`):
-            Whether a checkpoint is being written.
-        stopped_by_sigterm (`bool`):
-            Whether the Trainer's `enable_jit_checkpoint` has ended training.
+        staging (`bool`): Whether a checkpoint is being written.
+        stopped_by_sigterm (`bool`): Whether the Trainer's `enable_jit_checkpoint` has ended training.
     """
 
     def __init__(self, args: Any):
@@ -120,14 +108,11 @@ class StagedCheckpoints:
     @contextmanager
     def stage(self, run_dir: str, state: TrainerState) -> Iterator[Path]:
         """
-        Write one checkpoint inside the context. All ranks must enter it.
-
-        Args:
-            run_dir (`str`), state (`TrainerState`):
-                The run's folder, and the state, whose path of the best checkpoint is corrected.
+        Write one checkpoint inside the context. All ranks must enter it. The state's path of the best checkpoint is
+        corrected.
 
         Returns:
-            `Path`: where the checkpoint is once the context is left.
+            `Path`: where the checkpoint is after the context.
         """
         processes = PartialState()
         staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

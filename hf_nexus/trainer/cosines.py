@@ -20,17 +20,10 @@ def source_cosines(
     gradients of the run change.
 
     Args:
-        model (`nn.Module`):
-            The model, whose trainable parameters are differentiated.
-        batches (`Mapping[str, Any]`):
-            A batch of each source.
-        loss (`Callable[[Any], Tensor]`):
-            The loss of a batch, 0-d.
-        device (`torch.device`):
-            The device of the run.
-
-    Returns:
-        `dict[tuple[str, str], float]`: as [`gradient_cosines`].
+        model (`nn.Module`), device (`torch.device`):
+            The model, whose trainable parameters are differentiated, and its device.
+        batches (`Mapping[str, Any]`), loss (`Callable[[Any], Tensor]`):
+            A batch of each source, and the loss of a batch, 0-d.
     """
     devices = [] if device.type == "cpu" else [device]
     model.eval()

@@ -29,15 +29,9 @@ class Evaluation:
     have different numbers of loss tokens. Its value stays if labels are not one per token, or if it does not count
     loss tokens: with a model that takes no `num_items_in_batch`.
 
-    Args:
-        args ([`NexusConfig`]):
-            The training arguments.
-
     Attributes:
-        mean ([`TokenMean`], *optional*):
-            The token losses so far, while an evaluation is in progress.
-        labels_are_tokens (`bool`):
-            Whether the labels of the last evaluated batch were one per token.
+        mean ([`TokenMean`], *optional*): The token losses so far, while an evaluation is in progress.
+        labels_are_tokens (`bool`): Whether the labels of the last evaluated batch were one per token.
     """
 
     def __init__(self, args: Any):
@@ -64,13 +58,8 @@ class Evaluation:
     def real_rows(self, inputs: Any, flat: bool) -> Any:
         """
         A batch in which the rows that Accelerate has repeated to complete the last batch are masked. They stay in it,
-        since the ranks gather outputs of one shape, which the Trainer truncates.
-
-        Args:
-            inputs (`Mapping`):
-                With labels of shape (B, T), or (1, B * T) if `flat`.
-            flat (`bool`):
-                Whether the rows are laid end to end.
+        since the ranks gather outputs of one shape, which the Trainer truncates. `flat` says whether rows are laid end
+        to end.
         """
         loader, ranks = self._loader, self._args.world_size
         if ranks == 1 or not isinstance(loader, DataLoaderStateMixin):

@@ -39,13 +39,8 @@ class Feed:
             Decides the mixture weights while training.
 
     Attributes:
-        data ([`TrainingData`]):
-            What is read.
-        first_step (`int`):
-            The outer step at which training began or was resumed.
-
-    Raises:
-        ValueError: as for [`prepare_data`] and `check_loader`.
+        data ([`TrainingData`]): What is read.
+        first_step (`int`): The outer step at which training began or was resumed.
     """
 
     def __init__(self, train: Any, evaluation: Any, args: Any, weights_function: WeightsFunction | None = None):
@@ -72,15 +67,7 @@ class Feed:
     # ---- Before the first step ----
 
     def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
-        """
-        The order in which a training set is read; `None` for a plain dataset, whose order is the Trainer's.
-
-        Args:
-            dataset (`Dataset`):
-                The training set.
-            batch_size (`int`):
-                Rows of a micro-batch on each device.
-        """
+        """The order in which a training set is read; `None` for a plain dataset, whose order is the Trainer's."""
         args = self._args
         # Accelerate deals batches to the ranks in turn: as many batches in a row as there are ranks share a source.
         rows, k = batch_size * args.world_size, args.gradient_accumulation_steps
@@ -164,15 +151,7 @@ class Feed:
         return describe_data(self.data, self._args, size, tokenizer)
 
     def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
-        """
-        Write the state of the data into a checkpoint: what it is, and the positions of this rank's streams.
-
-        Args:
-            folder (`str`), step (`int`):
-                The checkpoint and its outer step.
-            batch_size (`int`), tokenizer (`PreTrainedTokenizerBase`, *optional*):
-                As for [`~Feed.check`].
-        """
+        """Write the state of the data into a checkpoint: what it is, and the positions of this rank's streams."""
         if self.data.stages:
             stream = None if self._progress is None else self._progress.state_dict(step)
             save_data_state(folder, self._args.process_index, self._describe(batch_size, tokenizer), stream)
@@ -183,15 +162,7 @@ class Feed:
 
     def check(self, checkpoint: str, batch_size: int, tokenizer: Any) -> dict[str, Any] | None:
         """
-        Whether the data is that of a checkpoint.
-
-        Args:
-            checkpoint (`str`):
-                Folder of the checkpoint.
-            batch_size (`int`):
-                Rows of a micro-batch on each device.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*):
-                The tokenizer, which matters if documents are tokenized here.
+        Check that the data is that of a checkpoint.
 
         Returns:
             `dict`, *optional*: the positions of the streams; `None` if there are no streams, or if they are read from

@@ -56,20 +56,14 @@ class TrainingMeter:
     """
     Counts what each source has contributed. The totals are saved in `trainer_state.json` and resumed from it.
 
-    A window counts once the optimizer has stepped: a checkpoint that is saved before that repeats the window when it
-    is resumed. The number of the outer step tells.
-
-    Args:
-        sources (`Sequence[str]`):
-            Names of the sources. One empty name, which is counted but not logged, stands for a plain dataset.
-        device (`torch.device`):
-            Where sums over ranks are computed.
+    A window counts once the optimizer has stepped, which the number of the outer step tells: a checkpoint that is
+    saved before that repeats the window when it is resumed.
 
     Attributes:
         trained_tokens (`dict[str, int]`):
-            Loss tokens of each source, or rows where labels are not one per token, over all ranks.
+            Loss tokens of each source over all ranks, or rows (see `unit`). A plain dataset has the empty name.
         unit (`str`):
-            `"tokens"` or `"rows"`.
+            `"tokens"`, or `"rows"` where labels are not one per token.
         inner_steps_skipped (`float`):
             Inner steps without a usable gradient, on average over the ranks.
         windows_dropped (`int`):
@@ -163,18 +157,11 @@ class TrainingMeter:
         """
         Update the totals, and return what is logged since the last call. All ranks must call it.
 
-        Args:
-            step (`int`):
-                The outer step: windows before it count.
-            total_flos (`float`, *optional*, defaults to 0):
-                Floating-point operations of all ranks so far.
-
         Returns:
-            `dict[str, float]`: `loss/<source>` for the sources since the last call, `tokens/<source>` for all (loss
-            tokens since the beginning; rows where labels are not one per token), `path_cosine`,
-            `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning), `tokens_per_second` (or rows), and
-            `mfu` if the device's peak is known. `loss` is among them, as NaN, if windows ran and none of their losses
-            was finite.
+            `dict[str, float]`: `loss/<source>` for the sources since the last call, `tokens/<source>` for all (since
+            the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning),
+            `tokens_per_second` (or rows), and `mfu` if the device's peak is known. `loss` is among them, as NaN, if
+            windows ran and none of their losses was finite.
         """
         self.update_totals(step)
         interval, self._interval = self._interval, _Interval()

@@ -196,12 +196,6 @@ class NexusTrainerMixin(_Base):
         """
         Create what is missing of repository and branch, later if the Hub cannot be reached. All ranks must call it.
 
-        Args:
-            token (`str`, *optional*):
-                With write access; `args.hub_token`, or the one that is logged in, by default.
-            private (`bool`, *optional*):
-                Visibility of a repository that does not exist yet; `args.hub_private_repo` by default.
-
         Raises:
             ValueError: on all ranks, if the Hub refuses.
         """
@@ -230,12 +224,10 @@ class NexusTrainerMixin(_Base):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Train as the base class does. If a source cannot be read any more, a checkpoint is saved before the error is
-        raised, unless nothing was trained since the last.
+        Train as the base class does. `resume_from_checkpoint` may also be `"last"` or `"true"`, as on a command line.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint; `True`, or `"last"` and `"true"` on a command line, for the newest complete one.
+        If a source cannot be read any more, a checkpoint is saved before the error is raised, unless nothing was
+        trained since the last.
 
         Raises:
             ValueError: there is no complete checkpoint, or the given one is not complete.
@@ -268,12 +260,7 @@ class NexusTrainerMixin(_Base):
                 logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")
 
     def check_data(self, checkpoint: str) -> None:
-        """
-        Check that training can be resumed exactly from a checkpoint, as far as its data goes.
-
-        Raises:
-            ValueError: the data is not that of the checkpoint, and `allow_mixture_change` is off.
-        """
+        """Raise `ValueError` unless the data is that of a checkpoint, or `allow_mixture_change` is on."""
         self._feed.check(checkpoint, self._train_batch_size, self.processing_class)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -321,12 +308,7 @@ class NexusTrainerMixin(_Base):
     # ---- One outer step ----
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """
-        Fetch the micro-batches of one window, and note their sources.
-
-        Raises:
-            SourceError: this rank or another could not read a source any more.
-        """
+        """Fetch the micro-batches of one window, and note their sources."""
         self._window = window = Window(fetching=True)
         self.meter.begin_window(self.state.global_step)
         batches, items = super().get_batch_samples(
@@ -675,9 +657,6 @@ class NexusTrainerMixin(_Base):
                 Draw the plots, which takes most of the time.
             known:
                 Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
-
-        Returns:
-            [`RunSummary`]: what the card says.
 
         Raises:
             ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).

@@ -116,15 +116,13 @@ def create_muon_with_adamw(
     Args:
         model (`nn.Module`), args ([`NexusConfig`]):
             The model, and the training arguments.
-        adamw (`dict[str, Any]`):
-            Options of AdamW.
-        decaying (`Iterable[str]`):
-            Names of the parameters with weight decay.
+        adamw (`dict[str, Any]`), decaying (`Iterable[str]`):
+            Options of AdamW, and names of the parameters with weight decay.
         sharded (`bool`, *optional*, defaults to `False`):
             Whether the model will be sharded over the ranks.
 
     Raises:
-        ValueError: the model has no matrix for Muon, or one with fewer rows than there are ranks to shard it.
+        ValueError: there is no matrix for Muon, or one with fewer rows than there are ranks to shard it.
     """
     decaying, tables = set(decaying), _embeddings_and_heads(model)
     matrices: tuple[list[Tensor], list[Tensor]] = ([], [])  # with weight decay, and without

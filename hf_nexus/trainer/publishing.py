@@ -20,13 +20,8 @@ class Publishing:
     """
     When a run pushes, and what. See docs/hub.md.
 
-    Args:
-        args ([`NexusConfig`]):
-            The training arguments.
-
     Attributes:
-        publisher ([`Publisher`], *optional*):
-            On the main process, once there is a repository to push to.
+        publisher ([`Publisher`], *optional*): On the main process, once there is a repository to push to.
     """
 
     def __init__(self, args: Any):
@@ -37,10 +32,6 @@ class Publishing:
     def connect(self, token: str | None, private: bool | None) -> str:
         """
         Create what is missing of repository and branch, later if the Hub cannot be reached. All ranks must call it.
-
-        Args:
-            token (`str`, *optional*), private (`bool`, *optional*):
-                As for `init_hf_repo` of the trainer.
 
         Returns:
             `str`: id of the repository.
@@ -98,12 +89,7 @@ class Publishing:
             states["Publisher"] = {"args": {}, "attributes": {"status": status}}
 
     def wait(self, message: str) -> CommitInfo | None:
-        """
-        Wait for the Hub, up to `hub_flush_timeout` seconds.
-
-        Returns:
-            `CommitInfo`, *optional*: the last commit, if everything is on the Hub.
-        """
+        """Wait for the Hub, up to `hub_flush_timeout` seconds. Returns the last commit if everything is uploaded."""
         if self._last_wait is None:
             return None
         status = self._last_wait.wait(self._args.hub_flush_timeout)
@@ -124,10 +110,6 @@ _IGNORED = ("dataset_tags", "dataset", "dataset_args", "dataset_name")
 def card_fields(args: tuple, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     Arguments of [`~transformers.Trainer.create_model_card`] as fields of [`RunSummary`].
-
-    Args:
-        args (`tuple`), given (`Mapping[str, Any]`):
-            The arguments, and further fields of [`RunSummary`].
 
     Raises:
         TypeError: a name that a card does not have.

@@ -1,4 +1,8 @@
-"""Everything that is refused or warned of, with what to do instead."""
+"""
+Everything that is refused or warned of.
+
+Each `check_` function raises a ValueError that names what is not supported and what to use instead.
+"""
 
 import math
 import os
@@ -51,37 +55,16 @@ _DDP = {
 
 @dataclass(frozen=True)
 class Launch:
-    """
-    How a trainer was started.
-
-    Args:
-        kind (`DistributedType`):
-            What Accelerate found.
-        fsdp_version (`int`, *optional*):
-            1 or 2, if FSDP is on.
-        spread_at_load (`bool`):
-            Whether the model was spread over devices when it was loaded.
-        parallel_sizes (`int`):
-            Product of the sizes of tensor, context and sequence parallelism.
-    """
+    """How a trainer was started, as far as it matters to [`check_launch`]."""
 
     kind: DistributedType
-    fsdp_version: int | None = None
-    spread_at_load: bool = False
-    parallel_sizes: int = 1
+    fsdp_version: int | None = None  # if FSDP is on
+    spread_at_load: bool = False  # whether the model was spread over devices when it was loaded
+    parallel_sizes: int = 1  # product of the sizes of tensor, context and sequence parallelism
 
 
 def check_launch(args: Any, launch: Launch) -> None:
-    """
-    Refuse launches and settings under which something else than the Nexus update would be trained.
-
-    Args:
-        args ([`NexusConfig`]), launch ([`Launch`]):
-            The training arguments, and how the trainer was started.
-
-    Raises:
-        ValueError: names what is not supported, and what to use instead.
-    """
+    """Refuse launches and settings under which something else than the Nexus update would be trained."""
     if args.n_gpu > 1:
         raise ValueError(
             f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
@@ -139,12 +122,7 @@ def _check_fsdp(args: Any, version: int) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """
-    Refuse trainable weights of less than 32 bits: rounding would lose most of an inner step.
-
-    Raises:
-        ValueError: names the first such parameter and the fix.
-    """
+    """Refuse trainable weights of less than 32 bits: rounding would lose most of an inner step."""
     for name, p in model.named_parameters():
         if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -164,15 +142,7 @@ def check_arguments(args: Any) -> None:
 
 
 def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
-    """
-    Warn if inner steps are too short to be told from rounding, or from the noise of bfloat16 compute.
-
-    Args:
-        nexus ([`Nexus`]):
-            The update, with the configured `inner_lr`.
-        autocast (`bool`):
-            Whether the model computes under bfloat16 autocast.
-    """
+    """Warn if inner steps are too short to be told from rounding, or from the noise of bfloat16 autocast."""
     size = sum(p.numel() for p in nexus.params)
     per_weight = nexus.inner_lr / math.sqrt(size)
     if 0 < nexus.inner_lr < nexus.min_inner_lr:
@@ -192,18 +162,7 @@ def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
 
 
 def check_optimizer(args: Any, given: bool) -> None:
-    """
-    Refuse `matrix_optimizer`, which extends the Trainer's AdamW, with another optimizer.
-
-    Args:
-        args ([`NexusConfig`]):
-            The training arguments.
-        given (`bool`):
-            Whether an optimizer was given to the trainer.
-
-    Raises:
-        ValueError: names the two, and which to leave out.
-    """
+    """Refuse `matrix_optimizer`, which extends the Trainer's AdamW, with another optimizer."""
     other = "an optimizer given to the trainer" if given else f"optim={OptimizerNames(args.optim).value!r}"
     if args.matrix_optimizer is not None and (given or args.optim not in _ADAMW):
         raise ValueError(
@@ -216,16 +175,7 @@ def check_optimizer(args: Any, given: bool) -> None:
 
 
 def check_loader(args: Any, dataset: Any) -> None:
-    """
-    Refuse settings under which micro-batches would mix sources, or could not be resumed.
-
-    Args:
-        args ([`NexusConfig`]), dataset ([`MixtureDataset`] or [`MixtureStream`]):
-            The training arguments and the mixture.
-
-    Raises:
-        ValueError: names the setting and what to do.
-    """
+    """Refuse settings under which micro-batches would mix sources, or could not be resumed."""
     for name in ("dispatch_batches", "split_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(
@@ -254,12 +204,7 @@ def check_loader(args: Any, dataset: Any) -> None:
 
 
 def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
-    """
-    Refuse the reserved name `ood` for a source or an evaluation set.
-
-    Raises:
-        ValueError: names which of the two it is.
-    """
+    """Refuse the reserved name `ood` for a source or an evaluation set."""
     if isinstance(evaluation, Mapping) and OOD in evaluation:
         raise ValueError(
             f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set."
@@ -269,20 +214,7 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
 
 
 def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str]) -> None:
-    """
-    Refuse `gradient_cosine_steps` where the gradients of the sources cannot be computed.
-
-    Args:
-        steps (`int`):
-            `gradient_cosine_steps`.
-        sources (`bool`), sharded (`bool`):
-            Whether there are several sources, and whether the parameters are sharded.
-        unread (`Iterable[str]`):
-            Streaming sources without an evaluation set.
-
-    Raises:
-        ValueError: there are no sources, the parameters are sharded, or a stream has no evaluation set.
-    """
+    """Refuse `gradient_cosine_steps` without sources, under FSDP, or if a stream has no evaluation set (`unread`)."""
     if steps and (sharded or not sources):
         raise ValueError(
             f"gradient_cosine_steps={steps} needs a train_dataset of several sources, and is not possible under FSDP. "
@@ -296,18 +228,7 @@ def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str
 
 
 def check_trl_arguments(parent: type, args: Any, mixes: bool) -> None:
-    """
-    Refuse trainers of TRL that generate text while they train, and arguments that are not TRL's.
-
-    Args:
-        parent (`type`), args (`TrainingArguments`):
-            The trainer of TRL and its arguments.
-        mixes (`bool`):
-            Whether there are several sources.
-
-    Raises:
-        ValueError: names the trainer and what to use instead.
-    """
+    """Refuse trainers of TRL that generate text while they train, and arguments that are not TRL's."""
     # A trainer that samples completions has a temperature. Trainers on given data have none.
     if (args.nexus or mixes) and "temperature" in {f.name for f in fields(args)}:
         raise ValueError(

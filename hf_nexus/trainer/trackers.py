@@ -23,12 +23,6 @@ class TrackerPlots(TrainerCallback):
     """
     Sends the plots of the card at the end of training, as `plots/<name>`, to the trackers that show images. Metrics
     need no help: the tracker's own callback logs what [`~transformers.Trainer.log`] is given.
-
-    Args:
-        sources (`list[str]`):
-            Names of the training sources.
-        callbacks (`list[TrainerCallback]`):
-            The callbacks of the trainer, the trackers among them.
     """
 
     def __init__(self, sources: list[str], callbacks: list[TrainerCallback]):

@@ -30,19 +30,12 @@ class SourcePreparation:
     """
     Shows a trainer of TRL the first source in place of all, and prepares all when TRL prepares the first.
 
-    Args:
-        parent (`type`):
-            The trainer of TRL.
-        args (`TrainingArguments`), data ([`TrainingData`]):
-            Its arguments and training data.
-
     Attributes:
-        shown (`Dataset`, *optional*):
-            What TRL is given as `train_dataset`; `None` for a plain dataset, which it is given as it is.
+        shown (`Dataset`, *optional*): What TRL is given as `train_dataset`; `None` for a plain dataset.
 
     Raises:
         ValueError: a trainer that generates text, arguments that are not TRL's, a `Mixture`, or sources of several
-            formats.
+        formats.
     """
 
     def __init__(self, parent: type, args: Any, data: TrainingData):

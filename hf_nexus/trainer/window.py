@@ -61,18 +61,7 @@ class Window:
     inputs: list[Any] = field(default_factory=list)
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
-        """
-        Micro-batches without their tags, which are noted, until one cannot be read.
-
-        Args:
-            batches (`Iterable`):
-                The micro-batches of the data loader.
-            tagged (`bool`):
-                Whether they must have tags: those of a mixture do.
-
-        Raises:
-            ValueError: a tag is missing.
-        """
+        """Micro-batches without their tags, which are noted, until one cannot be read; `tagged` asks for tags."""
         try:
             for batch in batches:
                 tag = pop_tag(batch)
@@ -119,13 +108,8 @@ class Walker:
     """
     Walks the micro-batches of a window with the Nexus update. Weights are displaced inside [`~Walker.walk`] only.
 
-    Args:
-        args ([`NexusConfig`]):
-            The Nexus fields, seed and rank.
-
     Attributes:
-        nexus ([`Nexus`], *optional*):
-            The update, once a window was walked.
+        nexus ([`Nexus`], *optional*): The update, once a window was walked.
     """
 
     def __init__(self, args: Any):
@@ -136,16 +120,14 @@ class Walker:
         self, model: nn.Module, window: Window, micro_step: Callable[[Any, Tensor | None], Tensor], **settings: Any
     ) -> Tensor:
         """
-        Walk a window and leave the pseudo-gradient in `.grad`.
+        Walk a complete window, and leave the pseudo-gradient in `.grad`.
 
         Args:
-            model (`nn.Module`):
-                The wrapped model.
-            window ([`Window`]):
-                All of its micro-batches are in `inputs`.
+            model (`nn.Module`), window ([`Window`]):
+                The wrapped model, and the window.
             micro_step (`Callable[[Any, Tensor], Tensor]`):
-                Forward and backward pass of one micro-batch, given its inputs and the divisor of its loss. Returns
-                the mean loss.
+                Forward and backward pass of one micro-batch, given its inputs and the divisor of its loss. Returns its
+                mean loss.
             **settings:
                 As for `_prepare`.
 
@@ -205,16 +187,8 @@ class Walker:
 
 def inner_lr_scale(schedule: str, optimizer: Any, peak_lr: float) -> float:
     """
-    What `inner_lr` is multiplied by at this step: 1, or with the schedule `"follow"` the present learning rate of the
-    first parameter group over its peak.
-
-    Args:
-        schedule (`str`):
-            `inner_lr_schedule`.
-        optimizer (`Optimizer`):
-            The outer optimizer.
-        peak_lr (`float`):
-            The peak if the optimizer does not know it: `learning_rate`.
+    What `inner_lr` is multiplied by at this step: 1, or with the schedule `"follow"` the learning rate of the first
+    parameter group over its peak (`peak_lr`, if the optimizer does not know it).
     """
     if schedule == "constant":
         return 1.0
