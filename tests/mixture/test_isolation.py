@@ -160,5 +160,5 @@ def test_isolation_is_chosen_by_what_the_attention_can_do():
     assert [needs_flat_rows(name) for name in known] == [False, False, False, True, True]
     assert not isolates("my_kernel") and not choose_isolation(None, "my_kernel")
     assert not choose_isolation(False, "sdpa")
-    with pytest.raises(ValueError, match=r"'my_kernel' cannot keep.*sdpa"):
+    with pytest.raises(ValueError, match=r"'my_kernel' cannot separate.*sdpa"):
         choose_isolation(True, "my_kernel")

@@ -422,7 +422,7 @@ def test_after_a_sigterm_there_is_a_checkpoint_and_no_report(config, tmp_path, m
 
     def terminated(self, *args, **kwargs):
         train(self, *args, **kwargs)
-        self.stopped_by_sigterm = True
+        self._checkpoints.stopped_by_sigterm = True
 
     monkeypatch.setattr(NexusTrainer, "train", terminated)
     with pytest.raises(SystemExit) as stop:
