@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.launcher import launch
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.worker import RESUMES_ON_CPU, WEIGHTS, make, sources, weights
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    return launch("tests.trainer.distributed.worker", 2, tmp_path_factory.mktemp("ddp"))
+def ranks(two_ranks: list[dict]) -> list[dict]:
+    return [rank["ddp"] for rank in two_ranks]
 
 
 def distance(a, b) -> float:

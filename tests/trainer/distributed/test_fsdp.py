@@ -9,8 +9,8 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
-    return launch("tests.trainer.distributed.fsdp_worker", 2, tmp_path_factory.mktemp("fsdp"))
+def two(two_ranks: list[dict]) -> list[dict]:
+    return [rank["fsdp"] for rank in two_ranks]
 
 
 def distance(a, b) -> float:

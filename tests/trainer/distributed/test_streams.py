@@ -4,7 +4,6 @@ import pytest
 
 from hf_nexus.mixture.schedule import DynamicSchedule
 from tests.support.faults import K
-from tests.support.launcher import launch
 from tests.support.streams import STEPS
 from tests.trainer.distributed.stream_worker import FIRST
 from tests.trainer.distributed.worker import RESUMES_ON_CPU
@@ -16,8 +15,8 @@ SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return launch("tests.trainer.distributed.stream_worker", 2, tmp_path_factory.mktemp("streams"))
+def ranks(two_ranks: list[dict]) -> list[dict]:
+    return [rank["streams"] for rank in two_ranks]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
