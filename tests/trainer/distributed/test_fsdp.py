@@ -47,7 +47,7 @@ def test_one_scalar_reduction_per_norm(two):
     assert two[0]["scalar_reductions"] == 4 + 1  # each inner gradient's, and the pseudo-gradient's
 
 
-def test_an_interrupt_between_forward_and_backward_leaves_shards_and_evaluation_as_they_were(two):
+def test_an_interrupt_restores_shards_and_evaluation(two):
     for rank in two:
         assert rank["interrupted"]["steps"] == 1
         assert rank["interrupted"]["restored"]

@@ -20,7 +20,7 @@ def ranks(two_ranks: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_ranks_hold_the_same_source_at_each_inner_step_and_the_same_weights(ranks: list[dict], scenario: str) -> None:
+def test_ranks_agree_on_sources_and_weights(ranks: list[dict], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert first["sources"] == second["sources"] and len(set(first["sources"])) >= 3
     assert first["weights"] == second["weights"]
@@ -40,7 +40,7 @@ def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: s
     assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
 
 
-def test_a_source_that_ends_on_one_rank_is_left_out_by_both_from_the_same_step_on(ranks: list[dict]) -> None:
+def test_a_source_that_ends_on_one_rank_ends_on_both(ranks: list[dict]) -> None:
     first, second = (rank["ending"] for rank in ranks)
     assert first["left_out"] == second["left_out"] and set(first["left_out"]) == {"a"}
     step = first["left_out"]["a"]
@@ -61,9 +61,7 @@ def test_the_first_rank_decides_the_weights(ranks: list[dict], scenario: str) ->
 
 
 @pytest.mark.parametrize("scenario", ["failing", "failing_dynamic"])
-def test_a_source_that_fails_on_one_rank_ends_in_a_checkpoint_and_an_error_on_both(
-    ranks: list[dict], scenario: str
-) -> None:
+def test_a_source_failing_on_one_rank_stops_and_saves_both(ranks: list[dict], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert "Another rank could not read" in first["error"]
     assert "Source 'a' (rank 1, pass 1, shard" in second["error"] and "bad bytes" in second["error"]
