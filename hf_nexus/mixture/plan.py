@@ -13,19 +13,8 @@ __all__ = ["PlanRow", "mixture_plan"]
 @dataclass(frozen=True)
 class PlanRow:
     """
-    One training source in a run.
-
-    Attributes:
-        source (`str`):
-            Name of the source.
-        tokens (`int`, *optional*):
-            Size of the source, where it is known.
-        share (`float`), train_tokens (`int`):
-            Fraction and number of the run's tokens that come from the source, repetitions included.
-        stage_shares (`tuple[float, ...]`), stage_tokens (`tuple[int, ...]`):
-            The same for each stage.
-        max_epochs (`float`, *optional*):
-            Largest number of epochs.
+    One training source in a run: its size if it is known, the share and number of the run's tokens that come from it
+    (repetitions included), the same for each stage, and its largest number of epochs.
     """
 
     source: str
@@ -67,11 +56,6 @@ def mixture_plan(
 
     Raises:
         ValueError: `tokens` and `weights` name different sources, or a source would exceed its `max_epochs`.
-
-    Example:
-        >>> from hf_nexus.mixture.plan import mixture_plan
-        >>> [row.epochs for row in mixture_plan({"web": 800, "code": 100}, {"web": 0.8, "code": 0.2}, 1000)]
-        [1.0, 2.0]
     """
     for name, size in tokens.items():
         if size is not None and size <= 0:

@@ -17,23 +17,7 @@ def plan_table(
     licenses: Mapping[str, str | None] | None = None,
     ood_tokens: Mapping[str, int | None] | None = None,
 ) -> "Table":
-    """
-    The plan as a table, with a total row.
-
-    Args:
-        rows (`Sequence[PlanRow]`):
-            The result of [`mixture_plan`].
-        licenses (`Mapping[str, str | None]`, *optional*):
-            Licence of each source, OOD sources included.
-        ood_tokens (`Mapping[str, int | None]`, *optional*):
-            Size of each OOD source.
-
-    Example:
-        >>> from hf_nexus.mixture.plan import mixture_plan
-        >>> from hf_nexus.mixture.plan_tables import plan_table
-        >>> list(plan_table(mixture_plan({"web": 800}, {"web": 1.0}, 1000)).columns[0].cells)
-        ['web', 'total']
-    """
+    """The plan as a table with a total row. The OOD sources and their sizes are listed below the training sources."""
 
     def licence(name: str) -> str:
         return "" if licenses is None else licenses.get(name) or "unknown"
@@ -54,23 +38,7 @@ def plan_table(
 
 
 def stage_table(rows: Sequence[PlanRow], titles: Sequence[str]) -> "Table":
-    """
-    The plan of each stage as a table.
-
-    Args:
-        rows (`Sequence[PlanRow]`):
-            The result of [`mixture_plan`].
-        titles (`Sequence[str]`):
-            Titles of the stages.
-
-    Example:
-        >>> from hf_nexus.mixture.plan import mixture_plan
-        >>> from hf_nexus.mixture.plan_tables import stage_table
-        >>> stages = [(0, {"web": 0.9, "code": 0.1}), (800, {"web": 0.5, "code": 0.5})]
-        >>> rows = mixture_plan({"web": 800, "code": None}, stages, 1000)
-        >>> list(stage_table(rows, ["steps 0 to 80", "steps 80 to 100"]).columns[2].cells)
-        ['90.0%', '10.0%', '50.0%', '50.0%']
-    """
+    """The plan of each stage as a table, with a title for each."""
     table = _table("Stages", "stage", "source")
     for stage, title in enumerate(titles):
         table.add_section()
