@@ -1,5 +1,5 @@
 """
-Breaks the update in `hf_nexus/nexus.py`, one way at a time, and checks that tests/test_nexus.py notices.
+Break the update in one way at a time, and check that its tests notice each break.
 
     python -m tests.break_nexus
 """
@@ -12,49 +12,89 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+TESTS = ["tests/test_nexus.py", "tests/test_controls.py", "tests/test_tensors.py"]
+# Per file of the package: name of the break, the right text (once in the file) and the wrong text.
 BREAKS = {
-    "wrong sign of the inner step": ("-self._gamma / length, usable", "self._gamma / length, usable"),
-    "inner step not normalized": ("-self._gamma / length, usable", "-self._gamma * (length / length), usable"),
-    "pseudo-gradient not divided by k": ("self._gamma * self.steps_taken)  # (3)", "self._gamma)  # (3)"),
-    "pseudo-gradient not divided by gamma": ("self._gamma * self.steps_taken)  # (3)", "self.steps_taken)  # (3)"),
-    "sum not divided by k": ("torch._foreach_div_(pseudo_gradient, self.steps_taken)", "pass"),
-    "no path: gradients all taken at theta_0": (
-        "            add_scaled_(params",
-        "            1 or add_scaled_(params",
-    ),
-    "no restore": ("self._snapshot.restore()\n", "pass\n"),
-    "restore only once": ("self.restore()  # again", "pass  # again"),
-    "never marked as displaced": ("self._displaced = True", "self._displaced = False"),
-    "marked as displaced before the copy": (
-        "            self._snapshot.save()",
-        "            self._displaced = True\n            self._snapshot.save()",
-    ),
-    "skipped steps counted in k": ("return sum(self.taken)", "return len(self.taken)"),
-    "unusable steps walked": ("usable = norm.isfinite() & (norm > 0)", "usable = norm == norm"),
-    "gradients accumulate": ("self._met.append(met)\n        self._clear_gradients()", "self._met.append(met)"),
-    "stale gradients enter the window": ("self._open = True\n        self._clear_gradients()", "self._open = True"),
-    "an exception leaves gradients": ("self._clear_gradients()\n                raise", "raise"),
-    "path cosine without its correction": ("** 2 - 1) / (k - 1)", "** 2) / (k - 1)"),
+    "nexus.py": {
+        "wrong sign of the inner step": ("-self._inner_lr / norm", "self._inner_lr / norm"),
+        "inner step not normalized": ("-self._inner_lr / norm", "-self._inner_lr * (norm / norm)"),
+        "pseudo-gradient not divided by k": ("self._inner_lr * steps)", "self._inner_lr)"),
+        "pseudo-gradient not divided by gamma": ("self._inner_lr * steps)", "steps)"),
+        "no path: all gradients taken at theta_0": ("        add_scaled_([", "        1 or add_scaled_(["),
+        "no snapshot": ("snapshot.save()  # (1)", "snapshot.values"),
+        "the path of an inner_lr of 0": ("self._start_control() or Path", "Path"),
+        "no restore": ("self._snapshot.restore()\n", "pass\n"),
+        "restored only once": ("self.restore()  # again", "pass  # again"),
+        "skipped steps counted in k": ("= sum(self.taken), None", "= len(self.taken), None"),
+        "unusable steps taken": ("usable = norm.isfinite() & (norm > 0)", "usable = norm == norm"),
+        "gradients accumulate": (
+            "self._indices.append(indices)\n        clear_gradients(self.params)",
+            "self._indices.append(indices)",
+        ),
+        "old gradients enter the window": ("clear_gradients(self.params)\n                self._path", "self._path"),
+        "an exception leaves gradients": ("clear_gradients(self.params)\n                raise", "raise"),
+        "gradients where all steps were skipped": ("if taken for i in step", "for i in step"),
+        "path cosine without its correction": ("** 2 - 1) / (k - 1)", "** 2) / (k - 1)"),
+        "outer steps not counted": ("self.outer_step += 1", "pass"),
+    },
+    "controls.py": {
+        "sum not divided by k": ("torch._foreach_div_(p, steps)", "pass"),
+        "sum of gradients that are not normalized": (
+            "gradients, 1 / norm, usable)",
+            "gradients, norm / norm, usable)",
+        ),
+        "sum not cleared": ("        total.zero()\n", "        total.values\n"),
+        "random directions not normalized": ("-self._inner_lr / length", "-self._inner_lr * (length / length)"),
+        "random directions along the gradient": (
+            "        fill_normal_(directions,",
+            "        1 or fill_normal_(directions,",
+        ),
+        "the same direction at each inner step": ("self._steps += 1", "pass"),
+        "the same directions at each outer step": ("(*self._key, self.outer_step)", "self._key"),
+        "random path without a snapshot": ("        snapshot.save()\n", "        snapshot.values\n"),
+        "steps below the rounding floor taken": ("if self.inner_lr >= self.min_inner_lr else 0.0", ""),
+    },
+    "tensors.py": {
+        "never marked as saved": ("self._saved = True", "self._saved = False"),
+        "marked as saved before the copy": (
+            "        if not self.offloaded:\n            torch._foreach_copy_(self.values",
+            "        self._saved = True\n        if not self.offloaded:\n            torch._foreach_copy_(self.values",
+        ),
+        "marked as restored before the copy": (
+            "        if self._saved:\n",
+            "        if self._saved:\n            self._saved = False\n",
+        ),
+        "unusable steps multiplied by zero": ("found_inf=(~apply).to(torch.float32)", "found_inf=torch.zeros(())"),
+        "moved before an offloaded snapshot is complete": ("            self._side.wait()", "            pass"),
+    },
 }
 
 
+def failed_test(folder: str) -> str | None:
+    """The name of the first test that fails with the package in `folder`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-p", "no:cacheprovider"]
+    env = {**os.environ, "PYTHONPATH": folder}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return failed[0].split("::", 1)[1].split(" - ")[0] if failed else None
+
+
 def main() -> int:
-    """Return how many breaks went unnoticed."""
-    source = (ROOT / "hf_nexus" / "nexus.py").read_text()
+    """Return the number of breaks that no test noticed."""
     unnoticed = 0
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("hf_nexus", "tests"):
-            shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
-        for name, (right, wrong) in BREAKS.items():
-            assert source.count(right) == 1, f"{name}: {right!r} is in nexus.py {source.count(right)} times"
-            Path(folder, "hf_nexus", "nexus.py").write_text(source.replace(right, wrong))
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_nexus.py", "-p", "no:cacheprovider"]
-            env = {**os.environ, "PYTHONPATH": folder}
-            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-            failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-            caught = failed[0].split("::", 1)[1].split(" - ")[0] if failed else "NOT NOTICED"
-            unnoticed += not failed
-            print(f"{name:50} {caught}", flush=True)
+        for package in ("hf_nexus", "tests"):
+            shutil.copytree(ROOT / package, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
+        for name, breaks in BREAKS.items():
+            path = Path(folder, "hf_nexus", name)
+            source = path.read_text()
+            for description, (right, wrong) in breaks.items():
+                assert source.count(right) == 1, f"{description}: {right!r} is in {name} {source.count(right)} times"
+                path.write_text(source.replace(right, wrong))
+                test = failed_test(folder)
+                unnoticed += test is None
+                print(f"{description:50} {test or 'NOT NOTICED'}", flush=True)
+            path.write_text(source)
     return unnoticed
 
 

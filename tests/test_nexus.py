@@ -1,4 +1,4 @@
-"""The facts about the update, on the algebra and through NexusTrainer on a tiny Llama; then the window itself."""
+"""The facts about the update, on a smooth problem and through NexusTrainer on a tiny Llama, and the window itself."""
 
 import math
 
@@ -8,82 +8,24 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_nexus import Nexus
+from tests.support.smooth_problem import GAMMA, Problem, flat, mean_along_path, pseudo_gradient
 from tests.support.tiny import Rows, tiny_llama
-
-GAMMA = 0.1
-
-
-# ---- A small smooth problem: k sources, one loss each, in float64 ----
-
-
-class Problem:
-    """Losses f_m(theta) = mean(softplus(A_m theta) ) + |theta - c_m|^2 / 8 over parameters of several shapes."""
-
-    def __init__(self, k: int = 4, seed: int = 0):
-        g = torch.Generator().manual_seed(seed)
-        self.shapes = [(3, 2), (4,), ()]
-        self.size = sum(math.prod(shape) for shape in self.shapes)
-        self.a = torch.randn(k, 7, self.size, generator=g, dtype=torch.float64)
-        self.c = torch.randn(k, self.size, generator=g, dtype=torch.float64)
-        self.start = torch.randn(self.size, generator=g, dtype=torch.float64)
-
-    def params(self) -> list[nn.Parameter]:
-        parts = self.start.split([math.prod(shape) for shape in self.shapes])
-        return [nn.Parameter(part.reshape(shape).clone()) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def loss(self, m: int, params: list[torch.Tensor]) -> torch.Tensor:
-        theta = torch.cat([p.reshape(-1) for p in params])
-        return nn.functional.softplus(self.a[m] @ theta).mean() + (theta - self.c[m]).square().sum() / 8
-
-    def gradient(self, m: int, theta: torch.Tensor) -> torch.Tensor:
-        theta = theta.detach().requires_grad_()
-        return torch.autograd.grad(self.loss(m, [theta]), theta)[0]
-
-    def hessian(self, m: int, theta: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.functional.hessian(lambda t: self.loss(m, [t]), theta)
-
-
-def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def pseudo_gradient(
-    problem: Problem, order: list[int], gamma: float = GAMMA, scale: float = 1.0, **kwargs
-) -> torch.Tensor:
-    """Run one window over the sources in `order` and return the flat pseudo-gradient."""
-    params = problem.params()
-    nexus = Nexus(params, gamma, **kwargs)
-    with nexus.window():
-        for m in order:
-            (scale * problem.loss(m, params)).backward()
-            nexus.inner_step()
-    assert torch.equal(flat(params), problem.start)
-    return flat([p.grad for p in params])
-
-
-def by_hand(problem: Problem, order: list[int], gamma: float) -> torch.Tensor:
-    """The mean of the normalized gradients along the path, computed straight from the definition."""
-    theta, total = problem.start.clone(), torch.zeros_like(problem.start)
-    for m in order:
-        g = problem.gradient(m, theta)
-        total += g / g.norm()
-        theta = theta - gamma * g / g.norm()
-    return total / len(order)
 
 
 class TestAlgebra:
-    def test_definition_mean_of_normalized_gradients_along_the_path(self):
+    def test_definition_p_averages_directions_along_the_path(self):
         problem = Problem()
         for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-            torch.testing.assert_close(pseudo_gradient(problem, order), by_hand(problem, order, GAMMA))
-        assert not torch.allclose(by_hand(problem, [0, 1, 2, 3], GAMMA), by_hand(problem, [3, 1, 0, 2], GAMMA))
+            torch.testing.assert_close(pseudo_gradient(problem, order), mean_along_path(problem, order, GAMMA))
+        one_way, other_way = (mean_along_path(problem, order, GAMMA) for order in ([0, 1, 2, 3], [3, 1, 0, 2]))
+        assert not torch.allclose(one_way, other_way)
 
-    def test_fact_1_norm_at_most_one_and_clipping_at_one_is_harmless(self):
+    def test_fact_1_norm_at_most_one_so_clipping_is_harmless(self):
         p = pseudo_gradient(Problem(), [0, 1, 2, 3])
         assert 0 < p.norm() < 1
         params = [nn.Parameter(torch.zeros(1000))]
         nexus = Nexus(params, GAMMA)
-        with nexus.window():  # a linear loss: all directions equal
+        with nexus.window():  # with a linear loss all directions are equal
             for _ in range(4):
                 (params[0] * torch.arange(1.0, 1001)).sum().backward()
                 nexus.inner_step()
@@ -93,7 +35,7 @@ class TestAlgebra:
         assert (params[0].grad - before).norm() / before.norm() < 1e-4
 
     @pytest.mark.parametrize("scale", [1e-6, 1e6])
-    def test_fact_2_loss_scale_changes_nothing_and_k_1_is_the_normalized_gradient(self, scale):
+    def test_fact_2_loss_scale_does_not_matter_nor_for_k_1(self, scale):
         problem = Problem()
         torch.testing.assert_close(
             pseudo_gradient(problem, [0, 1, 2, 3], scale=scale), pseudo_gradient(problem, [0, 1, 2, 3])
@@ -132,7 +74,7 @@ class TestAlgebra:
         transposed = sum(j[m].T @ d[i] for m in range(k) for i in range(m))
         assert (transposed - first_order).norm() > 0.01 * first_order.norm()  # the test can tell J from its transpose
 
-    def test_fact_5_gamma_zero_is_the_mean_of_normalized_gradients_at_the_start(self):
+    def test_fact_5_gamma_zero_averages_directions_at_theta_0(self):
         problem = Problem()
         gradients = [problem.gradient(m, problem.start) for m in range(4)]
         torch.testing.assert_close(
@@ -146,12 +88,12 @@ class TestAlgebra:
         torch.testing.assert_close(flat([p.grad for p in params]), problem.gradient(0, problem.start))
         assert torch.equal(flat(params), problem.start)
 
-    def test_fact_7_ranks_that_share_their_gradients_walk_as_one_process(self):
+    def test_fact_7_ranks_with_shared_gradients_match_one_process(self):
         problem = Problem(8)
         ranks = [problem.params(), problem.params()]
         walkers = [Nexus(params, GAMMA) for params in ranks]
         with walkers[0].window(), walkers[1].window():
-            for m in range(4):  # rank r has half of the micro-batch; the reduction averages the halves
+            for m in range(4):  # each rank has half of a micro-batch, and the reduction averages the halves
                 for r, params in enumerate(ranks):
                     problem.loss(2 * m + r, params).backward()
                 for a, b in zip(*ranks, strict=True):
@@ -169,7 +111,7 @@ class TestAlgebra:
         assert torch.equal(first, second)
         torch.testing.assert_close(first, flat([p.grad for p in params]))
 
-    def test_fact_8_the_path_loss_is_lower_by_the_alignment_of_the_path(self):
+    def test_fact_8_the_path_loss_falls_with_the_alignment(self):
         problem, gamma = Problem(), 1e-4
         params = problem.params()
         nexus, path = Nexus(params, gamma), []
@@ -190,7 +132,7 @@ class TestAlgebra:
 
 
 class Capture(TrainerCallback):
-    """Keeps the pseudo-gradient and the weights of each outer step."""
+    """Keep the pseudo-gradient and the weights of each outer step."""
 
     def __init__(self):
         self.pseudo, self.norms, self.weights = [], [], []
@@ -204,7 +146,7 @@ class Capture(TrainerCallback):
 
 
 def same_batches(model, rows, batch=2, k=4):
-    """Gradients at the present weights for the first k micro-batches of rows in order, and their losses."""
+    """Gradients and losses of the first k micro-batches of rows at the current weights."""
     gradients, losses = [], []
     for m in range(k):
         ids = rows.ids[m * batch : (m + 1) * batch]
@@ -216,7 +158,7 @@ def same_batches(model, rows, batch=2, k=4):
 
 @pytest.fixture
 def step(make_trainer):
-    """One outer step through NexusTrainer in float64 over known micro-batches; returns what was captured."""
+    """Run one outer step through NexusTrainer in float64 over known micro-batches, and return the capture."""
 
     def run(gamma=GAMMA, scale=None, k=4, **config):
         capture = Capture()
@@ -243,18 +185,18 @@ class TestThroughTrainer:
         start = flat(list(model.parameters()))
         assert torch.equal(captured.weights_before_step, start)
         total = torch.zeros_like(start)
-        for m in range(4):  # the path, with the model's own weights moved by hand
+        for m in range(4):  # the path, computed by moving the weights of a second model
             g = same_batches(model, rows)[0][m]
             total += g / g.norm()
             nn.utils.vector_to_parameters(flat(list(model.parameters())) - GAMMA * g / g.norm(), model.parameters())
         torch.testing.assert_close(captured.pseudo[0], total / 4)
 
-    def test_fact_1_norm_at_most_one_and_clipping_at_one_is_harmless(self, step):
+    def test_fact_1_norm_at_most_one_so_clipping_is_harmless(self, step):
         free, clipped = step(max_grad_norm=0.0), step(max_grad_norm=1.0)
         assert 0 < free.pseudo[0].norm() < 1
         assert torch.equal(free.pseudo[0], clipped.pseudo[0])
 
-    def test_fact_2_loss_scale_changes_nothing_and_k_1_is_the_normalized_gradient(self, step):
+    def test_fact_2_loss_scale_does_not_matter_nor_for_k_1(self, step):
         torch.testing.assert_close(step(scale=1e-3).pseudo[0], step(scale=1e3).pseudo[0])
         gradient = same_batches(tiny_llama(dtype=torch.float64), Rows(2, 3), k=1)[0][0]
         torch.testing.assert_close(step(k=1).pseudo[0], gradient / gradient.norm())
@@ -287,7 +229,7 @@ class TestThroughTrainer:
 
         assert remainder(2e-3) / remainder(1e-3) == pytest.approx(4, rel=0.15)
 
-    def test_fact_5_gamma_zero_is_the_mean_of_normalized_gradients_at_the_start(self, step):
+    def test_fact_5_gamma_zero_averages_directions_at_theta_0(self, step):
         g = same_batches(tiny_llama(dtype=torch.float64), Rows(8, 3))[0]
         torch.testing.assert_close(step(gamma=0.0).pseudo[0], sum(x / x.norm() for x in g) / 4)
 
@@ -302,7 +244,7 @@ class TestThroughTrainer:
         assert torch.equal(flat(list(ours.model.parameters())), flat(list(stock.model.parameters())))
 
     def test_fact_7_weights_between_steps_are_the_optimizers_alone(self, step):
-        """The part of fact 7 that one process can see; tests/distributed holds the rest."""
+        """Fact 7 for one process. tests/trainer/distributed tests it on several ranks."""
         captured = step(max_steps=3, learning_rate=0.0)
         assert all(torch.equal(w, captured.weights[0]) for w in captured.weights)
         assert len(captured.weights) == 3
@@ -335,7 +277,7 @@ class TestWindow:
         assert torch.equal(flat(params), problem.start)
         assert all(p.grad is None for p in params)
 
-    def test_a_second_interrupt_inside_the_restore(self, monkeypatch):
+    def test_a_second_interrupt_in_the_restore(self, monkeypatch):
         problem, params = Problem(), Problem().params()
         nexus = Nexus(params, GAMMA)
         copy, calls = torch._foreach_copy_, []
@@ -356,12 +298,12 @@ class TestWindow:
         assert len(calls) == 2
         assert torch.equal(flat(params), problem.start)
 
-    def test_an_interrupt_inside_the_snapshot_restores_nothing_half_copied(self, monkeypatch):
+    def test_an_interrupted_snapshot_is_not_restored(self, monkeypatch):
         problem, params = Problem(), Problem().params()
         nexus = Nexus(params, GAMMA)
         copy, calls = torch._foreach_copy_, []
 
-        def interrupted(*args, **kwargs):  # the copying; what would restore works
+        def interrupted(*args, **kwargs):  # only the copy into the snapshot
             calls.append(1)
             if len(calls) == 1:
                 raise KeyboardInterrupt
@@ -378,7 +320,7 @@ class TestWindow:
         assert torch.equal(flat(params), problem.start)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-    def test_an_unusable_inner_step_is_left_out_and_k_counts_the_rest(self, bad):
+    def test_an_unusable_inner_step_is_skipped_and_not_in_k(self, bad):
         problem, params = Problem(), Problem().params()
         nexus = Nexus(params, GAMMA)
         with nexus.window():
@@ -389,10 +331,10 @@ class TestWindow:
                         p.grad.fill_(bad)
                 nexus.inner_step()
         assert nexus.taken == [True, False, True]
-        torch.testing.assert_close(flat([p.grad for p in params]), by_hand(problem, [0, 2], GAMMA))
+        torch.testing.assert_close(flat([p.grad for p in params]), mean_along_path(problem, [0, 2], GAMMA))
 
     @pytest.mark.parametrize("gamma", [0.0, GAMMA])
-    def test_no_usable_step_leaves_no_gradient(self, gamma):
+    def test_without_usable_steps_there_is_no_gradient(self, gamma):
         params = Problem().params()
         nexus = Nexus(params, gamma)
         with nexus.window():
@@ -403,64 +345,25 @@ class TestWindow:
         assert all(p.grad is None for p in params)
         assert math.isnan(nexus.path_cosine)
 
-    def test_a_parameter_never_met_keeps_no_gradient(self):
-        used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-        nexus = Nexus([unused, used], GAMMA)
+    def test_a_parameter_without_gradients_gets_none(self):
+        unused, skipped, used = (nn.Parameter(torch.ones(3)) for _ in range(3))
+        nexus = Nexus([unused, skipped, used], GAMMA)
         with nexus.window():
+            (skipped * math.nan).sum().backward()
+            nexus.inner_step()
             used.square().sum().backward()
             nexus.inner_step()
-        assert unused.grad is None
+        assert unused.grad is None and skipped.grad is None
         torch.testing.assert_close(used.grad, torch.full((3,), 3**-0.5), rtol=1e-5, atol=0)
 
-    def test_gradients_from_before_the_window_do_not_leak_in(self):
+    def test_gradients_from_before_the_window_are_cleared(self):
         problem, params = Problem(), Problem().params()
         problem.loss(3, params).backward()
         nexus = Nexus(params, GAMMA)
         with nexus.window():
             problem.loss(0, params).backward()
             nexus.inner_step()
-        torch.testing.assert_close(flat([p.grad for p in params]), by_hand(problem, [0], GAMMA))
-
-    def test_random_directions_have_the_same_length_and_leave_the_global_generator_alone(self):
-        problem, params = Problem(), Problem().params()
-        state = torch.random.get_rng_state()
-        nexus = Nexus(params, GAMMA, direction="random", key=(3,))
-        steps = []
-        with nexus.window():
-            for m in range(3):
-                before = flat(params)
-                problem.loss(m, params).backward()
-                nexus.inner_step()
-                steps.append(flat(params) - before)
-        assert torch.equal(state, torch.random.get_rng_state())
-        for s in steps:
-            assert s.norm() == pytest.approx(GAMMA, rel=1e-9)
-        assert abs(torch.cosine_similarity(steps[0], steps[1], dim=0)) < 0.99
-        # p is the mean of the normalized gradients met along the random path
-        theta, total = problem.start, torch.zeros_like(problem.start)
-        for m in range(3):
-            g = problem.gradient(m, theta)
-            total, theta = total + g / g.norm(), theta + steps[m]
-        torch.testing.assert_close(flat([p.grad for p in params]), total / 3)
-
-    def test_random_directions_depend_on_key_and_step_only(self):
-        def moved(**kwargs):
-            params, problem = Problem().params(), Problem()
-            nexus = Nexus(params, GAMMA, direction="random", key=kwargs.get("key", (0, 0)))
-            nexus.outer_step = kwargs.get("outer_step", 0)
-            with nexus.window():
-                problem.loss(0, params).backward()
-                nexus.inner_step()
-                return flat(params)
-
-        assert torch.equal(moved(), moved())
-        for change in ({"key": (1, 0)}, {"key": (0, 1)}, {"outer_step": 1}):
-            assert not torch.allclose(moved(), moved(**change))
-
-    def test_a_step_too_small_for_the_dtype_is_not_walked(self):
-        params = [nn.Parameter(torch.randn(1000, 1000))]
-        assert Nexus(params, 1e-5).effective_inner_lr == 0.0
-        assert Nexus(params, 1e-3).effective_inner_lr == 1e-3
+        torch.testing.assert_close(flat([p.grad for p in params]), mean_along_path(problem, [0], GAMMA))
 
     def test_layouts_may_differ_between_weights_and_gradients(self):
         weight = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
@@ -472,7 +375,7 @@ class TestWindow:
             nexus.inner_step()
         torch.testing.assert_close(weight.grad, gradient / gradient.norm())
 
-    def test_the_copy_is_made_once_and_reused(self):
+    def test_the_snapshot_is_allocated_once(self):
         problem, params = Problem(), Problem().params()
         nexus = Nexus(params, GAMMA)
         pointers = []
@@ -480,9 +383,8 @@ class TestWindow:
             with nexus.window():
                 problem.loss(0, params).backward()
                 nexus.inner_step()
-            pointers.append([t.data_ptr() for t in nexus._snapshot.copies])
+            pointers.append([t.data_ptr() for t in nexus._snapshot.values])
         assert pointers[0] == pointers[1]
-        assert nexus._sum is nexus._snapshot  # gradient and gamma 0 need one copy, not two
 
     def test_misuse_is_an_error(self):
         params = Problem().params()

@@ -1,9 +1,9 @@
 """
-Draws `update.png`: one window of gradient accumulation and one of Nexus, at the same point, on two sources.
+Plot `update.png`: gradient accumulation and a Nexus window on two sources, from the same point.
 
     python docs/images/update.py
 
-Each source's loss is a quadratic in two parameters; the steps are those of `hf_nexus.Nexus`.
+The loss of each source is a quadratic function of two parameters. `hf_nexus.Nexus` takes the steps.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch import Tensor
 from hf_nexus import Nexus
 from hf_nexus.plots.style import COLORS, new_plot, save_plot
 
-K, INNER_LR = 4, 0.5  # inner steps, far longer than in training, to be seen
+K, INNER_LR = 4, 0.5  # number and length of the inner steps, much longer than in training
 START = torch.tensor([-1.3, 1.3])
-# Of each source: its minimum, and how steep it is along two directions.
+# Minimum and curvature of each source.
 SOURCES = {
     "text": (torch.tensor([0.3, -1.1]), torch.tensor([[2.4, 0.2], [0.2, 0.5]])),
     "code": (torch.tensor([1.4, -0.1]), torch.tensor([[0.5, 0.2], [0.2, 2.4]])),
@@ -25,7 +25,7 @@ SOURCES = {
 
 
 def loss(source: str, theta: Tensor) -> Tensor:
-    """Of points (..., 2)."""
+    """Loss of points of shape (..., 2)."""
     minimum, curvature = SOURCES[source]
     offset = theta - minimum
     return 0.5 * ((offset @ curvature) * offset).sum(-1)
@@ -37,7 +37,7 @@ def gradient(source: str, theta: Tensor) -> Tensor:
 
 
 def walk() -> tuple[list[Tensor], Tensor]:
-    """The path theta_0 ... theta_k (each (2,)), and the pseudo-gradient (2,)."""
+    """Return the path theta_0 ... theta_k (each of shape (2,)) and the pseudo-gradient (2,)."""
     theta = torch.nn.Parameter(START.clone())
     nexus, path = Nexus([theta], inner_lr=INNER_LR), [START]
     with nexus.window():

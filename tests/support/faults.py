@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus import nexus as nexus_module
 from hf_nexus.nexus import Nexus
-from hf_nexus.tensors import TensorCopy
+from hf_nexus.tensors import Snapshot
 from tests.support.tiny import Rows, tiny_llama
 
 K = 4  # inner steps per window
@@ -195,6 +195,15 @@ def after(function: Callable, bomb: Callable[[], None]) -> Callable:
     return wrapped
 
 
+def before_restoring(restore: Callable, bomb: Callable[[], None]) -> Callable:
+    def wrapped(snapshot: Snapshot) -> None:
+        if snapshot._saved:  # later calls do nothing
+            bomb()
+        restore(snapshot)
+
+    return wrapped
+
+
 @contextmanager
 def in_backward(trainer: NexusTrainer, bomb: Bomb) -> Iterator[None]:
     handle = trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: bomb())
@@ -232,9 +241,9 @@ IN_INNER_STEPS: dict[str, Callable[[NexusTrainer, Bomb], AbstractContextManager]
 }
 # Each once per window.
 IN_WINDOWS = {
-    "snapshot": patched(lambda trainer: TensorCopy, "save", before),
+    "snapshot": patched(lambda trainer: Snapshot, "save", before),
     "pseudo_gradient": patched(lambda trainer: Nexus, "_load_pseudo_gradient", before),
-    "restore": patched(lambda trainer: TensorCopy, "restore", before),
+    "restore": patched(lambda trainer: Snapshot, "restore", before_restoring),
     "optimizer": patched(lambda trainer: torch.optim.AdamW, "step", before),
 }
 

@@ -31,7 +31,7 @@ def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
     assert {p.dtype for p in base.values()} == {dtype}
     whole = make_trainer(sources, model, **SAVING)
     whole.train()
-    snapshot = [copy for copy in whole._walker.nexus._snapshot.copies if copy is not None]
+    snapshot = whole._walker.nexus._snapshot.values
     assert sum(copy.numel() for copy in snapshot) == model.get_nb_trainable_parameters()[0]
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
 
