@@ -1,4 +1,4 @@
-"""How much memory torch allocates for a training run, to the byte, on a CPU as on a GPU."""
+"""Memory that torch allocates for a training run, in bytes, on a CPU or a GPU."""
 
 import gc
 import json
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells of its every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs each start and stop otherwise
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ __all__ = ["measure_memory"]
 
 
 class AfterLastStep(TrainerCallback):
-    """Calls back when the last outer step is over, while its micro-batches are still there."""
+    """Call a function at the end of the last outer step, while its micro-batches are still in memory."""
 
     def __init__(self, call: Callable[[], None]):
         self.call = call
@@ -33,8 +33,8 @@ class AfterLastStep(TrainerCallback):
 
 
 def measure_memory(case: Case, arm: str) -> tuple[int, int | None]:
-    """Bytes held after two outer steps, and the most that were held at once (not known of several CPU processes)."""
-    case = replace(case, k=min(case.k, 2))  # the third micro-batch meets the same memory as the second
+    """Bytes held after two outer steps, and the peak (None for several CPU processes)."""
+    case = replace(case, k=min(case.k, 2))  # memory does not change after the second micro-batch
     sources = case.sources(3)
 
     def train_twice(call: Callable[[], None]) -> None:
@@ -49,12 +49,12 @@ def measure_memory(case: Case, arm: str) -> tuple[int, int | None]:
 
 
 def _held_by_tensors(train: Callable[[Callable[[], None]], None]) -> tuple[int, None]:
-    # What gloo sends is released in threads of its own, which the profiler does not see.
+    # gloo releases memory in its own threads, which the profiler does not see.
     held: list[int] = []
 
     def count() -> None:
         gc.collect()
-        # `isinstance` would ask objects that only pretend to have a class.
+        # `isinstance` would call `__class__` of proxy objects.
         tensors = [
             o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not issubclass(type(o), DTensor)
         ]
@@ -81,7 +81,7 @@ def _allocated_on_cpu(train: Callable[[Callable[[], None]], None]) -> tuple[int,
 
 
 def _allocated_on_gpu(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
-    train(lambda: None)  # the libraries' own workspaces stay from here on
+    train(lambda: None)  # allocates the workspaces of the libraries
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before, held = torch.cuda.memory_allocated(), []

@@ -1,4 +1,4 @@
-"""What the benchmarks compare: the same small models on the same micro-batches, trained by different arms."""
+"""Arms of the benchmarks: ways to train the same models on the same micro-batches."""
 
 import os
 import tempfile
@@ -43,30 +43,14 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """
-    One way to train.
-
-    Args:
-        trainer (`type`, *optional*, defaults to `Trainer`):
-            The class that does it.
-        settings (`dict`, *optional*):
-            Training arguments beyond those that all arms share.
-        against (`str`, *optional*, defaults to `PLAIN`):
-            The arm that it is compared with.
-        lora (`bool`, *optional*, defaults to `False`):
-            Train adapters of rank 8 on all linear layers instead of all weights.
-        launch (`str`, *optional*, defaults to `""`):
-            `"ddp"` or `"fsdp2"`: on two ranks.
-        needs (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Packages that are not among the dependencies.
-    """
+    """One way to train."""
 
     trainer: type[Trainer] = Trainer
-    settings: dict[str, Any] = field(default_factory=dict)
-    against: str = PLAIN
-    lora: bool = False
-    launch: str = ""
-    needs: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)  # training arguments in addition to those of all arms
+    baseline: str = PLAIN  # the arm to compare with
+    lora: bool = False  # train adapters of rank 8 on all linear layers instead of all weights
+    launch: str = ""  # "ddp" or "fsdp2": train on two ranks
+    needs: tuple[str, ...] = ()  # optional packages
 
 
 _DDP = {"ddp_find_unused_parameters": False}
@@ -84,15 +68,15 @@ ARMS = {
     "naive deep copies": Arm(NaiveNexus),
     "SAM": Arm(SharpnessAware),
     "UPGrad (TorchJD)": Arm(UPGradDescent, needs=("torchjd", "qpsolvers", "quadprog")),
-    _PLAIN_LORA: Arm(against=_PLAIN_LORA, lora=True, needs=("peft",)),
-    "Nexus, LoRA": Arm(NexusTrainer, against=_PLAIN_LORA, lora=True, needs=("peft",)),
+    _PLAIN_LORA: Arm(baseline=_PLAIN_LORA, lora=True, needs=("peft",)),
+    "Nexus, LoRA": Arm(NexusTrainer, baseline=_PLAIN_LORA, lora=True, needs=("peft",)),
     _PLAIN_DDP: Arm(Trainer, _DDP, _PLAIN_DDP, launch="ddp"),
     "Nexus, DDP global": Arm(NexusTrainer, _DDP, _PLAIN_DDP, launch="ddp"),
     "Nexus, DDP local": Arm(NexusTrainer, {**_DDP, "inner_sync": "local"}, _PLAIN_DDP, launch="ddp"),
     _PLAIN_FSDP2: Arm(Trainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
     "Nexus, FSDP2": Arm(NexusTrainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
 }
-# Arms that are measured together.
+# Arms that are measured together. The first is the baseline.
 GROUPS = {
     "nexus": [PLAIN, "Nexus, gamma 0.05"],
     "controls": [PLAIN, "gamma 0", "random direction"],
@@ -105,7 +89,7 @@ GROUPS = {
 
 
 class RandomRows(Dataset):
-    """Rows of random tokens: what they say does not matter to the clock."""
+    """Rows of random tokens."""
 
     def __init__(self, rows: int, length: int, seed: int, vocab_size: int):
         self.ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -119,21 +103,11 @@ class RandomRows(Dataset):
 
 @dataclass(frozen=True)
 class Case:
-    """
-    One model and one size of micro-batch.
+    """One model and one micro-batch size."""
 
-    Args:
-        model (`str`):
-            One of `MODELS`.
-        tokens (`int`):
-            Tokens per micro-batch and rank: one row if there are fewer than `LENGTH`, else a multiple of it.
-        k (`int`):
-            Micro-batches per outer step.
-    """
-
-    model: str
-    tokens: int
-    k: int
+    model: str  # a key of `MODELS`
+    tokens: int  # per micro-batch and rank: at most `LENGTH` (one row), or a multiple of it
+    k: int  # micro-batches per outer step
 
     @property
     def rows(self) -> int:
@@ -152,7 +126,7 @@ class Case:
         return model
 
     def parameters(self, arm: str) -> tuple[int, int]:
-        """How many the model has, and how many of them are trained."""
+        """Number of parameters, and number of trainable parameters."""
         parameters = list(self.build_model(arm, "meta").parameters())
         return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
@@ -164,7 +138,7 @@ class Case:
         return {name: RandomRows(*shape, seed, vocab_size) for seed, name in enumerate(SOURCES)}
 
     def trainer(self, arm: str, sources: dict[str, RandomRows], steps: int) -> Trainer:
-        """A trainer of a new model that reads the same micro-batches in the same order whatever the arm."""
+        """A trainer of a new model. All arms read the same micro-batches in the same order."""
         spec = ARMS[arm]
         settings: dict[str, Any] = {
             "output_dir": tempfile.gettempdir(),  # nothing is written
@@ -189,9 +163,9 @@ class Case:
             schedule = SourceSchedule(dict.fromkeys(sources, 1.0), SEED)
             dataset = Subset(mixture, list(MixtureSampler(mixture, schedule, self.rows * WORLD_SIZE, SEED)))
             args = TrainingArguments(**settings, train_sampling_strategy="sequential")
-        args.device  # noqa: B018  # sets up the launch
+        args.device  # noqa: B018  # initializes the process group
         if spec.launch == "fsdp2" and not CUDA:
-            # Accelerate shards on accelerators only; on CPU it would silently stay with DDP.
+            # Accelerate shards on accelerators only. On CPU it uses DDP without a warning.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         trainer = spec.trainer(self.build_model(arm, "cuda" if CUDA else "cpu"), args, train_dataset=dataset)
         trainer.remove_callback(PrinterCallback)

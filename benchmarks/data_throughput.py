@@ -1,29 +1,28 @@
 """
-Tokens per second that reach the training loop, with no model: packed rows from disk, streamed rows, streamed text.
+Tokens per second that the data loaders deliver, without a model.
 
     python benchmarks/data_throughput.py                                     # 2 minutes on one CPU core
     python benchmarks/data_throughput.py --rows 1 --length 4096 --workers 2
 
-All arms read the same documents: pieces of the built-in corpus, shuffled and repeated, in files that lie in the page
-cache after the first pass. What is compared is what happens between the file and a batch.
+All arms read the same documents: shuffled pieces of the built-in corpus, in files that are in the page cache after the
+first pass.
 
-- bare loader: a torch `DataLoader` over the packed rows of all sources, shuffled. What the others are divided by.
-- plain Trainer: the loader that the stock `Trainer` builds for the same rows.
-- map-style mixture: the loader that `NexusTrainer` builds: one source per micro-batch, in its schedule.
+- bare loader: a torch `DataLoader` over the packed rows of all sources, shuffled. The baseline of the ratios.
+- plain Trainer: the loader of the stock `Trainer` for the same rows.
+- map-style mixture: the loader of `NexusTrainer`, with one source per micro-batch.
 - ... documents apart: the same with `isolate_documents`.
-- streamed rows: the same rows as `IterableDataset`s through `MixtureStream`, shuffled within its buffer.
+- streamed rows: the same rows as `IterableDataset`s through `MixtureStream`, with its shuffle buffer.
 - streamed text: the documents, tokenized and packed while they are read.
 
-A round is a stretch of each arm in random order; ratios are taken within a round, so that a drifting machine cancels.
-Given are medians, with the quartiles of the rounds. `--clock cpu` divides by the time that this process computes, not
-by what passes on the wall: on a machine that others use as well, and without workers.
+A round runs each arm for `--seconds`, in random order. Ratios are taken within a round, which cancels a drift of the
+machine. The table has medians and quartiles over the rounds. `--clock cpu` measures the CPU time of this process
+instead of wall time, for a machine with other work. It does not include data loader workers.
 """
 
 import argparse
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from typing import Any
 import datasets
 import torch
 from datasets import concatenate_datasets
+from quartiles import quartiles
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -54,7 +54,7 @@ STEPS = 10**7  # more micro-batches than any run takes
 
 
 def write_documents(folder: Path, name: str, characters: int, shards: int) -> None:
-    """Files of documents made of shuffled pieces of a built-in source."""
+    """Write files of documents made of shuffled pieces of a built-in source."""
     order = random.Random(name)
     pieces = [text[i : i + 200] for text in builtin_documents(name) for i in range(0, len(text), 200)]
     for shard in range(shards):
@@ -67,14 +67,14 @@ def write_documents(folder: Path, name: str, characters: int, shards: int) -> No
 
 
 def load(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, streaming: bool) -> Mixture:
-    """The documents as a mixture of equal shares."""
+    """Load the documents as a mixture with equal weights."""
     sources = {n: {"path": str(folder / f"{n}-*.jsonl"), "weight": 1, "streaming": streaming} for n in SOURCES}
     config = MixtureConfig.from_dict({"sequence_length": length, "sources": sources})
     return load_mixture(config, tokenizer, cache_dir=folder / "cache")
 
 
 def trainer_arm(kind: type[Trainer], train: Any, collate: Callable, options: argparse.Namespace) -> Any:
-    """The loader that a Trainer builds, on the CPU."""
+    """The train loader of a Trainer, on the CPU."""
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     args = NexusConfig(
         output_dir=tempfile.mkdtemp(),
@@ -91,7 +91,7 @@ def trainer_arm(kind: type[Trainer], train: Any, collate: Callable, options: arg
 
 
 def stream_arm(sources: dict[str, Any], options: argparse.Namespace) -> DataLoader:
-    """A loader over streams, as a run on one process has it."""
+    """A loader over streams, as in a run with one process."""
     stream = MixtureStream(sources)
     stream.place(rank=0, ranks=1, workers=max(1, options.workers))
     stream.begin(None)
@@ -124,13 +124,13 @@ def make_arms(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def endless(loader: Any) -> Iterator[Any]:
-    """Batches of one epoch after the other."""
+    """Batches of all epochs."""
     while True:
         yield from loader
 
 
 def measure(batches: Iterator[Any], seconds: float, clock: Callable[[], float]) -> float:
-    """Tokens per second over a stretch of about so many seconds."""
+    """Tokens per second over about the given time."""
     tokens, started = 0, clock()
     while (now := clock()) - started < seconds:
         tokens += next(batches)["input_ids"].numel()
@@ -138,34 +138,31 @@ def measure(batches: Iterator[Any], seconds: float, clock: Callable[[], float]) 
 
 
 def show(rounds: list[dict[str, float]], options: argparse.Namespace) -> Table:
-    """Median tokens per second of each arm and its ratio to the bare loader, with quartiles."""
+    """Table of the tokens per second of each arm and their ratio to the bare loader."""
     table = Table(
         title=f"{options.rows} rows x {options.length} tokens, {options.workers} workers, {options.clock} time"
     )
-    for column in ("", "tokens/s", "quartiles", "of the bare loader", "quartiles"):
+    for column in ("", "million tokens/s", "ratio to the bare loader"):
         table.add_column(column, justify="right" if column else "left")
     for arm in rounds[0]:
-        rates = [one[arm] / 1e6 for one in rounds]
-        ratios = [one[arm] / one[BARE] for one in rounds]
-        cells = []
-        for values, unit, digits in ((rates, " M", 2), (ratios, "", 3)):
-            low, middle, high = statistics.quantiles(values, n=4)
-            cells += [f"{middle:.{digits}f}{unit}", f"{low:.{digits}f} - {high:.{digits}f}"]
-        table.add_row(arm, *cells)
+        rates = [rates[arm] / 1e6 for rates in rounds]
+        table.add_row(arm, quartiles(rates, 2), quartiles([rates[arm] / rates[BARE] for rates in rounds]))
     return table
 
 
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help="rows of a micro-batch")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
-    parser.add_argument("--workers", type=int, default=0, help="data loader workers")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each arm in a round")
-    parser.add_argument("--megabytes", type=int, default=40, help="of text")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--threads", type=int, default=1, help="of torch and of the tokenizer")
+    parser.add_argument("--rows", type=int, default=8, help="rows per micro-batch (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="data loader workers (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per arm and round (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=40, help="megabytes of text (default: %(default)s)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="the time (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch and of the tokenizer (default: %(default)s)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)
@@ -174,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arms = {name: endless(loader) for name, loader in make_arms(Path(folder), options).items()}
         for batches in arms.values():
-            measure(batches, options.seconds, clock)  # workers start, buffers fill, files come into the cache
+            measure(batches, options.seconds, clock)  # start workers, fill buffers and the page cache
         rounds = []
         for _ in range(options.rounds):
             order = random.sample(list(arms), len(arms))

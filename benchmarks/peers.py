@@ -1,4 +1,4 @@
-"""Other ways to spend the same k micro-batches of an outer step, each beside the same AdamW and the same clipping."""
+"""Other updates from the k micro-batches of an outer step, all with the same AdamW and the same clipping."""
 
 import copy
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["NaiveNexus", "SharpnessAware", "UPGradDescent"]
 
 
 class WindowTrainer(Trainer):
-    """Keeps the micro-batches of an outer step until all of them are there, then has `train_window` fill `.grad`."""
+    """Collect the micro-batches of an outer step, then call `train_window` to set `.grad`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -25,18 +25,18 @@ class WindowTrainer(Trainer):
         return self.train_window(model, batches, num_items_in_batch)
 
     def train_window(self, model: nn.Module, batches: list[dict[str, Any]], items: Any) -> Tensor:
-        """Leave the optimizer its gradient of `batches` with `items` tokens together; returns the loss."""
+        """Set `.grad` for `batches`, which have `items` tokens in total, and return the loss."""
         raise NotImplementedError
 
     def accumulate(self, model: nn.Module, batches: list[dict[str, Any]], items: Any) -> Tensor:
-        """Add the gradients of the micro-batches up, as the stock Trainer does."""
+        """Accumulate the gradients of the micro-batches as the stock Trainer does."""
         return torch.stack(
             [super(WindowTrainer, self).training_step(model, inputs, items) for inputs in batches]
         ).sum()
 
 
 class NaiveNexus(WindowTrainer):
-    """The Nexus update as one would write it first: a deep copy of the state dict, and loops in Python."""
+    """The Nexus update in its simplest form, with a deep copy of the state dict and loops in Python."""
 
     inner_lr = 0.05
 
@@ -62,8 +62,8 @@ class NaiveNexus(WindowTrainer):
 
 class SharpnessAware(WindowTrainer):
     """
-    SAM (arXiv 2010.01412) in its standard form, over the accumulated batch: one ascent step of length `rho` along its
-    gradient, and the gradient there. That makes 2k forward and backward passes.
+    Standard SAM (arXiv 2010.01412) of the accumulated batch: an ascent step of length `rho` along its gradient, then
+    the gradient at that point. It takes 2k forward and backward passes.
     """
 
     rho = 0.05
@@ -86,10 +86,10 @@ class SharpnessAware(WindowTrainer):
 
 class UPGradDescent(WindowTrainer):
     """
-    Jacobian descent (arXiv 2406.16232) with TorchJD's UPGrad over the k losses, each that of one source's micro-batch.
+    Jacobian descent (arXiv 2406.16232) with TorchJD's UPGrad over the losses of the k micro-batches.
 
-    The Jacobian's rows are the gradients of k ordinary backward passes. `torchjd.autojac.backward` on the k losses
-    gives the same, but runs through each loss's graph k times, and holds the activations of all of them.
+    The rows of the Jacobian are the gradients of k ordinary backward passes. `torchjd.autojac.backward` on the losses
+    gives the same rows, but goes through each graph k times and holds the activations of all of them.
     """
 
     def train_window(self, model: nn.Module, batches: list[dict[str, Any]], items: Any) -> Tensor:
@@ -105,7 +105,7 @@ class UPGradDescent(WindowTrainer):
         for p, gradients in zip(params, zip(*rows, strict=True), strict=True):
             p.jac = torch.stack(gradients)
         del rows
-        # Gradients without conflict are added up, as in plain accumulation.
+        # Weights of 1 sum gradients that do not conflict, as plain accumulation does.
         aggregator = UPGrad(torch.ones(len(batches), device=self.args.device))
-        jac_to_grad(params, aggregator, optimize_gramian_computation=True)  # the form that takes less memory
+        jac_to_grad(params, aggregator, optimize_gramian_computation=True)  # takes less memory
         return torch.stack(losses).sum()

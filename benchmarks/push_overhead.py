@@ -1,18 +1,17 @@
 """
-What pushing to a healthy Hub costs a training loop.
+Cost of pushing to a healthy Hub for a training loop.
 
     python benchmarks/push_overhead.py                                        # 15 minutes on two CPU cores
     python benchmarks/push_overhead.py --rounds 3 --steps 40 --save_steps 20
 
-A round is the same training twice, in random order: once with `push_to_hub` (`hub_strategy="checkpoint"`: the model
-and all that resuming needs, at every save) and once without. Both save the same checkpoints. Timed is everything from
-the first step to the end of the last save; what comes after is not the loop's. The Hub is the tests' own, in another
-process on the same machine: it and the process that sends share its cores with the training, which is pinned to one
-thread. A short round before the others warms up. A save costs the same however long the steps between two are: give
-`--save_steps` as in the runs that you care for.
+A round trains twice, in random order: with `push_to_hub` (`hub_strategy="checkpoint"`, which uploads the model and
+the training state at every save) and without. Both runs save the same checkpoints. The time counts from the first step
+to the end of the last save. The Hub is the server of the tests, in another process on the same machine. It and the
+uploader share the cores with the training, which uses one thread. A short first round warms up. The cost of a save
+does not depend on the number of steps between saves: for the overhead of your runs, set their `--save_steps`.
 
 Two runs of the same training differ by a few percent on a shared machine. The last line of the output does not depend
-on that: what share of a pushing run's loop its training thread spent in the calls that push, timed inside of it.
+on that: it is the fraction of the loop that the training thread spends in the calls that push.
 """
 
 import argparse
@@ -28,21 +27,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quartiles import quartiles
+
 ROOT = Path(__file__).parents[1]
 
 
 def start_hub(folder: Path) -> "subprocess.Popen[str]":
-    """The tests' server; the environment of this process points to it from then on."""
+    """Start the server of the tests, and point the environment of this process to it."""
     command = [sys.executable, "-m", "tests.support.hub.server", "--root", str(folder / "hub"), "--port", "0"]
     hub = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert hub.stdout is not None
-    told = dict(part.split("=", 1) for part in hub.stdout.readline().split())
-    os.environ |= told | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
+    variables = dict(assignment.split("=", 1) for assignment in hub.stdout.readline().split())
+    os.environ |= variables | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
     return hub
 
 
 class Stopwatch:
-    """Adds up the seconds that are spent in what it wraps; a call within another one counts once."""
+    """Sum of the seconds spent in wrapped functions. Nested calls count once."""
 
     def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
@@ -62,7 +63,7 @@ class Stopwatch:
 
 
 def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -> tuple[float, float, float]:
-    """Seconds of one training loop: by the clock, of this process's CPU, and within the calls that push."""
+    """Seconds of one training loop: wall time, CPU time of this process, and time in the calls that push."""
     import torch
     from arms import CUDA, Case
     from transformers import TrainerCallback
@@ -80,7 +81,7 @@ def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -
         def on_step_end(self, args, state, control, **kwargs):
             self.ended = time.perf_counter(), time.process_time()
 
-        on_save = on_step_end  # after which nothing of the loop remains
+        on_save = on_step_end  # the loop ends with the last save
 
     torch.manual_seed(0)
     case = Case(options.model, options.tokens, 4)
@@ -106,7 +107,7 @@ def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     stopwatch = Stopwatch()
-    if trainer.publisher is not None:  # all that the training thread does for it: at a save, and for the log
+    if trainer.publisher is not None:  # all that the training thread does to push
         trainer._push_from_checkpoint = stopwatch(trainer._push_from_checkpoint)
         trainer.publisher.status = stopwatch(trainer.publisher.status)
     trainer.train()
@@ -116,18 +117,13 @@ def train(folder: Path, pushes: bool, options: argparse.Namespace, steps: int) -
     return clock.ended[0] - clock.began[0], clock.ended[1] - clock.began[1], stopwatch.seconds
 
 
-def quartiles(values: list[float]) -> str:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return f"{median:.4f} ({low:.4f} to {high:.4f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="1M", help="a shape of arms.py (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1024, help="per micro-batch (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=80, help="of each training (default: %(default)s)")
-    parser.add_argument("--save_steps", type=int, default=40, help="between two saves (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
+    parser.add_argument("--model", default="1M", help="a model of arms.py (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per micro-batch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="outer steps of each run (default: %(default)s)")
+    parser.add_argument("--save_steps", type=int, default=40, help="steps between two saves (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds after the first (default: %(default)s)")
     options = parser.parse_args()
     import torch
 
@@ -146,14 +142,14 @@ def main() -> None:
         finally:
             hub.kill()
             hub.wait()
-    counted = rounds[1:]
+    measured = rounds[1:]
     saves = options.steps // options.save_steps
-    extra = statistics.median(pair[True][0] - pair[False][0] for pair in counted) / saves
-    print(f"time with / without: {quartiles([pair[True][0] / pair[False][0] for pair in counted])}")
-    print(f"CPU time with / without: {quartiles([pair[True][1] / pair[False][1] for pair in counted])}")
-    shares = quartiles([pair[True][2] / pair[True][0] for pair in counted])
-    print(f"{extra:+.2f} s for each of {saves} saves; {len(counted)} rounds, load {os.getloadavg()[0]:.1f}")
-    print(f"within the calls that push: {shares} of the loop")
+    extra = statistics.median(pair[True][0] - pair[False][0] for pair in measured) / saves
+    fractions = [pair[True][2] / pair[True][0] for pair in measured]
+    print(f"time with / without: {quartiles([pair[True][0] / pair[False][0] for pair in measured], 4)}")
+    print(f"CPU time with / without: {quartiles([pair[True][1] / pair[False][1] for pair in measured], 4)}")
+    print(f"{extra:+.2f} s for each of {saves} saves, {len(measured)} rounds, load {os.getloadavg()[0]:.1f}")
+    print(f"in the calls that push: {quartiles(fractions, 4)} of the loop")
 
 
 if __name__ == "__main__":

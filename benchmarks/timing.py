@@ -1,9 +1,8 @@
 """
-Times of the outer steps of several training runs, taken in turn.
+Times of outer steps of several training runs that take turns.
 
-Every arm is a real `train()` of its own copy of the model. All run in this process, each in a thread that is let go
-for one outer step while the others wait. (Switching `args.nexus` within one run would be simpler, but off it still
-counts tokens per source, which the stock Trainer does not.)
+Each arm is a real `train()` of a separate model. All arms run in this process, each in a thread that advances by one
+outer step while the others wait.
 """
 
 import random
@@ -19,11 +18,11 @@ from transformers import Trainer, TrainerCallback
 __all__ = ["Seconds", "measure_time"]
 
 MAX_ROUNDS = 60
-Seconds = tuple[float, float]  # by the clock, and of the CPU
+Seconds = tuple[float, float]  # wall time, CPU time
 
 
 class StepByStep(TrainerCallback):
-    """A training run in a thread of its own, which advances by one outer step when told to."""
+    """A training run in a thread, which advances by one outer step per call of `step`."""
 
     def __init__(self, trainer: Trainer, threads: int):
         self.trainer, self.threads = trainer, threads
@@ -37,7 +36,7 @@ class StepByStep(TrainerCallback):
         self._await_pause()
 
     def _train(self) -> None:
-        torch.set_num_threads(self.threads)  # a setting of the calling thread
+        torch.set_num_threads(self.threads)  # applies to the calling thread
         try:
             self.trainer.train()
         except BaseException as error:
@@ -64,7 +63,7 @@ class StepByStep(TrainerCallback):
             raise self.error
 
     def step(self) -> Seconds:
-        """Time of one more outer step."""
+        """Run the next outer step and return its time."""
         self.go.release()
         self._await_pause()
         return self.seconds
@@ -84,19 +83,30 @@ def read_clocks() -> Seconds:
 def measure_time(
     case: Case, arms: list[str], repeats: int | None, limit: float, threads: int
 ) -> list[dict[str, Seconds]]:
-    """Rounds of `{arm: time of one outer step}`: `repeats`, or as many as fit into `limit` seconds, at least 5."""
-    most = repeats or MAX_ROUNDS
-    steps = most + 3  # one to warm up, and the loader reads ahead
+    """
+    Time rounds of one outer step of each arm in random order.
+
+    Args:
+        repeats (`int`, *optional*):
+            Number of rounds. Defaults to as many as fit into `limit` seconds, at least 5.
+
+    Returns:
+        `list[dict[str, Seconds]]`: `{arm: time of one outer step}` for each round.
+    """
+    max_rounds = repeats or MAX_ROUNDS
+    steps = max_rounds + 3  # one to warm up, and the loader reads ahead
     sources = case.sources(steps)
     runs = {arm: StepByStep(case.trainer(arm, sources, steps), threads) for arm in arms}
     first = [next(iter(run.trainer.get_train_dataloader()))["input_ids"] for run in runs.values()]
     assert all(torch.equal(first[0], ids) for ids in first), "the arms read different micro-batches"
     for run in runs.values():
-        run.step()  # allocates the optimizer's state and the snapshot
+        run.step()  # allocates the optimizer state and the snapshot
     rounds: list[dict[str, Seconds]] = []
     order = random.Random(0)  # the same on all ranks
     started = time.perf_counter()
-    while _agreed(len(rounds) < most and bool(repeats or len(rounds) < 5 or time.perf_counter() - started < limit)):
+    while _agreed(
+        len(rounds) < max_rounds and bool(repeats or len(rounds) < 5 or time.perf_counter() - started < limit)
+    ):
         rounds.append({arm: runs[arm].step() for arm in order.sample(arms, len(arms))})
     for run in runs.values():
         run.stop()
@@ -104,7 +114,7 @@ def measure_time(
 
 
 def _agreed(decision: bool) -> bool:
-    """What the first rank decides."""
+    """The decision of the first rank."""
     decisions = [decision]
     if dist.is_initialized():
         dist.broadcast_object_list(decisions)

@@ -1,4 +1,4 @@
-"""The benchmarks: what they compare is what they say, and each arm gets its row."""
+"""The scripts in benchmarks/: their arms train as described, and each arm has a row in the table."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def weights(trainer: Any) -> torch.Tensor:
 
 
 def trained(arms: Any, arm: str, k: int = 4) -> torch.Tensor:
-    """How far and where three outer steps go."""
+    """The change of the weights over three outer steps."""
     case = arms.Case("1M", 8, k)
     trainer = case.trainer(arm, case.sources(3), steps=3)
     before = weights(trainer)
@@ -58,7 +58,7 @@ def test_upgrad_of_one_source_is_plain_accumulation(arms):
 
 
 def rows_of(*groups: str) -> list[list[str]]:
-    """The cells of the table for some groups of arms, of the smallest case."""
+    """The cells of the table for groups of arms in the smallest case."""
     command = ["benchmarks/step_overhead.py", "--models", "1M", "--tokens", "8", "--k", "2", "--repeats", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
