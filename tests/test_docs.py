@@ -1,4 +1,4 @@
-"""The documentation's examples: configurations load, docstring examples run, links lead somewhere."""
+"""The examples of the documentation run, its configurations load, and its links exist."""
 
 import ast
 import dataclasses
@@ -34,7 +34,7 @@ MODULES = sorted(
 
 
 def stand_in(folder: Path, name: str, source: dict) -> dict:
-    """The same source, read from a small local file."""
+    """A source with the same settings that is read from a small local file."""
     config = SourceConfig(**source)
     texts = [f"document {i} of {name} " + "lazy dogs and quick foxes " * (1 + i % 3) for i in range(1200)]
     with (folder / f"{name}.jsonl").open("w") as file:
@@ -45,10 +45,10 @@ def stand_in(folder: Path, name: str, source: dict) -> dict:
 
 
 @pytest.mark.parametrize("block", MIXTURES, ids=lambda block: block.split("\n")[1].split("#")[0].strip())
-def test_every_mixture_in_the_documentation_trains(block, make_trainer, tmp_path):
+def test_every_documented_mixture_trains(block, make_trainer, tmp_path):
     assert MixtureConfig.from_dict(yaml.safe_load(block)).train_sources
     data = yaml.safe_load(block)
-    data["sequence_length"], data["num_proc"] = 64, None  # for the sake of time
+    data["sequence_length"], data["num_proc"] = 64, None  # to save time
     data["sources"] = {name: stand_in(tmp_path, name, source) for name, source in data["sources"].items()}
     tokenizer = tiny_tokenizer()
     mixture = load_mixture(MixtureConfig.from_dict(data), tokenizer, cache_dir=tmp_path / "cache")
@@ -75,8 +75,8 @@ COMMANDS = [
 ]
 
 
-def test_the_page_on_how_it_works_holds_every_field_with_its_default():
-    page = (ROOT / "docs/how_it_works.md").read_text()
+def test_the_trainer_page_lists_every_field_with_its_default():
+    page = (ROOT / "docs/trainer.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page, re.MULTILINE))
     defaults = {field.name: field.default for field in dataclasses.fields(NexusConfigMixin)}
     assert {name: ast.literal_eval(default) for name, default in rows.items()} == defaults
@@ -88,7 +88,7 @@ def readme() -> list[str]:
 
 
 def test_the_quickstart_runs(readme, tmp_path, monkeypatch):
-    """As it stands, but for the model, which is of the Hub, and how long and where it trains."""
+    """Only the model, which is on the Hub, and the length and place of training are replaced."""
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny_tokenizer()
     for auto, ours in (("ModelForCausalLM", tiny_llama(vocab_size=len(tokenizer))), ("Tokenizer", tokenizer)):
@@ -114,12 +114,12 @@ def test_the_bare_loop_runs(readme):
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_python_blocks_compile_and_what_they_import_of_ours_exists(block):
-    """The README's are run above; others go on from one another, or need what cannot be had here."""
+def test_python_blocks_compile_and_import_names_that_exist(block):
+    """The tests above run those of the README. Others continue a previous one, or need a network."""
     tree = ast.parse(block)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("hf_nexus", "transformers"):
-            assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+            assert all(hasattr(importlib.import_module(str(node.module)), alias.name) for alias in node.names)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "NexusConfig":
             fields = {field.name for field in dataclasses.fields(NexusConfig)}
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields
@@ -127,7 +127,7 @@ def test_python_blocks_compile_and_what_they_import_of_ours_exists(block):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_name_files_and_flags_that_exist(line):
-    words = shlex.split(line.partition(" > ")[0], comments=True)
+    words = shlex.split(line, comments=True)
     assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
     if words[:2] == ["hf-nexus", "plan"]:
         parse_arguments(["--config", words[2], "--dry_run", *words[3:]])
@@ -135,11 +135,11 @@ def test_commands_name_files_and_flags_that_exist(line):
         parse_arguments(["--dry_run", *words[words.index("recipes/pretrain_3b.py") + 1 :]])
     elif words[0] == "hf-nexus" and words[1] not in ("train", "compare"):
         command = typer.main.get_command(cli.app).commands[words[1]]
-        command.make_context(words[1], words[2:])  # parses, and raises at what it does not know
+        command.make_context(words[1], words[2:])  # raises for an unknown option
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
-def test_accelerate_files_are_accelerates(path):
+def test_accelerate_reads_the_files_for_launches(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
@@ -162,8 +162,21 @@ def test_relative_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+def test_troubleshooting_quotes_messages_that_exist():
+    """Each quote is compared by its longest part between values: quoted names, numbers and dots."""
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    strings = "\n".join(value for value in constants if isinstance(value, str))
+    cells = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    quotes = [quote for cell in cells for quote in re.findall(r"`([^`]*)`", cell)]
+    assert len(quotes) > 15
+    for quote in quotes:
+        longest = max(re.split(r"\.\.\.|'[^']*'|\b[\d.]+\b|[][=;]", quote), key=len).strip()
+        assert longest in strings, longest
+
+
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Anchors of the headings, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
