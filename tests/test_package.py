@@ -65,7 +65,7 @@ def test_the_test_of_imports_sees_them():
     assert rooms_of_imports(PACKAGE / "nexus.py") == {"controls", "tensors"}
 
 
-def test_the_core_imports_without_the_optional_packages_and_costs_nothing_itself():
+def test_the_core_imports_without_the_optional_packages():
     """In a process where datasets, evaluate, peft and matplotlib cannot be imported."""
     code = """
 import json, sys

@@ -1,4 +1,4 @@
-"""What we rely on upstream beyond documented interfaces: a failure here says what moved."""
+"""Private behaviour of the upstream packages that this package uses. A failure shows what changed."""
 
 import inspect
 from importlib import import_module
@@ -9,37 +9,64 @@ from torch.optim.sgd import sgd
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from hf_nexus import NexusTrainerMixin
 from tests.support.tiny import Rows, tiny_llama
 
+# Hooks of the Trainer that the mixin overrides, with the parameters that it names. `None`: they are passed on unseen.
+HOOKS = {
+    "init_hf_repo": ["token", "private"],
+    "train": None,
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_get_train_sampler": ["train_dataset"],
+    "_get_collator_with_removed_columns": ["data_collator", "description"],
+    "create_optimizer": ["model"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_run_epoch": None,
+    "_load_rng_state": ["checkpoint"],
+    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "_get_num_items_in_batch": ["batch_samples", "device"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "log": ["logs", "start_time"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+    "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "predict": None,
+    "_get_output_dir": ["trial"],
+    "_save_checkpoint": ["model", "trial"],
+    "_save_rng_state": ["output_dir"],
+    "save_model": ["output_dir", "_internal_call"],
+    "_save": ["output_dir", "state_dict"],
+    "save_state": [],
+    "create_model_card": None,
+    "_push_from_checkpoint": ["checkpoint_folder"],
+    "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    "_finish_current_push": [],
+}
+# Methods of the Trainer that the mixin calls.
+CALLED = {"_prepare_inputs": ["inputs"], "compute_loss_context_manager": [], "get_decay_parameter_names": ["model"]}
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("_get_train_sampler", ["self", "train_dataset"]),
-        ("_get_collator_with_removed_columns", ["self", "data_collator", "description"]),
-        ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
-        ("_get_num_items_in_batch", ["self", "batch_samples", "device"]),
-        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
-        ("_prepare_for_training", ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]),
-        ("_save_checkpoint", ["self", "model", "trial"]),
-        ("_save", ["self", "output_dir", "state_dict"]),
-        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
-        ("_save_rng_state", ["self", "output_dir"]),
-        ("_load_rng_state", ["self", "checkpoint"]),
-        ("_get_output_dir", ["self", "trial"]),
-        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
-        ("_prepare_inputs", ["self", "inputs"]),
-        ("prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"]),
-        ("evaluate", ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]),
-        ("log", ["self", "logs", "start_time"]),
-    ],
-)
-def test_the_hooks_that_we_override_exist_with_these_parameters(method, parameters):
-    assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
+
+def test_every_overridden_hook_is_listed_here():
+    overridden = {
+        name for name, value in vars(NexusTrainerMixin).items() if callable(value) and hasattr(Trainer, name)
+    }
+    assert {name for name in overridden if not name.startswith("__")} == set(HOOKS)
 
 
-def test_an_epoch_is_a_method_that_can_be_left_out(tmp_path):
-    """A run that is resumed at its end trains one step more upstream, hence our `_run_epoch`."""
+@pytest.mark.parametrize("method", [*HOOKS, *CALLED])
+def test_a_hook_exists_with_these_parameters(method):
+    parameters = list(inspect.signature(getattr(Trainer, method)).parameters)[1:]
+    expected = {**HOOKS, **CALLED}[method]
+    assert expected is None or parameters == expected
+
+
+def test_a_card_has_these_arguments_by_position():
+    parameters = list(inspect.signature(Trainer.create_model_card).parameters)
+    assert parameters[1:7] == ["language", "license", "tags", "model_name", "finetuned_from", "tasks"]
+
+
+def test_a_run_that_is_resumed_at_its_end_trains_one_step(tmp_path):
+    """The mixin skips `_run_epoch` in this case."""
     options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, max_steps=2, **options)
     trainer = Trainer(tiny_llama(), args, train_dataset=Rows(16, 0))
@@ -49,7 +76,7 @@ def test_an_epoch_is_a_method_that_can_be_left_out(tmp_path):
     assert trainer.state.global_step == 3
 
 
-def test_a_window_is_prefetched_whole_and_only_its_last_step_syncs(make_trainer):
+def test_a_window_is_prefetched_and_its_last_step_syncs(make_trainer):
     seen = []
 
     class Spy(Trainer):
@@ -66,7 +93,7 @@ def test_a_window_is_prefetched_whole_and_only_its_last_step_syncs(make_trainer)
     assert seen == [4, False, False, False, True] * 2
 
 
-def test_the_training_loaders_collator_is_asked_for_by_this_description(make_trainer):
+def test_the_training_collator_has_this_description(make_trainer):
     asked = []
 
     class Spy(Trainer):
@@ -79,8 +106,8 @@ def test_the_training_loaders_collator_is_asked_for_by_this_description(make_tra
     assert asked == ["Training"]
 
 
-def test_loss_is_divided_by_the_current_number_of_accumulation_steps_without_a_count(make_trainer):
-    """Inside a window we set it to 1, and the loss must then be the micro-batch's mean."""
+def test_the_loss_is_divided_by_the_accumulation_steps(make_trainer):
+    """Inside a window their number is 1, and the loss is the mean of the micro-batch."""
     args = make_trainer(Rows(8, 0)).args
     model = tiny_llama()
     trainer = Trainer(model, args, train_dataset=Rows(8, 0))
@@ -94,7 +121,7 @@ def test_loss_is_divided_by_the_current_number_of_accumulation_steps_without_a_c
     assert losses[0] == pytest.approx(4 * losses[1])
 
 
-def test_stateful_callbacks_travel_in_the_trainer_state(tmp_path):
+def test_the_trainer_state_saves_stateful_callbacks(tmp_path):
     class Meter(ExportableState):
         def state(self):
             return {"args": {}, "attributes": {"count": 3}}
@@ -105,7 +132,7 @@ def test_stateful_callbacks_travel_in_the_trainer_state(tmp_path):
     assert loaded.stateful_callbacks["Meter"]["attributes"]["count"] == 3
 
 
-def test_fused_sgd_skips_on_a_device_flag_and_matches_by_memory(tmp_path):
+def test_fused_sgd_skips_its_step_by_a_flag(tmp_path):
     def step(p, g, lr, skip):
         options = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
         sgd([p], [g], [None], fused=True, found_inf=torch.tensor(float(skip)), lr=lr, **options)
@@ -116,8 +143,8 @@ def test_fused_sgd_skips_on_a_device_flag_and_matches_by_memory(tmp_path):
     assert torch.equal(step(p.clone(), g * float("nan"), torch.tensor(float("nan")), True), p)
 
 
-def test_accelerate_reaches_the_dataset_with_set_epoch_where_it_skips_batches(make_trainer):
-    """On resume with several ranks the sampler lies two wrappers deep; the dataset is told instead."""
+def test_set_epoch_reaches_the_dataset_when_batches_are_skipped():
+    """With several ranks, a resumed loader wraps the sampler twice. The dataset is told instead."""
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SkipBatchSampler
     from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -134,7 +161,7 @@ def test_accelerate_reaches_the_dataset_with_set_epoch_where_it_skips_batches(ma
     assert dataset.epoch == 3
 
 
-def test_the_trainer_keeps_its_running_loss_and_batch_size_under_these_names(make_trainer):
+def test_the_running_loss_and_batch_size_have_these_names(make_trainer):
     seen = []
 
     class Spy(Trainer):
@@ -147,8 +174,8 @@ def test_the_trainer_keeps_its_running_loss_and_batch_size_under_these_names(mak
     assert seen[0] == (0.0, 0, 2) and seen[-1][0] > seen[1][0] > 0
 
 
-def test_a_loader_says_how_many_rows_of_the_last_batch_are_real():
-    """With several ranks accelerate completes the last batch with rows of the first."""
+def test_a_loader_counts_the_real_rows_of_its_last_batch():
+    """With several ranks, Accelerate completes the last batch with rows of the first."""
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
     from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -161,7 +188,7 @@ def test_a_loader_says_how_many_rows_of_the_last_batch_are_real():
     assert loader.total_batch_size == 4
 
 
-def test_an_iterable_dataset_shows_what_it_is_made_of():
+def test_an_iterable_dataset_shows_its_layers():
     datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_dict({"x": [1, 2]}).to_iterable_dataset()
     assert stream._formatting is None and stream._distributed is None
@@ -173,13 +200,13 @@ def test_an_iterable_dataset_shows_what_it_is_made_of():
     assert stream.with_format("arrow")._formatting.is_table
 
 
-def test_the_loader_worker_is_where_torch_says():
+def test_the_worker_of_a_loader_has_this_place():
     worker = torch.utils.data._utils.worker
     assert worker._worker_info is None is torch.utils.data.get_worker_info()
 
 
-def test_sharding_on_a_cpu_is_reached_by_this_state():
-    """The tests of FSDP2 on CPU processes, and what accelerate reduces in there under bf16."""
+def test_fsdp2_on_a_cpu_can_be_set_up_by_this_state():
+    """For the tests of FSDP2 on CPU processes. With bf16, gradients are also reduced in bf16."""
     from accelerate.state import PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -190,7 +217,7 @@ def test_sharding_on_a_cpu_is_reached_by_this_state():
     assert policy.param_dtype == policy.reduce_dtype == torch.bfloat16
 
 
-def test_the_foreach_kernels_that_walk_and_restore_exist():
+def test_the_foreach_kernels_exist():
     a, b = [torch.ones(2), torch.ones(3)], [torch.zeros(2), torch.full((3,), 2.0)]
     torch._foreach_copy_(a, b, non_blocking=True)
     assert all(map(torch.equal, a, b))
@@ -207,8 +234,8 @@ def stock_trainer(folder):
     return Trainer(tiny_llama(), args, train_dataset=Rows(8, 0), eval_dataset=Rows(4, 1))
 
 
-def test_an_evaluation_is_logged_and_announced_through_the_handler(tmp_path):
-    """`held_back` replaces these two for a while, since no argument of `evaluate` leaves them out."""
+def test_an_evaluation_is_logged_through_the_handler(tmp_path):
+    """`held_back` replaces these two methods, because no argument of `evaluate` leaves them out."""
     trainer, seen = stock_trainer(tmp_path), []
     handler = trainer.callback_handler
 
@@ -235,21 +262,21 @@ def test_a_prediction_closes_the_bar_of_an_evaluation():
     assert bars.prediction_bar is None
 
 
-def test_saved_arguments_hold_the_token(tmp_path):
+def test_saved_arguments_contain_the_token(tmp_path):
     """Saved arguments are uploaded, so ours are saved without it."""
     trainer = stock_trainer(tmp_path)
     trainer.save_model()
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token == "secret"
 
 
-def test_averaging_over_devices_is_asked_of_the_arguments():
-    """Neither method takes an argument for it, so `changed` sets it for a while."""
+def test_averaging_over_devices_is_read_from_the_arguments():
+    """Neither method takes it as an argument, so `changed` sets it temporarily."""
     for method in (Trainer._get_num_items_in_batch, Trainer.compute_loss):
         assert "self.args.average_tokens_across_devices" in inspect.getsource(method)
 
 
 def test_states_without_a_callback_are_saved_and_loaded(tmp_path):
-    """Totals and the status of publishing travel in `stateful_callbacks`."""
+    """The totals and the status of publishing are saved in `stateful_callbacks`."""
     trainer = stock_trainer(tmp_path)
     trainer.state.stateful_callbacks["TrainingMeter"] = {"args": {}, "attributes": {"unit": "rows"}}
     trainer.save_state()
