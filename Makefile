@@ -1,29 +1,25 @@
-# Everything a newcomer needs: `make demo`, `make test`. Each target prepares .venv by itself.
+# Start with `make demo` and `make test`. Each target creates .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# One BLAS thread per test worker: more would only get in each other's way.
+# One BLAS thread per test worker: more threads would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards schema test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
+.PHONY: demo compare cards test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
 
-# With PUSH=1 it pushes as it trains, to a Hub that runs on this machine for as long as the demo, and loads the result.
+# PUSH=1 starts a Hub on this machine, pushes to it during training, and loads the pushed model.
 demo: $(READY)
 	$(if $(PUSH),$(BIN)/python -m tests.support.hub.demo alice/nexus-demo runs/nexus-demo -- )$(BIN)/python \
 		recipes/pretrain_3b.py --config demo $(if $(PUSH),--push_to_hub True --hub_strategy checkpoint)
 
-# Arms over seeds on the built-in corpus, in less than ten minutes on two cores; the report is in runs/compare.
+# Compare arms over seeds on the built-in corpus, in less than ten minutes on two cores. The report is in runs/compare.
 compare: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/compare.py
 
-# Model cards are golden files: after a change of the template, render them again and look at the difference.
+# Model cards are golden files. After a change of the template, render them again and review the difference.
 cards: $(READY)
 	$(BIN)/python -m tests.hub.test_card
 	$(BIN)/python model_cards/render.py
-
-# The JSON schema and the tables of docs/configuration.md are made from the dataclasses.
-schema: $(READY)
-	$(BIN)/python -m tests.cli.test_schema
 
 test: $(READY)
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
@@ -32,8 +28,8 @@ test-all: $(READY)
 	@start=$$(date +%s); $(PYTEST) -n 2 --dist loadfile; status=$$?; \
 	echo "test-all took $$(( $$(date +%s) - start )) s"; exit $$status
 
-# The oldest and the newest versions that pyproject.toml allows, each in an environment of its own. Other environments
-# than CI's may have a build of torch of their own: PIP_INSTALL='...' is handed to pip. TESTS='tests/test_nexus.py' runs less.
+# The oldest and the newest versions that pyproject.toml allows, each in a separate environment. PIP_INSTALL='...' is
+# passed to pip, for another build of torch. TESTS='tests/test_nexus.py' runs fewer tests.
 TESTS ?= -m "not slow"
 EXTRAS ?= test
 test-lowest: .venv-lowest/.ready
@@ -42,7 +38,7 @@ test-lowest: .venv-lowest/.ready
 test-newest: .venv-newest/.ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
-# The lower bounds of what the tests run against; those of the test tools are not lowered.
+# The lower bounds of the dependencies. The test tools are not lowered.
 .venv-lowest/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) -c 'import re, tomllib; \
@@ -57,16 +53,16 @@ test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade $(PIP_INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
-# Docstring examples, documentation code, the mixtures and numbers of the pages, relative links.
+# Examples in docstrings, and code, mixtures, numbers and links in the documentation.
 docs-test: $(READY)
 	$(PYTEST) tests/test_docs.py
 	$(PYTEST) tests/pretrain/test_cost.py -k page
 
-# Every command in the headers of recipes/, also those that take minutes.
+# Every command in the headers of recipes/, including those that take minutes.
 recipes: $(READY)
 	$(PYTEST) -n 2 tests/recipes
 
-# The tests of the source distribution against the installed wheel, with no source of the package in reach.
+# Test the installed wheel with the tests of the source distribution, outside of the repository.
 test-wheel: build
 	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[test]"
@@ -87,7 +83,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Resolve anew and write constraints.txt: names and versions only, so that it serves any index and any build of torch.
+# Resolve the dependencies and write constraints.txt. It has names and versions only, for any index and build of torch.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'

@@ -1,11 +1,11 @@
-"""Train language models on several sources so that their minima come close: the Nexus update for the HF stack."""
+"""A drop-in Hugging Face Trainer for multi-source training with the Nexus update."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public names and where they live. They are imported when first used: `import hf_nexus` alone costs nothing.
+# Public names and their modules, which are imported on first use. `import hf_nexus` alone stays cheap.
 _EXPORTS = {
     "Mixture": "mixture.loading",
     "MixtureConfig": "mixture.config",
