@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more threads would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
+.PHONY: demo compare cards schema test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
 
 # PUSH=1 starts a Hub on this machine, pushes to it during training, and loads the pushed model.
 demo: $(READY)
@@ -20,6 +20,10 @@ compare: $(READY)
 cards: $(READY)
 	$(BIN)/python -m tests.hub.test_card
 	$(BIN)/python model_cards/render.py
+
+# The JSON schema and the tables of docs/configuration.md are made from the dataclasses.
+schema: $(READY)
+	$(BIN)/python -m tests.cli.test_schema
 
 test: $(READY)
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"

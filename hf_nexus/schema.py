@@ -38,7 +38,8 @@ def documented(cls: type[T]) -> type[T]:
     """
     found: dict[str, str] = {}
     for header, text in _ENTRY.findall(inspect.cleandoc(cls.__doc__ or "") + "\n"):
-        found |= dict.fromkeys(re.findall(r"(\w+) \(`", header), " ".join(text.split()))
+        text = re.sub(r"\[`~?([^`]+)`\]", r"`\1`", " ".join(text.split()))  # links are for the documentation only
+        found |= dict.fromkeys(re.findall(r"(\w+) \(`", header), text)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in found:
             text = found[field.name].replace("%", "%%")
@@ -47,9 +48,11 @@ def documented(cls: type[T]) -> type[T]:
 
 
 def help_of(cls: type) -> dict[str, str]:
-    """The help text of each field that has one, by name."""
-    texts = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls)}
-    return {name: text.replace("%%", "%") for name, text in texts.items() if text}
+    """The help text of each field, by name. A field without its own text has that of the base class."""
+    texts: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        texts |= {field.name: field.metadata["help"] for field in dataclasses.fields(base) if "help" in field.metadata}
+    return {name: text.replace("%%", "%") for name, text in texts.items()}
 
 
 def json_schema(cls: type, definitions: dict[str, Any]) -> dict[str, str]:
@@ -85,28 +88,32 @@ def json_schema(cls: type, definitions: dict[str, Any]) -> dict[str, str]:
 
 
 def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    members = [member for option, bound in options(kind) for member in _members(option, bound, definitions)]
-    if all(member.keys() == {"type"} for member in members):
-        names = [member["type"] for member in members]
-        return {"type": names if len(names) > 1 else names[0]}
+    members = [_member(option, bound, definitions) for option, bound in options(kind)]
+    scalars = [member for member in members if isinstance(member.get("type"), list)]
+    if scalars:
+        names = [name for member in scalars for name in member["type"]]
+        merged = {key: value for member in scalars for key, value in member.items()} | {"type": names}
+        members = [merged, *(member for member in members if member not in scalars)]
     return members[0] if len(members) == 1 else {"anyOf": members}
 
 
-def _members(kind: Any, bound: Bound, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+def _member(kind: Any, bound: Bound, definitions: dict[str, Any]) -> dict[str, Any]:
+    """One option. The type of a scalar is a list, whose limits apply to this type only."""
     arguments = get_args(kind)
     if kind is Any:
-        return [{}]
+        return {}
     if (values := choices(kind)) is not None:
-        return [{"enum": list(values)}]
+        return {"enum": list(values)}
     if dataclasses.is_dataclass(kind):
-        return [json_schema(kind, definitions)]  # type: ignore[arg-type]
+        return json_schema(kind, definitions)  # type: ignore[arg-type]
     if is_subclass(kind, list):
-        return [{"type": "array"} | ({"items": _schema(arguments[0], definitions)} if arguments else {})]
+        return {"type": "array"} | ({"items": _schema(arguments[0], definitions)} if arguments else {})
     if is_subclass(kind, dict):
         values_of = {"additionalProperties": _schema(arguments[1], definitions)} if arguments else {}
-        return [{"type": "object", **values_of}]
-    length = "minLength" if kind is str else "minimum"
-    limits = {length: bound.least, "exclusiveMinimum": bound.above, "maximum": bound.most}
-    found = {"type": _BARE[kind]} | {name: limit for name, limit in limits.items() if limit is not None}
+        return {"type": "object", **values_of}
+    if kind is str:
+        return {"type": ["string"]} | ({"minLength": 1} if bound.least else {})
+    limits = {"minimum": bound.least, "exclusiveMinimum": bound.above, "maximum": bound.most}
+    found = {"type": [_BARE[kind]]} | {name: limit for name, limit in limits.items() if limit is not None}
     # 1_000 is a number in YAML 1.1, which this package reads, and a string in YAML 1.2, which editors read.
-    return [found, {"type": "string", "pattern": "^[0-9]+(_[0-9]+)+$"}] if kind is int else [found]
+    return found | {"type": ["integer", "string"], "pattern": "^[0-9]+(_[0-9]+)+$"} if kind is int else found

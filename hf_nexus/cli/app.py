@@ -228,6 +228,15 @@ def card(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of all configurations, for editors: hf-nexus schema > nexus.schema.json"""
+    from ..files import finite_json
+    from .schema import nexus_schema
+
+    print(finite_json(nexus_schema(), indent=1))
+
+
+@app.command()
 def env() -> None:
     """Print the versions of the packages and the devices found; put them into bug reports: hf-nexus env"""
     from rich.console import Console

@@ -34,31 +34,12 @@ def load_documents(
     name: str, source: SourceConfig, split: str, cache_dir: str | None = None, streaming: bool = False
 ) -> "Dataset | IterableDataset":
     """
-    Load one split of a source, one row per document.
+    Load one split of a source, one row per document. Slices of splits work, except for folders of `save_to_disk`.
 
-    Args:
-        name (`str`), source ([`SourceConfig`]):
-            The source.
-        split (`str`):
-            The split. Slices such as `"train[:10%]"` work, except for folders of `save_to_disk`.
-        cache_dir (`str`, *optional*):
-            As in [`~datasets.load_dataset`].
-        streaming (`bool`, *optional*, defaults to `False`):
-            Return an `IterableDataset` without downloading or converting. Sources that are ready to read, such as
-            folders of `save_to_disk`, are still returned as a `Dataset`.
+    With `streaming`, the result is an `IterableDataset`, except for sources that are ready to read.
 
     Raises:
         ValueError: Nothing is there, it has no such split, subset or column, or it has no documents.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.mixture import SourceConfig
-        >>> from hf_nexus.mixture.documents import load_documents
-        >>> path = Path(mkdtemp(), "web.jsonl")
-        >>> _ = path.write_text('{"text": "a document"}')
-        >>> load_documents("web", SourceConfig(path=str(path)), "train", cache_dir=str(path.parent)).column_names
-        ['text']
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -171,14 +152,6 @@ class DocumentEncoder:
             Tokenizes, and renders messages with its chat template.
         available (`Sequence[str]`):
             Columns of the source, for errors.
-
-    Example:
-        >>> from hf_nexus.mixture import SourceConfig
-        >>> from hf_nexus.mixture.documents import DocumentEncoder
-        >>> sums = SourceConfig(path="sums.jsonl", prompt_column="question", completion_column="answer")
-        >>> encoder = DocumentEncoder("sums", sums, tokenizer=None, available=["question", "answer"])
-        >>> encoder.texts({"question": ["1 + 1?"], "answer": ["2"]}, first_row=0)
-        ['1 + 1?\\n2']
     """
 
     name: str
@@ -201,18 +174,16 @@ class DocumentEncoder:
         self._require(columns, first_row, lambda value: isinstance(value, str), "a string")
         return [_join(*values) for values in zip(*columns.values(), strict=True)]
 
-    def texts_of_rows(self, rows: Sequence[Mapping[str, Any]], first_row: int) -> list[str]:
+    def text(self, row: Mapping[str, Any], number: int) -> str:
         """
-        The documents of rows, all of which can be encoded.
+        The document of one row, which can be encoded.
 
         Raises:
-            Exception: A row is unusable. The type depends on the cause.
+            Exception: The row is unusable. The type depends on the cause.
         """
-        batch = {column: [row.get(column) for row in rows] for column in self.source.columns.values()}
-        texts = self.texts(batch, first_row)
-        for text in texts:
-            text.encode()  # fails for half a surrogate pair, or bytes that are not UTF-8
-        return texts
+        (text,) = self.texts({column: [row.get(column)] for column in self.source.columns.values()}, number)
+        text.encode()  # fails for half a surrogate pair, or bytes that are not UTF-8
+        return text
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, without special tokens."""
@@ -266,26 +237,12 @@ def _join(prompt: str, completion: str = "") -> str:
 
 
 def document_hash(text: str) -> int:
-    """
-    A 64-bit hash of the text of a document, by which documents are held out.
-
-    Example:
-        >>> from hf_nexus.mixture.documents import document_hash
-        >>> document_hash("a")
-        3405396810240292928
-    """
+    """A 64-bit hash of the text of a document, by which documents are held out."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def split_text(text: str, size: int) -> Iterator[str]:
-    """
-    Split a text into segments of at most `size` characters, before a line end if one is near, else before a space.
-
-    Example:
-        >>> from hf_nexus.mixture.documents import split_text
-        >>> list(split_text("one two\\nthree four", 10))
-        ['one two', '\\nthree', ' four']
-    """
+    """Segments of a text of at most `size` characters, cut before a line end if one is near, else before a space."""
     start = 0
     while len(text) - start > size:
         half, stop = start + max(size // 2, 1), start + size

@@ -152,12 +152,6 @@ def check_loadable(config: MixtureConfig) -> None:
 
     Raises:
         ValueError: A source without `streaming` has more than two billion known tokens after `max_tokens`.
-
-    Example:
-        >>> from hf_nexus.mixture import MixtureConfig
-        >>> from hf_nexus.mixture.loading import check_loadable
-        >>> web = {"path": "org/web", "tokens": 10_000_000_000, "max_tokens": 1_000_000_000}
-        >>> check_loadable(MixtureConfig.from_dict({"sources": {"web": web}, "sequence_length": 1024}))
     """
     for name, source in config.sources.items():
         if source.streaming or source.known_tokens is None or source.known_tokens <= MAP_STYLE_LIMIT:
@@ -217,7 +211,7 @@ def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: 
     found: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(documents):
         try:
-            (text,) = encoder.texts_of_rows([row], number)
+            text = encoder.text(row, number)
         except Exception as error:
             if encoder.source.on_error == "skip":
                 continue

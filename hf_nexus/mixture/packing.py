@@ -40,16 +40,6 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """
     Hash of everything in a tokenizer that affects the tokens of a document. Unlike a hash of the object, it stays the
     same after saving and loading, and across versions of transformers.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> from transformers import AutoTokenizer
-        >>> from hf_nexus.mixture.packing import tokenizer_fingerprint
-        >>> from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
-        >>> tokenizer, folder = train_tokenizer(["lazy dogs"], vocab_size=300), mkdtemp()
-        >>> saved = tokenizer.save_pretrained(folder)
-        >>> tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder)) == tokenizer_fingerprint(tokenizer)
-        True
     """
     from datasets.fingerprint import Hasher
 
@@ -63,22 +53,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 class RowPacker:
-    """
-    Lays documents end to end and cuts them into rows. Tokens that fill no row are kept for the next batch.
-
-    Args:
-        sequence_length (`int`):
-            Tokens per row, L.
-
-    Example:
-        >>> import pyarrow as pa
-        >>> from hf_nexus.mixture.packing import RowPacker
-        >>> pack = RowPacker(4)
-        >>> pack(pa.table({"input_ids": [[1, 2, 3], [4, 5]]}))["input_ids"].to_pylist()
-        [[1, 2, 3, 4]]
-        >>> pack(pa.table({"input_ids": [[6, 7, 8]]}))["input_ids"].to_pylist()
-        [[5, 6, 7, 8]]
-    """
+    """Lays documents end to end and cuts them into rows. Tokens that fill no row wait for the next batch."""
 
     def __init__(self, sequence_length: int):
         self.sequence_length = sequence_length
@@ -107,7 +82,7 @@ class SourcePacker:
         encoder ([`DocumentEncoder`]):
             Makes text and tokens of the source's rows.
         fingerprint (`str`):
-            The [`tokenizer_fingerprint`] of the encoder's tokenizer.
+            The [`tokenizer_fingerprint`] of its tokenizer.
         cache_dir (`Path`):
             Folder of the cache files.
         num_proc (`int`, *optional*):
@@ -132,13 +107,7 @@ class SourcePacker:
         """
         The rows of documents: `input_ids` and equal `labels`, both `(L,)` int64 tensors.
 
-        Args:
-            documents (`Dataset`):
-                The documents. The source's `max_tokens` limits how many are tokenized.
-            sequence_length (`int`):
-                Tokens per row, L.
-            held_out (`bool`, *optional*, defaults to `False`):
-                Whether these are the held-out documents of a training source, which `max_tokens` does not limit.
+        The source's `max_tokens` limits the documents, unless they are the held-out ones of a training source.
 
         Raises:
             ValueError: The documents do not fill one row.

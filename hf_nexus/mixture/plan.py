@@ -1,8 +1,11 @@
-"""What becomes of each source in a run, worked out before training: shares, tokens seen, epochs."""
+"""The plan of a mixture: the tokens that a run takes from each source, computed before training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
+
+import numpy as np
+
+from .schedule import normalized
 
 __all__ = ["PlanRow", "mixture_plan"]
 
@@ -10,17 +13,8 @@ __all__ = ["PlanRow", "mixture_plan"]
 @dataclass(frozen=True)
 class PlanRow:
     """
-    One training source in a run.
-
-    Attributes:
-        source (`str`), tokens (`int`, *optional*):
-            Its name and size, where that is known.
-        share (`float`), train_tokens (`int`):
-            Of the run's tokens: the fraction that is this source's, and how many that is, repetitions included.
-        stage_shares (`tuple[float, ...]`), stage_tokens (`tuple[int, ...]`):
-            The same of the tokens of each stage.
-        max_epochs (`float`, *optional*):
-            How often the source may be repeated.
+    One training source in a run: its size if it is known, the share and number of the run's tokens that come from it
+    (repetitions included), the same for each stage, and its largest number of epochs.
     """
 
     source: str
@@ -33,11 +27,11 @@ class PlanRow:
 
     @property
     def epochs(self) -> float | None:
-        """How often the source is read."""
+        """Number of passes over the source, `None` where its size is not known."""
         return self.epochs_of(self.train_tokens)
 
     def epochs_of(self, tokens: int) -> float | None:
-        """How often so many tokens read the source, `None` where its size is not known."""
+        """Number of passes that make up some tokens, `None` where the size is not known."""
         return None if self.tokens is None else tokens / self.tokens
 
 
@@ -48,81 +42,65 @@ def mixture_plan(
     max_epochs: Mapping[str, float | None] | None = None,
 ) -> list[PlanRow]:
     """
-    How many tokens a run sees of each source: `weight * total_tokens`, summed over the stages if there are any.
+    The tokens that a run takes from each source: `share * total_tokens`, summed over the stages if there are any.
 
     Args:
         tokens (`Mapping[str, int | None]`):
             Size of each training source, `None` where it is not known.
         weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
-            Shares of the training tokens, for the same sources; scaled to sum to 1. Or for each stage its first token
-            and its shares.
+            Mixture weights of the sources, or the first token and the weights of each stage.
         total_tokens (`int`):
             Tokens of the whole run.
         max_epochs (`Mapping[str, float | None]`, *optional*):
-            Largest number of epochs of each source, over all stages; `None` for any number.
+            Largest number of epochs of each source, `None` for no limit.
 
     Raises:
-        ValueError: `tokens` and `weights` name different sources, or a source would be repeated too often.
-
-    Example:
-        >>> from hf_nexus.mixture.plan import mixture_plan
-        >>> [row.epochs for row in mixture_plan({"web": 800, "code": 100}, {"web": 0.8, "code": 0.2}, 1000)]
-        [1.0, 2.0]
+        ValueError: `tokens` and `weights` name different sources, or a source would exceed its `max_epochs`.
     """
-    stages = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
-    for _, shares in stages:
-        if tokens.keys() != shares.keys():
-            raise ValueError(
-                f"The sizes are of {', '.join(tokens)}, but the weights of {', '.join(shares)}. Give both."
-            )
     for name, size in tokens.items():
         if size is not None and size <= 0:
             raise ValueError(f"sources.{name}.tokens: {size} is not allowed; a source must have at least one token.")
-    ends = [first for first, _ in stages[1:]] + [total_tokens]
-    lengths = [max(0, min(end, total_tokens) - first) for (first, _), end in zip(stages, ends, strict=True)]
-    parts = [_split(shares, length) for (_, shares), length in zip(stages, lengths, strict=True)]
-    caps = max_epochs or {}
-    rows = []
-    for name, size in tokens.items():
-        fractions = tuple(part[name][0] for part in parts)
-        seen = tuple(part[name][1] for part in parts)
-        exact = fsum(share * length for share, length in zip(fractions, lengths, strict=True))
-        rows.append(PlanRow(name, size, exact / max(1, total_tokens), sum(seen), fractions, seen, caps.get(name)))
+    stages = [(0, weights)] if isinstance(weights, Mapping) else weights
+    shares = np.stack([normalized(w, list(tokens)) for _, w in stages])  # (stages, S)
+    lengths = np.diff(np.minimum([*(first for first, _ in stages), total_tokens], total_tokens))
+    exact = shares * lengths[:, None]
+    # Cumulative sums are rounded, which makes the sources add up to the length of the stage.
+    whole = np.diff(exact.cumsum(axis=1).round(), axis=1, prepend=0).astype(int)
+    rows = [
+        PlanRow(
+            name,
+            size,
+            share=float(exact[:, i].sum()) / max(1, total_tokens),
+            train_tokens=int(whole[:, i].sum()),
+            stage_shares=tuple(shares[:, i].tolist()),
+            stage_tokens=tuple(whole[:, i].tolist()),
+            max_epochs=(max_epochs or {}).get(name),
+        )
+        for i, (name, size) in enumerate(tokens.items())
+    ]
     for row in rows:
-        if row.max_epochs is None or row.tokens is None:
-            continue
-        if row.share * total_tokens / row.tokens > row.max_epochs * (1 + 1e-9):
-            raise ValueError(_cap_error(row, rows, total_tokens))
+        _check_epochs(row, rows, total_tokens)
     return rows
 
 
-def _split(weights: Mapping[str, float], total: int) -> dict[str, tuple[float, int]]:
-    """The share of each source in `total` tokens and how many that is."""
-    total_weight, seen, parts = fsum(weights.values()), 0.0, {}
-    for name, weight in weights.items():
-        share = weight / total_weight
-        before, seen = seen, seen + share * total
-        parts[name] = share, round(seen) - round(before)  # rounded together, so that the sources add up to the total
-    return parts
-
-
-def _cap_error(row: PlanRow, rows: list[PlanRow], total_tokens: int) -> str:
-    assert row.max_epochs is not None and row.tokens is not None
-    allowed = row.max_epochs * row.tokens
-    message = (
-        f"sources.{row.source}.max_epochs: a share of {row.share:.4g} of {total_tokens:,} tokens repeats its "
-        f"{row.tokens:,} tokens {row.share * total_tokens / row.tokens:.3g} times, but {row.max_epochs:g} are allowed."
-    )
-    # The suggested numbers are rounded down, so that following them ends the error.
+def _check_epochs(row: PlanRow, rows: list[PlanRow], total_tokens: int) -> None:
+    """Raise `ValueError` if a run repeats a source too often."""
+    if row.tokens is None or row.max_epochs is None:
+        return
+    epochs, allowed = row.share * total_tokens / row.tokens, row.max_epochs * row.tokens
+    if epochs <= row.max_epochs * (1 + 1e-9):
+        return
+    # The suggested numbers are rounded down, to be small enough.
     fewer = f"train for at most {int(allowed / row.share):,} tokens"
-    capped = [other.max_epochs * other.tokens for other in rows if other.max_epochs and other.tokens]
-    if len(capped) == len(rows) and sum(capped) < total_tokens:
-        return (
-            f"{message} All sources together allow {int(sum(capped)):,} tokens, whatever their weights: {fewer}, or "
-            "raise max_epochs."
-        )
-    weight = int(allowed / total_tokens * 10_000) / 10_000
-    lower = f"Set sources.{row.source}.weight to at most {weight:g} of the sum of weights"
-    if len(row.stage_shares) > 1:
-        lower = f"Lower its weights in the stages, to at most {weight:g} of all tokens"
-    return f"{message} {lower}, {fewer}, or raise it."
+    weight = f"{int(allowed / total_tokens * 10_000) / 10_000:g}"
+    limits = [other.max_epochs * other.tokens for other in rows if other.max_epochs and other.tokens]
+    if len(limits) == len(rows) and sum(limits) < total_tokens:
+        fix = f"All sources together allow {int(sum(limits)):,} tokens with any weights: {fewer}, or raise max_epochs."
+    elif len(row.stage_shares) > 1:
+        fix = f"Lower its weights in the stages, to at most {weight} of all tokens, {fewer}, or raise it."
+    else:
+        fix = f"Set sources.{row.source}.weight to at most {weight} of the sum of weights, {fewer}, or raise it."
+    raise ValueError(
+        f"sources.{row.source}.max_epochs: a share of {row.share:.4g} of {total_tokens:,} tokens repeats its "
+        f"{row.tokens:,} tokens {epochs:.3g} times, but {row.max_epochs:g} are allowed. {fix}"
+    )

@@ -9,32 +9,33 @@ import numpy as np
 
 __all__ = ["DynamicSchedule", "SourceSchedule", "normalized"]
 
-_BLOCK = 4096  # draws per random stream, so that any stretch can be had without the ones before it
+# Draws per random stream. Any range of draws can be made without the ones before its block.
+_BLOCK = 4096
 
 
 class SourceSchedule:
     """
-    The source of each micro-batch of a run. Micro-batch `i = outer step * k + inner step` (both from 0), the same on
-    every rank, whatever the number of ranks, workers or restarts.
+    The source of each micro-batch of a run. Micro-batch `i = outer step * k + inner step` (both from 0) has the same
+    source for any number of ranks, workers or restarts.
 
     Args:
         weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
-            Share of each source, >= 0; normalised to sum to one. Or stages: for each its first micro-batch and its
-            weights, as [`stage_borders`] makes them.
+            Mixture weights, >= 0, normalized to sum to one. For stages: the first micro-batch and the weights of each,
+            as [`stage_borders`] returns them.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draws.
         kind (`str`, *optional*, defaults to `"random"`):
             `"random"`: independent draws from the weights, as in the paper. `"stratified"`: always the source furthest
-            below its target share, so that every prefix is as balanced as it can be. What a source is owed at the end
-            of a stage it is owed in the next, if it has a weight there.
+            below its target share, which keeps every prefix as balanced as possible. A source that is below its
+            target at the end of a stage stays so in the next, if it has a weight there.
 
     Attributes:
         names (`list[str]`), shares (`np.ndarray`):
             The sources, and the largest share of each in any stage, both (S,).
 
     Raises:
-        ValueError: weights that are negative, or sum to zero; stages that do not start at 0 and rise, or name other
-            sources than the first; an unknown kind.
+        ValueError: Weights are negative or sum to zero, stages do not start at 0 and rise or name different sources,
+            or the kind is unknown.
 
     Example:
         >>> from hf_nexus.mixture import SourceSchedule
@@ -59,7 +60,7 @@ class SourceSchedule:
             raise ValueError(f"weights: stages start at micro-batches {first}; the first must be 0, and each later.")
         self.names = list(stages[0][1])
         self.first = np.array(first)
-        self.stage_shares = np.stack([normalized(shares, self.names) for _, shares in stages])
+        self.stage_shares = np.stack([normalized(weights, self.names) for _, weights in stages])
         self.shares = self.stage_shares.max(axis=0)
         self.seed = seed
         self.kind = kind
@@ -69,28 +70,25 @@ class SourceSchedule:
     def sources(self, start: int, stop: int) -> np.ndarray:
         """Positions in `names` for the micro-batches `start <= i < stop`, shape `(stop - start,)`, int64."""
         if self.kind == "stratified":
-            return self._balanced(stop)[start:stop]
-        uniform = _uniform(self.seed, start, stop)
+            done = len(self._stratified)
+            if stop > done:
+                stages = self._stages(done, max(stop, done + _BLOCK))
+                more = [self._balance.take(self.stage_shares[stage]) for stage in stages]
+                self._stratified = np.append(self._stratified, more)
+            return self._stratified[start:stop]
+        uniform, stages = _uniform(self.seed, start, stop), self._stages(start, stop)
         drawn = np.empty(stop - start, dtype=np.int64)
-        ends = [*self.first[1:], max(stop, start)]
-        for first, end, shares in zip(self.first, ends, self.stage_shares, strict=True):
-            part = slice(max(0, first - start), max(0, min(end, stop) - start))
-            drawn[part] = _pick(shares, uniform[part])
+        for stage in np.unique(stages):
+            drawn[stages == stage] = _pick(self.stage_shares[stage], uniform[stages == stage])
         return drawn
 
-    def _balanced(self, stop: int) -> np.ndarray:
-        done = len(self._stratified)
-        if stop > done:
-            numbers = np.arange(done, max(stop, done + _BLOCK))
-            stages = np.searchsorted(self.first, numbers, side="right") - 1
-            more = [self._balance.take(self.stage_shares[stage]) for stage in stages]
-            self._stratified = np.concatenate([self._stratified, np.array(more, dtype=np.int64)])
-        return self._stratified
+    def _stages(self, start: int, stop: int) -> np.ndarray:
+        return np.searchsorted(self.first, np.arange(start, stop), side="right") - 1
 
 
 class DynamicSchedule:
     """
-    The source of each micro-batch where the weights are decided while training: with constant shares the same as
+    The source of each micro-batch where the weights are decided during training. With constant weights, it equals
     [`SourceSchedule`].
 
     Args:
@@ -100,7 +98,7 @@ class DynamicSchedule:
             As in [`SourceSchedule`].
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: The kind is unknown.
 
     Example:
         >>> from hf_nexus.mixture.schedule import DynamicSchedule
@@ -118,17 +116,16 @@ class DynamicSchedule:
 
     def source(self, i: int, shares: Sequence[float] | np.ndarray) -> int:
         """
-        Position in `names` for micro-batch `i`. A stratified schedule must be asked for one after the other, from the
-        one at which its state was saved.
+        Position in `names` for micro-batch `i`. A stratified schedule must be asked for each micro-batch in order.
 
         Args:
             i (`int`):
                 Number of the micro-batch.
             shares (`Sequence[float]`):
-                Share of each source now, (S,), >= 0; normalised to sum to one.
+                Current weight of each source, (S,), >= 0, normalized to sum to one.
 
         Raises:
-            ValueError: shares that are negative, or sum to zero.
+            ValueError: The weights are negative, or sum to zero.
         """
         current = normalized(dict(zip(self.names, shares, strict=True)), self.names)
         if self.kind == "stratified":
@@ -137,54 +134,48 @@ class DynamicSchedule:
         return int(_pick(current, _uniform(self.seed, i, i + 1))[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """What later choices depend on besides the numbers and the shares, as plain data: a few numbers per source."""
+        """The state as JSON types, a few numbers per source. Draws of the random kind need none."""
         return self._balance.state_dict() if self.kind == "stratified" else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as from when [`~DynamicSchedule.state_dict`] was called."""
+        """Continue from the result of [`~DynamicSchedule.state_dict`]."""
         if self.kind == "stratified":
             self._balance.load_state_dict(state)
 
 
 class _Balance:
     """
-    What each source is owed: the sum of its shares so far less the times it was taken.
+    How far each source is below its target: the sum of its shares so far, less the number of times it was taken.
 
-    Shares that stay the same are multiplied rather than added up, so that a source that is owed a third each time is
-    owed exactly one after three, and ties are decided the same way however long it goes on.
+    Constant shares are multiplied instead of summed. After three steps of a third, the target is exactly one, and ties
+    stay ties.
     """
 
     def __init__(self, sources: int):
         self.taken = 0
-        self.before = np.zeros(sources)  # targets up to where the shares changed last
-        self.since = 0
+        self.since = 0  # when the shares changed last
+        self.before = np.zeros(sources)  # targets at that time
         self.counts = np.zeros(sources)
-        self._set_shares(np.zeros(sources))
-
-    def _set_shares(self, shares: np.ndarray) -> None:
-        self.shares = shares
-        # One that is still owed from before its weight became zero must not come any more.
-        self.closed = np.where(shares > 0, 0.0, -np.inf)
+        self.shares = np.zeros(sources)
 
     def take(self, shares: np.ndarray) -> int:
         if shares is not self.shares and not np.array_equal(shares, self.shares):
             self.before = self.before + self.shares * (self.taken - self.since)
             self.since = self.taken
-            self._set_shares(shares)
+            self.shares = shares
         self.taken += 1
-        owed = self.before + shares * (self.taken - self.since) - self.counts
-        source = int(np.argmax(owed + self.closed))
+        missing = self.before + shares * (self.taken - self.since) - self.counts
+        # A source without a weight is never taken, even if it is below its target from before.
+        source = int(np.argmax(np.where(shares > 0, missing, -np.inf)))
         self.counts[source] += 1
         return source
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = {"before": self.before, "shares": self.shares, "counts": self.counts}
-        return {"taken": self.taken, "since": self.since} | {name: array.tolist() for name, array in arrays.items()}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.taken, self.since = state["taken"], state["since"]
-        self.before, shares, self.counts = (np.array(state[name]) for name in ("before", "shares", "counts"))
-        self._set_shares(shares)
+        for name, value in state.items():
+            setattr(self, name, np.array(value) if isinstance(value, list) else value)
 
 
 def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
@@ -192,12 +183,7 @@ def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray
     Weights as shares that sum to one, (S,) float64, in the order of `names`.
 
     Raises:
-        ValueError: other names, weights that are negative or not finite, or that sum to zero.
-
-    Example:
-        >>> from hf_nexus.mixture.schedule import normalized
-        >>> normalized({"code": 1, "text": 3}, ["text", "code"]).tolist()
-        [0.75, 0.25]
+        ValueError: The weights name other sources, are negative or not finite, or sum to zero.
     """
     if set(weights) != set(names):
         raise ValueError(
@@ -215,7 +201,7 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"source_schedule={kind!r} is not known; use 'random' or 'stratified'.")
 
 
-@lru_cache(maxsize=2)  # for who asks for one micro-batch after the other
+@lru_cache(maxsize=2)  # callers often ask for one micro-batch after the other
 def _draw(seed: int, block: int) -> np.ndarray:
     return np.random.default_rng((seed, block)).random(_BLOCK)
 
@@ -228,7 +214,7 @@ def _uniform(seed: int, start: int, stop: int) -> np.ndarray:
 
 
 def _pick(shares: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    # The last edge is infinity: rounding must not leave a draw of 0.999... without a source.
-    edges = np.append(np.cumsum(shares)[:-1], np.inf)
-    edges[np.flatnonzero(shares)[-1] :] = np.inf  # nor give it to a trailing source of weight zero
+    edges = np.cumsum(shares)
+    # Rounding must neither leave a draw of 0.999... without a source nor give it to one without a weight.
+    edges[np.flatnonzero(shares)[-1] :] = np.inf
     return np.searchsorted(edges, uniform, side="right")

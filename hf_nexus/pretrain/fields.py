@@ -131,7 +131,7 @@ class PretrainConfig(NexusConfig):
             an error unless the run is resumed.
     """
 
-    cpu_threads: int | None = None
+    cpu_threads: Count | None = None
     overwrite_output_dir: bool = False
     # Other types and defaults for the same behavior: saved configurations hold these values.
     debug: str | None = None  # type: ignore[assignment]

@@ -13,6 +13,7 @@ import torch
 
 from ..files import nearest
 from ..mixture.config import MixtureConfig
+from ..schema import help_of
 from ..strict import check, field_types, from_text, options, parse_yaml
 from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
 
@@ -226,12 +227,12 @@ def _given_flags(argv: list[str]) -> dict[str, Any]:
 
 
 def _add_flags(group: "argparse._ArgumentGroup", cls: type) -> None:
-    defaults = _defaults(cls)
+    defaults, texts = _defaults(cls), help_of(cls)
     for field in dataclasses.fields(cls):
         if field.name not in defaults or field.name in _NO_FLAGS:
             continue
         name, kinds = field.name, dict(options(field_types(cls)[field.name]))
-        settings: dict[str, Any] = {"default": defaults[name], "help": field.metadata.get("help")}
+        settings: dict[str, Any] = {"default": defaults[name], "help": texts[name].replace("%", "%%")}
         if list[str] in kinds and str not in kinds:
             settings["nargs"] = "+"
         elif bool in kinds or "const" in field.metadata:

@@ -9,7 +9,7 @@ from transformers import SchedulerType
 
 from ..mixture.isolation import choose_isolation
 from ..mixture.plan import PlanRow, mixture_plan
-from ..mixture.plan_tables import format_plan, format_stages
+from ..mixture.plan_tables import plan_table, stage_table
 from ..mixture.stages import stage_borders, weight_stages
 from .cost import CostEstimate, cost_table, estimate_cost
 from .fields import PretrainArguments, PretrainConfig
@@ -150,12 +150,12 @@ def print_plan(
             name: loaded.eval_tokens[name] if loaded else source.known_tokens
             for name, source in arguments.mixture.ood_sources.items()
         }
-        console.print(format_plan(plan.mixture, licenses=licenses, ood_tokens=sizes))
+        console.print(plan_table(plan.mixture, licenses=licenses, ood_tokens=sizes))
         if len(plan.stages) > 1:
             assert plan.steps is not None
             ends = [*plan.stages[1:], plan.steps]
             titles = [f"steps {a:,} to {b:,}" for a, b in zip(plan.stages, ends, strict=True)]
-            console.print(format_stages(plan.mixture, titles))
+            console.print(stage_table(plan.mixture, titles))
     else:
         names = ", ".join(arguments.mixture.train_sources)
         console.print(f"The sizes of the sources ({names}) are known once they are tokenized; the plan follows then.")

@@ -266,7 +266,8 @@ class NexusTrainerMixin(_Base):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """The order of the sources and their rows."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return self._feed.sampler(dataset, self._train_batch_size) or super()._get_train_sampler(train_dataset)
+        sampler = self._feed.sampler(dataset, self._train_batch_size)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The base class's collator, whose training micro-batches say which source they hold."""
@@ -311,10 +312,11 @@ class NexusTrainerMixin(_Base):
         """Fetch the micro-batches of one window, and note their sources."""
         self._window = window = Window(fetching=True)
         self.meter.begin_window(self.state.global_step)
-        batches, items = super().get_batch_samples(
-            window.take(epoch_iterator, tagged=bool(self.data.stages)), num_batches, device
-        )
-        window.fetching = False
+        untagged = window.take(epoch_iterator, tagged=bool(self.data.stages))
+        try:
+            batches, items = super().get_batch_samples(untagged, num_batches, device)
+        finally:
+            window.fetching = False
         if batches:
             counted = window.tokens is not None and has_token_labels(batches[0])
             window.unit = self.meter.unit = "tokens" if counted else "rows"

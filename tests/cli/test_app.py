@@ -81,7 +81,7 @@ def test_the_help_names_the_flags():
 
 def test_every_command_has_an_example_in_its_help():
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert sorted(names) == ["benchmark", "card", "closeness", "compare", "env", "plan", "push", "train"]
+    assert sorted(names) == ["benchmark", "card", "closeness", "compare", "env", "plan", "push", "schema", "train"]
     for name in names:
         output = CliRunner().invoke(cli.app, [name, "--help"], terminal_width=200).output
         assert f"hf-nexus {name}" in output.partition("Usage:")[2].partition("\n")[2], name

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hf_nexus.mixture.plan import mixture_plan
-from hf_nexus.mixture.plan_tables import format_plan, format_stages
+from hf_nexus.mixture.plan_tables import plan_table, stage_table
 
 
 def test_epochs_are_tokens_seen_over_size() -> None:
@@ -49,7 +49,7 @@ def test_a_cap_that_cannot_be_met_names_the_key_and_numbers_that_work() -> None:
 
 
 def test_caps_that_no_weights_can_meet_say_so() -> None:
-    with pytest.raises(ValueError, match="together allow 300 tokens, whatever their weights") as error:
+    with pytest.raises(ValueError, match="together allow 300 tokens with any weights") as error:
         mixture_plan({"a": 100, "b": 50}, {"a": 0.5, "b": 0.5}, 1000, {"a": 2, "b": 2})
     assert "weight to at most" not in str(error.value)
 
@@ -61,7 +61,7 @@ def test_a_cap_met_exactly_is_met() -> None:
 
 
 def test_sizes_and_weights_must_be_of_the_same_sources() -> None:
-    with pytest.raises(ValueError, match="sizes are of a, but the weights of b"):
+    with pytest.raises(ValueError, match="weights name b, but the sources are a"):
         mixture_plan({"a": 1}, {"b": 1.0}, 10)
     with pytest.raises(ValueError, match=r"sources\.a\.tokens"):
         mixture_plan({"a": 0}, {"a": 1.0}, 10)
@@ -116,14 +116,12 @@ def render(table: Any, width: int = 140) -> str:
 def test_the_table_shows_every_source_and_the_total() -> None:
     rows = mixture_plan({"web": 8000, "code": 1000}, {"web": 0.8, "code": 0.2}, 10_000, {"web": None, "code": 4})
     text = render(
-        format_plan(
+        plan_table(
             rows,
             licenses={"web": "odc-by", "code": None, "law": "mit"},
             ood_tokens={"law": 512, "med": None},
-            steps=1234,
         )
     )
-    assert "1,234 steps" in text
     lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
     assert all(part in lines["web"] for part in ("train", "odc-by", "8,000", "80.0%", "1.00"))
     assert all(part in lines["code"] for part in ("train", "unknown", "1,000", "20.0%", "2,000", "2.00 (max 4)"))
@@ -138,7 +136,7 @@ def test_no_number_is_cut_at_80_columns() -> None:
     caps = {"code": 4.0, "mathematics": 12.5, "english-web-pages-and-books": None}
     licenses = {"english-web-pages-and-books": "odc-by and others", "code": "apache-2.0", "law": "cc-by-nc-sa-4.0"}
     rows = mixture_plan(tokens, weights, 62_914_560_000, caps)
-    lines = render(format_plan(rows, licenses=licenses, ood_tokens={"law": 10_000_000_000}), 80).splitlines()
+    lines = render(plan_table(rows, licenses=licenses, ood_tokens={"law": 10_000_000_000}), 80).splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     cells = [[cell.strip() for cell in line.split("│")[4:8]] for line in lines if line.startswith("│")]
     for numbers in (
@@ -153,12 +151,17 @@ def test_no_number_is_cut_at_80_columns() -> None:
 
 def test_the_tables_show_stages_and_what_is_not_known() -> None:
     rows = mixture_plan({"web": None, "code": 1000}, STAGES, 10_000, {"web": 1, "code": 2})
-    lines = {line.split()[1]: line for line in render(format_plan(rows), 80).splitlines() if line.startswith("│")}
-    assert all(part in lines["web"] for part in ("unknown", "82.0%", "8,200", "unknown (max 1)"))
-    assert all(part in lines["total"] for part in ("unknown", "100.0%", "10.0k"))
-    text = render(format_stages(rows, ["steps 0 to 80", "steps 80 to 100"]), 80)
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert cells == [
+
+    def cells(table: Any) -> list[list[str]]:
+        lines = render(table, 80).splitlines()
+        return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+
+    assert cells(plan_table(rows)) == [
+        ["web", "train", "", "unknown", "82.0%", "8,200", "unknown (max 1)"],
+        ["code", "train", "", "1,000", "18.0%", "1,800", "1.80 (max 2)"],
+        ["total", "train", "", "unknown", "100.0%", "10.0k", "unknown"],
+    ]
+    assert cells(stage_table(rows, ["steps 0 to 80", "steps 80 to 100"])) == [
         ["steps 0 to 80", "web", "90.0%", "7,200", "unknown"],
         ["", "code", "10.0%", "800", "0.80"],
         ["steps 80 to 100", "web", "50.0%", "1,000", "unknown"],

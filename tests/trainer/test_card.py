@@ -59,7 +59,7 @@ def test_the_summary_holds_what_the_trainer_logged(trained):
     assert run.seconds > 0 and run.tokens_per_second > 0 and run.versions["torch"] in torch.__version__
 
 
-def test_the_folder_holds_what_the_card_shows_and_a_users_words_stay(trained, tmp_path):
+def test_the_card_has_its_files_and_keeps_the_users_text(trained, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words.\n")
     score = BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 1.5, task_id="gsm8k")
     run = trained.write_card(tmp_path, languages=["en"], benchmarks=[score])
@@ -75,7 +75,7 @@ def test_the_folder_holds_what_the_card_shows_and_a_users_words_stay(trained, tm
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_a_run_before_its_first_step_has_a_card_without_pictures(make_trainer, sources, tmp_path):
+def test_the_card_before_the_first_step_has_no_plots(make_trainer, sources, tmp_path):
     make_trainer(sources).write_card(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["README.md", "run_summary.json"]
     assert "![" not in (tmp_path / "README.md").read_text()
@@ -179,7 +179,7 @@ class OwnModel(transformers.BertModel):
         (lambda: OwnModel(transformers.BertConfig(vocab_size=VOCAB, **SIZES)), None, None),
     ],
 )
-def test_the_task_and_the_class_of_the_example_follow_from_the_model(make_trainer, make, task, auto_class):
+def test_task_and_auto_class_follow_from_the_model(make_trainer, make, task, auto_class):
     trainer = make_trainer(Rows(8, 0), model=make())
     run = summarize(trainer.run_facts())
     assert (run.task, run.auto_class) == (task, auto_class)
@@ -221,7 +221,7 @@ class Labelled(Rows):
         return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
 
 
-def test_the_card_of_a_classifier_has_its_metrics_and_its_code_runs(make_trainer, tmp_path, monkeypatch):
+def test_the_card_of_a_classifier_has_metrics_and_code(make_trainer, tmp_path, monkeypatch):
     kwargs = {"eval_dataset": Labelled(4, 1), "compute_metrics": lambda predictions: {"accuracy": 0.75}}
     sources = {"one": Labelled(16, 0), "two": Labelled(8, 2)}
     trainer = make_trainer(sources, model=bert("SequenceClassification", num_labels=2), trainer_kwargs=kwargs)

@@ -56,7 +56,7 @@ def test_what_can_be_seen_while_saving_is_complete(saving, tmp_path):
     assert not (tmp_path / "run" / STAGING_DIR).exists()
 
 
-def test_a_save_that_fails_leaves_the_one_before_and_is_cleared_away(saving, tmp_path):
+def test_a_failed_save_leaves_the_last_checkpoint(saving, tmp_path):
     run = tmp_path / "run"
     whole = saving(output_dir=str(tmp_path / "whole"))
     whole.train()
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(saving, tmp_path):
     assert not (old / "of_the_old_run.txt").exists()
 
 
-def test_one_that_was_moved_aside_for_a_replacement_that_never_came_is_put_back(tmp_path):
+def test_a_replaced_checkpoint_returns_if_nothing_replaced_it(tmp_path):
     aside = fake_checkpoint(tmp_path / "run" / STAGING_DIR / "replaced", 2)
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
     assert not aside.exists()

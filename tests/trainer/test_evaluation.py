@@ -133,7 +133,7 @@ def test_a_batch_without_loss_tokens_adds_nothing(make_trainer, sources, rows):
     assert math.isnan(trainer.evaluate(rows)["eval_loss"])
 
 
-def test_an_evaluation_between_steps_leaves_the_windows_as_they_were(make_trainer, sources, sets):
+def test_an_evaluation_between_steps_changes_no_window(make_trainer, sources, sets):
     def train(**config: Any) -> Any:
         trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": sets}, max_steps=4, **config)
         trainer.train()
@@ -154,7 +154,7 @@ def stock(trainer: Any, model: Any, **kwargs: Any) -> Trainer:
     return Trainer(model, TrainingArguments(**{**kept, "accelerator_config": None}), **kwargs)
 
 
-def test_one_plain_dataset_without_nexus_is_evaluated_by_the_base_class(make_trainer, rows):
+def test_without_nexus_a_plain_dataset_has_the_base_evaluation(make_trainer, rows):
     ours = make_trainer(Rows(8, 1), nexus=False, per_device_eval_batch_size=3)
     found = ours.evaluate(rows)
     assert found["eval_loss"] == stock(ours, tiny_llama()).evaluate(rows)["eval_loss"]

@@ -55,9 +55,7 @@ EVERYWHERE = [
 
 
 @pytest.mark.parametrize(("place", "inner_step", "kind"), EVERYWHERE)
-def test_a_window_broken_off_in_an_inner_step_leaves_the_weights_of_its_start(
-    tmp_path, steps, place, inner_step, kind
-):
+def test_a_window_interrupted_in_an_inner_step_is_restored(tmp_path, steps, place, inner_step, kind):
     trainer = make(tmp_path, **SAVING)
     assert broken_off(trainer, IN_INNER_STEPS[place], Bomb(K + inner_step, kind))  # in the second window
     assert displaced(trainer, steps) == []
@@ -65,7 +63,7 @@ def test_a_window_broken_off_in_an_inner_step_leaves_the_weights_of_its_start(
 
 @pytest.mark.parametrize("kind", faults.KINDS)
 @pytest.mark.parametrize("place", IN_WINDOWS)
-def test_a_window_broken_off_at_its_ends_leaves_the_weights_of_its_start(tmp_path, steps, place, kind):
+def test_a_window_interrupted_at_its_ends_is_restored(tmp_path, steps, place, kind):
     trainer = make(tmp_path, **SAVING)
     assert broken_off(trainer, IN_WINDOWS[place], Bomb(2, kind))
     assert trainer.state.global_step == 1
@@ -79,7 +77,7 @@ STEPS_DONE |= {"on_prediction_step": 2, "on_save": 2, "on_epoch_end": 3, "on_tra
 
 
 @pytest.mark.parametrize("event", STEPS_DONE)
-def test_an_error_in_a_callback_leaves_the_weights_of_that_moment(tmp_path, steps, event):
+def test_an_error_in_a_callback_keeps_the_weights(tmp_path, steps, event):
     """The optimizer's step is either done or not."""
     trainer = make(tmp_path, **SAVING)
 
@@ -109,7 +107,7 @@ def test_whatever_a_callback_saves_is_not_displaced(tmp_path, steps):
 
 
 @pytest.mark.parametrize("place", ["forward", "after_forward", "after_backward", "move"])
-def test_a_signal_handler_may_save_in_the_middle_of_a_window_and_go_on(tmp_path, steps, place):
+def test_a_signal_handler_may_save_inside_a_window(tmp_path, steps, place):
     trainer = make(tmp_path)
     save = faults.Call(K + 3, lambda: trainer.save_model(str(tmp_path / "checkpoint-1")))
     with IN_INNER_STEPS[place](trainer, save):
@@ -119,7 +117,7 @@ def test_a_signal_handler_may_save_in_the_middle_of_a_window_and_go_on(tmp_path,
 
 
 @pytest.mark.parametrize("place", ["after_forward", "after_backward"])
-def test_a_model_saved_or_evaluated_after_an_interrupt_is_a_fresh_one(tmp_path, place):
+def test_after_an_interrupt_the_model_equals_a_fresh_one(tmp_path, place):
     """Nothing of the broken-off window lingers, hooks and modes included."""
     trainer = make(tmp_path)
     assert broken_off(trainer, IN_INNER_STEPS[place], Bomb(K + 3, "SIGINT"))
@@ -130,7 +128,7 @@ def test_a_model_saved_or_evaluated_after_an_interrupt_is_a_fresh_one(tmp_path, 
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_training_goes_on_after_an_interrupt_as_if_it_had_not_been(tmp_path, undisturbed):
+def test_training_after_an_interrupt_ends_as_without_it(tmp_path, undisturbed):
     trainer = make(tmp_path, **SAVING)
     assert broken_off(trainer, IN_INNER_STEPS["after_forward"], Bomb(2 * K + 3, "SIGTERM"))
     assert_resumes(tmp_path, *undisturbed, start=2)
@@ -201,7 +199,7 @@ def test_a_window_with_nan_micro_batches_ends_at_its_start_too(tmp_path, inner_s
 
 
 @pytest.mark.parametrize("inner_step", [1, 2])
-def test_out_of_memory_shrinks_the_batch_and_starts_from_clean_weights(tmp_path, inner_step):
+def test_out_of_memory_restarts_smaller_from_clean_weights(tmp_path, inner_step):
     trainer = make(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, **SAVING)
     seen, sizes, forward = faults.whole_windows(trainer), [], trainer.model.forward
 
@@ -245,9 +243,7 @@ def terminated(out: Path, place, at: int, start: str | None = None, **config) ->
 @pytest.mark.parametrize(
     ("window", "inner_step"), [(0, 3), (1, 1), (1, 4), (3, 3), slow(1, 2), slow(1, 3), slow(2, 3)]
 )
-def test_terminated_in_a_window_the_trainer_saves_its_start_and_resuming_repeats_it(
-    tmp_path, undisturbed, window, inner_step
-):
+def test_a_window_cut_by_sigterm_is_repeated_on_resume(tmp_path, undisturbed, window, inner_step):
     """Windows 0 and 3 begin an epoch, where Trainer takes the random states of another moment."""
     place = IN_INNER_STEPS["after_forward"]
     trainer = terminated(tmp_path, place, window * K + inner_step)
@@ -260,7 +256,7 @@ def test_terminated_in_a_window_the_trainer_saves_its_start_and_resuming_repeats
 @pytest.mark.parametrize(
     ("event", "at", "start"), [("on_step_begin", 2, 1), ("on_step_end", 1, 1), ("on_epoch_end", 1, 3)]
 )
-def test_terminated_between_windows_the_trainer_saves_and_resuming_goes_on(tmp_path, undisturbed, event, at, start):
+def test_sigterm_between_windows_saves_and_resumes(tmp_path, undisturbed, event, at, start):
     def place(trainer, bomb):
         trainer.callback_handler.callbacks.insert(0, AtEvents(lambda event: bomb(), event))  # before the others
         return contextlib.nullcontext()

@@ -276,7 +276,7 @@ class Search(HyperParamSearchBackendBase):
         return BestRun(str(best), self.found[best][0], {})
 
 
-def test_hyperparameter_search_trains_each_trial_as_a_run_of_its_own(make_trainer, sources, monkeypatch):
+def test_each_trial_of_a_search_is_a_fresh_run(make_trainer, sources, monkeypatch):
     trials = [{"inner_lr": 0.0}, {"inner_lr": 0.2}, {"inner_lr": 0.2, "gradient_accumulation_steps": 2}]
     backend, held_out = Search(), {"text": Rows(8, 0), "law": Rows(8, 5)}
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend)

@@ -101,7 +101,7 @@ def test_padded_micro_batches_weigh_by_their_tokens(make_trainer, nexus):
     assert logs["tokens/text"] == count
 
 
-def test_every_micro_batch_holds_one_source_in_the_schedules_order(make_trainer, sources):
+def test_a_micro_batch_holds_one_source_in_schedule_order(make_trainer, sources):
     from hf_nexus.mixture import SourceSchedule
 
     batches = Batches()
@@ -187,7 +187,7 @@ def test_loader_settings_are_honoured_for_one_plain_dataset(make_trainer, source
     assert trainer.state.global_step == 1
 
 
-def test_a_mixture_without_nexus_is_the_trainer_on_the_same_batches(make_trainer, sources, tmp_path):
+def test_without_nexus_a_mixture_trains_as_the_base_class(make_trainer, sources, tmp_path):
     ours = make_trainer(sources, nexus=False, max_steps=6)
     loader = make_trainer(sources, nexus=False).get_train_dataloader()
     loader.set_epoch(0)
@@ -280,7 +280,7 @@ def test_follow_scales_the_inner_step_with_the_learning_rate(make_trainer, sourc
     assert gammas == pytest.approx([0.1 * rate / 1e-2 for rate in rates])
 
 
-def test_follow_never_exceeds_inner_lr_with_a_schedule_that_climbs(make_trainer, sources):
+def test_follow_never_exceeds_inner_lr_when_the_lr_climbs(make_trainer, sources):
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
@@ -308,7 +308,7 @@ def poison(trainer, calls: set[int]) -> None:
     trainer.compute_loss = poisoned
 
 
-def test_a_window_without_a_usable_gradient_steps_nothing_and_says_so(make_trainer, sources, caplog):
+def test_a_window_without_a_usable_gradient_changes_nothing(make_trainer, sources, caplog):
     import logging
 
     logging.getLogger("transformers").propagate = True
@@ -399,7 +399,7 @@ def test_a_window_costs_at_most_one_host_synchronisation(make_trainer, sources):
 # ---- Evaluation ----
 
 
-def test_several_sets_are_logged_and_announced_once_with_macro_and_ood(make_trainer, sources):
+def test_several_sets_are_one_evaluation_with_macro_and_ood(make_trainer, sources):
     seen = []
 
     class Listener(TrainerCallback):
@@ -442,7 +442,7 @@ def test_without_matching_names_the_macro_covers_all(make_trainer, sources):
     assert "eval_ood_loss" not in metrics
 
 
-def test_a_source_left_out_of_training_counts_neither_as_ood_nor_in_the_macro(make_trainer, sources):
+def test_a_source_of_weight_zero_is_neither_ood_nor_macro(make_trainer, sources):
     share = {"text": 1.0, "code": 0.0, "math": 0.0}
     kwargs = {"eval_dataset": {"text": Rows(8, 0), "code": Rows(8, 1), "law": Rows(8, 5)}}
     metrics = make_trainer(sources, trainer_kwargs=kwargs, mixture_weights=share).evaluate()
@@ -532,7 +532,7 @@ def test_gradient_cosines_of_a_stream_need_rows_held_out(make_trainer, sources):
 # ---- Saving and resuming ----
 
 
-def test_a_run_that_was_resumed_after_its_last_step_trains_no_more(make_trainer, sources, tmp_path):
+def test_resuming_after_the_last_step_trains_no_more(make_trainer, sources, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     whole = make_trainer(sources, **saving)
     whole.train()
@@ -584,13 +584,13 @@ def test_resuming_with_other_sources_goes_on_from_what_is_known(make_trainer, so
     assert set(changed.meter.trained_tokens) == {"text", "new"}
 
 
-def test_token_counts_are_complete_at_the_end_whatever_was_logged(make_trainer, sources):
+def test_token_counts_are_complete_at_the_end(make_trainer, sources):
     trainer = make_trainer(sources, max_steps=3, logging_steps=100)
     trainer.train()
     assert sum(trainer.meter.trained_tokens.values()) == 3 * 4 * 2 * 15
 
 
-def test_settings_are_saved_beside_the_model_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):
+def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):
     import logging
 
     trainer = make_trainer(sources, save_strategy="steps", save_steps=1)
@@ -642,7 +642,7 @@ def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
     assert math.isfinite(evaluating.evaluate(sources["text"])["eval_loss"])
 
 
-def test_a_data_loader_of_ones_own_in_place_of_the_mixtures_is_an_error(make_trainer, sources):
+def test_another_data_loader_for_a_mixture_is_an_error(make_trainer, sources):
     """It would train on whatever it yields, whatever the sources and weights."""
 
     class Own(NexusTrainer):

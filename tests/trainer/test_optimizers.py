@@ -84,7 +84,7 @@ class Watch(TrainerCallback):
         self._keep("pseudo-gradient", model)
 
 
-def test_schedule_free_weights_are_swapped_outside_the_window_only(build) -> None:
+def test_schedule_free_swaps_weights_outside_windows_only(build) -> None:
     trainer, watch = build("schedule_free_adamw", eval_steps=1, max_steps=4), Watch()
     trainer.add_callback(watch)
     trainer.train()
@@ -173,7 +173,7 @@ def test_a_closure_is_called_once_and_its_loss_returned() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_muon_gets_the_hidden_matrices_and_decay_is_the_trainers(build, tied: bool) -> None:
+def test_muon_gets_hidden_matrices_with_the_trainers_decay(build, tied: bool) -> None:
     trainer = build("muon", model=tiny_llama(tie_word_embeddings=tied), optim_args="muon_lr=0.5,muon_momentum=0.9")
     optimizer = trainer.create_optimizer()
     names = {id(p): name for name, p in trainer.model.named_parameters()}
@@ -190,7 +190,7 @@ def test_muon_gets_the_hidden_matrices_and_decay_is_the_trainers(build, tied: bo
     assert ("lm_head.weight" in kinds["adamw"]) is not tied
 
 
-def test_muon_on_adapters_leaves_that_of_the_output_layer_and_single_rows_to_adamw(build) -> None:
+def test_muon_leaves_output_adapters_and_single_rows_to_adamw(build) -> None:
     peft = pytest.importorskip("peft")
     for rank, expected in ((2, {"q_proj"}), (1, None)):
         targets = ["q_proj", "lm_head"]
@@ -212,7 +212,7 @@ def test_one_learning_rate_serves_both_by_default(build) -> None:
 
 
 @pytest.mark.parametrize("text", ["lr=0.1", "muon_lr", "muon_lr=fast", "muon_lr=-1", "muon_adjust_lr_fn=best"])
-def test_options_that_are_not_understood_are_refused_with_the_configuration(text: str) -> None:
+def test_unknown_muon_options_are_refused_by_the_config(text: str) -> None:
     with pytest.raises(ValueError, match=r"muon_lr|Learning rate|Adjust"):
         NexusConfig(output_dir="out", matrix_optimizer="muon", optim_args=text, report_to="none")
     NexusConfig(output_dir="out", optim_args=text, report_to="none")  # another optimizer may know it

@@ -177,7 +177,7 @@ def test_saving_the_model_queues_it_and_does_not_wait(
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}])
-def test_a_hub_that_fails_for_good_costs_the_run_its_bound_at_most(
+def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, fault: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training ends, all is on disk, the last line says how to send it, and that works once the Hub is back."""

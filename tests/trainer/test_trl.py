@@ -128,7 +128,7 @@ def learned(trainer: Any) -> int:
 # ---- Sources ----
 
 
-def test_each_source_is_tokenized_and_packed_as_the_parent_does_it_alone(make, tokenizer):
+def test_each_source_is_packed_as_the_parent_packs_it_alone(make, tokenizer):
     trainer = make(texts(), packing=True, packing_strategy="wrapped")
     sizes = {}
     for name, prepared in trainer.train_dataset.sources.items():
@@ -146,7 +146,7 @@ def test_each_source_is_tokenized_and_packed_as_the_parent_does_it_alone(make, t
     assert "mean_token_accuracy" in logs  # the parent's own figures
 
 
-def test_one_dataset_with_a_column_of_sources_is_split_before_it_is_packed(make):
+def test_a_source_column_is_split_before_packing(make):
     from datasets import concatenate_datasets
 
     parts = texts()
@@ -257,7 +257,7 @@ def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
     assert sum(p.numel() for p in trainer._walker.nexus.params) == trainer.model.num_parameters(only_trainable=True)
 
 
-def test_the_recipe_puts_adapters_on_a_model_and_conversations_of_ones_own(tokenizer, tmp_path, monkeypatch, capsys):
+def test_the_recipe_trains_adapters_on_own_conversations(tokenizer, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     llama(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

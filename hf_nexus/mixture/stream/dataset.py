@@ -18,13 +18,8 @@ __all__ = ["MicroBatchSampler", "MixtureStream", "StreamState"]
 @dataclass(frozen=True)
 class StreamState:
     """
-    The position in one partition of a source after a micro-batch. Loaders and `send_to_device` do not change it.
-
-    Args:
-        partition (`int`), source (`str`):
-            The partition.
-        state (`dict`):
-            The position as JSON types. Its `"pass"` counts the passes from 0.
+    The position in one partition of a source after a micro-batch, as JSON types. Its `"pass"` counts from 0. Loaders
+    and `send_to_device` do not change it.
     """
 
     partition: int
@@ -168,11 +163,6 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
             Number of micro-batches of the run.
         rows (`int`):
             Rows of one micro-batch over all ranks: batch size per device * number of ranks.
-
-    Example:
-        >>> from hf_nexus.mixture.stream.dataset import MicroBatchSampler
-        >>> list(MicroBatchSampler(lambda i: i % 3, micro_batches=3, rows=2))
-        [(0, 0), (0, 0), (1, 1), (1, 1), (2, 2), (2, 2)]
     """
 
     def __init__(self, source_of: Callable[[int], int], micro_batches: int, rows: int):

@@ -58,12 +58,6 @@ class PackedRowReader(RowReader):
     """
     Reads the documents of one partition and returns packed rows. The state also holds the position in the current
     document, and the tokens of the pass. An incomplete row needs no state, because its tokens are not taken yet.
-
-    Args:
-        packing ([`StreamedDocuments`]):
-            How to make rows of the documents.
-        source ([`Source`]), partition ([`Partition`]), retry ([`Retry`]), state (`dict`, *optional*):
-            As in [`RowReader`].
     """
 
     def __init__(
@@ -132,7 +126,8 @@ class PackedRowReader(RowReader):
         held_out = self.packing.held_out
         documents: list[list[str | np.ndarray] | None] = []
         short: dict[int, str] = {}
-        for i, text in enumerate(self._texts(self._peek(DOCUMENTS))):
+        for i, row in enumerate(self._peek(DOCUMENTS)):
+            text = self._text(row, i)
             if text is None:
                 documents.append(None)
             elif held_out and document_hash(text) in held_out:
@@ -144,6 +139,22 @@ class PackedRowReader(RowReader):
         for i, tokens in zip(short, self._tokenize(list(short.values())), strict=True):
             documents[i] = [np.append(tokens, self._eos)] if len(tokens) else []
         return documents
+
+    def _text(self, row: Any, ahead: int) -> str | None:
+        """The text of a row of the last peek, `None` if it is skipped."""
+        block, encoder = self._current_block(), self.packing.encoder
+        number = block.first_row + int(block.order[self._offset + ahead])
+        try:
+            return encoder.text(row, number)
+        except Exception as error:
+            name, shard = self.partition.source, "" if block.shard is None else f" of shard {block.shard}"
+            problem = f"Source {name!r}: row {number}{shard} is unusable: {error}"
+            if encoder.source.on_error != "skip":
+                raise SourceError(f"{problem} To skip such rows, set sources.{name}.on_error to 'skip'.") from error
+            if not self._warned:
+                logger.warning("%s It is skipped, like further unusable rows, which are counted.", problem)
+                self._warned = True
+            return None
 
     @property
     def _eos(self) -> int:
@@ -160,25 +171,3 @@ class PackedRowReader(RowReader):
 
     def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int64) for ids in self.packing.encoder.tokenize(texts)]
-
-    def _texts(self, rows: list[Any]) -> list[str | None]:
-        """The text of each row, `None` for one that is skipped."""
-        try:
-            return list(self.packing.encoder.texts_of_rows(rows, first_row=0))
-        except Exception:  # one of the rows is unusable: find it
-            return [self._text(row, i) for i, row in enumerate(rows)]
-
-    def _text(self, row: Any, ahead: int) -> str | None:
-        block, encoder = self._current_block(), self.packing.encoder
-        number = block.first_row + int(block.order[self._offset + ahead])
-        try:
-            return encoder.texts_of_rows([row], first_row=number)[0]
-        except Exception as error:
-            name, shard = self.partition.source, "" if block.shard is None else f" of shard {block.shard}"
-            problem = f"Source {name!r}: row {number}{shard} is unusable: {error}"
-            if encoder.source.on_error != "skip":
-                raise SourceError(f"{problem} To skip such rows, set sources.{name}.on_error to 'skip'.") from error
-            if not self._warned:
-                logger.warning("%s It is skipped, like further unusable rows, which are counted.", problem)
-                self._warned = True
-            return None

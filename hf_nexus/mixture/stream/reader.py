@@ -65,28 +65,10 @@ class Retry:
 
 class RowReader:
     """
-    Reads the rows of one partition, endlessly.
-
-    Args:
-        source ([`Source`]), partition ([`Partition`]):
-            What to read.
-        retry ([`Retry`]):
-            What to do after a network error.
-        state (`dict`, *optional*):
-            The result of [`~RowReader.state`], to continue from there.
+    Reads the rows of one partition, endlessly, from the beginning or from a former [`~RowReader.state`].
 
     Raises:
         SourceError: The source cannot be read (all methods that read).
-
-    Example:
-        >>> from hf_nexus.mixture.stream.reader import Retry, RowReader
-        >>> from hf_nexus.mixture.stream.sources import MapStyleSource, Partition
-        >>> source = MapStyleSource([0, 1, 2, 3, 4, 5])
-        >>> partition = Partition("digits", index=0, count=2, rank=0, seed=0)
-        >>> reader = RowReader(source, partition, Retry())
-        >>> first, state = reader.take(2), reader.state()
-        >>> RowReader(source, partition, Retry(), state).take(4) == reader.take(4)
-        True
     """
 
     def __init__(self, source: Source, partition: Partition, retry: Retry, state: dict[str, Any] | None = None):

@@ -50,17 +50,7 @@ class ShardSlice(NamedTuple):
 class Partition:
     """
     The slice of a source that one data loader worker of one rank reads. In each pass, every row of the source is in
-    exactly one of its partitions.
-
-    Args:
-        source (`str`):
-            Name of the source.
-        index (`int`), count (`int`):
-            Number of this partition, and number of partitions.
-        rank (`int`):
-            The rank that reads it.
-        seed (`int`):
-            Seed of all orders.
+    exactly one of its `count` partitions. All orders are drawn from `seed`.
     """
 
     source: str
@@ -103,17 +93,8 @@ class Partition:
 @dataclass(frozen=True)
 class Block:
     """
-    Rows of a partition that are read together.
-
-    Args:
-        start (`dict`), end (`dict`):
-            Positions before and after it.
-        fetch (`Callable`):
-            Returns the rows for a list of row numbers, counted from the start of the block.
-        order (`np.ndarray`):
-            Row numbers of the partition, in reading order.
-        first_row (`int`), shard (`int`, *optional*):
-            Number of the block's first row, and the shard it is counted in.
+    Rows of a partition that are read together: the positions before and after them, a function that returns rows by
+    their numbers in the block, and the partition's numbers in reading order. `first_row` is counted in the shard.
     """
 
     start: dict[str, Any]
@@ -125,13 +106,7 @@ class Block:
 
 
 class Source(ABC):
-    """
-    A dataset, as a [`~stream.reader.RowReader`] reads it.
-
-    Attributes:
-        size (`int`, *optional*):
-            Number of rows, where it is known.
-    """
+    """A dataset as a reader sees it. `size` is its number of rows, where it is known."""
 
     size: int | None = None
 
@@ -239,8 +214,14 @@ class ReplayedStream(Source):
 
     def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
         row, ended = position["row"] if position else 0, False
-        rows = islice(self._rows(pass_), row, None)
-        chunks = iter(lambda: list(islice(rows, min(CHUNK, self.block_rows))), [])
+        # A new object where possible: iterators of one stream share its position.
+        dataset = self.dataset.shard(1, 0) if _is_streaming(self.dataset) else self.dataset
+        set_epoch = getattr(dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(pass_)
+        with _outside_worker():
+            rows = islice(iter(dataset), row, None)
+        chunks = iter(lambda: self._chunk(rows), [])
         part = ShardSlice(0, partition.index, partition.index + 1)
         while not ended:
             held, count, ended = _read_chunks(chunks, self.block_rows)
@@ -252,35 +233,14 @@ class ReplayedStream(Source):
     def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
         return f"after {position['row'] if position else 0} rows"
 
-    def _rows(self, pass_: int) -> Iterator[Any]:
-        if _is_streaming(self.dataset):
-            dataset = self.dataset.shard(1, 0)  # a new object: iterators of one object share its position
-            dataset.set_epoch(pass_)
-            for columns in dataset.iter(CHUNK):
-                yield from _rows_of(columns)
-            return
-        set_epoch = getattr(self.dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(pass_)
+    def _chunk(self, rows: Iterator[Any]) -> list[Any]:
         with _outside_worker():
-            rows = iter(self.dataset)
-        while True:
-            with _outside_worker():
-                chunk = list(islice(rows, CHUNK))
-            if not chunk:
-                return
-            yield from chunk
+            return list(islice(rows, min(CHUNK, self.block_rows)))
 
 
 def open_source(name: str, dataset: Any, block_rows: int) -> Source:
     """
-    The source for a dataset, by its kind.
-
-    Args:
-        name (`str`), dataset:
-            The source.
-        block_rows (`int`):
-            Rows of a block of a stream.
+    The source for a dataset, by its kind. Streams are read in blocks of `block_rows`.
 
     Raises:
         ValueError: The dataset is neither map-style nor iterable, is empty, or is split by node already.

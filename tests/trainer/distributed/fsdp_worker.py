@@ -1,8 +1,6 @@
 """Run by torchrun on CPU processes: FSDP2 scenarios, each rank's findings to `<out>/rank<r>.json`."""
 
 import contextlib
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.tensors import shard
+from tests.support.launcher import report
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.worker import sources
 
@@ -140,7 +139,7 @@ def scalar_reductions(out: Path) -> int:
     return len(sizes)
 
 
-def two_ranks(out: Path) -> dict[str, Any]:
+def main(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ddp": trained(make(out, fsdp=False)),
         "fsdp": trained(make(out)),
@@ -166,13 +165,5 @@ def four_ranks(out: Path) -> dict[str, Any]:
     return {"ddp": trained(make(out, fsdp=False)), "hsdp": trained(make(out, parallelism_config=hybrid))}
 
 
-def main(out: Path) -> None:
-    ranks = int(os.environ["WORLD_SIZE"])
-    found = two_ranks(out) if ranks == 2 else four_ranks(out)
-    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+if __name__ == "__main__":  # on four ranks
+    report(four_ranks(Path(sys.argv[1])), Path(sys.argv[1]))

@@ -1,12 +1,10 @@
 """Run by torchrun on 2 CPU processes: pushing to the Hub that HF_ENDPOINT names, first without the right to."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from tests.support.launcher import report
 from tests.support.tiny import Rows
 from tests.trainer.distributed.worker import make
 
@@ -25,8 +23,7 @@ def main() -> None:
     trainer.push_to_hub(blocking=False)
     trainer.accelerator.wait_for_everyone()
     found["waiting"] = None if trainer.publisher is None else trainer.publisher.status().waiting
-    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    report(found, out)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Run by torchrun on two CPU processes: what a rank holds under FSDP2, to `<out>/rank<r>.json`."""
 
 import gc
-import json
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tests.support.launcher import report
 from tests.support.tiny import VOCAB, tiny_llama
 from tests.trainer.distributed.fsdp_worker import Between, make
 
@@ -40,9 +39,7 @@ def main(out: Path) -> None:
             module.self_attn.register_forward_hook(note)
             module.self_attn.register_full_backward_pre_hook(note)
     trainer.train()
-    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps({"held": between[-1], "gathered": max(gathered)}))
-    dist.barrier()
-    dist.destroy_process_group()
+    report({"held": between[-1], "gathered": max(gathered)}, out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Run by torchrun on 2 CPU processes: every scenario once, each rank's findings to `<out>/rank<r>.json`."""
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +130,7 @@ def failure(out: Path, at: int, **config: Any) -> dict[str, Any]:
     return found
 
 
-def main(out: Path) -> None:
+def main(out: Path) -> dict[str, Any]:
     dynamic = {"trainer_kwargs": {"mixture_weights_function": function}}
     found: dict[str, Any] = {
         "uneven": scenario(out / "uneven", uneven, (4,), max_steps=8, source_schedule="stratified"),
@@ -143,10 +141,4 @@ def main(out: Path) -> None:
         "failing": failure(out / "failing", 14),
         "failing_dynamic": failure(out / "failing_dynamic", 14, **dynamic),
     }
-    (out / f"rank{RANK}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.launcher import launch
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.worker import RESUMES_ON_CPU, WEIGHTS, make, sources, weights
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    return launch("tests.trainer.distributed.worker", 2, tmp_path_factory.mktemp("ddp"))
+def ranks(two_ranks: list[dict]) -> list[dict]:
+    return [rank["ddp"] for rank in two_ranks]
 
 
 def distance(a, b) -> float:
@@ -23,7 +22,7 @@ SCENARIOS = [f"{sync}{kind}" for sync in ("global", "local") for kind in ("", "_
 
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, "global_padded", "global_own_means"])
-def test_parameters_are_bit_identical_across_ranks_after_every_outer_step(ranks, scenario):
+def test_ranks_are_bit_identical_after_every_outer_step(ranks, scenario):
     for rank in ranks:
         assert rank[scenario]["agree"] and all(rank[scenario]["agree"])
     assert ranks[0][scenario]["weights"] == ranks[1][scenario]["weights"]
@@ -40,7 +39,7 @@ def test_two_ranks_match_one_process_with_twice_the_batch(ranks, tmp_path, scena
             assert value == pytest.approx(logs[key], rel=1e-4), key
 
 
-def test_without_an_average_over_tokens_each_rank_weighs_the_same(ranks, tmp_path):
+def test_without_token_average_ranks_weigh_the_same(ranks, tmp_path):
     """As one process whose loss is the mean of the means of both ranks' rows."""
 
     def mean_of_means(outputs, labels, num_items_in_batch=None):
@@ -62,7 +61,7 @@ def test_all_ranks_hold_the_same_source_at_each_inner_step(ranks, scenario):
     assert len({name for window in ranks[0][scenario]["sources"] for name in window}) == 3
 
 
-def test_global_sends_one_gradient_per_inner_step_and_local_one_per_outer_step(ranks):
+def test_global_reduces_each_inner_step_and_local_each_window(ranks):
     assert ranks[0]["global"]["reductions"] == [4] * 5
     assert ranks[0]["local"]["reductions"] == [1] * 5
 

@@ -28,17 +28,17 @@ def ranks(launched) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["_".join(map(str, scenario)) for scenario in INTERRUPTED])
-def test_a_window_broken_off_in_an_inner_step_leaves_the_weights_of_its_start(ranks, name):
+def test_a_window_interrupted_in_an_inner_step_is_restored(ranks, name):
     assert [rank[name] for rank in ranks] == [[], []]
 
 
 @pytest.mark.parametrize("name", [*IN_WINDOWS, "on_substep_end", "on_pre_optimizer_step", "on_step_end"])
-def test_a_window_broken_off_at_its_ends_leaves_the_weights_of_its_start(ranks, name):
+def test_a_window_interrupted_at_its_ends_is_restored(ranks, name):
     assert [rank[name] for rank in ranks] == [[], []]
 
 
 @resumes
-def test_after_one_rank_was_killed_torchrun_starts_anew_and_the_run_ends_as_if_it_had_not_been(launched):
+def test_a_run_with_a_killed_rank_restarts_to_the_same_end(launched):
     out, ranks = launched
     assert (out / "killed").exists()
     assert [rank["killed"] for rank in ranks] == [[], []]
@@ -46,7 +46,7 @@ def test_after_one_rank_was_killed_torchrun_starts_anew_and_the_run_ends_as_if_i
 
 @resumes
 @pytest.mark.parametrize("window", [1, 2])
-def test_terminated_in_a_window_the_trainer_saves_its_start_and_resuming_repeats_it(ranks, window):
+def test_a_window_cut_by_sigterm_is_repeated_on_resume(ranks, window):
     """Window 1 is a short one, window 2 begins an epoch."""
     assert [rank[f"terminated_{window}"] for rank in ranks] == [[], []]
 

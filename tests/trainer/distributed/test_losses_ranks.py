@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.support.launcher import launch
 from tests.support.tiny import tiny_llama
 from tests.trainer.distributed.fsdp_worker import llama
 from tests.trainer.distributed.losses_worker import MEASURED, measure, rows_of
@@ -10,8 +9,8 @@ from tests.trainer.test_evaluation import token_loss
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return launch("tests.trainer.distributed.losses_worker", 2, tmp_path_factory.mktemp("two"))
+def two(two_ranks: list[dict]) -> list[dict]:
+    return [rank["losses"] for rank in two_ranks]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import pytest
 
 from hf_nexus.mixture.schedule import DynamicSchedule
 from tests.support.faults import K
-from tests.support.launcher import launch
 from tests.support.streams import STEPS
 from tests.trainer.distributed.stream_worker import FIRST
 from tests.trainer.distributed.worker import RESUMES_ON_CPU
@@ -16,12 +15,12 @@ SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return launch("tests.trainer.distributed.stream_worker", 2, tmp_path_factory.mktemp("streams"))
+def ranks(two_ranks: list[dict]) -> list[dict]:
+    return [rank["streams"] for rank in two_ranks]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_ranks_hold_the_same_source_at_each_inner_step_and_the_same_weights(ranks: list[dict], scenario: str) -> None:
+def test_ranks_agree_on_sources_and_weights(ranks: list[dict], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert first["sources"] == second["sources"] and len(set(first["sources"])) >= 3
     assert first["weights"] == second["weights"]
@@ -41,7 +40,7 @@ def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: s
     assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
 
 
-def test_a_source_that_ends_on_one_rank_is_left_out_by_both_from_the_same_step_on(ranks: list[dict]) -> None:
+def test_a_source_that_ends_on_one_rank_ends_on_both(ranks: list[dict]) -> None:
     first, second = (rank["ending"] for rank in ranks)
     assert first["left_out"] == second["left_out"] and set(first["left_out"]) == {"a"}
     step = first["left_out"]["a"]
@@ -62,9 +61,7 @@ def test_the_first_rank_decides_the_weights(ranks: list[dict], scenario: str) ->
 
 
 @pytest.mark.parametrize("scenario", ["failing", "failing_dynamic"])
-def test_a_source_that_fails_on_one_rank_ends_in_a_checkpoint_and_an_error_on_both(
-    ranks: list[dict], scenario: str
-) -> None:
+def test_a_source_failing_on_one_rank_stops_and_saves_both(ranks: list[dict], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert "Another rank could not read" in first["error"]
     assert "Source 'a' (rank 1, pass 1, shard" in second["error"] and "bad bytes" in second["error"]

@@ -1,8 +1,6 @@
 """Run by torchrun on 2 CPU processes: every scenario once, each rank's findings to `<out>/rank<r>.json`."""
 
 import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +136,7 @@ def run(out: Path, data: Any, model: Any = None, poisoned: set[int] | None = Non
     }
 
 
-def main(out: Path) -> None:
+def main(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for sync in ("global", "local"):
         found[sync] = run(out / sync, sources(), inner_sync=sync, mixture_weights=WEIGHTS)
@@ -156,10 +154,4 @@ def main(out: Path) -> None:
         resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
         resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
         found["resumed"] = {"weights": weights(resumed)}
-    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found
