@@ -68,40 +68,58 @@ class NexusConfigMixin:
             `hf-nexus push`.
     """
 
-    nexus: bool = field(default=True, metadata={"help": "Apply the Nexus update; off: plain Trainer."})
-    inner_lr: float = field(default=0.05, metadata={"help": "Length gamma of one normalized inner step; 0: no path."})
+    nexus: bool = field(
+        default=True,
+        metadata={
+            "help": "Apply the Nexus update. If off, accumulate gradients on the same mixture with the same logs."
+        },
+    )
+    inner_lr: float = field(
+        default=0.05,
+        metadata={"help": "Length gamma of a normalized inner step. 0: average normalized gradients without moving."},
+    )
     inner_lr_schedule: str = field(
         default="constant", metadata={"help": "'constant', or 'follow': scale inner_lr with the learning rate."}
     )
     inner_direction: str = field(
-        default="gradient", metadata={"help": "'gradient', or 'random' (a control of the same step length)."}
+        default="gradient",
+        metadata={"help": "'gradient', or 'random': a control with random steps of the same length."},
     )
     inner_sync: str = field(
-        default="global", metadata={"help": "'global': reduce every inner gradient; 'local': once per outer step."}
+        default="global",
+        metadata={
+            "help": "'global': reduce every inner gradient over the ranks. 'local': reduce once per outer step."
+        },
     )
     snapshot_device: str | None = field(
         default=None, metadata={"help": "'cpu' keeps the extra copy of the parameters in host memory."}
     )
     mixture_weights: dict | str | list | None = field(  # `str` second: the argument parser takes that one
-        default=None, metadata={"help": 'Share of each source, as JSON: \'{"text": 0.6, "code": 0.4}\'.'}
+        default=None, metadata={"help": 'Share of each source, as JSON: \'{"text": 0.6, "code": 0.4}\'. Or stages.'}
     )
     source_schedule: str = field(
         default="random",
-        metadata={"help": "'random' draws the source of each inner step; 'stratified' balances them."},
+        metadata={
+            "help": "'random': draw the source of each inner step. 'stratified': take the one most below its share."
+        },
     )
     gradient_cosine_steps: int = field(
-        default=0, metadata={"help": "Log gradient cosines between sources every this many outer steps; 0: never."}
+        default=0, metadata={"help": "Log gradient cosines between the sources every this many outer steps. 0: never."}
     )
     matrix_optimizer: str | None = field(
-        default=None, metadata={"help": "'muon': torch's Muon for the hidden matrices, AdamW (`optim`) for the rest."}
+        default=None,
+        metadata={
+            "help": "'muon': torch's Muon for the hidden matrices, AdamW (`optim`) for the other parameters. Options "
+            "in optim_args: 'muon_lr=0.02,muon_momentum=0.95'."
+        },
     )
     allow_mixture_change: bool = field(
         default=False,
-        metadata={"help": "Resume although the data is not that of the checkpoint; streams start at their beginning."},
+        metadata={"help": "Resume although the data is not that of the checkpoint. Streams start at their beginning."},
     )
-
     hub_flush_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds to wait for the Hub at the end; `hf-nexus push` sends the rest."}
+        default=600.0,
+        metadata={"help": "Seconds to wait for the Hub at the end. `hf-nexus push` sends the rest later."},
     )
 
     def __post_init__(self) -> None:
