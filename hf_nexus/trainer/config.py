@@ -1,29 +1,24 @@
 """The Nexus fields of the training arguments."""
 
 import json
-import math
 import os
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from ..mixture.stages import parse_stages
+from ..schema import documented
+from ..strict import Bound, check, field_types
 from .optimizers import muon_options
 
 __all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
 
-_CHOICES = {
-    "inner_lr_schedule": ("constant", "follow"),
-    "inner_direction": ("gradient", "random"),
-    "inner_sync": ("global", "local"),
-    "snapshot_device": (None, "cpu"),
-    "source_schedule": ("random", "stratified"),
-    "matrix_optimizer": (None, "muon"),
-}
+NonNegative = Annotated[float, Bound(least=0)]
 
 
+@documented
 @dataclass
 class NexusConfigMixin:
     """
@@ -68,81 +63,27 @@ class NexusConfigMixin:
             `hf-nexus push`.
     """
 
-    nexus: bool = field(
-        default=True,
-        metadata={
-            "help": "Apply the Nexus update. If off, accumulate gradients on the same mixture with the same logs."
-        },
-    )
-    inner_lr: float = field(
-        default=0.05,
-        metadata={"help": "Length gamma of a normalized inner step. 0: average normalized gradients without moving."},
-    )
-    inner_lr_schedule: str = field(
-        default="constant", metadata={"help": "'constant', or 'follow': scale inner_lr with the learning rate."}
-    )
-    inner_direction: str = field(
-        default="gradient",
-        metadata={"help": "'gradient', or 'random': a control with random steps of the same length."},
-    )
-    inner_sync: str = field(
-        default="global",
-        metadata={
-            "help": "'global': reduce every inner gradient over the ranks. 'local': reduce once per outer step."
-        },
-    )
-    snapshot_device: str | None = field(
-        default=None, metadata={"help": "'cpu' keeps the extra copy of the parameters in host memory."}
-    )
-    mixture_weights: dict | str | list | None = field(  # `str` second: the argument parser takes that one
-        default=None, metadata={"help": 'Share of each source, as JSON: \'{"text": 0.6, "code": 0.4}\'. Or stages.'}
-    )
-    source_schedule: str = field(
-        default="random",
-        metadata={
-            "help": "'random': draw the source of each inner step. 'stratified': take the one most below its share."
-        },
-    )
-    gradient_cosine_steps: int = field(
-        default=0, metadata={"help": "Log gradient cosines between the sources every this many outer steps. 0: never."}
-    )
-    matrix_optimizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "'muon': torch's Muon for the hidden matrices, AdamW (`optim`) for the other parameters. Options "
-            "in optim_args: 'muon_lr=0.02,muon_momentum=0.95'."
-        },
-    )
-    allow_mixture_change: bool = field(
-        default=False,
-        metadata={"help": "Resume although the data is not that of the checkpoint. Streams start at their beginning."},
-    )
-    hub_flush_timeout: float = field(
-        default=600.0,
-        metadata={"help": "Seconds to wait for the Hub at the end. `hf-nexus push` sends the rest later."},
-    )
+    nexus: bool = True
+    inner_lr: NonNegative = 0.05
+    inner_lr_schedule: Literal["constant", "follow"] = "constant"
+    inner_direction: Literal["gradient", "random"] = "gradient"
+    inner_sync: Literal["global", "local"] = "global"
+    snapshot_device: Literal["cpu"] | None = None
+    mixture_weights: dict | str | list | None = None  # `str` second: the argument parser takes that one
+    source_schedule: Literal["random", "stratified"] = "random"
+    gradient_cosine_steps: Annotated[int, Bound(least=0)] = 0
+    matrix_optimizer: Literal["muon"] | None = None
+    allow_mixture_change: bool = False
+    hub_flush_timeout: NonNegative = 600.0
 
     def __post_init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise each process would train a model alone, without a message
+        for name, kind in field_types(NexusConfigMixin).items():
+            setattr(self, name, check(getattr(self, name), kind, name))
         self.mixture_weights = _parse_weights(self.mixture_weights)
-        self.inner_lr = float(self.inner_lr)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {list(allowed)}.")
         if self.matrix_optimizer is not None:
             muon_options(self.optim_args)  # type: ignore[attr-defined]
-        if not (math.isfinite(self.inner_lr) and self.inner_lr >= 0):
-            raise ValueError(
-                f"inner_lr={self.inner_lr} is not allowed; it must be finite and >= 0 (0.05 is the default)."
-            )
-        if self.gradient_cosine_steps < 0:
-            raise ValueError(f"gradient_cosine_steps={self.gradient_cosine_steps} is not allowed; use 0 for never.")
-        self.hub_flush_timeout = float(self.hub_flush_timeout)
-        if not (math.isfinite(self.hub_flush_timeout) and self.hub_flush_timeout >= 0):
-            raise ValueError(
-                f"hub_flush_timeout={self.hub_flush_timeout} is not allowed; it must be finite and >= 0 seconds."
-            )
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is joined with
 
 
@@ -159,29 +100,23 @@ class NexusConfig(NexusConfigMixin, TrainingArguments):
     """
 
 
-def _parse_weights(weights: dict | list | str | None) -> dict[str, float] | list[dict[str, Any]] | None:
+def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | None:
     if weights is None:
         return None
-    fix = 'Pass a mapping of source to share, on the command line as JSON: \'{"text": 0.6, "code": 0.4}\'.'
     if isinstance(weights, str):
         try:
             weights = json.loads(weights)
         except json.JSONDecodeError as error:
-            raise ValueError(f"mixture_weights={weights!r} is not valid JSON ({error}). {fix}") from error
+            raise ValueError(
+                f"mixture_weights={weights!r} is not valid JSON ({error}). Pass a mapping of sources to shares, as in "
+                '\'{"text": 0.6, "code": 0.4}\'.'
+            ) from error
     if isinstance(weights, list):
         return [asdict(stage) for stage in parse_stages(weights, key="mixture_weights")]
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"mixture_weights={weights!r} is not a non-empty mapping. {fix}")
-    for source, weight in weights.items():
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not (math.isfinite(weight) and weight >= 0)
-        ):
-            raise ValueError(f"mixture_weights[{source!r}]={weight!r} is not a finite number >= 0. {fix}")
-    if sum(weights.values()) <= 0:
-        raise ValueError(f"mixture_weights={weights} sum to zero. {fix}")
-    return {str(source): float(weight) for source, weight in weights.items()}
+    weights = check(weights, dict[str, NonNegative], "mixture_weights")
+    if not sum(weights.values()) > 0:
+        raise ValueError(f"mixture_weights={weights} is not allowed; give at least one source a weight above 0.")
+    return {str(source): weight for source, weight in weights.items()}
 
 
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:

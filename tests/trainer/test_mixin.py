@@ -617,16 +617,16 @@ def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_pat
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"inner_direction": "up"}, "inner_direction='up' is not allowed"),
-        ({"inner_lr": -0.1}, "inner_lr=-0.1 is not allowed"),
-        ({"inner_lr_schedule": "cosine"}, "inner_lr_schedule='cosine'"),
+        ({"inner_direction": "up"}, "inner_direction: 'up' is not allowed"),
+        ({"inner_lr": -0.1}, "inner_lr: -0.1 is not allowed"),
+        ({"inner_lr_schedule": "cosine"}, "inner_lr_schedule: 'cosine'"),
         ({"mixture_weights": "{text: 1}"}, "not valid JSON"),
-        ({"mixture_weights": {"text": -1}}, r"mixture_weights\['text'\]=-1"),
+        ({"mixture_weights": {"text": -1}}, r"mixture_weights\.text: -1"),
         ({"mixture_weights": {"text": 1.0}}, r"the sources are \['code', 'math', 'text'\]"),
         ({"train_sampling_strategy": "group_by_length"}, "order is set by source_schedule"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
-        ({"snapshot_device": "disk"}, "snapshot_device='disk'"),
+        ({"snapshot_device": "disk"}, "snapshot_device: 'disk'"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_fix(make_trainer, sources, config, message):
