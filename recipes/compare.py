@@ -13,7 +13,9 @@ Start one process only. It distributes the runs over the available devices. The 
 comparison and adds new arms and seeds: finished runs are skipped.
 """
 
-from hf_nexus.cli.compare import main
+import sys
+
+from hf_nexus.cli.app import main
 
 if __name__ == "__main__":
-    main()
+    main(["compare", *sys.argv[1:]])

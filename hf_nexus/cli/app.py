@@ -36,10 +36,6 @@ _PLAN_HELP = (
     "\n\nWhat to plan for: --devices, --sharding (ddp or fsdp2), --mfu (share of the peak that is reached), "
     "--peak_tflops (of a device), --link (GB/s that a device sends), --price_per_hour (of a device)." + _FIELDS_HELP
 )
-_COMPARE_HELP = (
-    "--output_dir DIR: where everything is kept, in place of the comparison's own. What it holds already is not run "
-    "again." + _DEBUG_HELP
-)
 
 
 def _print_version(wanted: bool) -> None:
@@ -99,16 +95,22 @@ def plan(context: typer.Context, config: _Config) -> None:
     pretrain.main(["--dry_run=True", "--config", *words], debug=context.obj)
 
 
-@app.command(context_settings=_PASS_ON, epilog=_COMPARE_HELP)
+@app.command()
 def compare(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="Name of a comparison (compare) or a YAML file.")] = "compare",
+    output_dir: Annotated[
+        str | None,
+        typer.Option("--output_dir", help="Folder of all results, instead of the file's. Finished runs are skipped."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compare arms over seeds and report: hf-nexus compare mine.yaml --output_dir runs/mine"""
-    from .compare import main
+    """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
+    from .compare import compare
 
-    words = _words(context, config)
-    main(words, debug=context.obj)
+    context.obj = context.obj or debug
+    with _one_line(context):
+        compare(config, output_dir)
 
 
 @app.command()

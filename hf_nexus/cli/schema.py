@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from ..compare.config import ComparisonConfig
-from ..compare.parts import RESERVED
+from ..compare.config import RESERVED, ComparisonConfig
 from ..mixture.config import MixtureConfig
 from ..pretrain.fields import SECTIONS, PretrainConfig
 from ..schema import json_schema

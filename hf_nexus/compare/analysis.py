@@ -1,103 +1,85 @@
-"""From the records of arms x seeds to plain tables: means, paired differences, matched training loss, correlation."""
+"""Statistics over the records of all runs: means, paired differences, matched training loss, correlation."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..evaluation.statistics import Correlation, Estimate, PairedDifference, correlate, holm, mean, paired_difference
-from .records import RunRecord
-from .run_figures import at_losses, control_kind, end_figures, in_order, losses_to_match, non_finite
+from ..evaluation.statistics import (
+    Correlation,
+    Estimate,
+    PairedDifference,
+    correlate,
+    holm,
+    mean,
+    paired_difference,
+    value_at,
+)
+from .records import RunRecord, in_order
 
-__all__ = ["MIN_PAIRS", "Analysis", "Row", "compare_arms", "incomplete_arms"]
+__all__ = ["MIN_PAIRS", "Analysis", "Row", "Where", "compare_arms"]
 
-# Below this many paired seeds nothing is tested, and the report draws no conclusion.
+# With fewer paired seeds nothing is tested, and the report draws no conclusion.
 MIN_PAIRS = 3
 
 Where = Literal["end", "matched"]
-# arm, figure, where -> seed -> value, where it is finite
+# arm, metric, where -> seed -> finite value
 _Finite = dict[tuple[str, str, Where], dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """
-    One figure of one arm, and how it differs from that of another.
-
-    Args:
-        arm (`str`), versus (`str`), figure (`str`), where (`"end"` or `"matched"`):
-            What is compared with what: at the end, or where the training loss was the same.
-        mean ([`Estimate`]):
-            Over all seeds at which it is finite.
-        difference ([`PairedDifference`], *optional*):
-            `arm` minus `versus`, over the seeds of which both have the figure; its `p` is left out below 3. `None`
-            for the baseline itself, and where no seed is shared.
-        p_holm (`float`, *optional*):
-            The p-value corrected for all comparisons but the primary one; `None` for the primary one, whose p-value
-            stands, and where there is none.
-    """
+    """One metric of one arm, and its difference to another arm."""
 
     arm: str
     versus: str
-    figure: str
-    where: Where
-    mean: Estimate
+    metric: str
+    where: Where  # at the end of training, or at matched training loss
+    mean: Estimate  # of `arm`, over all seeds with a finite value
+    # `arm` minus `versus` over their common seeds, without `p` below `MIN_PAIRS`; `None` if `arm` is `versus`.
     difference: PairedDifference | None
+    # The p-value corrected for all comparisons except the primary one; `None` for the primary one.
     p_holm: float | None = None
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """
-    What `compare_arms` makes of the records: plain data, and what a reader of it must be told.
-
-    Args:
-        baseline (`str`), primary (`tuple[str, str]`):
-            The arm compared against; arm and figure of the declared comparison, at the end.
-        arms (`list[str]`), seeds (`list[int]`), figures (`list[str]`):
-            All that were asked for or found, the baseline first, sources last.
-        values (`list[tuple[str, int, str, Where, float]]`):
-            Arm, seed, figure, `"end"` or `"matched"`, and the value itself, finite or not.
-        rows (`list[Row]`):
-            Against the baseline, and of the primary arm against each control.
-        controls (`dict[str, str]`):
-            Arms that do part of what Nexus does, and which: `"gamma 0"` or `"random direction"`.
-        missing (`dict[str, list[int]]`):
-            For each arm that is incomplete, the seeds without a run.
-        non_finite (`list[tuple[str, int, list[str]]]`):
-            Arm, seed and figures in no mean, as they are not finite; with `train_loss`, nothing of the run is in one.
-        targets (`dict[int, tuple[str, float]]`):
-            For each seed the training loss at which arms are matched, and the arm that ended there.
-        unmatched (`list[tuple[str, int]]`):
-            Runs that never came down to it.
-        unconverged (`tuple[int, int]`):
-            Searches for a minimizer that ended at their bound, and all there were.
-        across_arms ([`Correlation`], *optional*), across_runs ([`Correlation`], *optional*):
-            Of relative minima distance and OOD gain over the baseline: over the arms' means, the baseline's at gain 0
-            among them; and over the runs of the other arms.
-    """
+    """Statistics of a comparison, as plain data."""
 
     baseline: str
-    primary: tuple[str, str]
-    arms: list[str]
+    primary: tuple[str, str]  # arm and metric of the primary comparison
+    arms: list[str]  # planned or found, the baseline first
     seeds: list[int]
-    figures: list[str]
-    values: list[tuple[str, int, str, Where, float]]
-    rows: list[Row]
-    controls: dict[str, str]
-    missing: dict[str, list[int]]
+    metrics: list[str]  # in the order of the report
+    values: list[tuple[str, int, str, Where, float]]  # arm, seed, metric, where, and the value, finite or not
+    rows: list[Row]  # all arms against the baseline, and the primary arm against each control
+    controls: dict[str, str]  # arm -> "gamma 0" or "random direction"
+    missing: dict[str, list[int]]  # arm -> seeds without a run
+    # Arm, seed, and metrics that are not finite. These are in no mean; with `train_loss`, no metric of the run is.
     non_finite: list[tuple[str, int, list[str]]]
-    targets: dict[int, tuple[str, float]]
-    unmatched: list[tuple[str, int]]
-    unconverged: tuple[int, int]
+    targets: dict[int, tuple[str, float]]  # seed -> arm with the highest final training loss, and this loss
+    unmatched: list[tuple[str, int]]  # arm and seed of runs whose training loss never fell to the target
+    unconverged: tuple[int, int]  # minima searches that did not converge, and all searches
+    # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0,
+    # and over the runs of the other arms.
     across_arms: Correlation | None
     across_runs: Correlation | None
 
-    def row(self, arm: str, figure: str, where: Where = "end", versus: str | None = None) -> Row | None:
-        """One of the rows, if there is such; against the baseline by default."""
-        key = (arm, versus or self.baseline, figure, where)
-        return next((row for row in self.rows if (row.arm, row.versus, row.figure, row.where) == key), None)
+    def row(self, arm: str, metric: str, where: Where = "end", versus: str | None = None) -> Row | None:
+        """One row if it exists; against the baseline by default."""
+        key = (arm, versus or self.baseline, metric, where)
+        return next((row for row in self.rows if (row.arm, row.versus, row.metric, row.where) == key), None)
+
+    def is_primary(self, row: Row) -> bool:
+        """Whether a row is the primary comparison."""
+        return (row.arm, row.metric, row.versus, row.where) == (*self.primary, self.baseline, "end")
+
+    def p_value(self, row: Row) -> float | None:
+        """The p-value that decides: Holm-corrected, except for the primary comparison."""
+        if row.difference is None:
+            return None
+        return row.difference.p if self.is_primary(row) else row.p_holm
 
 
 def compare_arms(
@@ -109,24 +91,23 @@ def compare_arms(
     seeds: Sequence[int] = (),
 ) -> Analysis:
     """
-    Compare arms over seeds, at the end and at matched training loss.
+    Compare arms over seeds, at the end of training and at matched training loss.
 
-    At matched training loss means: for each seed, the highest of the arms' last training losses, to which all came
-    down. What an arm's other losses were when it passed there is read off its curve; figures without a curve are
-    compared at the end only. A training loss is `LossPoint.train_loss`, at restored weights.
+    The matched training loss of a seed is the highest final training loss of its runs, which all runs reach. The
+    other losses are interpolated where a run first reaches it. Metrics without a curve are compared at the end only.
 
     Args:
         records (`Sequence[RunRecord]`):
-            Of the runs that were completed, in any order.
+            The completed runs in any order.
         baseline (`str`):
-            The arm compared against.
+            The arm to compare with.
         primary (`tuple[str, str]`):
-            Arm and figure of the one comparison declared beforehand.
+            Arm and metric of the primary comparison.
         arms (`Sequence[str]`, *optional*), seeds (`Sequence[int]`, *optional*):
-            What was to be run, so that what is missing can be told.
+            The planned runs; those without a record are reported as missing.
 
     Raises:
-        ValueError: two records are of the same arm and seed, or the primary arm is the baseline.
+        ValueError: two records of one arm and seed, or a primary arm that is the baseline.
 
     Example:
         >>> from hf_nexus.compare.analysis import compare_arms
@@ -140,26 +121,27 @@ def compare_arms(
         -0.1
     """
     if primary[0] == baseline:
-        raise ValueError(f"The primary arm is compared with the baseline, and both are {baseline!r}: name another.")
+        raise ValueError(f"The primary arm and the baseline are both {baseline!r}. Choose another primary arm.")
     if twice := [key for key, count in Counter((record.arm, record.seed) for record in records).items() if count > 1]:
-        raise ValueError(f"Each arm has one record for a seed, got more for {sorted(twice)}: leave the others out.")
+        raise ValueError(f"Several records for {sorted(twice)}; each arm has one record for each seed.")
     names = list(dict.fromkeys([baseline, *arms, primary[0], *(record.arm for record in records)]))
     runs = {(record.arm, record.seed): record for record in records if record.curve}
-    targets = losses_to_match(runs)
+    planned = sorted({*seeds, *(seed for _, seed in runs)})
+    targets = _matched_losses(runs)
     values: list[tuple[str, int, str, Where, float]] = []
     unmatched = []
     for (arm, seed), run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
-        values += [(arm, seed, figure, "end", value) for figure, value in end_figures(run).items()]
-        matched = at_losses(run, targets[seed][1]) if seed in targets else {}
-        values += [(arm, seed, figure, "matched", value) for figure, value in matched.items()]
-        if not matched and math.isfinite(run.end.train_loss):
+        values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
+        matched = _losses_at(run, targets[seed][1]) if seed in targets else {}
+        values += [(arm, seed, metric, "matched", value) for metric, value in matched.items()]
+        if not matched and not run.diverged:
             unmatched.append((arm, seed))
     finite: _Finite = {}
-    for arm, seed, figure, where, value in values:
-        # Of a run that diverged even what is finite says nothing, such as a share of right answers, which is 0.
-        if math.isfinite(value) and math.isfinite(runs[arm, seed].end.train_loss):
-            finite.setdefault((arm, figure, where), {})[seed] = value
-    kinds = {arm: control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
+    for arm, seed, metric, where, value in values:
+        # Even finite values of a diverged run mean nothing, such as an exact match of 0.
+        if math.isfinite(value) and not runs[arm, seed].diverged:
+            finite.setdefault((arm, metric, where), {})[seed] = value
+    kinds = {arm: _control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
     controls = {arm: kind for arm, kind in kinds.items() if kind is not None}
     searches = [done for run in runs.values() if run.minima for done in run.minima.converged.values()]
     across_arms, across_runs = _correlations(finite, names, baseline)
@@ -167,13 +149,13 @@ def compare_arms(
         baseline=baseline,
         primary=primary,
         arms=names,
-        seeds=sorted({*seeds, *(seed for _, seed in runs)}),
-        figures=in_order(figure for _, _, figure, _, _ in values),
+        seeds=planned,
+        metrics=in_order(metric for _, _, metric, _, _ in values),
         values=values,
         rows=_rows(finite, names, baseline, primary, controls),
         controls=controls,
-        missing=_missing(runs.keys(), names, seeds),
-        non_finite=[(*key, wrong) for key, run in sorted(runs.items()) if (wrong := non_finite(run))],
+        missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
+        non_finite=[(*key, metrics) for key, run in sorted(runs.items()) if (metrics := _non_finite(run))],
         targets=targets,
         unmatched=unmatched,
         unconverged=(searches.count(False), len(searches)),
@@ -182,64 +164,81 @@ def compare_arms(
     )
 
 
-def incomplete_arms(records: Sequence[RunRecord], arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """
-    The arms that lack a run, each with the seeds it lacks, in words.
-
-    Example:
-        >>> from hf_nexus.compare.analysis import incomplete_arms
-        >>> incomplete_arms([], ["adamw"], [1, 2])
-        ['adamw (seeds 1, 2)']
-    """
-    missing = _missing({(record.arm, record.seed) for record in records if record.curve}, arms, seeds)
-    return [f"{arm} (seed{'s' * (len(gaps) > 1)} {', '.join(map(str, gaps))})" for arm, gaps in missing.items()]
+def _control_kind(record: RunRecord) -> str | None:
+    """A control shares parts of the Nexus update, but not its path along the gradients."""
+    if not record.settings.get("nexus", True):
+        return None
+    if record.settings.get("inner_lr") == 0:
+        return "gamma 0"
+    return "random direction" if record.settings.get("inner_direction") == "random" else None
 
 
-def _missing(there: Set[tuple[str, int]], arms: Sequence[str], seeds: Sequence[int]) -> dict[str, list[int]]:
-    wanted = sorted({*seeds, *(seed for _, seed in there)})
-    return {arm: gaps for arm in arms if (gaps := [seed for seed in wanted if (arm, seed) not in there])}
+def _non_finite(record: RunRecord) -> list[str]:
+    """Metrics that are not finite at the end or earlier in training."""
+    found = [metric for metric, value in record.metrics().items() if not math.isfinite(value)]
+    for point in record.curve[:-1]:
+        losses = {"train_loss": point.train_loss} | point.held_out()
+        found += [f"{name} at step {point.step}" for name, loss in losses.items() if not math.isfinite(loss)]
+    return found
+
+
+def _matched_losses(runs: Mapping[tuple[str, int], RunRecord]) -> dict[int, tuple[str, float]]:
+    """For each seed the highest final training loss, and its arm."""
+    highest: dict[int, tuple[str, float]] = {}
+    for (arm, seed), run in sorted(runs.items()):
+        loss = run.end.train_loss
+        if not run.diverged and (seed not in highest or loss > highest[seed][1]):
+            highest[seed] = (arm, loss)
+    return dict(sorted(highest.items()))
+
+
+def _losses_at(record: RunRecord, train_loss: float) -> dict[str, float]:
+    """Held-out losses where the training loss first reaches `train_loss`; empty if it never does."""
+    if record.diverged:
+        return {}
+    train = [point.train_loss for point in record.curve]
+    curves = [point.held_out() for point in record.curve]
+    ends = [metric for metric, loss in curves[-1].items() if math.isfinite(loss)]
+    found = {metric: value_at(train, [curve.get(metric, math.nan) for curve in curves], train_loss) for metric in ends}
+    return {metric: loss for metric, loss in found.items() if loss is not None}
 
 
 def _rows(
     finite: _Finite, arms: Sequence[str], baseline: str, primary: tuple[str, str], controls: Mapping[str, str]
 ) -> list[Row]:
-    figures = in_order(figure for _, figure, _ in finite)
+    metrics = in_order(metric for _, metric, _ in finite)
     wheres: tuple[Where, ...] = ("end", "matched")
-    wanted = [(arm, baseline, figure, where) for where in wheres for figure in figures for arm in arms]
+    wanted = [(arm, baseline, metric, where) for where in wheres for metric in metrics for arm in arms]
     wanted += [(primary[0], control, primary[1], where) for where in wheres for control in controls]
-    rows = [
-        Row(arm, versus, figure, where, mean(list(found.values())), None)
-        for arm, versus, figure, where in wanted
-        if (found := finite.get((arm, figure, where)))
-    ]
-    for i, row in enumerate(rows):
-        own, other = (finite.get((arm, row.figure, row.where), {}) for arm in (row.arm, row.versus))
-        if row.arm != row.versus and (shared := sorted(own.keys() & other.keys())):
+    rows: list[Row] = []
+    p_values: dict[int, float | None] = {}
+    for arm, versus, metric, where in wanted:
+        own, other = (finite.get((name, metric, where), {}) for name in (arm, versus))
+        if not own:
+            continue
+        difference = None
+        if arm != versus and (shared := sorted(own.keys() & other.keys())):
             difference = paired_difference([own[seed] for seed in shared], [other[seed] for seed in shared])
-            tested = difference if difference.n >= MIN_PAIRS else replace(difference, p=None)
-            rows[i] = replace(row, difference=tested)
-    declared = (primary[0], baseline, primary[1], "end")
-    corrected = holm(
-        {
-            i: row.difference.p
-            for i, row in enumerate(rows)
-            if row.difference and (row.arm, row.versus, row.figure, row.where) != declared
-        }
-    )
+            if difference.n < MIN_PAIRS:
+                difference = replace(difference, p=None)
+            if (arm, versus, metric, where) != (primary[0], baseline, primary[1], "end"):
+                p_values[len(rows)] = difference.p
+        rows.append(Row(arm, versus, metric, where, mean(list(own.values())), difference))
+    corrected = holm(p_values)
     return [replace(row, p_holm=corrected.get(i)) for i, row in enumerate(rows)]
 
 
 def _correlations(
     finite: _Finite, arms: Sequence[str], baseline: str
 ) -> tuple[Correlation | None, Correlation | None]:
-    """Of minima distance and OOD gain: across arms, and across runs."""
+    """Correlations of minima distance and OOD gain, across arms and across runs."""
     reference = finite.get((baseline, "ood_loss", "end"), {})
-    points: dict[str, list[tuple[float, float]]] = {
-        baseline: [(d, 0.0) for d in finite.get((baseline, "minima_distance", "end"), {}).values()]
-    }
+    points: dict[str, list[tuple[float, float]]] = {}
     for arm in arms:
-        distances, losses = (finite.get((arm, figure, "end"), {}) for figure in ("minima_distance", "ood_loss"))
-        if arm != baseline:
+        distances, losses = (finite.get((arm, metric, "end"), {}) for metric in ("minima_distance", "ood_loss"))
+        if arm == baseline:
+            points[arm] = [(distance, 0.0) for distance in distances.values()]
+        else:
             shared = sorted(distances.keys() & losses.keys() & reference.keys())
             points[arm] = [(distances[seed], reference[seed] - losses[seed]) for seed in shared]
     means = [[mean(side).mean for side in zip(*found, strict=True)] for found in points.values() if found]

@@ -1,129 +1,165 @@
-"""A comparison from its configuration to its report: tuning, runs, minima. What is done already is not done again."""
+"""A whole comparison: checks, tuning, runs, minima searches, and the report. Finished runs are skipped."""
 
 import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from transformers import AutoTokenizer
 
+from ..hub.card import save_card
+from ..hub.environment import describe_hardware, installed_versions
+from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
+from ..pretrain.fields import PretrainArguments
+from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import load_tokenizer
-from .checks import check_settings, keep_declared
+from .analysis import compare_arms
 from .config import ComparisonConfig
 from .minima import search_minima
-from .outcome import write_outcome
-from .pool import Job, Outcome, run_jobs, worker_count
+from .plots import plot_comparison
 from .records import RunRecord
-from .runs import Run, read_rows, train_sample
+from .report import console_table, write_report
+from .runs import MINIMA_NAME, Run, read_questions, train_sample
+from .workers import Call, CallResult, call_in_workers, worker_count
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison"]
 
-_TUNING_NAME = "tuning.json"
+_TUNING_NAME, _PRIMARY_NAME = "tuning.json", "declared.json"
 
 
 @dataclass
 class _Trial:
-    """A combination of a grid, and what it came to."""
-
     arm: str
     settings: dict[str, Any]
-    losses: list[float]  # validation loss at the end, per seed of the tuning
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.losses) if all(map(math.isfinite, self.losses)) else math.inf
+    runs: list[Run]  # one for each seed of the tuning
+    loss: float = math.inf  # mean validation loss at the end
 
 
 class Comparison:
     """
-    The state of a comparison in its folder.
+    A comparison in its folder.
 
     Args:
         config ([`ComparisonConfig`]):
-            What to compare.
+            The comparison.
         console (`rich.console.Console`):
-            For a line per run.
+            Console for progress and results.
     """
 
     def __init__(self, config: ComparisonConfig, console: "Console"):
         self.config, self.console = config, console
         self.folder = Path(config.output_dir)
         self.workers = worker_count(config.workers)
-        self.failed: list[Outcome] = []
-        self.trials: list[_Trial] = []
-        self.chosen: dict[str, dict[str, Any]] = {arm: {} for arm in config.arms}
-
-    # ---- What there is to do ----
+        self.failed: list[CallResult] = []  # runs and minima searches
+        self._tokenizer = str(self.folder / "tokenizer")
+        self._trials = self._plan_trials()
+        self._chosen: dict[str, dict[str, Any]] = {arm: {} for arm in config.arms}
 
     def check(self) -> None:
         """
-        Find what is wrong before anything runs: every configuration is read, and the data loaded and cached.
+        Find errors before anything runs: read all configurations, load and cache the data, and look into the folder.
 
         Raises:
-            ValueError: a mistake in the configuration, a folder that holds other runs, or several processes.
+            ValueError: an error in the configuration, a folder with other runs, or several processes.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("A comparison is one process, which spreads its runs over the devices: start it alone.")
-        arguments = check_settings(self.config, self.folder)
-        for task in self.config.tasks.values():
-            read_rows(task)
+            raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
+        arguments = self._check_settings()
+        for questions in self.config.question_sets.values():
+            read_questions(questions)
         tokenizer = load_tokenizer(arguments, None)
-        if Path(self._tokenizer).exists():
-            if AutoTokenizer.from_pretrained(self._tokenizer).get_vocab() != tokenizer.get_vocab():
-                raise ValueError(f"{self._tokenizer} is another tokenizer than the configuration's: its runs differ.")
-        else:
+        if not Path(self._tokenizer).exists():
             tokenizer.save_pretrained(self._tokenizer)
+        elif AutoTokenizer.from_pretrained(self._tokenizer).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{self._tokenizer} differs from the configuration's tokenizer. Choose another output_dir, or restore "
+                "the tokenizer."
+            )
         mixture = load_mixture(arguments.mixture, tokenizer)
         train_sample(mixture, self.config.train_sample_rows)
-        names = list(mixture.train)
-        searched = set(self.config.minima.sources or names) if self.config.minima is not None else set()
-        if lost := searched - set(names):
-            raise ValueError(f"minima.sources: {sorted(lost)} are not among the training sources {', '.join(names)}.")
-        if lost := searched - set(mixture.eval):
-            raise ValueError(f"minima.sources: {sorted(lost)} have no held-out rows. Give them eval_rows.")
-        keep_declared(self.config, self.folder)
-        for run in self._trial_runs() or self.runs():
-            run.record()
+        if self.config.minima is not None:
+            names = list(mixture.train)
+            searched = set(self.config.minima.sources or names)
+            if unknown := sorted(searched - set(names)):
+                raise ValueError(f"minima.sources: {unknown} are not among the training sources {', '.join(names)}.")
+            if lacking := sorted(searched - set(mixture.eval)):
+                raise ValueError(f"minima.sources: {lacking} have no held-out rows. Give them eval_rows.")
+        self._check_primary()
+        for run in [run for trial in self._trials for run in trial.runs] or self.runs():
+            run.check()
         for run in self.runs():
-            run.refuse_other_minima()
+            run.check([MINIMA_NAME])
 
-    @property
-    def _tokenizer(self) -> str:
-        return str(self.folder / "tokenizer")
-
-    def _trial_runs(self) -> list[Run]:
-        if self.config.tuning is None:
-            return []
-        tuning, steps = self.config.tuning, {}
-        if tuning.max_steps is not None:
-            steps = {"max_steps": tuning.max_steps}
-        runs = []
+    def _check_settings(self) -> PretrainArguments:
+        """Read the configuration of every arm and trial; of one the arguments, which agree in model and data."""
+        rows: dict[str, float] = {}
         for arm in self.config.arms:
-            for number, trial in enumerate(self.config.trials(arm)):
-                for seed in tuning.seeds:
-                    folder = self.folder / "tuning" / arm / f"trial-{number}" / f"seed-{seed}"
-                    settings = {**self.config.settings(arm), **trial, **steps}
-                    runs.append(Run(self.config, arm, seed, settings, folder, self._tokenizer, trial=True))
-        return runs
+            for number, trial in enumerate(list(self.config.trials(arm)) or [{}]):
+                settings = {**self.config.settings(arm), **trial, "output_dir": str(self.folder)}
+                path = self.folder / "configs" / f"{arm}-{number}.yaml"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                text = yaml.safe_dump(self.config.run_config(settings), sort_keys=False, allow_unicode=True)
+                path.write_text(text, encoding="utf-8")
+                try:
+                    arguments = parse_arguments(["--config", str(path)])
+                except ValueError as error:  # name the arm, not this file, which the user did not write
+                    where = f"arms.{arm}" + f" with {trial}" * bool(trial)
+                    raise ValueError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
+                t = arguments.training
+                length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
+                batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
+                rows[f"{arm} {trial or ''}".strip()] = length * batch
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"arms: all must train on the same number of rows, not {rows}.")
+        return arguments
+
+    def _check_primary(self) -> None:
+        """Keep the primary comparison in the folder, and refuse another one there."""
+        path = self.folder / _PRIMARY_NAME
+        declared = {"baseline": self.config.baseline, **asdict(self.config.primary)}
+        if not path.exists():
+            path.write_text(json.dumps(declared) + "\n", encoding="utf-8")
+        elif (before := json.loads(path.read_text(encoding="utf-8"))) != declared:
+            raise ValueError(
+                f"primary: {self.folder} was started with {before}. A primary comparison that is chosen after seeing "
+                "results proves nothing. Restore it, or choose another output_dir."
+            )
+
+    def _plan_trials(self) -> list[_Trial]:
+        tuning, trials = self.config.tuning, []
+        steps = {} if tuning is None or tuning.max_steps is None else {"max_steps": tuning.max_steps}
+        for arm in self.config.arms:
+            for number, chosen in enumerate(self.config.trials(arm)):
+                assert tuning is not None
+                folder = self.folder / "tuning" / arm / f"trial-{number}"
+                settings = {**self.config.settings(arm), **chosen, **steps}
+                runs = [
+                    Run(self.config, arm, seed, settings, folder / f"seed-{seed}", self._tokenizer, trial=True)
+                    for seed in tuning.seeds
+                ]
+                trials.append(_Trial(arm, chosen, runs))
+        return trials
 
     def runs(self) -> list[Run]:
-        """The runs of the comparison, seed by seed, so that whatever is there is balanced over the arms."""
+        """The runs of all arms, seed by seed: an interrupted comparison has about as many of each arm."""
         return [
             Run(
                 self.config,
                 arm,
                 seed,
-                {**self.config.settings(arm), **self.chosen[arm]},
+                {**self.config.settings(arm), **self._chosen[arm]},
                 self.folder / "arms" / arm / f"seed-{seed}",
                 self._tokenizer,
             )
@@ -131,94 +167,133 @@ class Comparison:
             for arm in self.config.arms
         ]
 
-    # ---- The stages ----
+    def run(self) -> Path:
+        """
+        Do everything that is not done yet, and write the report.
 
-    def tune(self) -> None:
-        """Choose for every arm the combination of its grid whose validation loss is lowest."""
-        runs = self._trial_runs()
-        if not runs:
+        Returns:
+            `Path`: path of `report.md`.
+        """
+        started = time.monotonic()
+        self._tune()
+        self._train("runs", self.runs())
+        self._search_minima()
+        return self._report(time.monotonic() - started)
+
+    def _tune(self) -> None:
+        """Choose the trial with the lowest validation loss for each arm."""
+        if not self._trials:
             return
-        self._execute("tuning", [Job(str(run), run.execute, _log(run)) for run in runs if run.record() is None])
+        self._train("tuning", [run for trial in self._trials for run in trial.runs])
+        for trial in self._trials:
+            records = [run.record() for run in trial.runs]
+            losses = [math.inf if record is None else record.end.validation_loss for record in records]
+            trial.loss = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.inf
         for arm in self.config.arms:
-            for number, settings in enumerate(self.config.trials(arm)):
-                own = [run for run in runs if run.arm == arm and run.folder.parent.name == f"trial-{number}"]
-                records = [run.record() for run in own]
-                losses = [math.inf if record is None else record.end.validation_loss for record in records]
-                self.trials.append(_Trial(arm, settings, losses))
-            best = min((trial for trial in self.trials if trial.arm == arm), key=lambda trial: trial.mean)
-            if best.mean == math.inf:
-                raise SystemExit(f"No trial of {arm} came to an end; see {self.folder / 'tuning' / arm}.")
-            self.chosen[arm] = best.settings
-        (self.folder / _TUNING_NAME).write_text(json.dumps(self.tuning_table(), indent=1) + "\n", encoding="utf-8")
+            best = min((trial for trial in self._trials if trial.arm == arm), key=lambda trial: trial.loss)
+            if best.loss == math.inf:
+                raise SystemExit(f"All trials of {arm} failed; see {self.folder / 'tuning' / arm}.")
+            self._chosen[arm] = best.settings
+        (self.folder / _TUNING_NAME).write_text(json.dumps(self._tuning_table(), indent=1) + "\n", encoding="utf-8")
 
-    def tuning_table(self) -> list[dict[str, Any]]:
-        """Each trial: its arm, settings, mean validation loss, and whether it was chosen."""
+    def _tuning_table(self) -> list[dict[str, Any]]:
         return [
             {
                 "arm": trial.arm,
                 **trial.settings,
-                "validation_loss": trial.mean if math.isfinite(trial.mean) else None,
-                "chosen": trial.settings == self.chosen[trial.arm],
+                "validation_loss": trial.loss if math.isfinite(trial.loss) else None,
+                "chosen": trial.settings == self._chosen[trial.arm],
             }
-            for trial in self.trials
+            for trial in self._trials
         ]
 
-    def run(self) -> None:
-        """Train every arm under every seed."""
-        self._execute("runs", [Job(str(run), run.execute, _log(run)) for run in self.runs() if run.record() is None])
+    def _train(self, stage: str, runs: Sequence[Run]) -> None:
+        self._call(stage, [Call(str(run), run.train, _log(run)) for run in runs if run.record() is None])
 
-    def search(self) -> None:
-        """Search the minima of the runs for which the configuration asks."""
-        wanted = self.config.minima
-        if wanted is None:
+    def _search_minima(self) -> None:
+        if self.config.minima is None:
             return
-        jobs = []
+        calls = []
         for run in self.runs():
             record = run.record()
-            if record is not None and record.minima is None and run.seed in (wanted.seeds or self.config.seeds):
-                jobs.append(Job(f"minima of {run}", partial(search_minima, run), _log(run)))
-        self._execute("minima", jobs)
+            if record and record.minima is None and run.seed in (self.config.minima.seeds or self.config.seeds):
+                calls.append(Call(f"minima of {run}", partial(search_minima, run), _log(run)))
+        self._call("minima", calls)
 
-    def report(self, seconds: float) -> Path:
-        """Write tables, pictures and words into the folder, and print the main table."""
-        trials = self.tuning_table()
-        return write_outcome(self.config, self.runs(), trials, self.workers, seconds, self.console)
-
-    def _execute(self, what: str, jobs: Sequence[Job]) -> None:
-        if not jobs:
+    def _call(self, stage: str, calls: Sequence[Call]) -> None:
+        if not calls:
             return
-        self.console.print(f"[bold]{what}: {len(jobs)} to do, {min(self.workers, len(jobs))} at a time[/bold]")
-        for number, outcome in enumerate(run_jobs(jobs, self.workers), 1):
-            words = _in_words(outcome.result) if outcome.error is None else f"FAILED: {outcome.error}"
-            self.console.print(f"  {number}/{len(jobs)}  {outcome.job.name}: {words}", highlight=False)
-            if outcome.error is not None:
-                self.failed.append(outcome)
-                self.console.print(f"    its output is in {outcome.job.log}", highlight=False)
+        self.console.print(f"[bold]{stage}: {len(calls)} to do, {min(self.workers, len(calls))} at a time[/bold]")
+        for number, result in enumerate(call_in_workers(calls, self.workers), 1):
+            text = _losses(result.value) if result.error is None else f"FAILED: {result.error}"
+            self.console.print(f"  {number}/{len(calls)}  {result.call.name}: {text}", highlight=False)
+            if result.error is not None:
+                self.failed.append(result)
+                self.console.print(f"    log: {result.call.log}", highlight=False)
 
+    def _report(self, seconds: float) -> Path:
+        """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
+        arms, primary = list(self.config.arms), self.config.primary
+        records = [record for run in self.runs() if (record := run.record()) is not None]
+        analysis = compare_arms(
+            records,
+            baseline=self.config.baseline,
+            primary=(primary.arm, primary.metric),
+            arms=arms,
+            seeds=self.config.seeds,
+        )
+        path = write_report(
+            analysis,
+            records,
+            self.folder,
+            title=f"Comparison: {', '.join(arms)}",
+            details=self._details(records, seconds),
+            trials=self._tuning_table(),
+            plots=self._plot(records),
+        )
+        self.console.print(console_table(analysis))
+        self.console.print(f"Report: {path}")
+        self._update_cards()
+        return path
 
-def compare(comparison: Comparison) -> Path:
-    """
-    Do everything that is missing, and write the report.
+    def _plot(self, records: Sequence[RunRecord]) -> list[Path]:
+        try:
+            return plot_comparison(records, self.folder, baseline=self.config.baseline) if records else []
+        except Exception as error:  # the report does not depend on its plots
+            self.console.print(f"Plots failed: {error!r}", markup=False)
+            return []
 
-    Returns:
-        `Path`: `report.md`.
-    """
-    began = time.monotonic()
-    comparison.tune()
-    comparison.run()
-    comparison.search()
-    return comparison.report(time.monotonic() - began)
+    def _details(self, records: Sequence[RunRecord], seconds: float) -> dict[str, Any]:
+        details: dict[str, Any] = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "machine": f"{describe_hardware()}, {self.workers} runs at a time",
+            "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
+            "minutes of this command": f"{seconds / 60:.1f}",
+        }
+        if records:
+            details["tokens per run"] = f"{records[0].end.tokens:,}"
+            details["minutes of training in all runs"] = f"{sum(record.seconds for record in records) / 60:.1f}"
+        return details
+
+    def _update_cards(self) -> None:
+        folders = {(run.arm, run.seed): run.folder for run in self.runs() if (run.folder / SUMMARY_NAME).exists()}
+        for (arm, seed), folder in folders.items():
+            other = folders.get((self.config.baseline, seed))
+            if arm == self.config.baseline or other is None:
+                continue
+            summary = RunSummary.load(folder).against(RunSummary.load(other), self.config.baseline)
+            summary = replace(summary, model_name=f"{arm}, seed {seed}")
+            save_card(summary, folder)
+            summary.save(folder)
 
 
 def _log(run: Run) -> Path:
     return run.folder / "log.txt"
 
 
-def _in_words(record: RunRecord) -> str:
-    end = record.end
-    if record.minima is not None:
-        found = record.minima
-        reached = sum(found.converged.values())
-        return f"distance {found.mean_distance:.4g}, {reached} of {len(found.converged)} searches converged"
-    ood = "" if end.ood_loss is None else f", OOD {end.ood_loss:.4f}"
-    return f"validation {end.validation_loss:.4f}{ood} ({record.seconds:.0f} s)"
+def _losses(record: RunRecord) -> str:
+    if (minima := record.minima) is not None:
+        converged = sum(minima.converged.values())
+        return f"distance {minima.mean_distance:.4g}, {converged} of {len(minima.converged)} searches converged"
+    ood = "" if record.end.ood_loss is None else f", OOD {record.end.ood_loss:.4f}"
+    return f"validation {record.end.validation_loss:.4f}{ood} ({record.seconds:.0f} s)"

@@ -1,123 +1,245 @@
-"""What a comparison is told: arms, seeds, what each arm may tune, and the one figure that decides."""
+"""The configuration of a comparison: arms, seeds, tuning, minima searches, question sets, and the primary metric."""
 
 import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..files import nearest
 from ..pretrain.fields import SECTIONS, PretrainConfig
 from ..pretrain.parsing import check_section, load_config
-from ..strict import Count, Text, check, known_keys, parse_yaml
-from .parts import RESERVED, MinimaSearch, Primary, Task, Tuning, check_grid, check_seeds
+from ..schema import documented
+from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, parse_yaml, read
+from .records import METRICS
 
-__all__ = ["ComparisonConfig", "available_comparisons"]
+__all__ = ["RESERVED", "ComparisonConfig", "MinimaSearch", "Primary", "QuestionSet", "Tuning", "available_comparisons"]
 
+Seed = Annotated[int, Bound(least=0)]
+
+# Training fields that the comparison sets for each run.
+RESERVED = ("output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_CONFIGS = resources.files("hf_nexus").joinpath("compare", "configs")
 
 
+@documented
+@dataclass(frozen=True)
+class Primary:
+    """
+    The comparison that is declared before any run: its p-value needs no correction.
+
+    Args:
+        arm (`str`):
+            The arm that is compared with the baseline.
+        metric (`str`, *optional*, defaults to `"ood_loss"`):
+            A metric at the end of training: `train_loss`, `validation_loss`, `ood_loss`, `validation/<source>`,
+            `ood/<source>`, `downstream/<question set>/<score>`, `gradient_cosine` or `minima_distance`.
+    """
+
+    arm: Text
+    metric: Text = "ood_loss"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        kind, slash, name = self.metric.partition("/")
+        if kind + slash not in METRICS or bool(slash) != bool(name):
+            allowed = [kind + "<name>" * kind.endswith("/") for kind in METRICS]
+            raise ValueError(f"metric: {self.metric!r} is not known; use one of {', '.join(allowed)}.")
+
+
+@documented
+@dataclass(frozen=True)
+class Tuning:
+    """
+    A grid search on the validation loss that each arm makes before its runs, with the same number of trials.
+
+    Args:
+        grid (`dict[str, list]`):
+            Values of training fields, of which all combinations are tried. An arm may have its own grid of as many.
+        seeds (`list[int]`, *optional*, defaults to `[0]`):
+            Seeds of each trial, different from those of the comparison.
+        max_steps (`int`, *optional*):
+            Outer steps of a trial; as many as a run if unset.
+    """
+
+    grid: dict[str, list[Any]]
+    seeds: list[Seed] = field(default_factory=lambda: [0])
+    max_steps: Count | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_grid("grid", self.grid)
+        _check_different("seeds", self.seeds)
+
+
+@documented
+@dataclass(frozen=True)
+class MinimaSearch:
+    """
+    A search for each source's minimizer from the end of a run: AdamW on that source alone, until its held-out loss has
+    not improved for `patience` evaluations.
+
+    Args:
+        sources (`list[str]`, *optional*):
+            Training sources to search for; all if unset. The first three span the plane of the landscape plot.
+        seeds (`list[int]`, *optional*):
+            Seeds of the runs to search from; all if unset.
+        learning_rate (`float`, *optional*, defaults to 1e-3):
+            Constant learning rate.
+        max_steps (`int`, *optional*, defaults to 200), eval_steps (`int`, *optional*, defaults to 10):
+            Longest search, and steps between evaluations, in optimizer steps.
+        patience (`int`, *optional*, defaults to 2):
+            Evaluations without improvement that end a search.
+        eval_rows (`int`, *optional*, defaults to 32):
+            Held-out rows of each source on which all losses are measured.
+        grid (`int`, *optional*, defaults to 9):
+            Points on each segment, and on each side of the plane.
+    """
+
+    sources: list[Text] | None = None
+    seeds: list[Seed] | None = None
+    learning_rate: Positive = 1e-3
+    max_steps: Count = 200
+    eval_steps: Count = 10
+    patience: Count = 2
+    eval_rows: Count = 32
+    grid: Annotated[int, Bound(least=3)] = 9
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.seeds is not None:
+            _check_different("seeds", self.seeds)
+        if self.sources is not None:
+            _check_different("sources", self.sources, least=2)
+
+
+@documented
+@dataclass(frozen=True)
+class QuestionSet:
+    """
+    A file of questions and answers that each run is scored on at its end.
+
+    Args:
+        path (`str`):
+            JSON lines with `question` and `answer`.
+        prompt (`str`, *optional*):
+            Text before the answer, by default `Question: {question}`, a line break and `Answer: `.
+        max_rows (`int`, *optional*):
+            Number of rows to use, from the first; all if unset.
+        max_new_tokens (`int`, *optional*, defaults to 0):
+            Longest generated answer, for the exact match; 0 measures only the loss of the given answers.
+    """
+
+    path: Text
+    prompt: str = "Question: {question}\nAnswer: "
+    max_rows: Count | None = None
+    max_new_tokens: Annotated[int, Bound(least=0)] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if "{question}" not in self.prompt:
+            raise ValueError(f"prompt: {self.prompt!r} does not contain {{question}}.")
+
+
+@documented
 @dataclass(frozen=True)
 class ComparisonConfig:
     """
-    Arms compared over seeds, checked on creation.
+    Arms compared over seeds.
 
     Args:
         base (`str`):
-            The pretraining configuration of all runs, by name or path.
+            Pretraining configuration of all runs, by name or path.
         arms (`dict[str, dict]`):
-            By name: the training fields in which an arm differs, and `tuning` for a grid of its own.
+            Training fields in which each arm differs, by name of the arm, and `tuning` for its own grid.
         baseline (`str`):
             The arm that the others are compared with.
-        primary ([`Primary`]):
-            The endpoint that decides.
+        primary (`Primary`):
+            The primary comparison.
         seeds (`list[int]`):
-            Each arm is trained once with each; a seed sets the initial weights and the order of the data.
+            Seeds of the runs of each arm. A seed sets the initial weights and the order of the data.
         output_dir (`str`):
-            Where everything is kept; what it holds already is not run again.
-        model, data, training (`dict`, *optional*):
-            Fields of the base that are changed for all runs.
-        tuning ([`Tuning`], *optional*), minima ([`MinimaSearch`], *optional*), tasks (`dict[str, Task]`, *optional*):
-            Left out if unset.
+            Folder of all results. Finished runs in it are skipped.
+        model (`dict`, *optional*), data (`dict`, *optional*), training (`dict`, *optional*):
+            Fields of the base to change for all runs.
+        tuning (`Tuning`, *optional*):
+            Grid search for settings of each arm; no tuning if unset.
+        minima (`MinimaSearch`, *optional*):
+            Search for the minima near the end of each run; no search if unset.
+        question_sets (`dict[str, QuestionSet]`, *optional*):
+            Questions to score each run on.
         train_sample_rows (`int`, *optional*, defaults to 32):
-            Rows of each training source on which the training loss is measured, the same for all runs.
+            Rows of each training source on which the training loss is measured.
         workers (`int`, *optional*):
-            Runs at a time; one per device if unset, or per core without any.
+            Number of runs at a time; one per device if unset, or per core without devices.
 
     Raises:
-        ValueError: an unknown key, or values that contradict each other. The message starts with the key.
+        ValueError: an unknown key, a value that is not allowed, or values that contradict each other. The message
+            starts with the key.
 
     Example:
         >>> from hf_nexus.compare.config import ComparisonConfig
-        >>> config = ComparisonConfig.load("compare")
-        >>> config.baseline
+        >>> ComparisonConfig.load("compare").baseline
         'adamw'
     """
 
-    base: str
-    arms: dict[str, dict[str, Any]]
-    baseline: str
+    base: Text
+    arms: dict[str, dict[str, Any] | None]
+    baseline: Text
     primary: Primary
-    seeds: list[int]
-    output_dir: str
+    seeds: list[Seed]
+    output_dir: Text
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     tuning: Tuning | None = None
     minima: MinimaSearch | None = None
-    tasks: dict[str, Task] = field(default_factory=dict)
-    train_sample_rows: int = 32
-    workers: int | None = None
+    question_sets: dict[str, QuestionSet] = field(default_factory=dict)
+    train_sample_rows: Count = 32
+    workers: Count | None = None
 
     def __post_init__(self) -> None:
-        check(self.base, Text, "base")
-        check(self.output_dir, Text, "output_dir")
-        check_seeds("seeds", self.seeds)
-        check(self.train_sample_rows, Count, "train_sample_rows")
-        check(self.workers, Count | None, "workers")
+        check_fields(self)
+        _check_different("seeds", self.seeds)
         for section in SECTIONS:
             check_section(section, getattr(self, section))
-        if fixed := sorted(set(RESERVED) & set(self.training)):
-            raise ValueError(f"training.{fixed[0]}: the comparison decides on it for each run. Leave it out.")
+        _check_training("training", self.training)
         self._check_arms()
         if self.tuning is not None and (both := sorted(set(self.tuning.seeds) & set(self.seeds))):
             raise ValueError(
-                f"tuning.seeds: {both} are seeds of the comparison, too. What is chosen on a seed must not be "
-                "judged on it: tune on others."
+                f"tuning.seeds: {both} are seeds of the comparison, too. Runs must not be judged on the seeds that "
+                "their settings were chosen on. Choose other seeds."
             )
         if self.minima is not None and (unknown := sorted(set(self.minima.seeds or []) - set(self.seeds))):
             raise ValueError(f"minima.seeds: {unknown} are not among the seeds {self.seeds}.")
 
     def _check_arms(self) -> None:
-        if not isinstance(self.arms, Mapping) or len(self.arms) < 2:
-            raise ValueError(f"arms: {self.arms!r} must be a mapping of two or more names to training fields.")
-        allowed = {f.name for f in fields(PretrainConfig)} - set(RESERVED)
-        common = None if self.tuning is None else math.prod(map(len, self.tuning.grid.values()))
-        for name, settings in self.arms.items():
-            if not _ARM_NAME.fullmatch(str(name)):
-                raise ValueError(f"arms.{name}: a name holds letters, digits, '_', '-' and '.' only.")
-            if not isinstance(settings, Mapping | None) or not isinstance((settings or {}).get("tuning", {}), Mapping):
-                raise ValueError(f"arms.{name}: {settings!r} must be a mapping of training fields (and `tuning`).")
-            grid = (settings or {}).get("tuning", {})
-            for key in {**(settings or {}), **grid}:
-                if key not in allowed | {"tuning"}:
-                    hint = "" if key in RESERVED else nearest(key, allowed)
-                    raise ValueError(f"arms.{name}.{key}: not a training field that an arm may set.{hint}")
-            if grid:
-                check_grid(f"arms.{name}.tuning", grid)
-                if math.prod(map(len, grid.values())) != common:
+        if len(self.arms) < 2:
+            raise ValueError(f"arms: {self.arms!r} is not allowed; name two arms or more.")
+        common = 0 if self.tuning is None else _trials(self.tuning.grid)
+        for name in self.arms:
+            if not _ARM_NAME.fullmatch(name):
+                raise ValueError(f"arms.{name}: a name starts with a letter or digit; '_', '-' and '.' may follow.")
+            _check_training(f"arms.{name}", self.settings(name))
+            if (grid := self._own_grid(name)) is not None:
+                _check_grid(f"arms.{name}.tuning", grid)
+                if _trials(grid) != common:
                     raise ValueError(
-                        f"arms.{name}.tuning: it has {math.prod(map(len, grid.values()))} trials, and the common grid "
-                        f"{common or 'none'}. Give every arm as many, or the comparison is not fair."
+                        f"arms.{name}.tuning: it has {_trials(grid)} trials, and the common grid has {common}. A fair "
+                        "comparison gives every arm the same number."
                     )
         for key, arm in (("baseline", self.baseline), ("primary.arm", self.primary.arm)):
             if arm not in self.arms:
                 raise ValueError(f"{key}: {arm!r} is not among the arms {', '.join(self.arms)}.")
         if self.primary.arm == self.baseline:
-            raise ValueError(f"primary.arm: {self.baseline!r} is the baseline itself. Name the arm of interest.")
+            raise ValueError(f"primary.arm: {self.baseline!r} is the baseline. Choose another arm.")
+
+    def _own_grid(self, arm: str) -> dict[str, list[Any]] | None:
+        return (self.arms[arm] or {}).get("tuning")
 
     def settings(self, arm: str) -> dict[str, Any]:
         """The training fields of an arm, without its grid."""
@@ -126,68 +248,75 @@ class ComparisonConfig:
     def trials(self, arm: str) -> Iterator[dict[str, Any]]:
         """The training fields of each trial of an arm's tuning."""
         if self.tuning is not None:
-            grid = (self.arms[arm] or {}).get("tuning") or self.tuning.grid
+            grid = self._own_grid(arm) or self.tuning.grid
             for values in itertools.product(*grid.values()):
                 yield dict(zip(grid, values, strict=True))
 
-    @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any]) -> "ComparisonConfig":
-        """Build from plain data, such as a parsed YAML."""
-        given = known_keys(mapping, cls, "")
-        if given["primary"] is None:
-            raise ValueError("primary: missing; declare the arm and the figure that decide.")
-        if not isinstance(given.get("tasks") or {}, Mapping):
-            raise ValueError(f"tasks: {given['tasks']!r} must be a mapping of names to tasks.")
-        parts = {"primary": Primary, "tuning": Tuning, "minima": MinimaSearch}
-        for key, part in parts.items():
-            if given.get(key) is not None:
-                given[key] = part(**known_keys(given[key], part, key))
-        tasks = given.get("tasks") or {}
-        given["tasks"] = {name: Task(**known_keys(task, Task, f"tasks.{name}")) for name, task in tasks.items()}
-        return cls(**given)
-
-    @classmethod
-    def load(cls, name_or_path: str, output_dir: str | None = None) -> "ComparisonConfig":
-        """
-        Read by name (`"compare"`) or path.
-
-        Args:
-            name_or_path (`str`):
-                Of a comparison that comes with the package, or of a YAML file.
-            output_dir (`str`, *optional*):
-                In place of the one that the file names.
-
-        Raises:
-            ValueError: no such comparison, or anything wrong in it.
-        """
-        names = available_comparisons()
-        if name_or_path in names:
-            text = _folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        elif Path(name_or_path).is_file():
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        else:
-            raise ValueError(
-                f"There is no comparison {name_or_path!r}.{nearest(name_or_path, names)} "
-                f"Use {', '.join(names)}, or the path of a YAML."
-            )
-        given = parse_yaml(text, name_or_path)
-        try:
-            return cls.from_dict(given if output_dir is None else {**given, "output_dir": output_dir})
-        except ValueError as error:
-            raise ValueError(f"{name_or_path}: {error}") from error
-
     def run_config(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The pretraining configuration of a run: the base, what all runs change, and `settings` for training."""
+        """The pretraining configuration of a run: the base, with the changes for all runs and training `settings`."""
         base = load_config(self.base)
         sections = {name: base.get(name, {}) | getattr(self, name) for name in SECTIONS}
         sections["training"] |= settings
         return sections
 
+    @classmethod
+    def load(cls, name_or_path: str, output_dir: str | None = None) -> "ComparisonConfig":
+        """
+        Read a comparison by name (`"compare"`) or path.
+
+        Args:
+            name_or_path (`str`):
+                Name of a comparison of the package, or path of a YAML file.
+            output_dir (`str`, *optional*):
+                Replaces the file's `output_dir`.
+
+        Raises:
+            ValueError: no such comparison, or an error in it.
+        """
+        names = available_comparisons()
+        if name_or_path in names:
+            text = _CONFIGS.joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        elif Path(name_or_path).is_file():
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        else:
+            raise ValueError(
+                f"There is no comparison {name_or_path!r}.{nearest(name_or_path, names)} "
+                f"Use {', '.join(names)}, or the path of a YAML file."
+            )
+        given = parse_yaml(text, name_or_path)
+        try:
+            return read(cls, given if output_dir is None else {**given, "output_dir": output_dir})
+        except ValueError as error:
+            raise ValueError(f"{name_or_path}: {error}") from error
+
 
 def available_comparisons() -> list[str]:
-    """Names of the comparisons that come with the package."""
-    return sorted(Path(file.name).stem for file in _folder().iterdir() if file.name.endswith(".yaml"))
+    """Names of the comparisons of the package."""
+    return sorted(Path(file.name).stem for file in _CONFIGS.iterdir() if file.name.endswith(".yaml"))
 
 
-def _folder() -> Any:
-    return resources.files("hf_nexus").joinpath("compare", "configs")
+def _check_different(key: str, values: list[Any], least: int = 1) -> None:
+    if len(values) < least or len(set(values)) < len(values):
+        raise ValueError(f"{key}: {values!r} is not allowed; give {least} or more, each once.")
+
+
+def _check_training(key: str, settings: Mapping[str, Any]) -> None:
+    kinds = field_types(PretrainConfig)
+    for name, value in settings.items():
+        if name in RESERVED:
+            raise ValueError(f"{key}.{name}: the comparison sets it for each run. Remove it.")
+        if name not in kinds:
+            raise ValueError(f"{key}.{name}: not a training field.{nearest(name, kinds)}")
+        check(value, kinds[name], f"{key}.{name}")
+
+
+def _check_grid(key: str, grid: Any) -> None:
+    for name, values in check(grid, dict[str, list[Any]], key).items():
+        for value in values:
+            _check_training(key, {name: value})
+    if not grid or not all(grid.values()):
+        raise ValueError(f"{key}: {grid!r} is not allowed; give one training field or more, each with its values.")
+
+
+def _trials(grid: Mapping[str, list[Any]]) -> int:
+    return math.prod(map(len, grid.values()))

@@ -1,6 +1,5 @@
-"""The minimizer of each source near the end of a run, found by training on that source alone."""
+"""Search for the minimizer of each source from the end of a run, by training on that source alone."""
 
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,11 @@ from ..mixture.loading import load_mixture
 from ..pretrain.parsing import parse_arguments
 from ..trainer.config import NexusConfig
 from ..trainer.mixin import NexusTrainer
-from .parts import MinimaSearch
+from .config import MinimaSearch
 from .records import Minima, RunRecord
-from .runs import CONFIG_NAME, Run
+from .runs import CONFIG_NAME, MINIMA_NAME, Run
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..mixture.loading import Mixture
     from ..pretrain.fields import PretrainArguments
 
@@ -35,41 +32,40 @@ Parameters = dict[str, Tensor]
 
 def search_minima(run: Run) -> RunRecord:
     """
-    Search the minimizers of a run's sources from its end on, measure what lies between them, and save that in the
-    run's record.
+    Search the minimizers of a run's sources, measure distances and losses between them, and add these to its record.
 
-    All searches of a comparison are alike: AdamW without weight decay, a constant learning rate, fresh moments, and
-    for a source the same rows in the same order whichever the arm.
+    All searches of a comparison use AdamW without weight decay, a constant learning rate, and for each source the same
+    rows in the same order.
 
     Args:
         run ([`Run`]):
-            One that has its record; its configuration asks for minima.
+            A completed run.
 
     Returns:
-        [`RunRecord`]: with `minima`.
+        [`RunRecord`]: the record with `minima`; without it if the run diverged, since there is no minimum nearby.
     """
     wanted = run.config.minima
     assert wanted is not None
     record = RunRecord.load(run.folder)
-    if not math.isfinite(record.end.train_loss):
-        return record  # a diverged run has no minima nearby
+    if record.diverged:
+        return record
     arguments = parse_arguments(["--config", str(run.folder / CONFIG_NAME)])
     if arguments.training.cpu_threads is not None:
         torch.set_num_threads(arguments.training.cpu_threads)
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     mixture = load_mixture(arguments.mixture, tokenizer)
     sources = wanted.sources or list(mixture.train)
-    held_out = {name: _first(mixture.eval[name], wanted.eval_rows) for name in sources}
+    held_out = {name: mixture.eval[name].take(min(wanted.eval_rows, len(mixture.eval[name]))) for name in sources}
     attention = arguments.model.attn_implementation
     model: Any = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32, attn_implementation=attention)
     model.to(arguments.training.device)
-    parameters = dict(model.named_parameters())  # tied ones once
+    parameters = dict(model.named_parameters())  # tied parameters once
     start = _copy(parameters)
     searches = {}
     for name in sources:
         _move(parameters, start)
-        one = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
-        searches[name] = _search(model, one, arguments, wanted)
+        single = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
+        searches[name] = _search(model, single, arguments, wanted)
     _move(parameters, start)
     rows = held_out_rows(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
     found = minima_landscape(
@@ -86,39 +82,38 @@ def search_minima(run: Run) -> RunRecord:
         converged={name: search.converged for name, search in searches.items()},
         **found,
     )
-    run.note_minima()
+    run.write([MINIMA_NAME])
     record.save(run.folder)
     return record
 
 
 @dataclass
 class _Search(TrainerCallback):
-    """Keeps the parameters of the lowest held-out loss, and ends the search when it stops falling."""
+    """Keeps the parameters with the lowest held-out loss, and stops the search when the loss stops falling."""
 
     parameters: Mapping[str, Tensor]
     patience: int
     best: Parameters = field(default_factory=dict)
     loss: float = float("inf")
     step: int = 0
-    waited: int = 0
+    since_best: int = 0
     converged: bool = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
-        """Compare the present loss with the best one."""
         loss = (metrics or {})["eval_loss"]
         if loss < self.loss or not self.best:
-            self.best, self.loss, self.step, self.waited = _copy(self.parameters), loss, state.global_step, 0
+            self.best, self.loss, self.step, self.since_best = _copy(self.parameters), loss, state.global_step, 0
             return
-        self.waited += 1
-        if self.waited >= self.patience:
-            self.converged = self.step > 0  # one that only went up has found nothing
+        self.since_best += 1
+        if self.since_best >= self.patience:
+            self.converged = self.step > 0  # not if the loss only rose
             control.should_training_stop = True
 
 
 def _search(
     model: torch.nn.Module, mixture: "Mixture", arguments: "PretrainArguments", wanted: MinimaSearch
 ) -> _Search:
-    """Train on the one source of `mixture` by plain AdamW, with the batches, precision and device of the run."""
+    """Train on the one source of `mixture` with plain AdamW; batches, precision and device are the run's."""
     base = arguments.training
     with tempfile.TemporaryDirectory() as folder:
         args = NexusConfig(
@@ -153,10 +148,6 @@ def _search(
         trainer.add_callback(search)
         trainer.train()
     return search
-
-
-def _first(dataset: "Dataset", rows: int) -> "Dataset":
-    return dataset.select(range(min(rows, len(dataset))))
 
 
 def _mean(rows: HeldOut) -> float:

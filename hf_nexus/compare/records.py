@@ -1,90 +1,79 @@
-"""What one run of a comparison leaves behind: plain data, written once it is complete."""
+"""The results of one run as plain data, and the metrics that they hold."""
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from math import fsum
 from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
 
-__all__ = ["RECORD_NAME", "LossPoint", "Minima", "Pairs", "RunRecord"]
+__all__ = ["METRICS", "RECORD_NAME", "LossPoint", "Minima", "Pairs", "RunRecord", "in_order", "metric_label"]
 
 RECORD_NAME = "record.json"
 
 # A value for each pair of sources: `(source, source, value)`.
 Pairs = list[tuple[str, str, float]]
 
+# Metrics and their labels, in the order of the report. The last three are prefixes, as in `ood/<source>`.
+METRICS = {
+    "train_loss": "training loss",
+    "validation_loss": "validation loss",
+    "ood_loss": "OOD loss",
+    "gradient_cosine": "gradient cosine",
+    "minima_distance": "relative minima distance",
+    "downstream/": "",
+    "validation/": "validation loss on ",
+    "ood/": "OOD loss on ",
+}
+
 
 @dataclass(frozen=True)
 class LossPoint:
-    """
-    Losses at restored weights after `step` outer steps, nats per token, token-weighted.
+    """Losses at restored weights during training, in nats per token."""
 
-    Args:
-        step (`int`), tokens (`int`):
-            Outer steps taken, and tokens trained on by then.
-        train (`dict[str, float]`), validation (`dict[str, float]`), ood (`dict[str, float]`):
-            For each source: on a fixed sample of its training rows, which is the same for all arms; on its held-out
-            rows; and on the OOD sources.
-        train_loss (`float`), validation_loss (`float`), ood_loss (`float`, *optional*):
-            Their means: over sources with the mixture's weights, and the plain mean over OOD sources if there are any.
-    """
+    step: int  # outer steps
+    tokens: int  # tokens trained on
+    train: dict[str, float]  # by source, on a fixed sample of training rows
+    validation: dict[str, float]  # by source, on held-out rows
+    ood: dict[str, float]  # by OOD source
+    train_loss: float  # mean over sources by mixture weights
+    validation_loss: float  # likewise
+    ood_loss: float | None  # plain mean over OOD sources; `None` without any
 
-    step: int
-    tokens: int
-    train: dict[str, float]
-    validation: dict[str, float]
-    ood: dict[str, float]
-    train_loss: float
-    validation_loss: float
-    ood_loss: float | None
+    def held_out(self) -> dict[str, float]:
+        """All losses except the training losses, by metric."""
+        means = {"validation_loss": self.validation_loss}
+        if self.ood_loss is not None:
+            means["ood_loss"] = self.ood_loss
+        sources = {"validation": self.validation, "ood": self.ood}
+        return means | {f"{kind}/{name}": loss for kind, losses in sources.items() for name, loss in losses.items()}
 
 
 @dataclass(frozen=True)
 class Minima:
-    """
-    Where training on each source alone leads from the end of a run, and what lies between.
+    """The minimizer of each source near the end of a run, and the losses between minimizers. Distances are L2."""
 
-    Args:
-        steps (`dict[str, int]`), converged (`dict[str, bool]`):
-            For each source: steps to its minimizer, and whether its held-out loss had stopped improving within the
-            bound.
-        start_loss (`dict[str, float]`), end_loss (`dict[str, float]`):
-            Held-out loss of the source, nats per token, at the end of the run and at its minimizer.
-        parameter_norm (`float`):
-            L2 norm of the trainable parameters at the end of the run.
-        to_start (`dict[str, float]`), pairwise (`Pairs`):
-            L2 distances of the minimizers to the end of the run, and to one another.
-        positions (`list[float]`), segments (`list[tuple[str, str, list[float]]]`):
-            Positions in 0..1 along the segment between two minimizers, and at each the mean held-out loss of the two
-            sources.
-        barriers (`Pairs`):
-            How far a segment's loss rises above the straight line between its ends.
-        plane (`dict`, *optional*):
-            A slice through the minimizers of three sources: `sources` (3), `x` and `y` (grid coordinates, in units of
-            L2 distance), `points` (the three minimizers' and then the start's coordinates), `loss` (len(y), len(x)),
-            the mean held-out loss of the three.
-    """
-
-    steps: dict[str, int]
-    converged: dict[str, bool]
-    start_loss: dict[str, float]
-    end_loss: dict[str, float]
-    parameter_norm: float
-    to_start: dict[str, float]
-    pairwise: Pairs
-    positions: list[float]
-    segments: list[tuple[str, str, list[float]]]
-    barriers: Pairs
+    steps: dict[str, int]  # by source: steps of the search to the minimizer
+    converged: dict[str, bool]  # whether the held-out loss stopped improving within `max_steps`
+    start_loss: dict[str, float]  # held-out loss at the end of the run, nats per token
+    end_loss: dict[str, float]  # held-out loss at the minimizer
+    parameter_norm: float  # L2 norm of the trainable parameters at the end of the run
+    to_start: dict[str, float]  # distance to the end of the run
+    pairwise: Pairs  # distance of two minimizers
+    positions: list[float]  # in 0..1 on the segment between two minimizers
+    segments: list[tuple[str, str, list[float]]]  # mean held-out loss of the two sources at each position
+    barriers: Pairs  # height of a segment's loss above the straight line between its ends
+    # Slice through the minimizers of three `sources`: grid coordinates `x` and `y`, `points` (coordinates of the three
+    # minimizers and the end of the run), and `loss` (len(y), len(x)), the mean held-out loss of the three sources.
     plane: dict[str, Any] | None = None
 
     @property
     def mean_distance(self) -> float:
-        """Mean L2 distance between two minimizers: what is called the minima distance of a run."""
-        return fsum(value for _, _, value in self.pairwise) / len(self.pairwise)
+        """Mean L2 distance between two minimizers: the minima distance of the run."""
+        return math.fsum(value for _, _, value in self.pairwise) / len(self.pairwise)
 
     @property
     def relative_distance(self) -> float:
@@ -95,25 +84,7 @@ class Minima:
 @dataclass
 class RunRecord:
     """
-    One arm under one seed.
-
-    Args:
-        arm (`str`), seed (`int`):
-            Which.
-        settings (`dict[str, Any]`):
-            The training fields that the arm or its tuning set.
-        curve (`list[LossPoint]`):
-            Losses along training, the last at the end.
-        path (`list[dict[str, float]]`):
-            Logged figures of the windows, each with `step`: `path_cosine`, `pseudo_gradient_norm`, `inner_lr`.
-        cosines (`list[tuple[int, Pairs]]`):
-            Outer step, and the gradient cosines between sources there, the last at the end.
-        downstream (`dict[str, float]`):
-            Figures of the tasks, such as `"gsm8k/answer_loss"` (nats per token) or `"gsm8k/exact_match"` (0..1).
-        seconds (`float`):
-            Time of training.
-        minima ([`Minima`], *optional*):
-            Where they were searched for.
+    The results of one arm at one seed.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -127,41 +98,85 @@ class RunRecord:
 
     arm: str
     seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    curve: list[LossPoint] = field(default_factory=list)
-    path: list[dict[str, float]] = field(default_factory=list)
-    cosines: list[tuple[int, Pairs]] = field(default_factory=list)
-    downstream: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)  # training fields set by the arm or its tuning
+    curve: list[LossPoint] = field(default_factory=list)  # the last point is the end of training
+    path: list[dict[str, float]] = field(default_factory=list)  # `step` and logged metrics such as `path_cosine`
+    cosines: list[tuple[int, Pairs]] = field(default_factory=list)  # outer step, gradient cosines between sources
+    downstream: dict[str, float] = field(default_factory=dict)  # `<question set>/answer_loss` and `.../exact_match`
+    seconds: float = 0.0  # training time
     minima: Minima | None = None
 
     @property
     def end(self) -> LossPoint:
-        """The losses at the end."""
+        """Losses at the end of training."""
         return self.curve[-1]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run has no finite training loss at its end."""
+        return not self.curve or not math.isfinite(self.end.train_loss)
+
+    def metrics(self) -> dict[str, float]:
+        """
+        All metrics at the end of training, finite or not.
+
+        Example:
+            >>> point = LossPoint(9, 900, {"a": 2.0}, {"a": 2.5}, {"b": 4.0}, 2.0, 2.5, 4.0)
+            >>> list(RunRecord("adamw", 1, curve=[point], downstream={"gsm8k/exact_match": 0.25}).metrics())
+            ['train_loss', 'validation_loss', 'ood_loss', 'validation/a', 'ood/b', 'downstream/gsm8k/exact_match']
+        """
+        found = {"train_loss": self.end.train_loss} | self.end.held_out()
+        found |= {f"downstream/{name}": value for name, value in self.downstream.items()}
+        if self.cosines and (pairs := self.cosines[-1][1]):
+            found["gradient_cosine"] = math.fsum(value for _, _, value in pairs) / len(pairs)
+        if self.minima is not None and self.minima.pairwise and self.minima.parameter_norm:
+            found["minima_distance"] = self.minima.relative_distance
+        return found
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `record.json` into `folder`; whole, or not at all."""
+        """Write `record.json` into `folder` atomically."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
         return write_atomic(Path(folder, RECORD_NAME), text + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RunRecord":
         """
-        Read what `save` wrote.
+        Read `record.json` from `folder`.
 
         Raises:
-            FileNotFoundError: `folder` holds no record.
+            FileNotFoundError: `folder` has no record.
         """
         fields = json.loads(Path(folder, RECORD_NAME).read_text(encoding="utf-8"))
         fields["curve"] = [LossPoint(**point) for point in fields["curve"]]
-        fields["cosines"] = [(step, _pairs(pairs)) for step, pairs in fields["cosines"]]
-        if fields["minima"] is not None:
-            minima = fields["minima"]
-            minima["segments"] = [(a, b, losses) for a, b, losses in minima["segments"]]
-            fields["minima"] = Minima(**minima | {key: _pairs(minima[key]) for key in ("pairwise", "barriers")})
+        fields["cosines"] = [(step, _tuples(pairs)) for step, pairs in fields["cosines"]]
+        if (minima := fields["minima"]) is not None:
+            lists = {key: _tuples(minima[key]) for key in ("pairwise", "segments", "barriers")}
+            fields["minima"] = Minima(**minima | lists)
         return cls(**fields)
 
 
-def _pairs(rows: Sequence[Sequence[Any]]) -> Pairs:
-    return [(a, b, float(value)) for a, b, value in rows]
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """Names of metrics without repetition, in the order of the report."""
+    kinds = list(METRICS)
+    return sorted(set(metrics), key=lambda metric: (kinds.index(_kind(metric)), metric))
+
+
+def metric_label(metric: str) -> str:
+    """
+    A metric's label for readers.
+
+    Example:
+        >>> metric_label("ood/readmes"), metric_label("downstream/gsm8k/exact_match")
+        ('OOD loss on readmes', 'gsm8k/exact_match')
+    """
+    kind = _kind(metric)
+    return METRICS[kind] + metric.removeprefix(kind)
+
+
+def _kind(metric: str) -> str:
+    """The key of `METRICS` that a metric belongs to."""
+    return metric if metric in METRICS else metric.partition("/")[0] + "/"
+
+
+def _tuples(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    return [tuple(row) for row in rows]

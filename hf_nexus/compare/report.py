@@ -1,188 +1,277 @@
-"""The report of a comparison: words, the tables that they rest on, and the numbers for whoever counts again."""
+"""The report of a comparison: `report.md`, the numbers behind it in `results.csv` and `results.json`, and a table."""
 
 import csv
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from ..evaluation.statistics import Estimate, PairedDifference
 from ..files import finite_json
-from .analysis import Analysis, compare_arms
-from .records import RunRecord
-from .tables import (
-    all_comparisons,
-    comparison_table,
-    differences_table,
-    main_figures,
-    markdown_table,
-    means_table,
-    plain,
-)
-from .words import gaps, reading
+from .analysis import Analysis, Row, Where
+from .conclusions import conclusions, limitations, p_text, rounded
+from .records import RunRecord, metric_label
 
-__all__ = ["CSV_NAME", "JSON_NAME", "REPORT_NAME", "comparison_table", "write_comparison"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["CSV_NAME", "JSON_NAME", "REPORT_NAME", "console_table", "write_report"]
 
 REPORT_NAME, CSV_NAME, JSON_NAME = "report.md", "results.csv", "results.json"
+# Columns of metrics in one table.
+_COLUMNS = 6
 
 
-def write_comparison(
+def write_report(
+    analysis: Analysis,
     records: Sequence[RunRecord],
     folder: str | os.PathLike[str],
     *,
-    baseline: str,
-    primary: tuple[str, str],
     title: str,
     details: Mapping[str, Any],
-    arms: Sequence[str] = (),
-    seeds: Sequence[int] = (),
-    tuning: Sequence[Mapping[str, Any]] = (),
-    pictures: Sequence[Path] = (),
+    trials: Sequence[Mapping[str, Any]] = (),
+    plots: Sequence[Path] = (),
 ) -> Path:
     """
-    Write `report.md`, `results.csv` (each figure of each run) and `results.json` (the tables, and what is in them).
+    Write `report.md`, `results.csv` (every metric of every run) and `results.json` (all statistics).
 
     Args:
+        analysis ([`Analysis`]):
+            The statistics.
         records (`Sequence[RunRecord]`):
-            Of the runs that were completed.
+            The records behind them.
         folder (`str` or `os.PathLike`):
-            Where to; made if missing.
-        baseline, primary, arms, seeds:
-            As for [`compare_arms`].
-        title (`str`):
-            Of the report.
-        details (`Mapping[str, Any]`):
-            How it was made, such as `command`, `machine`, `versions`, `tokens per run`: plain data, listed as it is.
-        tuning (`Sequence[Mapping[str, Any]]`, *optional*):
-            The trials of all arms, as lines of a table.
-        pictures (`Sequence[Path]`, *optional*):
-            Shown in this order.
+            Where to write. Missing folders are created.
+        title (`str`), details (`Mapping[str, Any]`):
+            Title, and how the results were made, such as `command` and `versions`: plain data, listed as it is.
+        trials (`Sequence[Mapping[str, Any]]`, *optional*):
+            Trials of the tuning, one table line each.
+        plots (`Sequence[Path]`, *optional*):
+            Images to show, in this order.
 
     Returns:
-        `Path`: the report.
-
-    Raises:
-        ValueError: as for [`compare_arms`].
+        `Path`: path of `report.md`.
 
     Example:
         >>> from tempfile import mkdtemp
-        >>> from hf_nexus.compare.report import write_comparison
-        >>> details = {"command": "hf-nexus compare", "seeds": [1, 2, 3]}
-        >>> write_comparison(
-        ...     [], mkdtemp(), baseline="adamw", primary=("nexus", "ood_loss"), title="Nothing yet", details=details
-        ... ).name
+        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.report import write_report
+        >>> analysis = compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))
+        >>> write_report(analysis, [], mkdtemp(), title="Nothing yet", details={"seeds": [1, 2, 3]}).name
         'report.md'
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    analysis = compare_arms(records, baseline=baseline, primary=primary, arms=arms, seeds=seeds)
     with (folder / CSV_NAME).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["arm", "seed", "figure", "where", "value"])
+        writer.writerow(["arm", "seed", "metric", "where", "value"])
         writer.writerows(analysis.values)
-    everything = {
+    results = {
         "title": title,
         "details": dict(details),
         "settings": {f"{record.arm}/{record.seed}": record.settings for record in records},
-        "tuning": [dict(trial) for trial in tuning],
+        "tuning": [dict(trial) for trial in trials],
         "analysis": asdict(analysis),
-        "reading": reading(analysis),
-        "gaps": gaps(analysis),
+        "conclusions": conclusions(analysis),
+        "limitations": limitations(analysis),
     }
-    text = finite_json(everything, indent=1, default=str)
-    (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
-    report = folder / REPORT_NAME
-    parts = [
+    (folder / JSON_NAME).write_text(finite_json(results, indent=1, default=str) + "\n", encoding="utf-8")
+    paragraphs = [
         f"# {title}",
-        "## Reading",
-        *reading(analysis),
-        *_compared(analysis, records, details),
-        *_tables(analysis, records),
-        *_tuning(tuning),
-        *_pictures(pictures, folder),
+        "## Conclusions",
+        *conclusions(analysis),
+        *_setup(analysis, records, details),
+        *_metrics(analysis, records),
+        *_tuning(trials),
+        *_plots(plots, folder),
     ]
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
+    (folder / REPORT_NAME).write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    return folder / REPORT_NAME
 
 
-def _compared(analysis: Analysis, records: Sequence[RunRecord], details: Mapping[str, Any]) -> list[str]:
-    rows = []
+def console_table(analysis: Analysis) -> "Table":
+    """
+    Table of the main metrics for the console: the mean of each arm, and its difference to the baseline.
+
+    Example:
+        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.report import console_table
+        >>> console_table(compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))).row_count
+        2
+    """
+    from rich.table import Table
+
+    metrics = _main_metrics(analysis)
+    table = Table(title=f"End of training: mean ± half of the 95 % interval; difference to {analysis.baseline}")
+    for column in ("arm", *map(metric_label, metrics)):
+        table.add_column(column, justify="left" if column == "arm" else "right")
     for arm in analysis.arms:
-        own = sorted((run for run in records if run.arm == arm and run.curve), key=lambda run: run.seed)
-        keys = dict.fromkeys(key for run in own for key in run.settings)
-        used = {key: " or ".join(dict.fromkeys(plain(run.settings.get(key)) for run in own)) for key in keys}
-        roles = {analysis.baseline: "baseline", analysis.primary[0]: "primary", **analysis.controls}
-        seconds = f"{sum(run.seconds for run in own) / len(own):.0f}" if own else "-"
-        rows.append([arm, roles.get(arm, ""), plain(used) or "-", plain([run.seed for run in own]) or "none", seconds])
-    parts = [
-        "## What was compared",
-        "\n".join(f"- {name}: {plain(value)}" for name, value in details.items()),
-        markdown_table(["arm", "role", "settings", "seeds completed", "seconds per run"], rows),
+        rows = [analysis.row(arm, metric) for metric in metrics]
+        cells = [f"{_mean(row, analysis)}\n{_difference(row, analysis, interval=False)}".rstrip("\n") for row in rows]
+        table.add_row(arm, *(cell.replace("**", "") for cell in cells), end_section=True)
+    return table
+
+
+def _setup(analysis: Analysis, records: Sequence[RunRecord], details: Mapping[str, Any]) -> list[str]:
+    roles = {analysis.baseline: "baseline", analysis.primary[0]: "primary", **analysis.controls}
+    lines = []
+    for arm in analysis.arms:
+        runs = sorted((run for run in records if run.arm == arm and run.curve), key=lambda run: run.seed)
+        keys = dict.fromkeys(key for run in runs for key in run.settings)
+        settings = {key: " or ".join(dict.fromkeys(_plain(run.settings.get(key)) for run in runs)) for key in keys}
+        seconds = f"{sum(run.seconds for run in runs) / len(runs):.0f}" if runs else "-"
+        seeds = _plain([run.seed for run in runs]) or "none"
+        lines.append([arm, roles.get(arm, ""), _plain(settings) or "-", seeds, seconds])
+    paragraphs = [
+        "## Setup",
+        "\n".join(f"- {name}: {_plain(value)}" for name, value in details.items()),
+        _markdown(["arm", "role", "settings", "completed seeds", "seconds per run"], lines),
     ]
-    if missing := gaps(analysis):
-        parts += ["What is missing or went wrong:", "\n".join(f"- {line}" for line in missing)]
-    return [part for part in parts if part]
+    if lines_of_limitations := limitations(analysis):
+        paragraphs += ["Limitations:", "\n".join(f"- {line}" for line in lines_of_limitations)]
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
-def _tables(analysis: Analysis, records: Sequence[RunRecord]) -> list[str]:
-    if not analysis.figures:
+def _metrics(analysis: Analysis, records: Sequence[RunRecord]) -> list[str]:
+    if not analysis.metrics:
         return []
-    end, matched = main_figures(analysis), _matched_figures(analysis)
-    others = (
-        f"Difference to {analysis.baseline}, paired by seed (95 % interval); p-values are corrected by Holm's method, "
-    )
-    others += "all together, except that of the primary comparison at the end, in bold."
-    parts = [
-        "## At the end",
-        "Mean over seeds ± half of the 95 % interval. Losses in nats per token, lower is better.",
-        means_table(analysis, end, "end"),
-        others,
-        differences_table(analysis, end, "end"),
-        "## At matched training loss",
-        _matched_words(analysis, records),
+    end = _main_metrics(analysis)
+    matched = [metric for metric in end if any((r.metric, r.where) == (metric, "matched") for r in analysis.rows)]
+    paragraphs = [
+        "## End of training",
+        "Mean over seeds ± half of the 95 % interval; losses in nats per token, lower is better. Then the difference "
+        f"to {analysis.baseline}, paired by seed, with its 95 % interval. The primary comparison is bold; all other "
+        "p-values are corrected together by Holm's method.",
+        *_means_and_differences(analysis, end, "end"),
+        "## Matched training loss",
+        _matching(analysis, records),
+        *(_means_and_differences(analysis, matched, "matched") if matched else []),
     ]
-    if matched:
-        parts += [means_table(analysis, matched, "matched"), others, differences_table(analysis, matched, "matched")]
-    for where, title in (("end", "at the end"), ("matched", "at matched training loss")):
+    for where, title in (("end", "end of training"), ("matched", "matched training loss")):
         if rows := [row for row in analysis.rows if row.where == where]:
-            table = all_comparisons(analysis, rows)
-            parts += [f"<details><summary>All figures and sources, {title}</summary>", table, "</details>"]
-    return parts
+            table = _all_comparisons(analysis, rows)
+            paragraphs += [f"<details><summary>All metrics and sources, {title}</summary>", table, "</details>"]
+    return paragraphs
 
 
-def _matched_figures(analysis: Analysis) -> list[str]:
-    there = {row.figure for row in analysis.rows if row.where == "matched"}
-    return [figure for figure in main_figures(analysis) if figure in there]
+def _main_metrics(analysis: Analysis) -> list[str]:
+    """All metrics except those of single sources."""
+    return [metric for metric in analysis.metrics if not metric.startswith(("validation/", "ood/"))]
 
 
-def _matched_words(analysis: Analysis, records: Sequence[RunRecord]) -> str:
+def _matching(analysis: Analysis, records: Sequence[RunRecord]) -> str:
     reached = {(arm, seed) for arm, seed, _, where, _ in analysis.values if where == "matched"}
     points = [len(record.curve) for record in records if record.curve]
     targets = "; ".join(f"seed {seed}: {loss:.4f} ({arm})" for seed, (arm, loss) in analysis.targets.items())
     text = (
-        "For each seed, every arm where its training loss first came down to the highest at which an arm ended "
-        f"({targets or 'none'}), interpolated between the points of its curve (a run has {min(points)} or more). "
-        "An arm that is read before its end has not finished its learning-rate decay there. Figures without a curve "
-        f"cannot be matched. {len(reached)} of {len(points)} runs reached it."
+        "Losses of each arm where its training loss first reaches the highest final training loss of its seed "
+        f"({targets or 'none'}), interpolated on its curve of {min(points)} or more points. An arm that gets there "
+        "before its end has not completed its learning-rate decay. Metrics without a curve are not listed. "
+        f"{len(reached)} of {len(points)} runs reach it."
     )
     if analysis.unmatched:
         text += " Not: " + ", ".join(f"{arm} seed {seed}" for arm, seed in analysis.unmatched) + "."
     return text
 
 
+def _means_and_differences(analysis: Analysis, metrics: Sequence[str], where: Where) -> list[str]:
+    """Two tables of arms by metrics, or several of about the same width."""
+    others = [arm for arm in analysis.arms if arm != analysis.baseline]
+    columns = math.ceil(len(metrics) / math.ceil(len(metrics) / _COLUMNS))
+    tables = []
+    for title, arms, cell in (("mean", analysis.arms, _mean), (f"minus {analysis.baseline}", others, _difference)):
+        for start in range(0, len(metrics), columns):
+            shown = metrics[start : start + columns]
+            lines = [[arm, *(cell(analysis.row(arm, metric, where), analysis) for metric in shown)] for arm in arms]
+            tables.append(_markdown([title, *map(metric_label, shown)], lines))
+    return tables
+
+
+def _all_comparisons(analysis: Analysis, rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        cells = [metric_label(row.metric), row.arm, _estimate(row.mean), str(row.mean.n)]
+        if (found := row.difference) is not None:
+            corrected = "primary" if analysis.is_primary(row) else _p_cell(row.p_holm)
+            cells += [row.versus, _interval(found), str(found.n), _p_cell(found.p), corrected]
+        lines.append(cells + [""] * (9 - len(cells)))
+    header = ["metric", "arm", "mean", "runs", "against", "difference (95 % interval)", "pairs", "p", "p (Holm)"]
+    return _markdown(header, lines)
+
+
 def _tuning(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     if not trials:
         return []
     counts = Counter(str(trial.get("arm")) for trial in trials)
-    budget = "Every arm had as many trials." if len({*counts.values()}) == 1 else f"Trials by arm: {plain(counts)}."
+    budget = f"Trials of each arm: {_plain(counts) if len({*counts.values()}) > 1 else min(counts.values())}."
     columns = list(dict.fromkeys(key for trial in trials for key in trial))
-    rows = [[plain(trial.get(key)) for key in columns] for trial in trials]
-    return ["## Tuning", budget, markdown_table(columns, rows)]
+    return ["## Tuning", budget, _markdown(columns, [[_plain(trial.get(key)) for key in columns] for trial in trials])]
 
 
-def _pictures(pictures: Sequence[Path], folder: Path) -> list[str]:
-    links = [quote(Path(os.path.relpath(path, folder)).as_posix()) for path in pictures]
-    shown = [f"![{path.stem.replace('_', ' ')}]({link})" for path, link in zip(pictures, links, strict=True)]
-    return ["## Pictures", *shown] if shown else []
+def _plots(plots: Sequence[Path], folder: Path) -> list[str]:
+    links = [quote(Path(os.path.relpath(path, folder)).as_posix()) for path in plots]
+    shown = [f"![{path.stem.replace('_', ' ')}]({link})" for path, link in zip(plots, links, strict=True)]
+    return ["## Plots", *shown] if shown else []
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """
+    A table in Markdown.
+
+    Example:
+        >>> print(_markdown(["arm", "loss"], [["a|b", "2.0"]]))
+        | arm | loss |
+        |---|---|
+        | a\\|b | 2.0 |
+    """
+    first, *rest = (
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in (header, *lines)
+    )
+    return "\n".join([first, "|" + "---|" * len(header), *rest])
+
+
+def _mean(row: Row | None, analysis: Analysis) -> str:
+    if row is None:
+        return "-"
+    return _estimate(row.mean) + (f" (n = {row.mean.n})" if row.mean.n < len(analysis.seeds) else "")
+
+
+def _estimate(found: Estimate) -> str:
+    half = "" if found.half is None else f" ± {rounded(found.half, found.half)}"
+    return rounded(found.mean, found.half) + half
+
+
+def _difference(row: Row | None, analysis: Analysis, *, interval: bool = True) -> str:
+    if row is None or row.difference is None:
+        return "-" if interval else ""
+    found, p = row.difference, analysis.p_value(row)
+    text = _interval(found) if interval else rounded(found.mean, found.half, "+")
+    text += "" if p is None else f", p {_p_cell(p)}"
+    return f"**{text}**" if analysis.is_primary(row) else text
+
+
+def _interval(found: PairedDifference) -> str:
+    text = rounded(found.mean, found.half, "+")
+    if found.low is None or found.high is None:
+        return text if found.n == 1 else f"{text} at every seed"
+    return f"{text} ({rounded(found.low, found.half, '+')} to {rounded(found.high, found.half, '+')})"
+
+
+def _p_cell(p: float | None) -> str:
+    return "" if p is None else p_text(p).removeprefix("p = ").removeprefix("p ")
+
+
+def _plain(value: Any) -> str:
+    """Plain data in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())

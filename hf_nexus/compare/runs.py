@@ -1,9 +1,10 @@
-"""One run of a comparison: an arm under a seed, from its configuration to its record."""
+"""One run of a comparison, an arm at one seed: its configuration, its training, and its record."""
 
 import itertools
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,7 @@ from ..mixture.stream.documents import StreamedDocuments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
 from ..trainer.checkpoints import last_checkpoint
-from .config import ComparisonConfig
-from .parts import Task
+from .config import ComparisonConfig, QuestionSet
 from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
 
 if TYPE_CHECKING:
@@ -26,100 +26,84 @@ if TYPE_CHECKING:
 
     from ..mixture.loading import Mixture
 
-__all__ = ["Run", "read_rows", "train_sample"]
+__all__ = ["CONFIG_NAME", "MEASURED_NAME", "MINIMA_NAME", "Run", "read_questions", "train_sample"]
 
 CONFIG_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
 _SCORES = ("answer_loss", "exact_match")
-_PATH_FIGURES = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
+_PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
 
 
 @dataclass(frozen=True)
 class Run:
-    """
-    An arm under a seed, in a folder of its own.
-
-    Args:
-        config ([`ComparisonConfig`]):
-            The comparison.
-        arm (`str`), seed (`int`):
-            Which of its runs.
-        settings (`dict[str, Any]`):
-            The training fields that differ from the comparison's, chosen ones included.
-        folder (`Path`):
-            `output_dir` of the run.
-        tokenizer (`str`):
-            Folder of the tokenizer of all runs.
-        trial (`bool`, *optional*, defaults to `False`):
-            Part of a tuning: nothing is measured but the losses at the end.
-    """
+    """An arm at one seed, or a trial of its tuning, of which only the final losses are measured."""
 
     config: ComparisonConfig
     arm: str
     seed: int
-    settings: dict[str, Any]
-    folder: Path
-    tokenizer: str
+    settings: dict[str, Any]  # training fields of the arm, with those chosen by its tuning
+    folder: Path  # `output_dir` of the run
+    tokenizer: str  # folder of the tokenizer that all runs share
     trial: bool = False
 
     def __str__(self) -> str:
         tried = ", ".join(f"{key} {value}" for key, value in self.settings.items() if self.trial)
         return f"{self.arm} seed {self.seed}" + (f" ({tried})" if tried else "")
 
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """The pretraining configuration of this run."""
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Settings of training, measurements and minima search, by the file of the folder that holds them."""
         own = {"output_dir": str(self.folder), "seed": self.seed, "overwrite_output_dir": True}
         if self.trial:
             own |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gradient_cosine_steps": 0}
         sections = self.config.run_config({**self.settings, **own})
         sections["model"] = {**sections["model"], "tokenizer": self.tokenizer}
-        return sections
+        files: dict[str, dict[str, Any]] = {CONFIG_NAME: sections}
+        if not self.trial:
+            questions = {name: asdict(questions) for name, questions in self.config.question_sets.items()}
+            rows = self.config.train_sample_rows
+            files[MEASURED_NAME] = {"train_sample_rows": rows, "question_sets": questions}
+            if self.config.minima is not None:
+                files[MINIMA_NAME] = asdict(replace(self.config.minima, seeds=None))
+        return files
 
-    def measured(self) -> dict[str, Any]:
-        """What decides on the figures beside the training."""
-        tasks = {name: asdict(task) for name, task in self.config.tasks.items()}
-        return {"train_sample_rows": self.config.train_sample_rows, "tasks": tasks}
+    def write(self, names: Iterable[str]) -> None:
+        """Write some of `files` into the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = self.files()
+        for name in names:
+            text = yaml.safe_dump(files[name], sort_keys=False, allow_unicode=True)
+            (self.folder / name).write_text(text, encoding="utf-8")
+
+    def check(self, names: Iterable[str] = (CONFIG_NAME, MEASURED_NAME, MINIMA_NAME)) -> None:
+        """
+        Check that the folder holds no run with other settings.
+
+        Raises:
+            ValueError: a file of the folder differs from `files`.
+        """
+        files = self.files()
+        for path in (self.folder / name for name in names if name in files):
+            if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != files[path.name]:
+                raise ValueError(
+                    f"{self.folder} holds a run with other settings (see {path.name} there). Choose another "
+                    "output_dir for the comparison, or delete that folder."
+                )
 
     def record(self) -> RunRecord | None:
         """
-        What the run left, if it has been run.
+        The record of the run, `None` if it has not completed.
 
         Raises:
-            ValueError: the folder holds a run with another configuration, or one that was measured otherwise.
+            ValueError: the folder holds a run with other settings.
         """
-        self._refuse_other(CONFIG_NAME, self.sections())
-        if not self.trial:
-            self._refuse_other(MEASURED_NAME, self.measured())
+        self.check()
         return RunRecord.load(self.folder) if (self.folder / RECORD_NAME).exists() else None
 
-    def refuse_other_minima(self) -> None:
-        """Raise `ValueError` if the minima of this run were searched for with other settings."""
-        if self.config.minima is not None:
-            self._refuse_other(MINIMA_NAME, asdict(replace(self.config.minima, seeds=None)))
-
-    def note_minima(self) -> None:
-        """Note with which settings they were searched for."""
-        assert self.config.minima is not None
-        text = yaml.safe_dump(asdict(replace(self.config.minima, seeds=None)), sort_keys=False)
-        (self.folder / MINIMA_NAME).write_text(text, encoding="utf-8")
-
-    def _refuse_other(self, name: str, expected: dict[str, Any]) -> None:
-        path = self.folder / name
-        if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != expected:
-            raise ValueError(
-                f"{self.folder} holds a run with other settings (see {name} there). Give the comparison another "
-                "output_dir, or delete that folder."
-            )
-
-    def execute(self) -> RunRecord:
-        """Train, measure, and save the record; from the last checkpoint on, if there is one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / CONFIG_NAME
-        for name, content in ((CONFIG_NAME, self.sections()), (MEASURED_NAME, self.measured())):
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            (self.folder / name).write_text(text, encoding="utf-8")
+    def train(self) -> RunRecord:
+        """Train from the last checkpoint if there is one, measure, and save the record."""
+        self.write(name for name in self.files() if name != MINIMA_NAME)
         resume = ["--resume_from_checkpoint", "last"] if last_checkpoint(self.folder) else []
-        run = prepare_run(parse_arguments(["--config", str(path), *resume]))
+        run = prepare_run(parse_arguments(["--config", str(self.folder / CONFIG_NAME), *resume]))
         if not self.trial:
             sample = train_sample(run.mixture, self.config.train_sample_rows)
             run.trainer.add_callback(_EvaluateSample(run.trainer, sample))
@@ -141,19 +125,19 @@ class Run:
         if self.trial:
             return record
         record.path = [
-            {"step": entry["step"]} | {key: float(entry[key]) for key in _PATH_FIGURES if key in entry}
+            {"step": entry["step"]} | {key: float(entry[key]) for key in _PATH_METRICS if key in entry}
             for entry in log
             if "loss" in entry
         ]
         last = run.trainer.state.global_step
         record.cosines = [*_logged_cosines(log, names), (last, _pairs(run.trainer.source_cosines()))]
-        for name, task in self.config.tasks.items():
+        for name, questions in self.config.question_sets.items():
             scores = answer_scores(
                 run.trainer.model,
                 run.trainer.processing_class,
-                read_rows(task),
-                prompt=task.prompt,
-                max_new_tokens=task.max_new_tokens,
+                read_questions(questions),
+                prompt=questions.prompt,
+                max_new_tokens=questions.max_new_tokens,
                 batch_size=run.trainer.args.per_device_eval_batch_size,
             )
             record.downstream |= {f"{name}/{key}": value for key, value in scores.items() if key in _SCORES}
@@ -162,50 +146,52 @@ class Run:
 
 def train_sample(mixture: "Mixture", rows: int) -> "dict[str, Dataset]":
     """
-    The rows of each training source on which the training loss is measured: the same ones for any seed.
+    The rows of each training source on which the training loss is measured, the same for all seeds.
 
     Raises:
-        ValueError: a streaming source, of which no fixed sample can be had.
+        ValueError: a source is streamed, and has no fixed rows.
     """
     sample = {}
     for name, dataset in mixture.train.items():
         if isinstance(dataset, StreamedDocuments):
             raise ValueError(
                 f"sources.{name}.streaming: a comparison measures the training loss on fixed rows, and a stream has "
-                "none. Remove it, and bound the source by max_tokens."
+                "none. Remove it, and limit the source with max_tokens."
             )
         order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(dataset))
         sample[name] = dataset.select(sorted(order[:rows].tolist()))
     return sample
 
 
-def read_rows(task: Task) -> list[dict[str, Any]]:
+def read_questions(questions: QuestionSet) -> list[dict[str, Any]]:
     """
-    The rows of a task's file.
+    The rows of a question set.
 
     Raises:
-        ValueError: a line that is not a JSON object with `question` and `answer`, or no line at all.
+        ValueError: the file is empty, or a line is not a JSON object with `question` and `answer`.
         OSError: the file cannot be read.
     """
-    with open(task.path, encoding="utf-8") as lines:
+    with open(questions.path, encoding="utf-8") as lines:
         try:
-            rows = [json.loads(line) for line in itertools.islice(lines, task.max_rows)]
-            whole = bool(rows) and all(isinstance(row[key], str) for row in rows for key in ("question", "answer"))
+            rows = [json.loads(line) for line in itertools.islice(lines, questions.max_rows)]
+            valid = bool(rows) and all(isinstance(row[key], str) for row in rows for key in ("question", "answer"))
         except (ValueError, KeyError, TypeError):
-            whole = False
-    if not whole:
-        raise ValueError(f"{task.path} must hold a JSON object with the texts `question` and `answer` in each line.")
+            valid = False
+    if not valid:
+        raise ValueError(
+            f"{questions.path}: each line must be a JSON object with the strings `question` and `answer`."
+        )
     return rows
 
 
 class _EvaluateSample(TrainerCallback):
-    """Measures the loss on the sample of training rows whenever the held-out losses are measured."""
+    """Measures the loss on the sample of training rows after each evaluation of the held-out losses."""
 
     def __init__(self, trainer: Any, sample: "dict[str, Dataset]"):
         self.trainer, self.sample = trainer, sample
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
-        if "eval_loss" in (metrics or {}):  # and not the evaluation that this begins
+        if "eval_loss" in (metrics or {}):  # false for the evaluation that this starts
             self.trainer.evaluate(self.sample, metric_key_prefix=_SAMPLE)
 
 
@@ -230,7 +216,7 @@ def _curve(log: list[dict[str, Any]], mixture: "Mixture", step_tokens: int) -> l
     ]
 
 
-def _losses(metrics: dict[str, Any], prefix: str, names: Any) -> dict[str, float]:
+def _losses(metrics: dict[str, Any], prefix: str, names: Iterable[str]) -> dict[str, float]:
     return {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
 
 

@@ -1,0 +1,139 @@
+"""Function calls in worker processes, each bound to one device."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+__all__ = ["Call", "CallResult", "call_in_workers", "worker_count"]
+
+_PARENT_CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function call for a worker process."""
+
+    name: str
+    function: Callable[[], Any]  # can be pickled
+    log: Path  # its output is appended here
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """The value that a call returned, or its error in one line."""
+
+    call: Call
+    value: Any = None
+    error: str | None = None
+
+
+def worker_count(wanted: int | None) -> int:
+    """Number of workers: `wanted` if given, else one per device, else one per core."""
+    import torch
+
+    if wanted is not None:
+        return wanted
+    return max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else (os.cpu_count() or 1))
+
+
+def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
+    """
+    Make calls in worker processes and yield each result when it is there. A failed call does not stop the others.
+
+    Args:
+        calls (`Sequence[Call]`):
+            The calls, started in this order.
+        workers (`int`):
+            Number of processes. Each uses one accelerator, or an equal number of cores.
+
+    Example:
+        >>> from functools import partial
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> from hf_nexus.compare.workers import Call, call_in_workers
+        >>> calls = [Call("sum", partial(sum, [1, 2]), Path(mkdtemp(), "log.txt"))]
+        >>> [result.value for result in call_in_workers(calls, workers=1)]  # doctest: +SKIP
+        [3]
+    """
+    left = list(calls)
+    if not left:
+        return
+    try:
+        for result in _call_in_pool(left, min(workers, len(left))):
+            left.remove(result.call)
+            yield result
+    except BrokenProcessPool:  # a dead worker breaks the whole pool; only a call alone in its pool shows which it was
+        for call in left:
+            try:
+                yield from _call_in_pool([call], 1)
+            except BrokenProcessPool:
+                yield CallResult(call, error="the process was killed (out of memory?)")
+
+
+def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
+    # Not "fork": a forked process cannot use CUDA, and threads of the parent may hold locks.
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    for device in _devices(workers):
+        devices.put(device)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, workers))
+    try:
+        futures = {pool.submit(_call_logged, call): call for call in calls}
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            if error is None:
+                yield CallResult(futures[future], future.result())
+            else:
+                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                yield CallResult(futures[future], error=message)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _devices(workers: int) -> list[str | None]:
+    """The accelerator of each worker, by its id in `CUDA_VISIBLE_DEVICES`; `None` without accelerators."""
+    import torch
+
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = visible.split(",") if visible else [str(i) for i in range(count)]
+    return [ids[i % count] if count else None for i in range(workers)]
+
+
+def _start_worker(devices: Any, workers: int) -> None:
+    """Choose the device before anything initializes it."""
+    Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
+    device = devices.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _exit_without(parent: int) -> None:
+    """Exit when the parent was killed: the same command, started again, would train into the same folders."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+def _call_logged(call: Call) -> Any:
+    call.log.parent.mkdir(parents=True, exist_ok=True)
+    with call.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return call.function()
+        except BaseException:
+            traceback.print_exc()
+            raise

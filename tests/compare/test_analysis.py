@@ -1,0 +1,97 @@
+"""Statistics over runs: pairing, correction, matched training loss, correlation, and what counts in none of them."""
+
+import pytest
+
+from hf_nexus.compare.analysis import compare_arms
+from tests.support.comparison import diverge, make_record, make_records
+
+PRIMARY = ("nexus-0.05", "ood_loss")
+PLAIN = {"adamw": 0.0, "nexus-0.05": 0.0}
+
+
+def analyse(records, primary=PRIMARY, **options):
+    return compare_arms(records, baseline="adamw", primary=primary, **options)
+
+
+def test_the_primary_p_value_is_not_corrected_and_not_counted():
+    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.01, "other": 0.01}))
+    primary = analysis.row(*PRIMARY)
+    assert primary.p_holm is None and analysis.p_value(primary) == primary.difference.p is not None
+    tested = [row for row in analysis.rows if row.p_holm is not None]
+    smallest = min(tested, key=lambda row: row.difference.p)
+    assert smallest.p_holm == pytest.approx(min(1.0, len(tested) * smallest.difference.p))
+    assert analysis.row(*PRIMARY, "matched").p_holm is not None
+
+
+def test_two_paired_seeds_have_no_p_value():
+    analysis = analyse(make_records(PLAIN, seeds=[0, 1]))
+    assert all(row.difference is None or row.difference.p is None for row in analysis.rows)
+
+
+def test_a_missing_seed_leaves_the_others_paired():
+    records = [r for r in make_records({"adamw": 0.0, "nexus-0.05": 0.03}) if (r.arm, r.seed) != ("adamw", 1)]
+    analysis = analyse(records, arms=["adamw", "nexus-0.05", "never-run"], seeds=[0, 1, 2, 3])
+    assert analysis.row(*PRIMARY).mean.n == 4 and analysis.row(*PRIMARY).difference.n == 3
+    ends = {(r.arm, r.seed): r.end.ood_loss for r in records}
+    expected = sum(ends["nexus-0.05", s] - ends["adamw", s] for s in (0, 2, 3)) / 3
+    assert analysis.row(*PRIMARY).difference.mean == pytest.approx(expected)
+    assert analysis.missing == {"adamw": [1], "never-run": [0, 1, 2, 3]}
+
+
+def test_a_diverged_run_is_in_no_mean():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.03})
+    without = analyse([record for record in records if (record.arm, record.seed) != ("nexus-0.05", 2)])
+    assert (records[-2].arm, records[-2].seed) == ("nexus-0.05", 2)
+    diverge(records[-2])
+    analysis = analyse(records)
+    assert analysis.row(*PRIMARY) == without.row(*PRIMARY) and analysis.row(*PRIMARY).difference.n == 3
+    assert [(arm, seed) for arm, seed, _ in analysis.non_finite] == [("nexus-0.05", 2)]
+    assert analysis.targets[2][0] == "adamw"
+    assert not [v for v in analysis.values if v[:2] == ("nexus-0.05", 2) and v[3] == "matched"]
+    assert analysis.row("nexus-0.05", "downstream/sums/exact_match").mean.n == 3
+
+
+def test_a_second_record_of_a_run_is_an_error():
+    records = make_records(PLAIN)
+    with pytest.raises(ValueError, match=r"Several records for \[\('adamw', 0\)\]"):
+        analyse([*records, records[0]])
+    with pytest.raises(ValueError, match="are both 'adamw'"):
+        analyse(records, primary=("adamw", "ood_loss"))
+
+
+def test_an_arm_that_only_trains_faster_has_no_effect_when_matched():
+    """OOD loss is training loss + 1 in both arms, and one arm trains longer."""
+    fast = [make_record("nexus-0.05", seed, noise=0.0) for seed in range(3)]
+    slow = [make_record("adamw", seed, noise=0.0) for seed in range(3)]
+    for record in slow:
+        record.curve = record.curve[:-2]
+    analysis = analyse(fast + slow)
+    assert {arm for arm, _ in analysis.targets.values()} == {"adamw"}
+    assert analysis.row(*PRIMARY).difference.mean == pytest.approx(-(4.0 * 0.4**3 - 4.0 * 0.4**5))
+    assert analysis.row(*PRIMARY, "matched").difference.mean == pytest.approx(0.0, abs=1e-12)
+    assert analysis.row("nexus-0.05", "train_loss", "matched") is None
+    assert not analysis.unmatched
+
+
+def test_each_seed_has_its_own_matched_training_loss():
+    records = make_records({"adamw": 0.0})
+    records += [make_record("nexus-0.05", seed, train=0.01 * (-1) ** seed) for seed in range(4)]
+    ends = {(r.arm, r.seed): r.end.train_loss for r in records}
+    targets = analyse(records).targets
+    assert targets == {s: (a, ends[a, s]) for s, a in enumerate(["nexus-0.05", "adamw"] * 2)}
+
+
+def test_a_run_that_never_reaches_the_target_is_unmatched():
+    records = make_records(PLAIN)
+    records[0].curve = records[0].curve[-1:]  # measured at its end only, which is not the highest
+    for record in records[4:]:
+        record.curve = record.curve[:-1]
+    assert analyse(records).unmatched == [("adamw", 0)]
+
+
+def test_the_correlation_of_distance_and_gain_has_the_right_sign():
+    """By construction, distance is 2 - 20 gain, relative to a norm of 10."""
+    analysis = analyse(make_records({"adamw": 0.0, "random": 0.01, "nexus-0.05": 0.02, "nexus-0.2": 0.03}))
+    assert analysis.across_arms.n == 4 and analysis.across_arms.pearson < -0.95
+    assert analysis.across_arms.spearman == pytest.approx(-1)
+    assert analysis.across_runs.n == 12 and analysis.across_runs.pearson < -0.9

@@ -1,0 +1,120 @@
+"""The sentences of a report follow from its numbers, whatever is missing among them."""
+
+import re
+
+import pytest
+
+from hf_nexus.compare.analysis import compare_arms
+from hf_nexus.compare.conclusions import conclusions, limitations
+from tests.support.comparison import diverge, make_records
+
+PRIMARY = ("nexus-0.05", "ood_loss")
+PLAIN = {"adamw": 0.0, "nexus-0.05": 0.0}
+
+
+def analyse(records, primary=PRIMARY, **options):
+    return compare_arms(records, baseline="adamw", primary=primary, **options)
+
+
+def concluded(records, primary=PRIMARY, **options):
+    return "\n".join(conclusions(analyse(records, primary, **options)))
+
+
+def test_a_known_effect_is_found():
+    gains = {"adamw": 0.0, "gamma-0": 0.0, "random": 0.0, "nexus-0.05": 0.03}
+    text = concluded(make_records(gains, noise=0.0005))
+    assert re.match(r"Primary comparison. OOD loss: nexus-0.05 is 0.0\d* lower than adamw \(95 % interval -0.0", text)
+    assert "This **supports a difference**, in favour of nexus-0.05." in text
+    assert "So gamma 0 alone does not explain the effect." in text
+    assert "So random direction alone does not explain the effect." in text
+    assert not re.search("no effect|no conclusion", text, re.IGNORECASE)
+
+
+def test_a_known_harm_is_found():
+    first = concluded(make_records({"adamw": 0.0, "nexus-0.05": -0.03})).partition("\n")[0]
+    assert "higher than adamw" in first and "**supports a difference**, against nexus-0.05" in first
+
+
+def test_no_effect_comes_with_the_smallest_visible_difference():
+    records = make_records({"adamw": 0.0, "gamma-0": 0.0, "nexus-0.05": 0.0}, noise=0.02)
+    text = concluded(records)
+    smallest = re.search(r"\*\*No effect was found.\*\* These runs cannot show a difference below ([\d.]+)\.", text)
+    assert float(smallest[1]) == pytest.approx(analyse(records).row(*PRIMARY).difference.half, abs=1e-3)
+    assert "There is no significant effect to explain." in text
+    assert "None is significant." in text and "supports a difference" not in text
+    assert "No control by random direction was run." in text
+
+
+def test_a_control_with_the_same_effect_leaves_the_cause_open():
+    text = concluded(make_records({"adamw": 0.0, "random": 0.03, "nexus-0.05": 0.03}))
+    assert "Whether random direction explains the effect is open" in text
+
+
+def test_a_control_with_a_larger_effect_is_named():
+    text = concluded(make_records({"adamw": 0.0, "random": 0.09, "nexus-0.05": 0.03}))
+    assert "So random direction alone has a larger effect than nexus-0.05." in text
+
+
+def test_two_seeds_give_no_conclusion_and_no_p_value():
+    text = concluded(make_records({"adamw": 0.0, "nexus-0.05": 0.03}, seeds=[0, 1]))
+    assert "**No conclusion** on the primary comparison: 2 paired seeds, and a test needs 3 or more." in text
+    assert not re.search(r"\bp (=|<|0)|supports a difference|is significant", text)
+
+
+def test_the_same_difference_at_every_seed_gives_no_conclusion():
+    text = concluded(make_records(PLAIN, noise=0.0))
+    assert text.startswith("**No conclusion**") and "Check that the seed changes these runs." in text
+    assert "is significant" not in text
+
+
+def test_other_comparisons_need_the_corrected_p_value():
+    """30 arms of pure noise: some raw p-values are below 0.05, and none may be called significant."""
+    arms = dict.fromkeys(["adamw", *(f"arm-{i}" for i in range(30)), "nexus-0.05"], 0.0)
+    analysis = analyse(make_records(arms))
+    raw = [row.difference.p for row in analysis.rows if row.difference and row.difference.p is not None]
+    assert min(raw) < 0.01
+    assert all(row.p_holm is None or row.p_holm >= row.difference.p for row in analysis.rows)
+    assert all(row.p_holm >= 0.05 for row in analysis.rows if row.p_holm is not None)
+    assert "None is significant." in "\n".join(conclusions(analysis))
+
+
+def test_a_diverged_run_is_named():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.03})
+    diverge(records[-2])
+    assert limitations(analyse(records))[0].startswith("nexus-0.05, seed 2: diverged.")
+    assert "It holds only for runs that stay finite; left out: nexus-0.05, seed 2." in concluded(records)
+
+
+def test_a_loss_that_is_not_finite_during_training_is_named():
+    records = make_records(PLAIN)
+    diverge(records[0], at=2)
+    (line,) = [line for line in limitations(analyse(records)) if line.startswith("adamw, seed 0")]
+    assert "train_loss at step 20" in line
+
+
+def test_missing_runs_are_named():
+    records = [r for r in make_records({"adamw": 0.0, "nexus-0.05": 0.03}) if (r.arm, r.seed) != ("adamw", 1)]
+    planned = {"arms": ["never-run"], "seeds": [0, 1, 2, 3]}
+    assert "Planned runs are missing: adamw, seed 1." in concluded(records, **planned)
+    assert "never-run: no run for seeds 0, 1, 2, 3." in limitations(analyse(records, **planned))
+
+
+def test_searches_that_did_not_converge_are_counted():
+    assert any(
+        line.startswith("8 of 16 minima searches did not") for line in limitations(analyse(make_records(PLAIN)))
+    )
+
+
+def test_without_ood_sources_other_metrics_can_decide():
+    records = make_records(PLAIN, ood=False)
+    assert "**No conclusion** on the primary comparison: no seed has the OOD loss" in concluded(records)
+    text = concluded(records, primary=("nexus-0.05", "validation_loss"))
+    assert "**No effect was found.**" in text and "OOD loss:" not in text
+
+
+def test_the_correlation_says_what_it_lacks():
+    text = concluded(make_records({"adamw": 0.0, "nexus-0.05": 0.03}, minima=False))
+    assert "needs minima searches" in text and "**supports a difference**" in text
+    assert "needs at least 3 arms" in concluded(make_records(PLAIN))
+    text = concluded(make_records({"adamw": 0.0, "random": 0.01, "nexus-0.05": 0.02, "nexus-0.2": 0.03}))
+    assert re.search(r"4 arms \(adamw at gain 0\): Pearson's r (-1\.00|-0\.9)", text)

@@ -1,0 +1,100 @@
+"""The configuration of a comparison: errors name the key, and arms get equal budgets of tuning."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_nexus.compare.config import ComparisonConfig
+from hf_nexus.strict import read
+
+ARMS: dict[str, Any] = {"adamw": {"nexus": False}, "nexus": {"inner_lr": 0.05}}
+
+
+def make(**changes: Any) -> ComparisonConfig:
+    given = {
+        "base": "demo",
+        "arms": ARMS,
+        "baseline": "adamw",
+        "primary": {"arm": "nexus", "metric": "ood_loss"},
+        "seeds": [1, 2, 3],
+        "output_dir": "runs/x",
+    }
+    return read(ComparisonConfig, given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": {}}, "arm: unknown key. Did you mean 'arms'"),
+        ({"arms": {"adamw": {}}}, "arms: .* name two arms or more"),
+        ({"arms": ARMS | {"a b": {}}}, "arms.a b: a name starts with"),
+        ({"arms": ARMS | {"x": {"inner_Ir": 1}}}, "arms.x.inner_Ir: not a training field"),
+        ({"arms": ARMS | {"x": {"inner_lrr": 1}}}, r"arms.x.inner_lrr: not a .*. Did you mean 'inner_lr'\?"),
+        ({"arms": ARMS | {"x": {"inner_lr": "hello"}}}, "arms.x.inner_lr: 'hello' is not allowed"),
+        ({"arms": ARMS | {"x": {"seed": 1}}}, "arms.x.seed: the comparison sets it for each run"),
+        ({"baseline": "adam"}, "baseline: 'adam' is not among"),
+        ({"primary": {"arm": "adamw"}}, "primary.arm: 'adamw' is the baseline"),
+        ({"primary": {"arm": "nexus", "metric": "odd_loss"}}, "primary.metric: 'odd_loss' is not known"),
+        ({"primary": {"arm": "nexus", "metric": "ood/"}}, "primary.metric: 'ood/' is not known"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\] .* each once"),
+        ({"seeds": [1.5]}, r"seeds\[0\]: 1.5 .* a whole number"),
+        ({"seeds": []}, "seeds: .* 1 or more"),
+        ({"tuning": {"grid": {"learning_rate": 1e-3}}}, "tuning.grid.learning_rate: .* must be a list"),
+        ({"tuning": {"grid": {"learning_rate": []}}}, "tuning.grid: .* each with its values"),
+        ({"tuning": {"grid": {"learning_rate": [1e-3, "much"]}}}, "tuning.grid.learning_rate: 'much' is not allowed"),
+        ({"tuning": {"grid": {"learning_rat": [1e-3]}}}, "tuning.grid.learning_rat: not a training field"),
+        ({"tuning": {"grid": {"learning_rate": [1e-3]}, "seeds": [3]}}, "are seeds of the comparison, too"),
+        ({"minima": {"seeds": [9]}}, "minima.seeds: .9. are not among"),
+        ({"minima": {"sources": ["digits"]}}, "minima.sources: .* 2 or more, each once"),
+        ({"minima": {"grid": 1}}, "minima.grid: 1"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown key"),
+        ({"question_sets": {"quiz": {"path": "q.jsonl", "prompt": "Q:"}}}, "quiz.prompt: .* does not contain"),
+        ({"workers": 0}, "workers: 0"),
+        ({"arms": ["adamw", "nexus"]}, "arms: .* must be a mapping"),
+        ({"arms": ARMS | {"x": 3}}, "arms.x: 3 .* must be a mapping"),
+        ({"model": None}, "model: None .* must be a mapping"),
+        ({"primary": None}, "primary: None .* must be a mapping"),
+        ({"question_sets": ["a"]}, "question_sets: .* must be a mapping"),
+        ({"training": {"output_dir": "x"}}, "training.output_dir: the comparison sets it"),
+        (
+            {
+                "tuning": {"grid": {"learning_rate": [1e-3, 2e-3]}},
+                "arms": ARMS | {"x": {"tuning": {"inner_lr": [0.1, 0.2, 0.3]}}},
+            },
+            "has 3 trials, and the common grid has 2",
+        ),
+    ],
+)
+def test_an_error_names_the_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("base: demo\narms: 3\nbaseline: a\nprimary: {arm: b}\nseeds: [1]\noutput_dir: x\n")
+    with pytest.raises(ValueError, match=r"wrong\.yaml: arms: 3 is not allowed"):
+        ComparisonConfig.load(str(path))
+    with pytest.raises(ValueError, match=r"There is no comparison 'compar'\. Did you mean 'compare'"):
+        ComparisonConfig.load("compar")
+
+
+def test_every_arm_has_as_many_trials():
+    own = {"inner_lr": [0.1, 0.2]}
+    config = make(tuning={"grid": {"learning_rate": [1, 2]}}, arms=ARMS | {"own": {"tuning": own, "nexus": True}})
+    assert [list(config.trials(arm)) for arm in config.arms] == [
+        [{"learning_rate": 1}, {"learning_rate": 2}],
+        [{"learning_rate": 1}, {"learning_rate": 2}],
+        [{"inner_lr": 0.1}, {"inner_lr": 0.2}],
+    ]
+    assert config.settings("own") == {"nexus": True}
+
+
+def test_the_comparison_of_the_package_has_all_controls(tmp_path):
+    config = ComparisonConfig.load("compare", output_dir=str(tmp_path))
+    assert Path(config.output_dir) == tmp_path and len(config.seeds) >= 3
+    settings = [config.settings(arm) for arm in config.arms]
+    assert {"nexus": False} in settings and {"inner_lr": 0.0} in settings
+    assert any(each.get("inner_direction") == "random" for each in settings)
+    assert any(each.get("inner_lr_schedule") == "follow" for each in settings)

@@ -1,0 +1,171 @@
+"""One run: what its record holds, that arms of a seed differ in nothing else, and that it resumes exactly."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_nexus.compare.config import ComparisonConfig, QuestionSet
+from hf_nexus.compare.minima import search_minima
+from hf_nexus.compare.records import RunRecord
+from hf_nexus.compare.runs import Run, read_questions, train_sample
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.run import PretrainRun, prepare_run
+from tests.support.comparison import make_comparison
+from tests.support.tiny_config import STEPS, write_config
+
+pytestmark = pytest.mark.usefixtures("plots_not_drawn")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+def one_run(config: ComparisonConfig, folder: Path, arm: str = "nexus", seed: int = 1) -> Run:
+    base = yaml.safe_load(Path(config.base).read_text())
+    return Run(config, arm, seed, config.settings(arm), folder, base["model"]["tokenizer"])
+
+
+def prepare(config: Path, output: Path, *flags: str) -> PretrainRun:
+    return prepare_run(parse_arguments(["--config", str(config), "--output_dir", str(output), *flags]))
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, RunRecord]:
+    """A run of the arm `nexus`."""
+    folder = tmp_path_factory.mktemp("run")
+    question_sets = {"quiz": {"path": str(folder / "quiz.jsonl"), "prompt": "{question} ", "max_rows": 2}}
+    rows = [{"question": "abcd", "answer": f"dc #### {i}"} for i in range(3)]
+    (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    minima = {"max_steps": 40, "eval_steps": 2, "eval_rows": 4, "grid": 3, "learning_rate": 1e-2}
+    run = one_run(make_comparison(base, folder, question_sets=question_sets, minima=minima), folder / "nexus")
+    return run, run.train()
+
+
+def test_a_record_holds_all_measurements(finished):
+    run, record = finished
+    assert [point.step for point in record.curve] == [0, 3, STEPS]
+    assert record.end.tokens == STEPS * 4 * 2 * 32
+    end = record.end
+    assert set(end.train) == set(end.validation) == {"letters", "digits"}
+    assert set(end.ood) == {"signs"}
+    assert end.ood_loss == end.ood["signs"]
+    assert all(loss < record.curve[0].train[name] for name, loss in end.train.items())
+    assert [step for step, _ in record.cosines] == [0, 3, STEPS]
+    assert [pair[:2] for pair in record.cosines[-1][1]] == [("digits", "letters")]
+    assert [entry["step"] for entry in record.path] == list(range(1, STEPS + 1))
+    assert all(entry["inner_lr"] == 0.05 for entry in record.path)
+    assert set(record.downstream) == {"quiz/answer_loss"}
+    assert record.seconds > 0
+    assert RunRecord.load(run.folder) == record == run.record()
+
+
+def test_the_training_loss_is_that_of_the_saved_weights(finished, tmp_path):
+    run, record = finished
+    again = prepare(run.folder / "run.yaml", tmp_path)
+    again.trainer.model.load_state_dict(AutoModelForCausalLM.from_pretrained(run.folder).state_dict())
+    sample = train_sample(again.mixture, 4)
+    metrics = again.trainer.evaluate(sample, metric_key_prefix="x")
+    assert metrics["x_loss"] == pytest.approx(record.end.train_loss, abs=1e-6)
+    assert all(len(rows) == 4 for rows in sample.values())
+
+
+def test_the_sample_does_not_depend_on_the_seed(base, tmp_path):
+    samples = []
+    for seed in ("1", "2"):
+        rows = train_sample(prepare(base, tmp_path / seed, "--seed", seed).mixture, 4)
+        samples.append({name: [list(row["input_ids"]) for row in part] for name, part in rows.items()})
+    assert samples[0] == samples[1]
+
+
+def test_arms_of_a_seed_share_weights_and_rows(base, tmp_path, monkeypatch):
+    seen: dict[str, list[torch.Tensor]] = {}
+    short = {"max_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 1}}
+    short |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
+    config = make_comparison(base, tmp_path, training=short)
+    compute_loss = Trainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            rows.append(inputs["input_ids"].clone())
+        if not weights:
+            weights.extend(p.detach().clone() for p in model.parameters())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spy)
+    for name, arm, seed in (("a", "adamw", 1), ("b", "nexus", 1), ("c", "nexus", 2)):
+        rows: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        one_run(config, tmp_path / name, arm, seed).train()
+        seen[name] = [*weights, *rows]
+        assert len(rows) == 2 * 4
+    same = [all(torch.equal(x, y) for x, y in zip(seen["a"], seen[other], strict=True)) for other in "bc"]
+    assert same == [True, False]
+
+
+def test_a_folder_with_other_settings_is_refused(finished):
+    run, _ = finished
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        replace(run, settings=run.settings | {"inner_lr": 0.1}).record()
+    with pytest.raises(ValueError, match=r"other settings \(see measured\.yaml"):
+        replace(run, config=replace(run.config, train_sample_rows=5)).record()
+
+
+def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monkeypatch):
+    run, record = finished
+    training = run.config.training | {"save_strategy": "steps", "save_steps": 3}
+    broken = one_run(make_comparison(Path(run.config.base), tmp_path, training=training), tmp_path / "run")
+    training_step, calls = Trainer.training_step, []
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4 * 4 + 2:  # in the fifth window
+            raise RuntimeError("power failure")
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match="power"):
+        broken.train()
+    assert broken.record() is None
+    again = broken.train()
+    assert len(calls) < 2 * STEPS * 4  # not from the start
+    assert again.curve == record.curve
+    assert again.path == record.path
+
+
+def test_minima_are_found_and_saved(finished):
+    run, before = finished
+    weights = {name: p.clone() for name, p in AutoModelForCausalLM.from_pretrained(run.folder).state_dict().items()}
+    found = search_minima(run).minima
+    assert found is not None
+    other = replace(run, config=replace(run.config, minima=replace(run.config.minima, learning_rate=1.0)))
+    with pytest.raises(ValueError, match=r"minima\.yaml"):
+        other.check()
+    assert run.record().minima == found
+    assert set(found.steps) == {"letters", "digits"}
+    for name in found.steps:
+        assert found.end_loss[name] < found.start_loss[name]
+        assert 0 < found.steps[name] <= 40
+        assert found.converged[name] == (found.steps[name] + 2 * 2 <= 40)
+        assert found.to_start[name] > 0
+    assert found.positions == [0, 0.5, 1]
+    (a, b, losses), (_, _, barrier) = found.segments[0], found.barriers[0]
+    assert (a, b) == ("digits", "letters")
+    assert barrier == pytest.approx(max(0, losses[1] - (losses[0] + losses[2]) / 2))
+    assert found.relative_distance == found.pairwise[0][2] / found.parameter_norm
+    after = AutoModelForCausalLM.from_pretrained(run.folder).state_dict()
+    assert all(torch.equal(p, after[name]) for name, p in weights.items())
+    assert before.curve == run.record().curve
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", '{"question": "a"}', '{"question": "a", "answer": 1}'])
+def test_a_file_that_is_no_question_set_is_an_error(text, tmp_path):
+    (tmp_path / "quiz.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"quiz\.jsonl: each line must be a JSON object"):
+        read_questions(QuestionSet(str(tmp_path / "quiz.jsonl")))

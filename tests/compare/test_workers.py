@@ -1,0 +1,30 @@
+"""Worker processes: a call that fails or dies does not stop the others."""
+
+# Each worker imports this module: only light imports here.
+import os
+from functools import partial
+
+from hf_nexus.compare.workers import Call, call_in_workers
+
+
+def _die() -> None:
+    os._exit(9)
+
+
+def _fail() -> None:
+    print("before the error")
+    raise OSError("no\nspace")
+
+
+def test_failed_and_killed_calls_do_not_stop_others(tmp_path):
+    calls = [
+        Call("bad", _fail, tmp_path / "bad" / "log.txt"),
+        Call("killed", _die, tmp_path / "killed.txt"),
+        Call("good", partial(sum, [1, 2]), tmp_path / "good.txt"),
+    ]
+    results = {result.call.name: result for result in call_in_workers(calls, 1)}
+    assert results["bad"].error == "OSError: no space"
+    assert str(results["killed"].error).startswith("the process was killed")
+    assert results["good"].value == 3 and results["good"].error is None
+    log = (tmp_path / "bad" / "log.txt").read_text()
+    assert log.startswith("before the error") and "Traceback" in log
