@@ -296,6 +296,7 @@ def test_each_trial_of_a_search_is_a_fresh_run(make_trainer, sources, monkeypatc
     assert len(set(losses)) == 3 and best.objective == min(losses)
 
 
+@pytest.mark.slow
 def test_optuna_finds_an_inner_learning_rate(make_trainer, sources):
     optuna = pytest.importorskip("optuna")
     tried: dict[float, float] = {}
@@ -496,7 +497,8 @@ def test_settings_that_change_no_bit(make_trainer, sources, settings):
     assert all(map(torch.equal, plain.model.parameters(), other.model.parameters()))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiling_matches_to_rounding_with_one_graph(make_trainer, sources, backend):
     """To 1e-5 after 4 outer steps; the moved and restored weights make nothing compile anew."""
 

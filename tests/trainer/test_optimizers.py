@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "muon": (None, MUON),
     "muon, fused": (None, {**MUON, "optim": "adamw_torch_fused", "optim_args": "muon_lr=0.02"}),
 }
+CORE = ("adamw_torch", "schedule_free_adamw", "muon")
 
 
 @pytest.fixture
@@ -53,7 +54,9 @@ def weights(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_every_optimizer_trains_and_resumes_to_the_bit(build, tmp_path, name: str) -> None:
     whole = build(name, "whole")
     before = whole.evaluate()["eval_loss"]

@@ -547,6 +547,7 @@ def from_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((out / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_stream_of_the_hub_survives_a_network_failure(from_hub: dict[str, Any]) -> None:
     assert from_hub["files"] >= 3
     assert re.search(

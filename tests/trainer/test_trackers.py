@@ -43,7 +43,7 @@ def metrics(trainer: Any) -> dict[str, float]:
     return expected
 
 
-def test_tensorboard_has_all_metrics_and_pictures(trained, tmp_path):
+def test_tensorboard_has_all_metrics_and_plots(trained, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -63,7 +63,8 @@ def test_tensorboard_has_all_metrics_and_pictures(trained, tmp_path):
         assert np.array_equal(sent, drawn), name
 
 
-def test_wandb_has_all_metrics_and_pictures(trained, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_wandb_has_all_metrics_and_plots(trained, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -81,7 +82,8 @@ def test_wandb_has_all_metrics_and_pictures(trained, tmp_path, monkeypatch):
         assert sent.read_bytes() == (tmp_path / "card" / f"{name}.png").read_bytes()
 
 
-def test_trackio_has_all_metrics_and_pictures(trained, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_trackio_has_all_metrics_and_plots(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read once, when it is imported
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
