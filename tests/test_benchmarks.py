@@ -72,7 +72,8 @@ def rows_of(*groups: str) -> list[list[str]]:
 def test_each_arm_gets_a_row_and_nexus_holds_one_copy():
     plain, nexus = rows_of("nexus")
     assert (plain[2], nexus[2]) == ("plain accumulation", "Nexus, gamma 0.05")
-    assert (plain[5], plain[7], nexus[7]) == ("1", "", "+4.000")
+    assert (plain[5], plain[7]) == ("1", "")
+    assert float(nexus[7]) == pytest.approx(4, abs=0.01)  # bytes per parameter, and 5 KB of random states
     assert all(nexus)  # no empty cell
 
 
