@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,35 +35,48 @@ ROOMS = [
 ]
 
 
-def rooms_of_imports(path: Path) -> set[str]:
-    """The rooms of the modules that a file of the package imports, under `TYPE_CHECKING` and in functions as well."""
+def modules_of_imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, under `TYPE_CHECKING` and in functions as well."""
     package = ["hf_nexus", *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = [*base, *(node.module.split(".") if node.module else [])]
-            if module == ["hf_nexus"]:  # of the package itself only the version
-                found |= {alias.name for alias in node.names} - {"__version__"}
-            elif module[0] == "hf_nexus":
-                found.add(module[1])
+            names = [".".join([*module, alias.name]) for alias in node.names]
+            of_package = module == ["hf_nexus"]  # from which only the version is imported
+            found |= {name if is_module(name) or of_package else ".".join(module) for name in names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hf_nexus.")}
-    return found
+            found |= {alias.name for alias in node.names}
+    found -= {"hf_nexus.__version__"}
+    return {name.removeprefix("hf_nexus.") for name in found if name.startswith("hf_nexus.")}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_rooms_below_its_own(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if room == "__init__":  # it names the public objects of all rooms, which are loaded when they are used
         return
-    below = ROOMS[ROOMS.index(room) :]
-    assert rooms_of_imports(path) <= set(below)
+    rooms = {module.split(".")[0] for module in modules_of_imports(path)}
+    assert rooms <= set(ROOMS[ROOMS.index(room) :])
 
 
-def test_the_test_of_imports_sees_them():
-    assert {"hub", "mixture", "trainer"} <= rooms_of_imports(PACKAGE / "trainer" / "mixin.py")
-    assert rooms_of_imports(PACKAGE / "nexus.py") == {"controls", "tensors"}
+def test_no_modules_import_one_another():
+    modules = {p: ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for p in FILES}
+    TopologicalSorter({modules[p]: modules_of_imports(p) for p in FILES if modules[p] != "__init__"}).prepare()
+
+
+def test_the_tests_of_imports_see_them():
+    assert {"hub.run_summary", "trainer.window"} <= modules_of_imports(PACKAGE / "trainer" / "mixin.py")
+    assert modules_of_imports(PACKAGE / "nexus.py") == {"controls", "tensors"}
 
 
 def test_the_core_imports_without_the_optional_packages():

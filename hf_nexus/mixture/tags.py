@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .stream.dataset import StreamState
-
-__all__ = ["MicroBatchTag", "TaggedRows", "pop_tag", "tag_micro_batches"]
+__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "pop_tag", "tag_micro_batches"]
 
 # The key of the tag in a collated micro-batch.
 _KEY = "nexus_tag"
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """
+    The position in one partition of a source after a micro-batch, as JSON types. Its `"pass"` counts from 0. Loaders
+    and `send_to_device` do not change it.
+    """
+
+    partition: int
+    source: str
+    state: dict[str, Any]
+
+    def store(self, states: dict[str, Any]) -> None:
+        """Replace the position of the partition in `states`, which [`~MixtureStream.begin`] takes."""
+        states.setdefault(str(self.partition), {})[self.source] = self.state
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class MicroBatchTag:
 
     source: str
     rows: int
-    state: "StreamState | None" = None
+    state: StreamState | None = None
 
 
 class TaggedRows(list):
@@ -43,7 +56,7 @@ class TaggedRows(list):
             As in [`MicroBatchTag`].
     """
 
-    def __init__(self, rows: Any, source: str, state: "StreamState | None" = None):
+    def __init__(self, rows: Any, source: str, state: StreamState | None = None):
         super().__init__(rows)
         self.tag = MicroBatchTag(source, len(self), state)
 

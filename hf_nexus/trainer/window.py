@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..mixture.stream.dataset import StreamState
 from ..mixture.stream.reader import SourceError
-from ..mixture.tags import pop_tag
+from ..mixture.tags import StreamState, pop_tag
 from ..nexus import Nexus
 from .distributed import Shards, average_pseudo_gradients, reshard
 from .support import warn_of_short_steps

@@ -2,33 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..tags import TaggedRows
+from ..tags import StreamState, TaggedRows
 from .documents import PackedRowReader, StreamedDocuments
 from .reader import Retry, RowReader
 from .sources import Partition, open_source
 
-__all__ = ["MicroBatchSampler", "MixtureStream", "StreamState"]
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """
-    The position in one partition of a source after a micro-batch, as JSON types. Its `"pass"` counts from 0. Loaders
-    and `send_to_device` do not change it.
-    """
-
-    partition: int
-    source: str
-    state: dict[str, Any]
-
-    def store(self, states: dict[str, Any]) -> None:
-        """Replace the position of the partition in `states`, which [`~MixtureStream.begin`] takes."""
-        states.setdefault(str(self.partition), {})[self.source] = self.state
+__all__ = ["MicroBatchSampler", "MixtureStream"]
 
 
 class MixtureStream(torch.utils.data.Dataset):

@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..schedule import DynamicSchedule, normalized
-from .dataset import MixtureStream, StreamState
+from ..tags import StreamState
+from .dataset import MixtureStream
 from .reader import SourceError
 
 __all__ = ["StreamProgress", "WeightsFunction"]

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream, StreamState
+from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from hf_nexus.mixture.stream.progress import StreamProgress
 from hf_nexus.mixture.stream.reader import Retry, SourceError
 from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, _layers, open_source
-from hf_nexus.mixture.tags import _KEY, tag_micro_batches
+from hf_nexus.mixture.tags import _KEY, StreamState, tag_micro_batches
 
 IMPATIENT = Retry(attempts=3, first_wait=0.001)
 
