@@ -1,4 +1,4 @@
-"""What a card says about a run that has not taken place, from its plan."""
+"""The card of a planned run."""
 
 from itertools import pairwise
 from typing import Any
@@ -15,11 +15,15 @@ __all__ = ["planned_summary"]
 
 def planned_summary(arguments: PretrainArguments, plan: RunPlan, **known: Any) -> RunSummary:
     """
-    What a card can say about a run that has not taken place.
+    The facts of a card for a run that has not been started.
 
     Args:
-        arguments ([`PretrainArguments`]), plan ([`~planning.RunPlan`]):
-            The run, and what [`~planning.plan_run`] makes of it; `known` is as for [`summarize`].
+        arguments ([`PretrainArguments`]):
+            The run.
+        plan ([`~plan.RunPlan`]):
+            Its plan.
+        known:
+            Further facts, as for [`~trainer.card.summarize`].
 
     Example:
         >>> from hf_nexus.pretrain.parsing import parse_arguments

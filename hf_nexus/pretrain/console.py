@@ -1,36 +1,153 @@
-"""What a pretraining run prints: lines while it trains, then a table of losses."""
+"""The output of a pretraining run: its plan, a line per log entry, and a table of losses."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback
+from rich.console import Console
+from rich.table import Table
+from transformers import SchedulerType, TrainerCallback
 
 from ..hub.results import Evaluation
-from ..hub.run_summary import RunSummary
+from ..mixture.isolation import choose_isolation
+from ..mixture.loading import Mixture
+from ..mixture.plan_tables import plan_table, stage_table
 from ..trainer.card import CARD_FILES
-from .fields import PretrainArguments
+from ..trainer.mixin import NexusTrainer
+from .cost import CostEstimate
+from .fields import HardwareArguments, PretrainArguments
+from .memory import SYMBOLS, MemoryEstimate, attention_of
+from .plan import RunPlan
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+__all__ = ["RunLog", "cost_table", "format_bytes", "print_plan", "write_report"]
 
-    from ..trainer.mixin import NexusTrainer
 
-__all__ = ["RunLog", "write_report"]
+def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, loaded: Mixture | None = None) -> None:
+    """Print a plan as tables, with the sizes and licenses of the mixture if it is loaded."""
+    console.print(_two_columns(f"Plan of {arguments.config}", _run_rows(arguments, plan)))
+    if plan.mixture is None:
+        names = ", ".join(arguments.mixture.train_sources)
+        console.print(f"The plan of the mixture needs the sizes of the sources ({names}): they are not tokenized yet.")
+    else:
+        sources, ood = arguments.mixture.sources, arguments.mixture.ood_sources
+        licenses = {name: loaded.licenses[name] if loaded else source.license for name, source in sources.items()}
+        sizes = {name: loaded.eval_tokens[name] if loaded else source.known_tokens for name, source in ood.items()}
+        console.print(plan_table(plan.mixture, licenses=licenses, ood_tokens=sizes))
+        if len(plan.stages) > 1:
+            assert plan.steps is not None
+            borders = zip(plan.stages, [*plan.stages[1:], plan.steps], strict=True)
+            console.print(stage_table(plan.mixture, [f"steps {first:,} to {end:,}" for first, end in borders]))
+    console.print(_memory_table(plan.memory))
+    console.print(f"Activations: {plan.memory.formula}\n({SYMBOLS})", highlight=False)
+    if arguments.model.accelerators > 0:  # the hardware assumptions are those of an accelerator
+        console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
+        console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
+
+
+def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def _run_rows(arguments: PretrainArguments, plan: RunPlan) -> dict[str, str]:
+    t, m = arguments.training, arguments.model
+    rows = {
+        "parameters": f"{plan.parameters:,} ({m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary "
+        f"{m.vocab_size})",
+        "devices": str(plan.devices),
+        "tokens per step": f"{plan.tokens_per_step:,} ({t.per_device_train_batch_size} rows x "
+        f"{arguments.mixture.sequence_length} tokens x {t.gradient_accumulation_steps} inner steps on each device)",
+        "steps": "unknown" if plan.steps is None else f"{plan.steps:,}",
+    }
+    if plan.tokens is not None:
+        rows["tokens"] = f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} per parameter)"
+    nexus = f"inner_lr {t.inner_lr}" if t.nexus else "off (plain accumulation)"
+    return rows | {"learning rate": _schedule(arguments, plan), "documents": _documents(arguments), "Nexus": nexus}
+
+
+def _documents(arguments: PretrainArguments) -> str:
+    wanted, attention = arguments.mixture.isolate_documents, attention_of(arguments)
+    if choose_isolation(wanted, attention):
+        return f"an EOS ends each; no attention from one to another ({attention}, positions restart)"
+    why = "isolate_documents is off" if wanted is False else f"{attention} cannot keep them apart"
+    return f"an EOS ends each; attention reaches across them in a row ({why})"
+
+
+def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:
+    t = arguments.training
+    kind, kwargs = SchedulerType(t.lr_scheduler_type), t.lr_scheduler_kwargs
+    if kind is not SchedulerType.WARMUP_STABLE_DECAY or plan.steps is None or not isinstance(kwargs, dict):
+        return f"{t.learning_rate:g}, {kind.value}"
+    warmup, decay = t.get_warmup_steps(plan.steps), kwargs.get("num_decay_steps", 0)
+    stable = plan.steps - warmup - decay
+    text = f"{t.learning_rate:g}: {warmup} steps up, {max(0, stable)} stable, {decay} down"
+    if stable < 0:
+        text += (
+            "\n[yellow]The run ends before its schedule: lower warmup_steps and num_decay_steps (lr_scheduler_kwargs)."
+        )
+    return text
+
+
+def _memory_table(memory: MemoryEstimate) -> Table:
+    table = Table(title="Memory per device, computed (not measured)")
+    table.add_column("")
+    table.add_column("bytes per parameter", justify="right")
+    table.add_column("size", justify="right")
+    shared = f" / {memory.shards}" if memory.shards > 1 else ""
+    for purpose, size in memory.per_parameter.items():
+        table.add_row(purpose, f"{size}{shared}", format_bytes(size * memory.parameters // memory.shards))
+    if memory.gathered:
+        table.add_row("gathered: embeddings, two layers", "", format_bytes(memory.gathered))
+    table.add_row("activations of a micro-batch", "", format_bytes(memory.activations), end_section=True)
+    table.add_row("held between steps", "", format_bytes(memory.held))
+    table.add_row("peak", "", format_bytes(memory.total))
+    return table
+
+
+def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | None) -> Table:
+    """An estimate as a table, for the whole run if its number of steps is known."""
+    assumed = f"--peak_tflops {hardware.peak_tflops:g} --mfu {hardware.mfu:g}"
+    rows = {"arithmetic per step": f"{cost.compute:.3g} s ({assumed})"}
+    if cost.devices > 1:
+        sent = f"{cost.communication:.3g} s for {format_bytes(cost.sent)} per device (--link {hardware.link:g})"
+        hidden = "with or without overlap with the backward pass" if cost.overlaps else "sent after the last pass"
+        rows |= {f"sent per step, {cost.sharding}": sent, "step": f"{_range(cost.best, cost.worst, 's')}, {hidden}"}
+    if steps is not None:
+        low, high = (steps * seconds / 86400 for seconds in (cost.best, cost.worst))
+        hours = 24 * cost.devices
+        rows["run"] = f"{_range(low, high, 'days')} for {steps:,} steps"
+        rows["device hours"] = _range(low * hours, high * hours)
+        if (price := hardware.price_per_hour) is not None:
+            rows["price"] = f"{_range(low * hours * price, high * hours * price)} (--price_per_hour {price:g})"
+    return _two_columns("Time, computed (not measured) from the inputs in brackets", rows)
+
+
+def _range(low: float, high: float, unit: str = "") -> str:
+    """Both numbers with three digits and no exponent, or one if they agree."""
+    first, last = (f"{float(f'{value:.3g}'):,.10g}" for value in (low, high))
+    return f"{first if first == last else f'{first} to {last}'} {unit}".strip()
+
+
+def format_bytes(count: int) -> str:
+    """A size with its unit."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class RunLog(TrainerCallback):
     """
-    One line per log entry, in place of the Trainer's bars and dictionaries, which many sources make unreadable.
+    One line per log entry, in place of the Trainer's bars and dictionaries, which are hard to read with many sources.
 
     Args:
         console (`rich.console.Console`):
-            Where to; a quiet one on every process but the main.
+            Output of the lines. Quiet on all processes except the main one.
     """
 
-    def __init__(self, console: "Console"):
+    def __init__(self, console: Console):
         self.console = console
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -38,19 +155,19 @@ class RunLog(TrainerCallback):
         self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Print what there is of a training log or an evaluation."""
+        """Print a training log or an evaluation."""
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
             ood = f"   OOD {logs['eval_ood_loss']:.3f}" if "eval_ood_loss" in logs else ""
             self.console.print(f"[bold]{step}   held-out loss   sources {logs['eval_loss']:.3f}{ood}[/bold]")
         elif "loss" in logs:
-            parts = [step, f"loss {logs['loss']:.3f}"]
+            columns = [step, f"loss {logs['loss']:.3f}"]
             if "path_cosine" in logs:
-                parts.append(f"path cosine {logs['path_cosine']:+.3f}")
+                columns.append(f"path cosine {logs['path_cosine']:+.3f}")
             if "tokens_per_second" in logs:
-                parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-            self.console.print("   ".join([*parts, f"{self._remaining(state)} left"]), highlight=False)
+                columns.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+            self.console.print("   ".join([*columns, f"{self._remaining(state)} left"]), highlight=False)
 
     def _remaining(self, state: Any) -> str:
         done = max(1, state.global_step - self.first_step)
@@ -58,18 +175,15 @@ class RunLog(TrainerCallback):
         return str(timedelta(seconds=round(seconds)))
 
 
-def write_report(arguments: PretrainArguments, trainer: "NexusTrainer", console: "Console") -> RunSummary:
-    """Write the card of a pretraining run into its output folder, and print the table of losses."""
+def write_report(arguments: PretrainArguments, trainer: NexusTrainer, console: Console) -> None:
+    """Write the card of a run into its output folder, and print the table of losses."""
     summary = trainer.write_card(arguments.folder)
     written = ", ".join(name for name in CARD_FILES if (arguments.folder / name).exists())
     console.print(_loss_table(summary.evaluations))
     console.print(f"Saved in {arguments.folder}: the model and its tokenizer, trainer_state.json, {written}")
-    return summary
 
 
-def _loss_table(rows: Sequence[Evaluation]) -> "Table":
-    from rich.table import Table
-
+def _loss_table(rows: Sequence[Evaluation]) -> Table:
     table = Table(title="Held-out loss at restored weights (nats per token)")
     for column in ("", "role", "first", "last", "change"):
         table.add_column(column, justify="left" if column in ("", "role") else "right")

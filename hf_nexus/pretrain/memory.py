@@ -1,24 +1,13 @@
 """Memory of a training run, computed from the shapes before anything is allocated."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..mixture.isolation import choose_isolation
 from .fields import PretrainArguments
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = [
-    "SYMBOLS",
-    "MemoryEstimate",
-    "attention_of",
-    "estimate_memory",
-    "format_bytes",
-    "memory_table",
-    "sharding_of",
-]
+__all__ = ["SYMBOLS", "MemoryEstimate", "attention_of", "estimate_memory", "sharding_of"]
 
 SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, T tokens per row, V vocabulary"
 _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
@@ -27,30 +16,27 @@ _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
 @dataclass(frozen=True)
 class MemoryEstimate:
     """
-    Computed, not measured: bytes per device.
-
-    What the libraries keep for themselves (the context of the device, kernels, buffers of NCCL, fragmentation) is not
-    in it; leave a tenth of the device free.
+    Computed bytes per device. Memory of the libraries (device context, kernels, NCCL buffers, fragmentation) is not
+    included: leave a tenth of the device free.
 
     Attributes:
         parameters (`int`):
-            Of the model, all trainable.
+            Parameters of the model, all of them trainable.
         per_parameter (`dict[str, int]`):
-            Bytes per parameter, by what they are for.
+            Bytes per parameter, by purpose.
         activations (`int`), formula (`str`):
-            Bytes kept for the backward pass of one micro-batch, and how they come about.
+            Bytes kept for the backward pass of one micro-batch, and their formula.
         last (`int`, *optional*, defaults to 0):
-            Bytes that the end of the backward pass needs beside all the gradients: for the first layer, or for the
+            Bytes that the end of the backward pass needs in addition to all gradients: for the first layer, or for the
             second of the two gradients of tied embeddings.
         shards (`int`, *optional*, defaults to 1):
-            Devices that share what is counted per parameter.
+            Devices that share the bytes per parameter.
         gathered (`int`, *optional*, defaults to 0):
-            Bytes of weights that a device holds whole at once, beside its shard.
+            Bytes of gathered weights that a device holds in addition to its shard.
         accumulates (`bool`, *optional*, defaults to `False`):
-            Whether gradients are kept from one micro-batch to the next. In a Nexus window they are not: an inner step
-            uses them up, and while they grow, the activations shrink.
+            Whether gradients are kept from one micro-batch to the next. An inner step of Nexus consumes them.
         averaged (`int`, *optional*, defaults to 0):
-            Bytes per parameter for the one reduction at the end of a window of `inner_sync="local"`.
+            Bytes per parameter for the one reduction at the end of a window with `inner_sync="local"`.
     """
 
     parameters: int
@@ -66,12 +52,12 @@ class MemoryEstimate:
     @property
     def held(self) -> int:
         """Bytes between two outer steps."""
-        held = sum(size for what, size in self.per_parameter.items() if what not in (_GRADIENTS, _AUTOCAST))
+        held = sum(size for purpose, size in self.per_parameter.items() if purpose not in (_GRADIENTS, _AUTOCAST))
         return held * self.parameters // self.shards
 
     @property
     def total(self) -> int:
-        """Bytes at the worst moment."""
+        """Bytes at the peak."""
         gradients = self.per_parameter[_GRADIENTS] * self.parameters // self.shards
         begin = self.activations + (gradients if self.accumulates else 0)
         end = gradients + max(self.last, self.averaged * self.parameters)
@@ -80,33 +66,33 @@ class MemoryEstimate:
 
 
 def sharding_of(arguments: PretrainArguments) -> str:
-    """`"ddp"` or `"fsdp2"`: as `--sharding` says, else what the training arguments or `accelerate launch` ask for."""
+    """`"ddp"` or `"fsdp2"`: `--sharding`, else the choice of the training arguments or of `accelerate launch`."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return arguments.hardware.sharding or ("fsdp2" if arguments.training.fsdp or launched else "ddp")
 
 
 def attention_of(arguments: PretrainArguments) -> str:
     """Attention implementation of the run."""
-    return arguments.model.attn_implementation or "sdpa"  # what a Llama gets by default
+    return arguments.model.attn_implementation or "sdpa"  # the default of a Llama
 
 
 def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int) -> MemoryEstimate:
     """
-    Memory per device, computed from the shapes.
+    Compute the memory per device.
 
-    The activations count the tensors that a Llama layer of transformers saves for its backward pass with scaled
-    dot-product attention, and the logits with their gradient; the tests compare the total with what is allocated.
+    The activations are the tensors that a Llama layer of transformers saves for its backward pass with scaled
+    dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
     Args:
         arguments ([`PretrainArguments`]):
             The run.
         parameters (`int`):
-            Of the model.
+            Parameters of the model.
         devices (`int`):
-            Number of training processes; under FSDP2 they share weights, gradients, moments and snapshot.
+            Number of training processes. With FSDP2 they share weights, gradients, moments and snapshot.
 
     Raises:
-        ValueError: `inner_sync="local"` under FSDP2.
+        ValueError: `inner_sync="local"` with FSDP2.
 
     Example:
         >>> from hf_nexus.pretrain.parsing import parse_arguments
@@ -119,7 +105,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     local = t.nexus and t.inner_sync == "local" and devices > 1
     if sharded and local:
         raise ValueError(
-            "inner_sync='local' is not possible under FSDP2: no rank holds all of the weights that it would walk. Use "
+            "inner_sync='local' is not possible with FSDP2: no rank holds all the weights of its path. Use "
             "inner_sync='global', or --sharding ddp."
         )
     random = t.inner_direction == "random" and t.inner_lr > 0
@@ -128,7 +114,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     if copies:
         per_parameter["Nexus snapshot"] = 4 * copies
     if t.bf16 and not sharded:
-        per_parameter[_AUTOCAST] = 2  # autocast keeps them until the backward pass is over
+        per_parameter[_AUTOCAST] = 2  # autocast keeps them until the end of the backward pass
     if devices > 1 and not sharded:
         per_parameter["DDP gradient buckets"] = 4
     per_token, layer, formula = _activations(arguments)
@@ -148,59 +134,43 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
 
 
 def _activations(arguments: PretrainArguments) -> tuple[int, int, str]:
-    """Bytes per token of all, of one layer in its backward pass, and how the first come about."""
-    m, t, length = arguments.model, arguments.training, arguments.mixture.sequence_length
-    h, ffn, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
-    kv = h // heads * (m.num_key_value_heads or heads)
-    if t.bf16:
-        layer, layer_formula = 30 * h + 4 * kv + 8 * ffn + 4 * heads, "30h + 4kv + 8f + 4a"
-    else:
-        layer, layer_formula = 32 * h + 8 * kv + 16 * ffn + 4 * heads, "32h + 8kv + 16f + 4a"
-    head, head_formula = 12 * h + 12 * m.vocab_size, "12(h + V)"
+    """Bytes per token: of the whole model, of one layer in its backward pass; and the formula of the first."""
+    m, t, size = arguments.model, arguments.training, 2 if arguments.training.bf16 else 4
+    h, f, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
+    values = {"h": h, "kv": _key_width(arguments), "f": f, "a": heads, "V": m.vocab_size, "h/a": h // heads}
+    values["T"] = arguments.mixture.sequence_length
+    layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
+    head = Counter(h=12, V=12)
     attention = attention_of(arguments)
     if attention == "sdpa" and choose_isolation(arguments.mixture.isolate_documents, attention):
         # Each layer keeps the mask of documents in the dtype of the queries, and the keys and values repeated for all
-        # heads, which sdpa does not do by itself under a mask; the rotary angles are no longer those of every row.
-        size = 2 if t.bf16 else 4
-        layer += size * length + 2 * size * (h - kv)
-        layer_formula += f" + {size}T + {2 * size}(h - kv)"
-        head += 8 * h // heads
-        head_formula += " + 8h/a"
-    in_backward = layer + 4 * h + (4 if t.bf16 else 8) * ffn  # the gradients of what it saved that are alive at once
-    if t.gradient_checkpointing:  # the layers' own are there one at a time, when those of the head are gone
-        return m.num_hidden_layers * 4 * h + head, in_backward, f"L * 4h + {head_formula}"
-    return m.num_hidden_layers * layer + head, in_backward, f"L * ({layer_formula}) + {head_formula}"
+        # heads, which sdpa does not repeat itself under a mask. The rotary angles are no longer those of every row.
+        layer.update({"T": size, "h": 2 * size, "kv": -2 * size})
+        head.update({"h/a": 8})
+
+    def bytes_of(terms: Counter[str]) -> int:
+        return sum(count * values[name] for name, count in terms.items())
+
+    def formula(terms: Counter[str]) -> str:
+        return " + ".join(f"{count}{name}" for name, count in terms.items() if count)
+
+    in_backward = bytes_of(layer) + 4 * h + 2 * size * f  # the gradients of saved tensors that exist at once
+    if t.gradient_checkpointing:  # a layer is recomputed when the tensors of the head are gone
+        layer = Counter(h=4)
+    per_token = m.num_hidden_layers * bytes_of(layer) + bytes_of(head)
+    return per_token, in_backward, f"L * ({formula(layer)}) + {formula(head)}"
+
+
+def _key_width(arguments: PretrainArguments) -> int:
+    m = arguments.model
+    return m.hidden_size // m.num_attention_heads * (m.num_key_value_heads or m.num_attention_heads)
 
 
 def _gathered(arguments: PretrainArguments, parameters: int) -> int:
-    """Embeddings, from the first forward to the last backward, and two layers: the one at work and the next."""
+    """Embeddings, from the first forward to the last backward, and two layers: the current one and the next."""
     m = arguments.model
-    h, kv = m.hidden_size, m.hidden_size // m.num_attention_heads * (m.num_key_value_heads or m.num_attention_heads)
-    layer = 2 * h * (h + kv) + 3 * h * m.intermediate_size + 2 * h
+    h = m.hidden_size
+    layer = 2 * h * (h + _key_width(arguments)) + 3 * h * m.intermediate_size + 2 * h
     outside = parameters - m.num_hidden_layers * layer
-    # Under bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
+    # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
     return (2 if arguments.training.bf16 else 4) * (outside + min(2, m.num_hidden_layers) * layer)
-
-
-def memory_table(memory: MemoryEstimate) -> "Table":
-    """The estimate as a table."""
-    from rich.table import Table
-
-    table = Table(title="Memory per device, computed (not measured)")
-    table.add_column("")
-    table.add_column("bytes per parameter", justify="right")
-    table.add_column("size", justify="right")
-    shared = f" / {memory.shards}" if memory.shards > 1 else ""
-    for what, size in memory.per_parameter.items():
-        table.add_row(what, f"{size}{shared}", format_bytes(size * memory.parameters // memory.shards))
-    if memory.gathered:
-        table.add_row("gathered: embeddings, two layers", "", format_bytes(memory.gathered))
-    table.add_row("activations of a micro-batch", "", format_bytes(memory.activations), end_section=True)
-    table.add_row("held between steps", "", format_bytes(memory.held))
-    table.add_row("most at once", "", format_bytes(memory.total))
-    return table
-
-
-def format_bytes(count: int) -> str:
-    """A size with its unit."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""The Llama that the `model` section of a configuration describes."""
+"""The Llama of the `model` section of a configuration."""
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ def model_config(
     model: ModelArguments, sequence_length: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LlamaConfig:
     """
-    The `LlamaConfig` of a `model` section, with the special tokens of the tokenizer where there is one.
+    The `LlamaConfig` of a `model` section, with the special tokens of the tokenizer if one is given.
 
     Example:
         >>> from hf_nexus.pretrain.fields import ModelArguments
@@ -39,11 +39,11 @@ def model_config(
 
 
 def build_model(config: LlamaConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """A randomly initialized model with float32 weights, whatever dtype computes."""
+    """A randomly initialized model with float32 weights."""
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
 def count_parameters(config: LlamaConfig) -> int:
-    """Number of parameters, tied ones once, counted on a model without storage (the meta device)."""
+    """Number of parameters, with tied ones counted once, on the meta device."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(config).parameters())

@@ -1,4 +1,4 @@
-"""A pretraining run, from a configuration to a folder with a model, its curves and its card."""
+"""A pretraining run, from a configuration to a folder with a model, its plots and its card."""
 
 import gc
 import signal
@@ -6,41 +6,40 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from ..files import one_line_errors
-from ..mixture.loading import check_loadable
+from ..mixture.builtin.corpus import builtin_documents
+from ..mixture.builtin.tokenizer import train_tokenizer
+from ..mixture.config import BUILTIN_PREFIX
+from ..mixture.loading import Mixture, check_loadable, load_mixture
 from ..trainer.checkpoints import last_checkpoint
+from ..trainer.mixin import NexusTrainer
+from .console import RunLog, print_plan, write_report
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
 from .model import build_model, model_config
 from .parsing import parse_arguments
-from .plan import plan_run, print_plan
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..mixture.loading import Mixture
-    from ..trainer.mixin import NexusTrainer
+from .plan import plan_run
 
 __all__ = ["PretrainRun", "dry_run", "load_tokenizer", "main", "prepare_run", "pretrain"]
 
 
 def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
     """
-    Run a command line, that of the process by default: print the plan with `--dry_run`, else train.
+    Run a command line: print the plan with `--dry_run`, else train.
 
-    What is wrong before the first step (an argument, a source, a folder) ends the process with one line, or with its
-    traceback if `debug`. An error in training always keeps its traceback.
+    An error before the first step (in an argument, a source, the folder) ends the process with one line. An error in
+    training keeps its traceback.
 
     Args:
         argv (`list[str]`, *optional*):
-            As for [`parse_arguments`].
+            As for [`parse_arguments`]. Defaults to the command line of the process.
         debug (`bool`, *optional*, defaults to `False`):
             Keep every traceback.
 
@@ -50,11 +49,16 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
     """
     run = None
     try:
-        run = _from_command_line(sys.argv[1:] if argv is None else argv, debug)
+        with one_line_errors(debug=debug):
+            arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+            if arguments.dry_run:
+                dry_run(arguments)
+            else:
+                run = prepare_run(arguments)
         if run is not None:
-            disable_progress_bar()  # of writing shards; a line per log entry says enough
+            disable_progress_bar()  # of writing shards
             run.train()
-            run.trainer.accelerator.wait_for_everyone()  # nobody leaves while another still communicates
+            run.trainer.accelerator.wait_for_everyone()  # no process leaves while another still communicates
     except BaseException as error:
         if torch.distributed.is_initialized():
             traceback.clear_frames(error.__traceback__)  # they hold the model; the traceback can still be printed
@@ -63,40 +67,32 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
         raise
     finally:
         if torch.distributed.is_initialized():
-            # The model first: as the last owner of the group, DDP would join the group's threads with Python's lock
-            # held, and wait forever for one that waits for that lock.
+            # Delete the model first. As the last owner of the group, DDP would join the threads of the group while it
+            # holds Python's lock, and wait forever for a thread that waits for that lock.
             del run
             gc.collect()
             torch.distributed.destroy_process_group()
 
 
-def _from_command_line(argv: list[str], debug: bool) -> "PretrainRun | None":
-    with one_line_errors(debug=debug):
-        arguments = parse_arguments(argv)
-        if arguments.dry_run:
-            dry_run(arguments)
-            return None
-        return prepare_run(arguments)
-
-
 def dry_run(arguments: PretrainArguments) -> None:
-    """Print the plan for `--devices`, else for the launcher's processes, else for what the configuration names."""
+    """Print the plan for `--devices`, else for the launched processes, else for the devices of the configuration."""
     launched = arguments.training.world_size
     devices = arguments.hardware.devices or (launched if launched > 1 else max(1, arguments.model.accelerators))
     if arguments.training.process_index == 0:
-        print_plan(arguments, plan_run(arguments, devices), _console())
+        print_plan(arguments, plan_run(arguments, devices), Console())
 
 
-def pretrain(arguments: PretrainArguments) -> "NexusTrainer":
+def pretrain(arguments: PretrainArguments) -> NexusTrainer:
     """
-    Train a model from scratch and leave in `output_dir`: the model (float32) and its tokenizer, `trainer_state.json`,
-    `training.png`, `README.md`, and `pretrain.yaml`, which given as `--config` repeats the run.
+    Train a model from scratch.
 
-    Of several processes, drop the trainer before `torch.distributed.destroy_process_group()`, as [`main`] does.
+    `output_dir` then holds the model (float32) and its tokenizer, `trainer_state.json`, `training.png`, `README.md`,
+    and `pretrain.yaml`, which repeats the run if given as `--config`. With several processes, delete the trainer
+    before `torch.distributed.destroy_process_group()`, as [`main`] does.
 
     Args:
         arguments ([`PretrainArguments`]):
-            What [`parse_arguments`] returns.
+            From [`parse_arguments`].
 
     Returns:
         [`NexusTrainer`]: after training.
@@ -119,28 +115,26 @@ class PretrainRun:
     """A run that is ready for its first step."""
 
     arguments: PretrainArguments
-    trainer: "NexusTrainer"
-    mixture: "Mixture"
+    trainer: NexusTrainer
+    mixture: Mixture
     checkpoint: str | None
-    console: "Console"
+    console: Console
 
     def train(self) -> None:
-        """Train, evaluate at the end if that was not done anyway, save, and report."""
-        from .console import write_report
-
+        """Train, evaluate the last step if it is not evaluated yet, save, and report."""
         trainer = self.trainer
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         except KeyboardInterrupt:
-            self._say_how_to_go_on("Interrupted")
+            self._print_how_to_resume("Interrupted")
             raise
-        if trainer.stopped_by_sigterm:  # whoever sent it wants the machine, not an evaluation
-            self._say_how_to_go_on("Terminated")
+        if trainer.stopped_by_sigterm:  # the sender wants the machine, not an evaluation
+            self._print_how_to_resume("Terminated")
             raise SystemExit(128 + signal.SIGTERM)
         evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
         if self.mixture.eval and trainer.state.global_step not in evaluated:
             trainer.evaluate()
-        trainer.save_model(_internal_call=True)  # what is pushed has its card
+        trainer.save_model(_internal_call=True)  # does not push: the push below includes the card
         trainer.save_state()
         try:
             if trainer.args.should_save:
@@ -148,21 +142,18 @@ class PretrainRun:
         finally:
             trainer.publish("End of training")
 
-    def _say_how_to_go_on(self, what: str) -> None:
+    def _print_how_to_resume(self, event: str) -> None:
         last = last_checkpoint(self.arguments.folder)
         hint = f"continue {Path(last).name} with --resume_from_checkpoint last" if last else "nothing was saved yet"
-        self.console.print(f"{what} after step {self.trainer.state.global_step}; {hint}.")
+        self.console.print(f"{event} after step {self.trainer.state.global_step}; {hint}.")
 
 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
-    from ..mixture.loading import load_mixture
-    from ..trainer.mixin import NexusTrainer
-    from .console import RunLog
-
+    """Load the data, print the plan, build the trainer and claim the output folder."""
     args = arguments.training
     check_loadable(arguments.mixture)
     checkpoint = find_checkpoint(arguments)
-    console = _console(quiet=args.process_index > 0)
+    console = Console(quiet=args.process_index > 0)
     if args.cpu_threads is not None:
         torch.set_num_threads(args.cpu_threads)
     set_seed(args.seed)
@@ -170,7 +161,13 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         tokenizer = load_tokenizer(arguments, checkpoint)
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
-    _print_layout(arguments, console)
+    planned = arguments.model.accelerators
+    if planned not in (0, args.world_size):
+        console.print(
+            f"[yellow]{arguments.config} is designed for {planned} accelerators and runs on {args.world_size}: a step "
+            f"has {args.world_size / planned:g} of the tokens that it was tuned for. Change max_steps, "
+            "gradient_accumulation_steps or per_device_train_batch_size to compensate."
+        )
     config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
     trainer = NexusTrainer(
         model=build_model(config, arguments.model.attn_implementation),
@@ -178,8 +175,8 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         train_dataset=mixture,
         processing_class=tokenizer,
     )
-    trainer.wait_after_training = False  # there is an evaluation to come, and a report
-    trainer.card_details["base_model"] = None  # there is none, whatever name the configuration carries
+    trainer.wait_after_training = False  # an evaluation and a report follow
+    trainer.card_details["base_model"] = None  # a new model, whatever name its configuration carries
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(RunLog(console))
@@ -192,10 +189,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
 
 
 def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer named by the configuration, or one trained on its built-in training sources."""
-    from ..mixture.builtin.corpus import builtin_documents
-    from ..mixture.builtin.tokenizer import train_tokenizer
-
+    """The tokenizer of the checkpoint, that of the configuration, or one trained on the built-in training sources."""
     name, size = arguments.model.tokenizer, arguments.model.vocab_size
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint)
@@ -203,31 +197,15 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
         tokenizer = AutoTokenizer.from_pretrained(name)
     else:
         paths = [source.path for source in arguments.mixture.train_sources.values()]
-        builtin = [path.removeprefix("builtin/") for path in paths if path.startswith("builtin/")]
+        builtin = [path.removeprefix(BUILTIN_PREFIX) for path in paths if path.startswith(BUILTIN_PREFIX)]
         if not builtin:
             raise ValueError(
-                "tokenizer='train' needs built-in training sources, and the mixture has none: set model.tokenizer to "
+                "tokenizer='train' needs built-in training sources, and the mixture has none. Set model.tokenizer to "
                 "the Hub id or path of a tokenizer."
             )
         tokenizer = train_tokenizer((text for source in builtin for text in builtin_documents(source)), size)
     if len(tokenizer) > size:
         raise ValueError(
-            f"The tokenizer {name!r} has {len(tokenizer)} entries, more than vocab_size={size}; raise vocab_size."
+            f"The tokenizer {name!r} has {len(tokenizer)} entries, more than vocab_size={size}. Raise vocab_size."
         )
     return tokenizer
-
-
-def _print_layout(arguments: PretrainArguments, console: "Console") -> None:
-    planned, devices = arguments.model.accelerators, arguments.training.world_size
-    if planned not in (0, devices):
-        console.print(
-            f"[yellow]{arguments.config} is laid out for {planned} accelerators and runs on {devices}: a step has "
-            f"{devices / planned:g} of the tokens it was tuned for. Change gradient_accumulation_steps, "
-            "per_device_train_batch_size or max_steps to make up for it."
-        )
-
-
-def _console(quiet: bool = False) -> "Console":
-    from rich.console import Console
-
-    return Console(quiet=quiet)

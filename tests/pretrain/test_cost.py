@@ -16,8 +16,9 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from hf_nexus.pretrain.cost import cost_table, estimate_cost
-from hf_nexus.pretrain.memory import estimate_memory, format_bytes, sharding_of
+from hf_nexus.pretrain.console import cost_table, format_bytes
+from hf_nexus.pretrain.cost import estimate_cost
+from hf_nexus.pretrain.memory import estimate_memory, sharding_of
 from hf_nexus.pretrain.model import build_model, count_parameters, model_config
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
@@ -156,7 +157,7 @@ def test_sharding_is_what_is_asked_for_or_what_the_launcher_says(monkeypatch):
 
 
 def test_local_mode_is_refused_under_fsdp2_as_in_training():
-    with pytest.raises(ValueError, match="inner_sync='local' is not possible under FSDP2"):
+    with pytest.raises(ValueError, match="inner_sync='local' is not possible with FSDP2"):
         plan_run(plan("--sharding", "fsdp2", "--inner_sync", "local"), 8)
 
 
@@ -205,8 +206,8 @@ def test_one_device_sends_nothing_and_one_reduction_cannot_hide():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "3.74 to 5.22 s, as the bytes hide behind the backward pass or not"),
-        (["--inner_sync", "local"], "1.94 s, all sent after the last pass"),
+        ([], "3.74 to 5.22 s, with or without overlap with the backward pass"),
+        (["--inner_sync", "local"], "1.94 s, sent after the last pass"),
     ],
 )
 def test_the_table_says_what_hides(flags, words):

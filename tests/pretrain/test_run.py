@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_nexus
 from hf_nexus.pretrain.fields import PretrainConfig
+from hf_nexus.pretrain.memory import estimate_memory
 from hf_nexus.pretrain.model import build_model, count_parameters, model_config
 from hf_nexus.pretrain.parsing import load_config, parse_arguments
-from hf_nexus.pretrain.plan import estimate_memory, plan_run
+from hf_nexus.pretrain.plan import plan_run
 from hf_nexus.pretrain.run import main, pretrain
 from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.tiny_config import STEPS, write_config
@@ -364,9 +365,9 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(config, finished, tmp_path):
 
 
 def test_there_must_be_something_to_resume_from(config, tmp_path):
-    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
+    with pytest.raises(ValueError, match="No complete checkpoint was found"):
         run(config, tmp_path, "--resume_from_checkpoint", "last")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="does not exist or was not written to its end"):
         run(config, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-9"))
 
 
