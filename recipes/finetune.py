@@ -1,7 +1,7 @@
 """
 Train or fine-tune a causal language model on text with the Nexus update.
 
-Only the two lines marked `Nexus` differ from the same script for Trainer. The accuracy needs pip install evaluate.
+Only the two lines marked `Nexus` differ from the same script for Trainer.
 
 A small byte-level model from scratch on a text file, in half a minute on one CPU core without a download:
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..evaluation.held_out import HeldOut, held_out_rows
+from ..evaluation.held_out import HeldOutSet, held_out_sets
 from ..evaluation.landscape import minima_landscape
 from ..mixture.loading import load_mixture
 from ..pretrain.parsing import parse_arguments
@@ -67,7 +67,7 @@ def search_minima(run: Run) -> RunRecord:
         single = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
         searches[name] = _search(model, single, arguments, wanted)
     _move(parameters, start)
-    rows = held_out_rows(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
+    rows = held_out_sets(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
     found = minima_landscape(
         parameters,
         start,
@@ -150,8 +150,8 @@ def _search(
     return search
 
 
-def _mean(rows: HeldOut) -> float:
-    return rows.mean()[0]
+def _mean(rows: HeldOutSet) -> float:
+    return rows.mean_loss()[0]
 
 
 @torch.no_grad()

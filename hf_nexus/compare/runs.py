@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from transformers import TrainerCallback
 
-from ..evaluation.answers import answer_scores
+from ..evaluation.questions import answer_scores
 from ..mixture.stream.documents import StreamedDocuments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run

@@ -1,7 +1,1 @@
-"""Measuring what the update did."""
-
-from .answers import answer_scores, final_answer
-from .closeness import gradient_cosines
-from .losses import mean_losses, perplexities, perplexity
-
-__all__ = ["answer_scores", "final_answer", "gradient_cosines", "mean_losses", "perplexities", "perplexity"]
+"""Measurements on trained models: losses, answers, gradient cosines, minima, benchmarks, statistics."""

@@ -1,160 +1,162 @@
-"""How close the sources are to each other: cosines between their gradients at one point."""
+"""How close the sources of a saved model are: held-out losses, gradient cosines, distances between minimizers."""
 
-import hashlib
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_cosines"]
+from ..files import finite_json, nearest, write_atomic
+from ..mixture.config import MixtureConfig
+from ..mixture.loading import load_mixture
+from .cosines import gradient_cosines
+from .held_out import HeldOutSet, held_out_sets
+from .landscape import minima_landscape
+from .losses import OOD, mean_losses
+from .models import load_model, load_tokenizer, trainable_parameters
+from .parameter_space import norm
 
-Loss = Callable[[], Tensor]
-Batches = Loss | Iterable[tuple[Loss, float]]
-
-# Elements that are worked on at a time in float64, which bounds the memory of inner products and sketches.
-BLOCK = 2**20
+__all__ = ["Closeness", "measure_closeness"]
 
 
-def gradient_cosines(
-    losses: Mapping[str, Batches], params: Sequence[Tensor], *, projection: int | None = None, seed: int = 0
-) -> dict[tuple[str, str], float]:
+@dataclass(frozen=True)
+class Closeness:
+    """Results of [`measure_closeness`]. Losses are in nats per token."""
+
+    model: str  # folder or Hub id
+    base: str | None  # base model of an adapter
+    parameters: int  # number of the measured parameters; those of an adapter if it is one
+    parameter_norm: float
+    losses: dict[str, float]  # of the training sources
+    ood_losses: dict[str, float]
+    macro_loss: float
+    ood_loss: float | None
+    tokens: dict[str, int]  # target tokens of each loss
+    cosines: list[tuple[str, str, float]]  # of each pair of training sources
+    cosine_tokens: dict[str, int]  # target tokens of each gradient
+    projection: int | None  # size of the gradient sketches; None if the cosines are exact
+    minima: dict[str, Any] | None = None  # what `minima_landscape` returns
+
+    @property
+    def mean_cosine(self) -> float | None:
+        """Mean cosine over the pairs; `None` with one source."""
+        return sum(value for *_, value in self.cosines) / len(self.cosines) if self.cosines else None
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file. Numbers that are not finite are `null`. Missing folders are created."""
+        return write_atomic(path, finite_json({**asdict(self), "mean_cosine": self.mean_cosine}, indent=1) + "\n")
+
+
+def measure_closeness(
+    model: str,
+    mixture: MixtureConfig,
+    *,
+    base: str | None = None,
+    batches: int = 4,
+    batch_size: int = 8,
+    projection: int | None = None,
+    seed: int = 0,
+    minima: Mapping[str, str] | None = None,
+    resolution: int = 7,
+    device: str | None = None,
+) -> Closeness:
     """
-    Cosine between the loss gradients of each pair of sources, all taken at the present parameters. `.grad` is left
-    alone.
+    Measure held-out losses of a model and gradient cosines between its training sources. With models that were
+    trained further on single sources, also measure distances and losses between these minimizers. Weights are
+    float32 and dropout is off.
 
-    For S sources, the exact cosines cost S (S + 1) / 2 passes over their batches, and hold two gradients at a time, or
-    three where a source has several batches. With a `projection` it is S passes, one gradient, and S vectors of
-    `projection` numbers: each gradient is reduced to a count sketch (Charikar, Chen, Farach-Colton 2002), in which
-    each element is added, with a random sign, to a random one of the numbers. Inner products of sketches equal those
-    of the gradients in expectation (Weinberger et al. 2009, "Feature hashing for large scale multitask learning", with
-    the variance). The error of a cosine c has a standard deviation of about `(1 - c**2) / projection**0.5`, or less
-    where few parameters carry the gradients: at most 0.03 for 1024 numbers.
+    Of an adapter, only its own parameters are measured. Distances between LoRA matrices depend on how a product is
+    split in two, so compare only adapters with the same start.
 
     Args:
-        losses (`Mapping[str, Callable[[], Tensor] | Iterable[tuple[Callable[[], Tensor], float]]]`):
-            For each source, a function that computes its loss (0-d) on a fixed batch; or for several batches, pairs of
-            such a function and the weight of the batch in the source's mean, which is the number of its target tokens.
-            The pairs are asked for one by one, and in each pass anew: an iterable may make its batches as it goes.
-        params (`Sequence[Tensor]`):
-            The parameters to differentiate by.
-        projection (`int`, *optional*):
-            Numbers that are kept of a gradient. By default the cosines are exact.
-        seed (`int`, *optional*, defaults to 0):
-            Of the projection. The same on the same kind of device gives the same signs and places.
-
-    Returns:
-        `dict[tuple[str, str], float]`: the cosine of each pair, in the order of `losses`; NaN where a gradient is
-        zero. A projected cosine can lie outside -1..1 by rounding only.
+        model (`str`):
+            Folder or Hub id of a model or a PEFT adapter, with its tokenizer.
+        mixture ([`MixtureConfig`]):
+            The sources. Only their held-out rows are used.
+        base (`str`, *optional*):
+            Base model of an adapter. By default, the one that the adapter names.
+        batches (`int`, *optional*, defaults to 4), batch_size (`int`, *optional*, defaults to 8):
+            Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows
+            of each source. Losses of the model itself are computed on all of them.
+        projection (`int`, *optional*), seed (`int`, *optional*, defaults to 0):
+            As in [`gradient_cosines`]: cheaper cosines with an error.
+        minima (`Mapping[str, str]`, *optional*):
+            For two or more training sources, folder or Hub id of `model` trained further on that source alone. The
+            first three span the plane.
+        resolution (`int`, *optional*, defaults to 7):
+            Grid points along each axis of the plane.
+        device (`str`, *optional*):
+            Device to compute on. By default a GPU if there is one.
 
     Raises:
-        ValueError: an iterable that can be read only once, a weight below 0 or not finite, or a projection below 1.
+        ValueError: no held-out rows, unknown sources, or minimizers of another model.
+        OSError: a model that does not exist.
+        ImportError: an adapter, and peft is not installed.
 
     Example:
-        >>> import torch
-        >>> from hf_nexus.evaluation import gradient_cosines
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> gradient_cosines({"a": lambda: x.sum(), "b": [(lambda: -x.sum(), 3.0), (lambda: x.sum(), 1.0)]}, [x])
-        {('a', 'b'): -1.0}
+        >>> from hf_nexus.evaluation.closeness import measure_closeness
+        >>> from hf_nexus.mixture import MixtureConfig
+        >>> mixture = MixtureConfig.from_yaml("mixture.yaml")  # doctest: +SKIP
+        >>> measure_closeness("runs/nexus-demo", mixture, projection=1024).mean_cosine  # doctest: +SKIP
+        0.31
     """
-    if projection is not None and projection < 1:
-        raise ValueError(f"projection={projection} is not allowed; it must be at least 1, or None for exact cosines.")
-    names = list(losses)
-    for name in names:
-        batches = losses[name]
-        if not callable(batches) and iter(batches) is batches:
-            raise ValueError(f"The batches of source {name!r} can be read only once. Pass a list, not an iterator.")
-    products = _exact(losses, params) if projection is None else _projected(losses, params, projection, seed)
-    return {(a, b): _cosine(products, a, b) for a, b in itertools.combinations(names, 2)}
+    for key, value in (("batches", batches), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{key}={value} is not allowed; it must be 1 or more.")
+    _check_minima(minima or {}, mixture)
+    module, base = load_model(model, base)
+    loaded = load_mixture(mixture, load_tokenizer(model, base))
+    module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    held_out = held_out_sets(module, loaded, batch_size)
+    params = trainable_parameters(module)
+    sources = [name for name in loaded.train if name in held_out]
+    if not sources:
+        raise ValueError("No training source has held-out rows. Give them eval_rows or an eval_split.")
+    measured = {name: rows.mean_loss() for name, rows in held_out.items()}
+    losses = {name: loss for name, (loss, _) in measured.items()}
+    means = mean_losses({f"eval_{name}_loss": loss for name, loss in losses.items()}, list(losses), loaded.weights)
+    sample = {name: held_out[name].first(batches) for name in sources}
+    cosines = gradient_cosines(sample, list(params.values()), projection=projection, seed=seed)
+    return Closeness(
+        model=model,
+        base=base,
+        parameters=sum(p.numel() for p in params.values()),
+        parameter_norm=norm(params),
+        losses={name: losses[name] for name in sources},
+        ood_losses={name: loss for name, loss in losses.items() if name not in sources},
+        macro_loss=means["eval_loss"],
+        ood_loss=means.get(f"eval_{OOD}_loss"),
+        tokens={name: tokens for name, (_, tokens) in measured.items()},
+        cosines=[(a, b, value) for (a, b), value in cosines.items()],
+        cosine_tokens={name: int(sum(tokens for _, tokens in rows)) for name, rows in sample.items()},
+        projection=projection,
+        minima=_measure_minima(minima, base, params, sample, resolution) if minima else None,
+    )
 
 
-# Inner products of gradients by pairs of sources, a source with itself among them.
-_Products = dict[tuple[str, str], float]
+def _check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:
+    allowed = [name for name, source in mixture.train_sources.items() if source.eval_rows or source.eval_split]
+    for name in minima:
+        if name not in allowed:
+            raise ValueError(
+                f"minima: {name!r} is not a training source with held-out rows.{nearest(name, allowed)} Allowed: "
+                f"{', '.join(allowed)}."
+            )
+    if len(minima) == 1:
+        raise ValueError("minima: distances need the minimizers of two or more sources, and one was given.")
 
 
-def _cosine(products: _Products, a: str, b: str) -> float:
-    squares = products[a, a] * products[b, b]
-    return products[a, b] / squares**0.5 if squares else float("nan")
-
-
-def _exact(losses: Mapping[str, Batches], params: Sequence[Tensor]) -> _Products:
-    names = list(losses)
-    products: _Products = {}
-    for i, a in enumerate(names[:-1]):
-        first = _mean_gradient(a, losses[a], params)
-        products[a, a] = dot(first, first)
-        for b in names[i + 1 :]:
-            second = _mean_gradient(b, losses[b], params)
-            products[a, b] = dot(first, second)
-            products[b, b] = dot(second, second)
-            del second
-        del first
-    return products
-
-
-def _projected(losses: Mapping[str, Batches], params: Sequence[Tensor], size: int, seed: int) -> _Products:
-    sketches = {}
-    for name, batches in losses.items():
-        sketch = torch.zeros(size, dtype=torch.float64, device=params[0].device)
-        for gradient, weight in _gradients(name, batches, params):
-            # A sketch is linear in the gradient, so that the mean needs no gradient of its own.
-            sketch += weight * count_sketch(gradient, size, seed)
-            del gradient
-        sketches[name] = sketch
-    pairs = itertools.combinations_with_replacement(sketches, 2)
-    return {(a, b): float(torch.dot(sketches[a], sketches[b])) for a, b in pairs}
-
-
-def _mean_gradient(name: str, batches: Batches, params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of the weighted mean, up to the sum of the weights: a cosine does not know the difference."""
-    total: list[Tensor] | None = None
-    for gradient, weight in _gradients(name, batches, params):
-        if callable(batches):
-            return gradient
-        if total is None:
-            total = [g * weight for g in gradient]  # not in place: autograd may hand out one tensor twice
-        else:
-            torch._foreach_add_(total, gradient, alpha=weight)
-        del gradient
-    return [torch.zeros_like(p) for p in params] if total is None else total
-
-
-def _gradients(name: str, batches: Batches, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], float]]:
-    """The gradient on each batch, and its weight. This generator keeps none while the next one is computed."""
-    for loss, weight in [(batches, 1.0)] if callable(batches) else batches:
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"A batch of source {name!r} has weight {weight}; it must be finite and not below 0.")
-        if weight:  # the mean over no tokens is NaN, and zero times NaN as well
-            grads = torch.autograd.grad(loss(), params, allow_unused=True)
-            yield [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)], float(weight)
-            del grads
-
-
-@torch.no_grad()
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The inner product of two vectors that are given in parts, summed in float64."""
-    products = [
-        torch.dot(x.double(), y.double())
-        for whole_x, whole_y in zip(a, b, strict=True)
-        for x, y in zip(whole_x.reshape(-1).split(BLOCK), whole_y.reshape(-1).split(BLOCK), strict=True)
-    ]
-    return float(torch.stack(products).sum())
-
-
-@torch.no_grad()
-def count_sketch(tensors: Sequence[Tensor], size: int, seed: int) -> Tensor:
-    """
-    A vector reduced to `size` float64 numbers. The places depend on the seed and the position alone: all vectors of
-    one shape are sketched alike, and no table of places is kept.
-    """
-    device = tensors[0].device
-    bins = torch.zeros(2 * size, dtype=torch.float64, device=device)  # a place and a sign are one of 2 * size bins
-    generator = torch.Generator(device)
-    for i, tensor in enumerate(tensors):
-        for j, block in enumerate(tensor.reshape(-1).split(BLOCK)):
-            key = hashlib.blake2b(repr((seed, i, j)).encode(), digest_size=7).digest()
-            generator.manual_seed(int.from_bytes(key, "big"))
-            places = torch.randint(2 * size, (block.numel(),), generator=generator, device=device)
-            bins.index_add_(0, places, block.double())
-    return bins[:size] - bins[size:]
+def _measure_minima(
+    paths: Mapping[str, str], base: str | None, params: Mapping[str, Tensor], rows: Mapping[str, HeldOutSet], size: int
+) -> dict[str, Any]:
+    points = {}
+    for name, path in paths.items():
+        point = trainable_parameters(load_model(path, base)[0])
+        if {key: p.shape for key, p in point.items()} != {key: p.shape for key, p in params.items()}:
+            raise ValueError(f"The minimizer of {name!r}, {path}, does not have the parameters of the model.")
+        points[name] = point
+    losses = {name: lambda name=name: rows[name].mean_loss()[0] for name in points}
+    plane = list(points)[:3] if len(points) >= 3 else ()
+    return minima_landscape(params, params, points, losses, plane=plane, resolution=size)

@@ -1,4 +1,4 @@
-"""What lies between minima: losses along segments and on a plane."""
+"""Losses between minima: along segments and on a plane."""
 
 import itertools
 import math
@@ -7,23 +7,23 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from .points import Point, inner, moving, norm
+from .parameter_space import Point, distance, inner, moving, norm
 
-__all__ = ["PlaneLosses", "barrier_height", "minima_landscape", "plane_losses", "segment_losses"]
+__all__ = ["PlaneLosses", "minima_landscape"]
 
-# Of the loss at the present parameters.
+# Computes a loss at the current parameters.
 Measure = Callable[[], float | Tensor]
 
 _POSITIONS = tuple(i / 10 for i in range(11))
 
-# Three points count as lying on a line if the triangle is flatter than this: float32 cannot tell its plane.
+# A flatter triangle counts as a line: float32 does not determine its plane.
 _FLAT = 1e-6
 
 
 class PlaneLosses(TypedDict):
     """
-    Losses on a grid: `x` and `y` are its coordinates in units of L2 distance, `points` the coordinates of the corners
-    and then of the other points, and `loss` has a row for each of `y` and a column for each of `x`.
+    Losses on a grid. `x` and `y` are its coordinates in units of L2 distance. `points` has the coordinates of the
+    corners, then those of the other points. `loss` has a row for each of `y` and a column for each of `x`.
     """
 
     x: list[float]
@@ -34,30 +34,9 @@ class PlaneLosses(TypedDict):
 
 def segment_losses(params: Point, a: Point, b: Point, positions: Sequence[float], loss: Measure) -> list[float]:
     """
-    Losses at `a + t (b - a)` for each position t; at 0 and 1 the parameters are bit for bit those of `a` and `b`.
+    Losses at `a + t (b - a)` for each position t. At 0 and 1 the parameters equal `a` and `b` bit for bit.
 
-    The parameters are moved in place and put back bit for bit, whatever happens. Beside what is given, this holds one
-    copy of them.
-
-    Args:
-        params (`Mapping[str, Tensor]` or `Sequence[Tensor]`):
-            The parameters that `loss` depends on, such as `dict(model.named_parameters())`.
-        a (as `params`), b (as `params`):
-            The ends; `params` itself is allowed.
-        positions (`Sequence[float]`):
-            Any numbers.
-        loss (`Callable[[], float | Tensor]`):
-            The loss at the present parameters; called without gradients.
-
-    Raises:
-        ValueError: names or shapes that differ.
-
-    Example:
-        >>> import torch
-        >>> from hf_nexus.evaluation.landscape import segment_losses
-        >>> x = torch.zeros(2)
-        >>> segment_losses([x], [torch.tensor([-1.0, 0.0])], [torch.tensor([1.0, 0.0])], [0, 0.5, 1], lambda: x.norm())
-        [1.0, 0.0, 1.0]
+    The parameters are moved in place and always restored bit for bit. One copy of them is held.
     """
     with moving(params, [a, b]) as (move, _):
 
@@ -70,30 +49,17 @@ def segment_losses(params: Point, a: Point, b: Point, positions: Sequence[float]
 
 def barrier_height(positions: Sequence[float], losses: Sequence[float]) -> float:
     """
-    How far the losses along a segment rise above the straight line between those at its ends; at least 0.
-
-    Args:
-        positions (`Sequence[float]`):
-            Ascending, the first and the last being the ends; at least two.
-        losses (`Sequence[float]`):
-            One for each. If one is NaN, so is the height.
-
-    Raises:
-        ValueError: fewer than two positions, unequal numbers, or positions that do not ascend.
-
-    Example:
-        >>> from hf_nexus.evaluation.landscape import barrier_height
-        >>> barrier_height([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
-        2.5
+    How far the losses along a segment rise above the straight line between those at its ends; at least 0, and NaN if
+    one of them is. The positions ascend from one end to the other.
     """
     first, last = (positions[0], positions[-1]) if positions else (0.0, 0.0)
     if len(positions) != len(losses) or not all(a < b for a, b in itertools.pairwise(positions)) or first == last:
         raise ValueError(
-            f"A barrier needs as many losses as positions, which ascend from one end of the segment to the other; "
-            f"there are {len(losses)} losses at {list(positions)}."
+            f"A barrier needs as many losses as positions, and at least two positions in ascending order. Given were "
+            f"{len(losses)} losses at {list(positions)}."
         )
-    shares = [(t - first) / (last - first) for t in positions]
-    rises = [v - (losses[0] * (1 - s) + losses[-1] * s) for s, v in zip(shares, losses, strict=True)]
+    fractions = [(t - first) / (last - first) for t in positions]
+    rises = [v - (losses[0] * (1 - s) + losses[-1] * s) for s, v in zip(fractions, losses, strict=True)]
     return math.nan if any(map(math.isnan, losses)) else max(0.0, *rises)
 
 
@@ -107,38 +73,11 @@ def plane_losses(
     margin: float = 0.25,
 ) -> PlaneLosses | None:
     """
-    Losses on the plane through three points. Its origin is the first, its x axis points to the second, and its y axis
-    is the rest of the third (Gram-Schmidt). Points elsewhere are projected onto it.
+    Losses on the plane through three points, on `resolution ** 2` grid points; `None` if the points lie on a line.
 
-    The parameters are moved in place and put back bit for bit, whatever happens. Beside what is given, this holds one
-    copy of them: the axes exist as coefficients of the corners only.
-
-    Args:
-        params (`Mapping[str, Tensor]` or `Sequence[Tensor]`), loss (`Callable[[], float | Tensor]`):
-            As for [`segment_losses`].
-        corners (`Sequence` of what `params` is):
-            Three.
-        others (`Sequence` of what `params` is, *optional*):
-            Points whose coordinates are wanted as well, such as the start of training.
-        resolution (`int`, *optional*, defaults to 11):
-            Grid points along each axis; the loss is computed `resolution ** 2` times.
-        margin (`float`, *optional*, defaults to 0.25):
-            Room around all points, as a share of their extent along each axis.
-
-    Returns:
-        [`PlaneLosses`], *optional*: `None` if the corners lie on one line, through which there are many planes.
-
-    Raises:
-        ValueError: not three corners, names or shapes that differ, or a resolution below 2.
-
-    Example:
-        >>> import torch
-        >>> from hf_nexus.evaluation.landscape import plane_losses
-        >>> x = torch.zeros(2)
-        >>> corners = [[torch.tensor(p)] for p in ([0.0, 0.0], [2.0, 0.0], [1.0, 1.0])]
-        >>> plane = plane_losses([x], corners, lambda: x.sum(), resolution=2, margin=0.0)
-        >>> plane["points"], plane["loss"]
-        ([(0.0, 0.0), (2.0, 0.0), (1.0, 1.0)], [[0.0, 2.0], [1.0, 3.0]])
+    The first corner is the origin, the x axis points to the second, and the y axis is the orthogonal part of the third
+    (Gram-Schmidt). Other points are projected onto the plane. `margin` is a fraction of the extent of all points along
+    each axis. The parameters are moved in place and always restored bit for bit. One copy of them is held.
     """
     if len(corners) != 3 or resolution < 2:
         raise ValueError(
@@ -178,35 +117,35 @@ def minima_landscape(
     resolution: int = 11,
 ) -> dict[str, Any]:
     """
-    What is to be known about the minimizers of several sources, as plain data.
+    Distances, losses and barriers between the minimizers of several sources, as plain data.
 
-    The parameters are moved in place and put back bit for bit, whatever happens. Beside what is given, this holds one
-    copy of them. For S sources and P positions, losses are computed S (S - 1) P + 2 S times, and for a plane
-    `3 * resolution ** 2` times.
+    The parameters are moved in place and always restored bit for bit. One copy of them is held. For S sources and P
+    positions, losses are computed S (S - 1) P + 2 S times, and `3 * resolution ** 2` times more for a plane.
 
     Args:
         params (`Mapping[str, Tensor]` or `Sequence[Tensor]`):
-            The parameters that the losses depend on, such as `dict(model.named_parameters())`.
-        start (as `params`):
-            Where the searches for the minimizers began; `params` itself is allowed.
+            Parameters that the losses depend on, such as `dict(model.named_parameters())`.
+        start (like `params`):
+            Point where the searches for the minimizers began. `params` itself is allowed.
         minimizers (`Mapping[str, Point]`):
-            For each source, where its search ended.
+            Point where the search of each source ended.
         losses (`Mapping[str, Callable[[], float | Tensor]]`):
-            For each of these sources, its held-out loss at the present parameters.
+            For each of these sources, a function that computes its held-out loss at the current parameters.
         positions (`Sequence[float]`, *optional*, defaults to 0, 0.1, ..., 1):
-            Along the segment between each two minimizers; from 0 to 1.
+            Positions along the segment between two minimizers, from 0 to 1.
         plane (`Sequence[str]`, *optional*):
-            Three sources, for a slice through their minimizers. By default there is none.
+            Three sources whose minimizers span a plane.
         resolution (`int`, *optional*, defaults to 11):
-            Grid points along each axis of the slice.
+            Grid points along each axis of the plane.
 
     Returns:
-        `dict[str, Any]`: `start_loss` and `end_loss` of each source, `parameter_norm` (of the start), `to_start`,
-        `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of the
-        two)`), `barriers` (`(source, source, height)`), and `plane`: [`PlaneLosses`] and `sources`, or `None`.
+        `dict[str, Any]`: `start_loss`, `end_loss` and `to_start` (distance) of each source, `parameter_norm` (of the
+        start), `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of
+        the two)`), `barriers` (`(source, source, height)`), and `plane`: [`PlaneLosses`] and `sources`, or `None`.
 
     Raises:
-        ValueError: a source without a loss, names or shapes that differ, or not three sources of a plane.
+        ValueError: a source without a minimizer or a loss, different names or shapes, or a plane of other than three
+            sources.
 
     Example:
         >>> import torch
@@ -236,9 +175,9 @@ def minima_landscape(
             move([0.0] * (i + 1) + [1.0])
             end_loss[name] = float(losses[name]())
         at = dict(zip(minimizers, ends, strict=True))
-        pairwise = [(a, b, math.sqrt(inner(at[a], at[b], at[a], at[b]))) for a, b in pairs]
-        to_start = {name: math.sqrt(inner(end, origin, end, origin)) for name, end in at.items()}
-        size = norm(origin)
+        pairwise = [(a, b, distance(at[a], at[b])) for a, b in pairs]
+        to_start = {name: distance(end, origin) for name, end in at.items()}
+        parameter_norm = norm(origin)
     segments = [
         (a, b, segment_losses(params, minimizers[a], minimizers[b], positions, mean_of((a, b)))) for a, b in pairs
     ]
@@ -247,7 +186,7 @@ def minima_landscape(
     return {
         "start_loss": start_loss,
         "end_loss": end_loss,
-        "parameter_norm": size,
+        "parameter_norm": parameter_norm,
         "to_start": to_start,
         "pairwise": pairwise,
         "positions": list(positions),

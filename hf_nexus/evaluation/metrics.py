@@ -1,47 +1,35 @@
-"""Metrics in the form of the `evaluate` library that need no network: `pip install hf-nexus[eval]`."""
+"""Metrics of the `evaluate` library that need no network."""
 
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 from torch import Tensor
 
 from .answers import ANSWER_MARK, final_answer
 
-try:
-    import datasets
-    import evaluate
-except ImportError as error:
-    raise ImportError("These metrics need the evaluate library: pip install 'hf-nexus[eval]'") from error
-
 __all__ = ["AnswerExactMatch", "NextTokenAccuracy"]
 
 
-class _InMemory(evaluate.Metric):
-    """Keeps what it is given in memory: by default, `evaluate` writes it to files that processes share."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**{"keep_in_memory": True, **kwargs})
-
-
-class NextTokenAccuracy(_InMemory):
+class NextTokenAccuracy(evaluate.Metric):
     """
-    Share of tokens that were predicted as the most probable one from those before them.
+    Fraction of tokens that the model predicted as the most probable next token.
 
     `compute` takes:
 
-    - **predictions**, (N, T): the most probable token after each position. The models' logits, (N, T, V), need as much
-      memory as V of these; `argmax` makes one of the other, batch by batch.
-    - **references**, (N, T): labels as causal models take them, not shifted, -100 where they do not count.
+    - **predictions**, (N, T): the most probable next token at each position.
+    - **references**, (N, T): labels, not shifted, -100 where a position does not count.
 
-    It returns `{"next_token_accuracy": float}`; NaN without a label that counts.
+    It returns `{"accuracy": float}`; NaN if no position counts.
 
     Raises:
-        ValueError: a prediction is not as long as its reference.
+        ValueError: a prediction and its reference have different lengths.
 
     Example:
         >>> from hf_nexus.evaluation.metrics import NextTokenAccuracy
         >>> NextTokenAccuracy().compute(predictions=[[7, 8, 5, 0]], references=[[6, 7, 9, -100]])
-        {'next_token_accuracy': 0.5}
+        {'accuracy': 0.5}
 
     In a Trainer:
 
@@ -49,18 +37,21 @@ class NextTokenAccuracy(_InMemory):
     accuracy = NextTokenAccuracy()
     trainer = NexusTrainer(
         ...,
-        compute_metrics=accuracy.compute_metrics,  # eval_<name>_next_token_accuracy
+        compute_metrics=accuracy.compute_metrics,  # logs eval_accuracy
         preprocess_logits_for_metrics=accuracy.argmax,
     )
     ```
     """
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"keep_in_memory": True, **kwargs})  # evaluate's default are files that processes share
+
     def _info(self) -> evaluate.MetricInfo:
         tokens = datasets.Sequence(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description="Share of tokens that were predicted as the most probable one from those before them.",
+            description="Fraction of tokens that the model predicted as the most probable next token.",
             citation="",
-            inputs_description="predictions: token ids, (N, T); references: labels, (N, T), -100 where none counts",
+            inputs_description="predictions: token ids, (N, T); references: labels, (N, T), -100 if not counted",
             features=datasets.Features({"predictions": tokens, "references": tokens}),
         )
 
@@ -70,23 +61,26 @@ class NextTokenAccuracy(_InMemory):
             labels = np.asarray(labels)
             if len(predicted) != len(labels):
                 raise ValueError(
-                    f"Prediction {i} has {len(predicted)} tokens and its reference {len(labels)}. Pass both as the "
-                    "model has them, one token per position, not shifted."
+                    f"Prediction {i} has {len(predicted)} tokens and its reference {len(labels)}. Pass both with one "
+                    "token per position, not shifted."
                 )
-            counts = labels[1:] != -100
-            right += int((predicted[:-1] == labels[1:])[counts].sum())
-            count += int(counts.sum())
-        return {"next_token_accuracy": right / count if count else float("nan")}
+            counted = labels[1:] != -100
+            right += int((predicted[:-1] == labels[1:])[counted].sum())
+            count += int(counted.sum())
+        return {"accuracy": right / count if count else float("nan")}
 
     @staticmethod
     def argmax(logits: Tensor | tuple[Tensor, ...], labels: Any = None) -> Tensor:
-        """For `preprocess_logits_for_metrics`: the most probable tokens, (B, T), of logits, (B, T, V)."""
+        """
+        Most probable tokens, (B, T), of logits, (B, T, V). As `preprocess_logits_for_metrics` it saves the memory of
+        the logits of a whole evaluation set.
+        """
         if isinstance(logits, tuple):  # a model with further outputs
             logits = logits[0]
         return logits.argmax(-1)
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
-        """For `compute_metrics`: of an [`~transformers.EvalPrediction`] whose predictions are token ids."""
+        """Metric of an [`~transformers.EvalPrediction`] with token ids as predictions, for `compute_metrics`."""
         predictions = np.asarray(prediction.predictions)
         if predictions.ndim != 2:
             raise ValueError(
@@ -97,9 +91,9 @@ class NextTokenAccuracy(_InMemory):
         return result
 
 
-class AnswerExactMatch(_InMemory):
+class AnswerExactMatch(evaluate.Metric):
     r"""
-    Share of solutions that end in the reference's final answer, by the convention of GSM8K; see [`final_answer`].
+    Fraction of solutions with the [`final_answer`] of the reference, by the convention of GSM8K.
 
     `compute` takes **predictions** and **references**, solutions as strings. A prediction without a final answer is
     wrong. It returns `{"exact_match": float}`.
@@ -114,10 +108,13 @@ class AnswerExactMatch(_InMemory):
         {'exact_match': 0.5}
     """
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="Share of solutions that end in the reference's final answer.",
+            description="Fraction of solutions with the final answer of the reference.",
             citation="",
             inputs_description=f"predictions, references: solutions, each ending in a line '{ANSWER_MARK}<answer>'",
             features=datasets.Features({"predictions": text, "references": text}),

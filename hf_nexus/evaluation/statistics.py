@@ -1,4 +1,4 @@
-"""What few seeds can tell: intervals, paired differences, many comparisons, figures at a matched loss."""
+"""Statistics of few seeds: t-intervals, paired differences, Holm's correction, correlations, matched losses."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,27 +11,16 @@ __all__ = ["Correlation", "Estimate", "PairedDifference", "correlate", "holm", "
 Key = TypeVar("Key", bound=Hashable)
 
 _EPSILON = 2.0**-52
-# Up to here all n! orders are counted (40,320); beyond, the usual approximation by a t-distribution is close enough.
+# Up to 8 pairs all n! orders are counted (40,320). Beyond, the usual t-approximation is accurate enough.
 _EXACT_SPEARMAN = 8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % t-interval.
-
-    Args:
-        mean (`float`): Of the values.
-        half (`float`, *optional*): Half the width of the interval, `mean - half` to `mean + half`; `None` where
-            there is no spread to tell it from: a single value, or values that are all the same.
-        n (`int`): How many values.
-
-    Example:
-        >>> Estimate(2.0, 0.5, n=3).low
-        1.5
-    """
+    """Mean of `n` values with its 95 % t-interval, `mean - half` to `mean + half`."""
 
     mean: float
-    half: float | None
+    half: float | None  # None for a single value, or for values that are all the same
     n: int
 
     @property
@@ -47,28 +36,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference(Estimate):
-    """The mean of paired differences, with the p-value of a two-sided paired t-test.
+    """Mean of paired differences, with the p-value of a two-sided paired t-test."""
 
-    Args:
-        p (`float`, *optional*): `None` wherever `half` is: there is no test then. It is below 0.05 exactly
-            where the interval leaves out 0.
-
-    Example:
-        >>> PairedDifference(-0.1, 0.02, n=3, p=0.002).high
-        -0.08
-    """
-
-    p: float | None = None
+    p: float | None = None  # below 0.05 if and only if the interval excludes 0; None if `half` is
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's and Spearman's correlation of `n` pairs, each with its two-sided p-value.
-
-    Example:
-        >>> Correlation(0.9, 0.04, 1.0, 0.02, n=5).spearman
-        1.0
-    """
+    """Pearson and Spearman correlation of `n` pairs, each with its two-sided p-value."""
 
     pearson: float
     pearson_p: float
@@ -78,13 +53,14 @@ class Correlation:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of independent values with its 95 % t-interval.
+    """
+    Mean of independent values with its 95 % t-interval.
 
     Args:
-        values (`Sequence[float]`): One for each seed.
+        values (`Sequence[float]`): One value per seed.
 
     Raises:
-        ValueError: there is no value, or one that is not finite.
+        ValueError: no value, or one that is not finite.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import mean
@@ -100,16 +76,17 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
-    """`values - baseline`, paired by position: mean, 95 % t-interval, and the p-value of a two-sided paired t-test.
+    """
+    Mean of `values - baseline`, paired by position, with its 95 % t-interval and the p-value of a paired t-test.
 
-    Pairing by seed takes out what a seed does to both. Differences that are all the same (up to rounding) give neither
-    interval nor p-value: the formula would say 0 and 0, a certainty that two or three equal numbers do not carry.
+    Pairing by seed removes what a seed does to both. If all differences are the same up to rounding, there is no
+    interval and no p-value: the formula would give 0 for both, a certainty that two or three numbers do not support.
 
     Args:
-        values (`Sequence[float]`), baseline (`Sequence[float]`): Of the same seeds in the same order.
+        values (`Sequence[float]`), baseline (`Sequence[float]`): Values of the same seeds in the same order.
 
     Raises:
-        ValueError: the lengths differ, there is no value, or one that is not finite.
+        ValueError: different lengths, no value, or one that is not finite.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import paired_difference
@@ -123,7 +100,7 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Pai
     _check(baseline)
     if len(values) != len(baseline):
         raise ValueError(
-            f"Paired values must be equally many, got {len(values)} and {len(baseline)}: keep the seeds both have."
+            f"Paired values must have the same length, got {len(values)} and {len(baseline)}. Keep the common seeds."
         )
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     half, p = _t_test(differences, max(map(abs, (*values, *baseline))))
@@ -131,17 +108,18 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Pai
 
 
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
-    """Holm's correction: among results below 0.05 after it, the chance of even one false find is at most 0.05.
+    """
+    Holm's correction for multiple comparisons. With the threshold 0.05 after it, the probability of one or more false
+    positives is at most 0.05.
 
     Args:
-        p_values (`Mapping[Key, float | None]`): Of the comparisons made. `None` was not tested: it stays so, and
-            does not count.
+        p_values (`Mapping[Key, float | None]`): p-value of each comparison. `None` was not tested and does not count.
 
     Returns:
-        `dict[Key, float | None]`: The same keys; never below the raw values, in their order, at most 1.
+        `dict[Key, float | None]`: Corrected p-values. They keep the order of the raw ones and are never below them.
 
     Raises:
-        ValueError: a value is not in 0..1.
+        ValueError: a value outside 0..1.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import holm
@@ -160,20 +138,20 @@ def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
 
 
 def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
-    """What a figure was when training had come down to a certain loss: the figure at matched training loss.
+    """
+    Value of a metric where the training loss first reaches `x`: the metric at matched training loss.
 
     Args:
-        xs (`Sequence[float]`): Training losses, in order of training. They need not fall throughout: the first
-            passage from above counts.
-        ys (`Sequence[float]`): The figure at the same points. Points at which either is not finite are passed over.
-        x (`float`): The loss to match.
+        xs (`Sequence[float]`): Training losses, in order of training. The first crossing from above counts.
+        ys (`Sequence[float]`): Metric at the same points. A point with a value that is not finite is skipped.
+        x (`float`): Loss to match.
 
     Returns:
-        `float`, *optional*: interpolated linearly between the two neighbours; `None` if the loss never came down to
-        `x`, or began below it.
+        `float`, *optional*: linear interpolation between the two neighbors; `None` if the loss never falls to `x`, or
+        starts below it.
 
     Raises:
-        ValueError: the lengths differ.
+        ValueError: different lengths.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import value_at
@@ -183,31 +161,32 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None
         True
     """
     if len(xs) != len(ys):
-        raise ValueError(f"A curve needs as many figures as losses, got {len(xs)} losses and {len(ys)} figures.")
+        raise ValueError(f"A curve needs one value per loss, got {len(xs)} losses and {len(ys)} values.")
     points = [(a, b) for a, b in zip(xs, ys, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if points and points[0][0] == x:
         return points[0][1]
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 > x >= x1:
             between = y0 + (x0 - x) / (x0 - x1) * (y1 - y0)
-            return min(max(between, min(y0, y1)), max(y0, y1))  # rounding does not lead out of them
+            return min(max(between, min(y0, y1)), max(y0, y1))  # not outside them by rounding
     return None
 
 
 def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
-    """Pearson's and Spearman's correlation, with two-sided p-values.
+    """
+    Pearson and Spearman correlation, with two-sided p-values.
 
-    Spearman's p-value is exact up to 8 pairs: the share of all orders that correlate as much. (The usual approximation
-    gives 0 for any three pairs in order, of which every third set of three is, one way or the other.)
+    The p-value of Spearman is exact up to 8 pairs: the fraction of all orders with at least this correlation. The
+    usual approximation gives 0 for any three pairs in order, although a third of all random triples are.
 
     Args:
         xs (`Sequence[float]`), ys (`Sequence[float]`): Pairs by position.
 
     Returns:
-        [`Correlation`], *optional*: `None` for fewer than 3 pairs, or where one side is the same throughout.
+        [`Correlation`], *optional*: `None` for fewer than 3 pairs, or if the values of one side are all the same.
 
     Raises:
-        ValueError: the lengths differ, there is no value, or one that is not finite.
+        ValueError: different lengths, no value, or one that is not finite.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import correlate
@@ -218,7 +197,7 @@ def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
     _check(xs)
     _check(ys)
     if len(xs) != len(ys):
-        raise ValueError(f"Pairs need as many of each, got {len(xs)} and {len(ys)}.")
+        raise ValueError(f"Pairs need sequences of the same length, got {len(xs)} and {len(ys)}.")
     if len(xs) < 3 or any(_alike(side, max(map(abs, side))) for side in (xs, ys)):
         return None
     import numpy as np
@@ -235,22 +214,22 @@ def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
 
 def _check(values: Sequence[float]) -> None:
     if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"At least one value is needed and all must be finite, got {list(values)}.")
+        raise ValueError(f"At least one value is needed, and all must be finite. Got {list(values)}.")
 
 
 def _alike(values: Sequence[float], scale: float) -> bool:
-    """Whether `values` differ no more than the rounding of numbers as large as `scale` makes them."""
+    """Whether `values` differ by no more than the rounding error of numbers of size `scale`."""
     return max(values) - min(values) <= 4 * _EPSILON * scale
 
 
 def _t_test(values: Sequence[float], scale: float) -> tuple[float | None, float | None]:
-    """Half of the 95 % interval of the mean, and the two-sided p-value of its being 0; `None` without a spread."""
+    """Half the 95 % interval of the mean, and the p-value of a two-sided test against 0; `None` without a spread."""
     n = len(values)
     if n < 2 or _alike(values, scale):
         return None, None
     from scipy.stats import t
 
     middle = math.fsum(values) / n
-    # `dist` scales as it goes: squares of tiny differences would underflow.
+    # `dist` rescales its input; squares of tiny differences would underflow.
     error = math.dist(values, [middle] * n) / math.sqrt((n - 1) * n)
     return float(t.ppf(0.975, n - 1)) * error, float(2 * t.sf(abs(middle) / error, n - 1))

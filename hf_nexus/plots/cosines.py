@@ -24,12 +24,8 @@ def plot_cosines(
     Draw the gradient cosines of a log as curves, and the last ones as a matrix.
 
     Args:
-        log_history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`. With `gradient_cosine_steps` it has the keys `cosine/<source>-<source>`.
-        sources (`Sequence[str]`):
-            Names of the training sources.
-        path (`str` or `os.PathLike`):
-            PNG file to write. Missing folders are created.
+        log_history (`Sequence[Mapping[str, Any]]`), sources (`Sequence[str]`), path (`str` or `os.PathLike`):
+            As in [`plot_training`]. With `gradient_cosine_steps`, the log has the keys `cosine/<source>-<source>`.
 
     Returns:
         `Path`, *optional*: `path`; `None` if the log has no finite cosine. Then no file is written.

@@ -30,14 +30,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.
 
 
 def new_plot(width: float, height: float) -> "Figure":
-    """
-    Empty figure of `width` by `height` inches.
-
-    Example:
-        >>> from hf_nexus.plots.style import new_plot
-        >>> new_plot(4, 3).get_size_inches().tolist()
-        [4.0, 3.0]
-    """
+    """Empty figure of `width` by `height` inches."""
     # pyplot would choose a GUI backend and keep the figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,16 +41,7 @@ def new_plot(width: float, height: float) -> "Figure":
 
 
 def save_plot(figure: "Figure", path: str | os.PathLike[str]) -> Path:
-    """
-    Write a figure as PNG, whatever the suffix of `path`. Missing folders are created.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.plots.style import new_plot, save_plot
-        >>> save_plot(new_plot(4, 3), Path(mkdtemp(), "empty.png")).name
-        'empty.png'
-    """
+    """Write a figure as PNG, whatever the suffix of `path`. Missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=figure.dpi)
@@ -73,14 +57,7 @@ def tidy(axes: "Axes", fontsize: float = 9) -> None:
 
 
 def series_style(index: int) -> dict[str, Any]:
-    """
-    Color, marker and dashes of the `index`-th of several curves. Index 0, the baseline, is black.
-
-    Example:
-        >>> from hf_nexus.plots.style import series_style
-        >>> series_style(0)["color"], series_style(1)["marker"]
-        ('black', 's')
-    """
+    """Color, marker and dashes of the `index`-th of several curves. Index 0, the baseline, is black."""
     color = "black" if index == 0 else COLORS[(index - 1) % len(COLORS)]
     return {"color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": _DASHES[index % len(_DASHES)]}
 
@@ -109,28 +86,8 @@ def draw_matrix(
     fontsize: float = 8.0,
 ) -> Any:
     """
-    Draw a matrix with its numbers in the cells.
-
-    Args:
-        axes (`Axes`):
-            Axes to draw on.
-        names (`Sequence[str]`):
-            Labels of the rows and columns.
-        rows (`Sequence[Sequence[float]]`):
-            Values; NaN is written as a dash.
-        cmap (`str`), limits (`tuple[float, float]`):
-            Color map, and the values at its ends.
-        number (`str`, *optional*, defaults to `".2f"`), fontsize (`float`, *optional*, defaults to 8.0):
-            Format and size of the numbers.
-
-    Returns:
-        `AxesImage`: the image, for a color bar.
-
-    Example:
-        >>> from hf_nexus.plots.style import draw_matrix, new_plot
-        >>> image = draw_matrix(new_plot(3, 3).subplots(), "ab", [[0, 1], [1, 0]], cmap="Blues", limits=(0, 1))
-        >>> image.get_array().shape
-        (2, 2)
+    Draw a square matrix with its numbers in the cells; NaN is written as a dash. `limits` are the values at the ends
+    of the color map. Returns the image, for a color bar.
     """
     import numpy as np
 
@@ -152,13 +109,6 @@ def place_labels(axes: "Axes", points: Sequence[tuple[float, float]], labels: Se
     Write each label next to its point, where it covers the fewest markers, lines and other labels.
 
     Call this last: it fixes the layout of the figure.
-
-    Example:
-        >>> from hf_nexus.plots.style import new_plot, place_labels
-        >>> axes = new_plot(3, 3).subplots()
-        >>> place_labels(axes, [(0.5, 0.5), (0.51, 0.5)], ["one", "other"])
-        >>> [label.get_text() for label in axes.texts]
-        ['one', 'other']
     """
     import numpy as np
     from matplotlib.text import Text

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.closeness import gradient_cosines
+from ..evaluation.cosines import gradient_cosines
 
 __all__ = ["source_cosines"]
 

@@ -182,7 +182,7 @@ def test_points_that_are_not_finite_are_passed_over():
 
 
 def test_curves_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="2 losses and 1 figures"):
+    with pytest.raises(ValueError, match="2 losses and 1 values"):
         value_at([1.0, 2.0], [1.0], 1.5)
 
 

@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_nexus.evaluation import mean_losses, perplexities, perplexity
-from hf_nexus.evaluation.losses import TokenMean, mask_rows
+from hf_nexus.evaluation.losses import TokenMean, mask_rows, mean_losses, perplexities, perplexity
 from hf_nexus.mixture.isolation import IsolateDocuments
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.losses_worker import METRICS, Classes, own_loss, stack

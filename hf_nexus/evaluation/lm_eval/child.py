@@ -1,11 +1,11 @@
-"""One task in a process of its own, run as a file: settings as JSON on stdin, results to the file that they name."""
+"""Runs one task. Started as a script with settings as JSON on stdin; writes the results to a file."""
 
 import json
 import os
 import sys
 from typing import Any
 
-# What lm-eval notes of the machine and of the repository it is called from; raw results may be published.
+# Facts about the machine and the current repository. Raw results may be published.
 _PRIVATE = ("pretty_env_info", "git_hash", "upper_git_hash")
 
 
@@ -15,9 +15,9 @@ def main(settings: dict[str, Any]) -> None:
 
     Args:
         settings (`dict[str, Any]`):
-            `task`, `model_args`, `limit`, `num_fewshot`, `batch_size`, `device`, `allow_code_execution` and
-            `results` (where to), and for a local task file `folder`, from which its relative paths count, and
-            `defaults`, whether it needs lm-eval's own tasks: to list those takes most of the time of a small task.
+            `task`, `model_args`, `limit`, `num_fewshot`, `batch_size`, `device`, `allow_code_execution`, and
+            `results`, the file to write. For a local task file also `folder`, the base of its relative paths, and
+            `defaults`, whether it needs the tasks of lm-eval. Listing those is slow.
     """
     import torch
     from lm_eval import simple_evaluate  # type: ignore[import-not-found, unused-ignore]
@@ -42,7 +42,7 @@ def main(settings: dict[str, Any]) -> None:
     )
     assert results is not None, "one process is rank 0"
     kept: dict[str, Any] = {name: value for name, value in results.items() if name not in _PRIVATE}
-    kept["config"].pop("model_args")  # holds paths, as does the next
+    kept["config"].pop("model_args")  # has local paths, as has `config_source`
     for config in kept["configs"].values():
         (config.get("metadata") or {}).pop("config_source", None)
     with open(settings["results"], "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Runs benchmarks, each one in a process of its own that may crash, hang or eat memory without harm to this one."""
+"""Runs tasks of lm-eval, each in a child process: a crash, a hang or a lack of memory costs only that task."""
 
 import json
 import os
@@ -13,39 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import Task
 from .scores import Score, read_scores
+from .tasks import Task
 
-__all__ = ["LOG_FOLDER", "RAW_FOLDER", "Outcome", "run_tasks"]
+__all__ = ["LOG_FOLDER", "RAW_FOLDER", "TaskResult", "run_tasks"]
 
 RAW_FOLDER = "benchmarks"
-# A publisher leaves out what starts with `_`: logs hold paths of this machine.
+# Names with a leading `_` are not uploaded: logs contain local paths.
 LOG_FOLDER = "_benchmark_logs"
 
-_CHILD = Path(__file__).with_name("process.py")
-# Of a distributed launcher: the child would take itself for a rank and wait for the others for ever.
+_CHILD = Path(__file__).with_name("child.py")
+# Variables of distributed launchers. With them, the child would wait for other ranks.
 _LAUNCHER = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME|(ACCELERATE|FSDP|TORCHELASTIC)_.*"
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a task.
-
-    Args:
-        task ([`Task`]): The task.
-        scores (`tuple[Score, ...]`): Empty if it failed.
-        seconds (`float`): Time it took, starting lm-eval and loading the model included.
-        log (`Path`): Everything that was printed.
-        error (`str`, *optional*): What went wrong, in one line that names the log.
-    """
+class TaskResult:
+    """Result of a task."""
 
     task: Task
-    scores: tuple[Score, ...]
-    seconds: float
-    log: Path
-    error: str | None = None
+    scores: tuple[Score, ...]  # empty if it failed
+    seconds: float  # including the start of lm-eval and the loading of the model
+    log: Path  # file with all output
+    error: str | None = None  # reason of a failure, in one line that names the log
 
 
 def run_tasks(
@@ -57,12 +49,11 @@ def run_tasks(
     device: str | None = None,
     timeout: float = 4 * 3600,
     allow_code_execution: bool = False,
-) -> Iterator[Outcome]:
+) -> Iterator[TaskResult]:
     """
-    Run tasks one after another, each one in a process of its own.
+    Run tasks one after another, each in a child process.
 
-    A crash, a hang or a lack of memory costs that task alone. The price is that lm-eval is started and the model
-    loaded once for each task: half a minute each, more for a large model.
+    Starting lm-eval and loading the model takes half a minute per task, more for a large model.
 
     Args:
         model_args (`dict[str, Any]`):
@@ -70,24 +61,24 @@ def run_tasks(
         tasks (`Sequence[Task]`):
             From [`select_tasks`].
         folder (`str` or `os.PathLike`):
-            Where to keep raw results (`benchmarks/`) and logs (`_benchmark_logs/`).
+            Folder for raw results (`benchmarks/`) and logs (`_benchmark_logs/`).
         batch_size (`int` or `str`, *optional*, defaults to 8):
-            Of the model's calls; lm-eval's `"auto"` tries what fits.
+            Batch size of the model; `"auto"` lets lm-eval find the largest that fits.
         device (`str`, *optional*):
-            `"cuda:1"`, `"cpu"`, ...; the first accelerator by default, or the CPU.
+            `"cuda:1"`, `"cpu"`, ... By default the first accelerator, or the CPU.
         timeout (`float`, *optional*, defaults to 14400):
-            Seconds after which a task is ended, with every process that it started.
+            Seconds after which a task is killed, with all processes that it started.
         allow_code_execution (`bool`, *optional*, defaults to `False`):
-            Whether code that the model writes may be executed.
+            Whether tasks may execute code that the model writes.
 
     Yields:
-        [`Outcome`]: of each task, once it has ended.
+        [`TaskResult`]: result of each task, as soon as it has ended.
 
     Raises:
         ValueError: `timeout` is not positive.
     """
     if not timeout > 0:
-        raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
+        raise ValueError(f"timeout={timeout} is not allowed; it must be a positive number of seconds.")
     raw, logs = Path(folder, RAW_FOLDER).resolve(), Path(folder, LOG_FOLDER).resolve()
     raw.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
@@ -116,31 +107,31 @@ def run_tasks(
         except (OSError, ValueError, KeyError) as problem:  # a JSONDecodeError is a ValueError
             error = f"left no results that can be read ({problem!r})"
         new.unlink(missing_ok=True)
-        message = None if error is None else f"{task.name} {error}. Its output: {log}"
-        yield Outcome(task, tuple(scores), time.monotonic() - started, log, message)
+        message = None if error is None else f"{task.name} {error}. See its output: {log}"
+        yield TaskResult(task, tuple(scores), time.monotonic() - started, log, message)
 
 
 def _run(settings: dict[str, Any], log: Path, timeout: float) -> str | None:
-    """Run the child to its end, or to that of its time. What went wrong, if anything."""
-    allowed = settings["allow_code_execution"]
+    """Run the child to its end or its timeout. Returns the reason of a failure."""
     environment = {name: value for name, value in os.environ.items() if not _LAUNCHER.fullmatch(name)}
-    environment.pop("HF_ALLOW_CODE_EVAL", None)  # leave is given here, or not at all
-    environment |= {"HF_ALLOW_CODE_EVAL": "1"} if allowed else {}
+    environment.pop("HF_ALLOW_CODE_EVAL", None)  # permission comes only from `allow_code_execution`
+    if settings["allow_code_execution"]:
+        environment["HF_ALLOW_CODE_EVAL"] = "1"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            # Without -P this folder would come first on the path, and its modules hide those of the standard library.
+            # Without -P, modules of this folder would hide those of the standard library.
             [sys.executable, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a group of its own, so that everything it starts can be ended with it
+            start_new_session=True,  # a process group that can be killed as a whole
         )
         try:
             process.communicate(json.dumps(settings).encode(), timeout=timeout)
         except subprocess.TimeoutExpired:
-            return f"took more than {timeout:g} s and was ended: raise --timeout, or set --limit"
-        finally:  # Ctrl-C too
+            return f"took more than {timeout:g} s and was killed: raise --timeout, or set --limit"
+        finally:  # after Ctrl-C too
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -153,7 +144,7 @@ def _run(settings: dict[str, Any], log: Path, timeout: float) -> str | None:
 
 
 def _reason(log: Path) -> str:
-    """Why a child failed: the first line of its last exception, but for what lm-eval says of its own switches."""
+    """First line of the last exception in a log, or the last line."""
     text = log.read_text(encoding="utf-8", errors="replace")
     if "confirm_run_unsafe_code" in text or "HF_ALLOW_CODE_EVAL" in text:
         return "it executes code that the model writes, which needs --allow-code-execution"

@@ -1,0 +1,42 @@
+"""Scores read from results of lm-eval."""
+
+import pytest
+
+from hf_nexus.evaluation.lm_eval.scores import read_scores
+from hf_nexus.evaluation.lm_eval.tasks import SUITE, Task
+from tests.support.lm_eval import raw
+
+
+def test_the_headline_metric_is_read_in_percent():
+    (found,) = read_scores(Task("gsm8k", SUITE["gsm8k"]), raw())
+    assert (found.name, found.metric, found.dataset, found.task_id) == (
+        "GSM8K",
+        "exact_match",
+        "openai/gsm8k",
+        "gsm8k",
+    )
+    assert (found.value, found.stderr) == (pytest.approx(41.2), pytest.approx(1.4))
+    assert found.notes == "5-shot, strict-match, lm-eval 0.4.13" and found.date == "2023-11-14"
+
+
+def test_a_limited_score_is_not_a_registered_result():
+    (found,) = read_scores(Task("gsm8k", SUITE["gsm8k"], limit=10), raw())
+    assert found.task_id is None and "first 10 examples" in found.notes
+
+
+def test_groups_tags_and_other_metrics_are_read():
+    group = raw(
+        "mmlu", "acc,none", 0.3, configs={"mmlu_a": {}, "mmlu_b": {}}, **{"n-shot": {"mmlu_a": 5, "mmlu_b": 5}}
+    )
+    group = group | {"groups": group["results"], "results": {"mmlu_a": {"acc,none": 1.0}, "mmlu_b": {"acc,none": 0.0}}}
+    (found,) = read_scores(Task("mmlu", SUITE["mmlu"], limit=4), group)
+    assert found.value == pytest.approx(30) and found.notes.startswith("5-shot, lm-eval")
+    assert found.notes.endswith("first 4 examples per subtask")
+    assert [row.name for row in read_scores(Task("a_tag"), group)] == ["mmlu_a", "mmlu_b", "mmlu"]
+    (other,) = read_scores(Task("wikitext"), raw("wikitext", "word_perplexity,none", 37.5))
+    assert other.value == 37.5 and other.dataset == "some/data"  # not a fraction
+    nothing = raw("wikitext", "word_perplexity,none", float("nan"))
+    with pytest.raises(ValueError, match="no finite score"):
+        read_scores(Task("wikitext"), nothing)
+    with pytest.raises(ValueError, match="strict-match"):
+        read_scores(Task("gsm8k", SUITE["gsm8k"]), raw(key="acc,none"))
