@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -252,10 +253,13 @@ class ComparisonConfig:
             for values in itertools.product(*grid.values()):
                 yield dict(zip(grid, values, strict=True))
 
+    @cached_property
+    def _base(self) -> dict[str, dict[str, Any]]:
+        return load_config(self.base)
+
     def run_config(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The pretraining configuration of a run: the base, with the changes for all runs and training `settings`."""
-        base = load_config(self.base)
-        sections = {name: base.get(name, {}) | getattr(self, name) for name in SECTIONS}
+        sections = {name: self._base.get(name, {}) | getattr(self, name) for name in SECTIONS}
         sections["training"] |= settings
         return sections
 

@@ -29,6 +29,10 @@ __all__ = ["search_minima"]
 
 Parameters = dict[str, Tensor]
 
+# Arguments that a search takes over from the run.
+_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_FROM_RUN = (*_BATCHES, "adam_beta1", "adam_beta2", "max_grad_norm", "bf16", "use_cpu", "dataloader_pin_memory")
+
 
 def search_minima(run: Run) -> RunRecord:
     """
@@ -114,7 +118,6 @@ def _search(
     model: torch.nn.Module, mixture: "Mixture", arguments: "PretrainArguments", wanted: MinimaSearch
 ) -> _Search:
     """Train on the one source of `mixture` with plain AdamW; batches, precision and device are the run's."""
-    base = arguments.training
     with tempfile.TemporaryDirectory() as folder:
         args = NexusConfig(
             output_dir=folder,
@@ -122,14 +125,6 @@ def _search(
             mixture_weights=dict.fromkeys(mixture.train, 1.0),
             learning_rate=wanted.learning_rate,
             lr_scheduler_type="constant",
-            adam_beta1=base.adam_beta1,
-            adam_beta2=base.adam_beta2,
-            per_device_train_batch_size=base.per_device_train_batch_size,
-            per_device_eval_batch_size=base.per_device_eval_batch_size,
-            gradient_accumulation_steps=base.gradient_accumulation_steps,
-            max_grad_norm=base.max_grad_norm,
-            bf16=base.bf16,
-            use_cpu=base.use_cpu,
             max_steps=wanted.max_steps,
             eval_strategy="steps",
             eval_steps=wanted.eval_steps,
@@ -137,10 +132,10 @@ def _search(
             prediction_loss_only=True,
             save_strategy="no",
             logging_strategy="no",
-            dataloader_pin_memory=base.dataloader_pin_memory,
             disable_tqdm=True,
             report_to="none",
             seed=0,
+            **{name: getattr(arguments.training, name) for name in _FROM_RUN},
         )
         trainer = NexusTrainer(model=model, args=args, train_dataset=mixture)
         trainer.remove_callback(PrinterCallback)

@@ -75,7 +75,7 @@ def plot_comparison(records: Sequence[RunRecord], folder: str | os.PathLike[str]
 # ---- Arms, and means over their runs ----
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Arm:
     name: str
     runs: list[RunRecord]
@@ -175,6 +175,17 @@ def _add_legend(figure: "Figure", arms: Sequence[_Arm]) -> None:
     )
 
 
+def _label(axes: "Axes", points: Mapping[_Arm, tuple[float, float]]) -> None:
+    """Write the name of each arm at its point, and in a corner those of arms outside of the axes."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    inside = {arm: (x, y) for arm, (x, y) in points.items() if left <= x <= right and bottom <= y <= top}
+    outside = [(arm, x, y) for arm, (x, y) in points.items() if arm not in inside and math.isfinite(y)]
+    if outside:
+        names = [f"{shorten(arm.name, 20)} ({x:.3g}, {y:.3g})" for arm, x, y in outside]
+        axes.text(0.01, 0.01, "off scale: " + ", ".join(names), transform=axes.transAxes, fontsize=8)
+    place_labels(axes, list(inside.values()), [shorten(arm.name, 24) for arm in inside])
+
+
 def _bands(arms: Sequence[_Arm]) -> bool:
     """Whether the bands of so many arms can be told apart."""
     return len(arms) <= 4
@@ -215,13 +226,7 @@ def _ood_against_train(arms: Sequence[_Arm]) -> "Figure | None":
     figure.suptitle("OOD loss against training loss at restored weights, nats per token", fontsize=10.5)
     _zoom(late, whole, paths)
     _add_legend(figure, [arm for arm, _ in paths])
-    ends = [(x[-1][0], y[-1][0], shorten(arm.name, 20)) for arm, (x, y) in paths]
-    (left, right), (bottom, top) = late.get_xlim(), late.get_ylim()
-    inside = [end for end in ends if left < end[0] < right and bottom < end[1] < top]
-    outside = [f"{name}: {y:.2f} at {x:.2f}" for x, y, name in ends if math.isfinite(y) and (x, y, name) not in inside]
-    if outside:
-        late.text(0.01, 0.99, "off scale: " + "; ".join(outside), transform=late.transAxes, va="top", fontsize=8)
-    place_labels(late, [end[:2] for end in inside], [end[2] for end in inside])
+    _label(late, {arm: (x[-1][0], y[-1][0]) for arm, (x, y) in paths})
     return figure
 
 
@@ -500,7 +505,7 @@ def _distance_against_ood(arms: Sequence[_Arm]) -> "Figure | None":
     axes = figure.subplots()
     tidy(axes)
     axes.axhline(0.0, color="0.5", linewidth=0.9)
-    ends = []
+    means = {}
     for arm, x, y in found:
         mark: dict[str, Any] = {"color": arm.style["color"], "marker": arm.style["marker"], "linestyle": ""}
         if len(x) > 1:
@@ -508,19 +513,16 @@ def _distance_against_ood(arms: Sequence[_Arm]) -> "Figure | None":
         xs, ys = _spread(x), _spread(y)
         large: dict[str, Any] = {"markersize": 9, "markeredgecolor": "white", "elinewidth": 0.8, "zorder": 4}
         axes.errorbar(xs[0], ys[0], xerr=_bars(xs), yerr=_bars(ys), **mark, **large)
-        ends.append((xs[0], ys[0], shorten(arm.name, 28)))
+        means[arm] = (xs[0], ys[0])
     axes.set_xlabel("mean distance between minimizers, % of the parameter norm", fontsize=10)
     axes.set_ylabel(f"OOD gain over {shorten(arms[0].name, 20)}\n(nats per token, same seed)", fontsize=10)
     axes.set_title("large: mean and range of an arm; small: its runs; higher is better", fontsize=9.5, loc="left")
     axes.margins(0.12)
-    limit = _limit([y for _, y, _ in ends[1:]], min(abs(loss) for loss in baseline.values()))
-    inside = [end for end in ends if abs(end[1]) <= limit]
-    if len(inside) < len(ends):
+    limit = _limit([y for _, y in list(means.values())[1:]], min(abs(loss) for loss in baseline.values()))
+    if any(abs(y) > limit for _, y in means.values()):
         shown = [(x, y) for _, xs, ys in found for x, y in zip(xs, ys, strict=True) if abs(y) <= 1.5 * limit]
         for axis, values in zip("xy", zip(*shown, strict=True), strict=True):
             room = 0.15 * (max(values) - min(values)) or 0.01 * abs(values[0]) or limit
             axes.set(**{f"{axis}lim": (min(values) - room, max(values) + room)})
-        outside = [f"{name}: {y:+.2g} at {x:.3g} %" for x, y, name in ends if abs(y) > limit]
-        axes.text(0.01, 0.01, "off scale: " + "; ".join(outside), transform=axes.transAxes, fontsize=8)
-    place_labels(axes, [end[:2] for end in inside], [end[2] for end in inside])
+    _label(axes, means)
     return figure

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -112,7 +111,7 @@ def console_table(analysis: Analysis) -> "Table":
     for arm in analysis.arms:
         rows = [analysis.row(arm, metric) for metric in metrics]
         cells = [f"{_mean(row, analysis)}\n{_difference(row, analysis, interval=False)}".rstrip("\n") for row in rows]
-        table.add_row(arm, *(cell.replace("**", "") for cell in cells), end_section=True)
+        table.add_row(arm, *(cell.replace("**", "").replace(", ", "\n") for cell in cells), end_section=True)
     return table
 
 
@@ -206,10 +205,9 @@ def _all_comparisons(analysis: Analysis, rows: Sequence[Row]) -> str:
 def _tuning(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     if not trials:
         return []
-    counts = Counter(str(trial.get("arm")) for trial in trials)
-    budget = f"Trials of each arm: {_plain(counts) if len({*counts.values()}) > 1 else min(counts.values())}."
     columns = list(dict.fromkeys(key for trial in trials for key in trial))
-    return ["## Tuning", budget, _markdown(columns, [[_plain(trial.get(key)) for key in columns] for trial in trials])]
+    lines = [[_plain(trial.get(key)) for key in columns] for trial in trials]
+    return ["## Tuning", "All arms have the same number of trials.", _markdown(columns, lines)]
 
 
 def _plots(plots: Sequence[Path], folder: Path) -> list[str]:

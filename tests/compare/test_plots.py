@@ -147,7 +147,7 @@ def mean_of(records: Sequence[RunRecord], arm: str, field: str) -> list[float]:
 
 @pytest.mark.filterwarnings("error")
 def test_every_plot_is_a_png_and_not_blank(tmp_path):
-    written = plot_comparison(make_records(ARMS, (1, 2)), tmp_path / "new", baseline="adamw")
+    written = plot_comparison(make_records(ARMS, (1, 2), ood=("law",)), tmp_path / "new", baseline="adamw")
     assert [path.relative_to(tmp_path / "new").as_posix() for path in written] == ALL
     for path in written:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -162,8 +162,8 @@ def test_plots_without_data_are_not_drawn(draw):
     assert list(draw(without(curve=[]))) == ["cosines.png", "minima_distance.png", "landscape.png"]
     assert list(draw(without(cosines=[], path=[], minima=None))) == ALL[:2]
     assert list(draw(without(curve=[], cosines=[], path=[], minima=None))) == []
-    one_plane = make_records(ARMS, (1,), sources=("code", "math"), ood=())
-    assert list(draw(one_plane)) == ["losses.png", "cosines.png", "minima_distance.png"]
+    two_sources = make_records(ARMS, (1,), sources=("code", "math"), ood=())
+    assert list(draw(two_sources)) == ["losses.png", "cosines.png", "minima_distance.png"]
 
 
 def test_an_unknown_baseline_is_an_error_that_names_the_arms(tmp_path):
