@@ -44,13 +44,8 @@ def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokeniz
     """
     Everything that the order of the data depends on, as plain data by name.
 
-    Args:
-        data ([`TrainingData`]), args ([`NexusConfig`]):
-            The training data and the training arguments.
-        batch_size (`int`, *optional*):
-            Rows of a micro-batch on each device; `None` if it is found by trying.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer, which matters if documents are tokenized here.
+    `batch_size` is the number of rows of a micro-batch on each device, `None` if it is found by trying. The tokenizer
+    matters if documents are tokenized here.
     """
     facts: dict[str, Any] = {
         "ranks": args.world_size,

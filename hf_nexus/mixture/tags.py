@@ -28,17 +28,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class MicroBatchTag:
-    """
-    What the trainer has to know of a micro-batch besides its tensors.
-
-    Args:
-        source (`str`):
-            Name of the source.
-        rows (`int`):
-            Number of rows. Collators may pair rows or lay them end to end, so the tensors do not tell.
-        state ([`StreamState`], *optional*):
-            Position of a stream after these rows.
-    """
+    """What the trainer has to know of a micro-batch besides its tensors. Collators may pair rows or lay them end to end."""
 
     source: str
     rows: int
@@ -46,15 +36,7 @@ class MicroBatchTag:
 
 
 class TaggedRows(list):
-    """
-    The rows of one micro-batch, all of one source.
-
-    Args:
-        rows (`Iterable`):
-            The rows.
-        source (`str`), state ([`StreamState`], *optional*):
-            As in [`MicroBatchTag`].
-    """
+    """The rows of one micro-batch, all of one source, with their tag."""
 
     def __init__(self, rows: Any, source: str, state: StreamState | None = None):
         super().__init__(rows)

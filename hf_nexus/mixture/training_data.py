@@ -68,13 +68,7 @@ class TrainingData:
 
 
 class StageWeights:
-    """
-    The weights of stages as a function of the outer step.
-
-    Args:
-        stages (`list[tuple[float, dict[str, float]]]`), max_steps (`int`):
-            As for [`stage_borders`].
-    """
+    """The weights of stages as a function of the outer step."""
 
     def __init__(self, stages: Stages, max_steps: int):
         self.borders = stage_borders(stages, max_steps, 1)
@@ -85,17 +79,10 @@ class StageWeights:
 
 def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed: int) -> TrainingData:
     """
-    Prepare what was given as `train_dataset` for reading.
+    Prepare what was given as `train_dataset` and `eval_dataset` for reading.
 
-    Args:
-        train (`Mixture`, `Mapping[str, Dataset]` or `Dataset`), evaluation:
-            As given to the trainer.
-        weights (`dict` or `list`, *optional*):
-            The field `mixture_weights`. It takes precedence over the weights of a mixture.
-        dynamic (`bool`):
-            Whether weights are decided while training.
-        seed (`int`):
-            Seed of the order of rows.
+    `weights` is the field `mixture_weights`, which takes precedence over the weights of a mixture; `dynamic` says
+    whether weights are decided while training; `seed` is that of the order of rows.
 
     Raises:
         ValueError: weights that name other sources, are missing for streams, or are given for a plain dataset.

@@ -94,13 +94,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
 def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **known: Any) -> RunSummary:
     """
     Write the card of a run and everything that it shows into a folder: `CARD_FILES`. What a user wrote into an
-    existing `README.md` stays.
-
-    Args:
-        facts ([`RunFacts`]), known:
-            As for [`summarize`].
-        plots (`bool`, *optional*, defaults to `True`):
-            Draw the plots, which takes most of the time. A card without them does not mention them.
+    existing `README.md` stays. A card without `plots` does not mention them. `known` is as for [`summarize`].
 
     Raises:
         ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).
@@ -120,15 +114,8 @@ def evaluations(
     log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], eval_sets: Any, paths: Mapping[str, str]
 ) -> list[Evaluation]:
     """
-    First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
-
-    Args:
-        log_history (`Sequence[Mapping[str, Any]]`), sources (`Sequence[str]`):
-            The log of the trainer, and the training sources.
-        eval_sets (`Dataset` or `Mapping[str, Dataset]`, *optional*):
-            The evaluation sets. A set that is named like a source holds rows of that source.
-        paths (`Mapping[str, str]`):
-            Paths of the sources, as far as they are known.
+    First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean. A set that is named
+    like a source holds rows of that source; `paths` are those of the sources, as far as they are known.
 
     Example:
         >>> from hf_nexus.trainer.card import evaluations

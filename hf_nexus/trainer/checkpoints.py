@@ -108,11 +108,8 @@ class StagedCheckpoints:
     @contextmanager
     def stage(self, run_dir: str, state: TrainerState) -> Iterator[Path]:
         """
-        Write one checkpoint inside the context. All ranks must enter it. The state's path of the best checkpoint is
-        corrected.
-
-        Returns:
-            `Path`: where the checkpoint is after the context.
+        Write one checkpoint inside the context, which gives its final path. All ranks must enter it. The path of the
+        best checkpoint in `state` is corrected.
         """
         processes = PartialState()
         staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

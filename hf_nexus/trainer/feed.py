@@ -28,15 +28,7 @@ logger = logging.getLogger(__name__)
 
 class Feed:
     """
-    Feeds a Trainer with micro-batches of one source each.
-
-    Args:
-        train (`Mixture`, `Mapping[str, Dataset]` or `Dataset`), evaluation:
-            `train_dataset` and `eval_dataset` of the trainer.
-        args ([`NexusConfig`]):
-            The training arguments.
-        weights_function (`Callable[[int], Mapping[str, float]]`, *optional*):
-            Decides the mixture weights while training.
+    Feeds a Trainer with micro-batches of one source each. `weights_function` decides mixture weights while training.
 
     Attributes:
         data ([`TrainingData`]): What is read.

@@ -134,12 +134,8 @@ class NexusTrainerMixin(_Base):
         """Refuse what is not supported."""
         args, data = self.args, self.data
         check_set_names(data.names, self.eval_dataset)
-        check_cosines(
-            args.gradient_cosine_steps,
-            bool(data.stages),
-            self.is_fsdp_enabled,
-            data.streams_without(self.eval_dataset),
-        )
+        unread = data.streams_without(self.eval_dataset)
+        check_cosines(args.gradient_cosine_steps, bool(data.stages), self.is_fsdp_enabled, unread)
         check_optimizer(args, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if not args.nexus:
             return
@@ -481,16 +477,15 @@ class NexusTrainerMixin(_Base):
 
         The loss of a set is the sum of its token losses over the number of its loss tokens, in nats per token: the
         same at any batch size and on any number of ranks. (`dataloader_drop_last` leaves rows out, and an iterable
-        evaluation set that is split by `dispatch_batches=False` repeats some on several ranks.) It replaces a `loss`
-        among the results of `compute_metrics`. The base class's mean over rows stays for labels that are not one per
-        token, for models that take no `num_items_in_batch`, and with `nexus=False` and one plain training set.
+        evaluation set that is split by `dispatch_batches=False` repeats some.) The base class's mean over rows stays
+        for labels that are not one per token, for models that take no `num_items_in_batch`, and with `nexus=False` and
+        one plain training set.
 
-        Several sets are logged and given to `on_evaluate` once, with two means over them: `<prefix>_loss`, the macro
-        loss over the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the
-        others. If no set's name matches a source, `<prefix>_loss` covers all sets equally and `<prefix>_ood_loss` is
-        absent. Each loss comes with its perplexity, if it is finite and labels are one per token. What a base class
-        adds to the log of an evaluation (TRL's `eval_rewards/accuracies`, for example) is there for each set, as
-        `<prefix>_<name>_rewards/accuracies`.
+        Several sets are logged and given to `on_evaluate` once, with two means: `<prefix>_loss`, the macro loss over
+        the mixture's sources with the mixture's weights, and `<prefix>_ood_loss`, the plain mean over the other sets.
+        If no set is named like a source, `<prefix>_loss` covers all sets equally. Each token loss comes with its
+        perplexity. What a base class adds to the log of an evaluation (TRL's `eval_rewards/accuracies`, for example)
+        is there for each set, as `<prefix>_<name>_rewards/accuracies`.
 
         Args:
             eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
@@ -499,8 +494,7 @@ class NexusTrainerMixin(_Base):
                 Passed on to the base class (`Seq2SeqTrainer`'s generation arguments, for example).
 
         Returns:
-            `dict[str, float]`: the metrics of all sets, `<prefix>_<name>_loss` and `<prefix>_<name>_perplexity`
-            among them.
+            `dict[str, float]`: the metrics of all sets.
         """
         started = time.perf_counter()
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -650,15 +644,10 @@ class NexusTrainerMixin(_Base):
 
     def write_card(self, folder: str | Path | None = None, *, plots: bool = True, **known: Any) -> RunSummary:
         """
-        Write the card of the run as far as it has come, with its plots and results, on the main process.
+        Write the card of the run as far as it has come into a folder (`output_dir` by default), on the main process.
 
-        Args:
-            folder (`str` or `Path`, *optional*):
-                The folder; `output_dir` by default.
-            plots (`bool`, *optional*, defaults to `True`):
-                Draw the plots, which takes most of the time.
-            known:
-                Fields of [`RunSummary`] that a trainer cannot know, such as `license`, `languages` or `benchmarks`.
+        `plots=False` leaves out the plots, which take most of the time. `known` are fields of [`RunSummary`] that a
+        trainer cannot know, such as `license`, `languages` or `benchmarks`.
 
         Raises:
             ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).
@@ -673,10 +662,8 @@ class NexusTrainerMixin(_Base):
         """
         Write the card into the output folder, as [`~NexusTrainerMixin.write_card`]. If that fails, a warning says why.
 
-        Args:
-            details:
-                Fields of [`RunSummary`], or `language`, `tags`, `tasks` and `model_name` as in
-                [`~transformers.Trainer.create_model_card`]. The run itself knows its other arguments.
+        `details` are fields of [`RunSummary`], or `language`, `tags`, `tasks` and `model_name` as in
+        [`~transformers.Trainer.create_model_card`]. The run itself knows the other arguments.
         """
         self.card_details |= card_fields(args, details)
         self._try_to_write_card(plots=not self._checkpoints.staging)  # TRL calls this for each checkpoint
@@ -709,17 +696,8 @@ class NexusTrainerMixin(_Base):
         """
         Save the model and push the output folder without its checkpoints. All ranks must call it.
 
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Title of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Whether the main process waits, up to `args.hub_flush_timeout` seconds.
-            token (`str`, *optional*), private (`bool`, *optional*):
-                As in `init_hf_repo`.
-            revision (`str`, *optional*):
-                Branch, created if missing; `args.hub_revision` by default.
-            details:
-                For [`~NexusTrainerMixin.create_model_card`].
+        Arguments are those of [`~transformers.Trainer.push_to_hub`]; `private` is as for `init_hf_repo`, and `details`
+        as for `create_model_card`. If `blocking`, the main process waits up to `args.hub_flush_timeout` seconds.
 
         Returns:
             `CommitInfo`, *optional*: on the main process, if it waited and everything is on the Hub. `None` is no

@@ -26,38 +26,17 @@ def has_token_labels(inputs: Any) -> bool:
 
 @dataclass
 class Window:
-    """
-    The micro-batches of one outer step on this rank.
-
-    Attributes:
-        sources (`list[str]`), rows (`list[int]`):
-            Source and number of rows of each micro-batch, k of them, or fewer at the end of the data.
-        states (`list[StreamState]`):
-            Positions of the streams after the micro-batches.
-        error ([`SourceError`], *optional*):
-            Why no more micro-batches could be read.
-        fetching (`bool`):
-            Whether the micro-batches are being fetched.
-        unit (`str`):
-            What the losses per source are averaged over: `"tokens"`, or `"rows"` where labels are not one per token.
-        tokens (`Tensor`, *optional*):
-            Loss tokens of each micro-batch on this rank, (k,).
-        divisors (`Tensor`, *optional*):
-            What the loss of each micro-batch is divided by, (k,): its tokens, over all ranks with
-            `average_tokens_across_devices`.
-        inputs (`list`):
-            The micro-batches that `training_step` was called with so far.
-    """
+    """The micro-batches of one outer step on this rank: k of them, or fewer at the end of the data."""
 
     sources: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    states: list[StreamState] = field(default_factory=list)
-    error: SourceError | None = None
+    states: list[StreamState] = field(default_factory=list)  # positions of the streams after the micro-batches
+    error: SourceError | None = None  # why no more micro-batches could be read
     fetching: bool = False
-    unit: str = "rows"
-    tokens: Tensor | None = None
-    divisors: Tensor | None = None
-    inputs: list[Any] = field(default_factory=list)
+    unit: str = "rows"  # of losses per source; "tokens" where labels are one per token
+    tokens: Tensor | None = None  # loss tokens on this rank, (k,)
+    divisors: Tensor | None = None  # of the losses, (k,): tokens, over all ranks with average_tokens_across_devices
+    inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
         """Micro-batches without their tags, which are noted, until one cannot be read; `tagged` asks for tags."""
