@@ -282,3 +282,12 @@ def test_states_without_a_callback_are_saved_and_loaded(tmp_path):
     trainer.save_state()
     loaded = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
     assert loaded.stateful_callbacks["TrainingMeter"]["attributes"] == {"unit": "rows"}
+
+
+def test_pipelines_name_the_auto_class_of_each_task():
+    """`find_task` reads the names of the classes that an Auto class loads, without importing them."""
+    from transformers import AutoModelForCausalLM
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    assert AutoModelForCausalLM in SUPPORTED_TASKS["text-generation"]["pt"]
+    assert AutoModelForCausalLM._model_mapping._model_mapping["llama"] == "LlamaForCausalLM"

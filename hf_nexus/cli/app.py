@@ -116,10 +116,10 @@ def push(
 
     Log in first with `hf auth login`. The exit status is 1 if the upload is not complete.
     """
-    from ..hub.pushing import push_rest
+    from ..hub.uploader import push_queue
 
-    line, complete = push_rest(Path(folder), revision)
-    print(line)
+    status, complete = push_queue(Path(folder), revision=revision)
+    print(status.line(folder))
     raise SystemExit(not complete)
 
 
@@ -153,7 +153,7 @@ def env() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..hub.environment import describe_hardware, installed_versions
+    from ..hub.facts import describe_hardware, installed_versions
 
     table = Table(show_header=False, title="hf-nexus env")
     for name, version in {**installed_versions(optional=True), "hardware": describe_hardware()}.items():

@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from ..hub.card import save_card
-from ..hub.environment import describe_hardware, installed_versions
+from ..hub.facts import describe_hardware, installed_versions
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
 from ..pretrain.fields import PretrainArguments

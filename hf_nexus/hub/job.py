@@ -1,4 +1,4 @@
-"""One commit that is to be made, as a folder on disk."""
+"""One upload job: the files of one future commit, in a folder of the upload queue."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ __all__ = ["Job", "SpoiledJobError", "Target"]
 
 
 class SpoiledJobError(RuntimeError):
-    """A queued file is no longer what it was when it was queued."""
+    """A queued file was changed or deleted after it was queued."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a job goes.
+    """Repository and branch that a job is sent to.
 
     Args:
-        repo_id (`str`): `"user/name"`, or `"name"` in the namespace of whoever is logged in.
-        private (`bool`, *optional*): Visibility of a repository that is yet to be created.
+        repo_id (`str`): `"user/name"`, or `"name"` in the namespace of the logged-in user.
+        private (`bool`, *optional*): Visibility if the repository must be created.
         revision (`str`, *optional*): Branch, created when missing; the default branch if `None`.
     """
 
@@ -34,18 +34,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """One commit that is to be made.
+    """Files of one future commit.
 
     Args:
-        path (`Path`): The job's folder.
+        path (`Path`): Folder of the job.
         number (`int`): Order of arrival.
-        step (`int`): Training step of what it holds.
+        step (`int`): Training step at which the files were saved.
         message (`str`): Title of the commit.
-        target (`Target`): Where it goes.
-        slots (`tuple[str, ...]`): The folders of the repository that the job renews as a whole; `""` is the root. A
+        target (`Target`): Repository and branch.
+        slots (`tuple[str, ...]`): Folders of the repository that the job replaces as a whole; `""` is the root. A
             newer job with the same slots makes this one superfluous.
-        stamps (`dict[str, tuple[int, int] | None]`): The files by path in the repository; of those that are hard links
-            the size and modification time (ns).
+        stamps (`dict[str, tuple[int, int] | None]`): Files by their path in the repository. For hard links, size
+            (bytes) and modification time (ns) at queueing; `None` for copies.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> "Job | None":
-        """`None` if another process has renamed or deleted it meanwhile, or the machine crashed while writing."""
+        """Read a job; `None` if another process has moved it, or the machine crashed during the write."""
         try:
             fields = json.loads((path / "job.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -68,29 +68,30 @@ class Job:
         return cls(path, int(path.name.partition("-")[0]), target=target, slots=slots, stamps=stamps, **fields)
 
     def write(self) -> None:
-        """Make the folder a job; it must hold the files already."""
+        """Write `job.json`, which completes the job. Its files must be there already."""
         fields = asdict(self)
-        del fields["path"], fields["number"]  # the folder's name says both
+        del fields["path"], fields["number"]  # both are in the name of the folder
         write_atomic(self.path / "job.json", json.dumps(fields))
 
     def files(self, slots: tuple[str, ...] | None = None) -> dict[str, Path]:
-        """The files of some slots, of all by default, by path in the repository."""
+        """Files of some slots, by default of all, by their path in the repository."""
         wanted = self.slots if slots is None else slots
-        return {name: self.path / "files" / name for name in self.stamps if self.slot(name) in wanted}
+        return {name: self.path / "files" / name for name in self.stamps if self._slot(name) in wanted}
 
     def size(self) -> int:
-        """Bytes, of what is still there."""
+        """Bytes of the files that still exist."""
         return sum(path.stat().st_size for path in self.files().values() if path.exists())
 
-    def slot(self, name: str) -> str:
-        """The slot that a path in the repository belongs to."""
+    def _slot(self, name: str) -> str:
         return next((slot for slot in self.slots if slot and name.startswith(f"{slot}/")), "")
 
     def verify(self, files: Mapping[str, Path]) -> None:
         """
+        Check that the files are those that were queued.
+
         Raises:
-            SpoiledJobError: a file is gone; or a hard link was written to after it was queued, by a run that resumed
-                from an earlier checkpoint, for example.
+            SpoiledJobError: a file is gone, or a hard-linked file was overwritten, for example by a run that resumed
+                from an earlier checkpoint.
         """
         for name, path in files.items():
             try:

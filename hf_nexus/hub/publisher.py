@@ -1,5 +1,6 @@
-"""The training side of publishing: it puts results aside and never waits for the Hub, nor fails because of it."""
+"""Publishing a training run: files are queued for the Hub. Training never waits for the Hub or fails with it."""
 
+import atexit
 import logging
 import os
 import shutil
@@ -12,39 +13,41 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .child import Child
-from .contents import STRATEGIES, checkpoint_files, files_below, output_files
 from .job import Target
-from .queue import QUEUE_NAME, UploadQueue
-from .status import Status
-from .uploader_process import Patience
+from .queue import QUEUE_NAME, QueueStatus, UploadQueue
+from .retries import RetryPolicy
+from .uploader_process import UploaderProcess
 
-__all__ = ["Publisher"]
+__all__ = ["STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
 
 logger = logging.getLogger(__name__)
 
-_Contents = tuple[dict[str, Path], tuple[str, ...]]  # what `checkpoint_files` returns
-_SCANNED = 16 << 20  # bytes; a token could only be in a small file
+STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+# Files that only a resumed run needs. The root of the repository is for users who load the model.
+_RESUME_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "pytorch_model_fsdp_", "global_step", "data_state")
+_SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
+
+_FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]
 
 
 class Publisher:
     """
-    Sends what a run saves to the Hub, from a process of its own (`uploader_process`), through a queue on disk.
+    Sends saved files to the Hub, through a queue on disk and an upload process. For the main process of a run only.
 
-    For the main process of a run only. Nothing but `check` waits for the network, `flush` within its bound; no method
-    but `check` raises on account of the Hub or of the disk.
+    Only `check` and `flush` wait for the network, both for a bounded time. Only `check` raises if the Hub or the disk
+    fails.
 
     Args:
-        repo_id (`str`): `"user/name"`, or `"name"` for the user's own.
-        output_dir (`str` or `os.PathLike`): The run's folder; the queue is kept in its `hub_queue`.
-        token (`str`, *optional*): With write access; the one that is logged in by default. It is never written down.
-        private (`bool`, *optional*): Visibility of a repository that is yet to be created.
-        revision (`str`, *optional*): Branch, created when missing.
-        endpoint (`str`, *optional*): Of the Hub; `HF_ENDPOINT` by default.
-        patience ([`Patience`], *optional*): Timeouts and waiting times.
+        repo_id (`str`): `"user/name"`, or `"name"` in the namespace of the logged-in user.
+        output_dir (`str` or `os.PathLike`): Output folder of the run. The queue is its subfolder `hub_queue`.
+        token (`str`, *optional*): Token with write access; the logged-in user's if `None`. Never written to disk.
+        private (`bool`, *optional*): Visibility if the repository must be created.
+        revision (`str`, *optional*): Branch, created when missing; the default branch if `None`.
+        endpoint (`str`, *optional*): Address of the Hub; `HF_ENDPOINT` if `None`.
+        retry ([`RetryPolicy`], *optional*): Timeouts and waiting times.
 
     Raises:
-        ValueError: a name that the Hub would not accept.
+        ValueError: the Hub does not allow the name.
 
     Example:
         ```python
@@ -64,46 +67,46 @@ class Publisher:
         private: bool | None = None,
         revision: str | None = None,
         endpoint: str | None = None,
-        patience: Patience | None = None,
+        retry: RetryPolicy | None = None,
     ):
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise ValueError(f"hub_model_id={repo_id!r} is not possible: {error} Use 'user/name'.") from error
+            raise ValueError(f"hub_model_id={repo_id!r} is not allowed: {error} Use 'user/name'.") from error
         self.target = Target(repo_id, private, revision)
         self.output_dir = Path(output_dir)
         self.queue = UploadQueue(self.output_dir / QUEUE_NAME)
         self._token = token
-        self._child = Child(self.queue.folder, token, endpoint, patience or Patience())
-        self._unqueued: tuple[Callable[[], bool], str] | None = None  # how to try the newest again, and what failed
+        self._process = UploaderProcess(self.queue.folder, token, endpoint, retry or RetryPolicy())
+        self._unqueued: tuple[Callable[[], bool], str] | None = None  # retries the last save, and why it failed
         self._reported: str | None = None
         for scratch in self.queue.folder.glob("new-*"):
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed while saving
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed during a save
 
     # ---- Before the first step ----
 
     def check(self, seconds: float = 60.0) -> str | None:
         """
-        Create repository and branch, and make sure that they can be written to.
+        Create the repository and the branch, and check the write access.
 
         Args:
-            seconds (`float`, *optional*, defaults to 60): How long to try; what may be temporary is then put off.
+            seconds (`float`, *optional*, defaults to 60): Seconds to retry temporary errors.
 
         Returns:
-            `str`, *optional*: the full id of the repository, `None` if it could not be reached.
+            `str`, *optional*: full id of the repository; `None` if the Hub cannot be reached.
 
         Raises:
-            ValueError: the Hub refuses (no or a wrong token, no right to write, an impossible name).
+            ValueError: the Hub refuses the token, the access or the name.
         """
-        found = self._child.check(self.target, seconds)
+        found = self._process.check(self.target, seconds)
         if "repo_id" in found:
             return found["repo_id"]
         if found["permanent"]:
             raise ValueError(
-                f"The Hub refuses to let this run push to {self.target}: {found['error']} Log in with `hf auth login` "
-                "or pass a hub_token with write access, and check hub_model_id; or leave out push_to_hub."
+                f"The Hub refuses pushes to {self.target}: {found['error']} Log in with `hf auth login` or pass a "
+                "hub_token with write access, and check hub_model_id. Or leave out push_to_hub."
             )
-        logger.warning(f"The Hub cannot be reached, so pushing to {self.target} is put off: {found['error']}")
+        logger.warning(f"The Hub cannot be reached, pushes to {self.target} wait on disk: {found['error']}")
         return None
 
     # ---- During training ----
@@ -112,18 +115,17 @@ class Publisher:
         self, checkpoint: str | os.PathLike[str], step: int, strategy: str, extras: Iterable[str] = ()
     ) -> bool:
         """
-        Queue a checkpoint as `hub_strategy` says: not at all (`"end"`), the model (`"every_save"`), and also the whole
-        checkpoint to resume from, as `last-checkpoint` (`"checkpoint"`) or under its own name (`"all_checkpoints"`).
+        Queue a checkpoint.
 
         Args:
-            checkpoint (`str` or `os.PathLike`): A folder whose files are written once.
+            checkpoint (`str` or `os.PathLike`): Folder of the checkpoint, whose files are never written again.
             step (`int`): Training step.
-            strategy (`str`): One of `STRATEGIES`.
-            extras (`Iterable[str]`): Files and folders of the output folder that belong to the model: card, plots,
-                results.
+            strategy (`str`): `"end"` queues nothing, `"every_save"` the model. `"checkpoint"` also queues the whole
+                checkpoint as `last-checkpoint`, `"all_checkpoints"` under its own name.
+            extras (`Iterable[str]`): Files and folders of the output folder to add: card, plots, results.
 
         Returns:
-            `bool`: whether it waits on disk now; `status` says what was wrong.
+            `bool`: whether it was queued. If not, `status` has the reason.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"hub_strategy={strategy!r} is not allowed; use one of {list(STRATEGIES)}.")
@@ -131,7 +133,7 @@ class Publisher:
             return False
         folder = Path(checkpoint)
 
-        def collect() -> _Contents:
+        def collect() -> _FilesAndSlots:
             files, slots = checkpoint_files(folder, strategy)
             for name in extras:
                 files |= files_below(self.output_dir / name, name)
@@ -139,21 +141,30 @@ class Publisher:
 
         return self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
 
-    def submit(self, step: int, message: str, skip: Iterable[str] = ()) -> bool:
+    def submit(self, step: int, message: str) -> bool:
         """
-        Queue the output folder but for its checkpoints, files starting with `_`, and the queue.
+        Queue the output folder without its checkpoints, the queue, and files whose names start with `_`.
 
         Args:
             step (`int`): Training step.
             message (`str`): Title of the commit.
-            skip (`Iterable[str]`): Further names at the top of the folder to leave out.
 
         Returns:
-            `bool`: as `submit_checkpoint`.
+            `bool`: as in `submit_checkpoint`.
         """
-        return self._add(lambda: (output_files(self.output_dir, skip), ("",)), step, message)
 
-    def _add(self, collect: Callable[[], _Contents], step: int, message: str, write_once: Path | None = None) -> bool:
+        def collect() -> _FilesAndSlots:
+            files: dict[str, Path] = {}
+            for path in sorted(self.output_dir.iterdir()):
+                if path.name != QUEUE_NAME and not path.name.startswith(("_", "checkpoint-")):
+                    files |= files_below(path, path.name)
+            return files, ("",)
+
+        return self._add(collect, step, message)
+
+    def _add(
+        self, collect: Callable[[], _FilesAndSlots], step: int, message: str, write_once: Path | None = None
+    ) -> bool:
         try:
             files, slots = collect()
             if not files:
@@ -163,10 +174,10 @@ class Publisher:
         except OSError as error:
             again = partial(self._add, collect, step, message, write_once)
             self._unqueued = (again, f"step {step}: {error}")
-            logger.warning(f"Step {step} could not be put aside for the Hub, training goes on: {error}")
+            logger.warning(f"Step {step} could not be queued for the Hub, training continues: {error}")
             return False
         self._unqueued = None
-        self._child.wake()
+        self._process.wake()
         return True
 
     def _without_token(self, files: Mapping[str, Path]) -> dict[str, Path]:
@@ -174,37 +185,37 @@ class Publisher:
         small = {name: path for name, path in files.items() if path.stat().st_size < _SCANNED}
         leaks = [name for name, path in small.items() if token and token in path.read_bytes()]
         if leaks:
-            logger.warning(f"Not sent to the Hub, as they hold the access token: {', '.join(leaks)}.")
+            logger.warning(f"Not sent to the Hub because they contain the access token: {', '.join(leaks)}.")
         return {name: path for name, path in files.items() if name not in leaks}
 
-    def status(self) -> Status:
-        """What is on the Hub and what is not. Cheap enough for every log line; logs an error once."""
-        status = Status.read(self.queue.folder, str(self.target))
+    def status(self) -> QueueStatus:
+        """What is on the Hub and what is not; logs each new error once. Fast enough for every log line."""
+        status = QueueStatus.read(self.queue.folder, str(self.target))
         if self._unqueued is not None:
             status = replace(status, unqueued=self._unqueued[1])
         if status.error is not None and status.error != self._reported:
-            logger.warning(f"Pushing to {status.target} failed, and will be tried again: {status.error}")
+            logger.warning(f"A push to {status.target} failed and will be retried: {status.error}")
         self._reported = status.error
         if status.waiting:
-            self._child.ensure()
+            self._process.ensure_running()
         return status
 
     # ---- After the last step ----
 
-    def flush(self, seconds: float) -> Status:
+    def flush(self, seconds: float) -> QueueStatus:
         """
-        Wait until everything is sent, until the Hub refuses what is left, or until the time is over.
+        Wait until everything is sent, or the Hub refuses the rest, or the time is over. The rest stays on disk.
 
         Args:
-            seconds (`float`): The bound. What is not sent by then stays on disk.
+            seconds (`float`): Longest wait.
         """
         deadline = time.monotonic() + seconds
         if self._unqueued is not None:
-            self._unqueued[0]()  # there may be space by now
+            self._unqueued[0]()  # the disk may have space again
         status = self.status()
         if status.waiting:
             began = time.time()
-            self._child.wake()
+            self._process.wake()
             while (status := self.status()).waiting and time.monotonic() < deadline:
                 if status.permanent and self.queue.state()["error"]["time"] > began:
                     break
@@ -212,5 +223,83 @@ class Publisher:
         return status
 
     def close(self) -> None:
-        """End the process that sends, wherever it is; the queue stays."""
-        self._child.kill()
+        """End the upload process at once; the queue stays on disk."""
+        self._process.kill()
+
+
+class FinalFlush:
+    """
+    Flushes a publisher at the end of a run, and prints one line about the result.
+
+    By default the flush runs when the process exits. It then delays neither other ranks nor a final evaluation, and
+    also sends what was saved before an exception.
+
+    Args:
+        publisher ([`Publisher`]):
+            Closed when the process exits.
+        seconds (`float`):
+            Longest wait.
+    """
+
+    def __init__(self, publisher: Publisher, seconds: float):
+        self.publisher, self.seconds = publisher, seconds
+        self._left = seconds
+        self._printed = ""
+        atexit.register(self.end)
+
+    def wait(self, seconds: float) -> QueueStatus:
+        """Flush now, and print what is on the Hub and what is not unless that line was printed before."""
+        self._left = 0.0  # if this flush is incomplete, do not wait again at exit
+        waiting = self.publisher.status().waiting
+        if waiting and seconds:
+            steps = ", ".join(str(step) for step in waiting)
+            print(f"Uploading step {steps} to the Hub, for at most {seconds:g} s (Ctrl-C to stop).", flush=True)
+        status = self.publisher.flush(seconds)
+        if status.complete:
+            self._left = self.seconds
+            self.publisher.close()  # the next job starts the process again
+        self._print(status)
+        return status
+
+    def end(self, seconds: float | None = None) -> None:
+        """Flush for the last time and close the publisher. By default, skip the wait after an incomplete flush."""
+        atexit.unregister(self.end)
+        try:
+            if self.publisher.output_dir.exists():  # otherwise there is nothing to send
+                self.wait(self._left if seconds is None else seconds)
+        except KeyboardInterrupt:
+            self._print(self.publisher.status())
+        finally:
+            self.publisher.close()
+
+    def _print(self, status: QueueStatus) -> None:
+        line = status.line(self.publisher.output_dir)
+        if line != self._printed:
+            print(line, flush=True)
+        self._printed = line
+
+
+# ---- Files ----
+
+
+def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
+    """
+    Select the files of a checkpoint for a strategy other than `"end"`.
+
+    Returns:
+        `tuple[dict[str, Path], tuple[str, ...]]`: files by their path in the repository, and the slots of the [`Job`].
+    """
+    whole = files_below(checkpoint, "")
+    files = {name: path for name, path in whole.items() if not name.startswith(_RESUME_ONLY)}
+    if strategy == "every_save":
+        return files, ("",)
+    slot = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
+    return files | {f"{slot}/{name}": path for name, path in whole.items()}, ("", slot)
+
+
+def files_below(path: Path, name: str) -> dict[str, Path]:
+    """A file, or all files of a folder, by their paths below `name`."""
+    if path.is_file():
+        return {name: path}
+    found = (file for file in sorted(path.rglob("*")) if file.is_file())
+    return {Path(name, file.relative_to(path)).as_posix(): file for file in found}

@@ -1,4 +1,4 @@
-"""The side that talks to the Hub: one commit for each job, made once however often it is tried."""
+"""Sending the jobs of a queue to the Hub: one commit per job, even after retries and lost answers."""
 
 import random
 import time
@@ -8,33 +8,98 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm
 
 from .check import check_card
 from .job import Job, SpoiledJobError, Target
-from .queue import UploadQueue
+from .queue import QUEUE_NAME, QueueStatus, UploadQueue
+from .retries import CONFLICTS, CardRefusedError, RetryPolicy, http_status, is_permanent, limit_requests
 
-__all__ = ["CardRefusedError", "Uploader", "is_permanent"]
+__all__ = ["QueueBusyError", "Uploader", "push_queue"]
 
-CARD = "README.md"
-_CONFLICTS = (409, 412)  # somebody else committed meanwhile: look again, at once
-_TRANSIENT = (404, 408, 425, 429, *_CONFLICTS)  # what is not there may be made by the next attempt
+_CARD = "README.md"
 
 
-class CardRefusedError(ValueError):
-    """All is on the Hub but for the card."""
+class QueueBusyError(RuntimeError):
+    """Another process is sending this queue."""
+
+
+def push_queue(
+    output_dir: Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    retry: RetryPolicy | None = None,
+    attempts: int = 5,
+    lock_timeout: float = 10.0,
+) -> tuple[QueueStatus, bool]:
+    """
+    Send the queue of a run from this process, with progress bars. Afterwards, all requests of `huggingface_hub` in
+    this process have timeouts.
+
+    Args:
+        output_dir (`Path`): Output folder of the run.
+        revision (`str`, *optional*): Branch to send to, instead of the run's.
+        token, endpoint (`str`, *optional*): Token and address of the Hub; the client's defaults if `None`.
+        retry ([`RetryPolicy`], *optional*): Timeouts and waiting times.
+        attempts (`int`, *optional*, defaults to 5): Attempts if the errors are temporary.
+        lock_timeout (`float`, *optional*, defaults to 10): Seconds to wait until another sender ends.
+
+    Returns:
+        `tuple[QueueStatus, bool]`: status afterwards, and whether everything that was queued is on the Hub.
+
+    Raises:
+        ValueError: the folder holds no queue.
+        QueueBusyError: another process is sending the queue.
+        OSError: the queue is not writable.
+
+    Example:
+        ```python
+        >>> push_queue(Path("no/such/folder"))
+        Traceback (most recent call last):
+        ...
+        ValueError: no/such/folder holds nothing to push: give the output_dir of a run with push_to_hub.
+
+        ```
+    """
+    folder, retry = output_dir / QUEUE_NAME, retry or RetryPolicy()
+    if not folder.is_dir():
+        raise ValueError(f"{output_dir} holds nothing to push: give the output_dir of a run with push_to_hub.")
+    queue, lost = UploadQueue(folder), QueueStatus.read(folder).lost
+    try:
+        with FileLock(folder / "lock", timeout=lock_timeout):
+            queue.finish_deletions()
+            limit_requests(retry.request)
+            uploader = Uploader(queue, HfApi(endpoint=endpoint, token=token, library_name="hf-nexus"), revision)
+            with tqdm(total=len(queue.jobs()), desc="Pushing", unit="checkpoint") as bar:
+                for failures in range(1, attempts + 1):
+                    failure = uploader.send_all(lambda job: bar.set_description(f"Pushing step {job.step}"))
+                    bar.update(bar.total - len(queue.jobs()) - bar.n)
+                    if failure is None or is_permanent(failure):
+                        break
+                    if failures < attempts:
+                        time.sleep(retry.delay(failures))
+    except Timeout as error:
+        raise QueueBusyError(
+            f"Another process is sending {folder}: wait until it is done, or end the training run first."
+        ) from error
+    status = QueueStatus.read(folder)
+    return status, status.complete and status.lost == lost
 
 
 class Uploader:
     """
-    Sends jobs, one commit each. May be called again after any error: what the Hub already has is not sent twice.
+    Sends jobs, one commit each. A call may be repeated after any error: it sends nothing that the Hub already has.
 
     Args:
-        queue ([`UploadQueue`]): Where the jobs are; the caller holds its lock.
-        api (`HfApi`): The client, with endpoint and token.
-        revision (`str`, *optional*): Branch to send to, in place of the one that was asked for.
+        queue ([`UploadQueue`]): Queue of the jobs. The caller holds its lock.
+        api (`HfApi`): Client with endpoint and token.
+        revision (`str`, *optional*): Branch to send to, instead of the jobs' own.
     """
 
     def __init__(self, queue: UploadQueue, api: HfApi, revision: str | None = None):
@@ -42,12 +107,7 @@ class Uploader:
         self._prepared: dict[Target, str] = {}
 
     def prepare(self, target: Target) -> str:
-        """
-        Create what is missing of the repository and the branch.
-
-        Returns:
-            `str`: the full id of the repository.
-        """
+        """Create the repository and the branch if they are missing; return the full id of the repository."""
         if target not in self._prepared:
             url = self.api.create_repo(target.repo_id, private=target.private, exist_ok=True)
             if target.revision is not None:
@@ -55,34 +115,70 @@ class Uploader:
             self._prepared[target] = url.repo_id
         return self._prepared[target]
 
-    def send(self, job: Job, slots: tuple[str, ...]) -> None:
+    def send_all(self, before: Callable[[Job], object] = lambda job: None) -> Exception | None:
         """
-        Make the job's commit, note it in the state and delete the job. Of a card that the Hub would refuse, the job
-        is what remains; all else is sent.
+        Try each job once, newest first. A permanent error skips the job; a temporary error ends the call.
 
-        Raises:
-            CardRefusedError: the card is not valid.
-            Exception: anything that the client raises.
+        Args:
+            before (`Callable[[Job], object]`, *optional*): Called with each job before it is sent.
+
+        Returns:
+            `Exception`, *optional*: last error; `None` if the queue is empty.
         """
+        refused: tuple[Exception, Job] | None = None
+        tried: set[int] = set()
+        while left := [(job, slots) for job, slots in self.queue.pending() if job.number not in tried]:
+            job, slots = left[0]
+            tried.add(job.number)
+            if not slots:
+                self.queue.remove(job)
+                continue
+            claimed = self.queue.claim(job)
+            if claimed is None:
+                continue
+            before(claimed)
+            try:
+                self._send(claimed, slots)
+            except SpoiledJobError as error:
+                state = self.queue.state()
+                self._note({**state, "lost": [*state.get("lost", ()), str(error)]})
+                self.queue.remove(claimed)
+            except Exception as error:  # the client raises many types, and none may block the other jobs
+                self._note_error(error, claimed)
+                self.queue.release(claimed)
+                if not is_permanent(error):
+                    return error
+                refused = error, claimed
+        if refused is not None:
+            self._note_error(*refused, permanent=True)
+            return refused[0]
+        state = self.queue.state()
+        if state.pop("error", None):
+            self._note(state)
+        return None
+
+    def _send(self, job: Job, slots: tuple[str, ...]) -> None:
+        """Commit the files of a job and delete the job. If the card is invalid, commit the other files and keep it."""
         files = job.files(slots)
-        problem = _card_problem(files[CARD]) if CARD in files else None
+        problem = _card_problem(files[_CARD]) if _CARD in files else None
         if problem is None:
             try:
                 self._commit(job, slots, files)
             except (HfHubHTTPError, ValueError) as error:
-                if CARD not in files or not _is_bad_request(error):
+                if _CARD not in files or http_status(error) not in (400, 422):
                     raise
-                problem = str(error)  # it may be the card: the next attempt will tell
+                problem = str(error)  # the card may be the reason; the attempt without it will show
         if problem is not None:
-            rest = {name: path for name, path in files.items() if name != CARD}
+            rest = {name: path for name, path in files.items() if name != _CARD}
             if rest:
                 self._commit(job, slots, rest)
-            self.queue.keep_only(job, CARD)
-            card = self.queue.resting_place(job) / "files" / CARD
-            raise CardRefusedError(f"The Hub has step {job.step}, but not its card. Mend {card}: {problem}")
+            self.queue.keep_only(job, _CARD)
+            card = self.queue.released_path(job) / "files" / _CARD
+            raise CardRefusedError(f"The Hub has step {job.step} without its card. Correct {card}: {problem}")
         self.queue.remove(job)
 
     def _commit(self, job: Job, slots: tuple[str, ...], files: dict[str, Path]) -> None:
+        """Commit files, again after conflicts with other commits, and note the commit in the state."""
         target = job.target if self.revision is None else replace(job.target, revision=self.revision)
         for attempt in range(10):
             try:
@@ -90,8 +186,8 @@ class Uploader:
                 commit = self._commit_once(job, slots, files, repo_id, target.revision)
                 break
             except Exception as error:
-                self._prepared.pop(target, None)  # it may have been deleted
-                if _status(error) not in _CONFLICTS or attempt == 9:
+                self._prepared.pop(target, None)  # the repository may have been deleted
+                if http_status(error) not in CONFLICTS or attempt == 9:
                     raise
                 time.sleep(random.uniform(0.05, 0.5))
         state = self.queue.state()
@@ -105,7 +201,7 @@ class Uploader:
         self, job: Job, slots: tuple[str, ...], files: dict[str, Path], repo_id: str, revision: str | None
     ) -> str:
         job.verify(files)
-        # With a parent, a commit whose answer was lost and that the Hub makes after all, late, is refused.
+        # With a parent, the Hub refuses a commit of ours that arrives late, after its answer was lost and we retried.
         parent = self.api.repo_info(repo_id, revision=revision).sha
         additions = [CommitOperationAdd(name, path) for name, path in files.items()]
         deletions = [
@@ -116,10 +212,10 @@ class Uploader:
             if name not in files
         ]
         self.api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False)
-        job.verify(files)  # again: now the files were read, and nothing refers to them yet
+        job.verify(files)  # again: the files were read in between, and no commit refers to them yet
         commit = self.api.create_commit(
             repo_id,
-            [*additions, *deletions],  # the client drops what the Hub already has, and makes no empty commit
+            [*additions, *deletions],  # the client drops files that the Hub already has, and makes no empty commit
             commit_message=job.message,
             revision=revision,
             parent_commit=parent,
@@ -133,79 +229,14 @@ class Uploader:
         except EntryNotFoundError:
             return []
 
-    def send_pending(self, before: Callable[[Job], object] = lambda job: None) -> Exception | None:
-        """
-        One pass over the queue, newest job first. A job that is refused stays and lets the others pass; a failure
-        that may be temporary ends the pass.
-
-        Args:
-            before (`Callable[[Job], object]`, *optional*): Called with each job before it is sent.
-
-        Returns:
-            `Exception`, *optional*: what went wrong last; `None` if nothing is left.
-        """
-        refused: tuple[Exception, Job] | None = None
-        tried: set[int] = set()
-        while left := [(job, slots) for job, slots in self.queue.todo() if job.number not in tried]:
-            job, slots = left[0]
-            tried.add(job.number)
-            if not slots:
-                self.queue.remove(job)
-                continue
-            claimed = self.queue.claim(job)
-            if claimed is None:
-                continue
-            before(claimed)
-            try:
-                self.send(claimed, slots)
-            except SpoiledJobError as error:
-                state = self.queue.state()
-                self._note({**state, "lost": [*state.get("lost", ()), str(error)]})
-                self.queue.remove(claimed)
-            except Exception as error:  # whatever the client raises: it must not cost the jobs behind this one
-                self._note_error(error, claimed)
-                self.queue.release(claimed)
-                if not is_permanent(error):
-                    return error
-                refused = error, claimed
-        if refused is not None:
-            self._note_error(*refused, final=True)
-            return refused[0]
-        state = self.queue.state()
-        if state.pop("error", None):
-            self._note(state)
-        return None
-
-    def _note_error(self, error: Exception, job: Job, final: bool = False) -> None:
-        """Write down an error; `final` says that nothing more can be done until a person does something about it."""
+    def _note_error(self, error: Exception, job: Job, permanent: bool = False) -> None:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
-        note = {"text": text, "step": job.step, "permanent": final, "time": time.time()}
+        note = {"text": text, "step": job.step, "permanent": permanent, "time": time.time()}
         self._note({**self.queue.state(), "error": note})
 
     def _note(self, state: dict[str, Any]) -> None:
-        with suppress(OSError):  # a full disk; the queue remembers, and writes it with what comes next
+        with suppress(OSError):  # on a full disk, the queue keeps the state in memory and writes it next time
             self.queue.write_state(state)
-
-
-def is_permanent(error: BaseException) -> bool:
-    """Whether an error will come back until a person does something about it."""
-    status = _status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in _TRANSIENT
-    return isinstance(error, CardRefusedError | HFValidationError)
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error: the client wraps those of LFS uploads and cards."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code
-        error = error.__cause__
-    return None
-
-
-def _is_bad_request(error: Exception) -> bool:
-    return _status(error) in (400, 422)
 
 
 def _card_problem(path: Path) -> str | None:

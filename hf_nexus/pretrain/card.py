@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
-from ..hub.provenance import hub_id, public_path
+from ..hub.facts import hub_id, public_path
 from ..hub.run_summary import MixtureRow, RunSummary
 from ..trainer.config import nexus_settings
 from .fields import PretrainArguments

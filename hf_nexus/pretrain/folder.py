@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import write_atomic
-from ..hub.environment import installed_versions
+from ..hub.facts import installed_versions
 from ..trainer.checkpoints import resolve_checkpoint
 from .fields import PretrainArguments
 

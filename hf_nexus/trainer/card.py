@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..hub.card import save_card
-from ..hub.environment import describe_hardware, installed_versions
-from ..hub.provenance import find_commit, find_origin, hub_id, public_path
+from ..hub.facts import (
+    describe_hardware,
+    find_commit,
+    find_origin,
+    find_task,
+    hub_id,
+    installed_versions,
+    public_path,
+)
 from ..hub.results import RESULTS_NAME, Evaluation, save_results
 from ..hub.run_summary import LANGUAGE_MODEL, SUMMARY_NAME, MixtureRow, RunSummary
-from ..hub.tasks import find_task
 from ..mixture.training_data import TrainingData
 from ..plots.run import COSINES_PLOT, TRAINING_PLOT, plot_run
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, constants
 
-from ..hub.last_wait import LastWait
-from ..hub.publisher import Publisher
+from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import RunSummary
 from .distributed import broadcast
 
@@ -26,7 +25,7 @@ class Publishing:
 
     def __init__(self, args: Any):
         self._args = args
-        self._last_wait: LastWait | None = None
+        self._final_flush: FinalFlush | None = None
         self.publisher: Publisher | None = None
 
     def connect(self, token: str | None, private: bool | None) -> str:
@@ -51,9 +50,9 @@ class Publishing:
             except ValueError as error:
                 refusal = error
             else:
-                if self._last_wait is not None:
-                    self._last_wait.end(0.0)  # a queue has one sender
-                self.publisher, self._last_wait = publisher, LastWait(publisher, args.hub_flush_timeout)
+                if self._final_flush is not None:
+                    self._final_flush.end(0.0)  # a queue has one sender
+                self.publisher, self._final_flush = publisher, FinalFlush(publisher, args.hub_flush_timeout)
         if broadcast(torch.tensor(int(refusal is not None)), args.device).item():
             raise refusal or ValueError("The main process may not push to the Hub: see its message.")
         return name
@@ -90,9 +89,9 @@ class Publishing:
 
     def wait(self, message: str) -> CommitInfo | None:
         """Wait for the Hub, up to `hub_flush_timeout` seconds. Returns the last commit if everything is uploaded."""
-        if self._last_wait is None:
+        if self._final_flush is None:
             return None
-        status = self._last_wait.wait(self._args.hub_flush_timeout)
+        status = self._final_flush.wait(self._args.hub_flush_timeout)
         if not status.complete or status.commit is None:
             return None
         url = f"{constants.ENDPOINT}/{status.target.rpartition('@')[0]}/commit/{status.commit}"

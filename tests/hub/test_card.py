@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_nexus.hub import card as card_module
@@ -123,6 +123,7 @@ def test_printed_numbers_equal_the_given_floats(value):
     assert math.isclose(printed, value, rel_tol=5.1e-5, abs_tol=5.1e-5 if 1e-3 <= abs(value) < 1e6 else 0.0)
 
 
+@settings(max_examples=25)
 @given(st.floats(0.0, 50.0))
 def test_model_index_holds_the_floats_themselves(loss):
     card = ModelCard(str(run_card(make_run(evaluations=[Evaluation("a", "ood", None, loss)]))))

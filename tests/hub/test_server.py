@@ -103,7 +103,8 @@ for name in sys.argv[1:]:
 """
 
 
-def test_datasets_streams_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_datasets_streams_from_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load_dataset("user/name", streaming=True)` reads over HTTP what was uploaded."""
     from datasets import Dataset
 

@@ -11,7 +11,6 @@ import transformers
 from hf_nexus.hub.card import BenchmarkScore
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.run_summary import RunSummary
-from hf_nexus.hub.tasks import find_task
 from hf_nexus.trainer.card import CARD_FILES, summarize
 from hf_nexus.trainer.publishing import card_fields
 from tests.support.tiny import VOCAB, Rows, tiny_llama
@@ -190,21 +189,6 @@ def test_task_and_auto_class_follow_from_the_model(make_trainer, make, task, aut
     trainer.create_model_card(tasks="my-task")  # the user knows better
     text = Path(trainer.args.output_dir, "README.md").read_text()
     assert "pipeline_tag: my-task\n" in text and ("```python" in text) == (auto_class is not None)
-
-
-@pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        ("TapasForQuestionAnswering", "table-question-answering"),
-        ("Wav2Vec2ForSequenceClassification", "audio-classification"),
-        ("BartForConditionalGeneration", "text2text-generation"),
-        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
-        ("GPT2LMHeadModel", "text-generation"),
-        ("RemoteCodeForCausalLM", "text-generation"),
-    ],
-)
-def test_a_mapping_says_more_than_the_name_of_a_class(name, task):
-    assert find_task(type(name, (torch.nn.Module,), {})())["task"] == task
 
 
 @pytest.mark.parametrize("given", [{"tasks": "summarization"}, {"tasks": ["summarization", "translation"]}])

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_nexus.hub.publisher import Publisher
-from hf_nexus.hub.queue import QUEUE_NAME
-from hf_nexus.hub.status import Status
+from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import pretrain
 from tests.pretrain.test_run import config  # noqa: F401  # a fixture
@@ -57,7 +56,7 @@ def make(
 ) -> Iterator[Callable[..., Any]]:
     """`make(**options)`: a trainer that saves steps 2 and 4 and pushes to `REPO`, with little patience."""
     monkeypatch.setattr(
-        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
+        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
     )
     made = []
 
@@ -77,8 +76,8 @@ def make(
 
     yield make
     for trainer in made:
-        if trainer._publishing._last_wait is not None:
-            trainer._publishing._last_wait.end(0.0)
+        if trainer._publishing._final_flush is not None:
+            trainer._publishing._final_flush.end(0.0)
 
 
 def push(out: Path, *options: str, token: str = ALICE) -> subprocess.CompletedProcess[str]:
@@ -186,9 +185,9 @@ def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
     hub.fail("/commit/", **fault)
     trainer.train()
     assert trainer.push_to_hub() is None
-    trainer._publishing._last_wait.end()
+    trainer._publishing._final_flush.end()
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert line.startswith(f"On the Hub ({REPO}@main): nothing. Not there yet: step ")
+    assert line.startswith(f"On the Hub ({REPO}@main): nothing. Not yet on the Hub: step ")
     assert line.endswith(f"Send the rest with: hf-nexus push {out}")
     failed = push(out) if fault.get("status") == 403 else None
     if failed is not None:
@@ -242,7 +241,7 @@ def test_what_was_saved_arrives_although_the_run_fails(
     trainer.add_callback(_Fails())
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer.train()
-    trainer._publishing._last_wait.end()
+    trainer._publishing._final_flush.end()
     assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 2."
     files, saved = hub.files(REPO), content(tmp_path / "out/checkpoint-2", *MODEL)
     assert digests({name: files[name] for name in MODEL}) == digests(saved)
@@ -265,7 +264,7 @@ from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.trainer import publishing
 from tests.support.hub.runs import QUICK
 from tests.support.tiny import Rows, tiny_llama
-publishing.Publisher = partial(publishing.Publisher, patience=QUICK)
+publishing.Publisher = partial(publishing.Publisher, retry=QUICK)
 out, timeout, ending = sys.argv[1:]
 class End(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -302,7 +301,7 @@ def test_a_hub_that_hangs_does_not_keep_the_process(hub: HubServer, tmp_path: Pa
     run = start(out, 1.0, "leaves")
     printed, errors = run.communicate(timeout=2 * SECONDS)
     assert run.returncode == 0, errors
-    assert re.search(r"nothing\. Not there yet: step (2, )?4.*hf-nexus push", printed.strip().splitlines()[-1])
+    assert re.search(r"nothing\. Not yet on the Hub: step (2, )?4.*hf-nexus push", printed.strip().splitlines()[-1])
     hub.heal()
     assert push(out, "--revision", "rescued").returncode == 0
     files = hub.files(REPO, "rescued")
@@ -324,7 +323,7 @@ def test_kill_9_then_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     run.communicate()
     saved = content(out / "checkpoint-2")
     shutil.rmtree(out / "checkpoint-2")
-    assert Status.read(out / QUEUE_NAME).waiting == (2,)
+    assert QueueStatus.read(out / QUEUE_NAME).waiting == (2,)
     done = push(out)
     assert done.returncode == 0, done.stderr
     files = hub.files(REPO)
@@ -361,15 +360,15 @@ def test_a_pretraining_run_ends_with_its_report_on_the_hub(
 ) -> None:
     """The card has the last evaluation, and `pretrain.yaml` no token."""
     monkeypatch.setattr(
-        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
+        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
     )
     flags = ["--push_to_hub", "True", "--hub_token", ALICE, "--hub_strategy", "end", "--hub_model_id", REPO]
     out = tmp_path / "out"
     trainer = pretrain(
         parse_arguments(["--config", str(config), "--output_dir", str(out), "--max_steps", "3", *flags])
     )
-    assert trainer._publishing._last_wait is not None
-    trainer._publishing._last_wait.end()
+    assert trainer._publishing._final_flush is not None
+    trainer._publishing._final_flush.end()
     assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 3."
     files = hub.files(REPO)
     names = [*MODEL, *CARD, "tokenizer.json", "pretrain.yaml"]

@@ -1,4 +1,4 @@
-"""The failure table: whatever fails between a queue and the Hub, in the end the Hub has what was saved, once."""
+"""Failures between a queue and the Hub: in the end, the Hub has what was saved, in one commit."""
 
 import shutil
 import threading
@@ -9,42 +9,43 @@ from typing import Any
 
 import pytest
 
-from hf_nexus.hub.contents import checkpoint_files, files_below
 from hf_nexus.hub.job import Job, SpoiledJobError, Target
+from hf_nexus.hub.publisher import checkpoint_files, files_below
 from hf_nexus.hub.queue import QUEUE_NAME, UploadQueue
-from hf_nexus.hub.uploader import CardRefusedError, Uploader, is_permanent
-from tests.support.hub.runs import REPO, api, digests, impatient_client, model_of, write_checkpoint
-from tests.support.hub.server import HubServer
+from hf_nexus.hub.retries import CardRefusedError, is_permanent
+from hf_nexus.hub.uploader import Uploader, push_queue
+from tests.support.hub.runs import QUICK, REPO, api, digests, impatient_client, model_of, write_checkpoint
+from tests.support.hub.server import ALICE, HubServer
 
-LFS, XET = ("lfs",), ("xet",)  # the transfer paths that a fault can meet
+LFS, XET = ("lfs",), ("xet",)  # transfer paths that have the request
 BOTH = LFS + XET
 
 
 @pytest.fixture(params=BOTH)
 def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A running server and a client on either transfer path."""
+    """A running server, and a client on one of the transfer paths."""
     with impatient_client(monkeypatch, xet=request.param == "xet"), HubServer(tmp_path / "hub") as hub:
         yield hub
 
 
 def queue_step(out: Path, step: int, strategy: str = "every_save") -> tuple[UploadQueue, Job]:
-    """A queue with one more checkpoint and its card."""
+    """Queue a checkpoint and its card."""
     queue, checkpoint = UploadQueue(out / QUEUE_NAME), write_checkpoint(out, step)
     files, slots = checkpoint_files(checkpoint, strategy)
     files |= files_below(out / "README.md", "README.md")
     return queue, queue.add(files, slots, step, f"step {step}", Target(REPO), write_once=checkpoint)
 
 
-def passes(uploader: Uploader, at_most: int) -> Exception | None:
-    """Try as the process beside a run does."""
-    for _ in range(at_most):
-        failure = uploader.send_pending()
+def send(uploader: Uploader, attempts: int) -> Exception | None:
+    """Send with retries, as the upload process does."""
+    for _ in range(attempts):
+        failure = uploader.send_all()
         if failure is None:
             break
     return failure
 
 
-# ---- Faults that pass ----
+# ---- Temporary failures ----
 
 INFO = f"/api/models/{REPO}$"
 
@@ -80,40 +81,40 @@ TRANSIENT: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("hub", "name"), [(path, name) for name, (paths, _, _) in TRANSIENT.items() for path in paths], indirect=["hub"]
 )
-def test_faults_that_pass_leave_one_commit_with_what_was_saved(hub: HubServer, tmp_path: Path, name: str) -> None:
-    """The Hub's content equals the checkpoint, and there is one commit however often it was tried."""
+def test_a_temporary_failure_leaves_one_complete_commit(hub: HubServer, tmp_path: Path, name: str) -> None:
+    """The Hub has the files of the checkpoint, in one commit regardless of the number of attempts."""
     _, where, fault = TRANSIENT[name]
     out = tmp_path / "out"
     queue, _ = queue_step(out, 2)
     hub.fail(where, **fault)
     uploader = Uploader(queue, api(hub))
     for _ in range(5):
-        failure = uploader.send_pending()
+        failure = uploader.send_all()
         assert failure is None or not is_permanent(failure), failure
     assert failure is None, failure
-    assert any(entry["fault"] for entry in hub.log), "the fault was not met"
+    assert any(entry["fault"] for entry in hub.log), "the request did not fail"
     assert queue.jobs() == []
     assert "error" not in queue.state()
-    time.sleep(0.5 * (name == "commit late"))  # it must not be made after all
+    time.sleep(0.5 * (name == "commit late"))  # the late commit must not be made
     assert [commit["title"] for commit in hub.history(REPO)] == ["step 2"]
     assert digests(hub.files(REPO)) == digests(model_of(out / "checkpoint-2"))
 
 
-# ---- Faults that stay ----
+# ---- Lasting failures ----
 
 
 @pytest.mark.parametrize(
     ("where", "status"),
     [("/commit/", 401), ("/commit/", 403), ("/commit/", 500), ("/repos/create", 403), ("/preupload/", 404)],
 )
-def test_faults_that_stay_leave_all_on_disk(hub: HubServer, tmp_path: Path, where: str, status: int) -> None:
-    """Nothing is lost while the Hub refuses, the error is written down, and all is sent once it no longer does."""
+def test_a_lasting_failure_leaves_the_job_on_disk(hub: HubServer, tmp_path: Path, where: str, status: int) -> None:
+    """The state has the error, and the job is sent once the Hub accepts it."""
     out = tmp_path / "out"
     queue, job = queue_step(out, 2)
     saved = digests({name: path.read_bytes() for name, path in job.files().items()})
     hub.fail(where, status=status)
     uploader = Uploader(queue, api(hub))
-    failure = passes(uploader, 3)
+    failure = send(uploader, 3)
     assert failure is not None
     assert is_permanent(failure) == (status in (401, 403))
     [waiting] = queue.jobs()
@@ -122,49 +123,49 @@ def test_faults_that_stay_leave_all_on_disk(hub: HubServer, tmp_path: Path, wher
     assert queue.state()["error"]["permanent"] == (status in (401, 403))
     shutil.rmtree(out / "checkpoint-2")
     hub.heal()
-    assert uploader.send_pending() is None
+    assert uploader.send_all() is None
     assert digests(hub.files(REPO)) == saved
     assert len(hub.history(REPO)) == 1
 
 
-def test_refused_connections(hub: HubServer, tmp_path: Path) -> None:
-    """A server that is not there, then comes back under the same address."""
+def test_a_server_that_is_down_gets_the_job_later(hub: HubServer, tmp_path: Path) -> None:
+    """The server comes back under the same address."""
     port = hub.httpd.server_address[1]
     queue, job = queue_step(tmp_path / "out", 2)
     saved = digests({name: path.read_bytes() for name, path in job.files().items()})
     hub.httpd.shutdown()
     hub.httpd.server_close()
     uploader = Uploader(queue, api(hub))
-    assert passes(uploader, 2) is not None
+    assert send(uploader, 2) is not None
     with HubServer(tmp_path / "hub", port=port) as again:
-        assert uploader.send_pending() is None
+        assert uploader.send_all() is None
         assert digests(again.files(REPO)) == saved
 
 
-def test_a_refused_job_lets_the_others_pass(hub: HubServer, tmp_path: Path) -> None:
-    """The newest goes first; an older one that the Hub refuses for good blocks nothing."""
+def test_a_refused_job_does_not_block_the_others(hub: HubServer, tmp_path: Path) -> None:
+    """The newest job is sent first, the older ones although one of them is refused."""
     out = tmp_path / "out"
     for step in (2, 4, 6):
         queue, _ = queue_step(out, step, "all_checkpoints")
     hub.fail("/commit/", status=403, times=1, skip=1)
     uploader = Uploader(queue, api(hub))
-    failure = uploader.send_pending()
+    failure = uploader.send_all()
     assert failure is not None and is_permanent(failure)
     assert [commit["title"] for commit in hub.history(REPO)] == ["step 2", "step 6"]
-    assert uploader.send_pending() is None
+    assert uploader.send_all() is None
     files = hub.files(REPO)
     for step in (2, 4, 6):
         for name, data in files_below(out / f"checkpoint-{step}", f"checkpoint-{step}").items():
             assert files[name] == data.read_bytes(), name
-    assert files["config.json"] == b'{"step": 6}'  # older ones did not renew the root
+    assert files["config.json"] == b'{"step": 6}'  # the older jobs did not replace the root
 
 
 # ---- Bad cards ----
 
 
 @pytest.mark.parametrize("found_by", ["us", "validate-yaml", "the commit"])
-def test_a_bad_card_costs_nothing_but_the_card(hub: HubServer, tmp_path: Path, found_by: str) -> None:
-    """The weights go, the card stays behind with its reason; mended in the queue, it goes too."""
+def test_a_job_with_an_invalid_card_is_sent_without_it(hub: HubServer, tmp_path: Path, found_by: str) -> None:
+    """The card stays in the queue with the reason, and is sent after it was corrected there."""
     out = tmp_path / "out"
     queue, _ = queue_step(out, 2, "checkpoint")
     card = queue.jobs()[0].files()["README.md"]
@@ -178,7 +179,7 @@ def test_a_bad_card_costs_nothing_but_the_card(hub: HubServer, tmp_path: Path, f
         hub.fail("/validate-yaml", status=400, skip=1, body='{"errors": [{"message": "no"}], "warnings": []}')
     uploader = Uploader(queue, api(hub))
     for _ in range(2):
-        failure = uploader.send_pending()
+        failure = uploader.send_all()
         assert isinstance(failure, CardRefusedError) and is_permanent(failure)
     files = hub.files(REPO)
     assert "README.md" not in files
@@ -189,7 +190,7 @@ def test_a_bad_card_costs_nothing_but_the_card(hub: HubServer, tmp_path: Path, f
         assert hub.count("POST", "/validate-yaml") == 0
     hub.heal()
     waiting.files()["README.md"].write_text(good)
-    assert uploader.send_pending() is None
+    assert uploader.send_all() is None
     assert hub.files(REPO) == {**files, "README.md": good.encode()}
 
 
@@ -197,8 +198,8 @@ def test_a_bad_card_costs_nothing_but_the_card(hub: HubServer, tmp_path: Path, f
 
 
 @pytest.mark.parametrize("how", ["overwritten", "gone"])
-def test_what_is_no_longer_what_was_saved_is_never_sent(hub: HubServer, tmp_path: Path, how: str) -> None:
-    """A run that resumed earlier writes the same files again: what was saved before is lost, and said so."""
+def test_changed_files_are_never_sent(hub: HubServer, tmp_path: Path, how: str) -> None:
+    """A resumed run may write the same files again. The job is then reported as lost."""
     out = tmp_path / "out"
     queue, job = queue_step(out, 2)
     if how == "overwritten":
@@ -208,15 +209,15 @@ def test_what_is_no_longer_what_was_saved_is_never_sent(hub: HubServer, tmp_path
         job.files()["config.json"].unlink()
     with pytest.raises(SpoiledJobError, match=how):
         job.verify(job.files())
-    assert Uploader(queue, api(hub)).send_pending() is None
+    assert Uploader(queue, api(hub)).send_all() is None
     assert hub.history(REPO) == []
     assert queue.jobs() == [] and how in queue.state()["lost"][0]
 
 
-def test_a_file_that_is_overwritten_while_it_is_sent(
+def test_a_file_that_changes_during_the_upload_is_lost(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read may be half of each; it is not committed."""
+    """The upload may have read parts of both versions, and must not be committed."""
     queue, _ = queue_step(tmp_path / "out", 2)
     client = api(hub)
     preupload = client.preupload_lfs_files
@@ -227,15 +228,13 @@ def test_a_file_that_is_overwritten_while_it_is_sent(
         preupload(*args, **kwargs)
 
     monkeypatch.setattr(client, "preupload_lfs_files", overwrite)
-    assert Uploader(queue, client).send_pending() is None
+    assert Uploader(queue, client).send_all() is None
     assert hub.history(REPO) == []
     assert "overwritten" in queue.state()["lost"][0]
 
 
-def test_a_state_that_cannot_be_written_stops_nothing(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a full disk jobs are still sent, and once each."""
+def test_a_full_disk_does_not_stop_uploads(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state cannot be written, but each job is sent once."""
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -244,16 +243,16 @@ def test_a_state_that_cannot_be_written_stops_nothing(
     queue_step(tmp_path / "out", 4, "all_checkpoints")
     monkeypatch.setattr("hf_nexus.hub.queue.write_atomic", full)
     hub.fail("/commit/", action="lose", times=1)
-    assert passes(Uploader(queue, api(hub)), 3) is None
+    assert send(Uploader(queue, api(hub)), 3) is None
     assert [commit["title"] for commit in hub.history(REPO)] == ["step 4"]
     assert hub.files(REPO)["config.json"] == b'{"step": 4}'
 
 
-# ---- Several at once ----
+# ---- Several runs ----
 
 
 def test_two_runs_push_to_one_repository(hub: HubServer, tmp_path: Path) -> None:
-    """Each makes its own commits, once each, whatever the other does; the last of one of them is what remains."""
+    """Each job is committed once, and the branch ends with the last job of one run."""
 
     def run(name: str) -> None:
         for step in (2, 4, 6):
@@ -262,7 +261,7 @@ def test_two_runs_push_to_one_repository(hub: HubServer, tmp_path: Path) -> None
             files["name.txt"] = tmp_path / name / "name.txt"
             files["name.txt"].write_text(f"{name} {step}")
             queue.add(files, slots, step, f"{name} {step}", Target(REPO), write_once=checkpoint)
-            failures.append(passes(Uploader(queue, api(hub)), 10))
+            failures.append(send(Uploader(queue, api(hub)), 10))
 
     failures: list[Exception | None] = []
     hub.fail("/commit/", action="lose", times=2, skip=1)
@@ -278,3 +277,25 @@ def test_two_runs_push_to_one_repository(hub: HubServer, tmp_path: Path) -> None
     files, name = hub.files(REPO), titles[0].split()[0]
     assert files["name.txt"] == titles[0].encode()
     assert files["model.safetensors"] == (tmp_path / name / "checkpoint-6/model.safetensors").read_bytes()
+
+
+# ---- hf-nexus push ----
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_push_sends_the_queue_to_another_branch(hub: HubServer, tmp_path: Path) -> None:
+    """It ends with the error after some attempts, and the next call continues."""
+    checkpoint = write_checkpoint(tmp_path, 2)
+    files, slots = checkpoint_files(checkpoint, "every_save")
+    UploadQueue(tmp_path / QUEUE_NAME).add(files, slots, 2, "title", Target(REPO))
+    (tmp_path / QUEUE_NAME / "old-000001-step-1" / "files").mkdir(parents=True)  # left by a killed sender
+    hub.fail("/commit/", status=503, times=2)
+    options: dict[str, Any] = {"token": ALICE, "endpoint": hub.endpoint, "retry": QUICK, "revision": "later"}
+    status, complete = push_queue(tmp_path, attempts=2, **options)
+    assert "503" in str(status.error) and not complete
+    assert push_queue(tmp_path, **options)[1]
+    with pytest.raises(ValueError, match="absent holds nothing to push"):
+        push_queue(tmp_path / "absent", **options)
+    assert [commit["title"] for commit in hub.history(REPO, "later")] == ["title"]
+    assert {path.name for path in (tmp_path / QUEUE_NAME).iterdir()} <= {"lock", "state.json"}
+    assert hub.history(REPO) == []

@@ -1,0 +1,185 @@
+"""Facts that a card states: the machine, the versions, the commit, and the origin and task of model and data."""
+
+import json
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import is_peft_available
+
+from .. import __version__
+from ..mixture.config import BUILTIN_PREFIX
+from .check import is_repo_id
+from .run_summary import LANGUAGE_MODEL
+
+__all__ = [
+    "describe_hardware",
+    "find_commit",
+    "find_origin",
+    "find_task",
+    "hub_id",
+    "installed_versions",
+    "public_path",
+]
+
+_PACKAGES = ("transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface-hub")
+_OPTIONAL = ("trl", "peft", "evaluate", "lm-eval", "bitsandbytes")
+# Tasks of the Hub for which transformers has Auto classes, but no pipeline.
+_WITHOUT_PIPELINE = {
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "visual-question-answering": "AutoModelForVisualQuestionAnswering",
+    "image-segmentation": "AutoModelForUniversalSegmentation",
+}
+
+
+# ---- Machine and code ----
+
+
+def installed_versions(optional: bool = False) -> dict[str, str]:
+    """
+    Versions of Python and of the installed packages that a run depends on, by distribution name.
+
+    Args:
+        optional (`bool`, *optional*, defaults to `False`):
+            Include packages that only some runs use, such as peft.
+
+    Example:
+        >>> from hf_nexus.hub.facts import installed_versions
+        >>> "transformers" in installed_versions()
+        True
+    """
+    found = {"python": platform.python_version(), "hf-nexus": __version__}
+    for name in (*_PACKAGES, *(_OPTIONAL if optional else ())):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_hardware(processes: int = 1) -> str:
+    """
+    Number and name of the devices that the processes of a run train on.
+
+    Example:
+        >>> from hf_nexus.hub.facts import describe_hardware
+        >>> isinstance(describe_hardware(), str)
+        True
+    """
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    if torch.accelerator.is_available():
+        return f"{processes} x {torch.accelerator.current_accelerator()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" + (f", {processes} processes" if processes > 1 else "")
+
+
+@cache
+def find_commit() -> str | None:
+    """Commit of this library's checkout, or the commit that pip installed; `None` for a release."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=, changed", "--exclude=*"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):  # git is missing, or does not trust the owner of the checkout
+            return None
+    try:
+        origin = distribution("hf-nexus").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    return json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
+
+
+# ---- Model ----
+
+
+def find_origin(model: Any) -> dict[str, Any]:
+    """`base_model`, and `adapter` and `tags` of an adapter: fields of [`RunSummary`] that follow from a model."""
+    base = model.config._name_or_path or None
+    found: dict[str, Any] = {}
+    if is_peft_available():
+        from peft import PeftModel, PeftType
+
+        if isinstance(model, PeftModel):
+            adapter = model.peft_config[model.active_adapter]
+            base, kind = adapter.base_model_name_or_path or base, str(PeftType(adapter.peft_type).value)
+            found = {"adapter": "LoRA" if kind == "LORA" else kind, "tags": [kind.lower()]}
+    # "./" marks a local folder, whose name alone could be taken for the id of a repository.
+    return found | {"base_model": f"./{Path(base).name}" if base and Path(base).exists() else base}
+
+
+def find_task(model: Any) -> dict[str, str | None]:
+    """
+    Find the task of a model and the Auto class that loads it, from the mappings of transformers.
+
+    Args:
+        model (`torch.nn.Module`):
+            The unwrapped model, or an adapter of peft.
+
+    Returns:
+        `dict[str, str | None]`: `task`, by the Hub's name, and `auto_class`. Both are `None` if transformers does not
+        know the model's class.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_nexus.hub.facts import find_task
+        >>> find_task(ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
+        {'task': 'image-classification', 'auto_class': 'AutoModelForImageClassification'}
+    """
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+    for name in (parent.__name__ for parent in type(model).__mro__):
+        for task, auto_class, classes in _tasks():
+            if name in classes:
+                return {"task": task, "auto_class": auto_class}
+        for task, auto_class, _ in _tasks():  # no mapping lists the classes of remote code, but their names are alike
+            if name.endswith(auto_class.removeprefix("AutoModel")):
+                return {"task": task, "auto_class": auto_class}
+    return {"task": None, "auto_class": None}
+
+
+@cache
+def _tasks() -> list[tuple[str, str, frozenset[str]]]:
+    """
+    Tasks, with an Auto class and the names of the model classes that it loads.
+
+    Some model classes are listed several times. Language models come first, then the Auto classes that load the fewest
+    model classes, as these are the most specific.
+    """
+    from transformers.models.auto import modeling_auto
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    pipelines: dict[str, Any] = SUPPORTED_TASKS
+    pairs = [(task, auto.__name__) for task, pipeline in pipelines.items() for auto in pipeline["pt"]]
+    found = []
+    for task, auto_class in (*pairs, *_WITHOUT_PIPELINE.items()):
+        if auto_class != "AutoModel":  # loads models without the head of their task
+            listed = getattr(modeling_auto, auto_class)._model_mapping._model_mapping.values()
+            names = frozenset(name for entry in listed for name in ([entry] if isinstance(entry, str) else entry))
+            found.append((task, auto_class, names))
+    return sorted(found, key=lambda row: (row[1] != LANGUAGE_MODEL, len(row[2])))
+
+
+# ---- Data ----
+
+
+def hub_id(path: str | None) -> str | None:
+    """The path of a source if it is the id of a dataset on the Hub, else `None`."""
+    if path is None or path.startswith(BUILTIN_PREFIX) or Path(path).exists():
+        return None
+    return path if "/" in path and is_repo_id(path) else None  # a bare file name is a valid id, too
+
+
+def public_path(path: str) -> str:
+    """The path of a source without the folders of this machine."""
+    return path if path.startswith(BUILTIN_PREFIX) or hub_id(path) else Path(path).name
