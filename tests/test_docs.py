@@ -168,6 +168,20 @@ def test_troubleshooting_quotes_messages_that_exist():
         assert longest in strings, longest
 
 
+def test_contributing_names_files_and_code_that_exist():
+    """Each list item: its files exist, and the first of them, or another one, has the names of the item."""
+    page = (ROOT / "CONTRIBUTING.md").read_text().partition("## The mixin")[2].partition("## House rules")[0]
+    items = re.findall(r"^\d+\. (.*?)(?=\n\d+\. |\n\n)", page, re.MULTILINE | re.DOTALL)
+    assert len(items) > 30
+    for quotes in (re.findall(r"`([^`]*)`", item) for item in items):
+        paths = [quote for quote in quotes if re.fullmatch(r"[\w/]+/(\w+\.\w+)?", quote)]
+        files = [file for path in paths for file in (ROOT / path, PACKAGE / path) if file.exists()]
+        assert len(files) == len(paths), paths
+        text = "".join(file.read_text() for file in files if file.is_file())
+        names = [quote for quote in quotes if re.fullmatch(r"[A-Za-z_.]+", quote) and "." not in quote[-4:]]
+        assert all(name.rpartition(".")[2] in text for name in names if text), names
+
+
 def anchors(page: Path) -> set[str]:
     """Anchors of the headings, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
