@@ -28,7 +28,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class MicroBatchTag:
-    """What the trainer has to know of a micro-batch besides its tensors. Collators may pair rows or lay them end to end."""
+    """Facts about a micro-batch in addition to its tensors. Collators may pair rows or lay them end to end."""
 
     source: str
     rows: int

@@ -120,8 +120,9 @@ def evaluations(
     log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], eval_sets: Any, paths: Mapping[str, str]
 ) -> list[Evaluation]:
     """
-    First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean. A set that is named
-    like a source holds rows of that source; `paths` are those of the sources, as far as they are known.
+    First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
+
+    A set that is named like a source holds rows of that source. `paths` are the known paths of the sources.
 
     Example:
         >>> from hf_nexus.trainer.card import evaluations
