@@ -14,21 +14,7 @@ import yaml
 
 from .files import nearest
 
-__all__ = [
-    "Bound",
-    "Count",
-    "Positive",
-    "Text",
-    "check",
-    "check_fields",
-    "describe",
-    "field_types",
-    "from_text",
-    "known_keys",
-    "options",
-    "parse_yaml",
-    "read",
-]
+__all__ = ["Bound", "Count", "Positive", "Text", "check", "check_fields", "from_text", "parse_yaml", "read"]
 
 T = TypeVar("T")
 
@@ -36,7 +22,7 @@ T = TypeVar("T")
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """
-    Range of a number, or the least length of a string, for `Annotated[int, Bound(...)]`. A bounded number is finite.
+    Range of a number, or of the length of a string, for `Annotated[int, Bound(least=1)]`. A bounded number is finite.
 
     Args:
         least (`float`, *optional*), above (`float`, *optional*), most (`float`, *optional*):
@@ -47,15 +33,10 @@ class Bound:
     above: float | None = None
     most: float | None = None
 
-    def holds(self, value: Any) -> bool:
-        """Whether a number, or the length of a string without spaces at its ends, is in the range."""
-        number = len(value.strip()) if isinstance(value, str) else value
-        return (
-            math.isfinite(number)
-            and (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-        )
+    def holds(self, number: float) -> bool:
+        """Whether a number is in the range."""
+        low = (self.least is None or number >= self.least) and (self.above is None or number > self.above)
+        return self == Bound() or (math.isfinite(number) and low and (self.most is None or number <= self.most))
 
     def __str__(self) -> str:
         limits = {"of at least": self.least, "above": self.above, "of at most": self.most}
@@ -124,25 +105,19 @@ def describe(kind: Any) -> str:
 
 
 def _describe(kind: Any, bound: Bound) -> str:
+    bounded = bound != Bound()
     if (values := choices(kind)) is not None:
         names = [str(value).lower() if isinstance(value, bool) else repr(value) for value in values]
         return f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
     if dataclasses.is_dataclass(kind):
         return f"a mapping with the keys {', '.join(required_fields(kind))}"  # type: ignore[arg-type]
+    if kind is int:
+        return f"a whole number {bound}".strip()
+    if kind is float:
+        return f"a finite number {bound}" if bounded else "a number"
     if kind is str:
-        return "a string" if bound == Bound() else "a string that is not empty"
-    names_of = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number" if bound == Bound() else "a finite number",
-    }
-    return (
-        f"{names_of[kind]} {bound}".strip()
-        if kind in names_of
-        else "a list"
-        if is_subclass(kind, list)
-        else "a mapping"
-    )
+        return "a string that is not empty" if bounded else "a string"
+    return "true or false" if kind is bool else "a list" if is_subclass(kind, list) else "a mapping"
 
 
 # ---- Values ----
@@ -192,9 +167,9 @@ def _fits(value: Any, kind: Any, bound: Bound) -> bool:
         return any(value == allowed and type(value) is type(allowed) for allowed in values)
     if kind in (int, float):
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and (bound == Bound() or bound.holds(value))
+        return number and bound.holds(value)
     if kind is str:
-        return isinstance(value, str) and bound.holds(value)
+        return isinstance(value, str) and bound.holds(len(value.strip()))
     mapped = dataclasses.is_dataclass(kind) or is_subclass(kind, dict)
     return isinstance(value, get_origin(kind) or kind) or (mapped and isinstance(value, Mapping))
 
@@ -246,40 +221,24 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(
 # ---- Dataclasses ----
 
 
-def check_fields(instance: Any) -> None:
+def check_fields(instance: Any, cls: type[Any] | None = None) -> None:
     """
-    Check and convert the fields of a dataclass, for its `__post_init__`.
+    Check and convert the fields of a dataclass, or only those of its base `cls`, for its `__post_init__`.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a value that is not allowed. The message starts with the field.
     """
-    for name, kind in field_types(type(instance)).items():
+    for name, kind in field_types(cls or type(instance)).items():
         object.__setattr__(instance, name, check(getattr(instance, name), kind, name))
-
-
-def known_keys(mapping: Any, cls: type[Any], key: str = "") -> dict[str, Any]:
-    """The mapping as a dict, if its keys are fields of the dataclass `cls` and none is missing."""
-    required = required_fields(cls)
-    if not isinstance(mapping, Mapping) or (required and not mapping):
-        raise ValueError(f"{key or cls.__name__}: {mapping!r} is not allowed; it must be {describe(cls)}.")
-    names, prefix = list(field_types(cls)), f"{key}." if key else ""
-    for name in mapping:
-        if name not in names:
-            hint = nearest(name, names) or f" Allowed: {', '.join(names)}."
-            raise ValueError(f"{prefix}{name}: unknown key.{hint}")
-    for name in required:
-        if name not in mapping:
-            raise ValueError(f"{prefix}{name}: missing, and it has no default.")
-    return dict(mapping)
 
 
 def read(cls: type[T], mapping: Any, key: str = "") -> T:
     """
-    Build a dataclass that checks its own fields from plain data.
+    Build a dataclass from plain data. Values are checked by the class, which calls [`check_fields`].
 
     Args:
         cls (`type`):
-            A dataclass that calls [`check_fields`] on creation.
+            The dataclass.
         mapping (`Mapping[str, Any]`):
             Its fields.
         key (`str`, *optional*, defaults to `""`):
@@ -288,11 +247,21 @@ def read(cls: type[T], mapping: Any, key: str = "") -> T:
     Raises:
         ValueError: an unknown or missing key, or an error of the class. The message starts with the path of the key.
     """
-    values = known_keys(mapping, cls, key)
+    names, required = list(field_types(cls)), required_fields(cls)
+    if not isinstance(mapping, Mapping) or (required and not mapping):
+        raise ValueError(f"{key or cls.__name__}: {mapping!r} is not allowed; it must be {describe(cls)}.")
+    prefix = f"{key}." if key else ""
+    for name in mapping:
+        if name not in names:
+            hint = nearest(name, names) or f" Allowed: {', '.join(names)}."
+            raise ValueError(f"{prefix}{name}: unknown key.{hint}")
+    for name in required:
+        if name not in mapping:
+            raise ValueError(f"{prefix}{name}: missing, and it has no default.")
     try:
-        return cls(**values)
+        return cls(**mapping)
     except ValueError as error:
-        raise ValueError(f"{key}.{error}" if key else str(error)) from error
+        raise ValueError(f"{prefix}{error}") from error
 
 
 # ---- YAML ----

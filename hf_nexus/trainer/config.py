@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from ..mixture.stages import parse_stages
 from ..schema import documented
-from ..strict import Bound, check, field_types
+from ..strict import Bound, check, check_fields
 from .optimizers import muon_options
 
 __all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
@@ -79,8 +79,7 @@ class NexusConfigMixin:
     def __post_init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise each process would train a model alone, without a message
-        for name, kind in field_types(NexusConfigMixin).items():
-            setattr(self, name, check(getattr(self, name), kind, name))
+        check_fields(self, NexusConfigMixin)
         self.mixture_weights = _parse_weights(self.mixture_weights)
         if self.matrix_optimizer is not None:
             muon_options(self.optim_args)  # type: ignore[attr-defined]

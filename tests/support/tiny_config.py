@@ -6,7 +6,11 @@ from pathlib import Path
 
 import yaml
 
+from hf_nexus import NexusTrainer
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
+from hf_nexus.pretrain.fields import PretrainArguments
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.run import pretrain
 
 STEPS = 6
 
@@ -62,3 +66,13 @@ def write_config(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def planned(config: Path | str, *flags: str) -> PretrainArguments:
+    """The arguments of a dry run."""
+    return parse_arguments(["--config", str(config), "--dry_run", *flags])
+
+
+def run(config: Path, output: Path, *flags: str) -> NexusTrainer:
+    """The trainer of a finished run."""
+    return pretrain(parse_arguments(["--config", str(config), "--output_dir", str(output), *flags]))

@@ -1,14 +1,12 @@
-"""Run by torchrun on two CPU processes: what a rank holds under FSDP2, to `<out>/rank<r>.json`."""
+"""A scenario of two ranks: the bytes that a rank holds and gathers under FSDP2."""
 
 import gc
-import sys
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.support.launcher import report
 from tests.support.tiny import VOCAB, tiny_llama
 from tests.trainer.distributed.fsdp_worker import Between, make
 
@@ -24,7 +22,7 @@ def held() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def main(out: Path) -> None:
+def main(out: Path) -> dict[str, int]:
     before = held()
     trainer = make(out, tiny_llama(tie_word_embeddings=True, **FLAGS), max_steps=2)
     between, gathered = [], []
@@ -39,8 +37,4 @@ def main(out: Path) -> None:
             module.self_attn.register_forward_hook(note)
             module.self_attn.register_full_backward_pre_hook(note)
     trainer.train()
-    report({"held": between[-1], "gathered": max(gathered)}, out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return {"held": between[-1], "gathered": max(gathered)}

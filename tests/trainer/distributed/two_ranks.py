@@ -4,10 +4,16 @@ import sys
 from pathlib import Path
 
 from tests.support.launcher import report
-from tests.trainer.distributed import fsdp_worker, losses_worker, stream_worker, worker
+from tests.trainer.distributed import fsdp_worker, losses_worker, memory_worker, stream_worker, worker
 
-# FSDP comes last: its processes are told that they have accelerators.
-WORKERS = {"ddp": worker, "streams": stream_worker, "losses": losses_worker, "fsdp": fsdp_worker}
+# Those with FSDP come last: their processes are told that they have accelerators.
+WORKERS = {
+    "ddp": worker,
+    "streams": stream_worker,
+    "losses": losses_worker,
+    "memory": memory_worker,
+    "fsdp": fsdp_worker,
+}
 
 
 def main(out: Path) -> None:

@@ -1,0 +1,62 @@
+"""The plan of a run: tokens and steps are those of the Trainer, and what cannot be trained is refused."""
+
+import pytest
+
+from hf_nexus.pretrain.model import build_model, count_parameters, model_config
+from hf_nexus.pretrain.plan import plan_run
+from tests.support.tiny_config import planned, run
+
+
+def test_tokens_follow_the_devices_and_the_steps(config):
+    arguments = planned(config, "--max_steps", "5")
+    one, three = (plan_run(arguments, devices, {"letters": 9000, "digits": 3000}) for devices in (1, 3))
+    assert (one.tokens_per_step, one.tokens) == (2 * 32 * 4, 2 * 32 * 4 * 5)
+    assert (three.tokens_per_step, three.tokens) == (3 * one.tokens_per_step, 3 * one.tokens)
+    assert [row.share for row in one.mixture] == [0.75, 0.25]
+
+
+# Whole epochs are a special case of 2.2, which ends in the middle of one.
+@pytest.mark.parametrize("epochs", ["0.5", "2.2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1", "2", "3"))])
+def test_epochs_are_counted_as_by_the_trainer(config, tmp_path, epochs):
+    # 5 rows a micro-batch and 4 of them a window: the last window of an epoch is short.
+    flags = ["--sequence_length", "256", "--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "4"]
+    flags += ["--isolate_documents", "false"]  # else the first token of a document is not a target
+    flags += ["--max_steps", "-1", "--num_train_epochs", epochs, "--eval_strategy", "no", "--save_strategy", "no"]
+    trainer = run(config, tmp_path, *flags, "--eval_on_start", "false", "--logging_steps", "1")
+    sizes = dict(zip(trainer.train_dataset.names, trainer.train_dataset.sizes, strict=True))
+    assert sum(sizes.values()) // 5 % 4 != 0
+    arguments = planned(config, *flags)
+    plan = plan_run(arguments, 1, {name: rows * 256 for name, rows in sizes.items()})
+    assert plan.steps == trainer.state.global_step
+    assert plan.tokens // 256 * 255 == sum(trainer.meter.trained_tokens.values())  # a row's first is not predicted
+    assert sum(row.train_tokens for row in plan.mixture) == plan.tokens
+    assert plan_run(arguments, 1).steps is None
+
+
+def test_a_source_smaller_than_a_micro_batch_is_refused(config):
+    with pytest.raises(ValueError, match=r"sources\.digits: .*1 rows.*micro-batch of 2"):
+        plan_run(planned(config), 1, {"letters": 32 * 50, "digits": 63})
+    unused = planned(config, "--mixture_weights", '{"letters": 1, "digits": 0}')
+    plan_run(unused, 1, {"letters": 32 * 50, "digits": 63})
+
+
+def test_streams_need_a_number_of_steps():
+    with pytest.raises(ValueError, match=r"max_steps: missing, and the streaming source 'text' has no end"):
+        plan_run(planned("130m", "--max_steps", "-1"), 1)
+
+
+def test_isolation_must_be_possible(config):
+    flags = ["--attn_implementation", "my_kernel", "--isolate_documents", "true"]
+    with pytest.raises(ValueError, match=r"isolate_documents: .*'my_kernel' cannot"):
+        plan_run(planned(config, *flags), 1)
+
+
+def test_local_mode_is_refused_with_fsdp2_as_in_training():
+    with pytest.raises(ValueError, match="inner_sync='local' is not possible with FSDP2"):
+        plan_run(planned("3b", "--sharding", "fsdp2", "--inner_sync", "local"), 8)
+
+
+def test_parameters_are_those_of_the_model(config):
+    arguments = planned(config)
+    shape = model_config(arguments.model, arguments.mixture.sequence_length)
+    assert count_parameters(shape) == build_model(shape).num_parameters()
