@@ -48,16 +48,16 @@ def test_env_names_the_versions(capsys):
 def test_env_lists_optional_packages_if_installed(monkeypatch):
     from importlib.metadata import PackageNotFoundError
 
-    from hf_nexus.hub import environment
+    from hf_nexus.hub import facts
 
     def version(name: str) -> str:
         if name == "trl":
             raise PackageNotFoundError
         return "1.2.3"
 
-    monkeypatch.setattr(environment, "version", version)
-    assert "peft" not in environment.installed_versions()
-    found = environment.installed_versions(optional=True)
+    monkeypatch.setattr(facts, "version", version)
+    assert "peft" not in facts.installed_versions()
+    found = facts.installed_versions(optional=True)
     assert found["hf-nexus"] == __version__ and "trl" not in found
     assert all(found[name] == "1.2.3" for name in ("peft", "evaluate", "lm-eval", "bitsandbytes"))
 
