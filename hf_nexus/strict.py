@@ -8,13 +8,16 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from .files import nearest
 
-__all__ = ["Bound", "Count", "Positive", "Text", "check", "check_fields", "from_text", "parse_yaml", "read"]
+__all__ = ["Bound", "Count", "Positive", "Text", "check", "check_fields", "from_text"]
+__all__ += ["load_yaml", "parse_yaml", "read", "yaml_names"]
 
 T = TypeVar("T")
 
@@ -278,6 +281,31 @@ def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | f
 
 _Loader.add_implicit_resolver("!number", re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_constructor("!number", _construct_number)
+
+
+def yaml_names(folder: Traversable) -> list[str]:
+    """Names of the YAML files in a folder of the package."""
+    return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_yaml(name_or_path: str, folder: Traversable, what: str) -> dict[str, Any]:
+    """
+    Parse a YAML file by its name in a folder of the package, or by its path.
+
+    Raises:
+        ValueError: there is no such file, or [`parse_yaml`] refuses it. `what` names its kind in the message.
+    """
+    names = yaml_names(folder)
+    if name_or_path in names:
+        text = folder.joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"There is no {what} {name_or_path!r}.{nearest(name_or_path, names)} "
+            f"Use one of {', '.join(names)}, or the path of a YAML file."
+        )
+    return parse_yaml(text, name_or_path)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

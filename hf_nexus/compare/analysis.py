@@ -177,8 +177,7 @@ def _non_finite(record: RunRecord) -> list[str]:
     """Metrics that are not finite at the end or earlier in training."""
     found = [metric for metric, value in record.metrics().items() if not math.isfinite(value)]
     for point in record.curve[:-1]:
-        losses = {"train_loss": point.train_loss} | point.held_out()
-        found += [f"{name} at step {point.step}" for name, loss in losses.items() if not math.isfinite(loss)]
+        found += [f"{name} at step {point.step}" for name, loss in point.metrics().items() if not math.isfinite(loss)]
     return found
 
 
@@ -197,8 +196,8 @@ def _losses_at(record: RunRecord, train_loss: float) -> dict[str, float]:
     if record.diverged:
         return {}
     train = [point.train_loss for point in record.curve]
-    curves = [point.held_out() for point in record.curve]
-    ends = [metric for metric, loss in curves[-1].items() if math.isfinite(loss)]
+    curves = [point.metrics() for point in record.curve]
+    ends = [metric for metric, loss in curves[-1].items() if metric != "train_loss" and math.isfinite(loss)]
     found = {metric: value_at(train, [curve.get(metric, math.nan) for curve in curves], train_loss) for metric in ends}
     return {metric: loss for metric, loss in found.items() if loss is not None}
 

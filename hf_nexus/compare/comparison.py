@@ -103,7 +103,7 @@ class Comparison:
             run.check([MINIMA_NAME])
 
     def _check_settings(self) -> PretrainArguments:
-        """Read the configuration of every arm and trial; of one the arguments, which agree in model and data."""
+        """Parse the configuration of every arm and trial, and return one: all have the same model and data."""
         rows: dict[str, float] = {}
         for arm in self.config.arms:
             for number, trial in enumerate(list(self.config.trials(arm)) or [{}]):
@@ -169,7 +169,7 @@ class Comparison:
 
     def run(self) -> Path:
         """
-        Do everything that is not done yet, and write the report.
+        Run everything that has not finished yet, and write the report.
 
         Returns:
             `Path`: path of `report.md`.

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any
 
 from ..files import nearest
 from ..pretrain.fields import SECTIONS, PretrainConfig
 from ..pretrain.parsing import check_section, load_config
 from ..schema import documented
-from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, parse_yaml, read
+from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, load_yaml, read
 from .records import METRICS
 
-__all__ = ["RESERVED", "ComparisonConfig", "MinimaSearch", "Primary", "QuestionSet", "Tuning", "available_comparisons"]
+__all__ = ["RESERVED", "ComparisonConfig", "MinimaSearch", "Primary", "QuestionSet", "Tuning"]
 
 Seed = Annotated[int, Bound(least=0)]
 
@@ -277,26 +276,11 @@ class ComparisonConfig:
         Raises:
             ValueError: no such comparison, or an error in it.
         """
-        names = available_comparisons()
-        if name_or_path in names:
-            text = _CONFIGS.joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        elif Path(name_or_path).is_file():
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        else:
-            raise ValueError(
-                f"There is no comparison {name_or_path!r}.{nearest(name_or_path, names)} "
-                f"Use {', '.join(names)}, or the path of a YAML file."
-            )
-        given = parse_yaml(text, name_or_path)
+        given = load_yaml(name_or_path, _CONFIGS, "comparison")
         try:
             return read(cls, given if output_dir is None else {**given, "output_dir": output_dir})
         except ValueError as error:
             raise ValueError(f"{name_or_path}: {error}") from error
-
-
-def available_comparisons() -> list[str]:
-    """Names of the comparisons of the package."""
-    return sorted(Path(file.name).stem for file in _CONFIGS.iterdir() if file.name.endswith(".yaml"))
 
 
 def _check_different(key: str, values: list[Any], least: int = 1) -> None:

@@ -2,13 +2,13 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..plots.style import MARKERS, draw_matrix, new_plot, place_labels, save_plot, series_style, shorten, tidy
-from .records import LossPoint, Minima, RunRecord
+from .records import Minima, RunRecord, in_order, metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_comparison"]
 
-_Loss = Callable[[LossPoint], float | None]
 _Spread = tuple[float, float, float]  # mean, lowest and highest over the runs of an arm
 _END = "end of run"
 
@@ -91,20 +90,20 @@ class _Arm:
         # The space in front: matplotlib omits labels that start with an underscore from legends.
         return f" {shorten(self.name, 28)} ({_seeds(self.runs)}{f', {diverged} diverged' * bool(diverged)})"
 
-    def curves(self, loss: _Loss) -> dict[int, dict[int, float]]:
-        """One loss by seed and step."""
-        found = {run.seed: {point.step: loss(point) for point in run.curve} for run in self.runs}
-        return {seed: {s: value for s, value in curve.items() if value is not None} for seed, curve in found.items()}
+    def curves(self, metric: str) -> dict[int, dict[int, float]]:
+        """A loss by seed and step."""
+        found = {run.seed: {point.step: point.metrics() for point in run.curve} for run in self.runs}
+        return {seed: {step: m[metric] for step, m in curve.items() if metric in m} for seed, curve in found.items()}
 
-    def mean(self, loss: _Loss) -> dict[int, _Spread]:
-        return _over_runs(self.curves(loss).values())
+    def mean(self, metric: str) -> dict[int, _Spread]:
+        return _over_runs(self.curves(metric).values())
 
-    def mean_difference(self, baseline: "_Arm", loss: _Loss) -> dict[int, _Spread]:
+    def mean_difference(self, baseline: "_Arm", metric: str) -> dict[int, _Spread]:
         """Difference to the baseline at the same seed; empty without a common seed."""
-        theirs = baseline.curves(loss)
+        theirs = baseline.curves(metric)
         return _over_runs(
             {step: value - theirs[seed][step] for step, value in curve.items() if step in theirs[seed]}
-            for seed, curve in self.curves(loss).items()
+            for seed, curve in self.curves(metric).items()
             if seed in theirs
         )
 
@@ -200,7 +199,7 @@ def _ood_against_train(arms: Sequence[_Arm]) -> "Figure | None":
     """The end of training in a large panel, and all of training in a small one."""
     paths: list[_Path] = []
     for arm in arms:
-        train, ood = arm.mean(lambda p: p.train_loss), arm.mean(lambda p: p.ood_loss)
+        train, ood = arm.mean("train_loss"), arm.mean("ood_loss")
         if steps := [step for step in train if step in ood]:
             paths.append((arm, ([train[step] for step in steps], [ood[step] for step in steps])))
     if not any(math.isfinite(mean) for _, (_, y) in paths for mean, _, _ in y):
@@ -251,31 +250,24 @@ def _zoom(late: "Axes", whole: "Axes", paths: Sequence[_Path]) -> None:
 
 def _losses(arms: Sequence[_Arm]) -> "Figure | None":
     """Two panels for each source: its held-out loss, and its differences to the baseline."""
-    points = [point for arm in arms for run in arm.runs for point in run.curve]
-    losses: dict[str, _Loss] = {"mean over sources": lambda p: p.validation_loss}
-    if any(p.ood_loss is not None for p in points):
-        losses["OOD mean"] = lambda p: p.ood_loss
-    for name in dict.fromkeys(name for p in points for name in p.validation):
-        losses[name] = lambda p, name=name: p.validation.get(name)  # type: ignore[misc]
-    for name in dict.fromkeys(name for p in points for name in p.ood):
-        losses[f"OOD: {name}"] = lambda p, name=name: p.ood.get(name)  # type: ignore[misc]
-    values = [loss(point) for point in points for loss in losses.values()]
-    if not any(value is not None and math.isfinite(value) for value in values):
+    points = [point.metrics() for arm in arms for run in arm.runs for point in run.curve]
+    if not any(math.isfinite(loss) for point in points for loss in point.values()):
         return None
-    rows = math.ceil(len(losses) / 2)
+    metrics = in_order(metric for point in points for metric in point if metric != "train_loss")
+    rows = math.ceil(len(metrics) / 2)
     figure = new_plot(13.0, 1.0 + 1.95 * rows)
     panels = figure.subplots(rows, 4, sharex=True, squeeze=False, width_ratios=[1, 1.7] * 2).reshape(-1, 2)
-    for (left, right), (name, loss) in zip(panels, losses.items(), strict=False):
+    for (left, right), metric in zip(panels, metrics, strict=False):
         tidy(left, 8)
         tidy(right, 8)
-        left.set_title(shorten(name, 26), fontsize=9.5, loc="left", fontweight="bold")
+        left.set_title(shorten(metric_label(metric), 30), fontsize=9.5, loc="left", fontweight="bold")
         for arm in arms:
-            arm.draw(left, arm.mean(loss), band=False, markers=5)
+            arm.draw(left, arm.mean(metric), band=False, markers=5)
         right.axhline(0.0, color="black", linewidth=1.2)
-        _draw_differences(right, arms, loss)
-    for axes in panels[len(losses) :].flat:
+        _draw_differences(right, arms, metric)
+    for axes in panels[len(metrics) :].flat:
         axes.set_axis_off()
-    for axes in panels[max(0, len(losses) - 2) : len(losses)].flat:
+    for axes in panels[max(0, len(metrics) - 2) : len(metrics)].flat:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("outer step", fontsize=9)
     figure.suptitle(
@@ -288,14 +280,14 @@ def _losses(arms: Sequence[_Arm]) -> "Figure | None":
     return figure
 
 
-def _draw_differences(axes: "Axes", arms: Sequence[_Arm], loss: _Loss) -> None:
+def _draw_differences(axes: "Axes", arms: Sequence[_Arm], metric: str) -> None:
     """Curves of the other arms around the zero line, scaled to the last three quarters of training."""
     baseline, *others = arms
-    found = {arm.name: arm.mean_difference(baseline, loss) for arm in others}
+    found = {arm.name: arm.mean_difference(baseline, metric) for arm in others}
     steps = sorted({step for points in found.values() for step in points})
     if not steps:
         return
-    peaks, outside, final = [], [], next(reversed(baseline.mean(loss).values()))[0]
+    peaks, outside, final = [], [], next(reversed(baseline.mean(metric).values()))[0]
     for points in found.values():
         late = [s for step, s in points.items() if step >= steps[0] + (steps[-1] - steps[0]) / 4]
         peaks.append(max((abs(x) for s in late for x in s if math.isfinite(x)), default=math.nan))

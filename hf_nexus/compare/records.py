@@ -43,9 +43,9 @@ class LossPoint:
     validation_loss: float  # likewise
     ood_loss: float | None  # plain mean over OOD sources; `None` without any
 
-    def held_out(self) -> dict[str, float]:
-        """All losses except the training losses, by metric."""
-        means = {"validation_loss": self.validation_loss}
+    def metrics(self) -> dict[str, float]:
+        """The losses by metric."""
+        means = {"train_loss": self.train_loss, "validation_loss": self.validation_loss}
         if self.ood_loss is not None:
             means["ood_loss"] = self.ood_loss
         sources = {"validation": self.validation, "ood": self.ood}
@@ -125,8 +125,7 @@ class RunRecord:
             >>> list(RunRecord("adamw", 1, curve=[point], downstream={"gsm8k/exact_match": 0.25}).metrics())
             ['train_loss', 'validation_loss', 'ood_loss', 'validation/a', 'ood/b', 'downstream/gsm8k/exact_match']
         """
-        found = {"train_loss": self.end.train_loss} | self.end.held_out()
-        found |= {f"downstream/{name}": value for name, value in self.downstream.items()}
+        found = self.end.metrics() | {f"downstream/{name}": value for name, value in self.downstream.items()}
         if self.cosines and (pairs := self.cosines[-1][1]):
             found["gradient_cosine"] = math.fsum(value for _, _, value in pairs) / len(pairs)
         if self.minima is not None and self.minima.pairwise and self.minima.parameter_norm:

@@ -6,7 +6,6 @@ import enum
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from ..files import nearest
 from ..mixture.config import MixtureConfig
 from ..schema import help_of
-from ..strict import check, field_types, from_text, options, parse_yaml
+from ..strict import check, field_types, from_text, load_yaml, options, yaml_names
 from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
 
 __all__ = ["available_configs", "check_section", "load_config", "parse_arguments"]
@@ -28,8 +27,7 @@ _NO_FLAGS = ("sources", "parallelism_config")
 
 def available_configs() -> list[str]:
     """Names of the configurations in the package."""
-    files = _CONFIGS.iterdir()
-    return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
+    return yaml_names(_CONFIGS)
 
 
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -45,17 +43,7 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
         >>> load_config("3b")["model"]["num_hidden_layers"]
         28
     """
-    names = available_configs()
-    if name_or_path in names:
-        text = _CONFIGS.joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
-        raise ValueError(
-            f"There is no configuration {name_or_path!r}.{nearest(name_or_path, names)} "
-            f"Use one of {', '.join(names)}, or the path of a YAML file."
-        )
-    config = parse_yaml(text, name_or_path)
+    config = load_yaml(name_or_path, _CONFIGS, "configuration")
     for section, values in config.items():
         if section not in SECTIONS:
             raise ValueError(

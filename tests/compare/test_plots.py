@@ -198,7 +198,8 @@ def test_losses_show_differences_to_the_baseline_of_the_same_seed(draw):
     records = [run for run in make_records(ARMS) if (run.arm, run.seed) != ("nexus-0.05", 2)]
     panels = [axes for axes in draw(records)["losses.png"].axes if axes.axison]
     titles = [axes.get_title(loc="left") for axes in panels[::2]]
-    assert titles == ["mean over sources", "OOD mean", *SOURCES, "OOD: cpp", "OOD: law"]
+    sources = [f"validation loss on {name}" for name in SOURCES]
+    assert titles == ["validation loss", "OOD loss", *sources, "OOD loss on cpp", "OOD loss on law"]
     steps = [point.step for point in records[0].curve]
     assert holds(lines(panels[2]), steps, mean_of(records, "nexus-0.05", "ood_loss"))
     by = {(run.arm, run.seed): [point.ood_loss for point in run.curve] for run in records}
