@@ -48,7 +48,7 @@ CLOCK = ("runtime", "per_second", "mfu", "total_flos")
 
 
 def llama(seed: int = 0, dropout: float = 0.1) -> LlamaForCausalLM:
-    """A Llama of about 20k parameters, with dropout, so that the random states count."""
+    """A Llama of about 20k parameters with dropout, whose results depend on the random states."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -75,7 +75,7 @@ def lora() -> torch.nn.Module:
 
 
 def table(rows: int, seed: int) -> Dataset:
-    """Rows of `LENGTH` tokens, of which each source favours its own; some end in ignored labels."""
+    """Rows of `LENGTH` tokens. Each source has its own frequent tokens, and some rows end in ignored labels."""
     rng = random.Random(seed)
     ids = [[(rng.randrange(VOCAB // 4) + seed * 70) % VOCAB for _ in range(LENGTH)] for _ in range(rows)]
     labels = [row[: LENGTH - i % 5] + [-100] * (i % 5) for i, row in enumerate(ids)]
@@ -95,7 +95,7 @@ def held_out() -> dict[str, Dataset]:
 
 
 def documents(folder: Path) -> dict[str, Path]:
-    """Three files of documents of random words, in letters of their own."""
+    """Three files with documents of random words, each with different letters."""
     files = {}
     for name, letters in (("text", "abcd"), ("code", "1234"), ("law", "+-*/")):
         rng = random.Random(name)
@@ -106,7 +106,7 @@ def documents(folder: Path) -> dict[str, Path]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that needs no training data but this line."""
+    """A byte-level BPE that is trained on one line."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -118,7 +118,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def mixture(folder: Path, streaming: bool) -> Any:
-    """A mixture as `load_mixture` gives it: packed, held out, with an OOD source."""
+    """A mixture from `load_mixture`: packed, with held-out rows and an OOD source."""
     files = documents(folder)
     train = {name: {"path": str(files[name]), "eval_rows": 6, "streaming": streaming} for name in ("text", "code")}
     weights = {"text": 0.6, "code": 0.4} if streaming else {}
@@ -181,7 +181,7 @@ def simple(data: Callable[[], Any], model: Callable[[], Any] = llama, **config: 
 
 
 def resumed(data: Callable[[], Any], **config: Any) -> Callable[[Path], Any]:
-    """A setting that goes on from its checkpoint, in the middle of an epoch, with another model to begin with."""
+    """A setting that resumes from a checkpoint in the middle of an epoch, with another initial model."""
 
     def run(folder: Path) -> tuple[str, str]:
         saving = {"save_strategy": "steps", "save_steps": 4, **config}
@@ -194,7 +194,7 @@ def resumed(data: Callable[[], Any], **config: Any) -> Callable[[Path], Any]:
 
 
 def pretrain(folder: Path) -> tuple[str, str]:
-    """The recipe from a YAML, in a process of its own."""
+    """The recipe from a YAML, in another process."""
     files = documents(folder)
     tokenizer().save_pretrained(folder / "tokenizer")
     model = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -253,7 +253,7 @@ SETTINGS: dict[str, Callable[[Path], Any]] = {
     "resume, streams": resumed(streams, mixture_weights=STAGES, dataloader_num_workers=2),
     "resume, nexus off": resumed(tables, mixture_weights=WEIGHTS, nexus=False),
 }
-# On two processes. FSDP2 shards on accelerators only, so its processes are told that they have some.
+# On two processes. FSDP2 shards on accelerators only, so its processes pretend to have some.
 RANKED: dict[str, dict[str, Any]] = {
     "global, 2 ranks": {"inner_sync": "global"},
     "local, 2 ranks": {"inner_sync": "local"},
@@ -271,7 +271,7 @@ RANKED: dict[str, dict[str, Any]] = {
 
 
 def run_ranked(names: Sequence[str], out: Path) -> None:
-    """What each of the processes does: every setting in turn; the first writes the hashes of all ranks."""
+    """Run all settings in one of the processes. The first process writes the hashes of all ranks."""
     found = {}
     for name in names:
         config = {"mixture_weights": WEIGHTS, **RANKED[name]}

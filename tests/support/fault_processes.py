@@ -1,4 +1,4 @@
-"""Processes that are terminated or killed while they train, and what others see of the checkpoints they write."""
+"""Processes that are terminated or killed during training, and the checkpoints that others then see."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from tests.support.faults import SAVING, Call, K, before, in_move, make
 
 
 class Terminate:
-    """A SIGTERM that Trainer's just-in-time checkpoint has noticed when the call returns."""
+    """A SIGTERM. When the call returns, the Trainer's just-in-time checkpoint has noticed it."""
 
     def __init__(self, trainer: NexusTrainer, at: int):
         self.at, self.calls = at, 0
@@ -33,7 +33,7 @@ class Terminate:
         if self.calls != self.at:
             return
         os.kill(os.getpid(), signal.SIGTERM)
-        for _ in range(200):  # it is a timer that asks for the checkpoint
+        for _ in range(200):  # a timer requests the checkpoint
             if self.manager.is_checkpoint_requested:
                 return
             time.sleep(0.01)
@@ -42,7 +42,7 @@ class Terminate:
 
 @contextmanager
 def keeping_handler(number: int = signal.SIGTERM) -> Iterator[None]:
-    """Trainer puts back the handler that it found only if training ends."""
+    """Restore the signal handler, which the Trainer restores only at the end of training."""
     handler = signal.getsignal(number)
     try:
         yield
@@ -51,7 +51,7 @@ def keeping_handler(number: int = signal.SIGTERM) -> Iterator[None]:
 
 
 def unfinished(out: Path, ranks: int = 1) -> list[str]:
-    """Checkpoints that can be seen, and what they lack."""
+    """Visible checkpoints that are incomplete, and what they lack."""
     states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     found = []
     for folder in out.glob("checkpoint-*"):
@@ -67,7 +67,7 @@ def unfinished(out: Path, ranks: int = 1) -> list[str]:
 
 
 def watch_files(out: Path, ranks: int = 1) -> list[list[str]]:
-    """What is `unfinished` each time that this process opens, moves or removes a file, from now to its end."""
+    """List `unfinished` each time that this process opens, moves or removes a file, until it ends."""
     found: list[list[str]] = []
     looking = [False]
 
@@ -88,7 +88,7 @@ def kill() -> None:
 
 
 def killing_rename(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
-    """Dies where a complete checkpoint is about to get its name."""
+    """Kill the process before a complete checkpoint gets its name."""
 
     def renamed(source: Path, target: Path) -> Path:
         if source.parent.name == STAGING_DIR:
@@ -101,26 +101,26 @@ def killing_rename(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path
 KILLS: dict[str, Callable[[NexusTrainer], AbstractContextManager]] = {
     # the third window, with gradients and half of the tensors moved
     "window": lambda trainer: in_move(trainer, Call(2 * K + 3, kill)),
-    # the second checkpoint, with weights written and nothing else
+    # the second checkpoint, which has only weights so far
     "checkpoint": lambda trainer: patch.object(
         trainer, "_save_optimizer_and_scheduler", before(trainer._save_optimizer_and_scheduler, Call(2, kill))
     ),
-    # the second checkpoint, complete but for its name
+    # the second checkpoint, complete except for its name
     "rename": lambda trainer: patch.object(Path, "rename", before(Path.rename, Call(2, kill))),
-    # the first checkpoint, where there is one of an earlier run that was already moved out of the way
+    # the first checkpoint, after one of an earlier run was moved away
     "replace": lambda trainer: patch.object(Path, "rename", killing_rename(Path.rename)),
 }
 
 
 def train_until_killed(out: Path, place: str) -> None:
-    """Run in a process of its own."""
+    """Run in another process."""
     trainer = make(out, **SAVING)
     with KILLS[place](trainer):
         trainer.train()
 
 
 def train_watched(out: Path, found: Path) -> None:
-    """Run in a process of its own, whose audit hook cannot be removed: write what `watch_files` saw to `found`."""
+    """Run in another process, because its audit hook cannot be removed. Write the list of `watch_files` to `found`."""
     trainer = make(out, **SAVING)
     looks = watch_files(out)
     trainer.train()
@@ -128,7 +128,7 @@ def train_watched(out: Path, found: Path) -> None:
 
 
 def in_a_process(function: Callable, *args: Any) -> int:
-    """Run a function of this module in a new process; returns its exit status. Only the first call has to import."""
+    """Run a function of this module in a new process and return its exit status. Only the first call imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=function, args=args)

@@ -1,4 +1,4 @@
-"""Faults to inject into training, and the one question to ask after each: is any weight displaced?"""
+"""Faults to inject into training, and a check for displaced weights after each."""
 
 import functools
 import gc
@@ -25,13 +25,13 @@ from hf_nexus.tensors import Snapshot
 from tests.support.tiny import Rows, tiny_llama
 
 K = 4  # inner steps per window
-STEPS = 4  # one process needs 3 windows for an epoch, two need a whole and a short one
+STEPS = 4  # an epoch has 3 windows on one process, and a complete and a short one on two
 KINDS = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit, "error": RuntimeError}
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
 def model(seed: int = 0) -> torch.nn.Module:
-    """With dropout, so that a resumed run is another one unless its random states are right."""
+    """A model with dropout: a resumed run differs unless its random states are right."""
     return tiny_llama(seed, attention_dropout=0.2)
 
 
@@ -72,7 +72,7 @@ def is_one_of(values: Tensor, steps: list[Tensor]) -> bool:
 
 
 class AtEvents(TrainerCallback):
-    """Calls `call(event)` at the given events, at all of them by default."""
+    """Calls `call(event)` at the given events, by default at all events."""
 
     EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_") and name != "on_init_end")
 
@@ -86,14 +86,14 @@ class AtEvents(TrainerCallback):
 
 
 def trajectory(out: Path, **config: Any) -> tuple[list[Tensor], dict[str, float]]:
-    """The weights of an undisturbed run at its start and after each step, and its last log line."""
+    """The weights of an uninterrupted run at its start and after each step, and its last log line."""
     trainer = make(out, **config)
     steps = [weights(trainer)]
     trainer.add_callback(AtEvents(lambda event: steps.append(weights(trainer)), "on_step_end"))
     trainer.train()
     assert len(steps) == 1 + STEPS
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(steps))
-    gc.freeze()  # Trainer collects garbage whenever it starts: of all that was imported, more than half of these tests
+    gc.freeze()  # the Trainer collects garbage when it starts, which takes more than half of the time of these tests
     return steps, last_log(trainer)
 
 
@@ -104,7 +104,7 @@ def last_log(trainer: NexusTrainer) -> dict[str, float]:
 
 def displaced(trainer: NexusTrainer, steps: list[Tensor], at: int | None = None) -> list[str]:
     """
-    What is wrong after a fault; nothing, if all is well.
+    List the failures after a fault.
 
     The model must be at `steps[at]` (by default that of the Trainer's `global_step`) bit for bit, and so must a model
     that is saved now. A saved checkpoint must hold its own step, and any other saved file one of `steps`.
@@ -130,7 +130,7 @@ def displaced(trainer: NexusTrainer, steps: list[Tensor], at: int | None = None)
 
 
 class Call:
-    """Calls `function` at its `at`-th call."""
+    """Calls `function` when it is called for the `at`-th time."""
 
     def __init__(self, at: int, function: Callable[[], None]):
         self.at, self.function, self.calls = at, function, 0
@@ -142,7 +142,7 @@ class Call:
 
 
 class Bomb:
-    """At its `at`-th call a real signal, or an error."""
+    """Sends a signal or raises an error when it is called for the `at`-th time."""
 
     def __init__(self, at: int, kind: str = "error"):
         self.at, self.kind, self.calls = at, kind, 0
@@ -163,7 +163,7 @@ class Bomb:
 
 @contextmanager
 def handling_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM end in KeyboardInterrupt and SystemExit, as in a script that cleans up after itself."""
+    """SIGINT and SIGTERM raise KeyboardInterrupt and SystemExit inside the context."""
 
     def leave(signum: int, frame: Any) -> None:
         raise KINDS[signal.Signals(signum).name]
@@ -177,7 +177,7 @@ def handling_signals() -> Iterator[None]:
 
 
 def before(function: Callable, bomb: Callable[[], None]) -> Callable:
-    @functools.wraps(function)  # the Trainer reads the signature of some
+    @functools.wraps(function)  # the Trainer reads the signature of some functions
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         bomb()
         return function(*args, **kwargs)
@@ -214,7 +214,7 @@ def in_backward(trainer: NexusTrainer, bomb: Bomb) -> Iterator[None]:
 
 
 def in_move(trainer: NexusTrainer, bomb: Bomb) -> AbstractContextManager:
-    """With half of the tensors moved."""
+    """Interrupt when half of the tensors are moved."""
     move = nexus_module.add_scaled_
 
     def broken(targets: list, tensors: list, *args: Any) -> None:
@@ -230,7 +230,7 @@ def patched(owner: Callable[[NexusTrainer], Any], name: str, when: Callable) -> 
     return lambda trainer, bomb: patch.object(owner(trainer), name, when(getattr(owner(trainer), name), bomb))
 
 
-# Each once per inner step.
+# Once per inner step.
 IN_INNER_STEPS: dict[str, Callable[[NexusTrainer, Bomb], AbstractContextManager]] = {
     "forward": patched(lambda trainer: trainer.model, "forward", before),
     "after_forward": patched(lambda trainer: trainer, "compute_loss", after),
@@ -239,7 +239,7 @@ IN_INNER_STEPS: dict[str, Callable[[NexusTrainer, Bomb], AbstractContextManager]
     "move": in_move,
     "collator": patched(lambda trainer: trainer, "data_collator", before),
 }
-# Each once per window.
+# Once per window.
 IN_WINDOWS = {
     "snapshot": patched(lambda trainer: Snapshot, "save", before),
     "pseudo_gradient": patched(lambda trainer: Nexus, "_load_pseudo_gradient", before),
@@ -249,7 +249,7 @@ IN_WINDOWS = {
 
 
 def broken_off(trainer: NexusTrainer, place: Callable, bomb: Bomb) -> bool:
-    """Train with a bomb in it; whether it exploded."""
+    """Train with a bomb, and return whether it exploded."""
     with place(trainer, bomb), handling_signals():
         try:
             trainer.train()
@@ -271,7 +271,7 @@ def poison(trainer: NexusTrainer, calls: set[int], rank: int = 0) -> AbstractCon
 
 
 def whole_windows(trainer: NexusTrainer) -> list[Tensor]:
-    """Fills with the weights at the beginning of each window, just before each optimizer step, and after it."""
+    """Records the weights at the start of each window, before each optimizer step, and after it."""
     seen: list[Tensor] = []
     events = ("on_step_begin", "on_pre_optimizer_step", "on_step_end")
     trainer.add_callback(AtEvents(lambda event: seen.append(weights(trainer)), *events))

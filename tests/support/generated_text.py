@@ -17,7 +17,7 @@ def numbers(text: str) -> list[int]:
 
 
 def value(text: str, x: int | Fraction = 0) -> Fraction:
-    """The exact value of `3x^2 - (1/2)` and the like."""
+    """The exact value of an expression such as `3x^2 - (1/2)`."""
     text = re.sub(r"(\d*)x", lambda term: f"{term[1] or 1}*({x})", text)
     text = re.sub(r"\d+", lambda number: f"Fraction({number[0]})", text.replace("^", "**"))
     return eval(text, {"Fraction": Fraction})

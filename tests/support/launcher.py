@@ -1,4 +1,4 @@
-"""Starts the worker modules under torchrun and collects what each rank found."""
+"""Starts worker modules under torchrun and collects the results of each rank."""
 
 import json
 import os
@@ -23,12 +23,12 @@ def launch(module: str, ranks: int, out: Path) -> list[dict]:
 
 
 def report(found: Any, out: Path) -> None:
-    """Write what this rank found, and leave the process group: the last that a worker does."""
+    """Write the results of this rank and leave the process group, at the end of a worker."""
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def reports(out: Path, ranks: int) -> list[Any]:
-    """What the ranks have written."""
+    """Read the results of the ranks."""
     return [json.loads((out / f"rank{r}.json").read_text()) for r in range(ranks)]

@@ -1,4 +1,4 @@
-"""Runs over streams, for comparing: the micro-batches they trained on, and where they ended."""
+"""Runs over streams to compare: their micro-batches and their ends."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from .tiny_tokenizer import tiny_tokenizer
 
 LENGTH = 8  # tokens of a row
 STEPS = 6
-VOCAB = 320  # that of the tiny tokenizer, and a little
+VOCAB = 320  # size of the tiny tokenizer, with a margin
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
@@ -26,12 +26,12 @@ WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
 def ids(first: int, x: int) -> list[int]:
-    """A row that tells which one it is: number `x` of the source whose tokens begin at `first`."""
+    """A row that can be identified: number `x` of the source whose tokens start at `first`."""
     return [first + x // 16, first + x % 16, *((first + x * j) % VOCAB for j in range(2, LENGTH))]
 
 
 def table(rows: int, first: int = 0) -> Dataset:
-    """Tokenized rows, each of which is another."""
+    """Different tokenized rows."""
     tokens = [ids(first, x) for x in range(rows)]
     return Dataset.from_dict({"input_ids": tokens, "labels": tokens, "x": list(range(rows))})
 
@@ -48,14 +48,14 @@ def generated(shards: list[list[int]], first: int) -> Iterator[dict[str, Any]]:
 
 
 def sharded(sizes: list[int], first: int) -> IterableDataset:
-    """Rows made one by one, in shards of some sizes."""
+    """Rows of a generator, in shards of different sizes."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     shards = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     return IterableDataset.from_generator(generated, gen_kwargs={"shards": shards, "first": first})
 
 
 class Replayed(torch.utils.data.IterableDataset):
-    """What cannot return to a position."""
+    """A dataset that cannot return to a position."""
 
     def __init__(self, rows: int, first: int):
         self.rows, self.first = rows, first
@@ -65,7 +65,7 @@ class Replayed(torch.utils.data.IterableDataset):
 
 
 def kinds() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Three sources of each kind, all so small that a run passes over them more than once."""
+    """Three sources of each kind. A run passes over each source more than once."""
     return {
         "map-style": lambda: {"a": table(14), "b": table(9, 100), "c": table(9, 200)},
         "rows": lambda: {"a": table(11).to_iterable_dataset(3), "b": sharded([3, 5], 100), "c": sharded([9], 200)},
@@ -89,7 +89,7 @@ SIZES = {"a": 12, "b": 9, "c": 10}
 
 
 def mixture(sources: Mapping[str, Any], shares: Any = None, buffer_size: int = 6, **limits: float) -> Mixture:
-    """A loaded mixture of any sources, shuffled in small blocks; `limits` are their `max_epochs`."""
+    """A loaded mixture of sources, shuffled in small blocks. `limits` are their `max_epochs`."""
     shares = {name: WEIGHTS[name] for name in sources} if shares is None else shares
     configs = {
         name: SourceConfig(path=f"{name}.jsonl", streaming=True, max_epochs=limits.get(name)) for name in sources
@@ -103,7 +103,7 @@ def mixture(sources: Mapping[str, Any], shares: Any = None, buffer_size: int = 6
 
 
 class Recorder(NexusTrainer):
-    """Notes by outer step the micro-batches, where the epoch then stood, and the number of rows read before any."""
+    """Records for each outer step the micro-batches, the epoch, and the number of rows read before them."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.micro_batches: dict[int, list[tuple[str, list]]] = defaultdict(list)
@@ -120,12 +120,12 @@ class Recorder(NexusTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def sources(self) -> list[str]:
-        """Of all micro-batches in order."""
+        """The sources of all micro-batches, in order."""
         return [source for step in sorted(self.micro_batches) for source, _ in self.micro_batches[step]]
 
 
 def make(out: Path, data: Any, seed: int = 0, trainer_kwargs: dict[str, Any] | None = None, **config: Any) -> Recorder:
-    """With dropout, so that a resumed run is another one unless its random states are right."""
+    """A trainer with dropout: a resumed run differs unless its random states are right."""
     defaults: dict[str, Any] = {
         "output_dir": str(out),
         "per_device_train_batch_size": 2,
@@ -145,7 +145,7 @@ def make(out: Path, data: Any, seed: int = 0, trainer_kwargs: dict[str, Any] | N
 
 
 def run(out: Path, data: Any, resume: Any = None, stop_after: int | None = None, **config: Any) -> Recorder:
-    """Train, from another model where a checkpoint is resumed, and to a step where it shall end early."""
+    """Train: from a checkpoint with another initial model, and up to a step if the run ends early."""
     trainer = make(out, data, seed=5 if resume else 0, **config)
 
     def stop(event: str) -> None:
@@ -158,7 +158,7 @@ def run(out: Path, data: Any, resume: Any = None, stop_after: int | None = None,
 
 
 def differences(resumed: Recorder, whole: Recorder, first: int) -> list[str]:
-    """What is not as in the whole run, of one that began at step `first`; nothing, if all is well."""
+    """Differences between the complete run and one that started at step `first`."""
     steps = sorted(whole.micro_batches)[first:]
     found = [f"step {step}" for step in steps if resumed.micro_batches.get(step) != whole.micro_batches[step]]
     if sorted(resumed.micro_batches) != steps:

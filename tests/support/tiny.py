@@ -13,7 +13,7 @@ class Rows(Dataset):
 
     def __init__(self, n: int, seed: int, length: int = 16, pad: bool = False):
         generator = torch.Generator().manual_seed(seed)
-        # Each source favours its own tokens, so that sources differ in what they ask of the model.
+        # Each source has its own frequent tokens, so the gradients of sources differ.
         self.ids = (torch.randint(0, VOCAB // 4, (n, length), generator=generator) + seed * 7) % VOCAB
         self.labels = self.ids.clone()
         if pad:  # rows of different numbers of loss tokens

@@ -9,7 +9,7 @@ EOS = "<eos>"
 
 
 def tiny_tokenizer(text: str = "the quick brown fox jumps over the lazy dog") -> PreTrainedTokenizerFast:
-    """Every text can be tokenized and decoded back; the merges depend on `text`."""
+    """It can tokenize and decode every text. Its merges depend on `text`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Adapters on a frozen base: whole, in half precision, in four bits."""
+"""Adapters on a frozen base in float32, in half precision, and in four bits."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def adapters(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
-    """Only they are copied, moved and saved; they resume to the bit, and merge into a model that loads alone."""
+    """Only adapters are copied, moved and saved. They resume bit for bit and merge into a model that can be loaded."""
 
     def adapted(seed: int) -> Any:
         base = tiny_llama(dtype=dtype)
@@ -54,7 +54,7 @@ def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
 
 
 def test_adapters_on_a_base_of_four_bits(make_trainer, sources, tmp_path):
-    """QLoRA: the base stays what bitsandbytes made of it, and the adapters train as on the same base unpacked."""
+    """QLoRA: the base stays as bitsandbytes made it, and the adapters train as on the same base in float32."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")

@@ -1,4 +1,4 @@
-"""From a trainer to its card: the summary holds the run's own numbers, and the folder what the card shows."""
+"""The card of a run has the numbers of the trainer, and its folder has the plots that the card shows."""
 
 import re
 from functools import partial
@@ -54,7 +54,7 @@ def test_the_summary_holds_what_the_trainer_logged(trained):
     assert run.changed_hyperparameters["learning_rate"] == 1e-2 and "weight_decay" not in run.changed_hyperparameters
     assert run.hyperparameters["weight_decay"] == 0.0 and "output_dir" not in run.hyperparameters
     assert run.unit == "tokens" and "accelerator_config" not in run.changed_hyperparameters
-    assert "logging_nan_inf_filter" not in run.changed_hyperparameters  # Nexus sets it, nobody chose it
+    assert "logging_nan_inf_filter" not in run.changed_hyperparameters  # set by Nexus, not by the user
     assert run.seconds > 0 and run.tokens_per_second > 0 and run.versions["torch"] in torch.__version__
 
 
@@ -119,7 +119,7 @@ def test_the_code_of_an_adapters_card_runs(make_trainer, tmp_path, monkeypatch, 
     assert "library_name: peft" in text and f"LoRA adapter of {trainable:,} trainable parameters" in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     capsys.readouterr()
-    exec(code.replace('path = "."', 'path = "out"'), {})  # the base lies beside the folder
+    exec(code.replace('path = "."', 'path = "out"'), {})  # the folder of the base model has the same parent
     assert capsys.readouterr().out.startswith("The")
 
 
@@ -143,11 +143,11 @@ def bert(kind: str, **options):
 
 
 class OwnClassifier(transformers.BertForSequenceClassification):
-    """As users derive them: the mappings know its parent only."""
+    """A class of a user. The mappings of transformers have its parent only."""
 
 
 class OwnModel(transformers.BertModel):
-    """Nothing in transformers loads this with its head, if it had one."""
+    """A base class. No Auto class loads it with a head."""
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_task_and_auto_class_follow_from_the_model(make_trainer, make, task, aut
         auto_class is None
         or type(getattr(transformers, auto_class).from_config(trainer.model.config)) in type(trainer.model).__mro__
     )
-    trainer.create_model_card(tasks="my-task")  # the user knows better
+    trainer.create_model_card(tasks="my-task")  # the user's value has priority
     text = Path(trainer.args.output_dir, "README.md").read_text()
     assert "pipeline_tag: my-task\n" in text and ("```python" in text) == (auto_class is not None)
 

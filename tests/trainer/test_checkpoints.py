@@ -1,4 +1,4 @@
-"""A checkpoint folder is complete whenever it can be seen, whatever happens while it is written."""
+"""A visible checkpoint folder is complete, even if writing it is interrupted."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def fake_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     return path
 
 
-def test_what_can_be_seen_while_saving_is_complete(saving, tmp_path):
-    """Every file that the Trainer writes is looked at from outside the moment it is written."""
+def test_a_checkpoint_that_is_visible_while_saving_is_complete(saving, tmp_path):
+    """The folder is inspected after each file that the Trainer writes."""
     seen = []
 
     def look(*names):
@@ -88,7 +88,7 @@ def test_incomplete_checkpoints_are_passed_over_when_resuming(saving, tmp_path):
     run = tmp_path / "run"
     fake_checkpoint(run, 7, complete=False)
     (fake_checkpoint(run, 8) / "checkpoint-is-incomplete.txt").touch()
-    assert get_last_checkpoint(str(run)) == str(run / "checkpoint-8")  # what the Trainer would take
+    assert get_last_checkpoint(str(run)) == str(run / "checkpoint-8")  # the one that the Trainer would choose
     assert last_checkpoint(run) == str(run / "checkpoint-3")
     again = saving(model=tiny_llama(seed=5), max_steps=4)
     again.train(resume_from_checkpoint=True)
@@ -139,7 +139,7 @@ def test_the_best_checkpoint_is_known_by_its_final_path(saving, tmp_path):
 
 
 class SaveBeforeTheStep(TrainerCallback):
-    """Saves as the Trainer does after a SIGTERM: between the window and the optimizer's step, or as it begins."""
+    """Saves as the Trainer does after a SIGTERM: before the optimizer step, or at the start of a step."""
 
     def __init__(self, event: str, step: int):
         setattr(self, event, self._save)

@@ -1,4 +1,4 @@
-"""Evaluation losses are means over tokens, whatever the batches; on several ranks, see tests/distributed."""
+"""Evaluation losses are means over tokens at any batch size. `distributed/` tests them on several ranks."""
 
 import json
 import math
@@ -19,7 +19,7 @@ EOS = 50
 
 @torch.no_grad()
 def token_losses(model: Any, rows: Rows) -> list[torch.Tensor]:
-    """The loss of each token that counts, row by row."""
+    """The loss of each target token, by row."""
     found = []
     for i in range(len(rows)):
         logits, labels = model(input_ids=rows.ids[i : i + 1]).logits[0, :-1], rows.labels[i, 1:]
@@ -58,7 +58,7 @@ def test_the_loss_of_a_set_is_the_mean_over_its_tokens(make_trainer, sources, se
         assert metrics[f"eval_{name}_loss"] == pytest.approx(token_loss(model, rows), rel=1e-6)
     assert trainer.evaluate(sets["text"])["eval_loss"] == pytest.approx(token_loss(model, sets["text"]), rel=1e-6)
     assert trainer.predict(sets["text"]).metrics["test_loss"] == metrics["eval_text_loss"]
-    # Rows of equal weight are something else.
+    # A mean in which each row has the same weight differs.
     by_row = torch.stack([losses.mean() for losses in token_losses(model, sets["text"])]).mean()
     assert abs(float(by_row) - metrics["eval_text_loss"]) > 1e-4
 
@@ -127,7 +127,7 @@ def test_a_batch_without_loss_tokens_adds_nothing(make_trainer, sources, rows):
     rows.labels = torch.cat([torch.full_like(rows.labels[:1], -100), rows.labels])
     trainer = make_trainer(sources, per_device_eval_batch_size=1)
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
-    # A loss that is broken is not one of no tokens.
+    # A loss that is not finite differs from a loss without tokens.
     trainer.model.lm_head.weight.data[:] = float("nan")
     assert math.isnan(trainer.evaluate(rows)["eval_loss"])
 
@@ -226,7 +226,7 @@ def test_sums_of_parts_add_up_whatever_the_split():
 
 def test_millions_of_tokens_are_counted_one_by_one():
     mean = TokenMean()
-    for tokens in (2**24, 1, 1):  # float32 would lose the last two
+    for tokens in (2**24, 1, 1):  # float32 would lose the last two digits
         mean.add(torch.tensor(1.0), torch.tensor(tokens))
     assert mean.sums.tolist() == [2**24 + 2, 2**24 + 2]
 

@@ -1,4 +1,4 @@
-"""Whatever breaks off training, the weights are those of the window's start, and so are those saved and resumed."""
+"""After any interruption, the weights are those of the window's start, also in checkpoints and after a resume."""
 
 import contextlib
 import functools
@@ -70,7 +70,7 @@ def test_a_window_interrupted_at_its_ends_is_restored(tmp_path, steps, place, ki
     assert displaced(trainer, steps) == []
 
 
-# Within an epoch's last step `on_epoch_end` comes after all others.
+# In the last step of an epoch, `on_epoch_end` is the last event.
 STEPS_DONE = {"on_train_begin": 0, "on_epoch_begin": 0, "on_step_begin": 1, "on_substep_end": 1}
 STEPS_DONE |= {"on_pre_optimizer_step": 1, "on_optimizer_step": 2, "on_step_end": 2, "on_log": 2, "on_evaluate": 2}
 STEPS_DONE |= {"on_prediction_step": 2, "on_save": 2, "on_epoch_end": 3, "on_train_end": STEPS}
@@ -78,7 +78,7 @@ STEPS_DONE |= {"on_prediction_step": 2, "on_save": 2, "on_epoch_end": 3, "on_tra
 
 @pytest.mark.parametrize("event", STEPS_DONE)
 def test_an_error_in_a_callback_keeps_the_weights(tmp_path, steps, event):
-    """The optimizer's step is either done or not."""
+    """The optimizer step is complete or absent."""
     trainer = make(tmp_path, **SAVING)
 
     def fail(event):
@@ -118,7 +118,7 @@ def test_a_signal_handler_may_save_inside_a_window(tmp_path, steps, place):
 
 @pytest.mark.parametrize("place", ["after_forward", "after_backward"])
 def test_after_an_interrupt_the_model_equals_a_fresh_one(tmp_path, place):
-    """Nothing of the broken-off window lingers, hooks and modes included."""
+    """The interrupted window leaves nothing behind, including hooks and modes."""
     trainer = make(tmp_path)
     assert broken_off(trainer, IN_INNER_STEPS[place], Bomb(K + 3, "SIGINT"))
     loss = trainer.evaluate()["eval_loss"]
@@ -135,7 +135,7 @@ def test_training_after_an_interrupt_ends_as_without_it(tmp_path, undisturbed):
 
 
 def assert_resumes(out: Path, steps: list[torch.Tensor], logs: dict[str, float], start: int) -> None:
-    """Resuming takes the checkpoint of step `start`, and ends as the undisturbed run did."""
+    """Resuming starts from the checkpoint of step `start` and ends like the uninterrupted run."""
     trainer = make(out, faults.model(seed=5), **SAVING)
     began = []
     trainer.add_callback(AtEvents(lambda event: began.append(trainer.state.global_step), "on_train_begin"))
@@ -149,9 +149,9 @@ def assert_resumes(out: Path, steps: list[torch.Tensor], logs: dict[str, float],
     assert names <= {f"checkpoint-{i}" for i in range(STEPS + 1)}  # no leftovers
 
 
-# The other defences restore after the fact; this timer finds out whether they leave a gap.
+# All other tests interrupt at known points. This timer interrupts at any point.
 def test_signals_at_any_moment_leave_the_weights_as_they_were(tmp_path):
-    """A real timer interrupts training wherever it happens to be; without learning, any change is a displacement."""
+    """A timer interrupts training at random points. At learning rate 0, any changed weight is a displaced one."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
@@ -212,7 +212,7 @@ def test_out_of_memory_restarts_smaller_from_clean_weights(tmp_path, inner_step)
     trainer.model.forward = functools.wraps(forward)(limited)
     trainer.train()
     assert sizes[0] == 4 and trainer._train_batch_size < 4
-    steps = [seen[0], seen[2]]  # of the second window, the first attempt's beginning was seen and nothing more
+    steps = [seen[0], seen[2]]  # of the second window, only the start of the first attempt was seen
     assert torch.equal(seen.pop(3), steps[1])
     assert [torch.equal(begun, walked) for begun, walked in zip(seen[::3], seen[1::3], strict=True)] == [True] * 5
     assert torch.equal(seen[3], steps[1])
@@ -232,7 +232,7 @@ def test_a_killed_run_is_resumed_as_if_it_had_not_been(tmp_path, undisturbed, pl
 
 
 def terminated(out: Path, place, at: int, start: str | None = None, **config) -> faults.NexusTrainer:
-    """Train until a SIGTERM at the `at`-th call of the place makes the Trainer save and stop."""
+    """Train until the `at`-th call of `place`, where a SIGTERM makes the Trainer save and stop."""
     with fault_processes.keeping_handler():
         trainer = make(out, enable_jit_checkpoint=True, **config)
         with place(trainer, fault_processes.Terminate(trainer, at)):
@@ -244,7 +244,7 @@ def terminated(out: Path, place, at: int, start: str | None = None, **config) ->
     ("window", "inner_step"), [(0, 3), (1, 1), (1, 4), (3, 3), slow(1, 2), slow(1, 3), slow(2, 3)]
 )
 def test_a_window_cut_by_sigterm_is_repeated_on_resume(tmp_path, undisturbed, window, inner_step):
-    """Windows 0 and 3 begin an epoch, where Trainer takes the random states of another moment."""
+    """Windows 0 and 3 start an epoch, where the Trainer saves earlier random states."""
     place = IN_INNER_STEPS["after_forward"]
     trainer = terminated(tmp_path, place, window * K + inner_step)
     assert trainer.stopped_by_sigterm
@@ -268,7 +268,7 @@ def test_sigterm_between_windows_saves_and_resumes(tmp_path, undisturbed, event,
 
 @pytest.mark.parametrize("start", [1, 3])
 def test_terminated_in_the_first_window_after_a_resume(tmp_path, undisturbed, start):
-    """Trainer loads the random states late: step 3 begins an epoch, step 1 does not."""
+    """The Trainer loads the random states late. Step 3 starts an epoch, step 1 does not."""
     make(tmp_path, **SAVING).train()
     for step in range(start + 1, STEPS + 1):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
@@ -280,8 +280,8 @@ def test_terminated_in_the_first_window_after_a_resume(tmp_path, undisturbed, st
 # ---- Checkpoints ----
 
 
-def test_a_checkpoint_that_can_be_seen_is_complete(tmp_path):
-    """Looked at whenever the process that writes it touches a file."""
+def test_a_visible_checkpoint_is_complete(tmp_path):
+    """The folder is inspected each time the saving process accesses a file."""
     status = fault_processes.in_a_process(fault_processes.train_watched, tmp_path / "out", tmp_path / "found.json")
     assert status == 0
     found = json.loads((tmp_path / "found.json").read_text())
@@ -301,7 +301,7 @@ def test_a_checkpoint_that_fails_is_none(tmp_path, undisturbed):
 
 
 def test_a_just_in_time_checkpoint_that_fails_is_passed_over(tmp_path, undisturbed):
-    """Transformers has then left a folder with its mark."""
+    """transformers then leaves a folder with its sentinel file."""
 
     def place(trainer, bomb):
         trainer._save_rng_state = Mock(side_effect=OSError("disk full"))

@@ -1,6 +1,6 @@
 """
-What users switch on beside Nexus. Switches of speed and memory change nothing; those that change the training do what
-they do in a loop written by hand around `Nexus`, on the same micro-batches.
+Nexus with other settings. Settings of speed and memory change no result. Settings that change the training have the
+same effect as in a loop around `Nexus` on the same micro-batches.
 """
 
 import math
@@ -43,7 +43,7 @@ def distance(model: torch.nn.Module, other: torch.nn.Module) -> float:
 
 
 class Recorded(NexusTrainer):
-    """Keeps the micro-batches of each window, and the random state in which it began."""
+    """Records the micro-batches of each window and the random state at its start."""
 
     def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(*args)
@@ -59,7 +59,7 @@ def by_hand(
     scheduler: Any = None,
     max_grad_norm: float | None = 1.0,
 ) -> torch.nn.Module:
-    """Train the model as a user without a Trainer would."""
+    """Train the model in a loop without a Trainer."""
     model.train()
     nexus = Nexus(model.parameters())
     for batches, state in windows:
@@ -114,7 +114,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     ids=["nothing", "neftune", "label_smoothing", "tied_embeddings", "no_clipping", "clipping"],
 )
 def test_the_trainer_does_what_a_loop_by_hand_does(make_trainer, sources, config, shape, compute_loss, max_grad_norm):
-    """To 1e-5 after 3 outer steps: the loss is divided elsewhere, which AdamW magnifies."""
+    """To 1e-5 after 3 outer steps: the loss is divided at another place, and AdamW magnifies the rounding."""
     trainer = make_trainer(sources, tiny_llama(**shape), trainer_class=Recorded, max_steps=3, **config)
     trainer.train()
     model = tiny_llama(**shape)
@@ -122,7 +122,7 @@ def test_the_trainer_does_what_a_loop_by_hand_does(make_trainer, sources, config
     optimizer = torch.optim.SGD(model.parameters(), lr=10.0) if "optim" in config else adamw(model)
     by_hand(model, trainer.windows, compute_loss, optimizer, max_grad_norm=max_grad_norm)
     assert distance(model, trainer.model) < 1e-5
-    # Without the switch it is something else. (Not so clipping at 1, which a pseudo-gradient never exceeds.)
+    # Without the setting, the result differs, except for clipping at 1, which a pseudo-gradient never exceeds.
     if config and max_grad_norm is not None:
         without = tiny_llama(**shape)
         optimizer = torch.optim.SGD(without.parameters(), lr=10.0) if "optim" in config else adamw(without)
@@ -154,7 +154,7 @@ def test_an_optimizer_and_a_scheduler_of_ones_own(make_trainer, sources):
 
 
 def test_a_mixture_of_experts_trains(make_trainer, sources):
-    """With its router's auxiliary loss. Experts that a micro-batch does not reach have no say in its step."""
+    """With the auxiliary loss of the router. Experts without tokens in a micro-batch do not change its step."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ def test_a_loss_of_ones_own(make_trainer, sources):
 
 
 class Switched(torch.nn.Module):
-    """Has a parameter that nothing uses, and others of which each micro-batch uses one."""
+    """Has an unused parameter, and others of which each micro-batch uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Switched(torch.nn.Module):
 
 
 def test_parameters_that_are_not_used(make_trainer, sources):
-    """By any micro-batch: they stay, weight decay included. By some: these alone move them."""
+    """A parameter without a gradient in a window stays unchanged, also by weight decay."""
     trainer = make_trainer(sources, Switched(), trainer_class=Recorded, max_steps=3, weight_decay=0.1)
     trainer.train()
     assert torch.equal(trainer.model.never, torch.ones(3))
@@ -255,7 +255,7 @@ def test_callbacks_hear_what_they_would_from_the_base_class(make_trainer, source
 
 
 class Search(HyperParamSearchBackendBase):
-    """Tries as many settings as it is told to, and keeps the weights that come of each."""
+    """Tries a number of settings and records the weights after each."""
 
     name = "optuna"
 
@@ -271,7 +271,7 @@ class Search(HyperParamSearchBackendBase):
             trainer.train(trial=SimpleNamespace(number=number, params={}))
             loss = trainer.compute_objective(trainer.evaluate())
             self.found.append((loss, weights(trainer.model)))
-            trainer.model = trainer.model_wrapped = None  # as the real ones do
+            trainer.model = trainer.model_wrapped = None  # as real tuners do
         best = min(range(n_trials), key=lambda i: self.found[i][0])
         return BestRun(str(best), self.found[best][0], {})
 
@@ -326,7 +326,7 @@ def test_optuna_finds_an_inner_learning_rate(make_trainer, sources):
 
 
 class Examples(Dataset):
-    """Rows of one source for a model that is no causal language model."""
+    """Rows of one source for a model that is not a causal language model."""
 
     def __init__(self, kind: str, n: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -384,7 +384,7 @@ def test_perplexities_are_of_token_losses_only(make_trainer):
 
 
 class ManyLabels(Examples):
-    """Three labels, each of which may hold."""
+    """Three labels per row, each true or false."""
 
     def __getitem__(self, i: int) -> Batch:
         row = super().__getitem__(i)
@@ -393,7 +393,7 @@ class ManyLabels(Examples):
 
 @pytest.mark.parametrize("nexus", [True, False])
 def test_rows_are_counted_where_a_row_has_many_labels(make_trainer, tmp_path, nexus):
-    """After a resume, too, and if that trains no more."""
+    """Also after a resume, and after a resume without further training."""
     sources = {"one": ManyLabels("classification", 24, 0), "two": ManyLabels("classification", 16, 1)}
 
     def make() -> Any:
@@ -462,7 +462,7 @@ def test_a_seq2seq_trainer_generates_when_it_evaluates(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_bit(make_trainer, sources, reentrant):
-    """Dropout included, whose masks the second forward pass has to draw again."""
+    """Also with dropout, whose masks the second forward pass draws again."""
 
     def train(**config: Any) -> tuple[torch.Tensor, int]:
         model, calls = tiny_llama(attention_dropout=0.2), [0]
@@ -475,7 +475,7 @@ def test_gradient_checkpointing_changes_no_bit(make_trainer, sources, reentrant)
     plain, calls = train()
     checkpointed, more_calls = train(**settings)
     assert torch.equal(plain, checkpointed)
-    assert (calls, more_calls) == (12, 24)  # each layer once more in the backward pass
+    assert (calls, more_calls) == (12, 24)  # each layer is computed again in the backward pass
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_settings_that_change_no_bit(make_trainer, sources, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiling_matches_to_rounding_with_one_graph(make_trainer, sources, backend):
-    """To 1e-5 after 4 outer steps; the moved and restored weights make nothing compile anew."""
+    """To 1e-5 after 4 outer steps. Moved and restored weights cause no recompilation."""
 
     def train(**config: Any) -> torch.nn.Module:
         trainer = make_trainer(sources, tiny_llama(), max_steps=4, **config)

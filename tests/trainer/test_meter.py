@@ -1,4 +1,4 @@
-"""TrainingMeter alone: totals, averages of an interval, and what counts when."""
+"""TrainingMeter alone: totals, averages of an interval, and when a window counts."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def meter_of(*sources: str) -> TrainingMeter:
 
 
 def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> int:
-    """Train on one micro-batch in a window of its own; returns the next step."""
+    """Count one window with one micro-batch, and return the next step."""
     step = meter._step + 1
     meter.begin_window(step)
     meter.add_micro_batch(source, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
@@ -41,7 +41,7 @@ def test_losses_are_token_weighted_since_the_last_reading():
 
 
 def test_numbers_of_two_ranks_are_summed_or_averaged(monkeypatch):
-    other_ranks(monkeypatch, lambda tensor: 2 * tensor)  # the other rank saw the same
+    other_ranks(monkeypatch, lambda tensor: 2 * tensor)  # the other rank has the same counts
     meter = meter_of("text")
     step = count(meter, "text", 2.0, 10)
     meter.add_path(torch.tensor(0.5), steps_taken=4, steps_skipped=2, finite=torch.tensor(True))
@@ -69,7 +69,7 @@ def test_a_window_counts_once_its_step_is_over():
     meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10))
     meter.update_totals(0)
     assert meter.trained_tokens == {"text": 0}
-    meter.begin_window(0)  # it was interrupted, and is repeated
+    meter.begin_window(0)  # interrupted, and repeated
     meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10))
     meter.update_totals(1)
     assert meter.trained_tokens == {"text": 10}
@@ -88,7 +88,7 @@ def test_a_resumed_run_continues_the_totals_of_its_sources():
 def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
     def with_an_idle_rank(tensor: Tensor) -> Tensor:
         idle = torch.zeros_like(tensor)
-        idle[-1] = 1  # it counts as a rank
+        idle[-1] = 1  # counts as a rank
         return tensor + idle
 
     other_ranks(monkeypatch, with_an_idle_rank)

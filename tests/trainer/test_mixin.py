@@ -1,4 +1,4 @@
-"""NexusTrainer as its users meet it: what it takes, logs, evaluates, saves, resumes and refuses."""
+"""NexusTrainer as users call it: arguments, logs, evaluation, saving, resuming and errors."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def test_dict_of_sources_trains_and_logs_each_source(make_trainer, sources):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_a_mixture_are_never_padded(make_trainer, tmp_path, streaming):
-    """The tokenizers of GPT-2, Llama and SmolLM2 have no padding token; rows of a mixture are full."""
+    """The tokenizers of GPT-2, Llama and SmolLM2 have no padding token. Rows of a mixture are full."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} fox " * 9}) + "\n" for i in range(90)))
     source = {"path": str(tmp_path / "text.jsonl"), "eval_rows": 5, "streaming": streaming, "weight": 1}
     tokenizer = tiny_tokenizer()
@@ -84,7 +84,7 @@ def test_loss_per_source_is_that_sources_mean_loss(make_trainer, sources):
 
 @pytest.mark.parametrize("nexus", [True, False])
 def test_padded_micro_batches_weigh_by_their_tokens(make_trainer, nexus):
-    """The window's loss and the loss per source are token-weighted means, counted by hand here."""
+    """The losses of the window and of each source are means over tokens, computed by hand here."""
     rows = Rows(8, 3, pad=True)
     trainer = make_trainer(
         {"text": rows}, max_steps=1, learning_rate=0.0, inner_lr=0.0, nexus=nexus, gradient_accumulation_steps=4
@@ -276,7 +276,7 @@ def test_follow_scales_the_inner_step_with_the_learning_rate(make_trainer, sourc
     trainer.train()
     gammas = [entry["inner_lr"] for entry in trainer.state.log_history if "inner_lr" in entry]
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "inner_lr" in entry]
-    assert gammas[0] == 0.0  # warm-up begins at zero: averaged without moving
+    assert gammas[0] == 0.0  # warm-up starts at 0: no movement
     assert gammas == pytest.approx([0.1 * rate / 1e-2 for rate in rates])
 
 
@@ -312,7 +312,7 @@ def test_a_window_without_a_usable_gradient_changes_nothing(make_trainer, source
     import logging
 
     logging.getLogger("transformers").propagate = True
-    transformers.utils.logging.warning_once.cache_clear()  # other tests are warned of it, too
+    transformers.utils.logging.warning_once.cache_clear()  # warnings of other tests are ignored
     trainer = make_trainer(sources, max_steps=3)
     poison(trainer, {5, 6, 7, 8, 10})
     with caplog.at_level(logging.WARNING):
@@ -366,7 +366,7 @@ def test_a_window_costs_at_most_one_host_synchronisation(make_trainer, sources):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
-        """Reads of a device value by the host, which on an accelerator wait for it."""
+        """Counts reads of device values by the host. On an accelerator, each read waits for the device."""
 
         def __init__(self):
             super().__init__()
@@ -390,7 +390,7 @@ def test_a_window_costs_at_most_one_host_synchronisation(make_trainer, sources):
     with Count() as control:
         torch.ones(()).item()
     assert control.reads == 1
-    # The window's one `tolist()` of k norms reads k values on a CPU, which is one copy from an accelerator.
+    # One `tolist()` of the k norms of a window reads k values on a CPU, and makes one copy from an accelerator.
     assert len(reads) == 8
     assert all(count == 0 for i, count in enumerate(reads) if i % 4 != 3)
     assert reads[3] <= 4 and reads[7] <= 4
@@ -422,7 +422,7 @@ def test_several_sets_are_one_evaluation_with_macro_and_ood(make_trainer, source
 def test_a_parent_that_does_not_keep_a_line_loses_no_other(make_trainer, sources):
     class Quiet(Trainer):
         def log(self, logs, start_time=None):
-            if "eval_loss" in logs:  # the line of all sets; those of each are not ours to keep
+            if "eval_loss" in logs:  # the log line of all sets; single sets have none
                 super().log(logs, start_time)
 
     class Ours(NexusTrainerMixin, Quiet):
@@ -464,7 +464,7 @@ def test_early_stopping_and_best_model_work_on_the_macro_loss(make_trainer, sour
             "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
         },
         max_steps=6,
-        learning_rate=10.0,  # diverges at once
+        learning_rate=10.0,  # diverges in the first step
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -499,12 +499,12 @@ def test_gradient_cosines_on_request(make_trainer, sources):
     trainer = make_trainer(sources, max_steps=4, gradient_cosine_steps=2)
     trainer.train()
     logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
-    assert logged == [0, 2]  # at the weights before the third step, say
+    assert logged == [0, 2]  # at the weights before the third step
     logs = last_log(trainer, "cosine/code-math")
     assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math", "code-math"))
     plain = make_trainer(sources, max_steps=4)
     plain.train()
-    assert torch.equal(weights(trainer), weights(plain))  # measuring changes nothing
+    assert torch.equal(weights(trainer), weights(plain))  # the measurement changes no weights
     control = make_trainer(sources, max_steps=1, gradient_cosine_steps=1, nexus=False)
     control.train()
     first = next(entry for entry in trainer.state.log_history if "cosine/text-code" in entry)
@@ -543,7 +543,7 @@ def test_resuming_after_the_last_step_trains_no_more(make_trainer, sources, tmp_
     longer = make_trainer(sources, tiny_llama(seed=1), **saving | {"max_steps": 3})
     longer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
     assert longer.state.global_step == 3
-    # A plain dataset without Nexus is the base class's, this habit of it included.
+    # A plain dataset without Nexus behaves as in the base class, including this step.
     plain = make_trainer(sources["text"], tiny_llama(seed=1), **saving | {"nexus": False, "max_steps": 2})
     plain.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
     assert plain.state.global_step == 3
@@ -561,7 +561,7 @@ def test_resuming_after_the_last_step_trains_no_more(make_trainer, sources, tmp_
     ids=["gradient", "random", "follow", "workers", "off"],
 )
 def test_resume_is_bit_exact(make_trainer, sources, tmp_path, config):
-    """Stop in the middle of the second epoch and go on: weights, logs of tokens and epoch are those of one run."""
+    """A run that resumes in the second epoch ends with the weights, token counts and epoch of an uninterrupted run."""
     config = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "logging_steps": 4} | config
     whole = make_trainer(sources, output_dir=str(tmp_path / "whole"), **config)
     whole.train()
@@ -637,13 +637,13 @@ def test_what_cannot_work_is_refused_with_the_fix(make_trainer, sources, config,
 def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.*bfloat16.*model\.float\(\)"):
         make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16))
-    make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # the plain Trainer allows it
-    evaluating = make_trainer(None, model=tiny_llama(dtype=torch.bfloat16))  # nothing walks
+    make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # allowed by the plain Trainer
+    evaluating = make_trainer(None, model=tiny_llama(dtype=torch.bfloat16))  # no path
     assert math.isfinite(evaluating.evaluate(sources["text"])["eval_loss"])
 
 
 def test_another_data_loader_for_a_mixture_is_an_error(make_trainer, sources):
-    """It would train on whatever it yields, whatever the sources and weights."""
+    """Its rows would have no source, and the mixture weights no effect."""
 
     class Own(NexusTrainer):
         def get_train_dataloader(self):

@@ -1,4 +1,4 @@
-"""The outer step with the optimizers people use: each trains and resumes to the bit; Muon beside AdamW in detail."""
+"""Outer optimizers: each one trains and resumes bit for bit. Muon with AdamW is tested in detail."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from tests.support.tiny import Rows, tiny_llama
 
 STEPS = 10
 MUON = {"optim": "adamw_torch", "matrix_optimizer": "muon"}
-# Name: package that it needs, and the training fields beside `optim`, which is the name where they have none.
+# Name: the required package, and training fields. Without `optim` among them, the name is the `optim`.
 OPTIMIZERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "adamw_torch": (None, {}),
     "adamw_torch_fused": (None, {}),
@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "adafactor": (None, {}),
     "schedule_free_adamw": ("schedulefree", {"lr_scheduler_type": "constant"}),
     "lion_32bit": ("bitsandbytes", {}),
-    "lion-pytorch": ("lion_pytorch", {"optim": "adamw_torch"}),  # given as a class, which comes before `optim`
+    "lion-pytorch": ("lion_pytorch", {"optim": "adamw_torch"}),  # given as a class, which has priority over `optim`
     "muon": (None, MUON),
     "muon, fused": (None, {**MUON, "optim": "adamw_torch_fused", "optim_args": "muon_lr=0.02"}),
 }
@@ -69,7 +69,7 @@ def test_every_optimizer_trains_and_resumes_to_the_bit(build, tmp_path, name: st
 
 
 class Watch(TrainerCallback):
-    """Keeps the weights at each event of interest."""
+    """Records the weights at each event."""
 
     def __init__(self) -> None:
         self.seen: dict[str, list[torch.Tensor]] = {"step": [], "evaluation": [], "pseudo-gradient": []}
@@ -92,13 +92,13 @@ def test_schedule_free_swaps_weights_outside_windows_only(build) -> None:
     trainer.add_callback(watch)
     trainer.train()
     trained, averaged, at_step = watch.seen["step"], watch.seen["evaluation"], watch.seen["pseudo-gradient"]
-    for step in range(1, 3):  # the first evaluation is of the first step's, where both are the same
-        assert (averaged[step] - trained[step]).norm() > 1e-3  # evaluated where the optimizer wants it
-        # The window after an evaluation puts back what is trained, not what was evaluated.
+    for step in range(1, 3):  # at the first evaluation, both are the same
+        assert (averaged[step] - trained[step]).norm() > 1e-3  # evaluated at the optimizer's evaluation weights
+        # The window after an evaluation restores the training weights, not the evaluation weights.
         torch.testing.assert_close(at_step[step + 1], trained[step], atol=1e-6, rtol=1e-5)
 
 
-# ---- Muon beside AdamW ----
+# ---- Muon with AdamW ----
 
 
 class Small(nn.Module):
@@ -155,7 +155,7 @@ def test_its_state_survives_the_round_trip(how: str) -> None:
         again = copy.deepcopy(model)
         loaded = joined(again)
         loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert len(loaded.state) == 4  # one for each parameter, whichever part it belongs to
+    assert len(loaded.state) == 4  # one state for each parameter of both optimizers
     walk(model, [optimizer], seed=2)
     walk(again, [loaded], seed=2)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
@@ -218,7 +218,7 @@ def test_one_learning_rate_serves_both_by_default(build) -> None:
 def test_unknown_muon_options_are_refused_by_the_config(text: str) -> None:
     with pytest.raises(ValueError, match=r"muon_lr|Learning rate|Adjust"):
         NexusConfig(output_dir="out", matrix_optimizer="muon", optim_args=text, report_to="none")
-    NexusConfig(output_dir="out", optim_args=text, report_to="none")  # another optimizer may know it
+    NexusConfig(output_dir="out", optim_args=text, report_to="none")  # another optimizer may have this option
 
 
 def test_options_may_have_spaces() -> None:

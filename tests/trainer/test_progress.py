@@ -7,7 +7,7 @@ from tests.support.tiny import Rows
 
 
 class Bars(ProgressCallback):
-    """Notes of each bar of an evaluation its total and where it ended."""
+    """Records the total and the end of each progress bar of an evaluation."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`push_to_hub` through NexusTrainer: what a run leaves on the Hub, on disk and on the screen."""
+"""`push_to_hub` of NexusTrainer: the results on the Hub, on disk and on the screen."""
 
 import json
 import os
@@ -30,14 +30,14 @@ from tests.support.tiny import Rows
 from tests.trainer.test_mixin import weights
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
-SECONDS = 180.0  # bound of what must happen, on a busy machine
+SECONDS = 180.0  # timeout for events, also on a busy machine
 MODEL = ("config.json", "model.safetensors", "training_args.bin", "nexus.yaml", "trainer_state.json")
 CARD = ("README.md", "run_summary.json", "training.png")
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A running server, which the processes beside the runs and those that tests start will find."""
+    """A running server, which all processes of the tests use."""
     with HubServer(tmp_path / "hub") as hub:
         for name, value in {
             "HF_HUB_OFFLINE": "0",
@@ -54,7 +54,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 def make(
     hub: HubServer, make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Any]]:
-    """`make(**options)`: a trainer that saves steps 2 and 4 and pushes to `REPO`, with little patience."""
+    """`make(**options)`: a trainer that saves steps 2 and 4 and pushes to `REPO`, with short timeouts."""
     monkeypatch.setattr(
         "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
     )
@@ -81,7 +81,7 @@ def make(
 
 
 def push(out: Path, *options: str, token: str = ALICE) -> subprocess.CompletedProcess[str]:
-    """`hf-nexus push`, as it is typed."""
+    """Run `hf-nexus push`."""
     command = [sys.executable, "-m", "hf_nexus.cli", "push", str(out), *options]
     return subprocess.run(
         command, env={**os.environ, "HF_TOKEN": token}, capture_output=True, text=True, timeout=2 * SECONDS
@@ -89,7 +89,7 @@ def push(out: Path, *options: str, token: str = ALICE) -> subprocess.CompletedPr
 
 
 def holders(token: str, *folders: Path) -> list[str]:
-    """The files that hold the token."""
+    """The files that contain the token."""
     return [
         f"{folder}/{name}" for folder in folders for name, data in content(folder).items() if token.encode() in data
     ]
@@ -102,7 +102,7 @@ def holders(token: str, *folders: Path) -> list[str]:
 def test_each_strategy_leaves_what_its_documentation_says(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, strategy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The files are those of the last checkpoint, by hash; with `"end"` nothing is pushed before it is asked for."""
+    """The files are those of the last checkpoint, by hash. With `"end"`, only explicit pushes are made."""
     out = tmp_path / "out"
     trainer = make(hub_strategy=strategy, hub_model_id="model", hub_revision="dev", hub_private_repo=True)
     trainer.train()
@@ -136,8 +136,8 @@ def test_each_strategy_leaves_what_its_documentation_says(
     assert torch.load(out / "checkpoint-4/training_args.bin", weights_only=False).hub_token is None
 
 
-def test_last_checkpoint_resumes_to_the_bit(hub: HubServer, make: Callable[..., Any], tmp_path: Path) -> None:
-    """From the Hub's bytes alone."""
+def test_last_checkpoint_resumes_bit_for_bit(hub: HubServer, make: Callable[..., Any], tmp_path: Path) -> None:
+    """Using only the files of the Hub."""
     whole = make(push_to_hub=False, max_steps=6, output_dir=str(tmp_path / "whole"))
     whole.train()
     make(hub_strategy="checkpoint").train()
@@ -155,7 +155,7 @@ def test_last_checkpoint_resumes_to_the_bit(hub: HubServer, make: Callable[..., 
 def test_saving_the_model_queues_it_and_does_not_wait(
     hub: HubServer, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`save_model` pushes, as a Trainer's does (hazard G), but later; another branch may be named for one push."""
+    """`save_model` pushes as in the Trainer (hazard G), but does not wait. A push may name another branch."""
     trainer = make(save_strategy="no")
     trainer.train()
     hub.fail("/commit/", action="hang")
@@ -179,7 +179,7 @@ def test_saving_the_model_queues_it_and_does_not_wait(
 def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, fault: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Training ends, all is on disk, the last line says how to send it, and that works once the Hub is back."""
+    """Training ends, all files are on disk, and the command of the last line sends them once the Hub is back."""
     out = tmp_path / "out"
     trainer = make(hub_strategy="checkpoint", hub_flush_timeout=1.0)
     hub.fail("/commit/", **fault)
@@ -204,10 +204,10 @@ def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
 
 
 @pytest.mark.parametrize(("token", "repo_id"), [("hf_unknown", REPO), (READER, REPO), (ALICE, "bob/model")])
-def test_who_may_not_push_learns_it_before_the_first_step(
+def test_a_rejected_token_fails_before_the_first_step(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, token: str, repo_id: str
 ) -> None:
-    """A clear error where the trainer is made, and nothing left in the folder."""
+    """The constructor raises a clear error, and the folder stays empty."""
     with pytest.raises(ValueError, match=r"The Hub refuses .* `hf auth login`") as error:
         make(hub_token=token, hub_model_id=repo_id)
     assert token not in str(error.value)
@@ -217,7 +217,7 @@ def test_who_may_not_push_learns_it_before_the_first_step(
 def test_a_card_that_cannot_be_written_stops_nothing(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the training nor the weights."""
+    """Training continues, and the weights are pushed."""
     (tmp_path / "out/README.md").mkdir(parents=True)
     make(hub_strategy="every_save").train()
     assert "The card could not be written" in caplog.text
@@ -235,7 +235,7 @@ class _Fails(TrainerCallback):
 def test_what_was_saved_arrives_although_the_run_fails(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After an exception in training, at the end of the process."""
+    """The end of the process sends it, after an exception in training."""
     hub.fail("/commit/", status=503, times=3)
     trainer = make(hub_strategy="every_save")
     trainer.add_callback(_Fails())
@@ -249,7 +249,7 @@ def test_what_was_saved_arrives_although_the_run_fails(
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_the_bound_is_a_time(make_trainer: Callable[..., Any], value: float) -> None:
-    """What is no number of seconds is refused."""
+    """Values other than a number of seconds are an error."""
     with pytest.raises(ValueError, match=r"hub_flush_timeout=.*>= 0 seconds"):
         make_trainer({"text": Rows(40, 0)}, hub_flush_timeout=value)
 
@@ -283,7 +283,7 @@ print("trained", flush=True)
 
 
 def start(out: Path, timeout: float, ending: str, token: str = ALICE) -> subprocess.Popen[str]:
-    """A run in a process of its own."""
+    """Start a run in another process."""
     return subprocess.Popen(
         [sys.executable, "-c", _RUN, str(out), str(timeout), ending],
         env={**os.environ, "HF_TOKEN": token},
@@ -295,7 +295,7 @@ def start(out: Path, timeout: float, ending: str, token: str = ALICE) -> subproc
 
 
 def test_a_hub_that_hangs_does_not_keep_the_process(hub: HubServer, tmp_path: Path) -> None:
-    """It ends well, within the bound; once the Hub is back, `hf-nexus push` sends the rest, to a branch of choice."""
+    """The process exits with 0 within the timeout. Later, `hf-nexus push` sends the rest to the given branch."""
     hub.fail("/preupload/", action="hang")
     out = tmp_path / "out"
     run = start(out, 1.0, "leaves")
@@ -310,7 +310,7 @@ def test_a_hub_that_hangs_does_not_keep_the_process(hub: HubServer, tmp_path: Pa
 
 
 def test_kill_9_then_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of an upload; what was being sent is sent later, once. No file holds the token."""
+    """The run is killed during an upload. `hf-nexus push` sends it once. No file contains the token."""
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     hub.fail("/__lfs/", method="PUT", action="hang", times=1)
     out = tmp_path / "out"
@@ -333,14 +333,14 @@ def test_kill_9_then_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_pushing_what_was_never_queued_is_an_error_in_one_line(tmp_path: Path) -> None:
-    """It names the folder and what to give instead."""
+    """The error names the folder and the expected one."""
     done = push(tmp_path / "absent")
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*absent holds nothing to push: .*\n", done.stderr)
 
 
 def test_two_ranks(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them talks to the Hub, none waits for it, a refusal ends both, and the model arrives."""
+    """Only the main rank sends, no rank waits, a rejected token ends both ranks, and the model arrives."""
     monkeypatch.setenv("HF_TOKEN", ALICE)
     hub.fail("/commit/", action="slow", seconds=10.0, times=1)
     first, second = launch("tests.trainer.distributed.hub_worker", ranks=2, out=tmp_path)

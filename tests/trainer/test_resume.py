@@ -1,4 +1,4 @@
-"""Runs over streams that are broken off and resumed: the same micro-batches, epochs and weights, to the bit."""
+"""Interrupted runs over streams resume with the same micro-batches, epochs and weights, bit for bit."""
 
 import functools
 import gc
@@ -47,7 +47,7 @@ Whole = Callable[..., Recorder]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Uninterrupted runs, each made once: `whole(kind, schedule, workers)`."""
+    """`whole(kind, schedule, workers)`: uninterrupted runs, each trained once."""
     gc.freeze()  # Trainer collects garbage whenever it starts
 
     @functools.cache
@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.fixture(autouse=True)
 def impatient_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error torch waits for each worker of a loader, in vain."""
+    """After an error, torch would wait for each loader worker until a timeout."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
 
 
@@ -87,7 +87,7 @@ def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
     whole: Whole, tmp_path: Path, kind: str, schedule: str
 ) -> None:
     expected = whole(kind, schedule)
-    if kind != "map-style":  # later passes are among what is resumed
+    if kind != "map-style":  # later passes are resumed as well
         assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["positions"]["0"].values()) >= 1
     for step in range(1, STEPS):
         data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
@@ -116,7 +116,7 @@ def test_resumed_with_workers(whole: Whole, tmp_path: Path, kind: str, step: int
 
 
 def train_until_killed(out: Path, kind: str, place: str, workers: int) -> None:
-    """Run in a process of its own."""
+    """Run in another process."""
     trainer = make(out, mixture(kinds()[kind]()), dataloader_num_workers=workers)
     with KILLS[place](trainer):
         trainer.train()
@@ -127,7 +127,7 @@ def train_until_killed(out: Path, kind: str, place: str, workers: int) -> None:
     [
         ("mix", "window", 0, 2),
         ("documents", "checkpoint", 0, 1),
-        pytest.param("mix", "window", 2, 2, marks=pytest.mark.slow),  # workers outlive their parent for seconds
+        pytest.param("mix", "window", 2, 2, marks=pytest.mark.slow),  # workers outlive their parent by seconds
         pytest.param("replay", "rename", 0, 1, marks=pytest.mark.slow),
     ],
 )
@@ -138,8 +138,8 @@ def test_killed_and_resumed(whole: Whole, tmp_path: Path, kind: str, place: str,
     assert differences(resumed, whole(kind, workers=workers), step) == []
 
 
-def test_terminated_within_a_window_that_window_is_repeated(whole: Whole, tmp_path: Path) -> None:
-    """Its micro-batches were fetched, but what was saved knows nothing of them."""
+def test_a_window_that_is_terminated_is_repeated(whole: Whole, tmp_path: Path) -> None:
+    """Its micro-batches were fetched, but are not in the saved positions."""
     with keeping_handler():
         trainer = make(tmp_path, mixture(kinds()["mix"]()), enable_jit_checkpoint=True, save_strategy="no")
         with IN_INNER_STEPS["after_forward"](trainer, Terminate(trainer, 2 * K + 2)):
@@ -148,8 +148,8 @@ def test_terminated_within_a_window_that_window_is_repeated(whole: Whole, tmp_pa
     assert differences(run(tmp_path, mixture(kinds()["mix"]()), resume=True), whole("mix"), 2) == []
 
 
-def test_documents_kept_apart_are_resumed_too(tmp_path: Path) -> None:
-    """Packed rows with positions of their own, from documents cut anywhere."""
+def test_isolated_documents_are_resumed(tmp_path: Path) -> None:
+    """Packed rows with positions, from documents that are cut at row borders."""
 
     def data() -> Any:
         made = mixture(kinds()["documents"]())
@@ -250,7 +250,7 @@ def test_changed_data_is_refused_by_name_and_can_be_allowed(
         trainer = run(tmp_path, build(), before, allow_mixture_change=True, **config)
         assert sorted(trainer.micro_batches) == list(range(2, STEPS))
         assert "the data is read from its beginning" in caplog.text
-        again = run(tmp_path / "again", build(), checkpoint(trainer, 4), **config)  # and that is resumed exactly
+        again = run(tmp_path / "again", build(), checkpoint(trainer, 4), **config)  # the run resumes exactly
         assert again.micro_batches == {step: trainer.micro_batches[step] for step in (4, 5)}
         assert torch.equal(weights(again), weights(trainer))
 
@@ -270,7 +270,7 @@ def test_other_ranks_or_a_missing_data_state_are_refused(whole: Whole, tmp_path:
 
 
 def test_a_checkpoint_without_this_ranks_state_is_refused(whole: Whole, tmp_path: Path) -> None:
-    """As on a node with a disk of its own: the first rank's positions are not this rank's."""
+    """As on a node with a separate disk, which lacks this rank's positions."""
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoint(whole("mix"), 2), folder)
     state = json.loads((folder / "data_state_0.json").read_text())
@@ -291,7 +291,7 @@ def test_documents_without_a_mixture_are_described_too(tmp_path: Path) -> None:
 
 
 def scheduled(shares: Any, kind: str = "random") -> list[str]:
-    """The sources of a run by the schedule alone."""
+    """The sources of a run according to the schedule."""
     schedule = SourceSchedule(stage_borders(shares, STEPS, K), 42, kind)
     return [schedule.names[s] for s in schedule.sources(0, STEPS * K)]
 
@@ -335,7 +335,7 @@ def pure(step: int) -> dict[str, float]:
 
 
 class Wandering:
-    """Weights that depend on all calls so far, and on the number of steps trained."""
+    """Weights that depend on all previous calls and on the number of trained steps."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -452,7 +452,7 @@ def test_the_end_of_all_sources_saves_a_checkpoint(tmp_path: Path, workers: int)
 
 
 class Broken:
-    """Raises before some row."""
+    """Raises an error before a given row."""
 
     def __init__(self, at: int, error: Exception):
         self.at, self.error = at, error
@@ -469,7 +469,7 @@ def mended(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """No waiting; a list of the tries that failed."""
+    """Skip the waits, and list the failed attempts."""
     waits: list[int] = []
 
     def wait(self: Retry, failed: int) -> float:
@@ -485,7 +485,7 @@ def unsteady(function: Any) -> Any:
 
 
 def last_row(trainer: Recorder, step: int) -> int:
-    """Number of the row of the source "a" that comes last in a step."""
+    """Number of the last row of source "a" in a step."""
     first, second, *_ = [rows for source, rows in trainer.micro_batches[step] if source == "a"][-1][-1]
     return first * 16 + second
 
@@ -507,10 +507,12 @@ def test_a_failing_source_leaves_a_checkpoint_to_resume(
     assert type(error).__name__ in str(caught.value) and str(error) in str(caught.value)
     step = trainer.state.global_step
     assert 1 <= step <= 3 and last_checkpoint(tmp_path) == checkpoint(trainer, step)
-    assert math.isfinite(trainer.evaluate(table(4))["eval_loss"])  # the model is usable, the stream is not
+    assert math.isfinite(
+        trainer.evaluate(table(4))["eval_loss"]
+    )  # the model can be loaded, the stream cannot be resumed
     if isinstance(error, TimeoutError):
         assert impatient == [0, 1, 2, 3]
-    with pytest.raises(SourceError):  # not mended: the checkpoint stays as it was
+    with pytest.raises(SourceError):  # the cause remains, and the checkpoint is unchanged
         run(tmp_path, unsteady(broken), resume=True, **config)
     resumed = run(tmp_path, unsteady(mended), resume=True, **config)
     assert differences(resumed, expected, step) == []
@@ -538,7 +540,7 @@ def test_skipped_rows_are_counted_and_resumed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def from_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/support/hub/stream_run.py found."""
+    """The output of tests/support/hub/stream_run.py."""
     out = tmp_path_factory.mktemp("hub")
     command = [sys.executable, "-m", "tests.support.hub.stream_run", str(out)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What Nexus does not support is refused when the trainer is built, with what to use instead."""
+"""The constructor rejects unsupported settings and suggests an alternative."""
 
 import pytest
 from accelerate import Accelerator
@@ -64,15 +64,15 @@ def test_optimizers_that_step_inside_backward_are_refused(build, optim):
 
 
 def test_fp16_is_refused(build):
-    """Gradient scaling would fight the normalization: float32 weights under bf16 autocast are the way."""
+    """Gradient scaling does not work with normalized steps. The alternative is bf16 autocast over float32 weights."""
     trainer = build()
-    trainer.args.fp16 = True  # set on a CPU, the arguments themselves would refuse it
+    trainer.args.fp16 = True  # the arguments themselves reject it on a CPU
     with pytest.raises(ValueError, match=r"fp16.*bf16=True over float32"):
         trainer._check()
 
 
 def test_processes_that_would_each_train_alone_are_refused(build, monkeypatch):
-    """As Trainer does without a GPU, if it is not told to use the CPU."""
+    """The Trainer does this without a GPU unless use_cpu is set."""
     trainer = build()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were launched.*use_cpu=True"):

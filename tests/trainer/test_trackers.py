@@ -1,4 +1,4 @@
-"""`report_to`: each tracker gets every number that is logged, and the pictures of the card."""
+"""`report_to`: each tracker gets every logged metric and the plots of the card."""
 
 import logging
 from pathlib import Path
@@ -15,9 +15,9 @@ PICTURES = ("training", "gradient_cosines")
 
 @pytest.fixture
 def trained(make_trainer, sources, tmp_path, monkeypatch) -> Any:
-    """`trained(tracker)` trains a few steps with it, and draws the same pictures into `out`."""
+    """`trained(tracker)` trains a few steps with a tracker, and draws the same plots into `out`."""
     monkeypatch.chdir(tmp_path)
-    # What else a tracker finds in the environment is not this test's.
+    # Other settings of the tracker in the environment are removed.
     for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "TRACKIO_SPACE_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -32,7 +32,7 @@ def trained(make_trainer, sources, tmp_path, monkeypatch) -> Any:
 
 
 def metrics(trainer: Any) -> dict[str, float]:
-    """The last value logged under each name, named as transformers' integrations name it; no totals of the run."""
+    """The last value of each metric under the names of transformers' integrations, without totals of the run."""
     last = {name: value for entry in trainer.state.log_history[:-1] for name, value in entry.items() if name != "step"}
     expected = {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
@@ -84,7 +84,7 @@ def test_wandb_has_all_metrics_and_plots(trained, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_has_all_metrics_and_plots(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read once, when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read at import
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
     from trackio.utils import TRACKIO_DIR
@@ -113,5 +113,5 @@ def test_a_tracker_that_fails_costs_no_run(trained, monkeypatch, caplog):
 
 
 def test_nothing_is_drawn_without_a_tracker(trained, monkeypatch):
-    monkeypatch.setattr("hf_nexus.plots.run.plot_run", lambda *_: pytest.fail("drawn for nobody"))
+    monkeypatch.setattr("hf_nexus.plots.run.plot_run", lambda *_: pytest.fail("drawn without a tracker"))
     trained("none")

@@ -1,4 +1,4 @@
-"""Trainers of TRL through the mixin: what each does to a source on its own, and the update around its loss."""
+"""Trainers of TRL with the mixin: each source is prepared separately, and the update uses the loss of the trainer."""
 
 import json
 import runpy
@@ -91,7 +91,7 @@ def llama(tokenizer: Any, **shape: Any) -> torch.nn.Module:
 
 
 def texts() -> dict[str, Dataset]:
-    """Documents of about 40 tokens, of which several fit into a packed row only in pieces."""
+    """Documents of about 40 tokens, which packing splits over rows."""
     alphabets = {"letters": ("abcd", 24), "digits": ("1234", 12)}
     return {
         name: Dataset.from_dict({"text": [d[:40] for d in documents(alphabet, count, 0)]})
@@ -120,7 +120,7 @@ def preferences() -> dict[str, Dataset]:
 
 
 def learned(trainer: Any) -> int:
-    """Tokens that were predicted in training."""
+    """Target tokens of the training rows."""
     batches = [batch["labels"][:, 1:] for window, _ in trainer.windows for batch in window]
     return sum(int((labels != -100).sum()) for labels in batches)
 
@@ -134,7 +134,7 @@ def test_each_source_is_packed_as_the_parent_packs_it_alone(make, tokenizer):
     for name, prepared in trainer.train_dataset.sources.items():
         alone = make(texts()[name], SFTTrainer, SFTConfig, packing=True, packing_strategy="wrapped").train_dataset
         assert prepared["input_ids"][:] == alone["input_ids"][:]
-        assert any(EOS in tokenizer.decode(row[:-1]) for row in prepared["input_ids"])  # documents share rows
+        assert any(EOS in tokenizer.decode(row[:-1]) for row in prepared["input_ids"])  # several documents per row
         sizes[name] = len(prepared)
     letters = tokenizer.decode([i for row in trainer.train_dataset.sources["letters"]["input_ids"] for i in row])
     assert not set("1234") & set(letters)
@@ -143,7 +143,7 @@ def test_each_source_is_packed_as_the_parent_packs_it_alone(make, tokenizer):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "tokens/letters" in entry][-1]
     assert logs["tokens/letters"] + logs["tokens/digits"] == learned(trainer)
-    assert "mean_token_accuracy" in logs  # the parent's own figures
+    assert "mean_token_accuracy" in logs  # metrics of the parent class
 
 
 def test_a_source_column_is_split_before_packing(make):
@@ -203,7 +203,7 @@ def test_preference_optimization_is_what_a_loop_by_hand_does(make, tokenizer, pr
     model = llama(tokenizer)
     assert distance(model, trainer.model) > 1e-2
     assert distance(by_hand(model, trainer.windows, loss, adamw(model)), trainer.model) < 1e-5
-    # pairs, which the collator stacks to twice as many rows
+    # the collator stacks pairs to twice as many rows
     assert (sum(trainer.meter.trained_tokens.values()), trainer.meter.unit) == (3 * 4 * 2, "rows")
 
 
@@ -223,7 +223,7 @@ def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer,
         assert alone.evaluate(alone._prepare_dataset(data, tokenizer, alone.args, name))[
             "eval_rewards/margins"
         ] == pytest.approx(margins[name], abs=1e-4)
-    assert not any("perplexity" in key for key in found)  # its loss is not one of tokens
+    assert not any("perplexity" in key for key in found)  # its loss is not per token
 
 
 def test_it_resumes_to_the_bit_and_evaluates_each_source(make, tmp_path):
@@ -241,7 +241,7 @@ def test_it_resumes_to_the_bit_and_evaluates_each_source(make, tmp_path):
 
 
 def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
-    """TRL makes them bfloat16 where it sees a base of 4 or 8 bits."""
+    """TRL makes them bfloat16 on a base of 4 or 8 bits."""
     peft = pytest.importorskip("peft")
     base = llama(tokenizer, dtype=torch.bfloat16)
     base.is_loaded_in_4bit = True
@@ -249,7 +249,7 @@ def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
     trainer = make(texts(), model=peft.get_peft_model(base, lora))
     dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    base.is_loaded_in_4bit = False  # or the Trainer would ask bitsandbytes for its size
+    base.is_loaded_in_4bit = False  # otherwise the Trainer asks bitsandbytes for its size
     frozen = [p.clone() for p in trainer.model.parameters() if not p.requires_grad]
     trainer.train()
     assert all(map(torch.equal, frozen, [p for p in trainer.model.parameters() if not p.requires_grad]))
@@ -278,7 +278,7 @@ def test_the_recipe_trains_adapters_on_own_conversations(tokenizer, tmp_path, mo
     printed = capsys.readouterr().out
     assert all(f"{name}: loss " in printed for name in files)
     assert yaml.safe_load((tmp_path / "whole/nexus.yaml").read_text())["mixture_weights"] == shares
-    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)  # zero before training
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)  # 0 before training
     resumed = run("resumed", "--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-2"))
     assert same(whole, load_file(resumed / "adapter_model.safetensors"))
 
@@ -298,7 +298,7 @@ def test_trainers_that_generate_are_refused(parent, config, tmp_path, tokenizer)
 
 
 def test_without_nexus_a_trainer_that_generates_is_itself(tmp_path, tokenizer):
-    """The arm without Nexus of a comparison, or a script's switch; sources it cannot mix."""
+    """An arm without Nexus uses it unchanged. Several sources are an error."""
 
     class Ours(NexusTrainerMixin, GRPOTrainer):
         pass

@@ -1,4 +1,4 @@
-"""A window and its counts, alone."""
+"""A window and its counts."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_a_window_is_complete_once_all_of_it_was_seen() -> None:
 
 @pytest.mark.parametrize(("ranks", "summed", "tokens"), [(1, 6.0, 3), (2, 5.0, 3)])
 def test_a_mean_loss_is_summed_over_this_ranks_tokens(ranks: int, summed: float, tokens: int) -> None:
-    """With a count over all ranks, the Trainer's loss is a share of their mean times their number."""
+    """With a count over all ranks, the Trainer multiplies the loss by the number of ranks."""
     divisors = TOKENS if ranks == 1 else torch.tensor([5, 9])
     window = Window(["a", "b"], [2, 2], unit="tokens", tokens=TOKENS, divisors=divisors)
     source, loss, count = window.summed(0, torch.tensor(2.0), ranks)

@@ -12,7 +12,7 @@ from tests.support.launcher import launch, reports
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found, by the name of the worker."""
+    """The results of each rank, by the name of the worker."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

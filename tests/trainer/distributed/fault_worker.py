@@ -1,7 +1,7 @@
 """
-Run by torchrun on 2 CPU processes: every scenario once, what each rank found wrong to `<out>/rank<r>.json`.
+Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its failures to `<out>/rank<r>.json`.
 
-It has to be launched with one restart: in the first attempt rank 1 is killed.
+Launch it with one restart, because rank 1 is killed in the first attempt.
 """
 
 import itertools
@@ -31,8 +31,8 @@ from tests.support.faults import (
 )
 from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
-EPOCH = K + 2  # micro-batches of an epoch on each of two ranks: the windows of a run are of 4, 2, 4 and 2
-# The places of a window on which the ranks' collectives depend.
+EPOCH = K + 2  # micro-batches of an epoch on each of two ranks: the windows of a run have 4, 2, 4 and 2
+# The points of a window after which the ranks call collectives.
 INTERRUPTED = [
     *((sync, "after_forward", i, "SIGTERM") for sync in ("global", "local") for i in range(1, K + 1)),
     *(("global", "forward", i, "SIGINT") for i in range(1, K + 1)),
@@ -42,7 +42,7 @@ INTERRUPTED = [
 
 
 def resumed(out: Path, steps: list[torch.Tensor], logs: dict[str, float], start: int) -> list[str]:
-    """What is wrong with the rest of a run that has a last checkpoint of step `start`."""
+    """The failures of a run that resumes from step `start`."""
     dist.barrier()
     if not RESUMES_ON_CPU:
         return []
@@ -56,7 +56,7 @@ def resumed(out: Path, steps: list[torch.Tensor], logs: dict[str, float], start:
     if trainer.state.global_step != STEPS:
         found.append(f"ended at step {trainer.state.global_step}")
     last = faults.last_log(trainer)
-    # two ranks may add in either order
+    # the order of the sum over two ranks may differ
     found += [f"{key}: {last[key]}, not {value}" for key, value in logs.items() if abs(last[key] - value) > 1e-5]
     return found
 
@@ -114,7 +114,7 @@ def failed_checkpoint(out: Path, steps: list[torch.Tensor], logs: dict[str, floa
 
 
 def watched(out: Path) -> dict[str, Any]:
-    """The last scenario: it cannot stop watching."""
+    """The last scenario, because the audit hook cannot be removed."""
     trainer = make(out, **SAVING)
     looks = fault_processes.watch_files(out, ranks=2)
     trainer.train()
@@ -122,7 +122,7 @@ def watched(out: Path) -> dict[str, Any]:
 
 
 def be_killed(out: Path) -> None:
-    """Rank 1 disappears in the third window."""
+    """Rank 1 is killed in the third window."""
     trainer = make(out, **SAVING)
     at = EPOCH + 3 if trainer.args.process_index == 1 else 0
 

@@ -1,4 +1,4 @@
-"""Run by torchrun on CPU processes: FSDP2 scenarios, each rank's findings to `<out>/rank<r>.json`."""
+"""Run by torchrun on CPU processes: FSDP2 scenarios. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import contextlib
 import sys
@@ -39,13 +39,13 @@ def make(
     }
     args = NexusConfig(**{**defaults, **config})
     args.device  # noqa: B018  # sets up the state, which is then told a small lie:
-    # Accelerate shards on accelerators only; on CPU it would silently stay with DDP.
+    # Accelerate shards on accelerators only. On a CPU, it would use DDP without a message.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
     return NexusTrainer(model or llama(), args, train_dataset=sources(), eval_dataset={"text": Rows(8, 0)})
 
 
 def llama(seed: int = 0, **overrides: Any) -> torch.nn.Module:
-    """Tied embeddings, and sizes that two or four ranks cannot share evenly."""
+    """A Llama with tied embeddings and sizes that do not divide by two or four ranks."""
     return tiny_llama(seed, tie_word_embeddings=True, intermediate_size=33, **overrides)
 
 
@@ -66,7 +66,7 @@ def shards(model: torch.nn.Module) -> torch.Tensor:
 
 
 class Between(TrainerCallback):
-    """Calls back between outer steps."""
+    """Calls a function between outer steps."""
 
     def __init__(self, call):
         self.call = call
@@ -81,7 +81,7 @@ def trained(trainer: NexusTrainer, **kwargs: Any) -> list[float]:
 
 
 def interrupted(out: Path) -> dict[str, Any]:
-    """Break off the second window between a forward and its backward; the shards and an evaluation must not notice."""
+    """Interrupt the second window between forward and backward pass. Shards and evaluation must be unchanged."""
     trainer = make(out)
     before: list[Any] = []
     trainer.add_callback(Between(lambda model: before.append((shards(model), trainer.evaluate()["eval_loss"]))))
@@ -125,7 +125,7 @@ def between_steps(out: Path) -> list[float]:
 
 
 def scalar_reductions(out: Path) -> int:
-    """How many reductions Nexus itself asks for in one outer step."""
+    """Number of reductions by Nexus in one outer step."""
     trainer, real, sizes = make(out, max_steps=1), dist.all_reduce, []
 
     def counted(tensor, *args, **kwargs):

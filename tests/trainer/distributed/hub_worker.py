@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: pushing to the Hub that HF_ENDPOINT names, first without the right to."""
+"""Run by torchrun on 2 CPU processes: push to the Hub at HF_ENDPOINT, first without write access."""
 
 import sys
 from pathlib import Path

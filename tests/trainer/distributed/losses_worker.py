@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: evaluations of uneven rows, each rank's metrics to `<out>/rank<r>.json`."""
+"""Run by torchrun on 2 CPU processes: evaluate uneven rows. Each rank writes its metrics to `<out>/rank<r>.json`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from hf_nexus.mixture.isolation import IsolateDocuments
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.fsdp_worker import make as make_fsdp
 
-# Not a multiple of ranks x batch; a last batch that is whole; one rank with repeated rows only; fewer rows than ranks.
+# Not a multiple of ranks x batch; a complete last batch; a rank with repeated rows only; fewer rows than ranks.
 SHAPES = [(11, 3), (13, 1), (12, 3), (7, 3), (1, 3), (5, 4)]
 FEW = [(7, 3), (11, 4)]
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Rows without a known number."""
+    """Rows of unknown number."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -38,20 +38,20 @@ def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """A loss that does nothing without the count: half the sum of token losses over it."""
+    """A loss that needs the count: half of the sum of token losses, divided by it."""
     logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch / 2
 
 
 def right(prediction: Any) -> dict[str, Any]:
-    """What reaches `compute_metrics`: that many rows, and that many tokens predicted right."""
+    """The numbers of rows and of correctly predicted tokens that `compute_metrics` gets."""
     predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     return {"rows": len(labels), "right": int((predicted == labels).sum()), "tokens": int((labels != -100).sum())}
 
 
 METRICS = {"compute_metrics": right, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}
 
-# Arguments of the trainer, its configuration.
+# Arguments and configuration of the trainer.
 SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "metrics": (METRICS, {"eval_accumulation_steps": 1}),
@@ -69,7 +69,7 @@ MEASURED = [
 
 
 def rows_of(n: int) -> Rows:
-    """Rows of different lengths, the first of them without any loss token."""
+    """Rows of different lengths. The first has no loss token."""
     rows = Rows(n, 0, pad=True)
     if n > 1:
         rows.labels[0] = -100

@@ -15,7 +15,7 @@ FLAGS = {**SHAPE, "num_key_value_heads": 2, "vocab_size": VOCAB}
 
 
 def held() -> int:
-    """Bytes of all tensors of this process; what the profiler sees is not enough, as gloo frees in its own threads."""
+    """Bytes of all tensors of this process. The profiler misses frees in the threads of gloo."""
     gc.collect()
     found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not issubclass(type(o), DTensor)]
     storages = [t.untyped_storage() for t in found if t.device.type == "cpu" and t.layout == torch.strided]

@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: every scenario once, each rank's findings to `<out>/rank<r>.json`."""
+"""Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.streams import LENGTH, Recorder, Replayed, differences, make,
 from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
 RANK = int(os.environ.get("RANK", "0"))
-# Five and two shards, one for both ranks, one that cannot be indexed, one that can.
+# Sources of five shards, of two, and of one for both ranks; an iterable one; and a map-style one.
 FIRST = {"five": 0, "two": 60, "one": 120, "replayed": 180, "map": 240}
 
 
@@ -31,7 +31,7 @@ def uneven() -> Any:
 
 
 def small() -> Any:
-    """Later passes, and documents."""
+    """Small sources with later passes, and documents."""
     sources = {
         "a": sharded([7, 4], 0),
         "b": table(9, 100),
@@ -41,13 +41,13 @@ def small() -> Any:
 
 
 def ending() -> Any:
-    """One rank gets four shards of one row, the other three and the one of 11."""
+    """One rank gets four shards of one row, the other rank three, and the shard of 11 rows."""
     sources = {"a": sharded([1] * 7 + [11], 0), "b": table(60, 100), "c": table(60, 200)}
     return mixture(sources, {"a": 2, "b": 1, "c": 1}, a=1)
 
 
 class BrokenHere:
-    """Raises at some row on rank 1, as a disk of its own may."""
+    """Raises an error at some row on rank 1, as its disk may."""
 
     def __init__(self, at: int, rank: int = 1):
         self.at, self.rank, self.rows = at, rank, 0
@@ -65,7 +65,7 @@ def failing(at: int) -> Any:
 
 
 def function(step: int) -> dict[str, float]:
-    """Another one on each rank."""
+    """Different weights on each rank."""
     return {"a": 1.0 + step, "b": 1.0 + 5 * RANK, "c": 2.0 - RANK}
 
 
@@ -98,7 +98,7 @@ def facts(trainer: Recorder, agreement: Agreement | None = None) -> dict[str, An
 
 
 def scenario(out: Path, data: Any, resumed: tuple[int, ...] = (), **config: Any) -> dict[str, Any]:
-    """A run, and what is not as in it when it is resumed."""
+    """A run, and its differences after a resume."""
     trainer = make(out / "whole", data(), **config)
     agreement = Agreement(trainer)
     trainer.train()
@@ -113,7 +113,7 @@ def scenario(out: Path, data: Any, resumed: tuple[int, ...] = (), **config: Any)
 
 
 def failure(out: Path, at: int, **config: Any) -> dict[str, Any]:
-    """A source that fails on one rank, and the same run when it does not."""
+    """A run in which a source fails on one rank, and the run without the failure."""
     whole = run(out / "whole", failing(-1), **config)
     trainer = make(out / "broken", failing(at), **config | {"save_strategy": "no"})
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Two CPU processes under torchrun, one launch for all tests: what the ranks found is read from their files."""
+"""DDP on two CPU processes under torchrun, with one launch for all tests."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_two_ranks_match_one_process_with_twice_the_batch(ranks, tmp_path, scena
 
 
 def test_without_token_average_ranks_weigh_the_same(ranks, tmp_path):
-    """As one process whose loss is the mean of the means of both ranks' rows."""
+    """The result is that of one process whose loss is the mean of the means of both ranks."""
 
     def mean_of_means(outputs, labels, num_items_in_batch=None):
         losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
@@ -79,11 +79,11 @@ def test_a_short_last_window_trains_its_real_length(ranks):
 
 @pytest.mark.parametrize("sync", ["global", "local"])
 def test_a_parameter_that_no_rank_meets_is_left_alone(ranks, sync):
-    assert ranks[0][f"{sync}_none"]["never_moved"] == 3.0  # weight decay would have shrunk it
+    assert ranks[0][f"{sync}_none"]["never_moved"] == 3.0  # not shrunk by weight decay
 
 
 def test_not_finite_steps_are_left_out(ranks):
-    # global: the reduced gradient decides, so 1 + 4 steps are skipped by all; local: rank 1 alone, on average half
+    # global: the reduced gradient decides, so all ranks skip 1 + 4 steps. local: only rank 1 skips, half on average
     assert ranks[0]["global_nan"]["logs"]["inner_steps_skipped"] == 5
     assert ranks[0]["local_nan"]["logs"]["inner_steps_skipped"] == 2.5
     for sync in ("global", "local"):
@@ -97,6 +97,6 @@ def test_resume_on_two_ranks_is_bit_exact(ranks):
 
 
 def test_the_scenarios_differ():
-    """The comparisons above would pass on runs that did nothing."""
+    """Otherwise the comparisons above would pass for runs without training."""
     assert not torch.equal(Rows(4, 0).ids, Rows(4, 1).ids)
     assert sum(p.numel() for p in tiny_llama().parameters()) > 5000

@@ -1,4 +1,4 @@
-"""The faults of tests/trainer/test_faults.py on two ranks: one launch for all, its findings read from files."""
+"""The faults of tests/trainer/test_faults.py on two ranks, with one launch for all tests."""
 
 import pytest
 
@@ -16,8 +16,8 @@ resumes = pytest.mark.skipif(
 def launched(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PET_MAX_RESTARTS", "1")  # torchrun's own option
-        # Else the second attempt may find in the store where the killed rank of the first one listened.
+        patch.setenv("PET_MAX_RESTARTS", "1")  # an option of torchrun
+        # Otherwise the second attempt may find the address of the killed rank in the store.
         patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         return out, launch("tests.trainer.distributed.fault_worker", 2, out)
 
@@ -47,7 +47,7 @@ def test_a_run_with_a_killed_rank_restarts_to_the_same_end(launched):
 @resumes
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_window_cut_by_sigterm_is_repeated_on_resume(ranks, window):
-    """Window 1 is a short one, window 2 begins an epoch."""
+    """Window 1 is short, and window 2 starts an epoch."""
     assert [rank[f"terminated_{window}"] for rank in ranks] == [[], []]
 
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_can_be_seen_is_complete(ranks):
 
 @pytest.mark.parametrize(
     ("scenario", "skipped", "first_moves"),
-    # global: the reduced gradient is NaN for both; local: rank 1 alone leaves steps out, and logs tell the mean
+    # global: the reduced gradient is NaN on both ranks. local: only rank 1 skips steps, and logs show the mean
     [("global_nan", 1, True), ("local_nan", 0.5, True), ("global_all_nan", K, False), ("local_all_nan", K / 2, True)],
 )
 def test_nan_on_one_rank_displaces_neither(ranks, scenario, skipped, first_moves):

@@ -1,4 +1,4 @@
-"""FSDP2 on CPU processes, with tied embeddings and uneven shards: one launch on two ranks, one on four."""
+"""FSDP2 on CPU processes with tied embeddings and uneven shards, on two and on four ranks."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_adapters_match_ddp(two):
 
 
 def test_muon_matches_ddp(two):
-    """Its orthogonalization computes in bfloat16, which adds up shards in another order."""
+    """Its orthogonalization computes in bfloat16, where the order of the sum over shards matters."""
     assert distance(two[0]["muon"], two[0]["muon_ddp"]) < 1e-2
     assert distance(two[0]["muon"], two[0]["fsdp"]) > 5e-2
 
@@ -44,7 +44,7 @@ def test_the_random_control_walks_elsewhere(two):
 
 
 def test_one_scalar_reduction_per_norm(two):
-    assert two[0]["scalar_reductions"] == 4 + 1  # each inner gradient's, and the pseudo-gradient's
+    assert two[0]["scalar_reductions"] == 4 + 1  # one for each inner gradient, one for the pseudo-gradient
 
 
 def test_an_interrupt_restores_shards_and_evaluation(two):

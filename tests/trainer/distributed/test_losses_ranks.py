@@ -1,4 +1,4 @@
-"""Losses on two CPU processes against one, in a single launch: rows that cannot be shared out evenly count once."""
+"""Losses on two CPU processes equal those on one: every row counts once, also if the split is uneven."""
 
 import pytest
 

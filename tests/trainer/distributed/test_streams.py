@@ -1,4 +1,4 @@
-"""Streams on two CPU processes under torchrun, one launch for all tests: what the ranks found is read from files."""
+"""Streams on two CPU processes under torchrun, with one launch for all tests."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_ranks_agree_on_sources_and_weights(ranks: list[dict], scenario: str) ->
 def test_ranks_read_other_rows_whatever_the_shards(ranks: list[dict], source: str) -> None:
     first, second = ([tuple(row) for row in rank["uneven"]["rows"][source]] for rank in ranks)
     assert len(first) == len(second) > 10
-    assert len(set(first + second)) == len(first + second)  # none twice: the run is shorter than a pass
+    assert len(set(first + second)) == len(first + second)  # no row twice: the run is shorter than a pass
 
 
 @resumes
@@ -48,8 +48,8 @@ def test_a_source_that_ends_on_one_rank_ends_on_both(ranks: list[dict]) -> None:
     assert "a" in first["sources"][: step * K] and "a" not in first["sources"][step * K :]
     rows = [[16 * row[0] + row[1] for row in rank["ending"]["rows"]["a"]] for rank in ranks]
     short, long = sorted(rows, key=lambda numbers: max(numbers[:4]))
-    assert max(short[:4]) < 7 and len(set(short[:4])) == 4 and len(short) > 4  # its shards, and then the next pass
-    assert max(long) >= 7 and len(set(long)) == len(long)  # the other rank was in its first one
+    assert max(short[:4]) < 7 and len(set(short[:4])) == 4 and len(short) > 4  # its shards, then the next pass
+    assert max(long) >= 7 and len(set(long)) == len(long)  # the other rank was in its first pass
 
 
 @pytest.mark.parametrize("scenario", ["dynamic", "ahead"])

@@ -1,4 +1,4 @@
-"""Run by torchrun on two CPU processes: all scenarios in one launch, since it is starting that takes long."""
+"""Run by torchrun on two CPU processes: all scenarios in one launch, because a launch is slow."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.support.launcher import report
 from tests.trainer.distributed import fsdp_worker, losses_worker, memory_worker, stream_worker, worker
 
-# Those with FSDP come last: their processes are told that they have accelerators.
+# Workers with FSDP come last, because they pretend that there are accelerators.
 WORKERS = {
     "ddp": worker,
     "streams": stream_worker,

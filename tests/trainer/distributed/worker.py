@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: every scenario once, each rank's findings to `<out>/rank<r>.json`."""
+"""Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import contextlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from hf_nexus import NexusConfig, NexusTrainer
 from tests.support.tiny import Rows, tiny_llama
 
-# Earlier versions load the optimizer of several CPU processes to the device "cpu:0", which torch does not know.
+# Earlier versions load the optimizer of several CPU processes to "cpu:0", which is not a device of torch.
 RESUMES_ON_CPU = version.parse(transformers.__version__) >= version.parse("5.23")
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
@@ -46,7 +46,7 @@ def weights(trainer: NexusTrainer) -> list[float]:
 
 
 class Watch(TrainerCallback):
-    """Checks after each outer step that the ranks agree, and counts what was sent in it."""
+    """Compares the ranks after each outer step, and counts the traffic of the step."""
 
     def __init__(self):
         self.trainer: Any = None
@@ -56,7 +56,7 @@ class Watch(TrainerCallback):
         self.sent = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.model_wrapped.register_comm_hook(None, allreduce_hook)  # so that DDP's go through dist as well
+        self.trainer.model_wrapped.register_comm_hook(None, allreduce_hook)  # the reductions of DDP also call dist
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         size = sum(p.numel() for p in model.parameters())
@@ -73,7 +73,7 @@ class Watch(TrainerCallback):
 
 @contextlib.contextmanager
 def counting_all_reduce(watch: Watch):
-    """Count what is reduced; rounding to multiples of the model's size leaves scalars out."""
+    """Count what is reduced. Rounding to multiples of the model's size leaves scalars out."""
     real = dist.all_reduce
 
     def counted(tensor, *args, **kwargs):
@@ -88,7 +88,7 @@ def counting_all_reduce(watch: Watch):
 
 
 class Switch(torch.nn.Module):
-    """Uses a parameter only for rows that begin with a certain kind of token: None-gradients differ by rank."""
+    """Uses a parameter only for some first tokens. None-gradients therefore differ by rank."""
 
     def __init__(self):
         super().__init__()
