@@ -22,11 +22,11 @@ from hf_nexus.hub.publisher import Publisher
 from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import pretrain
-from tests.pretrain.test_run import config  # noqa: F401  # a fixture
 from tests.support.hub.runs import QUICK, REPO, content, digests
 from tests.support.hub.server import ALICE, READER, HubServer
 from tests.support.launcher import launch
 from tests.support.tiny import Rows
+from tests.support.tiny_config import write_config
 from tests.trainer.test_mixin import weights
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
@@ -353,7 +353,6 @@ def test_two_ranks(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_pretraining_run_ends_with_its_report_on_the_hub(
     hub: HubServer,
-    config: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -363,7 +362,7 @@ def test_a_pretraining_run_ends_with_its_report_on_the_hub(
         "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
     )
     flags = ["--push_to_hub", "True", "--hub_token", ALICE, "--hub_strategy", "end", "--hub_model_id", REPO]
-    out = tmp_path / "out"
+    config, out = write_config(tmp_path), tmp_path / "out"
     trainer = pretrain(
         parse_arguments(["--config", str(config), "--output_dir", str(out), "--max_steps", "3", *flags])
     )
