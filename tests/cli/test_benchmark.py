@@ -124,6 +124,7 @@ def test_without_lm_eval_one_line_says_what_to_install(model, monkeypatch):
 
 # ---- The real lm-eval ----
 
+MODEL = "model 1,2=3"  # with separators of arguments
 QUESTIONS = [{"question": f"{i} plus 1", "answer": str(i + 1), "wrong": str(i + 5)} for i in range(6)]
 COMMON = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}}, "test_split": "test"}
 
@@ -132,10 +133,10 @@ COMMON = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "que
 def real(tmp_path_factory):
     """A tiny model, and two tasks on a local file with a path relative to theirs."""
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf-nexus[eval]'")
-    folder = tmp_path_factory.mktemp("real 1,2")  # separators of names and arguments
+    folder = tmp_path_factory.mktemp("real")
     tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / MODEL)
+    tokenizer.save_pretrained(folder / MODEL)
     tasks = folder / "tasks"
     tasks.mkdir()
     (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
@@ -154,7 +155,7 @@ def test_a_local_task_runs_offline_from_file_to_card(real, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    model = real / "model"
+    model = real / MODEL
     RunSummary("tiny", "llama", 1000, NEXUS).save(model)
     result = run(model, "--tasks", real / "tasks", "--device", "cpu", "--batch-size", "2")
     assert result.exit_code == 0, result.output
@@ -186,7 +187,7 @@ def test_an_adapter_is_scored_on_its_base_model(real):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(real / "model")
+    base = AutoModelForCausalLM.from_pretrained(real / MODEL)
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.save_pretrained(real / "adapter")
     result = run(real / "adapter", "--tasks", real / "tasks" / "tiny_choice.yaml", "--limit", "2", "--device", "cpu")
