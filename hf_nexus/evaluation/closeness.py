@@ -71,12 +71,10 @@ def measure_closeness(
     split in two, so compare only adapters with the same start.
 
     Args:
-        model (`str`):
-            Folder or Hub id of a model or a PEFT adapter, with its tokenizer.
+        model (`str`), base (`str`, *optional*):
+            Folder or Hub id of a model or a PEFT adapter, and base model of an adapter, if not the one that it names.
         mixture ([`MixtureConfig`]):
             The sources. Only their held-out rows are used.
-        base (`str`, *optional*):
-            Base model of an adapter. By default, the one that the adapter names.
         batches (`int`, *optional*, defaults to 4), batch_size (`int`, *optional*, defaults to 8):
             Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows
             of each source. Losses of the model itself are computed on all of them.
@@ -85,10 +83,8 @@ def measure_closeness(
         minima (`Mapping[str, str]`, *optional*):
             For two or more training sources, folder or Hub id of `model` trained further on that source alone. The
             first three span the plane.
-        resolution (`int`, *optional*, defaults to 7):
-            Grid points along each axis of the plane.
-        device (`str`, *optional*):
-            Device to compute on. By default a GPU if there is one.
+        resolution (`int`, *optional*, defaults to 7), device (`str`, *optional*):
+            Grid points along each axis of the plane, and device, by default a GPU if there is one.
 
     Raises:
         ValueError: no held-out rows, unknown sources, or minimizers of another model.

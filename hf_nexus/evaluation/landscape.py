@@ -125,18 +125,14 @@ def minima_landscape(
     Args:
         params (`Mapping[str, Tensor]` or `Sequence[Tensor]`):
             Parameters that the losses depend on, such as `dict(model.named_parameters())`.
-        start (like `params`):
-            Point where the searches for the minimizers began. `params` itself is allowed.
-        minimizers (`Mapping[str, Point]`):
-            Point where the search of each source ended.
+        start (like `params`), minimizers (`Mapping[str, Point]`):
+            Point where the searches for the minimizers began, which may be `params`, and where each one ended.
         losses (`Mapping[str, Callable[[], float | Tensor]]`):
             For each of these sources, a function that computes its held-out loss at the current parameters.
         positions (`Sequence[float]`, *optional*, defaults to 0, 0.1, ..., 1):
             Positions along the segment between two minimizers, from 0 to 1.
-        plane (`Sequence[str]`, *optional*):
-            Three sources whose minimizers span a plane.
-        resolution (`int`, *optional*, defaults to 11):
-            Grid points along each axis of the plane.
+        plane (`Sequence[str]`, *optional*), resolution (`int`, *optional*, defaults to 11):
+            Three sources whose minimizers span a plane, and grid points along each of its axes.
 
     Returns:
         `dict[str, Any]`: `start_loss`, `end_loss` and `to_start` (distance) of each source, `parameter_norm` (of the

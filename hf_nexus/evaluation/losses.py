@@ -78,14 +78,10 @@ def mean_losses(
     Macro loss over the sources of a mixture, and mean loss over the other evaluation sets.
 
     Args:
-        metrics (`Mapping[str, float]`):
-            Metrics with the key `<prefix>_<name>_loss` for each evaluation set that has a loss.
-        names (`Sequence[str]`):
-            Names of the evaluation sets.
+        metrics (`Mapping[str, float]`), names (`Sequence[str]`):
+            The metric `<prefix>_<name>_loss` of each evaluation set that has a loss, and the names of all sets.
         weights (`Mapping[str, float]`):
             Mixture weight of each training source; 0 for one that is not trained on.
-        prefix (`str`, *optional*, defaults to `"eval"`):
-            Prefix of the keys.
 
     Returns:
         `dict[str, float]`: `<prefix>_loss`, the weighted mean over the sets named like a source, or the plain mean
@@ -115,19 +111,8 @@ def mean_losses(
 
 def perplexities(metrics: Mapping[str, float], names: Sequence[str], prefix: str = "eval") -> dict[str, float]:
     """
-    Perplexities of evaluation sets, of the macro loss and of the mean loss over OOD sources.
-
-    Args:
-        metrics (`Mapping[str, float]`):
-            The losses of the sets, and those of [`mean_losses`].
-        names (`Sequence[str]`):
-            Names of the evaluation sets.
-        prefix (`str`, *optional*, defaults to `"eval"`):
-            Prefix of the keys.
-
-    Returns:
-        `dict[str, float]`: `<prefix>_<name>_perplexity`, `<prefix>_perplexity` and `<prefix>_ood_perplexity` for each
-        loss with a finite perplexity. JSON and experiment trackers do not take infinity.
+    Perplexities of evaluation sets, of the macro loss and of the mean loss over OOD sources, by their names with
+    `_perplexity` in place of `_loss`. Infinite ones are left out: JSON and experiment trackers do not take them.
 
     Example:
         >>> from hf_nexus.evaluation.losses import perplexities

@@ -34,14 +34,8 @@ def load_model(model: str, base: str | None = None) -> tuple[Any, str | None]:
     """
     Load a model, or a PEFT adapter on its frozen base model, in float32 on the CPU, in evaluation mode.
 
-    Args:
-        model (`str`):
-            Folder or Hub id.
-        base (`str`, *optional*):
-            Base model of an adapter. By default, the one that the adapter names.
-
-    Returns:
-        `tuple`: the model, and the base model of an adapter or `None`.
+    By default, the base model is the one that the adapter names. Returns the model, and the base model of an adapter
+    or `None`.
 
     Raises:
         ValueError: `base` for a model that is not an adapter, or an adapter without a base model.

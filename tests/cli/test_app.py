@@ -72,8 +72,8 @@ def test_the_help_names_the_flags():
 
     planning = [f"--{field.name}" for field in dataclasses.fields(HardwareArguments)]
     fields = ["--max_steps", "--inner_lr", "TrainingArguments", "NexusConfig", "configs"]
-    words = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": ["--output_dir"]}
-    for command, expected in words.items():
+    flags = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": ["--output_dir"]}
+    for command, expected in flags.items():
         result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
         assert result.exit_code == 0
         assert [word for word in expected if word not in result.output] == []
@@ -88,7 +88,7 @@ def test_every_command_has_an_example_in_its_help():
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "expected"),
     [
         (["plam", "3b"], "Did you mean 'plan'"),
         (["push"], "Missing argument 'DIR'"),
@@ -97,13 +97,13 @@ def test_every_command_has_an_example_in_its_help():
         (["benchmark", "x", "--limit", "a"], "--limit"),
     ],
 )
-def test_misspelled_commands_and_options_exit_with_2(argv, words):
+def test_misspelled_commands_and_options_exit_with_2(argv, expected):
     result = CliRunner().invoke(cli.app, argv, terminal_width=200)
-    assert result.exit_code == 2 and words in result.output
+    assert result.exit_code == 2 and expected in result.output
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "expected"),
     [
         (["plan", "130mm"], ["130mm", "Did you mean '130m'"]),
         (["plan", "130m", "--max_step", "3"], ["--max_step", "Did you mean '--max_steps'"]),
@@ -116,7 +116,7 @@ def test_misspelled_commands_and_options_exit_with_2(argv, words):
         (["benchmark", "no/such-folder", "--tasks", "humaneval"], ["humaneval", "--allow-code-execution"]),
     ],
 )
-def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
+def test_errors_are_one_line_and_fail(argv, expected, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -124,11 +124,11 @@ def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
         cli.main(argv)
     message = str(stop.value.code)
     assert message.startswith("error: ") and "\n" not in message
-    assert all(word in message for word in words)
+    assert all(word in message for word in expected)
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "expected"),
     [
         (["--debug", "plan", "130mm"], "no configuration '130mm'"),
         (["plan", "130mm", "--debug"], "no configuration '130mm'"),
@@ -136,8 +136,8 @@ def test_errors_are_one_line_and_fail(argv, words, monkeypatch):
         (["card", "no/such-folder", "--debug"], "no run_summary.json"),
     ],
 )
-def test_debug_keeps_the_traceback(argv, words):
-    with pytest.raises(ValueError, match=words):
+def test_debug_keeps_the_traceback(argv, expected):
+    with pytest.raises(ValueError, match=expected):
         cli.main(argv)
 
 
@@ -147,7 +147,7 @@ def test_debug_with_a_value_is_a_training_argument():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ("{", "Expecting property name"),
         ("[]", "list indices"),
@@ -156,12 +156,12 @@ def test_debug_with_a_value_is_a_training_argument():
         ('{"mixture": [{"sauce": 1}]}', "unexpected keyword argument 'sauce'"),
     ],
 )
-def test_a_summary_that_is_none_is_named(tmp_path, text, words):
+def test_a_summary_that_is_none_is_named(tmp_path, text, expected):
     (tmp_path / "run_summary.json").write_text(text)
     result = CliRunner().invoke(cli.app, ["card", str(tmp_path)])
     message = str(result.exception.code)  # Python prints it and exits with 1
     assert message.startswith(f"error: {tmp_path / 'run_summary.json'} is not the summary of a run: ")
-    assert words in message and "\n" not in message
+    assert expected in message and "\n" not in message
 
 
 def test_a_card_of_a_file_is_refused():

@@ -10,13 +10,12 @@ __all__ = ["model_arguments"]
 
 def model_arguments(model: str, revision: str | None = None, dtype: str = "auto") -> dict[str, Any]:
     """
-    Arguments of the `hf` model of lm-eval.
+    Arguments of the `hf` model of lm-eval for a folder or Hub id, of a whole model or of a LoRA adapter with its base
+    model.
 
     Args:
-        model (`str`):
-            Folder or Hub id of a whole model or a LoRA adapter. The base model of an adapter is loaded too.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub id.
+        model (`str`), revision (`str`, *optional*):
+            Folder or Hub id, and for a Hub id a branch, tag or commit.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights: `"auto"` for that of the checkpoint, or `"bfloat16"`, `"float16"`, `"float32"`.
 

@@ -51,28 +51,18 @@ def run_tasks(
     allow_code_execution: bool = False,
 ) -> Iterator[TaskResult]:
     """
-    Run tasks one after another, each in a child process.
+    Run tasks one after another, each in a child process, and yield the result of each as soon as it has ended.
 
-    Starting lm-eval and loading the model takes half a minute per task, more for a large model.
+    Raw results go to `benchmarks/` in `folder`, logs to `_benchmark_logs/`. Starting lm-eval and loading the model
+    takes half a minute per task, more for a large model.
 
     Args:
-        model_args (`dict[str, Any]`):
-            From [`model_arguments`].
-        tasks (`Sequence[Task]`):
-            From [`select_tasks`].
-        folder (`str` or `os.PathLike`):
-            Folder for raw results (`benchmarks/`) and logs (`_benchmark_logs/`).
-        batch_size (`int` or `str`, *optional*, defaults to 8):
-            Batch size of the model; `"auto"` lets lm-eval find the largest that fits.
-        device (`str`, *optional*):
-            `"cuda:1"`, `"cpu"`, ... By default the first accelerator, or the CPU.
+        model_args (`dict[str, Any]`), tasks (`Sequence[Task]`):
+            From [`model_arguments`] and [`select_tasks`].
+        folder (`str` or `os.PathLike`), batch_size, device, allow_code_execution:
+            As in `hf-nexus benchmark`.
         timeout (`float`, *optional*, defaults to 14400):
             Seconds after which a task is killed, with all processes that it started.
-        allow_code_execution (`bool`, *optional*, defaults to `False`):
-            Whether tasks may execute code that the model writes.
-
-    Yields:
-        [`TaskResult`]: result of each task, as soon as it has ended.
 
     Raises:
         ValueError: `timeout` is not positive.

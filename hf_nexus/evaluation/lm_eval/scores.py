@@ -33,17 +33,8 @@ class Score:
 
 def read_scores(task: Task, results: Mapping[str, Any]) -> list[Score]:
     """
-    Read the scores of a task.
-
-    Args:
-        task ([`Task`]):
-            The task that was run.
-        results (`Mapping[str, Any]`):
-            Return value of `lm_eval.simple_evaluate`.
-
-    Returns:
-        `list[Score]`: the headline metric of a benchmark of the suite. Of another task, or of each task of a tag, all
-        metrics.
+    Read the scores of a task in the results of `lm_eval.simple_evaluate`: the headline metric of a benchmark of the
+    suite, or all metrics of another task, or of each task of a tag.
 
     Raises:
         ValueError: the headline metric is missing, or no metric is finite.

@@ -67,9 +67,7 @@ def select_tasks(
             Sets (`"paper"`, `"quick"`), keys of `SUITE`, task files (`path/to/task.yaml`), folders of task files, or
             other tasks of lm-eval.
         limit (`int`, *optional*):
-            Maximum number of examples per task, or per subtask of a task. `"quick"` has its own by default.
-        allow_code_execution (`bool`, *optional*, defaults to `False`):
-            Whether tasks may execute code that the model writes.
+            Maximum number of examples, per subtask. `"quick"` has its own by default.
 
     Returns:
         `tuple[list[Task], list[str]]`: the tasks, and the keys left out of the sets because they execute code.

@@ -62,7 +62,7 @@ def test_permission_to_execute_code_is_not_inherited(tmp_path, stand_in, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "expected"),
     [
         ("raise RuntimeError('no such thing\\nand more')", "exit status 1: RuntimeError: no such thing. See"),
         ("print('stop'); sys.exit(3)", "exit status 3: stop"),
@@ -74,11 +74,11 @@ def test_permission_to_execute_code_is_not_inherited(tmp_path, stand_in, monkeyp
         ("sys.exit('Set confirm_run_unsafe_code=True')", "needs --allow-code-execution"),
     ],
 )
-def test_the_error_of_a_failed_child_names_the_log(tmp_path, stand_in, code, words):
+def test_the_error_of_a_failed_child_names_the_log(tmp_path, stand_in, code, expected):
     stand_in(code)
     result = run_one(tmp_path)
     assert not result.scores and "\n" not in result.error
-    assert result.error.startswith("gsm8k ") and words in result.error and str(result.log) in result.error
+    assert result.error.startswith("gsm8k ") and expected in result.error and str(result.log) in result.error
     assert not list((tmp_path / "benchmarks").iterdir())
 
 
