@@ -20,18 +20,9 @@ from tests.support.lm_eval import gone, wait_until
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
-stand_in = support.stand_in  # the fixture
+model, stand_in = support.model, support.stand_in  # the fixtures
 ROOT = Path(__file__).parents[2]
 NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradient_accumulation_steps": 4}
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A folder with the files of a model that are looked at."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture

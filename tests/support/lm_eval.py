@@ -24,6 +24,15 @@ def raw(task="gsm8k", key="exact_match,strict-match", value=0.412, shots=5, **mo
 
 
 @pytest.fixture
+def model(tmp_path):
+    """A folder with the files of a model that are looked at."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """`stand_in(code)` is run in place of lm-eval. `settings` and `succeed(results)` are defined there."""
     head = f"""

@@ -7,15 +7,9 @@ from transformers.utils import hub
 
 from hf_nexus.evaluation.lm_eval import model_arguments as module
 from hf_nexus.evaluation.lm_eval.model_arguments import model_arguments
+from tests.support import lm_eval as support
 
-
-@pytest.fixture
-def model(tmp_path):
-    """A folder with the files of a model that are looked at."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
+model = support.model  # the fixture
 
 
 def test_folders_and_hub_models_have_their_path_or_revision(model, monkeypatch):
