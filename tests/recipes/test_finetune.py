@@ -107,7 +107,7 @@ def test_a_model_from_scratch_with_a_saved_configuration(run, adapted, tmp_path)
 def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:
     """Run and push. Returns the folder of the run, and writes the files of the Hub to `downloaded`."""
     monkeypatch.setattr(
-        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, patience=QUICK)
+        "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
     )
     with impatient_client(monkeypatch, xet=False):
         folder = run("--push_to_hub", "--hub_model_id", REPO, "--hub_token", ALICE, *flags)
