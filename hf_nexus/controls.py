@@ -103,7 +103,7 @@ class GradientSum:
         sums = [self._total.values[i] for i in indices]
         if not self._total.offloaded:
             add_scaled_(sums, gradients, 1 / norm, usable)
-        elif usable.item():  # the flag lies on another device than the sums
+        elif usable.item():  # the flag is on another device than the sums
             for total, gradient in zip(sums, gradients, strict=True):
                 _add_staged_(total, gradient, 1 / norm)
 

@@ -15,8 +15,8 @@ def write_atomic(path: str | Path, text: str) -> Path:
     """
     Write a UTF-8 file by renaming: an interrupted process leaves the old file or the new one.
 
-    The new file survives the process, but not always a power failure: it is not forced to the disk, since that can
-    wait for a whole checkpoint to be written.
+    The file is not forced to the disk, because this can wait for a whole checkpoint to be written. A power failure
+    may therefore lose it.
 
     Args:
         path (`str` or `Path`):
@@ -41,7 +41,7 @@ def write_atomic(path: str | Path, text: str) -> Path:
 
 def finite_json(value: Any, **options: Any) -> str:
     """
-    JSON text, in which numbers that are not finite are `null`: the standard has no NaN.
+    JSON text with `null` for numbers that are not finite, because the standard has no NaN.
 
     Args:
         value (`Any`):
@@ -67,7 +67,7 @@ def _finite(value: Any) -> Any:
 
 def nearest(word: Any, known: Iterable[str]) -> str:
     """
-    The sentence of an error message that suggests the nearest known word; empty if none is near.
+    A sentence for an error message that suggests the nearest known word, empty if none is near.
 
     Example:
         >>> from hf_nexus.files import nearest
@@ -83,13 +83,13 @@ def one_line_errors(
     *, debug: bool = False, errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
 ) -> Iterator[None]:
     """
-    End the process with one line for an error that the user can mend.
+    End the process with one line for an error that the user can fix.
 
     Args:
         debug (`bool`, *optional*, defaults to `False`):
             Keep the traceback.
         errors (`tuple[type[Exception], ...]`, *optional*):
-            The errors that are meant. Any other keeps its traceback.
+            Errors that end in one line. Any other error keeps its traceback.
 
     Raises:
         SystemExit: with the message, which the interpreter prints; the exit status is 1.

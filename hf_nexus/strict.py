@@ -1,4 +1,4 @@
-"""Strict reading of configurations: YAML without duplicate keys, and dataclasses whose fields are checked by type."""
+"""Strict reading of configurations: YAML without duplicate keys, and dataclasses with type-checked fields."""
 
 import dataclasses
 import enum

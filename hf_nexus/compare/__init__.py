@@ -1,1 +1,1 @@
-"""Arms compared over seeds: run, searched for their minima, and reported."""
+"""Comparisons of arms over seeds: runs, minima searches and a report."""

@@ -165,7 +165,7 @@ def compare_arms(
 
 
 def _control_kind(record: RunRecord) -> str | None:
-    """A control shares parts of the Nexus update, but not its path along the gradients."""
+    """The kind of a control, which shares the Nexus update except its path along the gradients."""
     if not record.settings.get("nexus", True):
         return None
     if record.settings.get("inner_lr") == 0:

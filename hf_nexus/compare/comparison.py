@@ -153,7 +153,7 @@ class Comparison:
         return trials
 
     def runs(self) -> list[Run]:
-        """The runs of all arms, seed by seed: an interrupted comparison has about as many of each arm."""
+        """The runs of all arms, seed by seed. An interrupted comparison then has as many runs of each arm."""
         return [
             Run(
                 self.config,

@@ -1,4 +1,4 @@
-"""What the numbers of a comparison support, in sentences that each rest on a number of the report's tables."""
+"""Conclusions of a comparison in sentences, each with its numbers from the tables of the report."""
 
 import math
 from collections.abc import Iterable
@@ -61,7 +61,7 @@ def rounded(value: float, half: float | None, sign: str = "") -> str:
 
 def p_text(p: float) -> str:
     """
-    A p-value with enough digits to see on which side of 0.05 it is.
+    A p-value with enough digits to compare it with 0.05.
 
     Example:
         >>> p_text(0.0002), p_text(0.0496), p_text(0.5)

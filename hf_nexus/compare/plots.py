@@ -24,8 +24,8 @@ def plot_comparison(records: Sequence[RunRecord], folder: str | os.PathLike[str]
     """
     Draw all plots that the records have data for.
 
-    Curves and marks are means over the seeds of an arm, bands and bars the range. If a run of the arm has no finite
-    value at a step, neither has the mean: a mean over the other runs would hide the divergence.
+    Curves and marks are means over the seeds of an arm, bands and bars the range. The mean is not finite at a step if
+    any run of the arm is not: a mean over the other runs would hide the divergence.
 
     Args:
         records (`Sequence[RunRecord]`):

@@ -1,4 +1,4 @@
-"""What the plots share: figures without pyplot, colors and markers, matrices, labels."""
+"""Shared parts of the plots: figures without pyplot, colors and markers, matrices, labels."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def new_plot(width: float, height: float) -> "Figure":
 
 
 def save_plot(figure: "Figure", path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, whatever the suffix of `path`. Missing folders are created."""
+    """Write a figure as PNG, with any suffix of `path`. Missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=figure.dpi)

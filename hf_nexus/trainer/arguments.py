@@ -1,4 +1,4 @@
-"""The arguments of a trainer's constructor, and training arguments, for any class that the mixin is joined with."""
+"""Arguments of constructors, and training arguments, for any base class of a trainer."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ __all__ = ["arguments_by_name", "changed", "with_nexus_fields"]
 
 
 def with_nexus_fields(args: TrainingArguments | None) -> Any:
-    """Training arguments that have the Nexus fields: with the defaults where they had none."""
+    """Training arguments with the Nexus fields, which have their defaults if they were missing."""
     if args is None:
         return NexusConfig(output_dir="tmp_trainer")
     if not isinstance(args, NexusConfigMixin):
@@ -25,7 +25,7 @@ def with_nexus_fields(args: TrainingArguments | None) -> Any:
 
 def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    The arguments of a trainer's constructor by name. The names are those of the class after the mixin.
+    The arguments of a constructor by name. The names are those of the class after the mixin.
 
     Raises:
         TypeError: too many arguments, or one that is given twice.

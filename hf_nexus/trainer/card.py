@@ -1,4 +1,4 @@
-"""The card of a run: the facts of a trainer, and what the card says about them."""
+"""The card of a run: the facts of a trainer, and the summary that the card shows."""
 
 import copy
 import re
@@ -35,7 +35,7 @@ __all__ = ["CARD_FILES", "RunFacts", "evaluations", "summarize", "write_card"]
 CARD_FILES = ("README.md", SUMMARY_NAME, TRAINING_PLOT, COSINES_PLOT, RESULTS_NAME)
 
 _NUMBERS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "inner_steps_skipped", "tokens_per_second", "mfu")
-# Keys of a log under `eval_` that are no metrics of the user.
+# Keys of a log under `eval_` that are not metrics of the user.
 _NO_METRIC = re.compile(r".*_(loss|runtime|per_second|time)")
 
 
@@ -56,7 +56,7 @@ class RunFacts:
 
 def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     """
-    Everything that a card says about a run, as far as it has come. `known` are fields of [`RunSummary`] that a trainer
+    Summarize a run for its card, up to now. `known` are fields of [`RunSummary`] that a trainer
     cannot know (`license`, `languages`, `benchmarks`, ...), or that replace what it knows.
 
     Example:
@@ -99,8 +99,8 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
 
 def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **known: Any) -> RunSummary:
     """
-    Write the card of a run and everything that it shows into a folder: `CARD_FILES`. What a user wrote into an
-    existing `README.md` stays. A card without `plots` does not mention them. `known` is as for [`summarize`].
+    Write the card of a run and everything that it shows into a folder: `CARD_FILES`. Text of the user in an
+    existing `README.md` is kept. A card without `plots` does not mention them. `known` is as for [`summarize`].
 
     Raises:
         ValueError: the existing README is damaged, or the card would be invalid (an unknown licence, for example).

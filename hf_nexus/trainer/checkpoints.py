@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 __all__ = ["LAST", "RandomStates", "StagedCheckpoints", "is_complete", "last_checkpoint", "resolve_checkpoint"]
 
-# Words for the newest checkpoint, as `resume_from_checkpoint` may be given on a command line.
+# Values of `resume_from_checkpoint` on a command line for the newest checkpoint.
 LAST = ("last", "true")
 # Pushes of an output folder leave out names that begin with an underscore.
 STAGING_DIR = "_incomplete"
@@ -26,7 +26,7 @@ SENTINEL = "checkpoint-is-incomplete.txt"
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint is complete."""
     return Path(checkpoint, TRAINER_STATE_NAME).is_file() and not Path(checkpoint, SENTINEL).exists()
 
 
@@ -71,7 +71,7 @@ def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
 
 
 def _recover(run_dir: Path) -> None:
-    """Put back a checkpoint that was moved aside for another of the same step, if that was never completed."""
+    """Restore a checkpoint that was moved for a new one of the same step, if the new one is incomplete."""
     for replaced in (run_dir / STAGING_DIR / "replaced").glob("*"):
         if not is_complete(run_dir / replaced.name):
             with suppress(OSError):  # another rank was faster
@@ -80,8 +80,8 @@ def _recover(run_dir: Path) -> None:
 
 class StagedCheckpoints:
     """
-    Writes each checkpoint to `_incomplete/` in the run's folder and renames it once every rank is done. A folder
-    `checkpoint-<step>` is complete as soon as it can be seen.
+    Writes each checkpoint to `_incomplete/` in the run's folder and renames it after every rank has finished. A
+    visible folder `checkpoint-<step>` is complete.
 
     Attributes:
         staging (`bool`): Whether a checkpoint is being written.
@@ -153,7 +153,7 @@ def _move(staged: Path, final: Path) -> None:
 
 class RandomStates:
     """
-    The random states that a checkpoint must hold.
+    The random states that a checkpoint saves.
 
     A checkpoint that is saved during a window (the Trainer saves in `on_pre_optimizer_step` after a SIGTERM) is
     resumed at the window's start, so it holds the states of that moment. A window is in progress until the number of
@@ -164,18 +164,18 @@ class RandomStates:
         self.begin()
 
     def begin(self) -> None:
-        """Forget an interrupted window, before training."""
+        """Discard an interrupted window, before training."""
         self._epoch: tuple | None = None
         self._window: tuple | None = None
         self._step = 0
 
     def begin_epoch(self, step: int, epoch: float | None) -> None:
-        """Note the states where an epoch starts: the Trainer resumes there before the data loader draws its seed."""
+        """Note the states at an epoch's start, where the Trainer resumes before the data loader draws its seed."""
         self._forget(step)
         self._epoch = _random_states() if float(epoch or 0).is_integer() else None
 
     def loaded(self) -> None:
-        """Note the states again: the Trainer loads them after the start of the epoch that is resumed."""
+        """Note the states again. In a resumed epoch, the Trainer loads them after its start."""
         if self._epoch is not None:
             self._epoch = _random_states()
 

@@ -1,4 +1,4 @@
-"""Gradient cosines between the sources of a run, measured while it trains."""
+"""Gradient cosines between the sources of a run, measured during training."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +16,7 @@ def source_cosines(
     model: nn.Module, batches: Mapping[str, Any], loss: Callable[[Any], Tensor], device: torch.device
 ) -> dict[tuple[str, str], float]:
     """
-    Gradient cosine of each pair of sources at the present weights, with dropout off. Neither the random states nor the
+    Gradient cosine of each pair of sources at the current weights, with dropout off. Neither the random states nor the
     gradients of the run change.
 
     Args:

@@ -59,13 +59,13 @@ class Shards:
                 "Wrap the whole model, adapters included, with FSDP2."
             )
         layout = layouts.pop()
-        # Under HSDP only the dimension that shards: the replicas all hold the same.
+        # Under HSDP, only the sharded dimension: replicas hold the same shards.
         dims = [] if layout is None else [i for i, placement in enumerate(layout[1]) if placement.is_shard()]
         self.group = layout[0].get_group(dims[0]) if layout and dims else None
         self.index = layout[0].get_local_rank(dims[0]) if layout and dims else 0
 
     def norm(self, norm: Tensor) -> Tensor:
-        """The norm over all shards, given the norm of this process's (0-d): one scalar reduction if sharded."""
+        """The norm over all shards, given the norm of the local shard (0-d). One scalar reduction if sharded."""
         if self.group is None:
             return norm
         square = norm.square()
@@ -98,7 +98,8 @@ def average_pseudo_gradients(params: Sequence[Tensor], moved: bool) -> int:
         `int`: number of ranks that moved. With 0, every gradient is None.
     """
     device = params[0].device
-    # The ranks may have different gradients that are None, but must all send the same: a flag per parameter tells.
+    # Different gradients may be None on different ranks, but all ranks must send the same shapes. A flag per parameter
+    # shows which gradients are None.
     flags = torch.tensor(
         [moved, *(moved and p.grad is not None for p in params)], dtype=params[0].dtype, device=device
     )

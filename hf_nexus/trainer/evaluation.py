@@ -16,7 +16,7 @@ from .window import has_token_labels
 
 __all__ = ["Evaluation", "held_back", "metric_of_set"]
 
-# Labels by which token losses are counted; the second where a collator has shifted the first.
+# Labels that mark loss tokens. A collator that shifts `labels` adds `shift_labels`.
 _LABELS = ("labels", "shift_labels")
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
@@ -58,13 +58,12 @@ class Evaluation:
     def real_rows(self, inputs: Any, flat: bool) -> Any:
         """
         A batch in which the rows that Accelerate has repeated to complete the last batch are masked. They stay in it,
-        since the ranks gather outputs of one shape, which the Trainer truncates. `flat` says whether rows are laid end
-        to end.
+        since the ranks gather outputs of one shape, which the Trainer truncates. `flat`: the rows are concatenated.
         """
         loader, ranks = self._loader, self._args.world_size
         if ranks == 1 or not isinstance(loader, DataLoaderStateMixin):
             return inputs
-        # `remainder` counts the real rows of all ranks, one rank's after the other's; -1 if it is not known.
+        # `remainder` counts the real rows over all ranks in order; -1 if it is not known.
         if not loader.end_of_dataloader or loader.remainder < 1:
             return inputs
         rows = loader.total_batch_size // ranks if flat else len(inputs["labels"])
@@ -96,7 +95,7 @@ def metric_of_set(key: str, prefix: str) -> str:
 
 
 def without_speed_of_sets(metrics: Mapping[str, float], sets: list[str], prefix: str) -> dict[str, float]:
-    """Metrics without the run times of single sets: the tables of notebooks have a column for each metric."""
+    """Metrics without the run times of single sets, which would each be a column of a notebook's table."""
     speed = {f"{prefix}_{name}{what}" for name in sets for what in _SPEED}
     return {key: value for key, value in metrics.items() if key not in speed}
 
@@ -106,9 +105,9 @@ def held_back(handler: CallbackHandler, log_history: list[dict[str, Any]]) -> It
     """
     Hold back the log entries and events of the single evaluations inside the context.
 
-    Several sets are one evaluation: callbacks must see it once, with its means. The Trainer logs each set and sends
-    `on_evaluate` for it in one method, without a way to leave either out. Progress bars get `on_predict` in place of
-    `on_evaluate`: it closes the bar of the set.
+    Several sets are one evaluation: callbacks must get it once, with its means. The Trainer logs each set and sends
+    `on_evaluate` in one method and has no option to skip either. Progress bars get `on_predict` instead of
+    `on_evaluate`, which closes the bar of the set.
     """
     entries = len(log_history)
 

@@ -1,4 +1,4 @@
-"""The data side of a run: which rows come next, how ranks agree on it, and what a checkpoint needs to go on."""
+"""The data of a run: the order of the rows, agreement between ranks, and the state in checkpoints."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ class Feed:
         self.set_data(train, evaluation)
 
     def set_data(self, train: Any, evaluation: Any) -> None:
-        """Read other data from now on."""
+        """Replace the data."""
         dynamic = self._weights_function is not None
         self.data: TrainingData = prepare_data(train, evaluation, self._args.mixture_weights, dynamic, self._seed)
         if self.data.stages:
@@ -59,9 +59,9 @@ class Feed:
     # ---- Before the first step ----
 
     def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
-        """The order in which a training set is read; `None` for a plain dataset, whose order is the Trainer's."""
+        """The order of a training set; `None` for a plain dataset, which keeps the Trainer's order."""
         args = self._args
-        # Accelerate deals batches to the ranks in turn: as many batches in a row as there are ranks share a source.
+        # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
         rows, k = batch_size * args.world_size, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
             weights = self._weights_function or StageWeights(self.data.stages, args.max_steps)
@@ -89,7 +89,7 @@ class Feed:
         return broadcast(torch.from_numpy(shares), self._args.device).cpu().numpy()
 
     def tagged(self, collate: Callable[[list], Any]) -> Callable[[Any], Any]:
-        """The collator of the training data, whose micro-batches say which source they hold."""
+        """The collator of the training data, whose micro-batches are tagged with their source."""
         return tag_micro_batches(collate) if self.data.stages else collate
 
     def begin(self, step: int) -> None:
@@ -102,7 +102,7 @@ class Feed:
 
     def agree(self, window: Window, step: int) -> None:
         """
-        Tell all ranks what one of them found in the window that was just fetched: an error, or the end of a source.
+        Share between the ranks what each found in the fetched window: an error, or the end of a source.
 
         Raises:
             SourceError: a rank could not read a source.
@@ -112,14 +112,14 @@ class Feed:
             return
         progress.note_window(step, window.states)
         if window.error is not None:
-            # The other ranks went on: they have asked for all that follows, and wait for the first rank's weights.
+            # The other ranks continued: their loaders have requested more, and wait for the first rank's weights.
             ahead = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
             last = step + 1 + ahead // args.gradient_accumulation_steps
             for further in range(step, min(last, args.max_steps - 1) + 1):
                 progress.decide_shares(further)
         ended = set(progress.exhausted())
         facts = torch.tensor([window.error is not None, progress.sent, *(name in ended for name in self.data.names)])
-        if args.world_size > 1:  # on the host, one rank alone does not wait for the device
+        if args.world_size > 1:  # on the host: a single rank does not wait for the device
             facts = max_over_ranks(facts.to(args.device))
         failed, sent, *ended_anywhere = facts.tolist()
         if failed:
@@ -143,13 +143,13 @@ class Feed:
         return describe_data(self.data, self._args, size, tokenizer)
 
     def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
-        """Write the state of the data into a checkpoint: what it is, and the positions of this rank's streams."""
+        """Write the description of the data and the positions of this rank's streams into a checkpoint."""
         if self.data.stages:
             stream = None if self._progress is None else self._progress.state_dict(step)
             save_data_state(folder, self._args.process_index, self._describe(batch_size, tokenizer), stream)
 
     def resume(self, checkpoint: str | None, batch_size: int, tokenizer: Any) -> None:
-        """Take the positions of the streams from a checkpoint, as [`~Feed.check`] allows, or start from nothing."""
+        """Take the positions of the streams from a checkpoint that passes [`~Feed.check`], or start from zero."""
         self._resumed = None if checkpoint is None else self.check(checkpoint, batch_size, tokenizer)
 
     def check(self, checkpoint: str, batch_size: int, tokenizer: Any) -> dict[str, Any] | None:

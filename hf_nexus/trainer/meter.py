@@ -1,4 +1,4 @@
-"""What a run has trained on so far, and the averages since the last log line."""
+"""Totals of a run, and averages since the last log line."""
 
 import math
 import time
@@ -54,10 +54,10 @@ class _Interval:
 
 class TrainingMeter:
     """
-    Counts what each source has contributed. The totals are saved in `trainer_state.json` and resumed from it.
+    Counts losses and tokens of each source. The totals are saved in `trainer_state.json` and resumed from it.
 
-    A window counts once the optimizer has stepped, which the number of the outer step tells: a checkpoint that is
-    saved before that repeats the window when it is resumed.
+    A window counts after its optimizer step, when the number of the outer step has increased. A checkpoint that is
+    saved before the step repeats the window after a resume.
 
     Attributes:
         trained_tokens (`dict[str, int]`):
@@ -81,10 +81,10 @@ class TrainingMeter:
         return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
-        """Start from the [`~TrainingMeter.state`] of a checkpoint, or from nothing."""
+        """Start from the [`~TrainingMeter.state`] of a checkpoint, or at zero."""
         totals: Mapping[str, Any] = {} if saved is None else saved["attributes"]
         known = totals.get("trained_tokens", {})
-        # A resumed mixture may have gained sources, or lost some.
+        # A resumed mixture may have more or fewer sources.
         self.trained_tokens: dict[str, int] = {source: known.get(source, 0) for source in self.sources}
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
         self.windows_dropped: int = totals.get("windows_dropped", 0)
@@ -96,7 +96,7 @@ class TrainingMeter:
     # ---- Counting ----
 
     def begin_window(self, step: int) -> None:
-        """Begin the window of an outer step. One of the same step that was interrupted is discarded."""
+        """Begin the window of an outer step. An interrupted window of the same step is discarded."""
         self._count(step)
         self._window.clear()
         self._step = step
@@ -160,14 +160,14 @@ class TrainingMeter:
         Returns:
             `dict[str, float]`: `loss/<source>` for the sources since the last call, `tokens/<source>` for all (since
             the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning),
-            `tokens_per_second` (or rows), and `mfu` if the device's peak is known. `loss` is among them, as NaN, if
+            `tokens_per_second` (or rows), and `mfu` if the device's peak is known. `loss` is NaN if
             windows ran and none of their losses was finite.
         """
         self.update_totals(step)
         interval, self._interval = self._interval, _Interval()
         seconds = time.perf_counter() - interval.started - interval.paused
         sums = [interval.loss[s] for s in self.sources] + [interval.tokens[s] for s in self.sources]
-        # A rank may have windows without a step: sums and counts add up over ranks, means do not.
+        # A rank may have windows without a step. Sums and counts can be added over ranks, but means cannot.
         lists = [interval.cosines, interval.norms, interval.finite]
         sums += [x for values in lists for x in (sum(values), len(values))]
         *sums, cosine, cosines, norm, norms, finite, windows, ranks = sum_over_ranks(self._stack([*sums, 1])).tolist()

@@ -51,7 +51,7 @@ __all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
 
 logger = logging.get_logger(__name__)
 
-# The Nexus settings, saved beside each model.
+# The Nexus settings, saved with each model.
 SETTINGS_NAME = "nexus.yaml"
 
 if TYPE_CHECKING:  # the mixin is joined with any Trainer
@@ -76,8 +76,8 @@ class NexusTrainerMixin(_Base):
         mixture_weights_function (`Callable[[int], Mapping[str, float]]`, *optional*):
             Gives the weights of the sources at an outer step, in place of fixed ones: a pure function of the step, or
             an object with `state_dict` and `load_state_dict`, which are then saved with the checkpoint. It is called
-            once for each step, when the data loader asks for its micro-batches. On several ranks the answer of the
-            first counts.
+            once for each step, when the data loader asks for its micro-batches. On several ranks, the result of the
+            first rank is used.
 
     Attributes:
         data ([`TrainingData`]):
@@ -190,7 +190,7 @@ class NexusTrainerMixin(_Base):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
-        Create what is missing of repository and branch, later if the Hub cannot be reached. All ranks must call it.
+        Create the repository and branch if missing, or later if the Hub is unreachable. All ranks must call it.
 
         Raises:
             ValueError: on all ranks, if the Hub refuses.
@@ -198,7 +198,7 @@ class NexusTrainerMixin(_Base):
         self.hub_model_id = self.card_details["repo_id"] = self._publishing.connect(token, private)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's preparation of a dataset; of the first source it prepares all."""
+        """TRL's preparation of a dataset. For the first source, prepare all sources."""
         prepare = super()._prepare_dataset  # type: ignore[misc]  # of TRL's trainers
         if self._trl is None or self._trl.shown is None or dataset is not self._trl.shown:
             return prepare(dataset, *args, **kwargs)
@@ -246,7 +246,7 @@ class NexusTrainerMixin(_Base):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        """Load a checkpoint, once its data is found to be that of this run."""
+        """Check the data of a checkpoint, then load it."""
         self._feed.resume(resume_from_checkpoint, self._train_batch_size, self.processing_class)
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         path = Path(resume_from_checkpoint, SETTINGS_NAME)
@@ -266,7 +266,7 @@ class NexusTrainerMixin(_Base):
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        """The base class's collator, whose training micro-batches say which source they hold."""
+        """The base class's collator. Training micro-batches are tagged with their source."""
         collate = super()._get_collator_with_removed_columns(data_collator, description)
         return self._feed.tagged(collate) if description == "Training" else collate
 
@@ -280,7 +280,7 @@ class NexusTrainerMixin(_Base):
         return super().create_optimizer(model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the model as the base class does, and begin where the state stands."""
+        """Wrap the model as the base class does, and start the collaborators at the current step."""
         self._walker.reset()  # the wrapped model and its parameters may be new
         prepared = super()._prepare_for_training(*args, **kwargs)
         step = self.state.global_step
@@ -291,7 +291,7 @@ class NexusTrainerMixin(_Base):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The base class's epoch; a run that is resumed after its last step trains no more."""
+        """The base class's epoch. A run that is resumed after its last step trains no further."""
         if self.state.global_step >= self.state.max_steps and (self.args.nexus or self.data.stages):
             self.control.should_training_stop = True
             return
@@ -337,8 +337,8 @@ class NexusTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
-        One micro-batch of the base class's loop. With Nexus all but the window's last are kept, and the last runs the
-        whole window.
+        One micro-batch of the base class's loop. With Nexus, all micro-batches of a window except the last are kept,
+        and the last one runs the whole window.
 
         Returns:
             `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
@@ -390,8 +390,8 @@ class NexusTrainerMixin(_Base):
         self._count_path(losses)
         if local:
             self._walker.average_over_ranks()
-        # A NaN would stay in the base class's sum for ever. If no loss is finite, the running mean takes its place,
-        # and the meter logs NaN for the interval if that is so in all of its windows.
+        # A NaN would stay in the base class's sum. If no loss is finite, the running mean replaces it, and the meter
+        # logs NaN for an interval without any finite loss.
         running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return window.mean_loss(losses, otherwise=running)
 
@@ -421,7 +421,7 @@ class NexusTrainerMixin(_Base):
 
     def source_cosines(self) -> dict[tuple[str, str], float]:
         """
-        Gradient cosine of each pair of sources at the present weights.
+        Gradient cosine of each pair of sources at the current weights.
 
         Each gradient is taken on the first `per_device_train_batch_size` rows of the source's evaluation set, or of
         its training rows if it has none: the same on every rank.
@@ -567,7 +567,7 @@ class NexusTrainerMixin(_Base):
     # ---- Saving ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The folder of checkpoints; while one is written, the folder of incomplete ones."""
+        """The folder of checkpoints, or of incomplete ones while a checkpoint is written."""
         return self._checkpoints.folder(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -629,7 +629,7 @@ class NexusTrainerMixin(_Base):
     # ---- Cards and the Hub ----
 
     def run_facts(self) -> RunFacts:
-        """What the card says about this run is made of these facts."""
+        """The facts of this run for its card."""
         return RunFacts(
             args=self.args,
             model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
@@ -644,7 +644,7 @@ class NexusTrainerMixin(_Base):
 
     def write_card(self, folder: str | Path | None = None, *, plots: bool = True, **known: Any) -> RunSummary:
         """
-        Write the card of the run as far as it has come into a folder (`output_dir` by default), on the main process.
+        Write the card of the run so far into a folder (`output_dir` by default), on the main process.
 
         `plots=False` leaves out the plots, which take most of the time. `known` are fields of [`RunSummary`] that a
         trainer cannot know, such as `license`, `languages` or `benchmarks`.
@@ -700,8 +700,8 @@ class NexusTrainerMixin(_Base):
         as for `create_model_card`. If `blocking`, the main process waits up to `args.hub_flush_timeout` seconds.
 
         Returns:
-            `CommitInfo`, *optional*: on the main process, if it waited and everything is on the Hub. `None` is no
-            error: what is missing stays on disk.
+            `CommitInfo`, *optional*: on the main process, if it waited and everything is on the Hub. `None` is not an
+            error: the rest stays on disk.
 
         Raises:
             ValueError: if there is no repository to push to yet, as `init_hf_repo`.
@@ -727,7 +727,7 @@ class NexusTrainerMixin(_Base):
         self._publishing.push_run(self.state.global_step, commit_message, revision)
 
     def _finish_current_push(self) -> None:
-        """Wait for the Hub after training, if this is the place to wait."""
+        """Wait for the Hub after training, on a single process."""
         alone = self.args.world_size == 1  # the other ranks would wait at the next collective
         if self.wait_after_training and alone and self.args.hub_strategy != "end":
             self._publishing.wait("End of training")

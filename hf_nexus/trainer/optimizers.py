@@ -16,8 +16,8 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {"muon_lr": float, "muon_momentum": 
 
 class MuonWithAdamW(Optimizer):
     """
-    [`torch.optim.Muon`] and [`torch.optim.AdamW`] behind one set of parameter groups and one state, so that
-    schedulers, checkpoints and wrappers see an ordinary optimizer. AdamW's groups come first.
+    [`torch.optim.Muon`] and [`torch.optim.AdamW`] behind one set of parameter groups and one state.
+    Schedulers, checkpoints and wrappers see an ordinary optimizer. AdamW's groups come first.
 
     Args:
         matrices (`Iterable[dict]`):
@@ -78,7 +78,7 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
     """
     The options of Muon in the field `optim_args`, such as `"muon_lr=0.01,muon_momentum=0.9"`.
 
-    Without `muon_adjust_lr_fn`, its updates are scaled to the size of AdamW's (`"match_rms_adamw"`), so that both
+    Without `muon_adjust_lr_fn`, its updates are scaled to the size of AdamW's (`"match_rms_adamw"`), and both
     share one learning rate. `"original"` is Keller Jordan's scaling, which needs another learning rate.
 
     Raises:

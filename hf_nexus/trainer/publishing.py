@@ -17,7 +17,7 @@ __all__ = ["Publishing", "card_fields"]
 
 class Publishing:
     """
-    When a run pushes, and what. See docs/hub.md.
+    Pushes of a run during and after training. See docs/hub.md.
 
     Attributes:
         publisher ([`Publisher`], *optional*): On the main process, once there is a repository to push to.
@@ -30,7 +30,7 @@ class Publishing:
 
     def connect(self, token: str | None, private: bool | None) -> str:
         """
-        Create what is missing of repository and branch, later if the Hub cannot be reached. All ranks must call it.
+        Create the repository and branch if missing, or later if the Hub is unreachable. All ranks must call it.
 
         Returns:
             `str`: id of the repository.
@@ -78,7 +78,7 @@ class Publishing:
         self.publisher.target = usual
 
     def logs(self) -> dict[str, float]:
-        """What waits for the Hub (`hub/pending`) and what is there, for a log line."""
+        """The numbers `hub/pending` and `hub/pushed_step` for a log line."""
         return {} if self.publisher is None else dict(self.publisher.status().logs())
 
     def record(self, states: dict[str, Any]) -> None:

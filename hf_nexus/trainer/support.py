@@ -1,5 +1,5 @@
 """
-Everything that is refused or warned of.
+Errors and warnings for unsupported launches and settings.
 
 Each `check_` function raises a ValueError that names what is not supported and what to use instead.
 """
@@ -40,7 +40,7 @@ AUTOCAST_FLOOR = 3e-6
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
 _FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
-# What the field `optim` may be beside `matrix_optimizer`.
+# Values of `optim` that can be combined with `matrix_optimizer`.
 _ADAMW = {OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED}
 _DDP = {
     DistributedType.MULTI_CPU,
@@ -64,7 +64,7 @@ class Launch:
 
 
 def check_launch(args: Any, launch: Launch) -> None:
-    """Refuse launches and settings under which something else than the Nexus update would be trained."""
+    """Refuse launches and settings that would not train with the Nexus update."""
     if args.n_gpu > 1:
         raise ValueError(
             f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "

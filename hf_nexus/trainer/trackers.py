@@ -21,8 +21,8 @@ _TRACKERS = (TensorBoardCallback, WandbCallback, TrackioCallback)
 
 class TrackerPlots(TrainerCallback):
     """
-    Sends the plots of the card at the end of training, as `plots/<name>`, to the trackers that show images. Metrics
-    need no help: the tracker's own callback logs what [`~transformers.Trainer.log`] is given.
+    Sends the plots of the card at the end of training, as `plots/<name>`, to the trackers that show images. The
+    tracker's callback logs the metrics of [`~transformers.Trainer.log`].
     """
 
     def __init__(self, sources: list[str], callbacks: list[TrainerCallback]):

@@ -1,8 +1,8 @@
 """
 Sources for trainers of TRL.
 
-They tokenize and pack the training set in their constructor and know one dataset only. Here each source is prepared
-alone: packing never crosses sources.
+These trainers tokenize and pack one dataset in their constructor. Here each source is prepared separately, and packing
+never crosses sources.
 """
 
 import copy
@@ -17,7 +17,7 @@ from .support import check_trl_arguments
 
 __all__ = ["SourcePreparation", "trl_parent", "widen_adapters"]
 
-# Columns by which TRL tells formats of examples apart.
+# Columns that identify the format of examples in TRL.
 _FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "images", "image")
 
 
@@ -28,10 +28,10 @@ def trl_parent(cls: type) -> type | None:
 
 class SourcePreparation:
     """
-    Shows a trainer of TRL the first source in place of all, and prepares all when TRL prepares the first.
+    Passes the first source to a trainer of TRL, and prepares all sources when TRL prepares the first.
 
     Attributes:
-        shown (`Dataset`, *optional*): What TRL is given as `train_dataset`; `None` for a plain dataset.
+        shown (`Dataset`, *optional*): The `train_dataset` for TRL; `None` for a plain dataset.
 
     Raises:
         ValueError: a trainer that generates text, arguments that are not TRL's, a `Mixture`, or sources of several
@@ -45,7 +45,7 @@ class SourcePreparation:
         if data.stages:
             _check_formats(data)
             self._prepared = dict(data.dataset.sources)
-            # A copy, which TRL cannot take for an evaluation set.
+            # A copy, which TRL does not mistake for an evaluation set.
             self.shown = copy.copy(self._prepared[data.names[0]])
 
     def prepare(self, function: Callable[[Any], Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Window:
     inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
-        """Micro-batches without their tags, which are noted, until one cannot be read; `tagged` asks for tags."""
+        """Yield micro-batches until one cannot be read, and note their tags. With `tagged`, a tag is required."""
         try:
             for batch in batches:
                 tag = pop_tag(batch)
@@ -63,7 +63,7 @@ class Window:
 
     @property
     def complete(self) -> bool:
-        """Whether `training_step` was called with all micro-batches, or no window is in progress."""
+        """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
 
     def summed(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
@@ -153,19 +153,19 @@ class Walker:
             average_pseudo_gradients(self.nexus.params, self.nexus.steps_taken > 0)
 
     def reset(self) -> None:
-        """Forget the parameters: the model may be wrapped again, or another one."""
+        """Discard the parameters: the model may be wrapped again or replaced."""
         if self.nexus is not None:
             self.nexus.restore()
         self.nexus = None
 
     def at_start(self) -> AbstractContextManager[None]:
-        """The weights of the window's start inside the context, whatever point of the path has been reached."""
+        """The weights of the window's start inside the context, from any point of the path."""
         return nullcontext() if self.nexus is None else self.nexus.at_start()
 
 
 def inner_lr_scale(schedule: str, optimizer: Any, peak_lr: float) -> float:
     """
-    What `inner_lr` is multiplied by at this step: 1, or with the schedule `"follow"` the learning rate of the first
+    Factor of `inner_lr` at this step: 1, or with the schedule `"follow"` the learning rate of the first
     parameter group over its peak (`peak_lr`, if the optimizer does not know it).
     """
     if schedule == "constant":
