@@ -270,7 +270,7 @@ def read(cls: type[T], mapping: Any, key: str = "") -> T:
 # ---- YAML ----
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Reads `3e-4` and `2e9` as numbers, which YAML 1.1 does not."""
 
 

@@ -12,7 +12,7 @@ from .answers import ANSWER_MARK, final_answer
 __all__ = ["AnswerExactMatch", "NextTokenAccuracy"]
 
 
-class NextTokenAccuracy(evaluate.Metric):
+class NextTokenAccuracy(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """
     Fraction of tokens that the model predicted as the most probable next token.
 
@@ -91,7 +91,7 @@ class NextTokenAccuracy(evaluate.Metric):
         return result
 
 
-class AnswerExactMatch(evaluate.Metric):
+class AnswerExactMatch(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     r"""
     Fraction of solutions with the [`final_answer`] of the reference, by the convention of GSM8K.
 

@@ -136,7 +136,7 @@ def _refuse_code(name: str, allow_code_execution: bool) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Reads task files. Does not resolve `!function module.name`, which would run the module."""
 
 
