@@ -232,5 +232,5 @@ def test_what_contradicts_a_matrix_optimizer_is_refused(make_trainer, sources) -
     given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
     with pytest.raises(ValueError, match="an optimizer given to the trainer"):
         make_trainer(sources, trainer_kwargs=given, **muon)
-    with pytest.raises(ValueError, match="matrix_optimizer='shampoo' is not allowed"):
+    with pytest.raises(ValueError, match="matrix_optimizer: 'shampoo' is not allowed"):
         make_trainer(sources, matrix_optimizer="shampoo")
