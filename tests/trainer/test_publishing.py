@@ -250,7 +250,7 @@ def test_what_was_saved_arrives_although_the_run_fails(
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_the_bound_is_a_time(make_trainer: Callable[..., Any], value: float) -> None:
     """Values other than a number of seconds are an error."""
-    with pytest.raises(ValueError, match="hub_flush_timeout: .*a finite number of at least 0"):
+    with pytest.raises(ValueError, match=r"hub_flush_timeout: .*a finite number of at least 0"):
         make_trainer({"text": Rows(40, 0)}, hub_flush_timeout=value)
 
 
