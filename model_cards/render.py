@@ -1,10 +1,9 @@
 """
-Render the cards of this folder, each from the `run_summary.json` beside it, and `pretraining-3b` from its plan:
+Render the cards of this folder from their `run_summary.json`, and `pretraining-3b` from its plan:
 
     python model_cards/render.py
 
-New numbers come from new runs: the demo's from a folder that `make demo` wrote, and the adapter's from a fine-tune of
-that model, which takes a minute or two on a CPU:
+For new numbers, pass the folder of `make demo`. `--lora` fine-tunes its model, which takes a minute or two on a CPU:
 
     python model_cards/render.py --demo runs/nexus-demo
     python model_cards/render.py --lora runs/nexus-demo
@@ -24,7 +23,7 @@ from hf_nexus.pretrain.plan import plan_run
 from hf_nexus.trainer.card import CARD_FILES
 
 FOLDER = Path(__file__).resolve().parent
-# What no trainer knows. The built-in corpus is what an installation holds: English text and code.
+# Facts that a trainer cannot know. The built-in corpus is English text and code.
 PUBLISHED = {"license": "apache-2.0", "languages": ["en", "code"]}
 LORA_MIXTURE = {
     "sequence_length": 256,
@@ -38,20 +37,20 @@ LORA_MIXTURE = {
 
 
 def render() -> None:
-    """Every card, from what is recorded."""
+    """Render all cards."""
     plan().save(FOLDER / "pretraining-3b")
     for summary in sorted(FOLDER.glob("*/run_summary.json")):
         print(f"rendered {save_card(RunSummary.load(summary.parent), summary.parent)}")
 
 
 def plan() -> RunSummary:
-    """What the packaged configuration of 3 billion parameters comes to."""
+    """The summary of the configuration `3b`."""
     arguments = parse_arguments(["--config", "3b", "--dry_run"])
     return planned_summary(arguments, plan_run(arguments, arguments.model.accelerators), **PUBLISHED)
 
 
 def record(run: Path, name: str) -> None:
-    """Take over the summary and the pictures of a run."""
+    """Copy the summary and the plots of a run."""
     target = FOLDER / name
     target.mkdir(exist_ok=True)
     for file in CARD_FILES:
@@ -61,7 +60,7 @@ def record(run: Path, name: str) -> None:
 
 
 def finetune(base: Path, folder: Path) -> None:
-    """A LoRA fine-tune of the model in `base`, by the same trainer."""
+    """Fine-tune the model in `base` with LoRA."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,7 +81,7 @@ def finetune(base: Path, folder: Path) -> None:
             max_steps=60,
             learning_rate=5e-3,
             lr_scheduler_type="linear",
-            # 0.05 at the demo's million parameters; an adapter has fewer, and each is to move as far.
+            # 0.05 at the demo's million parameters, scaled to the size of the adapter.
             inner_lr=0.01,
             gradient_cosine_steps=10,
             logging_steps=5,
@@ -105,8 +104,8 @@ def finetune(base: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, metavar="RUN", help="take over the demo's numbers from this run's folder")
-    parser.add_argument("--lora", type=Path, metavar="RUN", help="fine-tune the model in this run's folder anew")
+    parser.add_argument("--demo", type=Path, metavar="RUN", help="folder of a demo run, whose numbers are copied")
+    parser.add_argument("--lora", type=Path, metavar="RUN", help="folder of a demo run, whose model is fine-tuned")
     arguments = parser.parse_args()
     if arguments.demo is not None:
         record(arguments.demo, "demo")
