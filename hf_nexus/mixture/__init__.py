@@ -1,4 +1,4 @@
-"""Mixtures of sources: what they are, how they are packed, and in which order their rows are read."""
+"""Mixtures of sources: their configuration, their packing, and the order of their rows."""
 
 from .config import MixtureConfig, SourceConfig
 from .indexed import MixtureDataset, MixtureSampler

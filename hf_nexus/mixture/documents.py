@@ -1,4 +1,4 @@
-"""Documents of a source: where they are loaded from, and the text and tokens of each row."""
+"""Documents of a source: loading them, and the text and tokens of each row."""
 
 import glob
 import os

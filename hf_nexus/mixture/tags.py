@@ -1,4 +1,4 @@
-"""How a micro-batch says which source it holds, on its way from the dataset through the collator to the trainer."""
+"""Tags that carry the source of a micro-batch from the dataset through the collator to the trainer."""
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class MicroBatchTag:
-    """Facts about a micro-batch in addition to its tensors. Collators may pair rows or lay them end to end."""
+    """Facts about a micro-batch that its tensors do not show: collators may pair rows or concatenate them."""
 
     source: str
     rows: int

@@ -1,4 +1,4 @@
-"""What may be given as `train_dataset`, and what the trainer reads of it."""
+"""Everything that `train_dataset` may be, as the trainer reads it."""
 
 import logging
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ class TrainingData:
 
     Attributes:
         dataset (`MixtureDataset`, `MixtureStream` or `Dataset`):
-            The first if all sources can be indexed, the second if one is a stream or the weights are decided while
-            training. A plain dataset is kept as it was given.
+            A `MixtureDataset` if all sources can be indexed. A `MixtureStream` if one is a stream, or if the weights
+            are decided while training. A plain dataset is kept as it is.
         evaluation (`Dataset` or `dict[str, Dataset]`, *optional*):
             The evaluation sets.
         stages (`list[tuple[float, dict[str, float]]]`):
@@ -79,7 +79,7 @@ class StageWeights:
 
 def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed: int) -> TrainingData:
     """
-    Prepare what was given as `train_dataset` and `eval_dataset` for reading.
+    Prepare `train_dataset` and `eval_dataset` for reading.
 
     `weights` is the field `mixture_weights`, which takes precedence over the weights of a mixture; `dynamic` says
     whether weights are decided while training; `seed` is that of the order of rows.

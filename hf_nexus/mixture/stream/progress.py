@@ -24,7 +24,7 @@ class Stateful(Protocol):
     """An object whose state is saved and loaded with a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, in types that JSON has."""
+        """The state as JSON types."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state."""
@@ -32,8 +32,8 @@ class Stateful(Protocol):
 
 class StreamProgress:
     """
-    The main process's view of a [`MixtureStream`]: it decides the source of each micro-batch when the data loader asks
-    for it, which with workers is ahead of training, and keeps the positions up to what was trained on.
+    The main process's view of a [`MixtureStream`]. It decides the source of each micro-batch when the data loader asks
+    for it, which is ahead of training with workers. It keeps the positions of the rows that were trained on.
 
     Args:
         stream ([`MixtureStream`]):
@@ -45,9 +45,9 @@ class StreamProgress:
         seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`):
             As in [`SourceSchedule`].
         max_epochs (`Mapping[str, float | None]`, *optional*):
-            How often a source may be read. The others then take its share, in proportion to theirs.
+            Largest number of passes over a source. The others then get its share in proportion.
         broadcast (`Callable[[np.ndarray], np.ndarray]`, *optional*):
-            Replaces the shares of all ranks by those of the first.
+            Returns the shares of the first rank on all ranks.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class StreamProgress:
         # Shares of steps for which the data loader has asked ahead of training.
         self._shares = {int(s): np.array(shares) for s, shares in saved.get("shares", {}).items()}
         self._schedules: dict[int, dict[str, Any]] = {}
-        # The first step without a source. A source whose limit was raised since is in use again.
+        # First step without each ended source. A source with a raised limit is used again.
         left_out = saved.get("left_out", {}).items()
         self.left_out: dict[str, int] = {name: step for name, (limit, step) in left_out if self._limit(name) == limit}
         self.sent = step * self._k - 1  # the last micro-batch that the data loader has asked for
@@ -98,8 +98,8 @@ class StreamProgress:
 
     def source_of(self, number: int) -> int:
         """
-        Index of the source of a micro-batch. Micro-batches are asked for in order. Those before the first step of a
-        resumed run are asked for only to be skipped: their source is not decided, and 0 is returned.
+        Index of the source of a micro-batch. Micro-batches are requested in order. Those before the first step of a
+        resumed run are skipped by the loader, so 0 is returned for them.
 
         Raises:
             SourceError: every source that has a weight was read `max_epochs` times.
@@ -124,7 +124,7 @@ class StreamProgress:
         return shares / shares.sum()
 
     def decide_shares(self, step: int) -> None:
-        """Ask for the weights of an outer step if they are not known. All ranks must call it for the same steps."""
+        """Request the weights of an outer step if they are not known. All ranks must call it for the same steps."""
         if step not in self._shares:
             self._shares[step] = self._broadcast(normalized(dict(self._weights(step)), self.stream.names))
 
@@ -157,7 +157,7 @@ class StreamProgress:
             del self._schedules[past]
 
     def _commit(self, step: int) -> None:
-        """Take the window over into the positions if it belongs to a step before `step`."""
+        """Add the window to the positions if it belongs to a step before `step`."""
         of_step, states = self._window
         if of_step < step:
             for state in states:
@@ -174,7 +174,7 @@ class StreamProgress:
         return counts
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What [`~StreamProgress.begin`] needs to continue after `step` outer steps, in types that JSON has."""
+        """State for [`~StreamProgress.begin`] to continue after `step` outer steps, as JSON types."""
         self._commit(step)
         state = {
             "first": self._first,
