@@ -8,6 +8,7 @@ Run it before and after a change that must not change what is trained, and compa
 machine and one set of library versions. The script uses only the public names of the package.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -284,6 +285,9 @@ def run_ranked(names: Sequence[str], out: Path) -> None:
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, hashes)
         found[name] = everyone
+        # As the last owner of the process group, DDP would wait forever for the threads of the group.
+        del trainer
+        gc.collect()
     if torch.distributed.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
     torch.distributed.barrier()

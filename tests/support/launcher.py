@@ -1,5 +1,6 @@
 """Starts worker modules under torchrun and collects the results of each rank."""
 
+import gc
 import json
 import os
 import subprocess
@@ -23,7 +24,11 @@ def launch(module: str, ranks: int, out: Path) -> list[dict]:
 
 
 def report(found: Any, out: Path) -> None:
-    """Write the results of this rank and leave the process group, at the end of a worker."""
+    """
+    Write what this rank found, and leave the process group: the last that a worker does. Its trainers must be gone: as
+    the last owner of the group, DDP would wait forever for the threads of the group.
+    """
+    gc.collect()
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -5,7 +5,6 @@ Launch it with one restart, because rank 1 is killed in the first attempt.
 """
 
 import itertools
-import json
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from tests.support.faults import (
     displaced,
     make,
 )
+from tests.support.launcher import report
 from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
 EPOCH = K + 2  # micro-batches of an epoch on each of two ranks: the windows of a run have 4, 2, 4 and 2
@@ -155,9 +155,7 @@ def main(out: Path) -> None:
         found[f"{sync}_nan"] = with_nan(out / f"{sync}_nan", {2}, inner_sync=sync)
         found[f"{sync}_all_nan"] = with_nan(out / f"{sync}_all_nan", set(range(1, K + 1)), inner_sync=sync)
     found["watched"] = watched(out / "watched")
-    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    report(found, out)
 
 
 if __name__ == "__main__":

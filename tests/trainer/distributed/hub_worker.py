@@ -23,6 +23,7 @@ def main() -> None:
     trainer.push_to_hub(blocking=False)
     trainer.accelerator.wait_for_everyone()
     found["waiting"] = None if trainer.publisher is None else trainer.publisher.status().waiting
+    del trainer
     report(found, out)
 
 
