@@ -1,4 +1,4 @@
-"""Loading: every kind of source gives the same rows, held-out text is never trained on, a second call does no work."""
+"""Every kind of source gives the same rows, held-out text is not trained on, and a second call reads the cache."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`load(web={...}, law={...}, sequence_length=8)` loads a mixture; relative paths are in `tmp_path`."""
+    """`load(web={...}, law={...}, sequence_length=8)` loads a mixture. Relative paths are in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def load(*, sequence_length: int = 8, num_proc: int | None = None, with_: Any = None, **sources: Any) -> Mixture:
@@ -45,7 +45,7 @@ def texts(n: int, word: str = "fox") -> list[str]:
 
 
 def documents(tokenizer: Any, rows: Dataset) -> list[str]:
-    """The text in the rows, one string per document; the last one may be incomplete."""
+    """The text in the rows, one string per document. The last one may be incomplete."""
     return tokenizer.decode(rows["input_ids"][:].flatten()).split(EOS)
 
 
@@ -136,13 +136,13 @@ def test_the_licence_is_the_stated_one_else_that_of_the_data(load: Any) -> None:
 # --- what is held out
 
 
-def test_held_out_documents_are_never_trained_on_not_even_as_copies(load: Any, tokenizer: Any) -> None:
+def test_copies_of_held_out_documents_are_not_trained_on(load: Any, tokenizer: Any) -> None:
     docs = texts(50)
     write("web.jsonl", docs + docs[::-1] + docs[:25])
     mixture = load(web={"path": "web.jsonl", "eval_rows": 12}, sequence_length=2)
     held_out = documents(tokenizer, mixture.eval["web"])[:-1]
     trained = documents(tokenizer, mixture.train["web"])
-    assert len(held_out) in (11, 12)  # the last one may be cut off with the incomplete row
+    assert len(held_out) in (11, 12)  # the last one may be lost with the incomplete row
     assert len(set(held_out)) == len(held_out)
     assert set(held_out).isdisjoint(trained)
     assert set(held_out) | set(trained) >= set(docs[1:-1]) - set(held_out)
@@ -157,7 +157,7 @@ def test_the_same_documents_are_held_out_whatever_their_order(load: Any, tokeniz
     assert documents(tokenizer, mixture.eval["a"]) == documents(tokenizer, mixture.eval["b"])
 
 
-def test_text_of_an_evaluated_split_or_ood_source_is_trained_on_nowhere(
+def test_text_of_evaluation_sets_is_trained_on_nowhere(
     load: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     web, code, law = texts(30), texts(30, "bug"), texts(30, "judge")
@@ -180,7 +180,7 @@ def test_text_of_an_evaluated_split_or_ood_source_is_trained_on_nowhere(
     assert "'web': 12 more documents" in caplog.text and "'code': 2 more documents" in caplog.text
 
 
-def test_max_tokens_limits_training_and_ood_rows_but_not_what_is_held_out(load: Any) -> None:
+def test_max_tokens_does_not_limit_held_out_rows(load: Any) -> None:
     write("a.jsonl", texts(50))
     write("b.jsonl", texts(50, "judge"))
     everything = load(a={"path": "a.jsonl", "eval_rows": 10}, b={"path": "b.jsonl", "role": "ood"})
@@ -203,7 +203,7 @@ def stream_texts(source: StreamedDocuments, micro_batches: int) -> str:
     return source.encoder.tokenizer.decode(torch.cat(rows))
 
 
-def test_a_streaming_source_is_not_read_before_training_but_for_what_is_held_out(
+def test_only_held_out_documents_of_a_stream_are_read_early(
     load: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     docs = texts(300)
@@ -331,7 +331,7 @@ NAME = "{% if m.name is defined %}({{ m.name }}){% endif %}"
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + NAME + "{% endfor %}"
 
 
-def test_messages_are_rendered_by_the_chat_template_and_end_in_one_eos(load: Any) -> None:
+def test_messages_use_the_chat_template_and_end_in_one_eos(load: Any) -> None:
     chats = [
         [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "dog"}],
         [{"role": "user", "content": "the", "name": "Ann"}],
@@ -432,7 +432,7 @@ def test_documents_longer_than_max_tokens_say_to_raise_it(load: Any, role: str) 
         load(**sources, sequence_length=64)
 
 
-def test_a_source_that_is_held_out_elsewhere_as_a_whole_is_refused(load: Any) -> None:
+def test_a_source_held_out_elsewhere_as_a_whole_is_refused(load: Any) -> None:
     write("a.jsonl", texts(20))
     with pytest.raises(ValueError, match=r"sources\.a: all of its 20 documents are held out"):
         load(a={"path": "a.jsonl"}, b={"path": "a.jsonl", "role": "ood"})

@@ -1,4 +1,4 @@
-"""Packing: no token is lost but the last incomplete row, and rows depend on documents, tokenizer and length alone."""
+"""Packing loses only the last incomplete row, and rows depend only on documents, tokenizer and length."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ documents = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30
 
 
 @given(documents, st.integers(1, 20), st.integers(1, 7))
-def test_rows_are_the_documents_end_to_end_however_they_are_batched(docs: list, length: int, batch: int) -> None:
+def test_rows_are_the_documents_end_to_end_in_any_batches(docs: list, length: int, batch: int) -> None:
     pack = RowPacker(length)
     rows = []
     for start in range(0, len(docs), batch):
@@ -52,7 +52,7 @@ def test_rows_are_the_documents_end_to_end_however_they_are_batched(docs: list, 
     assert rows == [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
 
 
-def test_an_eos_ends_each_document_and_fewer_than_one_row_is_lost(tmp_path: Path) -> None:
+def test_an_eos_ends_each_document_and_only_a_rest_is_lost(tmp_path: Path) -> None:
     tokenizer, docs = tiny_tokenizer(), texts(3 * BATCH_SIZE)
     rows = packer(tmp_path, tokenizer).pack_documents(Dataset.from_dict({"text": docs}), 64)
     stream = flat(tokenizer, docs)
@@ -60,7 +60,7 @@ def test_an_eos_ends_each_document_and_fewer_than_one_row_is_lost(tmp_path: Path
     assert tokens_of(rows) == stream[: len(rows) * 64]
 
 
-def test_rows_do_not_depend_on_the_number_of_processes_nor_does_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
+def test_rows_and_cache_do_not_depend_on_the_processes(tmp_path: Path, monkeypatch: Any) -> None:
     docs = Dataset.from_dict({"text": texts(1000)})
     alone = packer(tmp_path / "alone").pack_documents(docs, 32)
     together = packer(tmp_path / "together", num_proc=2).pack_documents(docs, 32)
@@ -70,10 +70,10 @@ def test_rows_do_not_depend_on_the_number_of_processes_nor_does_the_cache(tmp_pa
     assert not calls
 
 
-def test_no_special_tokens_are_added_but_eos_and_empty_documents_vanish(tmp_path: Path) -> None:
+def test_eos_is_the_only_special_token_and_empty_texts_vanish(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     stream = flat(tokenizer, ["the fox", "the dog"])
-    first = [(EOS, tokenizer.eos_token_id)]  # as a tokenizer that starts each text with a BOS
+    first = [(EOS, tokenizer.eos_token_id)]  # like a tokenizer that starts each text with a BOS
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{EOS} $0", special_tokens=first)
     assert tokenizer("fox")["input_ids"][0] == tokenizer.eos_token_id
     docs = ["", "the fox", "", "the dog", ""]
@@ -81,7 +81,7 @@ def test_no_special_tokens_are_added_but_eos_and_empty_documents_vanish(tmp_path
     assert tokens_of(rows) == stream[: len(stream) // 2 * 2]
 
 
-def test_the_padding_and_truncation_of_an_earlier_call_do_not_reach_the_rows(tmp_path: Path) -> None:
+def test_padding_of_an_earlier_call_does_not_reach_the_rows(tmp_path: Path) -> None:
     tokenizer, docs = tiny_tokenizer(), Dataset.from_dict({"text": texts(50)})
     before = packer(tmp_path / "a", tokenizer).pack_documents(docs, 16)
     tokenizer(["the fox", "dog"], truncation=True, max_length=1, padding="max_length")
@@ -90,7 +90,7 @@ def test_the_padding_and_truncation_of_an_earlier_call_do_not_reach_the_rows(tmp
 
 @settings(max_examples=25)
 @given(st.integers(8, 3000))
-def test_max_tokens_takes_as_many_whole_documents_from_the_start_as_fit(cached_packer: Any, limit: int) -> None:
+def test_max_tokens_takes_whole_documents_from_the_start(cached_packer: Any, limit: int) -> None:
     pack, docs = cached_packer
     pack.encoder.source.max_tokens = limit
     rows = pack.pack_documents(Dataset.from_dict({"text": docs}), 4)
@@ -135,7 +135,7 @@ def test_the_default_collator_makes_a_batch_of_rows(tmp_path: Path) -> None:
     assert batch["input_ids"][0].equal(rows[5]["input_ids"])
 
 
-def test_too_few_tokens_for_a_row_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_too_few_tokens_for_a_row_are_an_error_with_a_fix(tmp_path: Path) -> None:
     for docs in (["the fox"], [""]):
         with pytest.raises(
             ValueError, match=r"sources\.web: the 1 held-out.* no row of sequence_length=99.*raise eval_rows"
@@ -149,7 +149,7 @@ def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:
     pack = packer(tmp_path)
     hashes = pack.hash_documents(Dataset.from_dict({"text": ["a", "b", "a", "é"]}))
     assert hashes.dtype == np.int64 and hashes[0] == hashes[2] and len(set(hashes.tolist())) == 3
-    # A constant of this test: another value would hold out other documents than earlier versions did.
+    # Another value would hold out other documents than earlier versions.
     assert hashes[0] == 3405396810240292928
     assert np.array_equal(pack.hash_documents(Dataset.from_dict({"text": ["é", "a"]})), hashes[[3, 2]])
     other = packer(tmp_path, tiny_tokenizer("hello world"), num_proc=2)
@@ -157,7 +157,7 @@ def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("hash-*"))) == 2  # another tokenizer does not hash the same text again
 
 
-def test_hashes_of_messages_are_of_the_text_that_the_template_makes(tmp_path: Path) -> None:
+def test_hashes_of_messages_are_those_of_the_rendered_text(tmp_path: Path) -> None:
     chats = Dataset.from_dict({"messages": [[{"role": "user", "content": "fox"}]]})
     hashes = []
     for template in ("{{ messages[0].content }}", "{{ messages[0].role }}: {{ messages[0].content }}"):

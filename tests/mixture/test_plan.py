@@ -1,4 +1,4 @@
-"""The plan of a mixture: what each source gives, and limits that cannot be met."""
+"""The plan of a mixture: the tokens from each source, and limits that cannot be met."""
 
 import re
 from typing import Any
@@ -35,7 +35,7 @@ def test_all_tokens_of_the_run_are_accounted_for(sources: dict[str, tuple[int, f
     assert sum(row.share for row in rows) == pytest.approx(1)
 
 
-def test_a_cap_that_cannot_be_met_names_the_key_and_numbers_that_work() -> None:
+def test_exceeded_max_epochs_name_the_key_and_usable_numbers() -> None:
     tokens, weights, caps = {"web": 8000, "code": 1000}, {"web": 0.5, "code": 0.5}, {"code": 3.0, "web": None}
     with pytest.raises(
         ValueError, match=r"^sources\.code\.max_epochs: .*1,000 tokens 5 times, but 3 are allowed"
@@ -48,13 +48,13 @@ def test_a_cap_that_cannot_be_met_names_the_key_and_numbers_that_work() -> None:
     mixture_plan(tokens, weights, fewer, caps)
 
 
-def test_caps_that_no_weights_can_meet_say_so() -> None:
+def test_max_epochs_that_no_weights_can_meet_say_so() -> None:
     with pytest.raises(ValueError, match="together allow 300 tokens with any weights") as error:
         mixture_plan({"a": 100, "b": 50}, {"a": 0.5, "b": 0.5}, 1000, {"a": 2, "b": 2})
     assert "weight to at most" not in str(error.value)
 
 
-def test_a_cap_met_exactly_is_met() -> None:
+def test_max_epochs_reached_exactly_are_allowed() -> None:
     # 2.1 / (0.9 + 2.1) * 1000 / 700 is 1.0000000000000002 in floating point.
     rows = mixture_plan({"a": 300, "b": 700}, {"a": 0.9, "b": 2.1}, 1000, {"a": 1.0, "b": 1.0})
     assert [row.epochs for row in rows] == pytest.approx([1, 1])
@@ -92,7 +92,7 @@ def test_a_stage_after_the_end_of_the_run_takes_nothing() -> None:
     assert (web.stage_tokens, code.stage_tokens) == ((4500, 0), (500, 0))
 
 
-def test_a_cap_holds_for_all_stages_together() -> None:
+def test_max_epochs_hold_for_all_stages_together() -> None:
     tokens, caps = {"web": 16_400, "code": 1000}, {"web": None, "code": 1.7}
     with pytest.raises(ValueError, match=r"^sources\.code\.max_epochs: .* 1\.8 times, but 1\.7") as error:
         mixture_plan(tokens, STAGES, 10_000, caps)
@@ -100,7 +100,7 @@ def test_a_cap_holds_for_all_stages_together() -> None:
     mixture_plan(tokens, STAGES, 10_000, {"code": 1.8})
 
 
-def test_a_cap_on_a_source_of_unknown_size_is_left_to_training() -> None:
+def test_max_epochs_without_a_known_size_are_left_to_training() -> None:
     web, code = mixture_plan({"web": 1000, "code": None}, {"web": 0.1, "code": 0.9}, 10_000, {"code": 1})
     assert (code.epochs, code.train_tokens, web.epochs) == (None, 9000, 1.0)
     with pytest.raises(ValueError, match=r"sources\.web\.max_epochs.*weight to at most 0\.05"):

@@ -28,7 +28,7 @@ def test_shares_converge_to_the_weights():
         assert np.abs(shares - list(WEIGHTS.values())).max() < tolerance
 
 
-def test_stratified_is_within_one_micro_batch_of_every_target_at_every_prefix():
+def test_stratified_stays_within_one_micro_batch_of_targets():
     drawn = SourceSchedule(WEIGHTS, 0, "stratified").sources(0, 500)
     counts = np.cumsum(np.eye(3)[drawn], axis=0)
     targets = np.outer(np.arange(1, 501), list(WEIGHTS.values()))
@@ -66,7 +66,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize("kind", ["random", "stratified"])
-def test_the_draws_of_this_release_stay_those_of_the_next(kind):
+def test_draws_stay_the_same_across_releases(kind):
     first = {"random": [1, 0, 0, 0, 2, 2, 1, 1, 1, 2], "stratified": [0, 1, 2, 0, 0, 1, 0, 2, 1, 0]}
     assert SourceSchedule(WEIGHTS, 0, kind).sources(0, 10).tolist() == first[kind]
 
@@ -78,7 +78,7 @@ def test_stages_of_equal_weights_are_one_stage(kind):
 
 
 @pytest.mark.parametrize("kind", ["random", "stratified"])
-def test_each_stage_has_its_weights_and_any_stretch_is_that_of_the_whole(kind):
+def test_each_stage_has_its_weights_in_any_stretch(kind):
     schedule = SourceSchedule(STAGES, 1, kind)
     whole = schedule.sources(0, 12_000)
     for start, stop, shares in [
@@ -95,8 +95,8 @@ def test_each_stage_has_its_weights_and_any_stretch_is_that_of_the_whole(kind):
     assert schedule.shares.tolist() == [0.75, 0.5, 0.5]
 
 
-def test_what_a_source_is_owed_survives_the_end_of_a_stage():
-    # Stages so short that none of them alone would give the rare source a micro-batch.
+def test_distance_to_the_target_survives_the_end_of_a_stage():
+    # No stage alone is long enough to give the rare source a micro-batch.
     often, rarely = {"a": 0.9, "b": 0.1}, {"a": 0.8, "b": 0.2}
     stages = [(start, rarely if start % 4 else often) for start in range(0, 4000, 2)]
     drawn = SourceSchedule(stages, kind="stratified").sources(0, 4000)
@@ -105,7 +105,7 @@ def test_what_a_source_is_owed_survives_the_end_of_a_stage():
 
 
 @pytest.mark.parametrize("kind", ["random", "stratified"])
-def test_weights_decided_while_training_give_the_same_draws_as_those_known_before(kind):
+def test_weights_decided_during_training_give_the_same_draws(kind):
     schedule, shares = DynamicSchedule(["a", "b", "c"], 1, kind), {start: list(w.values()) for start, w in STAGES[:2]}
     drawn, current = [], []
     for i in range(9000):
@@ -123,7 +123,7 @@ def test_a_dynamic_schedule_goes_on_from_its_saved_state(stop, kind, seed):
     first = DynamicSchedule(["a", "b", "c"], seed, kind)
     drawn = [first.source(i, shares[i]) for i in range(stop)]
     state = json.loads(json.dumps(first.state_dict()))
-    [first.source(i, shares[i]) for i in range(stop, 70)]  # the state is no view of what goes on
+    [first.source(i, shares[i]) for i in range(stop, 70)]  # the state must not change with the schedule
     second = DynamicSchedule(["a", "b", "c"], seed, kind)
     second.load_state_dict(state)
     assert drawn + [second.source(i, shares[i]) for i in range(stop, 80)] == expected
@@ -174,7 +174,7 @@ def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, i
     rows=st.integers(1, 4),
     seed=st.integers(0, 5),
 )
-def test_one_source_per_micro_batch_and_no_row_lost_or_repeated_within_a_pass(sizes, rows, seed):
+def test_micro_batches_hold_one_source_and_passes_each_row_once(sizes, rows, seed):
     sampler = build({f"s{i}": n for i, n in enumerate(sizes)}, rows, seed)
     read: dict[str, list[int]] = {}
     for epoch in range(3):
@@ -257,7 +257,7 @@ def test_a_source_column_makes_sources():
         (["http://1", "http://2", "http://3", "http://1"], r"holds 3 different values in 4 rows: .*remove_columns"),
     ],
 )
-def test_a_column_that_does_not_name_sources_is_said_to_be_none(column, message):
+def test_a_source_column_that_names_no_sources_is_refused(column, message):
     datasets = pytest.importorskip("datasets")
     with pytest.raises(ValueError, match=message):
         split_sources(datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "source": column}))

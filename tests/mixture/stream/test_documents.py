@@ -1,4 +1,4 @@
-"""Documents of a stream: each once, packed without a gap, resumed within a document; bad rows have a policy."""
+"""Streamed documents are packed once each without gaps, resume within a document, and may skip bad rows."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def read(stream: MixtureStream, micro_batches: int, batch: int = 2) -> tuple[lis
 
 
 def first_pass(stream: MixtureStream, source: StreamedDocuments) -> list[str]:
-    """The documents of the first pass, whose last one may be in part."""
+    """The documents of the first pass. The last one may be incomplete."""
     tokens: list[int] = []
     while True:
         (rows,), (state,) = read(stream, 1, batch=1)
@@ -70,7 +70,7 @@ def test_a_pass_holds_each_document_once_and_an_eos_after_each(ranks: int) -> No
         text for rank in range(ranks) for text in first_pass(start(source, None, rank, ranks, buffer_size=20), source)
     ]
     assert sorted(text for text in found if text) == sorted(TEXTS)
-    assert found.count("") == ranks  # after the last EOS of each lane
+    assert found.count("") == ranks  # after the last EOS of each partition
 
 
 def test_rows_are_tokens_and_equal_labels_end_to_end() -> None:
@@ -90,21 +90,18 @@ def test_rows_are_tokens_and_equal_labels_end_to_end() -> None:
     st.integers(2, 40),
     st.lists(st.text(max_size=60), max_size=9),
 )
-def test_resume_after_any_micro_batch_gives_the_same_tokens_and_again(
+def test_resume_after_each_micro_batch_gives_the_same_tokens(
     batch: int, shards: int, buffer_size: int, length: int, more: list[str]
 ) -> None:
     source = stream_of(TEXTS[:30] + more, shards, length, on_error="skip")
-    count = 24
-    expected, states = read(start(source, buffer_size=buffer_size), count, batch)
-    for resumed in range(count - 5):
-        stream = start(source, states[resumed], buffer_size=buffer_size)
-        got, state = read(stream, 2, batch)
-        got += read(start(source, state[-1], buffer_size=buffer_size), 2, batch)[0]
-        assert all(g.equal(e) for g, e in zip(got, expected[resumed + 1 :], strict=False))
-        assert state == states[resumed + 1 : resumed + 3]
+    expected, states = read(start(source, buffer_size=buffer_size), 24, batch)
+    state = None
+    for rows, after in zip(expected, states, strict=True):  # resume after each micro-batch
+        (got,), (state,) = read(start(source, state, buffer_size=buffer_size), 1, batch)
+        assert got.equal(rows) and state == after
 
 
-def test_held_out_documents_are_left_out_by_the_hash_that_packing_gives(tmp_path: Path) -> None:
+def test_streams_leave_out_documents_by_the_hash_of_packing(tmp_path: Path) -> None:
     source = stream_of(TEXTS)
     packer = SourcePacker(source.encoder, tokenizer_fingerprint(source.encoder.tokenizer), tmp_path)
     hashes = packer.hash_documents(Dataset.from_dict({"text": TEXTS[:20]})).tolist()
@@ -124,9 +121,7 @@ BAD = [None, 3, "half a pair \ud800"]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=["missing", "number", "surrogate"])
-def test_a_bad_row_is_an_error_with_its_number_or_skipped_and_counted(
-    bad: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_row_is_named_or_skipped_and_counted(bad: Any, caplog: pytest.LogCaptureFixture) -> None:
     texts = [*TEXTS[:40], bad, *TEXTS[40:], bad]
     with pytest.raises(SourceError, match=r"Source 'a': row (40|71) of shard 0 is unusable: .*on_error to 'skip'"):
         first_pass(start(stream_of(texts)), stream_of(texts))
@@ -156,14 +151,14 @@ def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 30))
-def test_pieces_make_up_the_text(text: str, size: int) -> None:
-    pieces = list(split_text(text, size))
-    assert "".join(pieces) == text
-    assert all(0 < len(piece) <= size for piece in pieces[:-1]) and len(pieces[-1]) <= size
-    assert len(pieces) <= 2 * len(text) // size + 2
+def test_segments_make_up_the_text(text: str, size: int) -> None:
+    segments = list(split_text(text, size))
+    assert "".join(segments) == text
+    assert all(0 < len(segment) <= size for segment in segments[:-1]) and len(segments[-1]) <= size
+    assert len(segments) <= 2 * len(text) // size + 2
 
 
-def test_a_long_document_is_tokenized_a_piece_at_a_time_and_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_are_tokenized_by_segment_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
     call = PreTrainedTokenizerFast.__call__
 
