@@ -1,5 +1,5 @@
 """
-Run a command against a Hub of its own, on this machine, then load what it pushed.
+Run a command with a Hub on this machine, then load the pushed model.
 
     python -m tests.support.hub.demo alice/nexus-demo runs/nexus-demo -- python recipes/pretrain_3b.py --config demo \\
         --push_to_hub True --hub_strategy checkpoint
@@ -27,7 +27,7 @@ print(f"from_pretrained({repo_id!r}) gives the {model.num_parameters():,} parame
 
 
 def main() -> None:
-    """The command, then the check; exits with the status of the first that fails."""
+    """Run the command, then the check. The exit status is that of the first failure."""
     parser = argparse.ArgumentParser(description="Run a command against a local Hub, then load what it pushed.")
     parser.add_argument("repo_id", help="What the command pushes to; the Hub's only writer is called alice.")
     parser.add_argument("folder", help="Its output_dir.")

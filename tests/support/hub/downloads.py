@@ -1,4 +1,4 @@
-"""What the test Hub tells about its repositories, and the files in them."""
+"""Reading from the test Hub: information about repositories, and their files."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ TREE_PAGE = 1000  # entries
 
 
 def front_matter(text: str) -> Json | None:
-    """The metadata of a card; raises `yaml.YAMLError`."""
+    """The metadata of a card. Raises `yaml.YAMLError`."""
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.S)
     data = yaml.safe_load(match[1]) if match else None
     return data if isinstance(data, dict) else None
 
 
 class Downloads(Plumbing):
-    """Everything that changes nothing."""
+    """Handlers of requests that change nothing."""
 
     def info(self, repo: Json, oid: str) -> Json:
-        """What `model_info` and `dataset_info` show."""
+        """The result of `model_info` and `dataset_info`."""
         commit = self.hub.store.commit(repo, oid)
         tree, blobs = commit["tree"], self.flag("blobs")
         siblings = [
@@ -118,7 +118,7 @@ class Downloads(Plumbing):
         return {"Link": f'<{self.hub.endpoint}{self.url_path}?{query}>; rel="next"'}
 
     def paths_info(self, repo: Json, oid: str) -> None:
-        """Some entries by name."""
+        """The entries of the given names."""
         raw = self.body()
         form: Any = json.loads(raw) if raw[:1] == b"{" else parse_qs(raw.decode())
         self.reply(200, [entry for entry in self.entries(repo, oid, "", True) if entry["path"] in form["paths"]])
@@ -139,7 +139,7 @@ class Downloads(Plumbing):
         self.reply(200, shown, {"X-Total-Count": len(history), **headers})
 
     def file(self, repo: Json, oid: str, path: str) -> None:
-        """A file or a range of it, directly: a redirect to our own address would be followed by the client."""
+        """A file or a range of it, without a redirect to another address."""
         store = self.hub.store
         entry = store.commit(repo, oid)["tree"].get(path)
         headers: dict[str, Any] = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}

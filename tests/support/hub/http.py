@@ -1,4 +1,4 @@
-"""The HTTP side of the test Hub: reading requests, answering them, and the faults between the two."""
+"""The HTTP server of the test Hub: reading requests, answering them, and injected faults."""
 
 import json
 import os
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 @dataclass
 class Fault:
     """
-    What happens to some requests.
+    A fault of some requests.
 
     Args:
         path (`str`): Regular expression that the path must contain.
         method (`str`): Regular expression that the method must be.
-        status (`int`, *optional*): Answer with this, without doing anything.
-        action (`str`): Instead of answering: `"drop"` the connection, `"hang"`, be `"slow"`, `"hold"` the request
-            until the Hub is healed, or `"lose"` the answer after doing what was asked.
-        times, skip (`int`): To how many requests, and how many are let through before.
-        seconds (`float`): How slow, or how long to hang.
-        headers, body: Of the answer with `status`.
+        status (`int`, *optional*): Answer with this status and do nothing.
+        action (`str`): In place of a status: `"drop"` the connection, `"hang"`, be `"slow"`, `"hold"` the request
+            until the Hub is healed, or `"lose"` the answer of a request that was executed.
+        times, skip (`int`): Number of affected requests, and of requests before them.
+        seconds (`float`): Length of the delay or of the hang.
+        headers, body: Those of the answer with `status`.
     """
 
     path: str
@@ -43,25 +43,25 @@ class Fault:
 
 
 class Plumbing(BaseHTTPRequestHandler):
-    """One request at a time of one connection; what it asks for is up to `route`, of the subclass."""
+    """Handles the requests of one connection. `route` of the subclass executes them."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer on a kept connection waits 40 ms
+    disable_nagle_algorithm = True  # otherwise every answer on a kept connection waits 40 ms
     hub: "HubServer"
     _consumed: bool
     _status: int | None
 
     def route(self) -> None:
-        """Answer by `reply`, or raise a `HubError`."""
+        """Answer with `reply`, or raise a `HubError`."""
         raise NotImplementedError
 
     def log_message(self, *args: Any) -> None:
-        """Nothing: `hub.log` has it."""
+        """Log nothing, because `hub.log` has it."""
 
     # ---- The request ----
 
     def chunks(self) -> Iterator[bytes]:
-        """The body, as it comes; nothing if it was read already."""
+        """The body in chunks; nothing if it was read already."""
         if self._consumed:
             return
         self._consumed = True
@@ -94,7 +94,7 @@ class Plumbing(BaseHTTPRequestHandler):
             raise HubError(400, "Invalid JSON body") from error
 
     def flag(self, name: str) -> bool:
-        """A yes or no of the query."""
+        """A boolean of the query."""
         return self.query.get(name, ["false"])[0].lower() in ("true", "1")
 
     # ---- The answer ----
@@ -109,7 +109,7 @@ class Plumbing(BaseHTTPRequestHandler):
     ) -> None:
         """Answer with `value` as JSON, or with raw bytes."""
         for _ in self.chunks():
-            pass  # an unread body would be taken for the next request
+            pass  # an unread body would be read as the next request
         data = raw if raw is not None else b"" if value is None else json.dumps(value).encode()
         self._status = status
         self.send_response(status)

@@ -1,5 +1,5 @@
 """
-A Hub to test against: the real clients (`huggingface_hub`, `hf_xet`, `transformers`, `datasets`) talk to it over HTTP.
+A Hub for tests. The real clients (`huggingface_hub`, `hf_xet`, `transformers`, `datasets`) use it over HTTP.
 
     python -m tests.support.hub.server --root hub_data --port 8765
 
@@ -31,7 +31,7 @@ from tests.support.hub.uploads import Uploads
 from tests.support.hub.xet import LocalXet
 
 ALICE = "hf_alice"  # may write below alice/
-READER = "hf_reader"  # bob's, for reading only
+READER = "hf_reader"  # of bob, read-only
 _USERS = {ALICE: {"name": "alice", "role": "write"}, READER: {"name": "bob", "role": "read"}}
 
 
@@ -40,17 +40,17 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are killed, or that we hang up on, are part of the tests."""
+        """Ignore broken connections, which are part of the tests."""
 
 
 class HubServer:
     """
-    The server; a context manager that runs it in a thread.
+    The server. The context manager runs it in a thread.
 
     Args:
-        root (`str` or `Path`): Where it keeps its repositories.
+        root (`str` or `Path`): Folder of its repositories.
         port (`int`, *optional*, defaults to 0): 0 picks a free one.
-        multipart_chunk (`int`, *optional*): Larger LFS files are sent in parts of so many bytes; never if `None`.
+        multipart_chunk (`int`, *optional*): Larger LFS files are sent in parts of this size in bytes; never if `None`.
     """
 
     def __init__(self, root: str | Path, port: int = 0, multipart_chunk: int | None = None):
@@ -77,19 +77,19 @@ class HubServer:
     # ---- Faults ----
 
     def fail(self, path: str, **fault: Any) -> None:
-        """Let requests fail from now on; see [`Fault`]."""
+        """Let requests fail from now on, as [`Fault`] says."""
         with self._lock:
             self._faults.append(Fault(path, **fault))
             self.healed.clear()
 
     def heal(self) -> None:
-        """No more faults; requests that were held go on."""
+        """Remove all faults. Requests that were held continue."""
         with self._lock:
             self._faults.clear()
             self.healed.set()
 
     def take_fault(self, method: str, path: str) -> Fault | None:
-        """The fault that is meant for this request."""
+        """The fault of this request."""
         with self._lock:
             for fault in self._faults:
                 if fault.times > 0 and re.fullmatch(fault.method, method) and re.search(fault.path, path):
@@ -103,18 +103,18 @@ class HubServer:
     # ---- What happened ----
 
     def count(self, method: str, path: str) -> int:
-        """How many such requests there were; `path` is a regular expression."""
+        """Number of matching requests. `path` is a regular expression."""
         return sum(entry["method"] == method and bool(re.search(path, entry["path"])) for entry in self.log)
 
     def history(self, repo_id: str, branch: str = "main") -> list[Json]:
-        """The commits of a model but for the Hub's own first, newest first; none if there is no such branch."""
+        """The commits of a model without the Hub's first one, newest first; none if the branch is missing."""
         repo = self.store.load("models", repo_id)
         if repo is None or branch not in repo["branches"]:
             return []
         return list(self.store.history(repo, repo["branches"][branch]))[:-1]
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
-        """What a branch of a model holds, but for `.gitattributes`."""
+        """The files of a branch of a model, without `.gitattributes`."""
         repo = self.store.load("models", repo_id)
         assert repo is not None, f"{repo_id} does not exist"
         tree = self.store.commit(repo, repo["branches"][branch])["tree"]
@@ -122,10 +122,10 @@ class HubServer:
 
 
 class _Handler(Uploads):
-    """Who may do what, and where it is done."""
+    """Checks permissions and routes requests."""
 
     def user(self) -> Json | None:
-        """Who asks; `None` for anybody."""
+        """The user of a request; `None` without a token."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ").strip()
         if not token:
             return None
@@ -134,28 +134,28 @@ class _Handler(Uploads):
         return self.hub.users[token]
 
     def known_user(self) -> Json:
-        """Who asks, if they say so."""
+        """The user of a request, who must have a token."""
         user = self.user()
         if user is None:
             raise HubError(401, "Invalid username or password.")
         return user
 
     def writer(self, repo_id: str) -> Json:
-        """Who asks, if they may write to the repository."""
+        """The user of a request, who must have write access to the repository."""
         user = self.known_user()
         if user["role"] != "write" or user["name"] != repo_id.split("/")[0]:
             raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         return user
 
     def repo(self, kind: str, repo_id: str) -> Json:
-        """The repository. Of a private one strangers do not even learn that it exists."""
+        """The repository. For other users, a private one does not exist."""
         user, repo = self.user(), self.hub.store.load(kind, repo_id)
         if repo is None or (repo["private"] and (user is None or user["name"] != repo_id.split("/")[0])):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def route(self) -> None:
-        """Find out what is wanted."""
+        """Route a request."""
         path, method = self.url_path, self.command
         if path == "/api/whoami-v2":
             user = self.known_user()
@@ -172,7 +172,7 @@ class _Handler(Uploads):
             self.writer(match[2])
             self.lfs_batch()
         elif match := re.fullmatch(r"/__lfs/([0-9a-f]{64})(?:/(\d+|complete|verify))?", path):
-            self.lfs_object(match[1], match[2])  # addresses signed for one upload: they ask for no token
+            self.lfs_object(match[1], match[2])  # addresses signed for one upload, which need no token
         elif match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/(?:resolve|raw)/([^/]+)/(.+)", path):
             repo = self.repo(match[1] or "models", match[2])
             self.file(repo, self.hub.store.resolve(repo, unquote(match[3])), unquote(match[4]))

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# What the Hub puts into every new repository: these go through LFS or xet.
+# The Hub's `.gitattributes` in every new repository: these files use LFS or xet.
 _LARGE = (
     "7z",
     "arrow",
@@ -36,7 +36,7 @@ Json = dict[str, Any]
 
 
 class HubError(Exception):
-    """What a handler answers with instead of its usual reply."""
+    """An error response of a handler."""
 
     def __init__(
         self,
@@ -52,18 +52,18 @@ class HubError(Exception):
 
 
 def git_oid(data: bytes) -> str:
-    """The object id that git gives a file."""
+    """The git object id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """What git holds in place of an LFS file."""
+    """The pointer file of an LFS file in git."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
 class Store:
     """
-    A folder of repositories. `lock` makes a series of reads and writes one.
+    A folder of repositories. `lock` makes a series of reads and writes atomic.
 
     A repository is `{type, id, private, createdAt, branches: {name: oid}}`, a commit `{oid, parent, title, message,
     author, date, tree}`, a tree `{path: {sha256, size, oid, lfs}}`.
@@ -78,7 +78,7 @@ class Store:
     # ---- Content ----
 
     def blob(self, sha256: str) -> Path:
-        """Where the content with this hash is, if it is."""
+        """Path of the content with this hash, which may be missing."""
         return self.root / "blobs" / sha256
 
     def put(self, chunks: Iterable[bytes], expected: str | None = None) -> str:
@@ -87,7 +87,7 @@ class Store:
 
         Args:
             chunks (`Iterable[bytes]`): The content.
-            expected (`str`, *optional*): The SHA-256 that it must have.
+            expected (`str`, *optional*): Its expected SHA-256.
 
         Returns:
             `str`: its SHA-256.
@@ -111,7 +111,7 @@ class Store:
         return self.blob(tree[path]["sha256"]).read_bytes() if path in tree else None
 
     def regular_file(self, data: bytes) -> Json:
-        """The tree entry of a file that git holds itself."""
+        """The tree entry of a regular file, without LFS."""
         return {"sha256": self.put([data]), "size": len(data), "oid": git_oid(data), "lfs": False}
 
     # ---- Repositories ----
@@ -127,7 +127,7 @@ class Store:
         return json.loads(path.read_text()) if path.exists() else None
 
     def save(self, repo: Json) -> None:
-        """Write the repository down."""
+        """Save the repository."""
         self._write(self._folder(repo["type"], repo["id"]) / "repo.json", repo)
 
     def create(self, kind: str, repo_id: str, private: bool, author: str) -> None:
@@ -138,7 +138,7 @@ class Store:
         )
 
     def delete(self, kind: str, repo_id: str) -> None:
-        """Delete a repository; its content stays."""
+        """Delete a repository. Its blobs stay."""
         shutil.rmtree(self._folder(kind, repo_id))
 
     # ---- History ----
@@ -160,7 +160,7 @@ class Store:
         return {"oid": oid, **json.loads(path.read_text())}
 
     def resolve(self, repo: Json, revision: str) -> str:
-        """The commit that a branch or a commit id means."""
+        """The commit of a branch or commit id."""
         name = revision.removeprefix("refs/heads/")
         if name in repo["branches"]:
             return repo["branches"][name]
@@ -171,7 +171,7 @@ class Store:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def history(self, repo: Json, oid: str | None) -> Iterator[Json]:
-        """A commit and what came before, newest first."""
+        """A commit and its ancestors, newest first."""
         while oid:
             commit = self.commit(repo, oid)
             yield commit

@@ -1,6 +1,6 @@
 """
-Run in a process of its own, whose clients find the tests' Hub from the start: training from a stream of it, and what
-remains when it goes away. What was found goes to `<out>/found.json`.
+Trains on a stream from the test Hub, and again when the Hub goes away. Runs in another process, whose clients use the
+test Hub from the start. Writes its results to `<out>/found.json`.
 """
 
 import json
@@ -31,7 +31,7 @@ def upload(hub: HubServer) -> None:
 
 
 def be_impatient() -> None:
-    """The clients have waits of their own, minutes in all; ours come on top of them."""
+    """Shorten the waits of the clients, minutes in all, and ours."""
     import datasets
     from huggingface_hub.utils import _http
 

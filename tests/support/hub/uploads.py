@@ -1,4 +1,4 @@
-"""What changes the repositories of the test Hub; it refuses what the Hub refuses."""
+"""Writing to the test Hub, with the same errors as the Hub."""
 
 import base64
 import fnmatch
@@ -11,11 +11,11 @@ import yaml
 from tests.support.hub.downloads import Downloads, front_matter
 from tests.support.hub.store import HubError, Json, git_oid, pointer
 
-REGULAR_LIMIT = 10 << 20  # bytes of a file that git holds itself
+REGULAR_LIMIT = 10 << 20  # largest regular file in bytes, without LFS
 
 
 def card_errors(text: str) -> list[str]:
-    """What is wrong with a card's metadata."""
+    """Errors in the metadata of a card."""
     try:
         data = front_matter(text) or {}
     except yaml.YAMLError as error:
@@ -39,10 +39,10 @@ def card_errors(text: str) -> list[str]:
 
 
 class Uploads(Downloads):
-    """Everything that changes something. Whoever calls has checked the right to write."""
+    """Handlers of requests that change repositories. Write access is checked before."""
 
     def create_repo(self, user: Json) -> None:
-        """A new repository; the client takes its address from the refusal too, if it exists."""
+        """Create a repository. If it exists, the error also has its address, which the client reads."""
         body = self.json()
         namespace, kind = body.get("organization") or user["name"], (body.get("type") or "model") + "s"
         repo_id = f"{namespace}/{body['name']}"
@@ -59,7 +59,7 @@ class Uploads(Downloads):
         self.reply(200, {"url": url, "name": repo_id, "id": repo_id})
 
     def validate_yaml(self) -> None:
-        """Check a card before it is sent."""
+        """Check a card before its upload."""
         errors = [{"message": error} for error in card_errors(self.json().get("content") or "")]
         answer = {"errors": errors, "warnings": []}
         self.reply(400 if errors else 200, answer | ({"error": errors[0]["message"]} if errors else {}))
@@ -75,7 +75,7 @@ class Uploads(Downloads):
         self.reply(200, {})
 
     def preupload(self, repo: Json, revision: str) -> None:
-        """How each file is to be sent, and the hash of what is there."""
+        """How to send each file, and the hash of the existing one."""
         store = self.hub.store
         oid = store.resolve(repo, revision)
         tree = store.commit(repo, oid)["tree"]
@@ -111,7 +111,7 @@ class Uploads(Downloads):
         self.reply(200, {"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
 
     def lfs_object(self, oid: str, step: str | None) -> None:
-        """Take an object, a part of it, or the word that it is complete."""
+        """Receive an object, a part of it, or its completion."""
         store = self.hub.store
         parts = store.root / "parts" / oid
         if self.command == "PUT" and step is None:
@@ -134,7 +134,7 @@ class Uploads(Downloads):
     # ---- The commit ----
 
     def make_commit(self, repo: Json, branch: str, user: Json) -> None:
-        """One commit on top of the branch, all of it or nothing."""
+        """Add one commit to the branch, atomically."""
         lines = [json.loads(line) for line in self.body().splitlines() if line.strip()]
         header, store = lines[0]["value"], self.hub.store
         with store.lock:

@@ -1,6 +1,6 @@
 """
 The xet path of the test Hub. The real hf_xet accepts `local://<folder>` in place of a server and writes its xorbs
-(compressed chunks) and shards (which chunks make up which file) there; this reads them back.
+(compressed chunks) and shards (the chunks of each file) there. This module reads them.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ _ENTRY = 48  # bytes of each record of a shard, its header included
 
 
 class LocalXet:
-    """What hf_xet has written to a folder, by the SHA-256 of the file."""
+    """The files that hf_xet has written to a folder, by SHA-256."""
 
     def __init__(self, root: Path):
         self.root = root.absolute()
@@ -21,11 +21,11 @@ class LocalXet:
 
     @property
     def url(self) -> str:
-        """What the client is told to write to."""
+        """The address that the client writes to."""
         return f"local://{self.root}"
 
     def read(self, sha256: str) -> bytes | None:
-        """A file's content, `None` if it was never uploaded."""
+        """The content of a file; `None` if it was never uploaded."""
         if sha256 not in self._files:
             self._scan()
         if sha256 not in self._files:
@@ -69,7 +69,7 @@ def _integer(data: bytes, at: int, size: int = 4) -> int:
 
 
 def _hash(data: bytes, at: int) -> str:
-    """A hash is printed as four little-endian 64-bit numbers."""
+    """Text of a hash: four little-endian 64-bit numbers."""
     return "".join(f"{_integer(data, at + 8 * i, 8):016x}" for i in range(4))
 
 
