@@ -118,7 +118,7 @@ def test_constraints_are_names_and_versions_only():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
 
 
-@pytest.mark.skipif(PACKAGE.parent != ROOT, reason="there is no source beside the tests to build it from")
+@pytest.mark.skipif(PACKAGE.parent != ROOT, reason="there is no source next to the tests to build it from")
 def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -176,7 +176,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         processing_class=tokenizer,
     )
     trainer.wait_after_training = False  # an evaluation and a report follow
-    trainer.card_details["base_model"] = None  # a new model, whatever name its configuration carries
+    trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(RunLog(console))

@@ -239,6 +239,6 @@ def check_trl_arguments(parent: type, args: Any, mixes: bool) -> None:
     if not any(c.__module__.startswith("trl.") for c in type(args).__mro__):
         config = parent.__name__.replace("Trainer", "Config")
         raise ValueError(
-            f"{parent.__name__} needs arguments of its own class, but got {type(args).__name__}. Pass {config}, or to "
-            f"set Nexus fields: `@dataclass class Nexus{config}(NexusConfigMixin, {config}): pass`."
+            f"The arguments of {parent.__name__} must be a {config}, but got {type(args).__name__}. To set Nexus "
+            f"fields, define `@dataclass class Nexus{config}(NexusConfigMixin, {config}): pass`."
         )

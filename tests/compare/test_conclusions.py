@@ -1,4 +1,4 @@
-"""The sentences of a report follow from its numbers, whatever is missing among them."""
+"""The sentences of a report follow from its numbers, also if some are missing."""
 
 import re
 

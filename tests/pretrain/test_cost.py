@@ -77,7 +77,7 @@ def test_every_number_of_the_page_is_the_planners():
 
 
 def test_the_page_states_the_share_of_attention_scores():
-    """12 T L h operations per token, half of them where a kernel skips what a causal mask hides, beside 6N."""
+    """12 T L h operations per token in addition to 6N. A kernel that skips the causal mask needs half."""
     model = planned("3b").model
     length, layers, width = planned("3b").mixture.sequence_length, model.num_hidden_layers, model.hidden_size
     share = 12 * length * layers * width / (6 * count_parameters(model_config(model, length)))

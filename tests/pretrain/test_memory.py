@@ -107,7 +107,7 @@ def test_memory_is_allocated_as_estimated_within_a_tenth(config, make_trainer, t
 
 @pytest.mark.parametrize("flags", [[], ["--bf16"], ["--gradient_checkpointing"]])
 def test_activations_are_those_saved_for_the_backward_pass(config, flags):
-    # Rows that make the number of tokens (96) no dimension of a weight, so that copies of weights can be told apart.
+    # The number of tokens (96) is not a dimension of a weight, which identifies copies of weights.
     shape = ["--isolate_documents", "false", "--per_device_train_batch_size", "3", "--hidden_size", "64"]
     shape += ["--num_hidden_layers"]
     estimates, measured = [], []
@@ -190,7 +190,7 @@ def test_sharding_is_the_flag_or_the_launchers(monkeypatch):
 
 def test_local_mode_holds_two_pseudo_gradients_at_its_end(config):
     flags = ["--inner_sync", "local"]
-    many = 10**8  # parameters, beside which the activations are nothing
+    many = 10**8  # parameters: activations are negligible
     assert estimate_memory(planned(config, *flags), many, 2).total == 28 * many
     assert estimate_memory(planned(config, *flags), many, 1).total == pytest.approx(20 * many, rel=0.001)
 

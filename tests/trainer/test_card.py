@@ -70,7 +70,7 @@ def test_the_card_has_its_files_and_keeps_the_users_text(trained, tmp_path):
         assert (tmp_path / picture).exists()
     assert text.count("![") == 2 and RunSummary.load(tmp_path).evaluations == run.evaluations
     with pytest.raises(ValueError, match="license"):
-        trained.write_card(tmp_path, license="whatever you like")
+        trained.write_card(tmp_path, license="no licence")
     assert (tmp_path / "README.md").read_text() == text
 
 
