@@ -343,7 +343,7 @@ class NexusTrainerMixin(_Base):
         Returns:
             `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
         """
-        window, step = self._window, super().training_step
+        window, base_step = self._window, super().training_step
         if window.complete:
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
         if not window.inputs:
@@ -351,25 +351,25 @@ class NexusTrainerMixin(_Base):
             self._log_source_cosines()
         window.inputs.append(inputs)
         if not self.args.nexus:
-            loss = step(model, inputs, num_items_in_batch)
+            loss = base_step(model, inputs, num_items_in_batch)
             self._count_accumulated(loss)
             return loss
         if len(window.inputs) == len(window):
             if self.accelerator.gradient_state.sync_gradients:
-                return self._walk_window(model, step)
+                return self._walk_window(model, base_step)
             # The stream ended inside the window: the Trainer will not step.
             self.meter.windows_dropped += 1
             logger.warning(f"The data ended inside a window: its {len(window)} micro-batches were dropped.")
         return torch.zeros((), device=self.args.device)
 
-    def _walk_window(self, model: nn.Module, step: Any) -> Tensor:
-        """Run the window with the Nexus update; `step` is the base class's `training_step`."""
+    def _walk_window(self, model: nn.Module, base_step: Any) -> Tensor:
+        """Run the window with the Nexus update; `base_step` is the base class's `training_step`."""
         window = self._window
         local = self.args.inner_sync == "local" and self.args.world_size > 1
 
         def micro_step(inputs: Any, items: Tensor | None) -> Tensor:
             with self.accelerator.no_sync(model) if local else nullcontext():
-                return step(model, inputs, items)
+                return base_step(model, inputs, items)
 
         # The loss of each micro-batch is a mean: the base class must not divide it by the window's length as well.
         k, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
@@ -390,8 +390,8 @@ class NexusTrainerMixin(_Base):
         self._count_path(losses)
         if local:
             self._walker.average_over_ranks()
-        # A NaN would stay in the base class's sum. If no loss is finite, the running mean replaces it, and the meter
-        # logs NaN for an interval without any finite loss.
+        # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
+        # returns the running mean; an interval of only such windows is logged as NaN by the meter.
         running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return window.mean_loss(losses, otherwise=running)
 
@@ -401,7 +401,8 @@ class NexusTrainerMixin(_Base):
         if window.divisors is None:
             mean = loss * self.current_gradient_accumulation_steps
         else:
-            mean = loss * window.divisors.sum() / window.divisors[i]
+            # A micro-batch without loss tokens adds nothing, and its mean loss is 0.
+            mean = loss * window.divisors.sum() / window.divisors[i].clamp(min=1)
         self.meter.add_micro_batch(*window.summed(i, mean, self.args.world_size))
 
     def _count_path(self, losses: Tensor) -> None:

@@ -101,6 +101,18 @@ def test_padded_micro_batches_weigh_by_their_tokens(make_trainer, nexus):
     assert logs["tokens/text"] == count
 
 
+@pytest.mark.parametrize("nexus", [True, False])
+def test_a_micro_batch_without_loss_tokens_adds_nothing(make_trainer, nexus):
+    rows = Rows(8, 3)
+    rows.labels[:4] = -100
+    settings = {"learning_rate": 0.0, "inner_lr": 0.0, "nexus": nexus, "max_steps": 1}
+    trainer = make_trainer({"text": rows}, per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
+    trainer.train()
+    logs = last_log(trainer)
+    assert logs["tokens/text"] == 4 * 15 and math.isfinite(logs["loss/text"])
+    assert logs["loss/text"] == pytest.approx(logs["loss"], rel=1e-5)
+
+
 def test_a_micro_batch_holds_one_source_in_schedule_order(make_trainer, sources):
     from hf_nexus.mixture import SourceSchedule
 
