@@ -59,7 +59,7 @@ def test_a_second_record_of_a_run_is_an_error():
         analyse(records, primary=("adamw", "ood_loss"))
 
 
-def test_an_arm_that_only_trains_faster_has_no_effect_when_matched():
+def test_faster_training_alone_has_no_effect_when_matched():
     """OOD loss is training loss + 1 in both arms, and one arm trains longer."""
     fast = [make_record("nexus-0.05", seed, noise=0.0) for seed in range(3)]
     slow = [make_record("adamw", seed, noise=0.0) for seed in range(3)]

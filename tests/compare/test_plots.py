@@ -194,7 +194,7 @@ def test_an_arm_off_the_scale_is_named_and_hides_no_other(draw):
     assert distances.get_ylim()[0] > -0.3 and distances.get_xlim()[1] < 25
 
 
-def test_losses_show_differences_to_the_baseline_of_the_same_seed(draw):
+def test_losses_show_differences_at_the_same_seed(draw):
     records = [run for run in make_records(ARMS) if (run.arm, run.seed) != ("nexus-0.05", 2)]
     panels = [axes for axes in draw(records)["losses.png"].axes if axes.axison]
     titles = [axes.get_title(loc="left") for axes in panels[::2]]

@@ -1,4 +1,4 @@
-"""Documents packed into one row: each is computed as if it were alone, in every attention that we can run here."""
+"""Documents of a packed row are computed as if alone, with every attention that runs here."""
 
 import pickle
 
@@ -58,7 +58,7 @@ def test_without_isolation_the_second_document_sees_the_first(rows, attention):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_loss_and_its_gradient_are_those_of_the_documents_alone(rows, attention):
+def test_the_loss_and_gradient_are_those_of_single_documents(rows, attention):
     def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
         return [p.grad.clone() for p in model.parameters()]
 
@@ -83,7 +83,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_documents_alone(rows, attent
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-def test_as_many_tokens_are_trained_on_as_documents_have_after_their_first(rows, flatten):
+def test_first_tokens_of_documents_are_not_counted(rows, flatten):
     labels = IsolateDocuments(stack, EOS, flatten)(list(rows))["labels"]
     expected = sum(length - 1 for lengths in LENGTHS for length in lengths)
     assert int((labels[..., 1:] != -100).sum()) == expected  # as transformers counts: what is left after the shift
@@ -124,7 +124,7 @@ def test_a_worker_can_be_given_the_collator(rows):
 def test_flex_attention_gets_a_mask_of_blocks(rows, monkeypatch):
     from transformers import masking_utils
 
-    # Its kernel takes a minute to compile; what it would be given says which tokens see which.
+    # Its kernel takes a minute to compile, so only its mask is tested.
     monkeypatch.setattr(masking_utils, "create_block_mask", lambda mask_mod, **kwargs: mask_mod)
     config = tiny_llama().config
     config._attn_implementation = "flex_attention"

@@ -49,7 +49,7 @@ def documents(tokenizer: Any, rows: Dataset) -> list[str]:
     return tokenizer.decode(rows["input_ids"][:].flatten()).split(EOS)
 
 
-# --- what comes out
+# --- rows
 
 
 def test_a_mixture_has_rows_shares_and_sizes_of_each_source(load: Any, tmp_path: Path, tokenizer: Any) -> None:
@@ -133,7 +133,7 @@ def test_the_licence_is_the_stated_one_else_that_of_the_data(load: Any) -> None:
     assert mixture.licenses == {"a": "odc-by", "b": "mit", "c": None}
 
 
-# --- what is held out
+# --- held-out documents
 
 
 def test_copies_of_held_out_documents_are_not_trained_on(load: Any, tokenizer: Any) -> None:
@@ -274,7 +274,7 @@ def test_streams_that_cannot_be_loaded_say_so(load: Any) -> None:
             load(a={**stream, **wrong})
 
 
-# --- what is cached
+# --- cache
 
 
 def test_a_second_call_tokenizes_nothing(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_a_folder_that_is_read_is_not_written_to(load: Any) -> None:
     assert len(load_from_disk("saved")) == 20
 
 
-# --- what rows hold
+# --- text of rows
 
 
 def test_prompt_and_completion_are_one_document(load: Any, tokenizer: Any) -> None:
@@ -360,7 +360,7 @@ def test_messages_use_the_chat_template_and_end_in_one_eos(load: Any) -> None:
         assert documents(chatty, mixture.train["pairs"])[0] == "[user]fox?[assistant]dog"
 
 
-# --- what is refused
+# --- errors
 
 
 def test_a_missing_column_is_an_error_listing_those_there_are(load: Any) -> None:

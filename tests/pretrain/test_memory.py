@@ -25,7 +25,7 @@ ROWS, LENGTH, K = 3, 128, 2
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of random tokens; with `document`, of so many tokens that do not attend to those of other documents."""
+    """Rows of random tokens; with `document`, of isolated documents of this length."""
 
     def __init__(self, rows: int, length: int, document: int | None):
         self.ids, self.document = torch.randint(304, (rows, length)), document
@@ -48,7 +48,7 @@ class AfterSecondStep(TrainerCallback):
 
 
 def allocated(train: Any, folder: Path) -> tuple[int, int]:
-    """Bytes held by what `train(at_the_end)` allocates when it calls `at_the_end`, and the most held at once."""
+    """Bytes that `train(at_the_end)` holds when it calls `at_the_end`, and the peak."""
     gc.collect()
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     profiler.start()
@@ -63,7 +63,7 @@ def allocated(train: Any, folder: Path) -> tuple[int, int]:
 
 
 def measure(arguments: Any, make_trainer: Any, folder: Path, document: int | None) -> tuple[int, int]:
-    """As `allocated`, of two outer steps."""
+    """The result of `allocated` for two outer steps."""
     t, length = arguments.training, arguments.mixture.sequence_length
     rows, k = t.per_device_train_batch_size, t.gradient_accumulation_steps
     settings = {name: getattr(t, name) for name in ("bf16", "gradient_checkpointing", "nexus", "inner_direction")}
@@ -115,7 +115,7 @@ def test_activations_are_those_saved_for_the_backward_pass(config, flags):
         arguments = planned(config, *shape, layers, *flags)
         estimates.append(estimate_memory(arguments, 0, 1).activations)
         measured.append(saved_bytes(arguments))
-    # The layers are counted exactly; the head adds what the backward pass allocates on top of what was saved.
+    # The layers are counted exactly. The head adds what the backward pass allocates.
     assert estimates[1] - estimates[0] == pytest.approx(measured[1] - measured[0], rel=0.02)
     assert measured[0] <= estimates[0]
 
@@ -215,7 +215,7 @@ NAMES = (
 
 
 def measured_row(parameters: str, config: Path) -> tuple[Any, float, str, str]:
-    """The arguments of a row of the page, with what it says was allocated (MB) and computed, and the difference."""
+    """The arguments of a row of the page, its allocated (MB) and computed bytes, and the difference."""
     row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| {parameters} |"))
     *_, measured, computed, difference = (cell.strip() for cell in row.strip("|").split("|"))
     values, flags = SMALL[parameters].split()[: len(NAMES)], SMALL[parameters].split()[len(NAMES) :]
@@ -227,7 +227,7 @@ def measured_row(parameters: str, config: Path) -> tuple[Any, float, str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("parameters", SMALL)
 def test_recorded_measurements_are_repeated(config, parameters, make_trainer, tmp_path):
-    """A few gigabytes of memory, and of trace."""
+    """Needs a few gigabytes for memory and the trace."""
     arguments, recorded, _, _ = measured_row(parameters, config)
     length = arguments.mixture.sequence_length
     document = length // 4 if arguments.mixture.isolate_documents is None else None

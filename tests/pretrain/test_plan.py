@@ -1,4 +1,4 @@
-"""The plan of a run: tokens and steps are those of the Trainer, and what cannot be trained is refused."""
+"""The plan of a run has the tokens and steps of the Trainer, and rejects runs that cannot train."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_epochs_are_counted_as_by_the_trainer(config, tmp_path, epochs):
     arguments = planned(config, *flags)
     plan = plan_run(arguments, 1, {name: rows * 256 for name, rows in sizes.items()})
     assert plan.steps == trainer.state.global_step
-    assert plan.tokens // 256 * 255 == sum(trainer.meter.trained_tokens.values())  # a row's first is not predicted
+    assert plan.tokens // 256 * 255 == sum(trainer.meter.trained_tokens.values())  # first tokens are not predicted
     assert sum(row.train_tokens for row in plan.mixture) == plan.tokens
     assert plan_run(arguments, 1).steps is None
 

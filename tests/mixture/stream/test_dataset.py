@@ -247,7 +247,7 @@ def test_a_late_resume_reads_no_more_than_buffer_and_batch(kind: str) -> None:
             assert len(json.dumps(rows.tag.state.state)) < 1000
 
 
-# --- what goes wrong
+# --- errors
 
 
 def test_a_partition_without_rows_is_an_error_that_names_it() -> None:
@@ -349,7 +349,7 @@ def error_of(loader: DataLoader) -> SourceError | None:
     return None
 
 
-# --- what rows are
+# --- rows
 
 
 def test_rows_reach_the_collator_as_the_dataset_gives_them() -> None:
@@ -374,7 +374,7 @@ def test_states_pass_through_collators_and_devices_untouched() -> None:
         assert pin_memory(batch)[_KEY] is rows.tag
 
 
-# --- which micro-batch comes when
+# --- order of micro-batches
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -403,7 +403,7 @@ def test_the_source_of_a_skipped_micro_batch_is_not_decided() -> None:
     assert asked == [2] and progress.sent == 6
 
 
-# --- what we rely on upstream
+# --- upstream
 
 
 def test_upstream_has_the_layers_that_we_know() -> None:
