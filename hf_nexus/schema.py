@@ -18,24 +18,7 @@ _BARE = {type(None): "null", bool: "boolean", int: "integer", float: "number", s
 
 
 def documented(cls: type[T]) -> type[T]:
-    """
-    Give the fields of a dataclass the texts of its docstring as `help` in their metadata, as argparse reads it.
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> from hf_nexus.schema import documented, help_of
-        >>> @documented
-        ... @dataclass
-        ... class Data:
-        ...     '''
-        ...     Args:
-        ...         rows (`int`, *optional*, defaults to 1):
-        ...             Number of rows.
-        ...     '''
-        ...     rows: int = 1
-        >>> help_of(Data)
-        {'rows': 'Number of rows.'}
-    """
+    """Give the fields of a dataclass the texts of its docstring as `help` in their metadata, as argparse reads it."""
     found: dict[str, str] = {}
     for header, text in _ENTRY.findall(inspect.cleandoc(cls.__doc__ or "") + "\n"):
         text = re.sub(r"\[`~?([^`]+)`\]", r"`\1`", " ".join(text.split()))  # links are for the documentation only
@@ -56,21 +39,7 @@ def help_of(cls: type) -> dict[str, str]:
 
 
 def json_schema(cls: type, definitions: dict[str, Any]) -> dict[str, str]:
-    """
-    Add the JSON schema (draft 7) of a dataclass, and of those in its fields, to `definitions`.
-
-    Returns:
-        `dict[str, str]`: a reference to it.
-
-    Example:
-        >>> from hf_nexus.mixture import SourceConfig
-        >>> from hf_nexus.schema import json_schema
-        >>> definitions = {}
-        >>> json_schema(SourceConfig, definitions)
-        {'$ref': '#/definitions/SourceConfig'}
-        >>> definitions["SourceConfig"]["required"]
-        ['path']
-    """
+    """A reference to the JSON schema (draft 7) of a dataclass, which is added to `definitions` with those it needs."""
     if cls.__name__ not in definitions:
         found: dict[str, Any] = {
             "description": " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())

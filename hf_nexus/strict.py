@@ -8,6 +8,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -16,8 +17,19 @@ import yaml
 
 from .files import nearest
 
-__all__ = ["Bound", "Count", "Positive", "Text", "check", "check_fields", "from_text"]
-__all__ += ["load_yaml", "parse_yaml", "read", "yaml_names"]
+__all__ = [
+    "Bound",
+    "Count",
+    "Positive",
+    "Text",
+    "check",
+    "check_fields",
+    "from_text",
+    "load_yaml",
+    "packaged",
+    "parse_yaml",
+    "read",
+]
 
 T = TypeVar("T")
 
@@ -25,11 +37,8 @@ T = TypeVar("T")
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """
-    Range of a number, or of the length of a string, for `Annotated[int, Bound(least=1)]`. A bounded number is finite.
-
-    Args:
-        least (`float`, *optional*), above (`float`, *optional*), most (`float`, *optional*):
-            Inclusive lower, exclusive lower and inclusive upper limit.
+    Range of a number, or of the length of a string, for `Annotated[int, Bound(least=1)]`: inclusive lower, exclusive
+    lower and inclusive upper limit. A bounded number is finite.
     """
 
     least: float | None = None
@@ -128,18 +137,10 @@ def _describe(kind: Any, bound: Bound) -> str:
 
 def check(value: Any, kind: Any, key: str) -> Any:
     """
-    Check a value, and convert whole numbers to floats and mappings to dataclasses where the type says so.
-
-    Args:
-        value (`Any`):
-            Plain data.
-        kind (`Any`):
-            A type, such as `int | None`, `Count`, `Literal["a", "b"]`, `dict[str, SourceConfig]`.
-        key (`str`):
-            Path of the value, named in errors.
+    Check a value, and convert whole numbers to floats and mappings to dataclasses where its type says so.
 
     Raises:
-        ValueError: the value is not of this type, or out of its range.
+        ValueError: the value is not of this type, or out of its range. The message starts with `key`.
 
     Example:
         >>> from hf_nexus.strict import Positive, check
@@ -196,11 +197,6 @@ def from_text(text: str, kind: Any, key: str) -> Any:
 
     Raises:
         ValueError: the text is not of this type.
-
-    Example:
-        >>> from hf_nexus.strict import from_text
-        >>> from_text('{"web": 0.5}', dict[str, float] | str, "--mixture_weights")
-        {'web': 0.5}
     """
     value: Any = text
     kinds = [option for option, _ in options(kind)]
@@ -237,15 +233,7 @@ def check_fields(instance: Any, cls: type[Any] | None = None) -> None:
 
 def read(cls: type[T], mapping: Any, key: str = "") -> T:
     """
-    Build a dataclass from plain data. Values are checked by the class, which calls [`check_fields`].
-
-    Args:
-        cls (`type`):
-            The dataclass.
-        mapping (`Mapping[str, Any]`):
-            Its fields.
-        key (`str`, *optional*, defaults to `""`):
-            Path of the mapping, named in errors.
+    Build a dataclass from plain data. The class checks its values with [`check_fields`].
 
     Raises:
         ValueError: an unknown or missing key, or an error of the class. The message starts with the path of the key.
@@ -270,6 +258,28 @@ def read(cls: type[T], mapping: Any, key: str = "") -> T:
 # ---- YAML ----
 
 
+def packaged(room: str) -> dict[str, Traversable]:
+    """The YAML files in the folder `configs` of a room of the package, by name."""
+    files = resources.files(__package__).joinpath(room, "configs").iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=str) if file.name.endswith(".yaml")}
+
+
+def load_yaml(name_or_path: str, room: str, kind: str) -> dict[str, Any]:
+    """
+    Parse a YAML file of a room of the package by name, or another one by path.
+
+    Raises:
+        ValueError: there is no such file (of this `kind`), or as for [`parse_yaml`].
+    """
+    files = packaged(room)
+    if name_or_path not in files and not Path(name_or_path).is_file():
+        raise ValueError(
+            f"There is no {kind} {name_or_path!r}.{nearest(name_or_path, files)} Use one of {', '.join(files)}, or "
+            "the path of a YAML file."
+        )
+    return parse_yaml(files.get(name_or_path, Path(name_or_path)).read_text(encoding="utf-8"), name_or_path)
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Reads `3e-4` and `2e9` as numbers, which YAML 1.1 does not."""
 
@@ -283,43 +293,12 @@ _Loader.add_implicit_resolver("!number", re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE]
 _Loader.add_constructor("!number", _construct_number)
 
 
-def yaml_names(folder: Traversable) -> list[str]:
-    """Names of the YAML files in a folder of the package."""
-    return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def load_yaml(name_or_path: str, folder: Traversable, what: str) -> dict[str, Any]:
-    """
-    Parse a YAML file by its name in a folder of the package, or by its path.
-
-    Raises:
-        ValueError: there is no such file, or [`parse_yaml`] refuses it. `what` names its kind in the message.
-    """
-    names = yaml_names(folder)
-    if name_or_path in names:
-        text = folder.joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
-        raise ValueError(
-            f"There is no {what} {name_or_path!r}.{nearest(name_or_path, names)} "
-            f"Use one of {', '.join(names)}, or the path of a YAML file."
-        )
-    return parse_yaml(text, name_or_path)
-
-
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """
     Parse YAML that holds a mapping without duplicate keys, which plain YAML readers drop silently.
 
-    Args:
-        text (`str`):
-            The document.
-        where (`str`):
-            Named in errors, for instance the path of the file.
-
     Raises:
-        ValueError: not YAML, not a mapping, or a duplicate key.
+        ValueError: not YAML, not a mapping, or a duplicate key. The message names `where`, such as the file.
 
     Example:
         >>> from hf_nexus.strict import parse_yaml

@@ -12,15 +12,7 @@ __all__ = ["nexus_schema"]
 
 
 def nexus_schema() -> dict[str, Any]:
-    """
-    The JSON schema (draft 7) of a pretraining configuration, of a comparison (it has `arms`) and of a mixture (it has
-    `sources`), for editors.
-
-    Example:
-        >>> from hf_nexus.cli.schema import nexus_schema
-        >>> sorted(nexus_schema()["definitions"]["Pretraining"]["properties"])
-        ['data', 'model', 'training']
-    """
+    """The JSON schema (draft 7) of all configurations: comparisons have `arms`, and mixtures have `sources`."""
     definitions: dict[str, Any] = {}
     sections = {name: json_schema(cls, definitions) for name, cls in SECTIONS.items()}
     definitions["Pretraining"] = {

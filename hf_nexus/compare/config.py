@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from typing import Annotated, Any
 
 from ..files import nearest
@@ -23,7 +22,6 @@ Seed = Annotated[int, Bound(least=0)]
 # Training fields that the comparison sets for each run.
 RESERVED = ("output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_CONFIGS = resources.files("hf_nexus").joinpath("compare", "configs")
 
 
 @documented
@@ -276,7 +274,7 @@ class ComparisonConfig:
         Raises:
             ValueError: no such comparison, or an error in it.
         """
-        given = load_yaml(name_or_path, _CONFIGS, "comparison")
+        given = load_yaml(name_or_path, "compare", "comparison")
         try:
             return read(cls, given if output_dir is None else {**given, "output_dir": output_dir})
         except ValueError as error:

@@ -37,19 +37,11 @@ class Stage:
 
 def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "stages") -> list[Stage]:
     """
-    Read stages from plain data, or check existing ones.
-
-    Args:
-        value (`list[dict]` or `list[Stage]`):
-            For instance `[{"until": 0.8, "weights": {"web": 1, "code": 0}}, {"until": 1.0, "weights": ...}]`.
-        names (`Iterable[str]`, *optional*):
-            Names of the training sources. Defaults to those of the first stage.
-        key (`str`, *optional*, defaults to `"stages"`):
-            Path of the value, named in errors.
+    Stages from plain data or existing ones, with weights in the order of `names`, by default those of the first stage.
 
     Raises:
         ValueError: an unknown or missing key, fractions that do not rise to 1, weights that do not name every training
-            source or are negative, or a source without weight in all stages.
+            source or are negative, or a source without weight in all stages. The message starts with `key`.
 
     Example:
         >>> from hf_nexus.mixture.stages import parse_stages
@@ -86,17 +78,7 @@ def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "sta
 
 
 def weight_stages(weights: Mapping[str, float] | Sequence[Any]) -> list[tuple[float, dict[str, float]]]:
-    """
-    `(until, weights)` of each stage of a `mixture_weights` value: one mapping, or a list of stages.
-
-    Raises:
-        ValueError: as for [`parse_stages`].
-
-    Example:
-        >>> from hf_nexus.mixture.stages import weight_stages
-        >>> weight_stages({"web": 0.5, "code": 0.5})
-        [(1.0, {'web': 0.5, 'code': 0.5})]
-    """
+    """`(until, weights)` of each stage of a `mixture_weights` value: one mapping, or a list of stages."""
     if isinstance(weights, Mapping):
         return [(1.0, dict(weights))]
     return [(stage.until, stage.weights) for stage in parse_stages(weights, key="mixture_weights")]
@@ -106,19 +88,8 @@ def stage_borders(
     stages: Iterable[tuple[float, Mapping[str, float]]], max_steps: int, inner_steps: int
 ) -> list[tuple[int, dict[str, float]]]:
     """
-    Beginning of each stage, at outer step `round(until * max_steps)` of the stage before it.
-
-    Args:
-        stages (`Iterable[tuple[float, Mapping[str, float]]]`):
-            `(until, weights)` of each stage, from [`weight_stages`] or [`~MixtureConfig.stage_weights`].
-        max_steps (`int`):
-            Outer steps of the run.
-        inner_steps (`int`):
-            Micro-batches of each outer step, k.
-
-    Returns:
-        `list[tuple[int, dict[str, float]]]`: the first micro-batch of each stage and its weights, for
-        [`SourceSchedule`]. A stage that rounds to zero steps is left out.
+    First micro-batch and weights of each stage, which begins at outer step `round(until * max_steps)` of the one
+    before it. A stage of zero steps is left out.
 
     Example:
         >>> from hf_nexus.mixture.stages import stage_borders

@@ -14,25 +14,7 @@ __all__ = ["planned_summary"]
 
 
 def planned_summary(arguments: PretrainArguments, plan: RunPlan, **known: Any) -> RunSummary:
-    """
-    The facts of a card for a run that has not been started.
-
-    Args:
-        arguments ([`PretrainArguments`]):
-            The run.
-        plan ([`~plan.RunPlan`]):
-            Its plan.
-        known:
-            Further facts, as for [`~trainer.card.summarize`].
-
-    Example:
-        >>> from hf_nexus.pretrain.parsing import parse_arguments
-        >>> from hf_nexus.pretrain.plan import plan_run
-        >>> from hf_nexus.pretrain.card import planned_summary
-        >>> arguments = parse_arguments(["--config", "3b", "--dry_run"])
-        >>> planned_summary(arguments, plan_run(arguments, devices=64)).planned
-        True
-    """
+    """The facts of a card for a run that has not been started. `known` are further facts."""
     config, planned = arguments.mixture, plan.mixture or []
     total = max(1, sum(row.train_tokens for row in planned))
     rows = [

@@ -14,16 +14,16 @@ class CostEstimate:
     Computed time of one outer step.
 
     Attributes:
-        devices (`int`), sharding (`str`):
+        devices, sharding:
             Number of devices, and `"ddp"`, `"fsdp2"` or `"one device"`.
-        compute (`float`):
+        compute:
             Seconds of arithmetic: `6 * parameters` operations per token (forward and backward, without the attention
             scores), a third more with gradient checkpointing, at `mfu * peak_tflops` per device.
-        sent (`int`), communication (`float`):
+        sent, communication:
             Bytes that each device sends in ring reductions, and the seconds that this takes over `link`.
-        overlaps (`bool`):
+        overlaps:
             Whether they can be sent during the backward pass. One reduction at the end of a window cannot.
-        formula (`str`):
+        formula:
             Formulas of the arithmetic and of the bytes.
     """
 
@@ -47,26 +47,7 @@ class CostEstimate:
 
 
 def estimate_cost(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> CostEstimate:
-    """
-    Compute the time of an outer step.
-
-    Args:
-        arguments ([`PretrainArguments`]):
-            The run. Its `hardware` holds the assumptions.
-        parameters (`int`):
-            Parameters of the model.
-        tokens_per_step (`int`):
-            Tokens per outer step over all devices.
-        devices (`int`):
-            Number of training processes.
-
-    Example:
-        >>> from hf_nexus.pretrain.parsing import parse_arguments
-        >>> from hf_nexus.pretrain.cost import estimate_cost
-        >>> arguments = parse_arguments(["--config", "3b", "--dry_run", "--peak_tflops", "1000", "--mfu", "0.5"])
-        >>> estimate_cost(arguments, 3_000_000_000, 2**21, devices=64).compute
-        1.179648
-    """
+    """Time of an outer step of `tokens_per_step` over all devices, from the assumptions in `arguments.hardware`."""
     t, hardware, sharding = arguments.training, arguments.hardware, sharding_of(arguments)
     k, others = t.gradient_accumulation_steps, (devices - 1) / devices
     again, again_formula = (4 / 3, " x 4/3") if t.gradient_checkpointing else (1.0, "")

@@ -21,13 +21,10 @@ CONFIG_NAME = "pretrain.yaml"
 def find_checkpoint(arguments: PretrainArguments) -> str | None:
     """
     The checkpoint that `resume_from_checkpoint` names: a path, or the newest of the folder for `last` and `true`.
-
-    Returns:
-        `str`, *optional*: its path, `None` for a new run.
+    `None` for a new run.
 
     Raises:
-        ValueError: nothing to resume from; or a new run in a folder that holds checkpoints, unless
-            `overwrite_output_dir` is on.
+        ValueError: nothing to resume from, or a new run in a folder with checkpoints without `overwrite_output_dir`.
     """
     args, folder = arguments.training, arguments.folder
     if (args.resume_from_checkpoint or "false").lower() != "false":

@@ -20,22 +20,18 @@ class MemoryEstimate:
     included: leave a tenth of the device free.
 
     Attributes:
-        parameters (`int`):
-            Parameters of the model, all of them trainable.
-        per_parameter (`dict[str, int]`):
-            Bytes per parameter, by purpose.
-        activations (`int`), formula (`str`):
+        parameters, per_parameter:
+            Trainable parameters of the model, and bytes per parameter by purpose.
+        activations, formula:
             Bytes kept for the backward pass of one micro-batch, and their formula.
-        last (`int`, *optional*, defaults to 0):
+        last:
             Bytes that the end of the backward pass needs in addition to all gradients: for the first layer, or for the
             second of the two gradients of tied embeddings.
-        shards (`int`, *optional*, defaults to 1):
-            Devices that share the bytes per parameter.
-        gathered (`int`, *optional*, defaults to 0):
-            Bytes of gathered weights that a device holds in addition to its shard.
-        accumulates (`bool`, *optional*, defaults to `False`):
+        shards, gathered:
+            Devices that share the bytes per parameter, and bytes of gathered weights in addition to the shard.
+        accumulates:
             Whether gradients are kept from one micro-batch to the next. An inner step of Nexus consumes them.
-        averaged (`int`, *optional*, defaults to 0):
+        averaged:
             Bytes per parameter for the one reduction at the end of a window with `inner_sync="local"`.
     """
 
@@ -78,28 +74,13 @@ def attention_of(arguments: PretrainArguments) -> str:
 
 def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int) -> MemoryEstimate:
     """
-    Compute the memory per device.
+    Memory per device of a model with that many parameters on that many devices.
 
     The activations are the tensors that a Llama layer of transformers saves for its backward pass with scaled
     dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
-    Args:
-        arguments ([`PretrainArguments`]):
-            The run.
-        parameters (`int`):
-            Parameters of the model.
-        devices (`int`):
-            Number of training processes. With FSDP2 they share weights, gradients, moments and snapshot.
-
     Raises:
         ValueError: `inner_sync="local"` with FSDP2.
-
-    Example:
-        >>> from hf_nexus.pretrain.parsing import parse_arguments
-        >>> from hf_nexus.pretrain.memory import estimate_memory
-        >>> arguments = parse_arguments(["--config", "3b", "--dry_run", "--sharding", "fsdp2"])
-        >>> f"{estimate_memory(arguments, 2_969_742_336, 8).held / 1e9:.2f} GB"
-        '5.94 GB'
     """
     t, sharded = arguments.training, devices > 1 and sharding_of(arguments) == "fsdp2"
     local = t.nexus and t.inner_sync == "local" and devices > 1

@@ -11,15 +11,7 @@ __all__ = ["build_model", "count_parameters", "model_config"]
 def model_config(
     model: ModelArguments, sequence_length: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LlamaConfig:
-    """
-    The `LlamaConfig` of a `model` section, with the special tokens of the tokenizer if one is given.
-
-    Example:
-        >>> from hf_nexus.pretrain.fields import ModelArguments
-        >>> from hf_nexus.pretrain.model import count_parameters, model_config
-        >>> count_parameters(model_config(ModelArguments(vocab_size=64, hidden_size=8, num_hidden_layers=1), 32))
-        10008
-    """
+    """The `LlamaConfig` of a `model` section, with the special tokens of the tokenizer if one is given."""
     special = {}
     if tokenizer is not None:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -5,7 +5,6 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from typing import Any, NoReturn
 
 import torch
@@ -13,21 +12,15 @@ import torch
 from ..files import nearest
 from ..mixture.config import MixtureConfig
 from ..schema import help_of
-from ..strict import check, field_types, from_text, load_yaml, options, yaml_names
+from ..strict import check, field_types, from_text, load_yaml, options
 from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
 
-__all__ = ["available_configs", "check_section", "load_config", "parse_arguments"]
+__all__ = ["check_section", "load_config", "parse_arguments"]
 
-_CONFIGS = resources.files("hf_nexus").joinpath("pretrain", "configs")
 _DEFAULT_CONFIG = "3b"
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
 _NO_FLAGS = ("sources", "parallelism_config")
-
-
-def available_configs() -> list[str]:
-    """Names of the configurations in the package."""
-    return yaml_names(_CONFIGS)
 
 
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -35,15 +28,9 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     Read a configuration by name (`"demo"`) or path, and check its sections, keys and types.
 
     Raises:
-        ValueError: no such configuration, an unknown section or key, or a value of the wrong type. The message names
-            the file, the section and the key.
-
-    Example:
-        >>> from hf_nexus.pretrain.parsing import load_config
-        >>> load_config("3b")["model"]["num_hidden_layers"]
-        28
+        ValueError: no such configuration, or an error in it. The message names the file, the section and the key.
     """
-    config = load_yaml(name_or_path, _CONFIGS, "configuration")
+    config = load_yaml(name_or_path, "pretrain", "configuration")
     for section, values in config.items():
         if section not in SECTIONS:
             raise ValueError(
@@ -58,21 +45,10 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
 
 def check_section(section: str, values: Any, where: str = "") -> dict[str, Any]:
     """
-    Check the keys of a section, or of a part of it, and the types of their values.
-
-    Args:
-        section (`str`):
-            `"model"`, `"data"` or `"training"`.
-        values (`Mapping[str, Any]`):
-            Plain data.
-        where (`str`, *optional*, defaults to `""`):
-            Start of error messages, for instance the file with a colon.
-
-    Returns:
-        `dict[str, Any]`: the values as the fields have them, such as floats in place of whole numbers.
+    The values of a section, or of some of its fields, by their types: a float in place of a whole number, for example.
 
     Raises:
-        ValueError: an unknown key, or a value of the wrong type.
+        ValueError: an unknown key or a value of the wrong type. The message starts with `where`, such as the file.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}{section}: {values!r} is not allowed; it must be a mapping of fields.")

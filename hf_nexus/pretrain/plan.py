@@ -21,20 +21,14 @@ class RunPlan:
     The numbers of a run.
 
     Attributes:
-        parameters (`int`):
-            Parameters of the model.
-        devices (`int`):
-            Number of training processes.
-        tokens_per_step (`int`):
-            Tokens per outer step over all devices.
-        steps (`int`, *optional*), tokens (`int`, *optional*):
+        parameters, devices, tokens_per_step:
+            Parameters of the model, training processes, and tokens per outer step over all of them.
+        steps, tokens:
             Outer steps and tokens of the run, `None` if they depend on data of unknown size. The tokens may be fewer
             than `steps * tokens_per_step`, since the last window of an epoch may be short.
-        mixture (`list[PlanRow]`, *optional*):
-            Tokens and epochs of each training source.
-        stages (`list[int]`):
-            First outer step of each stage.
-        memory ([`~memory.MemoryEstimate`]), cost ([`~cost.CostEstimate`]):
+        mixture, stages:
+            Tokens and epochs of each training source, `None` if unknown, and the first outer step of each stage.
+        memory, cost:
             Computed from the shapes and from the assumed hardware.
     """
 
@@ -51,15 +45,8 @@ class RunPlan:
 
 def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int | None] | None = None) -> RunPlan:
     """
-    Compute the plan of a run.
-
-    Args:
-        arguments ([`PretrainArguments`]):
-            The run.
-        devices (`int`):
-            Number of training processes.
-        tokens (`Mapping[str, int | None]`, *optional*):
-            Tokens of each training source, `None` for a stream of unknown size. Defaults to the stated sizes.
+    Compute the plan of a run on that many devices. `tokens` are those of each training source, `None` for a stream of
+    unknown size. They default to the stated sizes.
 
     Raises:
         ValueError: a limit on epochs that the sizes cannot meet, a source smaller than one micro-batch, streaming

@@ -18,9 +18,9 @@ from hf_nexus.cli.app import app
 from hf_nexus.cli.schema import nexus_schema
 from hf_nexus.mixture.stages import Stage
 from hf_nexus.pretrain.fields import HardwareArguments, ModelArguments, PretrainConfig
-from hf_nexus.pretrain.parsing import available_configs, load_config, parse_arguments
+from hf_nexus.pretrain.parsing import load_config, parse_arguments
 from hf_nexus.schema import help_of
-from hf_nexus.strict import describe, field_types, parse_yaml, required_fields
+from hf_nexus.strict import describe, field_types, packaged, parse_yaml, required_fields
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(hf_nexus.__file__).parent
@@ -67,7 +67,7 @@ def test_documented_yaml_is_valid(validator, name):
     assert errors(validator, parse_yaml(DOCUMENTED[name], name)) == []
 
 
-@pytest.mark.parametrize("name", available_configs())
+@pytest.mark.parametrize("name", packaged("pretrain"))
 def test_a_saved_configuration_is_valid(validator, name):
     assert errors(validator, parse_arguments(["--config", name, "--dry_run"]).resolved) == []
 

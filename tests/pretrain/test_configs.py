@@ -7,8 +7,9 @@ from transformers.optimization import get_scheduler
 from hf_nexus.mixture.loading import check_loadable
 from hf_nexus.mixture.stages import stage_borders
 from hf_nexus.pretrain.model import count_parameters, model_config
-from hf_nexus.pretrain.parsing import available_configs, load_config, parse_arguments
+from hf_nexus.pretrain.parsing import load_config, parse_arguments
 from hf_nexus.pretrain.plan import plan_run
+from hf_nexus.strict import packaged
 from tests.support.tiny_config import planned
 
 SIZES = {"130m": 130e6, "300m": 300e6, "1b": 1e9}
@@ -21,7 +22,7 @@ def parameters_of(name: str) -> int:
 
 
 def test_the_five_configurations_are_found_by_name():
-    assert available_configs() == sorted(["demo", *LARGE])
+    assert list(packaged("pretrain")) == sorted(["demo", *LARGE])
 
 
 def test_the_3b_run_is_the_default():
