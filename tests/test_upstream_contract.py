@@ -285,7 +285,7 @@ def test_states_without_a_callback_are_saved_and_loaded(tmp_path):
 
 
 def test_pipelines_name_the_auto_class_of_each_task():
-    """`find_task` reads the names of the classes that an Auto class loads, without importing them."""
+    """`find_pipeline_tag` reads the names of the classes that an Auto class loads, without importing them."""
     from transformers import AutoModelForCausalLM
     from transformers.pipelines import SUPPORTED_TASKS
 

@@ -1,10 +1,11 @@
-"""Model cards: what a run was, in a README that the Hub accepts and that a user may go on writing in."""
+"""Model cards: a README about a run, valid for the Hub, in which the text of users is kept."""
 
 import json
 import math
 import os
 import re
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,29 +19,29 @@ from .run_summary import MixtureRow, RunSummary
 
 __all__ = ["BenchmarkScore", "Evaluation", "MixtureRow", "RunSummary", "check_card", "run_card", "save_card"]
 
-BEGIN = "<!-- hf-nexus: generated from here on; write above this line or below the closing one, and it is kept -->"
+BEGIN = "<!-- hf-nexus: start of the generated part. Your text above this line and below the last one is kept. -->"
 END = "<!-- hf-nexus: end of the generated part -->"
-# Stock cards carry this comment until someone has edited them, so a text that still has it is nobody's work.
+# Users delete this comment of a stock card when they edit it.
 _STOCK = "This model card has been generated automatically according to the information the Trainer had access to"
-_ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from scratch, of a base model, an adapter
+_ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from scratch, from a base model, adapter
 
 
 def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
-    """Renders the card of a run.
+    """Render the card of a run.
 
-    What a user wrote into an existing card stays: text above and below the generated part, metadata under keys that
-    we do not write, tags, a licence or language where the run names none, and model-index entries of other tools. A
-    stock Trainer card that nobody has edited is replaced.
+    The work of users in an existing card is kept: text above and below the generated part, their metadata keys and
+    tags, the licence and language unless the run has its own, and the model-index entries of other tools. An unedited
+    stock card of the Trainer is replaced.
 
     Args:
-        run (`RunSummary`): The run.
-        existing (`str`, *optional*): The README to be brought up to date.
+        run ([`RunSummary`]): The run.
+        existing (`str`, *optional*): README to update.
 
     Returns:
-        `huggingface_hub.ModelCard`: The card; `str(card)` is the README.
+        `huggingface_hub.ModelCard`: card; `str(card)` is the README.
 
     Raises:
-        ValueError: If `existing` has broken metadata, or the comments that delimit the generated part are damaged.
+        ValueError: `existing` has invalid metadata, or damaged comments around the generated part.
 
     Example:
         ```python
@@ -54,17 +55,16 @@ def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
     metadata, text = split_card((existing or "").replace("\r\n", "\n"))
     above, below = _user_text(text)
     merged = _merge(_metadata(run), metadata)
-    parts = [above, f"{BEGIN}\n\n{_body(run)}\n\n{END}", below]
-    body = "\n\n".join(part for part in parts if part)
+    body = "\n\n".join(filter(None, [above, f"{BEGIN}\n\n{_body(run)}\n\n{END}", below]))
     head = yaml.dump(merged, sort_keys=False, allow_unicode=True)
     return ModelCard(f"---\n{head}---\n\n{body}\n")
 
 
 def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
-    """Renders, checks and writes `README.md` into `folder`, keeping what users wrote into the one that is there.
+    """Render, check and write `README.md` in `folder`. The work of users in an existing file is kept.
 
     Raises:
-        ValueError: From `run_card` and `check_card`; the existing file is then untouched.
+        ValueError: from [`run_card`] or [`check_card`]. The existing file is then unchanged.
 
     Example:
         ```python
@@ -83,8 +83,8 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
 
 
 def _metadata(run: RunSummary) -> dict[str, Any]:
-    """The front matter that the run determines."""
-    results = model_index(run.evaluations, run.benchmarks, run.task, run.is_language_model)
+    """Metadata that follow from the run."""
+    results = model_index(run.evaluations, run.benchmarks, run.pipeline_tag, run.is_language_model)
     origin = "fine-tuning" if run.adapter else _ORIGINS[run.base_model is not None]
     base_model = run.base_model if run.base_model and is_repo_id(run.base_model) else None
     metrics = [score.metric for score in run.benchmarks]
@@ -93,7 +93,7 @@ def _metadata(run: RunSummary) -> dict[str, Any]:
     return ModelCardData(
         model_name=run.model_name if results else None,
         library_name="peft" if run.adapter else "transformers",
-        pipeline_tag=run.task,
+        pipeline_tag=run.pipeline_tag,
         license=run.license and run.license.lower(),
         license_name=run.license_name,
         license_link=run.license_link,
@@ -108,9 +108,9 @@ def _metadata(run: RunSummary) -> dict[str, Any]:
 
 
 def _merge(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Adds to the run's metadata what a user or another tool had put into the old one."""
+    """Metadata of the run, and of the old ones what a user or another tool added."""
     merged = dict(new)
-    # What the run knows for certain must not survive from an earlier one, least of all a base model.
+    # Facts about the run, which must not stay from an earlier run.
     owned = ["base_model", "base_model_relation", "datasets", "model-index"]
     owned += ["license_name", "license_link"] * ("license" in new)
     for key, value in old.items():
@@ -124,25 +124,26 @@ def _merge(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _user_text(text: str) -> tuple[str, str]:
-    """The text above and below the generated part; all of a text without one goes below."""
+    """Text above and below the generated part. Without a generated part, all text is below."""
     if (text.count(BEGIN), text.count(END)) == (0, 0):
         return "", "" if _STOCK in " ".join(text.split()) else text.strip()
     above, begin, rest = text.partition(BEGIN)
     generated, end, below = rest.partition(END)
     if not (begin and end) or BEGIN in generated or BEGIN in below or END in below or END in above:
         raise ValueError(
-            "The existing card's generated part cannot be told from its own text: the README must hold the lines "
-            f"{BEGIN!r} and {END!r} once each, in this order. Restore them, or delete both to keep the whole text."
+            f"The README must contain the lines {BEGIN!r} and {END!r} once each, in this order. Restore them, or "
+            "delete both to keep the whole text."
         )
     return above.strip(), below.strip()
 
 
 def _body(run: RunSummary) -> str:
-    """The generated Markdown, without the comments around it."""
+    """Generated Markdown, without the comments around it."""
     import jinja2
 
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    jinja.filters |= {"cell": _cell, "number": _number, "signed": _signed, "code": _code, "escaped": _escaped}
+    jinja.filters |= {"cell": _cell, "code": _code, "escaped": _escaped}
+    jinja.filters |= {"number": _number, "count": _count, "loss": _loss, "percent": _percent}
     template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
     environment = {
         "Hardware": run.hardware,
@@ -153,17 +154,16 @@ def _body(run: RunSummary) -> str:
     }
     base_model = run.base_model
     if base_model is not None and not is_repo_id(base_model):
-        base_model = PurePath(base_model).name  # where a folder lay on the machine that trained is nobody's business
+        base_model = PurePath(base_model).name  # the folders of the training machine are private
     roles = dict(ROLES)
-    if base_model is not None or run.adapter:  # nobody knows what the base model was trained on
+    if base_model is not None or run.adapter:  # the training data of the base model is unknown
         roles["ood"] = "OOD source, not trained on in this run"
     text = template.render(
         run=run,
-        nexus=run.nexus,
         k=run.nexus["gradient_accumulation_steps"],
         length="at most " * (run.nexus.get("inner_lr_schedule") == "follow") + str(run.nexus["inner_lr"]),
         base_model=base_model,
-        kind="language model" if run.is_language_model else f"{run.task or ''} model".strip(),
+        kind="language model" if run.is_language_model else f"{run.pipeline_tag or ''} model".strip(),
         stages=_stage_columns(run),
         roles=roles,
         environment={name: value for name, value in environment.items() if value is not None},
@@ -173,16 +173,14 @@ def _body(run: RunSummary) -> str:
 
 
 def _stage_columns(run: RunSummary) -> dict[str, dict[str, float]]:
-    """Shares by the part of training that a stage takes, `"0 to 80 %"`; nothing for one stage."""
+    """Mixture weights of each stage, by its title `"0 to 80 %"`; empty for a single stage."""
     ends = [f"{100 * until:g}" for until, _ in run.stages]
-    starts = ["0", *ends]
-    shares = [shares for _, shares in run.stages]
-    columns = {f"{a} to {b} %": s for a, b, s in zip(starts, ends, shares, strict=False)}
-    return columns if len(columns) > 1 else {}
+    titles = [f"{start} to {end} %" for start, end in pairwise(["0", *ends])]
+    return dict(zip(titles, (shares for _, shares in run.stages), strict=True)) if len(titles) > 1 else {}
 
 
 def _cell(value: object) -> str:
-    """A value inside a Markdown table, on one line."""
+    """Text inside a Markdown table, on one line."""
     return "-" if value is None else " ".join(str(value).split()).replace("|", r"\|")
 
 
@@ -190,17 +188,29 @@ def _code(value: object) -> str:
     return "`" + " ".join(str(value).split()).replace("`", "'") + "`"
 
 
-def _number(value: object) -> str:
-    """Four decimals; four digits of an exponential form where those would say nothing."""
-    if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _cell(value)
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 or not math.isfinite(value) else f"{value:.4e}"
+def _number(value: float | None) -> str:
+    """Four significant digits, and all digits before the point below a billion."""
+    if value is None or not math.isfinite(value):
+        return _cell(value)
+    return f"{round(value):,}" if isinstance(value, int) or 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+def _count(value: int) -> str:
+    """Three significant digits from a million on; smaller counts exactly."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= 0.9995 * size:
+            return f"{value / size:#.3g} {word}"
+    return f"{value:,}"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _escaped(value: str) -> str:
-    """A text between the double quotes of a Python literal."""
+    """Text between the double quotes of a Python literal."""
     return json.dumps(value, ensure_ascii=False)[1:-1]

@@ -1,4 +1,4 @@
-"""The Hub's rules for a card's metadata, checked here because an upload is a late and lossy place to learn of them."""
+"""The Hub's rules for the metadata of a card, checked before the upload."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from ..files import nearest
 
 __all__ = ["check_card", "is_repo_id", "split_card"]
 
-# The identifiers that the Hub's documentation lists under "Licenses".
+# Identifiers from the page "Licenses" of the Hub's documentation.
 _LICENSE_IDS = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
 afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
@@ -29,13 +29,13 @@ LICENSES = frozenset(_LICENSE_IDS.split())
 
 
 def check_card(card: ModelCard | str) -> None:
-    """Checks a model card without a network: metadata that parses back, types, licence, ids, model-index, no token.
+    """Check a model card without a network: metadata, types, licence, ids, model-index, and that it has no token.
 
     Args:
-        card (`ModelCard` or `str`): The card, or the text of its README.
+        card (`ModelCard` or `str`): Card, or text of a README.
 
     Raises:
-        ValueError: Naming everything that is wrong.
+        ValueError: the card is not valid. The message lists all problems.
 
     Example:
         ```python
@@ -47,16 +47,16 @@ def check_card(card: ModelCard | str) -> None:
     metadata, _ = split_card(text)
     problems = [*_field_problems(metadata), *_license_problems(metadata), *_index_problems(metadata)]
     if re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
-        problems.append("the text holds what looks like an access token (hf_...): remove it, and revoke the token")
+        problems.append("the text contains an access token (hf_...): remove it and revoke the token")
     if problems:
         raise ValueError("The model card is not valid:\n- " + "\n- ".join(problems))
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Splits a README into its metadata, `{}` if it has none, and the text below.
+    """Split a README into its metadata, `{}` if it has none, and its text.
 
     Raises:
-        ValueError: If the metadata block is not a YAML mapping.
+        ValueError: the metadata are not a YAML mapping.
 
     Example:
         ```python
@@ -71,16 +71,16 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     try:
         metadata = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"The card's metadata is not YAML, mend it or delete the block: {error}") from error
+        raise ValueError(f"The metadata of the card are not YAML, correct or delete them: {error}") from error
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"The card's metadata is a {type(metadata).__name__}, not a mapping: write `key: value` lines."
+            f"The metadata of the card are a {type(metadata).__name__}, not a mapping. Write `key: value` lines."
         )
     return metadata, text[match.end() :]
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether the Hub could have a repository of this name.
+    """Whether a name is valid for a repository on the Hub.
 
     Example:
         ```python
@@ -97,18 +97,18 @@ def is_repo_id(name: str) -> bool:
 
 
 def _field_problems(metadata: dict[str, Any]) -> Iterator[str]:
-    """Wrong types, and values that are no ids or codes. An unquoted `no` or `on` in YAML is a bool, not a language."""
+    """Problems of types, ids and codes. In YAML, an unquoted `no` is a bool and not a language."""
     for key in ("language", "datasets", "base_model", "tags", "metrics"):
         for value in raw if isinstance(raw := metadata.get(key, []), list) else [raw]:
             if not isinstance(value, str) or not value:
-                yield f"`{key}` must be a text or a list of texts, got {value!r}: quote it"
+                yield f"`{key}` must be a string or a list of strings, got {value!r}: quote it"
             elif key == "language" and not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", value):
-                yield f"`language` must hold ISO 639 codes (`en`), `code` or `multilingual`, got {value!r}"
+                yield f"`language` must be ISO 639 codes (`en`), `code` or `multilingual`, got {value!r}"
             elif key in ("datasets", "base_model") and (value.startswith("builtin/") or not is_repo_id(value)):
-                yield f"`{key}` must hold ids of the Hub, got {value!r}: leave out what is not published there"
+                yield f"`{key}` must be ids of the Hub, got {value!r}: leave out what is not on the Hub"
     for key in ("library_name", "pipeline_tag"):
         if not isinstance(metadata.get(key, ""), str):
-            yield f"`{key}` must be a text, got {metadata[key]!r}"
+            yield f"`{key}` must be a string, got {metadata[key]!r}"
 
 
 def _license_problems(metadata: dict[str, Any]) -> Iterator[str]:
@@ -123,7 +123,7 @@ def _license_problems(metadata: dict[str, Any]) -> Iterator[str]:
 
 
 def _index_problems(metadata: dict[str, Any]) -> Iterator[str]:
-    """The structure that the Hub requires of `model-index`; a NaN in it is no JSON and makes the Hub refuse all."""
+    """Problems of `model-index`. The Hub rejects a card with NaN, which JSON does not have."""
     models = metadata.get("model-index", [])
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         yield f"`model-index` must be a list of mappings, got {models!r}"
@@ -138,10 +138,10 @@ def _index_problems(metadata: dict[str, Any]) -> Iterator[str]:
                 needed += [metric["type"] for metric in result["metrics"]]
                 values = [metric["value"] for metric in result["metrics"]]
             except (KeyError, TypeError) as error:
-                yield f"a result of `model-index` lacks {error} (task, dataset and metrics are needed): {result!r}"
+                yield f"a result of `model-index` lacks {error} (it needs task, dataset and metrics): {result!r}"
                 continue
             if not values or not all(isinstance(text, str) and text for text in needed):
-                yield f"a result of `model-index` needs at least one metric, and texts as types and names: {result!r}"
+                yield f"a result of `model-index` needs a metric, and strings as types and names: {result!r}"
             if bad := [
                 v for v in values if isinstance(v, bool | None) or (isinstance(v, float) and not math.isfinite(v))
             ]:

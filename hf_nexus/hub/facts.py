@@ -1,4 +1,4 @@
-"""Facts that a card states: the machine, the versions, the commit, and the origin and task of model and data."""
+"""Facts that a card states: machine, versions and commit, and what model and data are and come from."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ __all__ = [
     "describe_hardware",
     "find_commit",
     "find_origin",
-    "find_task",
+    "find_pipeline_tag",
     "hub_id",
     "installed_versions",
     "public_path",
@@ -28,7 +28,7 @@ __all__ = [
 
 _PACKAGES = ("transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface-hub")
 _OPTIONAL = ("trl", "peft", "evaluate", "lm-eval", "bitsandbytes")
-# Tasks of the Hub for which transformers has Auto classes, but no pipeline.
+# Tags of the Hub for which transformers has an Auto class, but no pipeline.
 _WITHOUT_PIPELINE = {
     "text2text-generation": "AutoModelForSeq2SeqLM",
     "question-answering": "AutoModelForQuestionAnswering",
@@ -115,23 +115,24 @@ def find_origin(model: Any) -> dict[str, Any]:
     return found | {"base_model": f"./{Path(base).name}" if base and Path(base).exists() else base}
 
 
-def find_task(model: Any) -> dict[str, str | None]:
+def find_pipeline_tag(model: Any) -> dict[str, str | None]:
     """
-    Find the task of a model and the Auto class that loads it, from the mappings of transformers.
+    Find the Hub's name for the task of a model, and the Auto class that loads it, in the mappings of transformers.
 
     Args:
         model (`torch.nn.Module`):
             The unwrapped model, or an adapter of peft.
 
     Returns:
-        `dict[str, str | None]`: `task`, by the Hub's name, and `auto_class`. Both are `None` if transformers does not
-        know the model's class.
+        `dict[str, str | None]`: `pipeline_tag` and `auto_class` of [`RunSummary`]; both are `None` if transformers
+        does not know the model's class.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> from hf_nexus.hub.facts import find_task
-        >>> find_task(ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
-        {'task': 'image-classification', 'auto_class': 'AutoModelForImageClassification'}
+        >>> from hf_nexus.hub.facts import find_pipeline_tag
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> find_pipeline_tag(ViTForImageClassification(config))
+        {'pipeline_tag': 'image-classification', 'auto_class': 'AutoModelForImageClassification'}
     """
     if is_peft_available():
         from peft import PeftModel
@@ -139,19 +140,18 @@ def find_task(model: Any) -> dict[str, str | None]:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
     for name in (parent.__name__ for parent in type(model).__mro__):
-        for task, auto_class, classes in _tasks():
-            if name in classes:
-                return {"task": task, "auto_class": auto_class}
-        for task, auto_class, _ in _tasks():  # no mapping lists the classes of remote code, but their names are alike
-            if name.endswith(auto_class.removeprefix("AutoModel")):
-                return {"task": task, "auto_class": auto_class}
-    return {"task": None, "auto_class": None}
+        found = [row for row in _pipelines() if name in row[2]]
+        # No mapping lists the classes of remote code, but their names end like those of other models.
+        found += [row for row in _pipelines() if name.endswith(row[1].removeprefix("AutoModel"))]
+        if found:
+            return {"pipeline_tag": found[0][0], "auto_class": found[0][1]}
+    return {"pipeline_tag": None, "auto_class": None}
 
 
 @cache
-def _tasks() -> list[tuple[str, str, frozenset[str]]]:
+def _pipelines() -> list[tuple[str, str, frozenset[str]]]:
     """
-    Tasks, with an Auto class and the names of the model classes that it loads.
+    Pipeline tags, each with an Auto class and the names of the model classes that it loads.
 
     Some model classes are listed several times. Language models come first, then the Auto classes that load the fewest
     model classes, as these are the most specific.
@@ -160,13 +160,13 @@ def _tasks() -> list[tuple[str, str, frozenset[str]]]:
     from transformers.pipelines import SUPPORTED_TASKS
 
     pipelines: dict[str, Any] = SUPPORTED_TASKS
-    pairs = [(task, auto.__name__) for task, pipeline in pipelines.items() for auto in pipeline["pt"]]
+    pairs = [(tag, auto.__name__) for tag, pipeline in pipelines.items() for auto in pipeline["pt"]]
     found = []
-    for task, auto_class in (*pairs, *_WITHOUT_PIPELINE.items()):
-        if auto_class != "AutoModel":  # loads models without the head of their task
+    for tag, auto_class in (*pairs, *_WITHOUT_PIPELINE.items()):
+        if auto_class != "AutoModel":  # loads models without a head
             listed = getattr(modeling_auto, auto_class)._model_mapping._model_mapping.values()
             names = frozenset(name for entry in listed for name in ([entry] if isinstance(entry, str) else entry))
-            found.append((task, auto_class, names))
+            found.append((tag, auto_class, names))
     return sorted(found, key=lambda row: (row[1] != LANGUAGE_MODEL, len(row[2])))
 
 

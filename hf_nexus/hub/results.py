@@ -1,4 +1,4 @@
-"""Results where the Hub looks for them: losses and scores in the card's `model-index`, scores in `.eval_results/`."""
+"""Results in the Hub's formats: losses and scores in the `model-index` of the card, scores in `.eval_results/`."""
 
 import math
 import os
@@ -14,11 +14,9 @@ from .check import is_repo_id
 
 __all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "Evaluation", "merge_index", "model_index", "save_results"]
 
-# A file of our own: what other tools and people put beside it is not touched.
-RESULTS_NAME = ".eval_results/hf_nexus.yaml"
-# By which our entries are known again: losses of language models, of other models, and scores.
+RESULTS_NAME = ".eval_results/hf_nexus.yaml"  # other tools have other files in this folder
+# These names identify our entries: losses of language models, losses of other models, and scores.
 _LM_LOSSES, _LOSSES, _SCORES = "Held-out language modelling", "Held-out loss (hf_nexus)", "Benchmark (hf_nexus)"
-
 
 ROLES = {
     "train": "training source",
@@ -30,16 +28,16 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """First and last held-out loss of one set, at restored weights; in nats per token for language models.
+    """First and last held-out loss of an evaluation set at restored weights, for language models in nats per token.
 
     Args:
         name (`str`): Name of the set, unique within a run.
-        role (`"train"`, `"ood"`, `"macro"` or `"held_out"`): A training source's held-out rows, an OOD source, a mean
-            of several, or the evaluation set of a run without sources.
-        first_loss (`float`, *optional*): Loss before training or at the first evaluation.
-        last_loss (`float`): Loss at the end.
+        role (`"train"`, `"ood"`, `"macro"` or `"held_out"`): Held-out rows of a training source, an OOD source, a mean
+            over sources, or the evaluation set of a run without sources.
+        first_loss (`float`, *optional*): Loss at the first evaluation.
+        last_loss (`float`): Loss at the last evaluation.
         dataset (`str`, *optional*): Hub id of the data.
-        arm_loss (`float`, *optional*): Loss of the arm compared against, at its end.
+        arm_loss (`float`, *optional*): Last loss of the other arm, see [`RunSummary.against`].
 
     Example:
         ```python
@@ -58,7 +56,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """`exp(last_loss)`; infinite where a float cannot hold it."""
+        """`exp(last_loss)`, infinite if it exceeds the range of a float."""
         return math.exp(self.last_loss) if self.last_loss < 709 or math.isnan(self.last_loss) else math.inf
 
 
@@ -67,19 +65,19 @@ class BenchmarkScore:
     """One score on one task.
 
     Args:
-        name (`str`): What the card calls the task, such as `"GSM8K"`.
-        dataset (`str`): Hub id of its data, such as `"openai/gsm8k"`.
-        metric (`str`): What was measured, such as `"exact_match"`.
-        value (`float`): In the unit of the benchmark's leaderboard, which is percent for most (41.2, not 0.412).
+        name (`str`): Name of the task on the card, such as `"GSM8K"`.
+        dataset (`str`): Hub id of the data, such as `"openai/gsm8k"`.
+        metric (`str`): Name of the metric, such as `"exact_match"`.
+        value (`float`): Score in the unit of the leaderboard, for most tasks percent (41.2, not 0.412).
         stderr (`float`, *optional*): Standard error over the examples, in the same unit.
-        task_id (`str`, *optional*): Where the Hub has registered the dataset as a benchmark: the task, as its
-            `eval.yaml` calls it (`"gsm8k"`). Only these scores go to `.eval_results`.
+        task_id (`str`, *optional*): Task in the `eval.yaml` of the dataset (`"gsm8k"`), if the Hub has registered the
+            dataset as a benchmark. Only these scores are written to `.eval_results`.
         revision, date (`str`, *optional*): Commit of the dataset, and ISO date of the evaluation.
-        notes (`str`, *optional*): How it was asked, such as `"8-shot"`.
-        arm_value (`float`, *optional*): Score of the arm compared against.
+        notes (`str`, *optional*): Setting of the evaluation, such as `"8-shot"`.
+        arm_value (`float`, *optional*): Score of the other arm.
 
     Raises:
-        ValueError: A value that is not finite, or a `dataset` that is no Hub id.
+        ValueError: the value is not finite, or `dataset` is not a Hub id.
 
     Example:
         ```python
@@ -102,28 +100,30 @@ class BenchmarkScore:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
-            raise ValueError(f"The value of {self.name} is {self.value}: a score must be finite. Leave it out.")
+            raise ValueError(f"The score of {self.name} is {self.value}, but must be finite. Leave it out.")
         if not is_repo_id(self.dataset):
-            raise ValueError(f"dataset={self.dataset!r} of {self.name} is no id of the Hub: use 'user/name'.")
+            raise ValueError(f"dataset={self.dataset!r} of {self.name} is not a Hub id. Use 'user/name'.")
 
 
 def model_index(
     losses: Iterable[Evaluation],
     scores: Iterable[BenchmarkScore],
-    task: str | None = "text-generation",
+    pipeline_tag: str | None = "text-generation",
     perplexities: bool = True,
 ) -> list[EvalResult]:
     """
-    The entries of `model-index`: loss and, of a language model, perplexity of each set, and the scores. What is not
-    finite is left out, as the Hub takes JSON numbers only; so are losses without a task, which each entry must have.
+    Entries of `model-index`: the loss and optionally the perplexity of each evaluation set, and the scores.
+
+    The Hub accepts only finite numbers, so others are left out. Each entry needs a task of the Hub, so losses are left
+    out if `pipeline_tag` is `None`.
     """
     entries = [
         EvalResult(
-            task_type=task,
+            task_type=pipeline_tag,
             task_name=_LM_LOSSES if perplexities else _LOSSES,
             dataset_type=row.dataset or row.name,
             dataset_name=row.name,
-            dataset_config=row.name,  # keeps sets apart that come from one dataset
+            dataset_config=row.name,  # distinguishes sets from the same dataset
             dataset_split="held-out",
             dataset_args={"role": row.role},
             metric_type=metric,
@@ -131,7 +131,7 @@ def model_index(
         )
         for row in losses
         for metric, value in (("loss", float(row.last_loss)), ("perplexity", row.perplexity))[: 1 + perplexities]
-        if task is not None and math.isfinite(value)
+        if pipeline_tag is not None and math.isfinite(value)
     ]
     return entries + [
         EvalResult(
@@ -149,10 +149,10 @@ def model_index(
 
 
 def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """A `model-index` with our new entries and those of other tools in the old one.
+    """A `model-index` with our entries of the new one and other tools' entries of the old one.
 
     Args:
-        new, old (`Sequence[dict]`): As they stand in the metadata of a card; empty or `None` without one.
+        new, old (`Sequence[dict]`): `model-index` in the metadata of a card; empty or `None` if it has none.
 
     Raises:
         ValueError: `old` is malformed.
@@ -169,7 +169,7 @@ def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | N
         foreign = [result for result in results if result["task"].get("name") not in (_LM_LOSSES, _LOSSES, _SCORES)]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"The existing card's `model-index` is malformed ({error!r}): mend it or delete it."
+            f"The `model-index` of the existing card is malformed ({error!r}). Correct it or delete it."
         ) from error
     if not foreign:
         return list(new)
@@ -178,14 +178,14 @@ def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | N
 
 
 def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str]) -> Path | None:
-    """Write the scores on registered benchmarks to `.eval_results/hf_nexus.yaml`, from which leaderboards read them.
+    """Write the scores on registered benchmarks to `.eval_results/hf_nexus.yaml`, which leaderboards read.
 
     Args:
-        scores (`Iterable[BenchmarkScore]`): Those without a `task_id` are passed over.
-        folder (`str` or `os.PathLike`): Of the model.
+        scores (`Iterable[BenchmarkScore]`): Scores; those without a `task_id` are left out.
+        folder (`str` or `os.PathLike`): Folder of the model.
 
     Returns:
-        `Path`, *optional*: the file; `None` without any such score, and an earlier file is then deleted.
+        `Path`, *optional*: file; without such scores, `None`, and an earlier file is deleted.
 
     Example:
         ```python

@@ -1,4 +1,4 @@
-"""What a model card needs to know of a run, as plain data: this room knows nothing of trainers."""
+"""Facts about a run as plain data, from which its model card is rendered."""
 
 import json
 import os
@@ -13,24 +13,24 @@ from .results import ROLES, BenchmarkScore, Evaluation
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
 
 SUMMARY_NAME = "run_summary.json"
-LANGUAGE_MODEL = "AutoModelForCausalLM"  # what loads the models whose loss is one in nats per token of a text
-# Neither in a card nor in a saved summary: credentials, and folders of the machine that trained.
+LANGUAGE_MODEL = "AutoModelForCausalLM"  # loads models whose loss is in nats per token
+# Hyperparameters that are not published: credentials, and folders of the training machine.
 _PRIVATE = re.compile(r"(.*_)?(hub|api|access|auth)_token|.*_dir|resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
 class MixtureRow:
-    """One training source as the card lists it.
+    """One training source.
 
     Args:
         source (`str`): Name of the source.
-        weight (`float`, *optional*): Share of the tokens that was asked for, over all stages; `None` where weights
-            were decided while training.
-        share (`float`): Share of the tokens that was realised.
-        epochs (`float`, *optional*): Passes over the source's training rows; `None` for a stream of unknown size.
-        tokens (`int`): Tokens trained on, or rows where the run counted those; see `RunSummary.unit`.
-        license (`str`, *optional*): Licence of the data, in any wording.
-        dataset (`str`, *optional*): Where the data comes from: a Hub id, `builtin/<name>`, ...
+        weight (`float`, *optional*): Configured share of the tokens, over all stages; `None` if weights were decided
+            during training.
+        share (`float`): Realised share of the tokens.
+        epochs (`float`, *optional*): Passes over the training rows; `None` for a stream of unknown size.
+        tokens (`int`): Trained tokens or rows, see `RunSummary.unit`.
+        license (`str`, *optional*): Licence of the data, as free text.
+        dataset (`str`, *optional*): Origin of the data: a Hub id, `builtin/<name>` or a file name.
 
     Example:
         ```python
@@ -51,48 +51,50 @@ class MixtureRow:
 
 @dataclass
 class RunSummary:
-    """What a card says about a run: plain data, so that whoever trained can fill it in.
+    """Facts about a run, as plain data.
 
     Args:
         model_name (`str`): Title of the card and name in the model-index.
         model_type (`str`): `config.model_type`, such as `"llama"`.
-        parameters (`int`): Number of parameters, those of an adapter included.
-        nexus (`dict[str, Any]`): The Nexus settings as they were used; `nexus`, `inner_lr`, `inner_direction` and
-            `gradient_accumulation_steps` must be among them.
-        planned (`bool`, *optional*, defaults to `False`): The run has not taken place: what the card says of tokens,
-            shares and epochs is what it would come to, and results are not allowed.
-        mixture (`list[MixtureRow]`, *optional*): The training sources.
-        unit (`str`, *optional*, defaults to `"tokens"`): What the mixture is counted in: tokens that carried loss, or
-            `"rows"` of a model whose labels are not one per token.
-        stages (`list[tuple[float, dict[str, float]]]`, *optional*): `(until, shares)` of each stage, by fraction of
-            training, where the weights changed.
+        parameters (`int`): Number of parameters, including those of an adapter.
+        nexus (`dict[str, Any]`): Nexus settings of the run. `nexus`, `inner_lr`, `inner_direction` and
+            `gradient_accumulation_steps` are required.
+        planned (`bool`, *optional*, defaults to `False`): Whether the run is only planned. Its tokens, shares and
+            epochs are then computed from the configuration, and it has no results.
+        mixture (`list[MixtureRow]`, *optional*): Training sources.
+        unit (`str`, *optional*, defaults to `"tokens"`): What the mixture counts: `"tokens"` with a loss, or `"rows"`
+            for models without a label per token.
+        stages (`list[tuple[float, dict[str, float]]]`, *optional*): For each stage, the fraction of training at which
+            it ends and its mixture weights.
         evaluations (`list[Evaluation]`, *optional*): Held-out losses.
-        arm (`str`, *optional*): What `arm_loss` of the evaluations comes from; see `against`.
-        benchmarks (`list[BenchmarkScore]`, *optional*): Scores on tasks.
+        arm (`str`, *optional*): Name of the arm that `arm_loss` and `arm_value` come from, see `against`.
+        benchmarks (`list[BenchmarkScore]`, *optional*): Scores on benchmark tasks.
         hyperparameters, changed_hyperparameters (`dict[str, Any]`, *optional*): All training arguments, and those that
-            differ from their defaults. Tokens and local folders are left out.
-        numbers (`dict[str, float]`, *optional*): Last logged values, such as `path_cosine`.
-        repo_id, prompt (`str`, *optional*): What the example loads (the folder itself if `None`) and continues.
-        base_model (`str`, *optional*): Hub id of the model that was trained further; `None` means from scratch, or of
-            an adapter that its base model has no name. Of a path only the last part is named, outside of the metadata.
-        adapter (`str`, *optional*): Kind of an adapter that was trained on the base model, such as `"LoRA"`.
-        trainable_parameters (`int`, *optional*): How many were trained, if not all.
-        license, license_name, license_link (`str`, *optional*): Of the model, by the Hub's identifiers; `"other"`
-            needs a name.
+            differ from their defaults. Tokens and local folders are removed.
+        numbers (`dict[str, float]`, *optional*): Last logged metrics, such as `path_cosine`.
+        repo_id (`str`, *optional*): Repository that the example loads; `None` for the folder of the card.
+        prompt (`str`, *optional*, defaults to `"The"`): Text that the example continues.
+        base_model (`str`, *optional*): Hub id or path of the model that was trained further; `None` if the model was
+            trained from scratch, or if the base model of an adapter has no name. Of a path, only the text of the card
+            has the last part.
+        adapter (`str`, *optional*): Kind of the adapter that was trained, such as `"LoRA"`.
+        trainable_parameters (`int`, *optional*): Number of trained parameters; `None` if all were trained.
+        license, license_name, license_link (`str`, *optional*): Licence of the model, by the Hub's identifiers.
+            `"other"` needs a name.
         languages (`list[str]`, *optional*): ISO 639 codes, `"code"` or `"multilingual"`.
-        datasets (`list[str]`, *optional*): Hub ids only.
-        tags, limitations (`list[str]`, *optional*): In addition to those that every card has.
-        hardware, commit (`str`, *optional*): Machine, and revision of the training code.
+        datasets (`list[str]`, *optional*): Hub ids of the training data.
+        tags, limitations (`list[str]`, *optional*): Additions to those of every card.
+        hardware, commit (`str`, *optional*): Devices, and commit of the training code.
         seconds, tokens_per_second (`float`, *optional*): Training time and throughput.
-        versions (`dict[str, str]`, *optional*): Of the packages by distribution name; `hf-nexus` is cited.
-        plot, cosine_plot (`str`, *optional*): File names of the curves and of the gradient cosines, beside the card.
-        task (`str`, *optional*, defaults to `"text-generation"`): What the model is for, by the Hub's name of the
-            pipeline; `None` if that is not known.
-        auto_class (`str`, *optional*, defaults to `"AutoModelForCausalLM"`): The class of transformers that loads the
-            model; `None` if there is none, and the card then has no example.
+        versions (`dict[str, str]`, *optional*): Versions of the packages by distribution name.
+        plot, cosine_plot (`str`, *optional*): File names of the plots in the folder of the card.
+        pipeline_tag (`str`, *optional*, defaults to `"text-generation"`): Task of the model by the Hub's name; `None`
+            if it is not known.
+        auto_class (`str`, *optional*, defaults to `"AutoModelForCausalLM"`): Class of transformers that loads the
+            model; `None` if there is none. The card then has no example.
 
     Raises:
-        ValueError: Settings that are missing, repeated names, unknown roles, or results of a planned run.
+        ValueError: settings are missing, names are repeated, a role is unknown, or a planned run has results.
 
     Example:
         ```python
@@ -137,7 +139,7 @@ class RunSummary:
     versions: dict[str, str] = field(default_factory=dict)
     plot: str | None = None
     cosine_plot: str | None = None
-    task: str | None = "text-generation"
+    pipeline_tag: str | None = "text-generation"
     auto_class: str | None = LANGUAGE_MODEL
 
     def __post_init__(self) -> None:
@@ -146,37 +148,37 @@ class RunSummary:
         needed = {"nexus", "inner_lr", "inner_direction", "gradient_accumulation_steps"}
         if missing := sorted(needed - set(self.nexus)):
             raise ValueError(
-                f"`nexus` lacks {missing}, got {sorted(self.nexus)}: pass these fields of the NexusConfig."
+                f"`nexus` lacks {missing}, got {sorted(self.nexus)}. Pass these fields of the NexusConfig."
             )
         names = [row.name for row in self.evaluations]
         if len(set(names)) < len(names):
-            raise ValueError(
-                f"`evaluations` must have different names, got {names}: rename or drop the repeated ones."
-            )
+            raise ValueError(f"`evaluations` must have different names, got {names}. Rename the repeated ones.")
         if unknown := {row.role for row in self.evaluations} - set(ROLES):
-            raise ValueError(f"`evaluations` have the roles {sorted(unknown)}: use one of {list(ROLES)}.")
+            raise ValueError(f"`evaluations` have the roles {sorted(unknown)}. Use one of {list(ROLES)}.")
         if self.planned and (self.evaluations or self.benchmarks):
-            raise ValueError("A planned run has no `evaluations` or `benchmarks`: leave them out, or planned=False.")
+            raise ValueError(
+                "A planned run has no `evaluations` or `benchmarks`. Leave them out or set planned=False."
+            )
 
     @property
     def is_language_model(self) -> bool:
-        """Whether losses are in nats per token, and perplexities mean something."""
+        """Whether losses are in nats per token, so that a perplexity exists."""
         return self.auto_class == LANGUAGE_MODEL
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sources, or rows."""
+        """Trained tokens or rows of all sources."""
         return sum(row.tokens for row in self.mixture)
 
     def against(self, other: "RunSummary", name: str) -> "RunSummary":
-        """This summary with the losses of another run beside its own.
+        """Copy of this summary with the losses of another arm.
 
         Args:
-            other (`RunSummary`): The arm compared against, trained on as many tokens.
-            name (`str`): What the card calls it, such as `"plain accumulation"`.
+            other ([`RunSummary`]): Other arm, trained on the same number of tokens.
+            name (`str`): Name of the other arm on the card, such as `"plain accumulation"`.
 
         Raises:
-            ValueError: The runs differ by more than 1 % in tokens, or share no evaluation set.
+            ValueError: the numbers of tokens differ by more than 1 %, or the runs have no common evaluation set.
 
         Example:
             ```python
@@ -190,18 +192,20 @@ class RunSummary:
         """
         losses = {row.name: row.last_loss for row in other.evaluations}
         if not losses.keys() & {row.name for row in self.evaluations}:
-            raise ValueError(f"{name} shares no evaluation set with {self.model_name}: it has {sorted(losses)}.")
+            raise ValueError(
+                f"{name} and {self.model_name} have no common evaluation set: {name} has {sorted(losses)}."
+            )
         if abs(self.tokens - other.tokens) > 0.01 * self.tokens:
             raise ValueError(
-                f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}: "
-                "compare runs of equally many."
+                f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}. "
+                "Compare runs with equal numbers."
             )
         return replace(
             self, arm=name, evaluations=[replace(row, arm_loss=losses.get(row.name)) for row in self.evaluations]
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `run_summary.json` into `folder`, from which the card can be rendered again."""
+        """Write `run_summary.json`, from which the card can be rendered again, into a folder."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str)
         return write_atomic(Path(folder, SUMMARY_NAME), text + "\n")
 
@@ -210,8 +214,8 @@ class RunSummary:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: `folder` holds no summary.
-            ValueError: The file is something else; the message names it.
+            FileNotFoundError: the folder has no summary.
+            ValueError: the file is not a summary.
         """
         path = Path(folder, SUMMARY_NAME)
         try:
@@ -223,7 +227,7 @@ class RunSummary:
             return cls(**fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is not the summary of a run: {what}. Put back what the run wrote.") from error
+            raise ValueError(f"{path} is not the summary of a run: {what}. Restore the file of the run.") from error
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:

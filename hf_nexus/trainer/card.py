@@ -16,7 +16,7 @@ from ..hub.facts import (
     describe_hardware,
     find_commit,
     find_origin,
-    find_task,
+    find_pipeline_tag,
     hub_id,
     installed_versions,
     public_path,
@@ -68,7 +68,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     last = {key: value for entry in log for key, value in entry.items()}
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
-    rows, purpose = _mixture_rows(facts), find_task(model)
+    rows, purpose = _mixture_rows(facts), find_pipeline_tag(model)
     # Language models have their perplexity instead.
     metrics = [] if purpose["auto_class"] == LANGUAGE_MODEL else [key for key in last if _is_metric(key, last[key])]
     config: Any = model.config

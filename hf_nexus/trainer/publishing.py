@@ -100,7 +100,7 @@ class Publishing:
 
 # Arguments of `Trainer.create_model_card` by position, and the fields of `RunSummary` that they set.
 _CARD_ARGUMENTS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks")
-_RENAMED = {"language": "languages", "finetuned_from": "base_model", "tasks": "task"}
+_RENAMED = {"language": "languages", "finetuned_from": "base_model", "tasks": "pipeline_tag"}
 _LISTS = ("languages", "tags")
 # The run itself knows its data.
 _IGNORED = ("dataset_tags", "dataset", "dataset_args", "dataset_name")
@@ -118,7 +118,7 @@ def card_fields(args: tuple, given: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or name in _IGNORED:
             continue
         name = _RENAMED.get(name, name)
-        if name == "task" and not isinstance(value, str):
+        if name == "pipeline_tag" and not isinstance(value, str):
             value = value[0]  # a model has one task on the Hub
         if name in _LISTS:
             value = [value] if isinstance(value, str) else list(value)

@@ -46,7 +46,7 @@ def test_the_card_and_registered_results_show_the_scores(tmp_path):
     (tmp_path / "README.md").write_text("My words.\n")
     record_scores(tmp_path, [score(task_id="gsm8k"), score("sums/local", 50.0, dataset=None)])
     text = (tmp_path / "README.md").read_text()
-    assert "My words." in text and "| gsm8k | openai/gsm8k | exact_match | 41.2000 | 1.4000 |" in text
+    assert "My words." in text and "| gsm8k | openai/gsm8k | exact_match | 41.2 | 1.4 |" in text
     results = ModelCard(text).data.to_dict()["model-index"][0]["results"]
     values = {result["dataset"]["type"]: result["metrics"][0]["value"] for result in results}
     assert values == {"allenai/ai2_arc": 25.0, "openai/gsm8k": 41.2, "sums_local": 50.0}

@@ -1,7 +1,7 @@
-"""Model cards: numbers that equal the run's, metadata that the Hub takes, user text that survives.
+"""Model cards: the numbers of the run, metadata that the Hub accepts, and the text of users.
 
-After a deliberate change of the card run `make cards`: it renders `tests/hub/golden_card.md` and the cards in
-`model_cards/` anew, and the difference belongs into the review.
+After a change of the card, run `make cards`. It renders `tests/hub/golden_card.md` and the cards in `model_cards/`
+again. Review the difference.
 """
 
 import math
@@ -16,67 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_nexus.hub import card as card_module
-from hf_nexus.hub.card import BenchmarkScore, Evaluation, MixtureRow, RunSummary, check_card, run_card, save_card
-from hf_nexus.hub.results import save_results
+from hf_nexus.hub.card import run_card, save_card
+from hf_nexus.hub.check import check_card
+from hf_nexus.hub.results import Evaluation, save_results
+from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from hf_nexus.pretrain.card import planned_summary
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
+from tests.support.hub.summaries import NEXUS, full_run, make_run
 
 GOLDEN = Path(__file__).with_name("golden_card.md")
 MODEL_CARDS = sorted(path.parent for path in GOLDEN.parents[2].glob("model_cards/*/run_summary.json"))
-NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradient_accumulation_steps": 4}
-
-
-def make_run(**changes):
-    run = RunSummary(
-        model_name="nexus-test",
-        model_type="llama",
-        parameters=1_234_567,
-        nexus=dict(NEXUS),
-        mixture=[
-            MixtureRow("code", 0.6, 0.59375, 1.25, 1_200_000, "PSF-2.0", "builtin/code"),
-            MixtureRow("maths", 0.4, 0.40625, 0.5, 800_000),
-        ],
-        evaluations=[
-            Evaluation("code", "train", 8.318742113, 3.00061234, "org/code"),
-            Evaluation("maths", "train", 8.31, 2.5),
-            Evaluation("cpp", "ood", None, 4.123456789),
-            Evaluation("macro", "macro", 8.3152, 2.8004),
-        ],
-        hyperparameters={"learning_rate": 2e-3, "weight_decay": 0.0, "report_to": ["none"]},
-        changed_hyperparameters={"learning_rate": 2e-3},
-        numbers={"path_cosine": 0.087654321, "inner_steps_skipped": 0, "learning_rate": 1.25e-5},
-        repo_id="user/nexus-test",
-        license="Apache-2.0",
-        languages=["en", "code"],
-        datasets=["org/code"],
-        tags=["demo"],
-        limitations=["Trained on an embedded corpus."],
-        hardware="2 CPU cores",
-        commit="0123abc",
-        seconds=200.4,
-        tokens_per_second=10_000.5,
-        versions={"hf-nexus": "0.1.0", "torch": "2.13.0"},
-        plot="training curves.png",
-    )
-    return replace(run, **changes)
-
-
-def full_run():
-    """Every section that a card can have."""
-    run = make_run(
-        stages=[(0.75, {"code": 0.5, "maths": 0.5}), (1.0, {"code": 0.9, "maths": 0.1})],
-        benchmarks=[
-            BenchmarkScore(
-                "GSM8K", "openai/gsm8k", "exact_match", 41.25, 1.4, "gsm8k", "abc", "2026-05-01", "8-shot", 40
-            ),
-            BenchmarkScore("LAMBADA", "EleutherAI/lambada_openai", "acc", 12.5),
-        ],
-        cosine_plot="gradient_cosines.png",
-    )
-    run.mixture.append(MixtureRow("web", None, 0.0, None, 0, "odc-by", "org/web"))
-    other = replace(run, evaluations=[Evaluation("code", "train", 8.3, 3.1), Evaluation("cpp", "ood", None, 4.0)])
-    return run.against(other, "plain accumulation")
 
 
 def front_matter(card):
@@ -89,12 +39,12 @@ def tables(text):
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
 
 
-def test_golden_card():
+def test_the_card_equals_the_golden_card():
     assert str(run_card(full_run())) == GOLDEN.read_text(encoding="utf-8"), "see the head of this file"
 
 
 @pytest.mark.parametrize("folder", MODEL_CARDS, ids=lambda folder: folder.name)
-def test_the_cards_of_the_recipes_are_what_their_summaries_say(folder):
+def test_model_cards_are_rendered_from_their_summaries(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert str(run_card(RunSummary.load(folder), text)) == text, "see the head of this file"
     check_card(text)
@@ -103,7 +53,7 @@ def test_the_cards_of_the_recipes_are_what_their_summaries_say(folder):
     assert not re.search(r"fine-tuned version of \[\]|More information needed|/home/|/tmp/", text)
 
 
-def test_three_recipes_have_cards_and_the_planned_one_follows_its_configuration():
+def test_the_planned_card_follows_its_configuration():
     assert [folder.name for folder in MODEL_CARDS] == ["demo", "lora", "pretraining-3b"]
     arguments = parse_arguments(["--config", "3b", "--dry_run"])
     plan = planned_summary(arguments, plan_run(arguments, arguments.model.accelerators))
@@ -118,9 +68,16 @@ def test_three_recipes_have_cards_and_the_planned_one_follows_its_configuration(
 
 
 @given(st.floats(-1e300, 1e300))
-def test_printed_numbers_equal_the_given_floats(value):
-    printed = float(card_module._number(value))
-    assert math.isclose(printed, value, rel_tol=5.1e-5, abs_tol=5.1e-5 if 1e-3 <= abs(value) < 1e6 else 0.0)
+def test_printed_numbers_equal_the_given_ones(value):
+    printed = float(card_module._number(value).replace(",", ""))
+    assert math.isclose(printed, value, rel_tol=5.1e-4)
+    assert math.isclose(float(card_module._loss(value)), value, abs_tol=5.1e-5, rel_tol=1e-15)
+
+
+def test_counts_are_printed_as_they_are_read():
+    counts = [999_499, 999_500, 1_049_728, 999_600_000, 62_914_560_000, 10**13]
+    printed = [card_module._count(count) for count in counts]
+    assert printed == ["999,499", "1.00 million", "1.05 million", "1.00 billion", "62.9 billion", "10.0 trillion"]
 
 
 @settings(max_examples=25)
@@ -131,13 +88,13 @@ def test_model_index_holds_the_floats_themselves(loss):
     assert found == {"loss": loss, "perplexity": math.exp(loss)}
 
 
-def test_every_evaluation_is_in_the_table_and_in_the_index():
+def test_every_loss_is_in_the_table_and_in_the_index():
     run = make_run()
     card, text = run_card(run), str(run_card(run))
     for row in run.evaluations:
         first, last, perplexity = tables(text)[row.name][-3:]
         assert first == ("-" if row.first_loss is None else f"{row.first_loss:.4f}")
-        assert (last, perplexity) == (f"{row.last_loss:.4f}", f"{math.exp(row.last_loss):.4f}")
+        assert (last, perplexity) == (f"{row.last_loss:.4f}", f"{math.exp(row.last_loss):.4g}")
     index = {(r.dataset_name, r.metric_type): (r.metric_value, r.dataset_args) for r in card.data.eval_results}
     assert len(index) == 2 * len(run.evaluations)
     assert index["cpp", "loss"] == (4.123456789, {"role": "ood"})
@@ -150,7 +107,7 @@ def test_sets_of_one_dataset_are_not_merged_in_the_index():
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in model["results"]] == [("a", 1.0), ("b", 2.0)]
 
 
-def test_a_diverged_run_has_a_valid_card_that_says_so():
+def test_the_card_of_a_diverged_run_is_valid():
     card = run_card(make_run(evaluations=[Evaluation("a", "train", 8.0, math.nan), Evaluation("b", "ood", 8.0, 1e4)]))
     check_card(card)
     assert tables(str(card))["a"][-2:] == ["nan", "nan"] and tables(str(card))["b"][-1] == "inf"
@@ -185,19 +142,18 @@ def test_a_base_model_is_named():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "walks 4 inner steps of length 0.05"),
+        ({}, "takes 4 inner steps of length 0.05, each along"),
         ({"inner_lr_schedule": "follow"}, "length at most 0.05"),
-        ({"nexus": False}, "switched off"),
-        ({"inner_lr": 0.0}, "without moving"),
+        ({"nexus": False}, "Nexus is off"),
+        ({"inner_lr": 0.0}, "at the same weights"),
         ({"inner_direction": "random"}, "random directions"),
-        ({"gradient_accumulation_steps": 1}, "nothing can be aligned"),
+        ({"gradient_accumulation_steps": 1}, "cannot align"),
     ],
 )
 def test_the_text_follows_the_settings(settings, said):
     text = str(run_card(make_run(nexus=NEXUS | settings)))
-    said_here = [
-        phrase for phrase in ("walks", "switched off", "without moving", "random dir", "aligned") if phrase in text
-    ]
+    phrases = ("each along", "Nexus is off", "at the same weights", "random dir", "cannot align")
+    said_here = [phrase for phrase in phrases if phrase in text]
     assert said in text and len(said_here) == 1
     assert ("is a path loss" in text) == (settings.get("nexus") is not False)
 
@@ -221,14 +177,14 @@ def test_the_usage_code_runs_from_the_card(tmp_path, monkeypatch, capsys):
     assert 'path = "user/nexus-test"' in str(run_card(make_run()))
 
 
-def test_tables_keep_their_columns_whatever_the_names():
+def test_names_do_not_break_the_tables():
     mixture = [MixtureRow("a|b\nc", 1.0, 1.0, 1.0, 10, license="see | LICENSE")]
     text = str(run_card(make_run(mixture=mixture, evaluations=[Evaluation("x|y", "train", 1.0, 1.0)])))
-    assert tables(text)[r"a\|b c"][1:3] == [r"see \| LICENSE", "1.0000"]
+    assert tables(text)[r"a\|b c"][1:3] == [r"see \| LICENSE", "100.0 %"]
     assert len(tables(text)[r"x\|y"]) == 4
 
 
-def test_no_secret_and_no_local_folder_gets_into_a_card():
+def test_a_card_has_no_token_and_no_local_folder():
     secrets = {
         "hub_token": "s3cret",
         "push_to_hub_token": "s3cret",
@@ -241,10 +197,10 @@ def test_no_secret_and_no_local_folder_gets_into_a_card():
     assert "s3cret" not in text and "`seed`: `7`" in text
 
 
-def test_a_bare_run_has_a_valid_card_without_empty_sections():
+def test_a_card_has_no_empty_sections():
     card = run_card(RunSummary("bare", "llama", 10**9, NEXUS))
     check_card(card)
-    for missing in ("## Mixture", "## Results", "![", "From the training log", "A model this small"):
+    for missing in ("## Mixture", "## Results", "![", "training log", "A model of this size"):
         assert missing not in str(card)
     assert "No out-of-distribution source was evaluated" in str(card)
 
@@ -252,34 +208,22 @@ def test_a_bare_run_has_a_valid_card_without_empty_sections():
 # --- sections that not every run has ---------------------------------------------------------------------------------
 
 
-def test_what_is_not_known_is_a_dash():
+def test_unknown_numbers_are_a_dash():
     mixture = [MixtureRow("web", None, 1.0, None, 10)]
-    assert tables(str(run_card(make_run(mixture=mixture))))["web"] == ["-", "-", "-", "1.0000", "-", "10"]
+    assert tables(str(run_card(make_run(mixture=mixture))))["web"] == ["-", "-", "-", "100.0 %", "-", "10"]
 
 
-def test_an_arm_stands_beside_the_losses_with_the_difference():
+def test_losses_of_another_arm_have_a_difference():
     text = str(run_card(full_run()))
     assert tables(text)["code"][-2:] == ["3.1000", f"{3.00061234 - 3.1:+.4f}"]
     assert tables(text)["maths"][-2:] == ["-", "-"] and "plain accumulation" in text
     assert "plain accumulation" not in str(run_card(make_run()))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"evaluations": [Evaluation("else", "ood", None, 1.0)]}, "no evaluation set"),
-        ({"mixture": [MixtureRow("code", 1.0, 1.0, 1.0, 1_000)]}, "equally many"),
-    ],
-)
-def test_runs_that_cannot_be_compared_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_run().against(make_run(**changes), "other")
-
-
-def test_stages_are_a_table_where_there_are_several():
+def test_several_stages_are_a_table():
     text = str(run_card(full_run())).partition("Weights by stage")[2].partition("## Results")[0]
     assert tables(text)["Source"] == ["0 to 75 %", "75 to 100 %"]
-    assert tables(text)["maths"] == ["0.5000", "0.1000"]
+    assert tables(text)["maths"] == ["50.0 %", "10.0 %"]
     one = make_run(stages=[(1.0, {"code": 0.6, "maths": 0.4})])
     assert str(run_card(one)) == str(run_card(make_run()))
 
@@ -287,18 +231,18 @@ def test_stages_are_a_table_where_there_are_several():
 def test_a_planned_run_says_so_and_has_no_results():
     run = make_run(planned=True, evaluations=[], numbers={}, plot=None)
     text = str(run_card(run))
-    assert "Planned, not measured" in text and "Tokens planned" in text and "Tokens trained on" not in text
+    assert "Planned, not trained" in text and "Planned tokens" in text and "Trained tokens" not in text
     assert "model-index" not in text and "## Results" not in text
     assert "Planned" not in str(run_card(make_run()))
     with pytest.raises(ValueError, match="planned"):
         make_run(planned=True)
 
 
-def test_scores_go_to_the_table_the_index_and_if_registered_to_a_file(tmp_path):
+def test_scores_are_in_the_table_the_index_and_a_file(tmp_path):
     run = full_run()
     index = {r.dataset_name: r.metric_value for r in run_card(run).data.eval_results if r.metric_type != "loss"}
     assert (index["GSM8K"], index["LAMBADA"]) == (41.25, 12.5)
-    assert tables(str(run_card(run)))["GSM8K"][1:] == ["exact_match", "41.2500", "1.4000", "40", "8-shot"]
+    assert tables(str(run_card(run)))["GSM8K"][1:] == ["exact_match", "41.25", "1.4", "40", "8-shot"]
     foreign = tmp_path / ".eval_results" / "gsm8k.yaml"
     foreign.parent.mkdir()
     foreign.write_text("[]")
@@ -310,25 +254,19 @@ def test_scores_go_to_the_table_the_index_and_if_registered_to_a_file(tmp_path):
     assert [file.name for file in foreign.parent.iterdir()] == ["gsm8k.yaml"]
 
 
-@pytest.mark.parametrize(("change", "message"), [({"value": math.nan}, "finite"), ({"dataset": "a/b/c"}, "no id")])
-def test_an_impossible_score_is_an_error(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(full_run().benchmarks[0], **change)
-
-
-def test_an_adapter_names_its_base_model_and_is_for_peft():
+def test_an_adapter_names_its_base_model_and_peft():
     run = make_run(base_model="org/base", adapter="LoRA", trainable_parameters=1_234, tags=["lora"])
     card = run_card(run)
     check_card(card)
     head = front_matter(card)
     assert (head["base_model"], head["base_model_relation"], head["library_name"]) == ("org/base", "adapter", "peft")
     assert "fine-tuning" in head["tags"] and "pretraining" not in head["tags"]
-    assert "LoRA adapter of 1,234 trainable parameters" in str(card) and "from scratch" not in str(card)
+    assert "is a LoRA adapter with 1,234 trainable parameters" in str(card) and "from scratch" not in str(card)
     again = front_matter(run_card(make_run(), existing=str(card)))
     assert "base_model" not in again and "base_model_relation" not in again and "fine-tuning" not in again["tags"]
 
 
-def test_the_adapter_of_an_unnamed_model_says_so_and_loads_nothing():
+def test_an_adapter_without_a_base_model_has_no_example():
     card = run_card(make_run(adapter="LoRA", trainable_parameters=1_234))
     check_card(card)
     head = front_matter(card)
@@ -338,41 +276,35 @@ def test_the_adapter_of_an_unnamed_model_says_so_and_loads_nothing():
     assert "from scratch" not in str(card) and "never trained on" not in str(card)  # of the base nothing is known
 
 
-def test_the_card_of_another_model_speaks_of_its_task_and_of_no_perplexity():
-    run = replace(full_run(), task="image-classification", auto_class="AutoModelForImageClassification", tags=[])
-    card = run_card(replace(run, model_type="vit", benchmarks=[]))
+def test_a_card_of_another_task_has_no_perplexity():
+    image = {"pipeline_tag": "image-classification", "auto_class": "AutoModelForImageClassification"}
+    run = replace(full_run(), **image, model_type="vit", tags=[], benchmarks=[])
+    card = run_card(run)
     check_card(card)
     head, text = front_matter(card), str(card).replace("title = {hf\\_nexus: training language models", "")
     assert head["pipeline_tag"] == "image-classification" and "metrics" not in head
     for wrong in ("language model", "text-generation", "erplexity", "nats", "CausalLM", "Tokenizer", "generate("):
         assert wrong not in text
-    assert "A `vit` image-classification model of" in text
+    assert "is a `vit` image-classification model with 1.23 million parameters" in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     compile(code, "card", "exec")
     assert code.startswith("from transformers import AutoModelForImageClassification\n\npath = ")
     assert code.endswith("model = AutoModelForImageClassification.from_pretrained(path)\n")
-    widths = {line.count("|") for line in text.partition("## Results")[2].partition("From the")[0].splitlines()} - {0}
+    section = text.partition("## Results")[2].partition("Last values")[0]
+    widths = {line.count("|") for line in section.splitlines()} - {0}
     assert len(widths) == 1 and tables(text)["code"][1:] == ["8.3187", "3.0006", "3.1000", "-0.0994"]
     results = head["model-index"][0]["results"]
     assert {(r["task"]["type"], m["type"]) for r in results for m in r["metrics"]} == {
         ("image-classification", "loss")
     }
-    assert str(run_card(replace(run, model_type="vit", benchmarks=[]), existing=str(card))) == str(card)
+    assert str(run_card(run, existing=str(card))) == str(card)
 
 
-def test_of_a_model_without_an_auto_class_nothing_is_guessed():
-    card = run_card(make_run(task=None, auto_class=None))
+def test_a_model_without_an_auto_class_has_no_example():
+    card = run_card(make_run(pipeline_tag=None, auto_class=None))
     check_card(card)
     assert not {"pipeline_tag", "metrics", "model-index"} & set(front_matter(card))
-    assert "A `llama` model of" in str(card) and "## Use" not in str(card) and "```python" not in str(card)
-
-
-def test_a_saved_summary_gives_the_same_card_and_holds_no_secret(tmp_path):
-    run = full_run()
-    run.save(tmp_path)
-    assert RunSummary.load(tmp_path) == run
-    make_run(hyperparameters={"hub_token": "s3cret", "output_dir": "/home/s3cret"}).save(tmp_path)
-    assert "s3cret" not in (tmp_path / "run_summary.json").read_text()
+    assert "is a `llama` model with" in str(card) and "## Use" not in str(card) and "```python" not in str(card)
 
 
 # --- what is already there -------------------------------------------------------------------------------------------
@@ -388,7 +320,7 @@ def test_rendering_again_changes_nothing():
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_user_text_and_metadata_survive_while_the_rest_is_replaced(newline):
+def test_user_text_and_metadata_are_kept(newline):
     old = str(run_card(make_run(model_name="old-name", tags=["kept-tag"])))
     old = old.replace("---\n\n<!--", "co2_eq_emissions: 12.5\n---\n\n# Mine\n\n--- a rule\n\n<!--")
     old = old.replace("tags:\n", "tags:\n- by-hand\n") + "\n## Notes\n\nOnly `mine` \\1 | here.\n"
@@ -402,7 +334,7 @@ def test_user_text_and_metadata_survive_while_the_rest_is_replaced(newline):
     assert "\r" not in text
 
 
-def test_a_readme_without_our_part_is_kept_whole_below():
+def test_a_foreign_readme_is_kept_below_the_card():
     card = run_card(
         make_run(license=None, languages=[]), existing="---\nlicense: mit\nlanguage: fr\n---\n\n# Mine\n\nWords."
     )
@@ -421,7 +353,7 @@ def test_a_stock_trainer_card_is_replaced():
     assert "stock-name" not in str(card) and "More information needed" not in str(card)
 
 
-def test_results_of_other_tools_stay_and_our_old_ones_go():
+def test_only_results_of_other_tools_are_kept():
     old = run_card(make_run(evaluations=[Evaluation("gone", "ood", 9.0, 8.0)]))
     head = front_matter(old)
     benchmark = {
@@ -449,7 +381,7 @@ def test_results_of_other_tools_stay_and_our_old_ones_go():
         ("---\nmodel-index: nonsense\n---\n", "malformed"),
     ],
 )
-def test_a_damaged_readme_is_an_error_and_stays_untouched(tmp_path, existing, message):
+def test_a_damaged_readme_is_not_changed(tmp_path, existing, message):
     (tmp_path / "README.md").write_text(existing, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         save_card(make_run(), tmp_path)
@@ -472,66 +404,6 @@ def test_an_invalid_card_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="`license` must be"):
         save_card(make_run(license="nope"), tmp_path)
     assert path.read_bytes() == before
-
-
-# --- validity --------------------------------------------------------------------------------------------------------
-
-
-def test_our_cards_are_valid():
-    check_card(run_card(make_run()))
-    check_card(run_card(make_run(license="other", license_name="mine", license_link="LICENSE", base_model="org/base")))
-    check_card("# A text without metadata")
-
-
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [
-        ("license: apache2", "Did you mean 'apache-2.0'"),
-        ("license: my-own", "Use `other`"),
-        ("license: [mit]", "one of the Hub's identifiers"),
-        ("license: other", "license_name"),
-        ("language: English", "ISO 639"),
-        ("language: [no]", "must be a text"),
-        ("tags: [1]", "`tags` must be"),
-        ("datasets: [builtin/code]", "ids of the Hub"),
-        ("datasets: ['data/a/b.jsonl']", "ids of the Hub"),
-        ("base_model: ''", "`base_model` must be"),
-        ("pipeline_tag: [a]", "`pipeline_tag` must be"),
-        ("model-index: {name: a}", "list of mappings"),
-        ("model-index: [{name: a}]", "list of `results`"),
-        ("model-index: [{name: a, results: [{task: {type: t}}]}]", "lacks 'dataset'"),
-        (
-            "model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: n}, metrics: []}]}]",
-            "at least one",
-        ),
-        (
-            "model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: n}, "
-            "metrics: [{type: m, value: .nan}]}]}]",
-            "finite",
-        ),
-    ],
-)
-def test_invalid_metadata_is_named(head, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_card(f"---\n{head}\n---\n")
-
-
-def test_all_problems_are_named_at_once_and_tokens_are_found():
-    with pytest.raises(ValueError, match=r"(?s)language.*license.*access token"):
-        check_card(f"---\nlicense: nope\nlanguage: English\n---\nhf_{'a1' * 17}")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"nexus": {"nexus": True}}, "lacks.*inner_lr"),
-        ({"evaluations": [Evaluation("a", "train", None, 1.0)] * 2}, "different names"),
-        ({"evaluations": [Evaluation("a", "test", None, 1.0)]}, "roles.*test.*use one of"),
-    ],
-)
-def test_an_impossible_summary_is_an_error(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_run(**changes)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Facts on a card: the task of a model follows from its class."""
+"""Facts on a card: the pipeline tag of a model follows from its class."""
 
 import pytest
 import torch
 
-from hf_nexus.hub.facts import find_task
+from hf_nexus.hub.facts import find_pipeline_tag
 
 
 @pytest.mark.parametrize(
-    ("name", "task"),
+    ("name", "tag"),
     [
         ("TapasForQuestionAnswering", "table-question-answering"),
         ("BertForQuestionAnswering", "question-answering"),
@@ -23,6 +23,6 @@ from hf_nexus.hub.facts import find_task
         ("LlamaModel", None),
     ],
 )
-def test_the_task_follows_from_the_class_of_the_model(name: str, task: str | None) -> None:
+def test_the_pipeline_tag_follows_from_the_model_class(name: str, tag: str | None) -> None:
     """The mappings of transformers decide, for a class that they do not list the end of its name."""
-    assert find_task(type(name, (torch.nn.Module,), {})())["task"] == task
+    assert find_pipeline_tag(type(name, (torch.nn.Module,), {})())["pipeline_tag"] == tag

@@ -43,7 +43,7 @@ def test_files_come_back_bit_by_bit(hub: HubServer, tmp_path: Path) -> None:
     assert set(hub.files(REPO)) == set(files)
 
 
-def test_refuses_what_the_hub_refuses(hub: HubServer) -> None:
+def test_invalid_commits_are_refused(hub: HubServer) -> None:
     """A stale parent, a bad card, an object that is not there, a deletion of nothing."""
     client = api(hub)
     client.create_repo(REPO)
@@ -64,7 +64,7 @@ def test_refuses_what_the_hub_refuses(hub: HubServer) -> None:
     assert [commit["title"] for commit in hub.history(REPO)] == ["first"]
 
 
-def test_refuses_content_that_is_not_what_was_announced(hub: HubServer) -> None:
+def test_content_must_have_the_announced_hash_and_size(hub: HubServer) -> None:
     """Neither a wrong hash nor a wrong size gets in."""
     from huggingface_hub.utils import get_session
 
@@ -79,7 +79,7 @@ def test_refuses_content_that_is_not_what_was_announced(hub: HubServer) -> None:
         client.create_commit(REPO, [wrong], commit_message="x")
 
 
-def test_who_may_do_what(hub: HubServer) -> None:
+def test_tokens_decide_who_may_read_and_write(hub: HubServer) -> None:
     """Readers read what is public; of what is private strangers do not learn that it exists."""
     client = api(hub)
     client.create_repo(REPO, private=True)

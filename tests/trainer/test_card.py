@@ -116,7 +116,7 @@ def test_the_code_of_an_adapters_card_runs(make_trainer, tmp_path, monkeypatch, 
     run = trainer.write_card()
     assert (run.adapter, run.base_model, run.trainable_parameters) == ("LoRA", "./base", trainable)
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "library_name: peft" in text and f"LoRA adapter of {trainable:,} trainable parameters" in text
+    assert "library_name: peft" in text and f"LoRA adapter with {trainable:,} trainable parameters" in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     capsys.readouterr()
     exec(code.replace('path = "."', 'path = "out"'), {})  # the folder of the base model has the same parent
@@ -128,7 +128,7 @@ def test_the_adapter_of_a_model_without_a_name_has_a_card(make_trainer):
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     trainer = make_trainer({"a": Rows(16, 0)}, model=peft.get_peft_model(tiny_llama(), lora))
     run = trainer.write_card()
-    assert (run.adapter, run.base_model, run.task) == ("LoRA", None, "text-generation")
+    assert (run.adapter, run.base_model, run.pipeline_tag) == ("LoRA", None, "text-generation")
     text = Path(trainer.args.output_dir, "README.md").read_text()
     check_card(text)
     assert "a base model without a name" in text and "base_model:" not in text and "from_pretrained" not in text
@@ -181,7 +181,7 @@ class OwnModel(transformers.BertModel):
 def test_task_and_auto_class_follow_from_the_model(make_trainer, make, task, auto_class):
     trainer = make_trainer(Rows(8, 0), model=make())
     run = summarize(trainer.run_facts())
-    assert (run.task, run.auto_class) == (task, auto_class)
+    assert (run.pipeline_tag, run.auto_class) == (task, auto_class)
     assert (
         auto_class is None
         or type(getattr(transformers, auto_class).from_config(trainer.model.config)) in type(trainer.model).__mro__
@@ -193,9 +193,9 @@ def test_task_and_auto_class_follow_from_the_model(make_trainer, make, task, aut
 
 @pytest.mark.parametrize("given", [{"tasks": "summarization"}, {"tasks": ["summarization", "translation"]}])
 def test_tasks_may_be_given_as_the_trainer_takes_them(given):
-    assert card_fields((), given)["task"] == "summarization"
-    assert card_fields((None, None, None, None, None, *given.values()), {})["task"] == "summarization"
-    assert "task" not in card_fields((), {"tasks": None})
+    assert card_fields((), given)["pipeline_tag"] == "summarization"
+    assert card_fields((None, None, None, None, None, *given.values()), {})["pipeline_tag"] == "summarization"
+    assert "pipeline_tag" not in card_fields((), {"tasks": None})
 
 
 class Labelled(Rows):
@@ -216,8 +216,8 @@ def test_the_card_of_a_classifier_has_metrics_and_code(make_trainer, tmp_path, m
     text = (tmp_path / "out" / "README.md").read_text()
     check_card(text)
     assert "on a mixture of 2 sources (16 rows)" in text
-    assert "| Rows trained on |" in text and "Rows per second" in text
-    assert "| `eval_accuracy` | 0.7500 |" in text and "erplexity" not in text and "`eval_runtime`" not in text
+    assert "| Trained rows |" in text and "Rows per second" in text
+    assert "| `eval_accuracy` | 0.75 |" in text and "erplexity" not in text and "`eval_runtime`" not in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path / "out")
     exec(code, found := {})

@@ -1,0 +1,51 @@
+"""The facts about a run: consistent, comparable, and saved without secrets."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from hf_nexus.hub.results import Evaluation
+from hf_nexus.hub.run_summary import MixtureRow, RunSummary
+from tests.support.hub.summaries import full_run, make_run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluations": [Evaluation("else", "ood", None, 1.0)]}, "no common evaluation set"),
+        ({"mixture": [MixtureRow("code", 1.0, 1.0, 1.0, 1_000)]}, "equal numbers"),
+    ],
+)
+def test_unequal_runs_cannot_be_compared(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_run().against(make_run(**changes), "other")
+
+
+def test_a_saved_summary_is_complete_and_has_no_token(tmp_path):
+    run = full_run()
+    run.save(tmp_path)
+    assert RunSummary.load(tmp_path) == run
+    make_run(hyperparameters={"hub_token": "s3cret", "output_dir": "/home/s3cret"}).save(tmp_path)
+    assert "s3cret" not in (tmp_path / "run_summary.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"value": math.nan}, "finite"), ({"dataset": "a/b/c"}, "not a Hub id")]
+)
+def test_an_impossible_score_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(full_run().benchmarks[0], **change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nexus": {"nexus": True}}, "lacks.*inner_lr"),
+        ({"evaluations": [Evaluation("a", "train", None, 1.0)] * 2}, "different names"),
+        ({"evaluations": [Evaluation("a", "test", None, 1.0)]}, "roles.*test.*Use one of"),
+    ],
+)
+def test_an_impossible_summary_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(**changes)
