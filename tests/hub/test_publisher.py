@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hf_nexus.hub.publisher import Publisher, checkpoint_files
+from hf_nexus.hub.publisher import FinalFlush, Publisher, checkpoint_files
 from hf_nexus.hub.queue import QUEUE_NAME
 from hf_nexus.hub.uploader import push_queue
 from tests.support.hub.runs import (
@@ -280,3 +280,46 @@ def test_flush_is_bounded_and_push_sends_the_rest(
         status, complete = push_queue(out, token=ALICE, endpoint=hub.endpoint, retry=QUICK)
     assert complete and status.line(out) == "On the Hub (alice/model@main): step 2."
     assert digests(hub.files(REPO)) == digests(model_of(checkpoint))
+
+
+_EXIT = """
+import sys
+from pathlib import Path
+from hf_nexus.hub.publisher import FinalFlush, Publisher
+from tests.support.hub.runs import QUICK, write_checkpoint
+out, endpoint, token, seconds = sys.argv[1:]
+publisher = Publisher("alice/model", out, token=token, endpoint=endpoint, retry=QUICK)
+FinalFlush(publisher, float(seconds))
+publisher.submit_checkpoint(write_checkpoint(Path(out), 2), 2, "every_save")
+raise RuntimeError("training failed")
+"""
+
+
+@pytest.mark.parametrize(("hangs", "printed"), [(True, "nothing. Not yet on the Hub: step 2"), (False, "step 2.")])
+def test_a_failed_run_flushes_for_a_bounded_time(hub: HubServer, tmp_path: Path, hangs: bool, printed: str) -> None:
+    """The process flushes at exit and prints the status, also if the Hub hangs."""
+    if hangs:
+        hub.fail("/commit/", action="hang")
+    command = [sys.executable, "-c", _EXIT, str(tmp_path / "out"), hub.endpoint, ALICE, "1" if hangs else str(SECONDS)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * SECONDS)
+    assert done.returncode == 1 and "training failed" in done.stderr
+    first, last = done.stdout.splitlines()
+    assert first.startswith("Uploading step 2 to the Hub, for at most")
+    assert last.startswith(f"On the Hub (alice/model@main): {printed}")
+
+
+def test_the_last_flush_neither_repeats_a_line_nor_a_wait(
+    publish: Callable[..., Publisher], hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an incomplete flush, the end of the process does not wait again."""
+    hub.fail("/commit/", status=500)
+    publisher = publish()
+    final = FinalFlush(publisher, math.inf)
+    publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save")
+    until(lambda: publisher.status().error)
+    assert not final.wait(0.1).complete
+    assert capsys.readouterr().out.count("Not yet on the Hub: step 2") == 1
+    publisher.close()  # no further error
+    final.end()
+    assert capsys.readouterr().out == ""

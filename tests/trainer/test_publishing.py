@@ -7,10 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from hf_nexus.hub.publisher import Publisher
 from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import pretrain
-from tests.support.hub.runs import QUICK, REPO, content, digests
+from hf_nexus.trainer.publishing import Publishing
+from tests.support.hub.runs import QUICK, REPO, SECONDS, content, digests, until
 from tests.support.hub.server import ALICE, READER, HubServer
 from tests.support.launcher import launch
 from tests.support.tiny import Rows
@@ -30,7 +32,6 @@ from tests.support.tiny_config import write_config
 from tests.trainer.test_mixin import weights
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
-SECONDS = 180.0  # timeout for events, also on a busy machine
 MODEL = ("config.json", "model.safetensors", "training_args.bin", "nexus.yaml", "trainer_state.json")
 CARD = ("README.md", "run_summary.json", "training.png")
 
@@ -248,7 +249,7 @@ def test_what_was_saved_arrives_although_the_run_fails(
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_the_bound_is_a_time(make_trainer: Callable[..., Any], value: float) -> None:
+def test_the_flush_timeout_is_a_number_of_seconds(make_trainer: Callable[..., Any], value: float) -> None:
     """Values other than a number of seconds are an error."""
     with pytest.raises(ValueError, match=r"hub_flush_timeout: .*a finite number of at least 0"):
         make_trainer({"text": Rows(40, 0)}, hub_flush_timeout=value)
@@ -294,6 +295,7 @@ def start(out: Path, timeout: float, ending: str, token: str = ALICE) -> subproc
     )
 
 
+@pytest.mark.slow
 def test_a_hub_that_hangs_does_not_keep_the_process(hub: HubServer, tmp_path: Path) -> None:
     """The process exits with 0 within the timeout. Later, `hf-nexus push` sends the rest to the given branch."""
     hub.fail("/preupload/", action="hang")
@@ -309,16 +311,17 @@ def test_a_hub_that_hangs_does_not_keep_the_process(hub: HubServer, tmp_path: Pa
     assert hub.history(REPO) == []
 
 
-def test_kill_9_then_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_push_sends_what_a_killed_run_was_uploading(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run is killed during an upload. `hf-nexus push` sends it once. No file contains the token."""
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     hub.fail("/__lfs/", method="PUT", action="hang", times=1)
     out = tmp_path / "out"
     run = start(out, SECONDS, "waits")
     assert run.stdout is not None and any(line == "step 3\n" for line in run.stdout)
-    deadline = time.monotonic() + SECONDS
-    while not hub.count("PUT", "/__lfs/") and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: hub.count("PUT", "/__lfs/"))
     run.send_signal(signal.SIGKILL)
     run.communicate()
     saved = content(out / "checkpoint-2")
@@ -332,14 +335,30 @@ def test_kill_9_then_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     assert not holders(ALICE, tmp_path)
 
 
-def test_pushing_what_was_never_queued_is_an_error_in_one_line(tmp_path: Path) -> None:
+def test_a_push_without_a_queue_fails_with_one_line(tmp_path: Path) -> None:
     """The error names the folder and the expected one."""
     done = push(tmp_path / "absent")
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*absent holds nothing to push: .*\n", done.stderr)
 
 
-def test_two_ranks(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_other_ranks_follow_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """They make no publisher, and fail if the Hub refused the main process."""
+    monkeypatch.setattr("hf_nexus.trainer.publishing.broadcast", lambda tensor, device: torch.tensor(int(refused)))
+    args = SimpleNamespace(hub_model_id=REPO, output_dir=str(tmp_path), process_index=1, device="cpu")
+    publishing = Publishing(args)
+    with pytest.raises(ValueError, match="main process") if refused else nullcontext():
+        assert publishing.connect(None, None) == REPO
+    assert publishing.publisher is None and publishing.wait("title") is None
+
+
+@pytest.mark.slow
+def test_of_two_ranks_only_the_main_process_sends(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the main rank sends, no rank waits, a rejected token ends both ranks, and the model arrives."""
     monkeypatch.setenv("HF_TOKEN", ALICE)
     hub.fail("/commit/", action="slow", seconds=10.0, times=1)
