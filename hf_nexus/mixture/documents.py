@@ -19,7 +19,6 @@ __all__ = [
     "document_hash",
     "load_documents",
     "require_chat_template",
-    "source_license",
     "split_text",
 ]
 
@@ -73,23 +72,13 @@ def column_names(documents: "Dataset | IterableDataset") -> list[str]:
     return documents.column_names or list(next(iter(documents), {}))
 
 
-def source_license(source: SourceConfig, documents: "Dataset | IterableDataset") -> str | None:
-    """The licence of a source: as configured, else as the built-in corpus or the dataset states it, else `None`."""
-    if source.license is not None:
-        return source.license
-    if source.path.startswith(BUILTIN_PREFIX):
-        from .builtin.corpus import BUILTIN_SOURCES
-
-        return BUILTIN_SOURCES[source.path.removeprefix(BUILTIN_PREFIX)].license
-    return documents.info.license or None
-
-
 def _load_builtin(name: str) -> "Dataset":
-    from datasets import Dataset
+    from datasets import Dataset, DatasetInfo
 
-    from .builtin.corpus import builtin_documents
+    from .builtin.corpus import BUILTIN_SOURCES, builtin_documents
 
-    return Dataset.from_dict({"text": builtin_documents(name)})
+    documents = builtin_documents(name)
+    return Dataset.from_dict({"text": documents}, info=DatasetInfo(license=BUILTIN_SOURCES[name].license))
 
 
 def _is_local(path: str) -> bool:

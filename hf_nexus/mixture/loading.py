@@ -17,7 +17,6 @@ from .documents import (
     document_hash,
     load_documents,
     require_chat_template,
-    source_license,
 )
 from .packing import SourcePacker, tokenizer_fingerprint
 from .stream.documents import StreamedDocuments
@@ -131,7 +130,7 @@ def load_mixture(
         loaded = load_documents(name, source, source.split, files, source.streaming)
         encoder = DocumentEncoder(name, source, tokenizer, available=column_names(loaded))
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
-        licenses[name] = source_license(source, loaded)
+        licenses[name] = source.license or loaded.info.license or None
         documents[name] = _text_only(loaded, source)
         held_out[name] = _held_out(packers[name], documents[name], files)
 

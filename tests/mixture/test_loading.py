@@ -69,8 +69,8 @@ def test_a_mixture_has_rows_shares_and_sizes_of_each_source(load: Any, tmp_path:
     assert all("judge" in text for text in documents(tokenizer, mixture.eval["law"])[:-1])
 
 
-def test_all_kinds_of_files_give_the_same_rows(load: Any, tmp_path: Path) -> None:
-    docs = texts(40)
+def write_every_kind(docs: list[str]) -> list[str]:
+    """Write the same documents in files of every kind, and return their paths."""
     dataset = Dataset.from_dict({"text": docs})
     write("a.jsonl", docs)
     dataset.to_json("a.json")
@@ -78,14 +78,18 @@ def test_all_kinds_of_files_give_the_same_rows(load: Any, tmp_path: Path) -> Non
     dataset.to_parquet("a.parquet")
     dataset.with_format("arrow").save_to_disk("saved")
     DatasetDict(train=dataset, test=dataset.select(range(3))).save_to_disk("splits")
-    for folder, parts in (("parts", [docs[:15], docs[15:]]), ("folder", [docs])):
+    for folder, files in (("shards", [docs[:15], docs[15:]]), ("folder", [docs])):
         Path(folder).mkdir()
-        for number, part in enumerate(parts):
-            write(f"{folder}/{number}.jsonl", part)
+        for number, file in enumerate(files):
+            write(f"{folder}/{number}.jsonl", file)
     Path("files").mkdir()
     for number, text in enumerate(docs):
         Path(f"files/{number:02}.txt").write_text(text)
-    paths = ["a.jsonl", "a.json", "a.csv", "a.parquet", "saved", "splits", "parts/*.jsonl", "folder", "files/*.txt"]
+    return ["a.jsonl", "a.json", "a.csv", "a.parquet", "saved", "splits", "shards/*.jsonl", "folder", "files/*.txt"]
+
+
+def test_all_kinds_of_files_give_the_same_rows(load: Any) -> None:
+    paths = write_every_kind(texts(40))
     mixture = load(**{f"source{i}": {"path": path} for i, path in enumerate(paths)})
     rows = [dataset["input_ids"][:].tolist() for dataset in mixture.train.values()]
     assert all(other == rows[0] for other in rows)
@@ -240,23 +244,11 @@ def test_a_stream_leaves_out_what_any_other_source_holds_out(load: Any) -> None:
     assert not held_out & set(documents(tokenizer, mixture.train["code"]))
 
 
-@pytest.mark.parametrize("path", ["a.jsonl", "a.parquet", "a.csv", "parts/*.jsonl", "folder", "saved", "files/*.txt"])
-def test_every_kind_of_file_streams(load: Any, path: str) -> None:
+def test_every_kind_of_file_streams(load: Any) -> None:
     docs = texts(20)
-    dataset = Dataset.from_dict({"text": docs})
-    write("a.jsonl", docs)
-    dataset.to_parquet("a.parquet")
-    dataset.to_csv("a.csv")
-    dataset.save_to_disk("saved")
-    for folder in ("parts", "folder"):
-        Path(folder).mkdir()
-        for part in (0, 1):
-            write(f"{folder}/{part}.jsonl", docs[part::2])
-    Path("files").mkdir()
-    for number, text in enumerate(docs):
-        Path(f"files/{number:02}.txt").write_text(text)
-    mixture = load(a={"path": path, "streaming": True, "weight": 1}, sequence_length=4)
-    assert set(stream_texts(mixture.train["a"], 300).split(EOS)[:20]) == set(docs)
+    for path in write_every_kind(docs):
+        mixture = load(a={"path": path, "streaming": True, "weight": 1}, sequence_length=4)
+        assert set(stream_texts(mixture.train["a"], 300).split(EOS)[:20]) == set(docs), path
 
 
 def test_streams_that_cannot_be_loaded_say_so(load: Any) -> None:
