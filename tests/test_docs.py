@@ -118,6 +118,14 @@ def test_python_blocks_compile_and_import_names_that_exist(block):
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "Makefile", *(ROOT / ".github").rglob("*.*")], ids=lambda page: page.name
+)
+def test_files_that_a_page_names_exist(page):
+    for path in re.findall(r"\b(?:tests|recipes|benchmarks|docs|hf_nexus)/[\w/]+\.\w+", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_name_files_and_flags_that_exist(line):
     words = shlex.split(line.partition(" > ")[0], comments=True)
