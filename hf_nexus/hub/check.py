@@ -53,18 +53,7 @@ def check_card(card: ModelCard | str) -> None:
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Split a README into its metadata, `{}` if it has none, and its text.
-
-    Raises:
-        ValueError: the metadata are not a YAML mapping.
-
-    Example:
-        ```python
-        >>> split_card("---\\nlicense: mit\\n---\\n# A model")
-        ({'license': 'mit'}, '# A model')
-
-        ```
-    """
+    """Split a README into its metadata, `{}` if it has none, and its text. Invalid metadata raise `ValueError`."""
     match = re.match(r"\s*---[ \t]*\n(.*?)^---[ \t]*$\n?", text, flags=re.DOTALL | re.MULTILINE)
     if match is None:
         return {}, text
@@ -80,15 +69,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name is valid for a repository on the Hub.
-
-    Example:
-        ```python
-        >>> is_repo_id("org/model"), is_repo_id("/home/me/model")
-        (True, False)
-
-        ```
-    """
+    """Whether a name is valid for a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -42,18 +42,7 @@ _WITHOUT_PIPELINE = {
 
 
 def installed_versions(optional: bool = False) -> dict[str, str]:
-    """
-    Versions of Python and of the installed packages that a run depends on, by distribution name.
-
-    Args:
-        optional (`bool`, *optional*, defaults to `False`):
-            Include packages that only some runs use, such as peft.
-
-    Example:
-        >>> from hf_nexus.hub.facts import installed_versions
-        >>> "transformers" in installed_versions()
-        True
-    """
+    """Versions of Python and of the installed packages that runs need, or that some runs need (`optional`)."""
     found = {"python": platform.python_version(), "hf-nexus": __version__}
     for name in (*_PACKAGES, *(_OPTIONAL if optional else ())):
         try:
@@ -64,14 +53,7 @@ def installed_versions(optional: bool = False) -> dict[str, str]:
 
 
 def describe_hardware(processes: int = 1) -> str:
-    """
-    Number and name of the devices that the processes of a run train on.
-
-    Example:
-        >>> from hf_nexus.hub.facts import describe_hardware
-        >>> isinstance(describe_hardware(), str)
-        True
-    """
+    """Number and name of the devices that the processes of a run train on."""
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
     if torch.accelerator.is_available():
@@ -119,13 +101,8 @@ def find_pipeline_tag(model: Any) -> dict[str, str | None]:
     """
     Find the Hub's name for the task of a model, and the Auto class that loads it, in the mappings of transformers.
 
-    Args:
-        model (`torch.nn.Module`):
-            The unwrapped model, or an adapter of peft.
-
-    Returns:
-        `dict[str, str | None]`: `pipeline_tag` and `auto_class` of [`RunSummary`]; both are `None` if transformers
-        does not know the model's class.
+    Returns `pipeline_tag` and `auto_class` of [`RunSummary`] for an unwrapped model or an adapter of peft. Both are
+    `None` if transformers does not know the class of the model.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification

@@ -16,17 +16,11 @@ class SpoiledJobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """Repository and branch that a job is sent to.
+    """Repository and branch that a job is sent to."""
 
-    Args:
-        repo_id (`str`): `"user/name"`, or `"name"` in the namespace of the logged-in user.
-        private (`bool`, *optional*): Visibility if the repository must be created.
-        revision (`str`, *optional*): Branch, created when missing; the default branch if `None`.
-    """
-
-    repo_id: str
-    private: bool | None = None
-    revision: str | None = None
+    repo_id: str  # "user/name", or "name" in the namespace of the logged-in user
+    private: bool | None = None  # if the repository must be created
+    revision: str | None = None  # created when missing; None is the default branch
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.revision or 'main'}"
@@ -34,24 +28,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """Files of one future commit.
+    """
+    Files of one future commit.
 
-    Args:
-        path (`Path`): Folder of the job.
-        number (`int`): Order of arrival.
-        step (`int`): Training step at which the files were saved.
-        message (`str`): Title of the commit.
-        target (`Target`): Repository and branch.
-        slots (`tuple[str, ...]`): Folders of the repository that the job replaces as a whole; `""` is the root. A
-            newer job with the same slots makes this one superfluous.
-        stamps (`dict[str, tuple[int, int] | None]`): Files by their path in the repository. For hard links, size
-            (bytes) and modification time (ns) at queueing; `None` for copies.
+    A slot is a folder of the repository that the job replaces as a whole; `""` is the root. A newer job with the same
+    slots makes this one superfluous. `stamps` has the files by their path in the repository: of hard links, their size
+    (bytes) and modification time (ns) at queueing, and `None` for copies.
     """
 
     path: Path
-    number: int
-    step: int
-    message: str
+    number: int  # order of arrival
+    step: int  # training step at which the files were saved
+    message: str  # title of the commit
     target: Target
     slots: tuple[str, ...]
     stamps: dict[str, tuple[int, int] | None]
@@ -87,11 +75,8 @@ class Job:
 
     def verify(self, files: Mapping[str, Path]) -> None:
         """
-        Check that the files are those that were queued.
-
-        Raises:
-            SpoiledJobError: a file is gone, or a hard-linked file was overwritten, for example by a run that resumed
-                from an earlier checkpoint.
+        Raise `SpoiledJobError` if a file is gone or a linked file was overwritten, for example by a run that resumed
+        from an earlier checkpoint.
         """
         for name, path in files.items():
             try:

@@ -203,12 +203,7 @@ class Publisher:
     # ---- After the last step ----
 
     def flush(self, seconds: float) -> QueueStatus:
-        """
-        Wait until everything is sent, or the Hub refuses the rest, or the time is over. The rest stays on disk.
-
-        Args:
-            seconds (`float`): Longest wait.
-        """
+        """Wait until everything is sent, the Hub refuses the rest, or the time is over. The rest stays on disk."""
         deadline = time.monotonic() + seconds
         if self._unqueued is not None:
             self._unqueued[0]()  # the disk may have space again
@@ -229,16 +224,10 @@ class Publisher:
 
 class FinalFlush:
     """
-    Flushes a publisher at the end of a run, and prints one line about the result.
+    Flushes a publisher for at most `seconds` when the process exits, and prints one line about the result.
 
-    By default the flush runs when the process exits. It then delays neither other ranks nor a final evaluation, and
-    also sends what was saved before an exception.
-
-    Args:
-        publisher ([`Publisher`]):
-            Closed when the process exits.
-        seconds (`float`):
-            Longest wait.
+    At exit, a flush delays neither other ranks nor a final evaluation, and also sends what was saved before an
+    exception.
     """
 
     def __init__(self, publisher: Publisher, seconds: float):
@@ -283,12 +272,7 @@ class FinalFlush:
 
 
 def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
-    """
-    Select the files of a checkpoint for a strategy other than `"end"`.
-
-    Returns:
-        `tuple[dict[str, Path], tuple[str, ...]]`: files by their path in the repository, and the slots of the [`Job`].
-    """
+    """Files of a checkpoint by their path in the repository, and slots of the [`Job`], for a `hub_strategy`."""
     whole = files_below(checkpoint, "")
     files = {name: path for name, path in whole.items() if not name.startswith(_RESUME_ONLY)}
     if strategy == "every_save":

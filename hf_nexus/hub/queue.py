@@ -27,18 +27,7 @@ class UploadQueue:
     Upload jobs, as folders of hard links and copies.
 
     One process adds jobs and one process, the holder of `lock`, sends them. Each may be killed at any time: a single
-    rename adds, claims or removes a job.
-
-    Args:
-        folder (`Path`): Folder of the queue. The first `add` creates it.
-
-    Example:
-        ```python
-        >>> queue = UploadQueue(Path("out", "hub_queue"))
-        >>> queue.jobs()
-        []
-
-        ```
+    rename adds, claims or removes a job. The first `add` creates the folder.
     """
 
     def __init__(self, folder: Path):
@@ -58,15 +47,10 @@ class UploadQueue:
         write_once: Path | None = None,
     ) -> Job:
         """
-        Queue a job. Later changes of the given files do not affect it.
+        Queue a job with `files`, by their path in the repository. Later changes of these files do not affect it.
 
-        Args:
-            files (`Mapping[str, Path]`): Files by their path in the repository.
-            slots, step, message, target: As in [`Job`].
-            write_once (`Path`, *optional*): Folder whose large files are linked instead of copied.
-
-        Raises:
-            OSError: the disk is full, or a file is gone. The queue is then unchanged.
+        Large files below `write_once` are linked instead of copied. Raises `OSError` and leaves the queue unchanged if
+        the disk is full or a file is gone.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f"new-{os.getpid()}"
@@ -192,12 +176,7 @@ class UploadQueue:
 
 
 def _link_or_copy(source: Path, copy: Path, link: bool) -> bool:
-    """
-    Link or copy a file; do the other if that is not possible (two file systems, no space for a copy).
-
-    Returns:
-        `bool`: whether the result is a link.
-    """
+    """Link or copy a file, or do the other (two file systems, no space); return whether the result is a link."""
     first, second = (os.link, shutil.copy2) if link else (shutil.copy2, os.link)
     try:
         first(source, copy)

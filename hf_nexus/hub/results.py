@@ -149,21 +149,7 @@ def model_index(
 
 
 def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """A `model-index` with our entries of the new one and other tools' entries of the old one.
-
-    Args:
-        new, old (`Sequence[dict]`): `model-index` in the metadata of a card; empty or `None` if it has none.
-
-    Raises:
-        ValueError: `old` is malformed.
-
-    Example:
-        ```python
-        >>> merge_index([], None)
-        []
-
-        ```
-    """
+    """A `model-index` with our entries of the new one and other tools' entries of the old one."""
     try:
         results = [result for model in old or [] for result in model["results"]]
         foreign = [result for result in results if result["task"].get("name") not in (_LM_LOSSES, _LOSSES, _SCORES)]

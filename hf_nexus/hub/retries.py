@@ -19,21 +19,14 @@ class CardRefusedError(ValueError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Timeouts and waiting times, in seconds.
+    """Timeouts and waiting times, in seconds."""
 
-    Args:
-        request (`float`): Longest wait for the server to accept or send the next bytes.
-        first_retry, last_retry (`float`): Wait before the first retry. It doubles with each retry, up to `last_retry`.
-        upload (`float`): Time limit of one attempt at a job, plus one second per `slowest_rate` bytes. It ends uploads
-            by hf_xet, which has no timeouts.
-        slowest_rate (`float`): Bytes per second of the slowest supported connection.
-    """
-
-    request: float = 60.0
-    first_retry: float = 2.0
+    request: float = 60.0  # for the server to accept or send the next bytes
+    first_retry: float = 2.0  # doubles with each retry
     last_retry: float = 300.0
+    # For one attempt at a job, plus one second per `slowest_rate` bytes. It ends uploads by hf_xet, without timeouts.
     upload: float = 900.0
-    slowest_rate: float = 250_000.0
+    slowest_rate: float = 250_000.0  # bytes per second
 
     def delay(self, failures: int) -> float:
         """Seconds to wait after this many failures in a row, with jitter to spread the retries of several runs."""

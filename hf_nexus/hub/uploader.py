@@ -96,10 +96,7 @@ class Uploader:
     """
     Sends jobs, one commit each. A call may be repeated after any error: it sends nothing that the Hub already has.
 
-    Args:
-        queue ([`UploadQueue`]): Queue of the jobs. The caller holds its lock.
-        api (`HfApi`): Client with endpoint and token.
-        revision (`str`, *optional*): Branch to send to, instead of the jobs' own.
+    The caller holds the lock of the queue. `revision` is a branch to send to, instead of the jobs' own.
     """
 
     def __init__(self, queue: UploadQueue, api: HfApi, revision: str | None = None):
@@ -119,11 +116,7 @@ class Uploader:
         """
         Try each job once, newest first. A permanent error skips the job; a temporary error ends the call.
 
-        Args:
-            before (`Callable[[Job], object]`, *optional*): Called with each job before it is sent.
-
-        Returns:
-            `Exception`, *optional*: last error; `None` if the queue is empty.
+        Calls `before` with each job before it is sent. Returns the last error, or `None` if the queue is empty.
         """
         refused: tuple[Exception, Job] | None = None
         tried: set[int] = set()

@@ -34,14 +34,7 @@ _COMMAND = [sys.executable, "-m", f"{__package__}.uploader_process"]
 
 
 class UploaderProcess:
-    """
-    Handle of the upload process. No method raises if the process fails.
-
-    Args:
-        folder (`Path`): Folder of the queue.
-        token, endpoint (`str`, *optional*): As in [`Publisher`].
-        retry ([`RetryPolicy`]): Timeouts and waiting times.
-    """
+    """Handle of the upload process of a queue. No method raises if the process fails."""
 
     def __init__(self, folder: Path, token: str | None, endpoint: str | None, retry: RetryPolicy):
         self.folder, self.retry = folder, retry
@@ -57,8 +50,7 @@ class UploaderProcess:
         """
         Try for some seconds to create `target` and to check the access to it, in another process.
 
-        Returns:
-            `dict[str, Any]`: `repo_id`, or `error` and whether it is `permanent`.
+        Returns a dict with `repo_id`, or with `error` and whether it is `permanent`.
         """
         try:
             process = subprocess.run(

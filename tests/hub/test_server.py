@@ -16,14 +16,10 @@ from tests.support.hub.runs import CARD, REPO, api, impatient_client
 from tests.support.hub.server import ALICE, READER, HubServer
 
 
-@pytest.fixture(params=["lfs", "multipart", "xet"])
+@pytest.fixture(params=["lfs", "xet"])
 def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A running server and a client on one of the transfer paths."""
-    chunk = 100_000 if request.param == "multipart" else None
-    with (
-        impatient_client(monkeypatch, xet=request.param == "xet"),
-        HubServer(tmp_path / "hub", multipart_chunk=chunk) as hub,
-    ):
+    with impatient_client(monkeypatch, xet=request.param == "xet"), HubServer(tmp_path / "hub") as hub:
         yield hub
 
 

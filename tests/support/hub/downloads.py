@@ -11,8 +11,6 @@ import yaml
 from tests.support.hub.http import Plumbing
 from tests.support.hub.store import HubError, Json, pointer
 
-TREE_PAGE = 1000  # entries
-
 
 def front_matter(text: str) -> Json | None:
     """The metadata of a card. Raises `yaml.YAMLError`."""
@@ -105,38 +103,17 @@ class Downloads(Plumbing):
         return [*folders.values(), *files]
 
     def tree(self, repo: Json, oid: str, prefix: str) -> None:
-        """One page of a folder's content."""
+        """Files and folders in a folder."""
         entries = self.entries(repo, oid, prefix, self.flag("recursive"))
         if prefix and not entries:
             raise HubError(404, f'{prefix} does not exist on "{oid}"', "EntryNotFound")
-        start = int(self.query.get("cursor", ["0"])[0])
-        query = f"recursive={self.flag('recursive')}&expand={self.flag('expand')}"
-        headers = self._next(f"{query}&cursor={start + TREE_PAGE}") if start + TREE_PAGE < len(entries) else {}
-        self.reply(200, entries[start : start + TREE_PAGE], headers)
-
-    def _next(self, query: str) -> dict[str, str]:
-        return {"Link": f'<{self.hub.endpoint}{self.url_path}?{query}>; rel="next"'}
+        self.reply(200, entries)
 
     def paths_info(self, repo: Json, oid: str) -> None:
         """The entries of the given names."""
         raw = self.body()
         form: Any = json.loads(raw) if raw[:1] == b"{" else parse_qs(raw.decode())
         self.reply(200, [entry for entry in self.entries(repo, oid, "", True) if entry["path"] in form["paths"]])
-
-    def commits(self, repo: Json, oid: str) -> None:
-        """One page of the history, newest first."""
-        history = list(self.hub.store.history(repo, oid))
-        page, limit = int(self.query.get("p", ["0"])[0]), int(self.query.get("limit", ["50"])[0])
-        shown = [
-            {
-                **{key: c[key] for key in ("title", "message", "date")},
-                "id": c["oid"],
-                "authors": [{"user": c["author"]}],
-            }
-            for c in history[page * limit : (page + 1) * limit]
-        ]
-        headers = self._next(f"p={page + 1}&limit={limit}") if (page + 1) * limit < len(history) else {}
-        self.reply(200, shown, {"X-Total-Count": len(history), **headers})
 
     def file(self, repo: Json, oid: str, path: str) -> None:
         """A file or a range of it, without a redirect to another address."""

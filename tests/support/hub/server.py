@@ -50,12 +50,10 @@ class HubServer:
     Args:
         root (`str` or `Path`): Folder of its repositories.
         port (`int`, *optional*, defaults to 0): 0 picks a free one.
-        multipart_chunk (`int`, *optional*): Larger LFS files are sent in parts of this size in bytes; never if `None`.
     """
 
-    def __init__(self, root: str | Path, port: int = 0, multipart_chunk: int | None = None):
+    def __init__(self, root: str | Path, port: int = 0):
         self.store, self.xet = Store(root), LocalXet(Path(root) / "cas")
-        self.multipart_chunk = multipart_chunk
         self.users: dict[str, Json] = dict(_USERS)
         self.log: list[Json] = []
         self.stopping, self.healed = threading.Event(), threading.Event()
@@ -171,8 +169,8 @@ class _Handler(Uploads):
             self.repo(match[1] or "models", match[2])
             self.writer(match[2])
             self.lfs_batch()
-        elif match := re.fullmatch(r"/__lfs/([0-9a-f]{64})(?:/(\d+|complete|verify))?", path):
-            self.lfs_object(match[1], match[2])  # addresses signed for one upload, which need no token
+        elif match := re.fullmatch(r"/__lfs/([0-9a-f]{64})(/verify)?", path):
+            self.lfs_object(match[1])  # addresses signed for one upload, which need no token
         elif match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/(?:resolve|raw)/([^/]+)/(.+)", path):
             repo = self.repo(match[1] or "models", match[2])
             self.file(repo, self.hub.store.resolve(repo, unquote(match[3])), unquote(match[4]))
@@ -197,8 +195,6 @@ class _Handler(Uploads):
             self.reply(200, {"branches": refs, "converts": [], "tags": []})
         elif what == "tree":
             self.tree(repo, self.hub.store.resolve(repo, revision), below)
-        elif what == "commits":
-            self.commits(repo, self.hub.store.resolve(repo, revision))
         elif what == "paths-info":
             self.paths_info(repo, self.hub.store.resolve(repo, revision))
         elif what in ("xet-write-token", "xet-read-token"):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -136,10 +135,6 @@ class Store:
         self.add_commit(
             repo, "main", None, {".gitattributes": self.regular_file(GITATTRIBUTES)}, "initial commit", author
         )
-
-    def delete(self, kind: str, repo_id: str) -> None:
-        """Delete a repository. Its blobs stay."""
-        shutil.rmtree(self._folder(kind, repo_id))
 
     # ---- History ----
 

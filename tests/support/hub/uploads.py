@@ -3,7 +3,6 @@
 import base64
 import fnmatch
 import json
-import shutil
 from collections.abc import Iterator
 
 import yaml
@@ -92,39 +91,24 @@ class Uploads(Downloads):
             files.append(answer)
         self.reply(200, {"files": files, "commitOid": oid})
 
-    # ---- LFS: batch, then PUT to the address given, in parts if the file is large ----
+    # ---- LFS: batch, then PUT to the given address, then verify ----
 
     def lfs_batch(self) -> None:
         """Where to send each object."""
-        chunk, objects = self.hub.multipart_chunk, []
+        objects = []
         for wanted in self.json()["objects"]:
-            oid, size = wanted["oid"], wanted["size"]
-            answer = {"oid": oid, "size": size}
-            if not self.hub.store.blob(oid).exists():
-                href = f"{self.hub.endpoint}/__lfs/{oid}"
-                upload: Json = {"href": href}
-                if chunk is not None and size > chunk:
-                    parts = {str(i + 1): f"{href}/{i + 1}" for i in range(-(-size // chunk))}
-                    upload = {"href": f"{href}/complete", "header": {"chunk_size": str(chunk), **parts}}
-                answer["actions"] = {"upload": upload, "verify": {"href": f"{href}/verify"}}
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if not self.hub.store.blob(wanted["oid"]).exists():
+                href = f"{self.hub.endpoint}/__lfs/{wanted['oid']}"
+                answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
             objects.append(answer)
         self.reply(200, {"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
 
-    def lfs_object(self, oid: str, step: str | None) -> None:
-        """Receive an object, a part of it, or its completion."""
+    def lfs_object(self, oid: str) -> None:
+        """Receive an object, or verify that it is there."""
         store = self.hub.store
-        parts = store.root / "parts" / oid
-        if self.command == "PUT" and step is None:
+        if self.command == "PUT":
             self.reply(200, headers={"ETag": f'"{store.put(self.chunks(), expected=oid)}"'})
-        elif self.command == "PUT" and step is not None:
-            parts.mkdir(parents=True, exist_ok=True)
-            (parts / step).write_bytes(self.body())
-            self.reply(200, headers={"ETag": f'"{oid[:8]}-{step}"'})
-        elif step == "complete":
-            numbers = sorted(part["partNumber"] for part in self.json()["parts"])
-            store.put(((parts / str(number)).read_bytes() for number in numbers), expected=oid)
-            shutil.rmtree(parts)
-            self.reply(200, {})
         else:
             path = store.blob(oid)
             if not path.exists() or path.stat().st_size != self.json().get("size"):
