@@ -162,7 +162,7 @@ class RunSummary:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether losses are in nats per token, so that a perplexity exists."""
+        """Whether losses are in nats per token and have a perplexity."""
         return self.auto_class == LANGUAGE_MODEL
 
     @property

@@ -194,7 +194,7 @@ class Uploader:
         self, job: Job, slots: tuple[str, ...], files: dict[str, Path], repo_id: str, revision: str | None
     ) -> str:
         job.verify(files)
-        # With a parent, the Hub refuses a commit of ours that arrives late, after its answer was lost and we retried.
+        # With a parent, the Hub refuses an earlier attempt that arrives late, after a retry was committed.
         parent = self.api.repo_info(repo_id, revision=revision).sha
         additions = [CommitOperationAdd(name, path) for name, path in files.items()]
         deletions = [

@@ -48,8 +48,8 @@ def test_model_cards_are_rendered_from_their_summaries(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert str(run_card(RunSummary.load(folder), text)) == text, "see the head of this file"
     check_card(text)
-    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    for plot in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
     assert not re.search(r"fine-tuned version of \[\]|More information needed|/home/|/tmp/", text)
 
 

@@ -127,8 +127,8 @@ class Plumbing(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.url_path, self.query = url.path, parse_qs(url.query, keep_blank_values=True)
         fault = self.hub.take_fault(self.command, self.path)
-        met = fault and (fault.status or fault.action)
-        entry: Json = {"method": self.command, "path": self.path, "status": None, "fault": met}
+        injected = fault and (fault.status or fault.action)
+        entry: Json = {"method": self.command, "path": self.path, "status": None, "fault": injected}
         self.hub.log.append(entry)  # before the client can see an answer
         try:
             if fault is None:
