@@ -60,11 +60,11 @@ class TrainingData:
         train = {} if self.mixture is None else self.mixture.config.train_sources
         return {name: source.max_epochs for name, source in train.items()}
 
-    def streams_without(self, evaluation: Any) -> list[str]:
-        """Streaming sources that have no evaluation set of their name."""
+    def indexable(self, source: str, evaluation: Any) -> Any:
+        """The evaluation set of a source, or its training rows if it has none; `None` if that is a stream."""
         sets = evaluation if isinstance(evaluation, Mapping) else {}
-        sources = self.dataset.sources if self.stages else {}
-        return [name for name, source in sources.items() if _is_stream(source) and name not in sets]
+        rows = sets.get(source, self.dataset.sources[source])
+        return None if _is_stream(rows) else rows
 
 
 class StageWeights:

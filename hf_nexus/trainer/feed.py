@@ -65,12 +65,16 @@ class Feed:
         rows, k = batch_size * args.world_size, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
             weights = self._weights_function or StageWeights(self.data.stages, args.max_steps)
-            share: Callable[[np.ndarray], np.ndarray] = lambda shares: shares  # noqa: E731
-            if self.dynamic_weights and args.world_size > 1:
-                share = self._shares_of_first_rank
+            several = self.dynamic_weights and args.world_size > 1
             dataset.place(args.process_index, args.world_size, max(1, args.dataloader_num_workers))
             self._progress = StreamProgress(
-                dataset, weights, k, self._seed, args.source_schedule, self.data.max_epochs, share
+                dataset,
+                weights,
+                k,
+                self._seed,
+                args.source_schedule,
+                self.data.max_epochs,
+                self._shares_of_first_rank if several else None,
             )
             return MicroBatchSampler(self._progress.source_of, args.max_steps * k, rows)
         if isinstance(dataset, MixtureDataset):
@@ -190,6 +194,5 @@ class Feed:
 
     def first_rows(self, source: str, count: int, evaluation: Any) -> list[Any]:
         """The first rows of a source's evaluation set, or of its training rows if it has no evaluation set."""
-        held_out = evaluation if isinstance(evaluation, Mapping) else {}
-        dataset = held_out.get(source, self.data.dataset.sources[source])
+        dataset = self.data.indexable(source, evaluation)
         return [dataset[i] for i in range(min(len(dataset), count))]

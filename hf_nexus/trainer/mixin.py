@@ -134,7 +134,8 @@ class NexusTrainerMixin(_Base):
         """Refuse what is not supported."""
         args, data = self.args, self.data
         check_set_names(data.names, self.eval_dataset)
-        unread = data.streams_without(self.eval_dataset)
+        names = data.names if data.stages else []
+        unread = [name for name in names if data.indexable(name, self.eval_dataset) is None]
         check_cosines(args.gradient_cosine_steps, bool(data.stages), self.is_fsdp_enabled, unread)
         check_optimizer(args, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if not args.nexus:

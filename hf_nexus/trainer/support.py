@@ -214,7 +214,7 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
 
 
 def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str]) -> None:
-    """Refuse `gradient_cosine_steps` without sources, under FSDP, or if a stream has no evaluation set (`unread`)."""
+    """Refuse `gradient_cosine_steps` without sources, under FSDP, or if a source cannot be indexed (`unread`)."""
     if steps and (sharded or not sources):
         raise ValueError(
             f"gradient_cosine_steps={steps} needs a train_dataset of several sources, and is not possible under FSDP. "
@@ -223,7 +223,7 @@ def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str
     for name in unread if steps else ():
         raise ValueError(
             f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {name!r} is a stream. "
-            "Give it an evaluation set (eval_split or eval_rows), or set it to 0."
+            "Give it a map-style evaluation set (eval_split or eval_rows), or set it to 0."
         )
 
 

@@ -536,6 +536,11 @@ def test_gradient_cosines_of_a_stream_need_rows_held_out(make_trainer, sources):
     settings = {"gradient_cosine_steps": 1, "max_steps": 1, "mixture_weights": {"text": 0.5, "code": 0.5}}
     with pytest.raises(ValueError, match=r"'text' is a stream.*evaluation set"):
         make_trainer(stream, **settings)
+    with pytest.raises(ValueError, match=r"'text' is a stream.*map-style evaluation set"):
+        make_trainer(stream, trainer_kwargs={"eval_dataset": {"text": rows.to_iterable_dataset()}}, **settings)
+    with pytest.raises(ValueError, match="'code' is a stream"):
+        held_out = {"text": rows, "code": rows.to_iterable_dataset()}
+        make_trainer(stream, trainer_kwargs={"eval_dataset": held_out}, **settings)
     trainer = make_trainer(stream, trainer_kwargs={"eval_dataset": {"text": rows}}, **settings)
     trainer.train()
     assert "cosine/text-code" in trainer.state.log_history[0]

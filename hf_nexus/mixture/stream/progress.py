@@ -58,7 +58,7 @@ class StreamProgress:
         seed: int = 0,
         kind: str = "random",
         max_epochs: Mapping[str, float | None] | None = None,
-        broadcast: Callable[[np.ndarray], np.ndarray] = lambda shares: shares,
+        broadcast: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.stream = stream
         self.max_epochs = {name: limit for name, limit in (max_epochs or {}).items() if limit is not None}
@@ -126,7 +126,8 @@ class StreamProgress:
     def decide_shares(self, step: int) -> None:
         """Request the weights of an outer step if they are not known. All ranks must call it for the same steps."""
         if step not in self._shares:
-            self._shares[step] = self._broadcast(normalized(dict(self._weights(step)), self.stream.names))
+            shares = normalized(dict(self._weights(step)), self.stream.names)
+            self._shares[step] = shares if self._broadcast is None else self._broadcast(shares)
 
     def _limit(self, source: str) -> float:
         return self.max_epochs.get(source, np.inf)
