@@ -83,10 +83,10 @@ class Nexus(Settings):
     _open = False
 
     @property
-    def path_cosine(self) -> float:
-        """Mean pairwise cosine of the inner gradients of the last window. NaN for k < 2."""
+    def path_cosine(self) -> Tensor:
+        """Mean pairwise cosine of the inner gradients of the last window (0-d). NaN for k < 2."""
         k, norm = self.steps_taken, self.pseudo_gradient_norm
-        return math.nan if norm is None or k < 2 else (k * float(norm) ** 2 - 1) / (k - 1)
+        return torch.tensor(math.nan) if norm is None or k < 2 else (k * norm**2 - 1) / (k - 1)
 
     @contextmanager
     def window(self) -> Iterator["Nexus"]:

@@ -112,11 +112,12 @@ class TrainingMeter:
         """Add a trained micro-batch: `loss` is the sum over its tokens on this rank; both are 0-d."""
         self._window.append(partial(self._count_micro_batch, source, loss, tokens))
 
-    def add_path(
-        self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
-    ) -> None:
-        """Add the path of a window; `finite` (0-d bool) says whether any of its losses was finite."""
-        self._window.append(partial(self._count_path, pseudo_gradient_norm, steps_taken, steps_skipped, finite))
+    def add_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
+        """
+        Add the path of a window: the norm of its pseudo-gradient, its path cosine, the number of skipped inner steps,
+        and whether any of its losses was finite (0-d bool).
+        """
+        self._window.append(partial(self._count_path, norm, cosine, skipped, finite))
 
     def _count_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
@@ -124,16 +125,13 @@ class TrainingMeter:
         interval.tokens[source] = interval.tokens[source] + tokens
         interval.new_tokens[source] = interval.new_tokens[source] + tokens
 
-    def _count_path(
-        self, pseudo_gradient_norm: Tensor | None, steps_taken: int, steps_skipped: int, finite: Tensor
-    ) -> None:
-        self._interval.skipped += steps_skipped
+    def _count_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
+        self._interval.skipped += skipped
         self._interval.finite.append(finite)
-        if pseudo_gradient_norm is None:
-            return
-        self._interval.norms.append(pseudo_gradient_norm)
-        if (k := steps_taken) > 1:
-            self._interval.cosines.append((k * pseudo_gradient_norm**2 - 1) / (k - 1))
+        if norm is not None:
+            self._interval.norms.append(norm)
+        if cosine is not None:
+            self._interval.cosines.append(cosine)
 
     def pause(self, seconds: float) -> None:
         """Leave wall time (evaluation, saving) out of the throughput."""

@@ -411,7 +411,8 @@ class NexusTrainerMixin(_Base):
         nexus = self._walker.nexus
         assert nexus is not None
         skipped = len(losses) - nexus.steps_taken
-        self.meter.add_path(nexus.pseudo_gradient_norm, nexus.steps_taken, skipped, losses.isfinite().any())
+        cosine = nexus.path_cosine if nexus.steps_taken > 1 else None
+        self.meter.add_path(nexus.pseudo_gradient_norm, cosine, skipped, losses.isfinite().any())
         if not nexus.steps_taken:
             logger.warning_once(
                 f"Step {self.state.global_step}: no inner step had a usable gradient (zero or not finite), so the "

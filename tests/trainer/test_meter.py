@@ -44,12 +44,12 @@ def test_numbers_of_two_ranks_are_summed_or_averaged(monkeypatch):
     other_ranks(monkeypatch, lambda tensor: 2 * tensor)  # the other rank has the same counts
     meter = meter_of("text")
     step = count(meter, "text", 2.0, 10)
-    meter.add_path(torch.tensor(0.5), steps_taken=4, steps_skipped=2, finite=torch.tensor(True))
+    meter.add_path(torch.tensor(0.5), torch.tensor(0.25), skipped=2, finite=torch.tensor(True))
     logs = meter.read(step)
     assert logs["tokens/text"] == 20
     assert logs["loss/text"] == 2.0
     assert logs["pseudo_gradient_norm"] == 0.5
-    assert logs["path_cosine"] == 0.0  # (4 * 0.25 - 1) / 3
+    assert logs["path_cosine"] == 0.25
     assert logs["inner_steps_skipped"] == 2
 
 
@@ -94,7 +94,7 @@ def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
     other_ranks(monkeypatch, with_an_idle_rank)
     meter = meter_of("text")
     meter.begin_window(0)
-    meter.add_path(torch.tensor(0.5), steps_taken=2, steps_skipped=0, finite=torch.tensor(True))
+    meter.add_path(torch.tensor(0.5), torch.tensor(-0.5), skipped=0, finite=torch.tensor(True))
     logs = meter.read(1)
     assert logs["pseudo_gradient_norm"] == 0.5
     assert logs["path_cosine"] == -0.5
@@ -103,7 +103,7 @@ def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
 def test_an_interval_without_a_finite_loss_logs_nan():
     meter = meter_of("text")
     meter.begin_window(0)
-    meter.add_path(None, steps_taken=0, steps_skipped=4, finite=torch.tensor(False))
+    meter.add_path(None, None, skipped=4, finite=torch.tensor(False))
     logs = meter.read(1)
     assert logs["loss"] != logs["loss"]
     assert logs["inner_steps_skipped"] == 4
