@@ -46,7 +46,7 @@ from hf_nexus.mixture.isolation import IsolateDocuments
 from hf_nexus.mixture.loading import Mixture
 from hf_nexus.mixture.schedule import SourceSchedule
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
-from hf_nexus.mixture.tags import tag_micro_batches
+from hf_nexus.mixture.tags import TaggingCollator
 
 BARE = "bare loader"
 SOURCES = ("code", "documentation", "mathematics", "records")
@@ -97,7 +97,7 @@ def stream_arm(sources: dict[str, Any], options: argparse.Namespace) -> DataLoad
     stream.begin(None)
     schedule = SourceSchedule(dict.fromkeys(sources, 1.0))
     sampler = MicroBatchSampler(lambda i: schedule.sources(i, i + 1)[0], STEPS, options.rows)
-    collate = tag_micro_batches(default_data_collator)
+    collate = TaggingCollator(default_data_collator)
     return DataLoader(
         stream, batch_size=options.rows, sampler=sampler, collate_fn=collate, num_workers=options.workers
     )

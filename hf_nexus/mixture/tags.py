@@ -4,7 +4,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "pop_tag", "tag_micro_batches"]
+__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "TaggingCollator", "pop_tag"]
 
 # The key of the tag in a collated micro-batch.
 _KEY = "nexus_tag"
@@ -43,12 +43,9 @@ class TaggedRows(list):
         self.tag = MicroBatchTag(source, len(self), state)
 
 
-def tag_micro_batches(collate: Callable[[list], Any]) -> Callable[[TaggedRows], Any]:
-    """Wrap a collator: its micro-batches carry the tag of their rows."""
-    return _TaggingCollator(collate)
+class TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it
+    """A collator whose micro-batches carry the tag of their rows."""
 
-
-class _TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it
     def __init__(self, collate: Callable[[list], Any]):
         self.collate = collate
 

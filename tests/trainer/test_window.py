@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from hf_nexus.mixture.stream.reader import SourceError
-from hf_nexus.mixture.tags import TaggedRows, tag_micro_batches
+from hf_nexus.mixture.tags import TaggedRows, TaggingCollator
 from hf_nexus.trainer.window import Window, inner_lr_scale
 
 TOKENS = torch.tensor([3, 1])
 
 
 def tagged(source: str, rows: int = 2) -> dict:
-    return tag_micro_batches(lambda rows: {"x": torch.zeros(1, 6)})(TaggedRows([0] * rows, source))
+    return TaggingCollator(lambda rows: {"x": torch.zeros(1, 6)})(TaggedRows([0] * rows, source))
 
 
 def test_tags_are_taken_out_and_noted() -> None:

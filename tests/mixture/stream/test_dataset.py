@@ -21,7 +21,7 @@ from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from hf_nexus.mixture.stream.progress import StreamProgress
 from hf_nexus.mixture.stream.reader import Retry, SourceError
 from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, _layers, open_source
-from hf_nexus.mixture.tags import _KEY, StreamState, tag_micro_batches
+from hf_nexus.mixture.tags import _KEY, StreamState, TaggingCollator
 
 IMPATIENT = Retry(attempts=3, first_wait=0.001)
 
@@ -209,7 +209,7 @@ def test_loader_workers_resume_as_accelerate_skips(tmp_path: Path, workers: int)
     def loader(states: Any, first: int) -> Any:
         stream = start(dataset, workers=max(1, workers), states=states, buffer_size=20)
         batches = BatchSampler(MicroBatchSampler(lambda i: 0, 50, 4), 4, drop_last=True)
-        collate = tag_micro_batches(lambda rows: {"x": [int(row["x"]) for row in rows]})
+        collate = TaggingCollator(lambda rows: {"x": [int(row["x"]) for row in rows]})
         whole = DataLoader(stream, batch_sampler=batches, num_workers=workers, collate_fn=collate)
         return skip_first_batches(whole, first)
 
@@ -366,7 +366,7 @@ def test_states_pass_through_collators_and_devices_untouched() -> None:
     from torch.utils.data._utils.pin_memory import pin_memory
 
     rows = start(sharded([9])).__getitems__([(0, 0)] * 2)
-    batch = tag_micro_batches(lambda rows: {"x": torch.tensor([row["x"] for row in rows])})(rows)
+    batch = TaggingCollator(lambda rows: {"x": torch.tensor([row["x"] for row in rows])})(rows)
     assert batch[_KEY] is rows.tag and rows.tag.source == "a"
     assert send_to_device(batch, "cpu")[_KEY] is rows.tag
     assert pickle.loads(pickle.dumps(batch))[_KEY] == rows.tag
