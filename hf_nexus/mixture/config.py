@@ -1,6 +1,5 @@
 """The configuration of a mixture: its sources and how they are packed and weighted."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,11 +8,14 @@ from typing import Annotated, Any, Literal
 
 from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check_fields, parse_yaml, read
+from .schedule import normalized
 from .stages import Stage, parse_stages
 
-__all__ = ["BUILTIN_PREFIX", "MixtureConfig", "SourceConfig"]
+__all__ = ["BUILTIN_PREFIX", "MAP_STYLE_LIMIT", "MixtureConfig", "SourceConfig"]
 
 BUILTIN_PREFIX = "builtin/"
+# Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
+MAP_STYLE_LIMIT = 2_000_000_000
 # Names of sources become part of the names of metrics, such as `eval_<name>_loss`.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NOT_TEXT = ("messages_column", "prompt_column", "completion_column")
@@ -38,8 +40,8 @@ class SourceConfig:
             Split of the dataset, as in [`~datasets.load_dataset`].
         revision (`str`, *optional*):
             Branch, tag or commit of a dataset on the Hub.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Column with the documents.
+        text_column (`str`, *optional*):
+            Column with the documents. Defaults to `"text"`.
         messages_column (`str`, *optional*):
             Column with conversations, in place of `text_column`.
         prompt_column (`str`, *optional*):
@@ -81,7 +83,7 @@ class SourceConfig:
     subset: Text | None = None
     split: Text = "train"
     revision: Text | None = None
-    text_column: Text = "text"
+    text_column: Text | None = None
     messages_column: Text | None = None
     prompt_column: Text | None = None
     completion_column: Text | None = None
@@ -117,10 +119,10 @@ class SourceConfig:
 
     def _check_columns(self) -> None:
         other = [key for key in _NOT_TEXT if getattr(self, key)]
-        if other and self.text_column != "text":
-            raise ValueError(_two_columns(other[0]))
-        if self.messages_column and len(other) > 1:
-            raise ValueError(f"messages_column: it cannot be combined with {other[1]}. Keep one of the two.")
+        first = "text_column" if self.text_column else "messages_column" if self.messages_column else None
+        other = [key for key in other if key != first]
+        if first and other:
+            raise ValueError(f"{first}: it cannot be combined with {other[0]}. Keep the one that holds the documents.")
         if (self.prompt_column is None) != (self.completion_column is None):
             missing = "prompt_column" if self.prompt_column is None else "completion_column"
             raise ValueError(f"{missing}: missing. Give both prompt_column and completion_column.")
@@ -146,8 +148,8 @@ class SourceConfig:
 
     def _check_builtin(self) -> None:
         self._refuse(("subset", "revision", "eval_split", *_NOT_TEXT), "a built-in source (one split of plain text)")
-        for key, default in (("split", "train"), ("text_column", "text")):
-            if getattr(self, key) != default:
+        for key, allowed in (("split", ("train",)), ("text_column", (None, "text"))):
+            if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: it cannot be chosen for a built-in source. Remove it.")
 
     def _refuse(self, keys: Iterable[str], kind: str) -> None:
@@ -162,16 +164,12 @@ class SourceConfig:
             return {"messages_column": self.messages_column}
         if self.prompt_column is not None and self.completion_column is not None:
             return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
-        return {"text_column": self.text_column}
+        return {"text_column": self.text_column or "text"}
 
     @property
     def known_tokens(self) -> int | None:
         """The stated size, limited by `max_tokens`. `None` if neither is given."""
         return min((n for n in (self.tokens, self.max_tokens) if n is not None), default=None)
-
-
-def _two_columns(other: str) -> str:
-    return f"text_column: it cannot be combined with {other}. Keep the one that holds the documents."
 
 
 @documented
@@ -221,6 +219,8 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.sources:
+            raise ValueError("sources: it names none. Give one or more, as in `web: {path: web.jsonl}`.")
         for name, source in self.sources.items():
             self._check_source(name, source)
         if not self.train_sources:
@@ -239,6 +239,12 @@ class MixtureConfig:
             raise ValueError(
                 f"{key}.max_tokens: {source.max_tokens} tokens do not fill one row of "
                 f"sequence_length={self.sequence_length}. Raise it, or shorten sequence_length."
+            )
+        if not source.streaming and (source.known_tokens or 0) > MAP_STYLE_LIMIT:
+            stream = ", or `streaming: true` to tokenize during training" if source.role == "train" else ""
+            raise ValueError(
+                f"{key}.tokens: {source.known_tokens:,} tokens are too many to tokenize before training (at most "
+                f"{MAP_STYLE_LIMIT:,} per source). Set {key}.max_tokens to {MAP_STYLE_LIMIT:,} or less{stream}."
             )
 
     def _check_weights(self, train: dict[str, SourceConfig]) -> None:
@@ -267,15 +273,8 @@ class MixtureConfig:
         Build from plain data.
 
         Raises:
-            ValueError: an unknown key, no sources, or an error of the class.
+            ValueError: an unknown key, or an error of the class.
         """
-        sources = mapping.get("sources") if isinstance(mapping, Mapping) else None
-        if not isinstance(sources, Mapping) or not sources:
-            raise ValueError(f"sources: {sources!r} names none. Give one or more, as in `web: {{path: web.jsonl}}`.")
-        for name, source in sources.items():
-            if isinstance(source, Mapping) and "text_column" in source:  # even with its default, it is a contradiction
-                for other in filter(source.get, _NOT_TEXT):
-                    raise ValueError(f"sources.{name}.{_two_columns(other)}")
         return read(cls, mapping)
 
     @classmethod
@@ -308,15 +307,16 @@ class MixtureConfig:
         Raises:
             ValueError: a size that is needed is missing or not positive.
         """
-        return self.stage_weights(sizes)[-1][1]
+        weights = self.stage_weights(sizes)[-1][1]
+        return dict(zip(weights, normalized(weights, list(weights)).tolist(), strict=True))
 
     def stage_weights(self, sizes: Mapping[str, int]) -> list[tuple[float, dict[str, float]]]:
         """
-        `(until, shares)` of each stage: the fraction of training at which it ends, and shares that sum to 1. Without
-        stages, a single one until 1.0. Arguments and errors are those of [`~MixtureConfig.weights`].
+        `(until, weights)` of each stage: the fraction of training at which it ends, and the weights of the training
+        sources. Without stages, a single one until 1.0. Arguments and errors are those of [`~MixtureConfig.weights`].
         """
         if self.stages is not None:
-            return [(stage.until, _shares(stage.weights)) for stage in self.stages]
+            return [(stage.until, stage.weights) for stage in self.stages]
         raw = {}
         for name, source in self.train_sources.items():
             if source.weight is not None:
@@ -328,9 +328,4 @@ class MixtureConfig:
                     f"sources.{name}.weight: missing, and the size of the source is unknown or 0. Give weights to all "
                     f"sources, or state sources.{name}.tokens."
                 )
-        return [(1.0, _shares(raw))]
-
-
-def _shares(weights: Mapping[str, float]) -> dict[str, float]:
-    total = math.fsum(weights.values())
-    return {name: value / total for name, value in weights.items()}
+        return [(1.0, raw)]

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Mixture", "check_loadable", "load_mixture"]
+__all__ = ["Mixture", "load_mixture"]
 
 logger = logging.getLogger(__name__)
-
-# Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
-MAP_STYLE_LIMIT = 2_000_000_000
 
 
 @dataclass
@@ -99,7 +96,7 @@ def load_mixture(
             Cache folder of `datasets`, whose usual one is the default. Rows are in its folder `hf_nexus`.
 
     Raises:
-        ValueError: A source cannot be loaded, holds something other than text, fills no row, or is too large.
+        ValueError: A source cannot be loaded, holds something other than text, or fills no row.
         ImportError: `datasets` is not installed.
 
     Example:
@@ -118,7 +115,6 @@ def load_mixture(
         import datasets
     except ImportError as error:
         raise ImportError("Loading a mixture needs the datasets library: pip install datasets") from error
-    check_loadable(config)
     _check_tokenizer(config, tokenizer)
     files = None if cache_dir is None else str(cache_dir)
     rows_dir = Path(files or datasets.config.HF_DATASETS_CACHE) / "hf_nexus"
@@ -143,23 +139,6 @@ def load_mixture(
         for name, found in held_out.items()
     }
     return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id)
-
-
-def check_loadable(config: MixtureConfig) -> None:
-    """
-    Refuse sources that are too large to tokenize before training, by the sizes that the configuration states.
-
-    Raises:
-        ValueError: A source without `streaming` has more than two billion known tokens after `max_tokens`.
-    """
-    for name, source in config.sources.items():
-        if source.streaming or source.known_tokens is None or source.known_tokens <= MAP_STYLE_LIMIT:
-            continue
-        stream = ", or `streaming: true` to tokenize during training" if source.role == "train" else ""
-        raise ValueError(
-            f"sources.{name}.tokens: {source.known_tokens:,} tokens are too many to tokenize before training (at most "
-            f"{MAP_STYLE_LIMIT:,} per source). Set sources.{name}.max_tokens to {MAP_STYLE_LIMIT:,} or less{stream}."
-        )
 
 
 def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

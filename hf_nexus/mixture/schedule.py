@@ -1,5 +1,6 @@
 """Which source each micro-batch comes from: a pure function of the seed, the weights and the micro-batch's number."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -20,8 +21,7 @@ class SourceSchedule:
 
     Args:
         weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
-            Mixture weights, >= 0, normalized to sum to one. For stages: the first micro-batch and the weights of each,
-            as [`stage_borders`] returns them.
+            Mixture weights, >= 0, normalized to sum to one. For stages: the first micro-batch and the weights of each.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draws.
         kind (`str`, *optional*, defaults to `"random"`):
@@ -122,12 +122,9 @@ class DynamicSchedule:
             i (`int`):
                 Number of the micro-batch.
             shares (`Sequence[float]`):
-                Current weight of each source, (S,), >= 0, normalized to sum to one.
-
-        Raises:
-            ValueError: The weights are negative, or sum to zero.
+                Current share of each source, (S,), >= 0. They sum to one, as those of [`normalized`].
         """
-        current = normalized(dict(zip(self.names, shares, strict=True)), self.names)
+        current = np.asarray(shares)
         if self.kind == "stratified":
             assert i == self._balance.taken, f"micro-batch {self._balance.taken} is next, not {i}"
             return self._balance.take(current)
@@ -180,20 +177,21 @@ class _Balance:
 
 def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
     """
-    Weights as shares that sum to one, (S,) float64, in the order of `names`.
+    Weights as shares that sum to one, (S,) float64, in the order of `names`. Shares stay exactly as they are.
 
     Raises:
         ValueError: The weights name other sources, are negative or not finite, or sum to zero.
     """
     if set(weights) != set(names):
         raise ValueError(
-            f"The weights name {', '.join(weights)}, but the sources are {', '.join(names)}. Give each source a "
-            "weight; 0 leaves it out."
+            f"mixture_weights name {', '.join(weights)}, but the training sources are {', '.join(names)}. Give each "
+            "of them a weight, and no other name; 0 leaves a source out."
         )
     shares = np.array([weights[name] for name in names], dtype=np.float64)
     if not len(shares) or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
         raise ValueError(f"weights={dict(weights)} must be finite, >= 0, and sum to more than zero.")
-    return shares / shares.sum()
+    total = shares.sum()
+    return shares if math.isclose(total, 1, rel_tol=1e-12) else shares / total
 
 
 def _check_kind(kind: str) -> None:

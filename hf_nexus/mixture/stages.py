@@ -1,5 +1,6 @@
 """Mixture weights that change during training: stages, each up to a fraction of the run."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 from ..schema import documented
 from ..strict import Bound, check, check_fields
 
-__all__ = ["Stage", "parse_stages", "stage_borders", "weight_stages"]
+__all__ = ["Stage", "Windows", "parse_stages", "stage_borders", "weight_stages"]
 
 
 @documented
@@ -78,28 +79,59 @@ def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "sta
 
 
 def weight_stages(weights: Mapping[str, float] | Sequence[Any]) -> list[tuple[float, dict[str, float]]]:
-    """`(until, weights)` of each stage of a `mixture_weights` value: one mapping, or a list of stages."""
+    """`(until, weights)` of each stage of a checked `mixture_weights` value: one mapping, or a list of stages."""
     if isinstance(weights, Mapping):
         return [(1.0, dict(weights))]
-    return [(stage.until, stage.weights) for stage in parse_stages(weights, key="mixture_weights")]
+    return [(stage["until"], stage["weights"]) for stage in weights]
 
 
 def stage_borders(
-    stages: Iterable[tuple[float, Mapping[str, float]]], max_steps: int, inner_steps: int
+    stages: Iterable[tuple[float, Mapping[str, float]]], max_steps: int
 ) -> list[tuple[int, dict[str, float]]]:
     """
-    First micro-batch and weights of each stage, which begins at outer step `round(until * max_steps)` of the one
-    before it. A stage of zero steps is left out.
+    First outer step and weights of each stage, which begins at `round(until * max_steps)` of the one before it. A
+    stage of zero steps is left out.
 
     Example:
         >>> from hf_nexus.mixture.stages import stage_borders
-        >>> stage_borders([(0.8, {"web": 1.0}), (1.0, {"web": 1.0})], max_steps=100, inner_steps=4)
-        [(0, {'web': 1.0}), (320, {'web': 1.0})]
+        >>> stage_borders([(0.8, {"web": 1.0}), (1.0, {"web": 1.0})], max_steps=100)
+        [(0, {'web': 1.0}), (80, {'web': 1.0})]
     """
     borders, first = [], 0
     for until, weights in stages:
         end = round(until * max_steps)
         if end > first:
-            borders.append((first * inner_steps, dict(weights)))
+            borders.append((first, dict(weights)))
         first = end
     return borders
+
+
+@dataclass(frozen=True)
+class Windows:
+    """
+    The windows of a run, as the Trainer counts them. The last one of an epoch may be short.
+
+    Args:
+        inner_steps (`int`):
+            Micro-batches of a window, k.
+        epoch (`int`, *optional*):
+            Micro-batches of an epoch. By default the data has no end.
+    """
+
+    inner_steps: int
+    epoch: int | None = None
+
+    def count(self, max_steps: int, epochs: float) -> int:
+        """Outer steps of a run of `max_steps`, or of some epochs if it is not positive."""
+        return max_steps if max_steps > 0 else math.ceil(epochs * self._per_epoch())
+
+    def micro_batches(self, steps: int) -> int:
+        """Micro-batches of the first outer steps."""
+        if self.epoch is None:
+            return steps * self.inner_steps
+        epochs, rest = divmod(steps, self._per_epoch())
+        return epochs * self.epoch + rest * self.inner_steps
+
+    def _per_epoch(self) -> int:
+        assert self.epoch is not None, "data without an end needs max_steps"
+        return max(1, math.ceil(self.epoch / self.inner_steps))

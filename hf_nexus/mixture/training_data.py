@@ -71,7 +71,7 @@ class StageWeights:
     """The weights of stages as a function of the outer step."""
 
     def __init__(self, stages: Stages, max_steps: int):
-        self.borders = stage_borders(stages, max_steps, 1)
+        self.borders = stage_borders(stages, max_steps)
 
     def __call__(self, step: int) -> dict[str, float]:
         return next(weights for first, weights in reversed(self.borders) if first <= step)
@@ -131,12 +131,6 @@ def _rows(sources: Mapping[str, Any]) -> dict[str, float]:
 
 def _shares(stages: Stages, names: list[str]) -> Stages:
     """Stages whose weights are shares in the order of the sources."""
-    for _, weights in stages:
-        if set(weights) != set(names):
-            raise ValueError(
-                f"mixture_weights name {sorted(weights)}, but the sources are {sorted(names)}. Give each source a "
-                "weight; 0 leaves it out."
-            )
     return [(until, dict(zip(names, normalized(w, names).tolist(), strict=True))) for until, w in stages]
 
 

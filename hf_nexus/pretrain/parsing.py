@@ -11,6 +11,8 @@ import torch
 
 from ..files import nearest
 from ..mixture.config import MixtureConfig
+from ..mixture.schedule import normalized
+from ..mixture.stages import weight_stages
 from ..schema import help_of
 from ..strict import check, field_types, from_text, load_yaml, options
 from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
@@ -25,10 +27,10 @@ _NO_FLAGS = ("sources", "parallelism_config")
 
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
-    Read a configuration by name (`"demo"`) or path, and check its sections, keys and types.
+    Read a configuration by name (`"demo"`) or path: the fields of its sections as plain data.
 
     Raises:
-        ValueError: no such configuration, or an error in it. The message names the file, the section and the key.
+        ValueError: no such configuration, an unknown section, or no sources. The message names the file.
     """
     config = load_yaml(name_or_path, "pretrain", "configuration")
     for section, values in config.items():
@@ -37,21 +39,20 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
                 f"{name_or_path}: unknown section {section!r}.{nearest(section, SECTIONS)} "
                 f"Allowed: {', '.join(SECTIONS)}."
             )
-        check_section(section, values, f"{name_or_path}: ")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{name_or_path}: {section}: {values!r} is not allowed; it must be a mapping of fields.")
     if not config.get("data", {}).get("sources"):
         raise ValueError(f"{name_or_path}: data.sources: missing. Name one source or more.")
     return config
 
 
-def check_section(section: str, values: Any, where: str = "") -> dict[str, Any]:
+def check_section(section: str, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """
     The values of a section, or of some of its fields, by their types: a float in place of a whole number, for example.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type. The message starts with `where`, such as the file.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}{section}: {values!r} is not allowed; it must be a mapping of fields.")
     kinds, found = field_types(SECTIONS[section]), {}
     for key, value in values.items():
         if key not in kinds:
@@ -82,12 +83,13 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     flags = {cls: _values_of_flags(cls, given) for cls in (HardwareArguments, *SECTIONS.values())}
     config = load_config(name)
     plain = {section: {**config.get(section, {}), **flags[cls]} for section, cls in SECTIONS.items()}
-    values = {section: check_section(section, content) for section, content in plain.items()}
+    # The values of flags have their types already.
+    values = {section: check_section(section, content, f"{name}: ") for section, content in plain.items()}
     resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
     with _naming(name, "model.", flags[ModelArguments]):
         model = ModelArguments(**values["model"])
     with _naming(name, "data.", flags[MixtureConfig]):
-        mixture = MixtureConfig.from_dict(resolved["data"])
+        mixture = MixtureConfig(**values["data"])
     if dry_run:
         values["training"]["use_cpu"] = True
     elif model.accelerators > 0 and not torch.accelerator.is_available():
@@ -98,7 +100,8 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         )
     with _naming(name, "", flags[PretrainConfig]):
         training = PretrainConfig(**values["training"])
-    _check_weights(training, mixture)
+        for _, weights in weight_stages(training.mixture_weights or []):
+            normalized(weights, list(mixture.train_sources))
     defaults = _defaults(PretrainConfig)
     return PretrainArguments(
         config=name,
@@ -139,17 +142,6 @@ def _defaults(cls: type) -> dict[str, Any]:
                 value = field.default_factory()
             found[field.name] = value.value if isinstance(value, enum.Enum) else value
     return found
-
-
-def _check_weights(training: PretrainConfig, mixture: MixtureConfig) -> None:
-    weights, sources = training.mixture_weights, mixture.train_sources
-    if isinstance(weights, list):  # stages, which all name the same sources
-        weights = weights[0]["weights"]
-    if isinstance(weights, dict) and weights.keys() != sources.keys():
-        raise ValueError(
-            f"mixture_weights names {', '.join(weights)}, but the training sources are {', '.join(sources)}. Give "
-            "each of them a weight, and no other name; 0 leaves a source out."
-        )
 
 
 # ---- Flags ----

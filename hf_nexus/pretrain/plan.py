@@ -1,14 +1,13 @@
 """The plan of a run, computed before anything is downloaded: parameters, tokens, steps, memory and time."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..mixture.isolation import choose_isolation
 from ..mixture.plan import PlanRow, mixture_plan
-from ..mixture.stages import stage_borders, weight_stages
+from ..mixture.stages import Windows, stage_borders, weight_stages
 from .cost import CostEstimate, estimate_cost
-from .fields import PretrainArguments, PretrainConfig
+from .fields import PretrainArguments
 from .memory import MemoryEstimate, attention_of, estimate_memory
 from .model import count_parameters, model_config
 
@@ -67,19 +66,18 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     sizes = dict(tokens) if tokens else {name: source.known_tokens for name, source in sources.items()}
     known = {name: size for name, size in sizes.items() if size is not None}
     streams = [name for name, source in sources.items() if source.streaming]
-    steps: int | None = t.max_steps if t.max_steps > 0 else None
-    if streams and steps is None:
+    if streams and t.max_steps <= 0:
         raise ValueError(f"max_steps: missing, and the streaming source {streams[0]!r} has no end. Set it.")
-    total = None if steps is None else steps * window * rows * length
-    if not streams and len(known) == len(sizes):
-        steps, micro_batches = _count_steps(t, sum(size // length for size in known.values()) // rows)
-        total = micro_batches * rows * length
-    borders, mixture = stage_borders(_stages(arguments, known), steps or 0, window), None
-    if steps is not None and total is not None and borders and sizes.keys() == {*known, *streams}:
+    finite = not streams and len(known) == len(sizes)
+    windows = Windows(window, sum(size // length for size in known.values()) // rows if finite else None)
+    steps = windows.count(t.max_steps, t.num_train_epochs) if finite or t.max_steps > 0 else None
+    total = None if steps is None else windows.micro_batches(steps) * rows * length
+    borders, mixture = stage_borders(_stages(arguments, known), steps or 0), None
+    if total is not None and borders and sizes.keys() == {*known, *streams}:
         used = {name for _, weights in borders for name, weight in weights.items() if weight > 0}
         _check_sizes({name: size // length for name, size in known.items() if name in used}, rows)
         caps = {name: source.max_epochs for name, source in sources.items()}
-        in_tokens = [(first * rows * length, weights) for first, weights in borders]
+        in_tokens = [(windows.micro_batches(first) * rows * length, weights) for first, weights in borders]
         mixture = mixture_plan(sizes, in_tokens, total, caps)
     return RunPlan(
         parameters=parameters,
@@ -88,7 +86,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         steps=steps,
         tokens=total,
         mixture=mixture,
-        stages=[first // window for first, _ in borders],
+        stages=[first for first, _ in borders],
         memory=estimate_memory(arguments, parameters, devices),
         cost=estimate_cost(arguments, parameters, window * rows * length, devices),
     )
@@ -111,12 +109,3 @@ def _check_sizes(sizes: Mapping[str, int], rows: int) -> None:
                 "(per_device_train_batch_size times devices). Lower per_device_train_batch_size or sequence_length, "
                 "or add documents."
             )
-
-
-def _count_steps(training: PretrainConfig, epoch: int) -> tuple[int, int]:
-    """Outer steps and micro-batches of a run, from the micro-batches of an epoch, as the Trainer counts them."""
-    window = training.gradient_accumulation_steps
-    per_epoch = max(1, math.ceil(epoch / window))
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
-    epochs, rest = divmod(steps, per_epoch)
-    return steps, epochs * epoch + min(rest * window, epoch)

@@ -17,7 +17,7 @@ from ..files import one_line_errors
 from ..mixture.builtin.corpus import builtin_documents
 from ..mixture.builtin.tokenizer import train_tokenizer
 from ..mixture.config import BUILTIN_PREFIX
-from ..mixture.loading import Mixture, check_loadable, load_mixture
+from ..mixture.loading import Mixture, load_mixture
 from ..trainer.checkpoints import last_checkpoint
 from ..trainer.mixin import NexusTrainer
 from .console import RunLog, print_plan, write_report
@@ -151,7 +151,6 @@ class PretrainRun:
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     """Load the data, print the plan, build the trainer and claim the output folder."""
     args = arguments.training
-    check_loadable(arguments.mixture)
     checkpoint = find_checkpoint(arguments)
     console = Console(quiet=args.process_index > 0)
     if args.cpu_threads is not None:
@@ -180,7 +179,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(RunLog(console))
-    if checkpoint is not None and not args.allow_mixture_change:
+    if checkpoint is not None:
         trainer.check_data(checkpoint)  # before the folder is changed
     if args.should_save:
         claim_folder(arguments, checkpoint, console)

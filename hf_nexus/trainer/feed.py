@@ -1,7 +1,6 @@
 """The data of a run: the order of the rows, agreement between ranks, and the state in checkpoints."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,13 +8,14 @@ import numpy as np
 import torch
 
 from ..mixture.indexed import MixtureDataset, MixtureSampler
+from ..mixture.plan import mixture_plan
 from ..mixture.schedule import SourceSchedule
-from ..mixture.stages import stage_borders
+from ..mixture.stages import Windows, stage_borders
 from ..mixture.state import compare_data, describe_data, load_data_state, save_data_state
 from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from ..mixture.stream.progress import StreamProgress, WeightsFunction
 from ..mixture.stream.reader import SourceError
-from ..mixture.tags import tag_micro_batches
+from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
 from .distributed import broadcast, max_over_ranks, sum_over_ranks
 from .support import check_loader
@@ -41,6 +41,7 @@ class Feed:
         self._seed = args.seed if args.data_seed is None else args.data_seed
         self._progress: StreamProgress | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
         self.first_step = 0
         self.set_data(train, evaluation)
 
@@ -78,15 +79,17 @@ class Feed:
             )
             return MicroBatchSampler(self._progress.source_of, args.max_steps * k, rows)
         if isinstance(dataset, MixtureDataset):
-            epoch = max(1, len(dataset) // rows)
-            windows = math.ceil(epoch / k)  # of an epoch, the last of which may be shorter
-            steps = math.ceil(args.max_steps if args.max_steps > 0 else args.num_train_epochs * windows)
-            borders = [
-                (step // windows * epoch + step % windows * k, shares)
-                for step, shares in stage_borders(self.data.stages, steps, 1)
-            ]
-            schedule = SourceSchedule(borders, self._seed, args.source_schedule)
-            return MixtureSampler(dataset, schedule, rows, self._seed)
+            windows = Windows(k, max(1, len(dataset) // rows))
+            steps = windows.count(args.max_steps, args.num_train_epochs)
+            borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
+            sampler = MixtureSampler(
+                dataset, SourceSchedule(borders, self._seed, args.source_schedule), rows, self._seed
+            )
+            if (mixture := self.data.mixture) is not None:
+                tokens = rows * mixture.config.sequence_length
+                in_tokens = [(first * tokens, shares) for first, shares in borders]
+                mixture_plan(mixture.tokens, in_tokens, windows.micro_batches(steps) * tokens, self.data.max_epochs)
+            return sampler
         return None
 
     def _shares_of_first_rank(self, shares: np.ndarray) -> np.ndarray:
@@ -94,13 +97,13 @@ class Feed:
 
     def tagged(self, collate: Callable[[list], Any]) -> Callable[[Any], Any]:
         """The collator of the training data, whose micro-batches are tagged with their source."""
-        return tag_micro_batches(collate) if self.data.stages else collate
+        return TaggingCollator(collate) if self.data.stages else collate
 
     def begin(self, step: int) -> None:
         """Go to the position of an outer step, before the data loader starts its workers."""
-        self.first_step = step
-        if self._progress is not None:
-            self._progress.begin(step, self._resumed if step else None)
+        self.first_step, self._resumed_from = step, None
+        if step and self._progress is not None:  # at step 0, it has begun when the sampler was made
+            self._progress.begin(step, self._resumed)
 
     # ---- During training ----
 
@@ -153,34 +156,30 @@ class Feed:
             save_data_state(folder, self._args.process_index, self._describe(batch_size, tokenizer), stream)
 
     def resume(self, checkpoint: str | None, batch_size: int, tokenizer: Any) -> None:
-        """Take the positions of the streams from a checkpoint that passes [`~Feed.check`], or start from zero."""
-        self._resumed = None if checkpoint is None else self.check(checkpoint, batch_size, tokenizer)
-
-    def check(self, checkpoint: str, batch_size: int, tokenizer: Any) -> dict[str, Any] | None:
         """
-        Check that the data is that of a checkpoint.
-
-        Returns:
-            `dict`, *optional*: the positions of the streams; `None` if there are no streams, or if they are read from
-            the start.
+        Take the positions of the streams from a checkpoint, or start from zero. Before training begins, a second call
+        for the same checkpoint does nothing.
 
         Raises:
             ValueError: the data cannot be resumed exactly, and `allow_mixture_change` is off.
         """
+        if checkpoint is not None and checkpoint != self._resumed_from:
+            self._resumed = self._positions(checkpoint, batch_size, tokenizer)
+        self._resumed_from = checkpoint
+
+    def _positions(self, checkpoint: str, batch_size: int, tokenizer: Any) -> Mapping[str, Any] | None:
+        """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
         if not self.data.stages:
             return None
         rank = self._args.process_index
-        saved = load_data_state(checkpoint, rank)
-        differences = (
-            [] if saved is None else compare_data(saved["description"], self._describe(batch_size, tokenizer))
-        )
-        stream = None if saved is None else saved["stream"]
-        if isinstance(self.data.dataset, MixtureStream) and stream is None and not differences:
+        saved = load_data_state(checkpoint, rank) or {}
+        differences = compare_data(saved["description"], self._describe(batch_size, tokenizer)) if saved else []
+        if isinstance(self.data.dataset, MixtureStream) and saved.get("stream") is None and not differences:
             differences = [
                 f"it has no data_state_{rank}.json (was it saved with save_only_model, or on another disk?)"
             ]
         if not differences:
-            return stream
+            return saved.get("stream")
         found = f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}."
         if not self._args.allow_mixture_change:
             raise ValueError(

@@ -231,8 +231,8 @@ class NexusTrainerMixin(_Base):
             SourceError: the network failed for too long, or a source has a row that cannot be used.
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
         self._checkpoints.begin()
-        self._feed.resume(None, self._train_batch_size, self.processing_class)
         try:
             return super().train(checkpoint, *args, **kwargs)
         except SourceError as error:
@@ -247,8 +247,7 @@ class NexusTrainerMixin(_Base):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        """Check the data of a checkpoint, then load it."""
-        self._feed.resume(resume_from_checkpoint, self._train_batch_size, self.processing_class)
+        """Load a checkpoint, and warn of settings that have changed."""
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         path = Path(resume_from_checkpoint, SETTINGS_NAME)
         saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
@@ -258,7 +257,7 @@ class NexusTrainerMixin(_Base):
 
     def check_data(self, checkpoint: str) -> None:
         """Raise `ValueError` unless the data is that of a checkpoint, or `allow_mixture_change` is on."""
-        self._feed.check(checkpoint, self._train_batch_size, self.processing_class)
+        self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """The order of the sources and their rows."""

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_nexus.mixture import MixtureConfig, SourceConfig
-from hf_nexus.mixture.stages import stage_borders
+from hf_nexus.mixture.config import MAP_STYLE_LIMIT
+from hf_nexus.mixture.stages import Windows, stage_borders
 
 VALID: dict[str, Any] = {
     "sequence_length": 16,
@@ -94,7 +95,7 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.web.role", "test", "'train' or 'ood'"),
         ("sources.chat.text_column", "content", "Keep the one"),
         ("sources.chat.text_column", "text", "Keep the one"),
-        ("sources.chat.prompt_column", "prompt", "Keep one of the two"),
+        ("sources.chat.prompt_column", "prompt", "Keep the one"),
         ("sources.web.prompt_column", "prompt", "completion_column: missing"),
         ("sources.law.weight", 1.0, "Remove it"),
         ("sources.law.streaming", True, "set max_tokens"),
@@ -182,6 +183,20 @@ def test_a_stream_needs_a_weight_or_a_stated_size() -> None:
         MixtureConfig.from_dict({"sources": {"web": {**source, **enough}}, "sequence_length": 8})
 
 
+def test_a_source_too_large_to_load_whole_is_refused() -> None:
+    def stated_size(**web: Any) -> MixtureConfig:
+        return MixtureConfig.from_dict({"sources": {"web": {"path": "org/web", **web}}, "sequence_length": 8})
+
+    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*max_tokens.*streaming: true"):
+        stated_size(tokens=MAP_STYLE_LIMIT + 1)
+    stated_size(tokens=MAP_STYLE_LIMIT)
+    stated_size(tokens=10 * MAP_STYLE_LIMIT, max_tokens=MAP_STYLE_LIMIT)
+    stated_size(tokens=10 * MAP_STYLE_LIMIT, streaming=True)
+    stated_size()
+    with pytest.raises(ValueError, match=r"sources\.web"):
+        stated_size(max_tokens=MAP_STYLE_LIMIT + 1)
+
+
 # ---- Stages ----
 
 
@@ -196,9 +211,9 @@ LAST = {"until": 1.0, "weights": {"a": 1, "b": 4}}
 
 def test_the_last_stage_gives_the_weights() -> None:
     config = staged({"until": 0.8, "weights": {"b": 0, "a": 2}}, LAST)
-    assert config.stage_weights({}) == [(0.8, {"a": 1.0, "b": 0.0}), (1.0, {"a": 0.2, "b": 0.8})]
+    assert config.stage_weights({}) == [(0.8, {"a": 2.0, "b": 0.0}), (1.0, {"a": 1.0, "b": 4.0})]
     assert config.weights({}) == {"a": 0.2, "b": 0.8}
-    assert sized(1.0, a=3, b=1).stage_weights({}) == [(1.0, {"a": 0.75, "b": 0.25})]
+    assert sized(1.0, a=3, b=1).weights({}) == {"a": 0.75, "b": 0.25}
     assert MixtureConfig(config.sources, 8, stages=config.stages) == config
 
 
@@ -235,6 +250,13 @@ def test_stages_stand_in_for_weights_and_temperature() -> None:
 
 def test_stages_begin_at_whole_outer_steps() -> None:
     stages = [(0.1, {"a": 1.0}), (0.8, {"a": 2.0}), (1.0, {"a": 3.0})]
-    assert stage_borders(stages, 44_000, 8) == [(0, {"a": 1.0}), (35_200, {"a": 2.0}), (281_600, {"a": 3.0})]
-    assert stage_borders(stages, 4, 2) == [(0, {"a": 2.0}), (6, {"a": 3.0})]
-    assert stage_borders([(1.0, {"a": 1.0})], 1, 3) == [(0, {"a": 1.0})]
+    assert stage_borders(stages, 44_000) == [(0, {"a": 1.0}), (4_400, {"a": 2.0}), (35_200, {"a": 3.0})]
+    assert stage_borders(stages, 4) == [(0, {"a": 2.0}), (3, {"a": 3.0})]
+    assert stage_borders([(1.0, {"a": 1.0})], 1) == [(0, {"a": 1.0})]
+
+
+def test_windows_are_counted_as_the_trainer_does() -> None:
+    windows = Windows(4, epoch=10)  # of 4, 4 and 2 micro-batches
+    assert [windows.micro_batches(step) for step in range(6)] == [0, 4, 8, 10, 14, 18]
+    assert windows.count(-1, 1.5) == 5 and windows.count(7, 1.5) == 7
+    assert Windows(4).micro_batches(5) == 20

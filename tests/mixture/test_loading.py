@@ -11,7 +11,6 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value, load_fr
 from transformers import PreTrainedTokenizerBase
 
 from hf_nexus.mixture import Mixture, MixtureConfig, load_mixture
-from hf_nexus.mixture.loading import MAP_STYLE_LIMIT, check_loadable
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
 
@@ -441,17 +440,3 @@ def test_without_datasets_the_error_says_how_to_install_it(load: Any, monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         load(a={"path": "a.jsonl"})
-
-
-def test_a_source_too_large_to_load_whole_is_refused() -> None:
-    def stated_size(**web: Any) -> MixtureConfig:
-        return MixtureConfig.from_dict({"sources": {"web": {"path": "org/web", **web}}, "sequence_length": 8})
-
-    with pytest.raises(ValueError, match=r"sources\.web\.tokens.*max_tokens.*streaming: true"):
-        check_loadable(stated_size(tokens=MAP_STYLE_LIMIT + 1))
-    check_loadable(stated_size(tokens=MAP_STYLE_LIMIT))
-    check_loadable(stated_size(tokens=10 * MAP_STYLE_LIMIT, max_tokens=MAP_STYLE_LIMIT))
-    check_loadable(stated_size(tokens=10 * MAP_STYLE_LIMIT, streaming=True))
-    check_loadable(stated_size())
-    with pytest.raises(ValueError, match=r"sources\.web"):
-        check_loadable(stated_size(max_tokens=MAP_STYLE_LIMIT + 1))

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler
-from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
-from hf_nexus.mixture.tags import MicroBatchTag, pop_tag, tag_micro_batches
+from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, normalized
+from hf_nexus.mixture.tags import MicroBatchTag, TaggingCollator, pop_tag
 from hf_nexus.mixture.training_data import split_sources
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
@@ -106,7 +106,8 @@ def test_distance_to_the_target_survives_the_end_of_a_stage():
 
 @pytest.mark.parametrize("kind", ["random", "stratified"])
 def test_weights_decided_during_training_give_the_same_draws(kind):
-    schedule, shares = DynamicSchedule(["a", "b", "c"], 1, kind), {start: list(w.values()) for start, w in STAGES[:2]}
+    names = ["a", "b", "c"]
+    schedule, shares = DynamicSchedule(names, 1, kind), {start: normalized(w, names) for start, w in STAGES[:2]}
     drawn, current = [], []
     for i in range(9000):
         current = shares.get(i, current)
@@ -117,7 +118,8 @@ def test_weights_decided_during_training_give_the_same_draws(kind):
 @settings(max_examples=30)
 @given(stop=st.integers(0, 60), kind=st.sampled_from(["random", "stratified"]), seed=st.integers(0, 3))
 def test_a_dynamic_schedule_goes_on_from_its_saved_state(stop, kind, seed):
-    shares = [[1 + i % 7, 2, i // 20] for i in range(80)]
+    names = ["a", "b", "c"]
+    shares = [normalized({"a": 1 + i % 7, "b": 2, "c": i // 20}, names) for i in range(80)]
     whole = DynamicSchedule(["a", "b", "c"], seed, kind)
     expected = [whole.source(i, shares[i]) for i in range(80)]
     first = DynamicSchedule(["a", "b", "c"], seed, kind)
@@ -135,7 +137,7 @@ def test_a_dynamic_schedule_goes_on_from_its_saved_state(stop, kind, seed):
         ([], "the first must be 0"),
         ([(1, {"a": 1.0})], "the first must be 0"),
         ([(0, {"a": 1.0}), (5, {"a": 1.0}), (5, {"a": 1.0})], "and each later"),
-        ([(0, {"a": 1.0}), (5, {"b": 1.0})], "name b, but the sources are a"),
+        ([(0, {"a": 1.0}), (5, {"b": 1.0})], "name b, but the training sources are a"),
         ([(0, {"a": 1.0}), (5, {"a": 0.0})], "more than zero"),
     ],
 )
@@ -144,11 +146,14 @@ def test_bad_stages_are_refused(stages, error):
         SourceSchedule(stages)
 
 
-def test_bad_weights_while_training_are_refused():
-    schedule = DynamicSchedule(["a", "b"])
-    for shares in ([0.0, 0.0], [1.0, -1.0], [1.0, float("nan")]):
-        with pytest.raises(ValueError, match="weights"):
-            schedule.source(0, shares)
+@given(st.dictionaries(st.text(), st.floats(0, 1e6), min_size=1).filter(lambda weights: sum(weights.values()) > 1e-3))
+def test_shares_are_not_changed_by_normalizing_them_again(weights):
+    shares = normalized(weights, list(weights))
+    assert normalized(dict(zip(weights, shares, strict=True)), list(weights)).tolist() == shares.tolist()
+    assert shares.sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'random' or 'stratified'"):
         DynamicSchedule(["a"], kind="rando")
 
@@ -210,7 +215,7 @@ def test_a_source_smaller_than_one_micro_batch_is_refused():
 
 def test_a_micro_batch_carries_its_source_and_number_of_rows():
     dataset = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]})
-    batch = tag_micro_batches(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
+    batch = TaggingCollator(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
     assert pop_tag(batch) == MicroBatchTag("b", rows=2) and batch == {"x": [4, 3]}
     assert pop_tag(batch) is None and pop_tag(torch.zeros(2)) is None
 
@@ -218,7 +223,7 @@ def test_a_micro_batch_carries_its_source_and_number_of_rows():
 def test_a_collator_that_returns_no_mapping_is_refused():
     dataset = MixtureDataset({"a": [{"x": 1}]})
     with pytest.raises(ValueError, match="returned a list"):
-        tag_micro_batches(lambda rows: rows)(dataset.__getitems__([0]))
+        TaggingCollator(lambda rows: rows)(dataset.__getitems__([0]))
 
 
 def test_bad_sources_are_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from hf_nexus.mixture import SourceConfig
 from hf_nexus.pretrain.parsing import parse_arguments
 from tests.support.tiny_config import planned
 
@@ -92,6 +93,13 @@ def test_a_flag_without_a_value_is_true(write, flag):
 def test_mappings_are_saved_as_they_are_given(write):
     source = {"path": "builtin/code", "weight": 3, "text_column": "text"}
     assert planned(write(data={"sources": {"code": source}})).resolved["data"]["sources"] == {"code": source}
+
+
+def test_each_source_of_the_yaml_is_built_once(write, monkeypatch):
+    built, check = [], SourceConfig.__post_init__
+    monkeypatch.setattr(SourceConfig, "__post_init__", lambda self: (built.append(self.path), check(self)))
+    planned(write(), "--sequence_length", "16")
+    assert built == ["builtin/code"]
 
 
 def test_tokens_and_resumptions_are_not_saved(write):

@@ -292,7 +292,7 @@ def test_documents_without_a_mixture_are_described_too(tmp_path: Path) -> None:
 
 def scheduled(shares: Any, kind: str = "random") -> list[str]:
     """The sources of a run according to the schedule."""
-    schedule = SourceSchedule(stage_borders(shares, STEPS, K), 42, kind)
+    schedule = SourceSchedule([(first * K, weights) for first, weights in stage_borders(shares, STEPS)], 42, kind)
     return [schedule.names[s] for s in schedule.sources(0, STEPS * K)]
 
 
@@ -420,6 +420,12 @@ def test_a_source_at_max_epochs_hands_over_its_weight(
 
 
 @pytest.mark.slow
+def test_a_map_style_source_over_max_epochs_is_refused(tmp_path: Path) -> None:
+    sources = {"a": table(14), "b": table(40, 100)}
+    with pytest.raises(ValueError, match=r"sources\.a\.max_epochs: .*1 are allowed"):
+        run(tmp_path, mixture(sources, {"a": 2, "b": 1}, a=1))
+
+
 def test_a_source_ends_for_a_loader_that_reads_ahead(tmp_path: Path) -> None:
     config = {"dataloader_num_workers": 2, "max_steps": 8}
     trainer = run(tmp_path / "whole", limited(), **config)

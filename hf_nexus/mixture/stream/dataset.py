@@ -68,7 +68,7 @@ class MixtureStream(torch.utils.data.Dataset):
             name: open_source(name, s.documents if isinstance(s, StreamedDocuments) else s, buffer_size // 2)
             for name, s in sources.items()
         }
-        self.place(rank=0, ranks=1, workers=1)
+        self.rank, self.ranks, self.workers = 0, 1, 1
         self.begin(None)
 
     def place(self, rank: int, ranks: int, workers: int) -> None:

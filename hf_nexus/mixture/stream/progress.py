@@ -121,7 +121,7 @@ class StreamProgress:
             raise SourceError(
                 f"There is no data left at step {step}: every source with a weight has been read max_epochs times."
             )
-        return shares / shares.sum()
+        return shares / shares.sum() if any(ended) else shares
 
     def decide_shares(self, step: int) -> None:
         """Request the weights of an outer step if they are not known. All ranks must call it for the same steps."""

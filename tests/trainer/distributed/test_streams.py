@@ -56,7 +56,8 @@ def test_a_source_that_ends_on_one_rank_ends_on_both(ranks: list[dict]) -> None:
 def test_the_first_rank_decides_the_weights(ranks: list[dict], scenario: str) -> None:
     schedule, expected = DynamicSchedule(["a", "b", "c"], seed=42), []
     for i in range(STEPS * K):
-        expected.append("abc"[schedule.source(i, [1.0 + i // K, 1.0, 2.0])])
+        total = 4.0 + i // K
+        expected.append("abc"[schedule.source(i, [(1.0 + i // K) / total, 1 / total, 2 / total])])
     assert ranks[0][scenario]["sources"] == expected
 
 
