@@ -15,7 +15,16 @@ import torch
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Block", "MapStyleSource", "Partition", "ReplayedStream", "ResumableStream", "Source", "open_source"]
+__all__ = [
+    "Block",
+    "MapStyleSource",
+    "Partition",
+    "ReplayedStream",
+    "ResumableStream",
+    "Source",
+    "layers",
+    "open_source",
+]
 
 # Rows per read. The positions that `datasets` stores depend on it.
 CHUNK = 64
@@ -23,8 +32,8 @@ CHUNK = 64
 BLOCK_BYTES = 128 << 20
 # With few partitions, and few shards for each, every shard is split among all partitions.
 _FEW_PARTITIONS, _FEW_SHARDS = 8, 4
-# Layers of a streaming dataset under which each shard holds its own rows. Under others, such as `skip` and
-# `interleave_datasets`, the rows of a shard depend on the other shards.
+# Layers of a streaming dataset under which each shard holds its own rows, unless they count rows. Under others, such
+# as `skip` and `interleave_datasets`, the rows of a shard depend on the other shards.
 _DIVISIBLE = {
     "ArrowExamplesIterable",
     "ExamplesIterable",
@@ -34,6 +43,8 @@ _DIVISIBLE = {
     "RebatchedArrowExamplesIterable",
     "SelectColumnsIterable",
 }
+# Settings of these layers that count rows over all shards, such as `with_indices` of map and filter.
+_COUNTING = ("with_indices", "drop_last_batch", "is_batch_accumulate_arrow_table_function")
 # Layers that hold rows back, so their position cannot be stored.
 _BUFFERING = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
 
@@ -152,7 +163,7 @@ class ResumableStream(Source):
     """
 
     def __init__(self, dataset: Any, block_rows: int):
-        self.divisible = _layers(dataset) <= _DIVISIBLE
+        self.divisible = all(_is_divisible(layer) for layer in layers(dataset))
         self.shards = dataset.num_shards if self.divisible else 1
         self.block_rows = block_rows
         self.format = dataset._formatting.format_type if dataset._formatting else None
@@ -253,7 +264,8 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
             )
         if dataset._formatting is not None and dataset._formatting.is_table:  # collators take rows
             dataset = dataset.with_format(None)
-        kind = ReplayedStream if _layers(dataset) & _BUFFERING else ResumableStream
+        buffering = any(type(layer).__name__ in _BUFFERING for layer in layers(dataset))
+        kind = ReplayedStream if buffering else ResumableStream
         return kind(dataset, block_rows)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ReplayedStream(dataset, block_rows)
@@ -276,15 +288,23 @@ def _is_streaming(dataset: Any) -> bool:
     return datasets is not None and isinstance(dataset, datasets.IterableDataset)
 
 
-def _layers(dataset: Any) -> set[str]:
-    """Class names of the layers of a `datasets.IterableDataset`, such as its files, maps and filters."""
-    found, todo = set(), [dataset._ex_iterable]
+def layers(dataset: Any) -> list[Any]:
+    """The layers of a `datasets.IterableDataset`, such as its files, maps and filters, from the last to the first."""
+    found, todo = [], [dataset._ex_iterable]
     while todo:
-        layer = todo.pop()
-        found.add(type(layer).__name__)
+        found.append(layer := todo.pop())
         todo += vars(layer).get("ex_iterables", [])
         todo += [vars(layer)["ex_iterable"]] if "ex_iterable" in vars(layer) else []
     return found
+
+
+def _is_divisible(layer: Any) -> bool:
+    """Whether the rows of each shard do not depend on the other shards."""
+    settings = vars(layer)
+    counts = any(settings.get(name) for name in _COUNTING)
+    # A batch without a size holds all rows.
+    whole = settings.get("batched", True) and (settings.get("batch_size", 1) or 0) <= 0
+    return type(layer).__name__ in _DIVISIBLE and not counts and not whole
 
 
 def _rows_of(columns: dict[str, list]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from hf_nexus.mixture.stream.progress import StreamProgress
 from hf_nexus.mixture.stream.reader import Retry, SourceError
-from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, _layers, open_source
+from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, layers, open_source
 from hf_nexus.mixture.tags import _KEY, StreamState, TaggingCollator
 
 IMPATIENT = Retry(attempts=3, first_wait=0.001)
@@ -172,12 +172,36 @@ def kinds(tmp_path: Path) -> dict[str, Any]:
         "filtered generator": generated.filter(lambda row: row["x"] % 3),
         "tensors": files["parquet"].with_format("torch"),
         "mapped tables": stream.with_format("arrow").map(lambda t: t.append_column("y", t["x"]), batched=True),
+        "numbered": files["jsonl"].filter(lambda row, i: i % 10, with_indices=True),
+        "numbered generator": generated.map(lambda row, i: {"x": 2 * row["x"] + i % 2}, with_indices=True),
+        "numbered batches": stream.map(lambda rows, i: {"x": i}, with_indices=True, batched=True, batch_size=7),
+        "numbered tables": stream.with_format("arrow").filter(_is_odd, with_indices=True, batched=True, batch_size=7),
+        "numbered and skipped": generated.filter(lambda row, i: i % 10, with_indices=True).skip(5).take(60),
+        "whole batches": files["parquet"].map(**twice, batched=True, batch_size=7, drop_last_batch=True),
+        "one batch": generated.map(lambda rows: {"x": rows["x"][::-1]}, batched=True, batch_size=None),
+        "joined": generated.batch(7, drop_last_batch=True).map(lambda rows: {"x": sum(rows["x"])}),
+        "added column": stream.remove_columns("x").add_column("x", list(range(90))),
+        "concatenated": concatenate_datasets([stream, generated]),
+        "repeated": generated.repeat(2),
         "skipped": stream.skip(20),
         "taken": generated.take(60),
         "interleaved": interleave_datasets([stream, generated], probabilities=[0.5, 0.5], seed=1),
         "shuffled": generated.shuffle(seed=0, buffer_size=10),
         "replayed": Replayed(),
     }
+
+
+def _is_odd(table: Any, numbers: list[int]) -> list[bool]:
+    return [number % 2 == 1 for number in numbers]
+
+
+def test_a_pass_of_all_readers_gives_the_rows_of_the_dataset(tmp_path: Path) -> None:
+    for name, dataset in kinds(tmp_path).items():
+        rows: list[int] = []
+        plain = dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
+        for rank in range(3):
+            rows += passes(read(start(dataset, rank, ranks=3), range(200)))[0]
+        assert sorted(rows) == sorted(int(row["x"]) for row in plain), name
 
 
 @pytest.mark.parametrize(
@@ -410,11 +434,21 @@ def test_upstream_has_the_layers_that_we_know() -> None:
     """The names of layers decide whether a stream has shards and a position."""
     stream = sharded([5, 5])
     table = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
-    assert _layers(stream) == {"ExamplesIterable"} and _layers(table) == {"ArrowExamplesIterable"}
+    names = {type(layer).__name__ for layer in layers(stream)} | {type(layer).__name__ for layer in layers(table)}
+    assert names == {"ExamplesIterable", "ArrowExamplesIterable"}
     chain = table.map(lambda row: row).filter(lambda row: True).select_columns(["x"]).with_format("torch")
-    assert {"MappedExamplesIterable", "FilteredExamplesIterable", "SelectColumnsIterable"} < _layers(chain)
+    names = {type(layer).__name__ for layer in layers(chain)}
+    assert {"MappedExamplesIterable", "FilteredExamplesIterable", "SelectColumnsIterable"} < names
     assert open_source("a", stream.map(lambda row: row), 5).shards == 2
-    for other in (stream.skip(1), stream.take(1), interleave_datasets([stream, stream]), stream.repeat(2)):
+    counting = (
+        stream.map(lambda row, i: row, with_indices=True),
+        stream.filter(lambda row, i: True, with_indices=True),
+        stream.map(lambda rows: rows, batched=True, drop_last_batch=True),
+        stream.map(lambda rows: rows, batched=True, batch_size=None),
+        stream.batch(2, drop_last_batch=True).map(lambda row: row),
+        stream.add_column("y", [0] * 10),
+    )
+    for other in (*counting, stream.skip(1), stream.take(1), interleave_datasets([stream, stream]), stream.repeat(2)):
         source = open_source("a", other, 5)
         assert isinstance(source, ResumableStream) and source.shards == 1
     assert isinstance(open_source("a", stream.shuffle(buffer_size=4), 5), ReplayedStream)
