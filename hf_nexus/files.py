@@ -3,12 +3,19 @@
 import difflib
 import json
 import math
+import os
+import re
+import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite_json", "nearest", "one_line_errors", "write_atomic"]
+__all__ = ["delete", "finite_json", "nearest", "one_line_errors", "printable", "read_plain", "write_atomic"]
+
+_LARGEST = 64 << 20  # bytes of a text file that is read whole
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?")
 
 
 def write_atomic(path: str | Path, text: str) -> Path:
@@ -16,7 +23,7 @@ def write_atomic(path: str | Path, text: str) -> Path:
     Write a UTF-8 file by renaming: an interrupted process leaves the old file or the new one.
 
     The file is not forced to the disk, because this can wait for a whole checkpoint to be written. A power failure
-    may therefore lose it.
+    may therefore lose it. A link is replaced and not followed.
 
     Args:
         path (`str` or `Path`):
@@ -34,9 +41,57 @@ def write_atomic(path: str | Path, text: str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8", newline="\n")
+    scratch.unlink(missing_ok=True)
+    with open(scratch, "x", encoding="utf-8", newline="\n") as file:  # "x" does not follow a link
+        file.write(text)
     scratch.replace(path)
     return path
+
+
+def read_plain(path: str | Path) -> str:
+    """
+    Read a UTF-8 file of a folder that another user may have written: not a link, nor something that blocks.
+
+    Raises:
+        ValueError: a link, not a regular file, too large, or not UTF-8.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from hf_nexus.files import read_plain, write_atomic
+        >>> read_plain(write_atomic(f"{mkdtemp()}/state.json", "{}"))
+        '{}'
+    """
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
+    if Path(path).is_symlink():
+        raise ValueError(f"{path} is a link, which is not followed. Replace it by the file.")
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+            raise ValueError(f"{path} is not a regular file of at most {_LARGEST >> 20} MiB.")
+        return file.read(_LARGEST).decode("utf-8-sig")
+
+
+def delete(path: Path) -> None:
+    """Delete a folder with its content if it exists; of a link, the link itself. Errors are ignored."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def printable(text: object) -> str:
+    """
+    Text on one line without terminal codes and other invisible characters, for text that a server, a file or another
+    user wrote.
+
+    Example:
+        >>> from hf_nexus.files import printable
+        >>> printable("\\x1b[31mred\\x1b[0m\\ntext")
+        'red text'
+    """
+    words = _TERMINAL_CODES.sub("", str(text)).split()
+    return "".join(character for character in " ".join(words) if character.isprintable())
 
 
 def finite_json(value: Any, **options: Any) -> str:
@@ -99,4 +154,4 @@ def one_line_errors(
     except errors as error:
         if debug:
             raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"error: {printable(error)}") from error

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_nexus.files import finite_json, nearest, one_line_errors, write_atomic
+from hf_nexus.files import delete, finite_json, nearest, one_line_errors, printable, read_plain, write_atomic
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +25,39 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert path.read_bytes() == b"old\n"
 
 
+def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
+    """Neither by a write, under its last name or its first, nor by a read or a deletion."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("kept")
+    for name in ("card.md", "card.md.tmp"):
+        (tmp_path / name).symlink_to(victim / "file")
+    with pytest.raises(ValueError, match=r"card\.md is a link"):
+        read_plain(tmp_path / "card.md")
+    assert read_plain(write_atomic(tmp_path / "card.md", "new")) == "new"
+    (tmp_path / "folder").symlink_to(victim)
+    delete(tmp_path / "folder")
+    delete(tmp_path / "absent")
+    assert (victim / "file").read_text() == "kept" and not (tmp_path / "folder").exists()
+
+
+def _write_large(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, _write_large])
+def test_a_file_that_cannot_be_read_whole_is_an_error(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "file")
+    with pytest.raises(ValueError, match="not a regular file of at most"):
+        read_plain(tmp_path / "file")
+
+
+@given(st.text())
+def test_printed_text_is_one_line_of_visible_characters(text: str) -> None:
+    assert printable(f"\x1b[2J{text}\x1b]0;x\x07").isprintable()
+
+
 def test_json_has_null_for_what_is_not_finite() -> None:
     text = finite_json({"loss": [math.nan, (math.inf, 1.5)], 3: "ü"})
     assert json.loads(text, parse_constant=pytest.fail) == {"loss": [None, [None, 1.5]], "3": "ü"} and "ü" in text
@@ -33,7 +70,7 @@ def test_only_a_near_word_is_suggested(word: object, hint: str) -> None:
 
 def test_errors_that_users_can_mend_are_one_line() -> None:
     with pytest.raises(SystemExit, match=r"^error: two lines$"), one_line_errors():
-        raise ValueError("two\n  lines")
+        raise ValueError("two\n \x1b[31m lines")
     with pytest.raises(ValueError, match="two"), one_line_errors(debug=True):
         raise ValueError("two")
     with pytest.raises(ZeroDivisionError), one_line_errors():

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import __version__
-from ..files import one_line_errors
+from ..files import one_line_errors, printable
 from .benchmark import benchmark
 from .closeness import closeness
 
@@ -107,9 +107,18 @@ app.command(cls=_Command)(closeness)
 @app.command(cls=_Command)
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run.")],
+    repo_id: Annotated[
+        str | None, typer.Option("--repo_id", help="Repository to push to, instead of the run's.")
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to, instead of the run's. It is created if missing.")
     ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository, instead of the run's.")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also send what another user may have queued, without a question.")
+    ] = False,
 ) -> None:
     """
     Upload what a run could not upload: hf-nexus push runs/nexus-demo --revision rescued
@@ -118,8 +127,12 @@ def push(
     """
     from ..hub.uploader import push_queue
 
-    status, complete = push_queue(Path(folder), revision=revision)
-    print(status.line(folder))
+    def approve(question: str) -> bool:
+        print(question, file=sys.stderr)
+        return yes or (sys.stdin.isatty() and typer.confirm("Send it?", err=True))
+
+    status, complete = push_queue(Path(folder), repo_id=repo_id, revision=revision, private=private, approve=approve)
+    print(status.line(printable(folder)))
     raise SystemExit(not complete)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.lm_eval.scores import Score
-from ..files import write_atomic
+from ..files import read_plain, write_atomic
 from .card import save_card
 from .results import BenchmarkScore, save_results
 from .run_summary import SUMMARY_NAME, RunSummary
@@ -106,7 +106,7 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / SCORES_NAME
     if not path.exists():
         return {"model": None, "scores": []}
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads(read_plain(path))
     if not isinstance(saved, dict) or not isinstance(saved.get("scores"), list) or "model" not in saved:
         raise ValueError(f"{path} was not written by hf-nexus: it has no `model` and `scores`. Move it away.")
     return saved

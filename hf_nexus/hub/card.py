@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..files import write_atomic
+from ..files import read_plain, write_atomic
 from .check import check_card, is_repo_id, split_card
 from .results import ROLES, BenchmarkScore, Evaluation, merge_index, model_index
 from .run_summary import MixtureRow, RunSummary
@@ -77,7 +77,7 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
         ```
     """
     path = Path(folder, "README.md")
-    card = run_card(run, path.read_text(encoding="utf-8-sig") if path.exists() else None)
+    card = run_card(run, read_plain(path) if path.exists() else None)
     check_card(card)
     return write_atomic(path, str(card))
 

@@ -3,7 +3,6 @@
 import atexit
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +12,8 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .job import Target
+from ..files import delete, printable
+from .job import Target, is_repo_path
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
 from .uploader_process import UploaderProcess
@@ -81,7 +81,7 @@ class Publisher:
         self._unqueued: tuple[Callable[[], bool], str] | None = None  # retries the last save, and why it failed
         self._reported: str | None = None
         for scratch in self.queue.folder.glob("new-*"):
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed during a save
+            delete(scratch)  # of a run that was killed during a save
 
     # ---- Before the first step ----
 
@@ -167,26 +167,36 @@ class Publisher:
     ) -> bool:
         try:
             files, slots = collect()
+            files = self._public(files)
             if not files:
-                raise FileNotFoundError(f"the files of step {step} are gone")
-            self.queue.add(self._without_token(files), slots, step, message, self.target, write_once)
+                raise FileNotFoundError(f"step {step} has no files, or they are gone")
+            self.queue.add(files, slots, step, message, self.target, write_once)
             self.queue.prune()
         except OSError as error:
             again = partial(self._add, collect, step, message, write_once)
-            self._unqueued = (again, f"step {step}: {error}")
-            logger.warning(f"Step {step} could not be queued for the Hub, training continues: {error}")
+            self._unqueued = (again, printable(f"step {step}: {error}"))
+            logger.warning(f"Step {step} could not be queued for the Hub, training continues: {printable(error)}")
             return False
         self._unqueued = None
         self._process.wake()
         return True
 
-    def _without_token(self, files: Mapping[str, Path]) -> dict[str, Path]:
+    def _public(self, files: Mapping[str, Path]) -> dict[str, Path]:
+        """The files without links, names that a repository cannot have, and files with the access token."""
         token = (self._token or get_token() or "").encode()
-        small = {name: path for name, path in files.items() if path.stat().st_size < _SCANNED}
-        leaks = [name for name, path in small.items() if token and token in path.read_bytes()]
-        if leaks:
-            logger.warning(f"Not sent to the Hub because they contain the access token: {', '.join(leaks)}.")
-        return {name: path for name, path in files.items() if name not in leaks}
+
+        def leaks(path: Path) -> bool:
+            return bool(token) and path.stat().st_size < _SCANNED and token in path.read_bytes()
+
+        links = [name for name, path in files.items() if path.is_symlink() or not is_repo_path(name)]
+        leaking = [name for name, path in files.items() if name not in links and leaks(path)]
+        for names, why in (
+            (links, "are links, or have names that a repository cannot have"),
+            (leaking, "contain the access token"),
+        ):
+            if names:
+                logger.warning(f"Not sent to the Hub because they {why}: {printable(', '.join(names))}.")
+        return {name: path for name, path in files.items() if name not in (*links, *leaking)}
 
     def status(self) -> QueueStatus:
         """What is on the Hub and what is not; logs each new error once. Fast enough for every log line."""
@@ -282,8 +292,8 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
 
 
 def files_below(path: Path, name: str) -> dict[str, Path]:
-    """A file, or all files of a folder, by their paths below `name`."""
-    if path.is_file():
+    """A file or link, or all files and links of a folder, by their paths below `name`."""
+    if path.is_symlink() or path.is_file():
         return {name: path}
-    found = (file for file in sorted(path.rglob("*")) if file.is_file())
+    found = (file for file in sorted(path.rglob("*")) if file.is_symlink() or file.is_file())
     return {Path(name, file.relative_to(path)).as_posix(): file for file in found}

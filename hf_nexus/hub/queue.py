@@ -5,13 +5,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic
-from .job import Job, Target
+from ..files import delete, printable, read_plain, write_atomic
+from ..strict import check
+from .job import Job, RefusedJobError, Target
 
 __all__ = ["QUEUE_NAME", "QueueStatus", "UploadQueue"]
 
@@ -20,6 +24,16 @@ QUEUE_NAME = "hub_queue"  # inside the output folder
 _JOB = re.compile(r"(\d{6,})-step-\d+(\.sending)?")
 _SENDING = ".sending"
 _LINK_FROM = 1 << 20  # bytes; copying a smaller file is as fast as linking it, and a copy cannot be overwritten
+_TARGETS = "_hub_targets.json"  # beside the queue: repositories and branches that the run has pushed to
+
+# Of each part of the state, its type and the keys that it needs.
+_STATE: dict[str, tuple[Any, set[str]]] = {
+    "sent": (dict[str, dict[str, int]], set()),
+    "pushed": (dict[str, int | str | None], {"step", "commit", "repo_id", "revision"}),
+    "error": (dict[str, int | float | str | bool], {"text", "step", "permanent", "time"}),
+    "lost": (list[str], set()),
+    "refused": (list[str], set()),
+}
 
 
 class UploadQueue:
@@ -28,10 +42,30 @@ class UploadQueue:
 
     One process adds jobs and one process, the holder of `lock`, sends them. Each may be killed at any time: a single
     rename adds, claims or removes a job. The first `add` creates the folder.
+
+    Another user may have written the folder. `refusal` decides which jobs are sent.
+
+    Args:
+        folder (`Path`): The folder.
+        instead (`Mapping[str, Any]`, *optional*): Fields of [`Target`] that replace those of the jobs.
+        approve (`Callable`, *optional*): Whether to send a job that this user may not have queued, for these reasons.
+
+    Raises:
+        ValueError: the folder, or a file in it that is written in place, is a link.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self,
+        folder: Path,
+        instead: Mapping[str, Any] | None = None,
+        approve: Callable[[Job, str], bool] = lambda job, why: False,
+    ):
+        for path in (folder, folder / "lock", folder / "uploader.log"):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link, which is not followed. Delete it.")
         self.folder = folder
+        self._instead, self._approve = dict(instead or {}), approve
+        self._approved: dict[int, bool] = {}
         self._last = 0
         self._unwritten: dict[str, Any] | None = None
 
@@ -53,27 +87,29 @@ class UploadQueue:
         the disk is full or a file is gone.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if target not in (recorded := self.targets()):
+            write_atomic(self.folder.with_name(_TARGETS), json.dumps([asdict(known) for known in [*recorded, target]]))
         scratch = self.folder / f"new-{os.getpid()}"
-        shutil.rmtree(scratch, ignore_errors=True)
+        delete(scratch)
         try:
-            stamps: dict[str, tuple[int, int] | None] = {}
+            stamps: dict[str, list[int] | None] = {}
             for name, source in files.items():
                 copy = scratch / "files" / name
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 once = write_once is not None and source.is_relative_to(write_once)
                 linked = _link_or_copy(source, copy, link=once and source.stat().st_size >= _LINK_FROM)
                 stat = copy.stat()
-                stamps[name] = (stat.st_size, stat.st_mtime_ns) if linked else None
-            job = Job(scratch, 0, step, message, target, slots, stamps)
+                stamps[name] = [stat.st_size, stat.st_mtime_ns] if linked else None
+            job = Job(scratch, 0, step, message, target, list(slots), stamps)
             job.write()
             return self._number(job)
         except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
+            delete(scratch)
             raise
 
     def _number(self, job: Job) -> Job:
         """Move a complete job to its place in the queue, under a number that was never used."""
-        numbers = [other.number for other in self.jobs()]
+        numbers = [int(name.partition("-")[0]) for name in self._names()]
         numbers += [number for slots in self.state().get("sent", {}).values() for number in slots.values()]
         while True:
             self._last = max([self._last, *numbers]) + 1
@@ -101,7 +137,7 @@ class UploadQueue:
             job.path.rename(claimed)
         except FileNotFoundError:
             return None
-        return Job.read(claimed)
+        return replace(job, path=claimed)
 
     def release(self, job: Job) -> None:
         """Undo `claim`."""
@@ -114,7 +150,7 @@ class UploadQueue:
     def finish_deletions(self) -> None:
         """Delete what a killed sender left half deleted. The caller holds the lock."""
         for path in self.folder.glob("old-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
 
     def remove(self, job: Job) -> None:
         """Delete a job; the rename before it hides the job at once."""
@@ -123,31 +159,106 @@ class UploadQueue:
             job.path.rename(trash)
         except FileNotFoundError:
             return  # the other process was faster
-        shutil.rmtree(trash, ignore_errors=True)
+        delete(trash)
 
     def keep_only(self, job: Job, name: str) -> None:
         """Reduce a job to one file of the root."""
-        replace(job, slots=("",), stamps={name: job.stamps[name]}).write()
-        for other, path in job.files().items():
-            if other != name:
-                path.unlink(missing_ok=True)
+        others = job.stats().keys() - {name}
+        replace(job, slots=[""], stamps={name: job.stamps[name]}).write()
+        for other in others:
+            job.files()[other].unlink()
+
+    # ---- Which jobs are sent ----
+
+    def targets(self) -> list[Target]:
+        """The repositories and branches that the run has recorded."""
+        try:
+            return check(json.loads(read_plain(self.folder.with_name(_TARGETS))), list[Target], _TARGETS)
+        except (FileNotFoundError, ValueError, RecursionError):
+            return []
+
+    def destination(self, job: Job) -> Target | None:
+        """
+        Where a job is sent. What `job.json` says counts only if the run has recorded the same target. `None` if
+        neither the record nor the command line names the repository.
+        """
+        if job.target in self.targets():
+            return replace(job.target, **self._instead)
+        return Target(**self._instead) if "repo_id" in self._instead else None
+
+    def refusal(self, job: Job) -> str | None:
+        """Why a job may not be sent; `None` if it may."""
+        try:
+            if self.destination(job) is None:
+                return f"{job.path} names {job.target}, which is not a target of this run. Pass --repo_id to send it."
+            doubts = self._doubts(job)
+        except FileNotFoundError:  # another process has moved the job
+            return None
+        except (OSError, RefusedJobError) as error:
+            return str(error)
+        if doubts and job.number not in self._approved:
+            self._approved[job.number] = self._approve(job, doubts)
+        if doubts and not self._approved[job.number]:
+            return f"{job.path} may not be yours: {doubts}. Check its files, and send it with hf-nexus push --yes."
+        return None
+
+    def _doubts(self, job: Job) -> str:
+        """Why another user may have written a job, or linked it to a file that is not part of the run."""
+        stats = job.stats()
+        owned = {name: stat.st_uid for name, stat in stats.items()}
+        owned |= {name: (job.path / name).lstat().st_uid for name in ("", "files", "job.json")}
+        if job.target in self.targets():
+            owned[_TARGETS] = self.folder.with_name(_TARGETS).lstat().st_uid
+        foreign = sorted({owner for owner in owned.values() if owner != self._owner})
+        doubts = [f"it belongs to the user {owner}" for owner in foreign]
+        linked = [name for name, stat in stats.items() if stat.st_nlink > 1]
+        if linked:
+            run = self.folder.parent  # hard links of the queue are files of the run's checkpoints
+            inodes = Counter(entry.inode() for folder, _, _ in os.walk(run) for entry in os.scandir(folder))
+            outside = [name for name in linked if stats[name].st_nlink > inodes[stats[name].st_ino]]
+            doubts += [f"{name} is also a file outside of {run}" for name in outside]
+        return ", ".join(doubts)
+
+    @cached_property
+    def _owner(self) -> int:
+        """The owner of files that this process writes here. Network disks may replace the user."""
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            return os.fstat(file.fileno()).st_uid
 
     # ---- Both processes ----
 
     def jobs(self) -> list[Job]:
         """All jobs, oldest first."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[list[Job], list[str]]:
+        """All jobs, oldest first, and of each folder that should be a job and is not, the reason."""
         names = self._names()
         while True:
-            jobs = [job for name in names if (job := Job.read(self.folder / name)) is not None]
+            jobs: list[Job] = []
+            problems = []
+            for name in sorted(names):
+                try:
+                    jobs += filter(None, [Job.read(self.folder / name)])
+                except ValueError as error:
+                    problems.append(str(error))
             before, names = names, self._names()
             if names == before:  # otherwise a job was claimed in between, and may have been missed under both names
-                return sorted(jobs, key=lambda job: job.number)
+                return sorted(jobs, key=lambda job: job.number), problems
+
+    def refused(self) -> list[str]:
+        """Why jobs may not be sent."""
+        jobs, problems = self._read()
+        return [*problems, *filter(None, map(self.refusal, jobs))]
 
     def pending(self) -> list[tuple[Job, tuple[str, ...]]]:
-        """All jobs, newest first, each with those of its slots that no newer job, sent or queued, replaces."""
+        """
+        The jobs that may be sent, newest first, each with those of its slots that no newer of them, sent or queued,
+        replaces.
+        """
         covered = {target: dict(slots) for target, slots in self.state().get("sent", {}).items()}
         found = []
-        for job in reversed(self.jobs()):
+        for job in reversed([job for job in self.jobs() if self.refusal(job) is None]):
             newest = covered.setdefault(str(job.target), {})
             found.append((job, tuple(slot for slot in job.slots if newest.get(slot, 0) <= job.number)))
             newest.update({slot: max(job.number, newest.get(slot, 0)) for slot in job.slots})
@@ -164,8 +275,10 @@ class UploadQueue:
         if self._unwritten is not None:
             return dict(self._unwritten)
         try:
-            return json.loads((self.folder / "state.json").read_text())
-        except (FileNotFoundError, ValueError):
+            found = json.loads(read_plain(self.folder / "state.json"))
+            state = {key: check(found[key], kind, key) for key, (kind, _) in _STATE.items() if key in found}
+            return state if all(_STATE[key][1] <= set(value) for key, value in state.items()) else {}
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return {}
 
     def write_state(self, state: dict[str, Any]) -> None:
@@ -202,6 +315,7 @@ class QueueStatus:
         error (`str`, *optional*): Last error of the upload.
         permanent (`bool`): Whether the error stays until a user acts.
         lost (`tuple[str, ...]`): Jobs whose files were changed before they were sent, with the reason.
+        refused (`tuple[str, ...]`): Folders of the queue that were not sent, with the reason.
         unqueued (`str`, *optional*): Why the last save could not be queued.
     """
 
@@ -212,6 +326,7 @@ class QueueStatus:
     error: str | None
     permanent: bool
     lost: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     unqueued: str | None = None
 
     @classmethod
@@ -225,19 +340,20 @@ class QueueStatus:
         elif jobs and not target:
             target = str(jobs[-1].target)
         return cls(
-            target=target,
+            target=printable(target),
             pushed_step=pushed and pushed["step"],
             commit=pushed and pushed["commit"],
             waiting=tuple(job.step for job in jobs),
-            error=error.get("text"),
-            permanent=error.get("permanent", False),
-            lost=tuple(state.get("lost", ())),
+            error=printable(error["text"]) if error else None,
+            permanent=bool(error.get("permanent")),
+            lost=tuple(map(printable, state.get("lost", ()))),
+            refused=tuple(map(printable, state.get("refused", ()))),
         )
 
     @property
     def complete(self) -> bool:
         """Whether every queued job was sent or replaced."""
-        return not self.waiting and self.unqueued is None
+        return not self.waiting and not self.refused and self.unqueued is None
 
     def logs(self) -> dict[str, int]:
         """Numbers for the training log."""
@@ -250,10 +366,12 @@ class QueueStatus:
         line = f"On the Hub ({self.target}): {step}."
         if self.waiting:
             steps = ", ".join(str(step) for step in self.waiting)
-            why = f" ({self.error})" if self.error else ""
+            why = f" ({self.error})" if self.error and not self.refused else ""
             line += f" Not yet on the Hub: step {steps}{why}. Send the rest with: hf-nexus push {output_dir}"
         if self.lost:
             line += f" Lost: {'; '.join(self.lost)}"
+        if self.refused:
+            line += f" Refused: {' '.join(self.refused)}"
         if self.unqueued is not None:
             line += f" Not queued, only in {output_dir}: {self.unqueued}."
         return line

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from ..files import write_atomic
 from .check import is_repo_id
 
 __all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "Evaluation", "merge_index", "model_index", "save_results"]
@@ -199,9 +200,9 @@ def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str
         if score.task_id is not None
     ]
     path = Path(folder, RESULTS_NAME)
+    if path.parent.is_symlink():
+        raise ValueError(f"{path.parent} is a link, which is not followed. Replace it by a folder.")
     if not entries:
         path.unlink(missing_ok=True)
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-    return path
+    return write_atomic(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))

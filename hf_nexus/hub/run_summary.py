@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic
+from ..files import read_plain, write_atomic
 from .results import ROLES, BenchmarkScore, Evaluation
 
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
@@ -219,7 +219,7 @@ class RunSummary:
         """
         path = Path(folder, SUMMARY_NAME)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(read_plain(path))
             fields["mixture"] = [MixtureRow(**row) for row in fields["mixture"]]
             fields["evaluations"] = [Evaluation(**row) for row in fields["evaluations"]]
             fields["benchmarks"] = [BenchmarkScore(**row) for row in fields["benchmarks"]]

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,24 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
+from ..files import printable, read_plain
 from .check import check_card
-from .job import Job, SpoiledJobError, Target
+from .job import Job, RefusedJobError, SpoiledJobError, Target
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
-from .retries import CONFLICTS, CardRefusedError, RetryPolicy, http_status, is_permanent, limit_requests
+from .retries import (
+    CONFLICTS,
+    CardRefusedError,
+    RetryPolicy,
+    deadline,
+    http_status,
+    is_permanent,
+    limit_requests,
+)
 
 __all__ = ["QueueBusyError", "Uploader", "push_queue"]
 
 _CARD = "README.md"
+_MOST_FILES = 100_000  # of one folder of a repository; a server could list files without end
 
 
 class QueueBusyError(RuntimeError):
@@ -31,7 +41,10 @@ class QueueBusyError(RuntimeError):
 def push_queue(
     output_dir: Path,
     *,
+    repo_id: str | None = None,
     revision: str | None = None,
+    private: bool | None = None,
+    approve: Callable[[str], bool] = lambda question: False,
     token: str | None = None,
     endpoint: str | None = None,
     retry: RetryPolicy | None = None,
@@ -44,7 +57,10 @@ def push_queue(
 
     Args:
         output_dir (`Path`): Output folder of the run.
-        revision (`str`, *optional*): Branch to send to, instead of the run's.
+        repo_id, revision, private (*optional*): Repository, branch, and visibility if it must be created, instead of
+            the run's.
+        approve (`Callable[[str], bool]`, *optional*): Decides whether to send a job that this user may not have
+            queued, of which it gets a description. By default, such jobs are not sent.
         token, endpoint (`str`, *optional*): Token and address of the Hub; the client's defaults if `None`.
         retry ([`RetryPolicy`], *optional*): Timeouts and waiting times.
         attempts (`int`, *optional*, defaults to 5): Attempts if the errors are temporary.
@@ -54,7 +70,7 @@ def push_queue(
         `tuple[QueueStatus, bool]`: status afterwards, and whether everything that was queued is on the Hub.
 
     Raises:
-        ValueError: the folder holds no queue.
+        ValueError: the folder holds no queue, or its queue is a link.
         QueueBusyError: another process is sending the queue.
         OSError: the queue is not writable.
 
@@ -70,16 +86,25 @@ def push_queue(
     folder, retry = output_dir / QUEUE_NAME, retry or RetryPolicy()
     if not folder.is_dir():
         raise ValueError(f"{output_dir} holds nothing to push: give the output_dir of a run with push_to_hub.")
-    queue, lost = UploadQueue(folder), QueueStatus.read(folder).lost
+    given = {"repo_id": repo_id, "revision": revision, "private": private}
+    instead = {name: value for name, value in given.items() if value is not None}
+
+    def ask(job: Job, doubts: str) -> bool:
+        return approve(f"{_describe(job, queue.destination(job))} It may not be yours: {printable(doubts)}.")
+
+    queue, lost = UploadQueue(folder, instead, ask), QueueStatus.read(folder).lost
     try:
         with FileLock(folder / "lock", timeout=lock_timeout):
             queue.finish_deletions()
             limit_requests(retry.request)
-            uploader = Uploader(queue, HfApi(endpoint=endpoint, token=token, library_name="hf-nexus"), revision)
-            with tqdm(total=len(queue.jobs()), desc="Pushing", unit="checkpoint") as bar:
+            uploader = Uploader(queue, HfApi(endpoint=endpoint, token=token, library_name="hf-nexus"), retry)
+            jobs = [job for job, _ in queue.pending()]
+            for job in jobs:
+                print(_describe(job, queue.destination(job)))
+            with tqdm(total=len(jobs), desc="Pushing", unit="checkpoint", disable=not jobs) as bar:
                 for failures in range(1, attempts + 1):
                     failure = uploader.send_all(lambda job: bar.set_description(f"Pushing step {job.step}"))
-                    bar.update(bar.total - len(queue.jobs()) - bar.n)
+                    bar.update(len(jobs) - len(queue.pending()) - bar.n)
                     if failure is None or is_permanent(failure):
                         break
                     if failures < attempts:
@@ -96,11 +121,11 @@ class Uploader:
     """
     Sends jobs, one commit each. A call may be repeated after any error: it sends nothing that the Hub already has.
 
-    The caller holds the lock of the queue. `revision` is a branch to send to, instead of the jobs' own.
+    The caller holds the lock of the queue. The process exits if one job takes longer than `retry` allows.
     """
 
-    def __init__(self, queue: UploadQueue, api: HfApi, revision: str | None = None):
-        self.queue, self.api, self.revision = queue, api, revision
+    def __init__(self, queue: UploadQueue, api: HfApi, retry: RetryPolicy | None = None):
+        self.queue, self.api, self.retry = queue, api, retry or RetryPolicy()
         self._prepared: dict[Target, str] = {}
 
     def prepare(self, target: Target) -> str:
@@ -118,7 +143,7 @@ class Uploader:
 
         Calls `before` with each job before it is sent. Returns the last error, or `None` if the queue is empty.
         """
-        refused: tuple[Exception, Job] | None = None
+        refused: tuple[Exception, int] | None = None
         tried: set[int] = set()
         while left := [(job, slots) for job, slots in self.queue.pending() if job.number not in tried]:
             job, slots = left[0]
@@ -129,26 +154,28 @@ class Uploader:
             claimed = self.queue.claim(job)
             if claimed is None:
                 continue
-            before(claimed)
             try:
-                self._send(claimed, slots)
+                before(claimed)
+                with deadline(self.retry.seconds(claimed.size()), f"step {job.step}"):
+                    self._send(claimed, slots)
             except SpoiledJobError as error:
                 state = self.queue.state()
                 self._note({**state, "lost": [*state.get("lost", ()), str(error)]})
                 self.queue.remove(claimed)
             except Exception as error:  # the client raises many types, and none may block the other jobs
-                self._note_error(error, claimed)
+                self._note_error(error, job.step)
                 self.queue.release(claimed)
                 if not is_permanent(error):
                     return error
-                refused = error, claimed
+                refused = error, job.step
+        if (reasons := self.queue.refused()) and refused is None:
+            refused = RefusedJobError(" ".join(reasons)), 0
+        state = self.queue.state()
+        if reasons or state.pop("error", None) or "refused" in state:
+            self._note({**state, "refused": reasons})
         if refused is not None:
             self._note_error(*refused, permanent=True)
-            return refused[0]
-        state = self.queue.state()
-        if state.pop("error", None):
-            self._note(state)
-        return None
+        return refused and refused[0]
 
     def _send(self, job: Job, slots: tuple[str, ...]) -> None:
         """Commit the files of a job and delete the job. If the card is invalid, commit the other files and keep it."""
@@ -172,7 +199,8 @@ class Uploader:
 
     def _commit(self, job: Job, slots: tuple[str, ...], files: dict[str, Path]) -> None:
         """Commit files, again after conflicts with other commits, and note the commit in the state."""
-        target = job.target if self.revision is None else replace(job.target, revision=self.revision)
+        target = self.queue.destination(job)
+        assert target is not None  # otherwise the queue refuses the job
         for attempt in range(10):
             try:
                 repo_id = self.prepare(target)
@@ -218,13 +246,13 @@ class Uploader:
     def _names_below(self, repo_id: str, folder: str, revision: str | None) -> list[str]:
         try:
             entries = self.api.list_repo_tree(repo_id, folder, recursive=True, revision=revision)
-            return [entry.path for entry in entries if isinstance(entry, RepoFile)]
+            return [entry.path for entry in islice(entries, _MOST_FILES) if isinstance(entry, RepoFile)]
         except EntryNotFoundError:
             return []
 
-    def _note_error(self, error: Exception, job: Job, permanent: bool = False) -> None:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
-        note = {"text": text, "step": job.step, "permanent": permanent, "time": time.time()}
+    def _note_error(self, error: Exception, step: int, permanent: bool = False) -> None:
+        text = printable(f"{type(error).__name__}: {error}")[:1000]
+        note = {"text": text, "step": step, "permanent": permanent, "time": time.time()}
         self._note({**self.queue.state(), "error": note})
 
     def _note(self, state: dict[str, Any]) -> None:
@@ -234,7 +262,18 @@ class Uploader:
 
 def _card_problem(path: Path) -> str | None:
     try:
-        check_card(path.read_text(encoding="utf-8-sig"))
+        check_card(read_plain(path))
     except ValueError as error:
         return str(error)
     return None
+
+
+def _describe(job: Job, target: Target | None) -> str:
+    """What is sent and where to, for the user."""
+    private = None if target is None else target.private
+    visibility = "the account's default visibility" if private is None else "private" if private else "public"
+    names = list(job.stamps)
+    listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    replaced = "".join(f" Replaces the folder {slot}." for slot in job.slots if slot)
+    where = f"{target} (if new: {visibility})"
+    return printable(f"Step {job.step} to {where}: {len(names)} files, {job.size():,} bytes: {listed}.{replaced}")

@@ -5,7 +5,6 @@ It is a process and not a thread because hf_xet and the client's thread pools ca
 interpreter waits for them at exit. A process can be killed at any time, and takes no time from the training loop.
 """
 
-import faulthandler
 import json
 import logging
 import os
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from .job import Job, Target
+from ..files import printable
+from .job import Target
 from .queue import UploadQueue
 from .retries import RetryPolicy, is_permanent, limit_requests
 from .uploader import Uploader
@@ -63,7 +64,7 @@ class UploaderProcess:
             )
             return json.loads(process.stdout.strip().rpartition("\n")[2])
         except ValueError:  # no answer
-            return {"error": process.stderr[-500:], "permanent": False}
+            return {"error": printable(process.stderr[-500:]), "permanent": False}
         except (OSError, subprocess.TimeoutExpired) as error:
             return {"error": f"no answer ({type(error).__name__})", "permanent": False}
 
@@ -138,8 +139,9 @@ def _check(target: Target, seconds: float, api: HfApi, retry: RetryPolicy) -> di
             return {"repo_id": repo_id}
         except Exception as error:
             wait = retry.delay(failures)
-            if is_permanent(error) or constants.is_offline_mode() or time.monotonic() + wait > deadline:
-                return {"error": " ".join(str(error).split()), "permanent": is_permanent(error)}
+            if is_permanent(error) or time.monotonic() + wait > deadline:
+                offline = isinstance(error, OfflineModeIsEnabled)  # a run without a network leaves its saves on disk
+                return {"error": printable(error), "permanent": is_permanent(error) and not offline}
             time.sleep(wait)
     raise AssertionError("the deadline ends the loop")
 
@@ -153,22 +155,19 @@ def _serve(folder: Path, api: HfApi, retry: RetryPolicy) -> None:
             wake.set()
         os._exit(0)  # the training process has ended
 
-    def set_deadline(job: Job) -> None:
-        faulthandler.dump_traceback_later(retry.upload + job.size() / retry.slowest_rate, exit=True)
-
     threading.Thread(target=listen, daemon=True).start()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         queue.finish_deletions()
-        uploader, failures = Uploader(queue, api), 0
+        uploader, failures = Uploader(queue, api, retry), 0
         while True:
             wake.clear()
-            failure = uploader.send_all(set_deadline)
-            faulthandler.cancel_dump_traceback_later()
+            failure = uploader.send_all()
             failures = 0 if failure is None else failures + 1
             if failure is not None:
                 with suppress(OSError):  # the disk of the log may be full
-                    print(f"{time.strftime('%F %T')} {type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+                    text = printable(f"{type(failure).__name__}: {failure}")
+                    print(time.strftime("%F %T"), text, file=sys.stderr, flush=True)
             if wake.wait(None if failure is None else retry.delay(failures)):
                 failures = 0
 

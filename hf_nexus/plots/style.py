@@ -44,6 +44,7 @@ def save_plot(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, with any suffix of `path`. Missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a link is replaced and not followed
     figure.savefig(path, format="png", dpi=figure.dpi)
     return path
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, default_data_collator
 from transformers.utils import logging
 
+from ..files import write_atomic
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..mixture.isolation import IsolateDocuments, isolated_collator
@@ -617,7 +618,7 @@ class NexusTrainerMixin(_Base):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir, SETTINGS_NAME)
-            path.write_text(yaml.safe_dump(self.nexus_settings(), sort_keys=False))
+            write_atomic(path, yaml.safe_dump(self.nexus_settings(), sort_keys=False))
 
     def nexus_settings(self) -> dict[str, Any]:
         """The resolved Nexus fields with the mixture weights, as plain data."""

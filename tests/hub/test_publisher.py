@@ -177,6 +177,27 @@ def test_the_token_is_never_sent_or_stored(
         assert not [name for name, data in files.items() if ALICE.encode() in data or "training_args" in name]
 
 
+def test_links_in_an_output_folder_are_not_sent(
+    publish: Callable[..., Publisher], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither a link to a file nor the files of a linked folder. A warning names the links."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    checkpoint = write_checkpoint(out, 2)
+    elsewhere.mkdir()
+    (elsewhere / "secret").write_text("secret")
+    os.mkfifo(checkpoint / "pipe")
+    for link in (out / "run_summary.json", out / ".eval_results", checkpoint / "linked", checkpoint / "a\\b"):
+        link.symlink_to(elsewhere if link.name != "run_summary.json" else elsewhere / "secret")
+    publisher = publish()
+    assert publisher.submit_checkpoint(checkpoint, 2, "checkpoint", ["run_summary.json", ".eval_results", "README.md"])
+    assert publisher.submit(2, "title")
+    assert not [name for job in publisher.queue.jobs() for name in job.stamps if "secret" in name or "linked" in name]
+    assert b"secret" not in content(publisher.queue.folder).values()
+    assert "README.md" in publisher.queue.jobs()[0].stamps
+    for name in ("run_summary.json", ".eval_results", "linked"):
+        assert name in caplog.text
+
+
 def test_a_full_disk_does_not_stop_training(
     hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +301,18 @@ def test_flush_is_bounded_and_push_sends_the_rest(
         status, complete = push_queue(out, token=ALICE, endpoint=hub.endpoint, retry=QUICK)
     assert complete and status.line(out) == "On the Hub (alice/model@main): step 2."
     assert digests(hub.files(REPO)) == digests(model_of(checkpoint))
+
+
+def test_offline_runs_do_not_wait_for_the_hub(
+    publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saves stay on disk, and the status names the variable to unset."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    publisher = publish()
+    assert publisher.check() is None
+    publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save")
+    status = publisher.flush(math.inf)
+    assert status.waiting == (2,) and "HF_HUB_OFFLINE" in status.line("out") and "hf-nexus push" in status.line("out")
 
 
 _EXIT = """

@@ -1,6 +1,9 @@
 """Failures between a queue and the Hub: in the end, the Hub has what was saved, in one commit."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -8,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
+from hf_nexus.hub import retries
 from hf_nexus.hub.job import Job, SpoiledJobError, Target
 from hf_nexus.hub.publisher import checkpoint_files, files_below
 from hf_nexus.hub.queue import QUEUE_NAME, UploadQueue
 from hf_nexus.hub.retries import CardRefusedError, is_permanent
 from hf_nexus.hub.uploader import Uploader, push_queue
-from tests.support.hub.runs import QUICK, REPO, api, digests, impatient_client, model_of, write_checkpoint
+from tests.support.hub.runs import QUICK, REPO, SECONDS, api, digests, impatient_client, model_of, write_checkpoint
 from tests.support.hub.server import ALICE, HubServer
 
 LFS, XET = ("lfs",), ("xet",)  # transfer paths that have the request
@@ -299,3 +304,105 @@ def test_push_sends_the_queue_to_another_branch(hub: HubServer, tmp_path: Path) 
     assert [commit["title"] for commit in hub.history(REPO, "later")] == ["title"]
     assert {path.name for path in (tmp_path / QUEUE_NAME).iterdir()} <= {"lock", "state.json"}
     assert hub.history(REPO) == []
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_push_sends_all_jobs_but_the_odd_ones(hub: HubServer, tmp_path: Path) -> None:
+    """The status names the folders of the others, and the push is not complete."""
+    queue, job = queue_step(tmp_path, 2)
+    odd, linked, foreign = (queue.folder / f"00000{number}-step-9" for number in (7, 8, 9))
+    for path in (odd, linked, foreign):
+        shutil.copytree(job.path, path)
+    (odd / "job.json").write_text('{"step": 2, "mess')
+    (linked / "files/config.json").unlink()
+    (linked / "files/config.json").symlink_to("/etc/hosts")
+    (foreign / "job.json").write_text((job.path / "job.json").read_text().replace(REPO, "alice/public"))
+    options: dict[str, Any] = {"token": ALICE, "endpoint": hub.endpoint, "retry": QUICK}
+    status, complete = push_queue(tmp_path, **options)
+    assert not complete and status.pushed_step == 2
+    assert digests(hub.files(REPO)) == digests(model_of(tmp_path / "checkpoint-2"))
+    assert hub.store.load("models", "alice/public") is None
+    assert [str(path) in reason for path, reason in zip((odd, linked, foreign), status.refused, strict=True)] == [
+        True
+    ] * 3
+    assert all(str(path) in status.line("out") for path in (odd, linked, foreign))
+    for path in (odd, linked, foreign):
+        shutil.rmtree(path)
+    assert push_queue(tmp_path, **options)[1]
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+@pytest.mark.parametrize("approved", [True, False])
+def test_push_asks_before_it_sends_what_may_be_foreign(hub: HubServer, tmp_path: Path, approved: bool) -> None:
+    """The question has the target, the files, and the reason."""
+    _, job = queue_step(tmp_path / "run", 2)
+    os.link(job.files()["config.json"], tmp_path / "outside")
+    asked: list[str] = []
+    options: dict[str, Any] = {"token": ALICE, "endpoint": hub.endpoint, "retry": QUICK, "private": True}
+    _, complete = push_queue(tmp_path / "run", approve=lambda text: bool(asked.append(text)) or approved, **options)
+    assert complete == approved == bool(hub.store.load("models", REPO))
+    [question] = asked
+    for part in (f"{REPO}@main (if new: private)", "model.safetensors", "config.json is also a file outside"):
+        assert part in question
+
+
+# ---- Hostile and unreachable servers ----
+
+
+def test_offline_push_ends_at_once_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a wait for retries. The message names the variable to unset."""
+    queue_step(tmp_path, 2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    status, complete = push_queue(tmp_path, token=ALICE, endpoint="http://127.0.0.1:9")
+    assert not complete and "HF_HUB_OFFLINE" in status.line(tmp_path) and status.waiting == (2,)
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_an_answer_without_end_is_an_error(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_LARGEST_ANSWER", 1 << 20)
+    hub.fail(INFO, status=200, body="[" + "1," * (1 << 20))
+    with pytest.raises(RuntimeError, match="over the limits of 1 MiB"):
+        api(hub).model_info(REPO)
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_a_trickling_answer_is_an_error(hub: HubServer) -> None:
+    """Each byte is in time, and the whole answer is not."""
+    hub.fail(INFO, action="trickle", seconds=0.3)
+    with pytest.raises(RuntimeError, match=r"over the limits of .* and 1 s"):
+        api(hub).model_info(REPO)
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_errors_of_a_server_have_no_terminal_codes(
+    hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Neither in headers, JSON and text, nor in what the client itself prints."""
+    queue, _ = queue_step(tmp_path, 2)
+    for number, body in enumerate(("\x1b[31mtext\x07", '{"error": "\\u001b]0;title\\u0007json \\u009b31m"}')):
+        headers = {"X-HF-Warning": f"topic{number}; \x1b[31mwarning", "X-Error-Message": "\x1b[2Jheader"}
+        hub.fail("/repos/create", status=403, body=body, headers=headers, times=1)
+        assert Uploader(queue, api(hub)).send_all() is not None
+        assert queue.state()["error"]["text"].isprintable() and "header" in queue.state()["error"]["text"]
+    hub.fail("/validate-yaml", status=200, body='{"errors": [], "warnings": [{"message": "\\u001b[31mred"}]}')
+    assert Uploader(queue, api(hub)).send_all() is None
+    printed = "".join(map(str, (*capfd.readouterr(), *(warning.message for warning in recwarn))))
+    assert "red" in printed and "\x1b" not in printed and "\x9b" not in printed
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_a_push_has_a_deadline(hub: HubServer, tmp_path: Path) -> None:
+    """The process ends with one line, also if no request times out."""
+    queue_step(tmp_path, 2)
+    hub.fail("/commit/", action="hang")
+    script = (
+        "import sys; from pathlib import Path; from hf_nexus.hub.retries import RetryPolicy\n"
+        "from hf_nexus.hub.uploader import push_queue\n"
+        "push_queue(Path(sys.argv[1]), token=sys.argv[2], retry=RetryPolicy(upload=1.0, slowest_rate=1e9))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", script, str(tmp_path), ALICE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: The upload of step 2 was not complete after 1")

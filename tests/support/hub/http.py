@@ -25,9 +25,10 @@ class Fault:
         method (`str`): Regular expression that the method must be.
         status (`int`, *optional*): Answer with this status and do nothing.
         action (`str`): In place of a status: `"drop"` the connection, `"hang"`, be `"slow"`, `"hold"` the request
-            until the Hub is healed, or `"lose"` the answer of a request that was executed.
+            until the Hub is healed, `"lose"` the answer of a request that was executed, or `"trickle"` an answer
+            without an end.
         times, skip (`int`): Number of affected requests, and of requests before them.
-        seconds (`float`): Length of the delay or of the hang.
+        seconds (`float`): Length of the delay or of the hang, or time between the bytes.
         headers, body: Those of the answer with `status`.
     """
 
@@ -154,6 +155,12 @@ class Plumbing(BaseHTTPRequestHandler):
         elif fault.action == "hold":
             self.hub.healed.wait(fault.seconds)
             self.route()
+        elif fault.action == "trickle":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            while not self.hub.stopping.wait(fault.seconds):
+                self.wfile.write(b" ")
         elif fault.action == "status":
             assert fault.status is not None
             body = fault.body if fault.body is not None else json.dumps({"error": f"injected {fault.status}"})
