@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["delete", "finite_json", "nearest", "one_line_errors", "printable", "read_plain", "write_atomic"]
+__all__ = ["delete", "finite_json", "nearest", "one_line_errors", "printable", "read_plain", "shown", "write_atomic"]
 
 _LARGEST = 64 << 20  # bytes of a text file that is read whole
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?")
@@ -131,6 +131,22 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """
+    The `repr` of a value for an error message, shortened to 200 characters.
+
+    Example:
+        >>> from hf_nexus.files import shown
+        >>> len(shown("x" * 10_000))
+        200
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "an integer of too many digits"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 @contextmanager

@@ -2,20 +2,20 @@
 
 import dataclasses
 import enum
-import json
 import math
 import re
+import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .files import nearest
+from .files import nearest, shown
 
 __all__ = [
     "Bound",
@@ -27,8 +27,10 @@ __all__ = [
     "from_text",
     "load_yaml",
     "packaged",
+    "parse_data",
     "parse_yaml",
     "read",
+    "read_yaml",
 ]
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ T = TypeVar("T")
 class Bound:
     """
     Range of a number, or of the length of a string, for `Annotated[int, Bound(least=1)]`: inclusive lower, exclusive
-    lower and inclusive upper limit. A bounded number is finite.
+    lower and inclusive upper limit.
     """
 
     least: float | None = None
@@ -48,12 +50,14 @@ class Bound:
     def holds(self, number: float) -> bool:
         """Whether a number is in the range."""
         low = (self.least is None or number >= self.least) and (self.above is None or number > self.above)
-        return self == Bound() or (math.isfinite(number) and low and (self.most is None or number <= self.most))
+        return low and (self.most is None or number <= self.most)
 
     def __str__(self) -> str:
         limits = {"of at least": self.least, "above": self.above, "of at most": self.most}
         return " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
 
+
+_LARGEST_INT = 2**63 - 1  # of torch and numpy
 
 Count = Annotated[int, Bound(least=1)]
 Positive = Annotated[float, Bound(above=0)]
@@ -126,7 +130,7 @@ def _describe(kind: Any, bound: Bound) -> str:
     if kind is int:
         return f"a whole number {bound}".strip()
     if kind is float:
-        return f"a finite number {bound}" if bounded else "a number"
+        return f"a finite number {bound}".strip()
     if kind is str:
         return "a string that is not empty" if bounded else "a string"
     return "true or false" if kind is bool else "a list" if is_subclass(kind, list) else "a mapping"
@@ -151,7 +155,7 @@ def check(value: Any, kind: Any, key: str) -> Any:
     for option, bound in options(kind):
         if _fits(value, option, bound):
             return _convert(value, option, key)
-    raise ValueError(f"{key}: {value!r} is not allowed; it must be {describe(kind)}.{_hint(value, kind)}")
+    raise ValueError(f"{key}: {shown(value)} is not allowed; it must be {describe(kind)}.{_hint(value, kind)}")
 
 
 def _hint(value: Any, kind: Any) -> str:
@@ -171,7 +175,7 @@ def _fits(value: Any, kind: Any, bound: Bound) -> bool:
         return any(value == allowed and type(value) is type(allowed) for allowed in values)
     if kind in (int, float):
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and bound.holds(value)
+        return number and abs(value) <= (_LARGEST_INT if kind is int else sys.float_info.max) and bound.holds(value)
     if kind is str:
         return isinstance(value, str) and bound.holds(len(value.strip()))
     mapped = dataclasses.is_dataclass(kind) or is_subclass(kind, dict)
@@ -201,10 +205,7 @@ def from_text(text: str, kind: Any, key: str) -> Any:
     value: Any = text
     kinds = [option for option, _ in options(kind)]
     if text.lstrip().startswith(("{", "[")) and any(is_subclass(option, dict | list) for option in kinds):
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{key}: {text!r} is not valid JSON ({error}).") from error
+        value = parse_data(text, key, "JSON")
     elif bool in kinds and text.lower() in _BOOLEANS and (str not in kinds or text.lower() in ("true", "false")):
         value = _BOOLEANS[text.lower()]
     elif number := next((option for option in (int, float) if option in kinds), None):
@@ -240,7 +241,7 @@ def read(cls: type[T], mapping: Any, key: str = "") -> T:
     """
     names, required = list(field_types(cls)), required_fields(cls)
     if not isinstance(mapping, Mapping) or (required and not mapping):
-        raise ValueError(f"{key or cls.__name__}: {mapping!r} is not allowed; it must be {describe(cls)}.")
+        raise ValueError(f"{key or cls.__name__}: {shown(mapping)} is not allowed; it must be {describe(cls)}.")
     prefix = f"{key}." if key else ""
     for name in mapping:
         if name not in names:
@@ -277,55 +278,135 @@ def load_yaml(name_or_path: str, room: str, kind: str) -> dict[str, Any]:
             f"There is no {kind} {name_or_path!r}.{nearest(name_or_path, files)} Use one of {', '.join(files)}, or "
             "the path of a YAML file."
         )
-    return parse_yaml(files.get(name_or_path, Path(name_or_path)).read_text(encoding="utf-8"), name_or_path)
+    if name_or_path in files:
+        return parse_yaml(files[name_or_path].read_text(encoding="utf-8"), name_or_path)
+    return read_yaml(name_or_path)
+
+
+# Limits of a file whose aliases are expanded: characters and values, and nested levels.
+_LARGEST, _DEEPEST = 1_000_000, 20
+_TAG = "tag:yaml.org,2002:"
+_TAGS = {
+    yaml.ScalarNode: {"!number", *(f"{_TAG}{kind}" for kind in ("null", "bool", "int", "float", "str"))},
+    yaml.SequenceNode: {f"{_TAG}seq"},
+    yaml.MappingNode: {f"{_TAG}map"},
+}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Reads `3e-4` and `2e9` as numbers, which YAML 1.1 does not."""
+    """Reads `3e-4` and `2e9` as numbers, which YAML 1.1 does not, and dates as text."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     value = float(loader.construct_scalar(node))
-    return int(value) if value.is_integer() else value
+    return int(value) if value.is_integer() and abs(value) <= _LARGEST_INT else value
 
 
 _Loader.add_implicit_resolver("!number", re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_constructor("!number", _construct_number)
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """
-    Parse YAML that holds a mapping without duplicate keys, which plain YAML readers drop silently.
+    Parse a YAML file.
 
     Raises:
-        ValueError: not YAML, not a mapping, or a duplicate key. The message names `where`, such as the file.
+        ValueError: not a text file, or as for [`parse_yaml`].
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file. Give a YAML file.") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """
+    Parse YAML that holds a mapping of plain data, without duplicate keys, which plain YAML readers drop silently.
+
+    Raises:
+        ValueError: not YAML, not a mapping, a duplicate key, a value that is not plain data, or too much data. The
+            message names `where`, such as the file.
 
     Example:
         >>> from hf_nexus.strict import parse_yaml
         >>> parse_yaml("sources: {web: {path: web.jsonl, max_tokens: 2e6}}", "example")
         {'sources': {'web': {'path': 'web.jsonl', 'max_tokens': 2000000}}}
     """
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        for key, line in _duplicates(node):
-            raise ValueError(f"{key}: given twice, again in line {line} of {where}. Remove one of the two.")
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    value = parse_data(text, where)
     if not isinstance(value, dict):
-        raise ValueError(f"{where} must hold a mapping of keys to values, not {type(value).__name__}.")
+        found = "is empty" if value is None else f"holds {shown(value)}"
+        raise ValueError(f"{where} {found}. It must hold a mapping of keys to values.")
     return value
 
 
-def _duplicates(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
+def parse_data(text: str, where: str, language: str = "YAML") -> Any:
+    """Parse YAML, or JSON, which YAML contains, as [`parse_yaml`], into any plain data."""
+    try:
+        loader = _Loader(text[: _LARGEST + 1])
+        node = loader.get_single_node()
+    except RecursionError as error:
+        raise _too_large(where) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape without a character
+        # Only the problem: the whole text shows lines, which may hold a token.
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        line = f", line {error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) else ""
+        raise ValueError(f"{where} is not valid {language}{line}: {problem}.") from error
+    if node is None:
+        return None
+    _check_node(loader, node, (), where, len(text))
+    return loader.construct_document(node)
+
+
+def _too_large(where: str) -> ValueError:
+    return ValueError(
+        f"{where} holds more than {_LARGEST:,} characters or {_DEEPEST} nested levels. Remove aliases (*name) that "
+        "repeat each other or refer to themselves."
+    )
+
+
+def _check_node(loader: _Loader, node: Any, path: tuple[str, ...], where: str, size: int) -> int:
+    """
+    Refuse duplicate keys, what is not plain data, and aliases that expand to too much, before they are expanded.
+
+    Returns `size` with that of the node added.
+    """
+
+    def refused(problem: str, node: yaml.Node = node, *more: str) -> ValueError:
+        key = ".".join((*path, *more)).replace(".[", "[")
+        return ValueError(f"{key or where}: {problem.format(line=f'line {node.start_mark.line + 1} of {where}')}")
+
+    size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+    if size > _LARGEST or len(path) > _DEEPEST:
+        raise _too_large(where)
+    if node.tag not in _TAGS[type(node)]:
+        raise refused("the tag in {line} is not allowed. Give plain data.")
     if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _duplicates(item, path)
+        for i, item in enumerate(node.value):
+            size = _check_node(loader, item, (*path, f"[{i}]"), where, size)
     elif isinstance(node, yaml.MappingNode):
         seen = set()
-        for key, value in node.value:
-            here = f"{path}.{key.value}" if path else str(key.value)
-            if here in seen:
-                yield here, key.start_mark.line + 1
-            seen.add(here)
-            yield from _duplicates(value, here)
+        for key, item in node.value:
+            if key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                raise refused("a key in {line} is not a string. Put it in quotes.", key)
+            if key.value in seen:
+                raise refused("given twice, again in {line}. Remove one of the two.", key, key.value)
+            seen.add(key.value)
+            size = _check_node(loader, item, (*path, key.value), where, size + len(key.value))
+            merged = item.value if isinstance(item, yaml.SequenceNode) else [item]
+            if key.tag == f"{_TAG}merge" and not all(isinstance(part, yaml.MappingNode) for part in merged):
+                raise refused("<< in {line} must name mappings.", key)
+    else:
+        try:
+            value = loader.construct_object(node)
+        except (LookupError, ValueError):  # such as `!!int ''`, or too many digits for Python
+            value = math.inf
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+            raise refused("the value in {line} is not a finite number, or not of its tag.")
+    return size

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from hf_nexus.schema import documented, help_of, json_schema
-from hf_nexus.strict import Bound, Count, Positive, Text, check, check_fields, from_text, parse_yaml, read
+from hf_nexus.strict import Bound, Count, Positive, Text, check, check_fields, from_text, parse_yaml, read, read_yaml
 
 
 class Color(enum.Enum):
@@ -85,7 +85,10 @@ def test_a_value_of_the_type_is_converted(value, kind, expected):
     [
         (True, int, "a whole number"),
         (1.0, int, "a whole number"),
-        ("1", float, "a number"),
+        (2**63, int, "a whole number"),
+        (float("inf"), float, "a finite number"),
+        (10**400, float, "a finite number"),
+        ("1", float, "a finite number"),
         (0, Count, "a whole number of at least 1"),
         (float("nan"), Positive, "a finite number above 0"),
         (2, Annotated[float, Bound(above=0, most=1)], "above 0 and of at most 1"),
@@ -179,10 +182,86 @@ def test_the_same_key_in_different_mappings_is_no_duplicate() -> None:
     assert parse_yaml("a: {x: 1}\nb: [{x: 1}, {x: 2}]", "f") == {"a": {"x": 1}, "b": [{"x": 1}, {"x": 2}]}
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1\n"])
-def test_what_is_no_mapping_is_refused_naming_the_file(text: str) -> None:
-    with pytest.raises(ValueError, match=r"mixture\.yaml"):
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("# only a comment", "is empty"),
+        ("- a\n- b\n", "holds ['a', 'b']"),
+        ("plain text", "holds 'plain text'"),
+        ("a: [1\n", "not valid YAML, line 2: expected ',' or ']'"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("a: \0", "unacceptable character"),
+        ('a: "\\UFFFFFFFF"', "not valid YAML"),
+        ("[" * 100_000, "nested levels"),
+        ("a: " + "[" * 30 + "]" * 30, "nested levels"),
+        ("a: &a [*a]", "nested levels"),
+        ("a: &a {b: *a}", "nested levels"),
+        ("a: &a [*a, *a]", "nested levels"),
+        ("a: &a {<<: *a, b: 1}", "nested levels"),
+        (LAUGHS, "repeat each other"),
+        (MERGES, "repeat each other"),
+        ("a: &a " + "x" * 10_000 + "\nb: [" + "*a, " * 200 + "]", "characters"),
+        ("a: 1 #" + " " * 1_000_000, "1,000,000 characters"),
+        ("<<: 3", "line 1 of mixture.yaml must name mappings"),
+        ("a: {1: b}", "a: a key in line 1 of mixture.yaml is not a string"),
+        ("a: {on: b}", "a: a key in line 1 of mixture.yaml is not a string"),
+        ("? [a]\n: b", "a key in line 1 of mixture.yaml is not a string"),
+        ("a:\n- !!python/object:os.system x", "a[0]: the tag in line 2"),
+        ("a: !!set {b}", "a: the tag in line 1"),
+        ("a: !!binary eA==", "a: the tag in line 1"),
+        ("a: !!map b", "a: the tag in line 1"),
+        *((f"a: {value}", "a: the value in line 1") for value in ("!!float ''", "!!int x", "!!bool 7")),
+        *((f"a: {value}", "a: the value in line 1") for value in (".inf", "-.inf", ".nan", "1e400", "9" * 400)),
+        *((f"a: {value}", "a: the value in line 1") for value in ("9" * 5000, "0x" + "f" * 5000, "9" + ":59" * 200)),
+    ],
+    ids=lambda text: repr(text)[:30],
+)
+def test_what_is_no_plain_mapping_is_refused_in_one_line(text: str, words: str) -> None:
+    with pytest.raises(ValueError) as error:
         parse_yaml(text, "mixture.yaml")
+    message = str(error.value)
+    assert "mixture.yaml" in message and words in message and "\n" not in message and len(message) < 300
+
+
+def test_an_error_of_the_parser_shows_no_line_of_the_file() -> None:
+    with pytest.raises(ValueError) as error:
+        parse_yaml('training: {hub_token: "hf_SECRET', "mixture.yaml")
+    assert "SECRET" not in str(error.value)
+
+
+def test_aliases_and_merges_are_read() -> None:
+    text = "base: &base {path: a, weight: 1}\nall: [*base, {<<: *base, weight: 2}]"
+    assert parse_yaml(text, "f")["all"] == [{"path": "a", "weight": 1}, {"path": "a", "weight": 2}]
+
+
+def test_dates_are_strings() -> None:
+    assert parse_yaml("revision: 2024-01-31", "f") == {"revision": "2024-01-31"}
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path) -> None:
+    (tmp_path / "model.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"model\.bin is not a text file\. Give a YAML file\."):
+        read_yaml(tmp_path / "model.bin")
+
+
+def test_an_integer_of_too_many_digits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^key: an integer of too many digits is not allowed"):
+        check(10**5000, Positive, "key")
+
+
+@pytest.mark.parametrize("text", ["{oops", "[" * 500, '{"a": 1, "a": 2}', '{"a": 1e999}'])
+def test_odd_json_of_the_command_line_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--key"):
+        from_text(text, dict | list, "--key")
 
 
 def test_numbers_in_scientific_notation_are_numbers() -> None:

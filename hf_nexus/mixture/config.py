@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..schema import documented
-from ..strict import Bound, Count, Positive, Text, check_fields, parse_yaml, read
+from ..strict import Bound, Count, Positive, Text, check_fields, read, read_yaml
 from .schedule import normalized
 from .stages import Stage, parse_stages
 
@@ -280,7 +280,7 @@ class MixtureConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureConfig":
         """Build from a YAML file that holds the fields of the class at its top level."""
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        values = read_yaml(path)
         try:
             return cls.from_dict(values)
         except ValueError as error:

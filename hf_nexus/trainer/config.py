@@ -1,6 +1,5 @@
 """The Nexus fields of the training arguments."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from transformers import TrainingArguments
 
 from ..mixture.stages import parse_stages
 from ..schema import documented
-from ..strict import Bound, check, check_fields
+from ..strict import Bound, check, check_fields, parse_data
 from .optimizers import muon_options
 
 __all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
@@ -103,13 +102,7 @@ def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | No
     if weights is None:
         return None
     if isinstance(weights, str):
-        try:
-            weights = json.loads(weights)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"mixture_weights={weights!r} is not valid JSON ({error}). Pass a mapping of sources to shares, as in "
-                '\'{"text": 0.6, "code": 0.4}\'.'
-            ) from error
+        weights = parse_data(weights, "mixture_weights", "JSON")
     if isinstance(weights, list):
         return [asdict(stage) for stage in parse_stages(weights, key="mixture_weights")]
     weights = check(weights, dict[str, NonNegative], "mixture_weights")

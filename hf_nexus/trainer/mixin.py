@@ -25,6 +25,7 @@ from ..mixture.isolation import IsolateDocuments, isolated_collator
 from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData
+from ..strict import read_yaml
 from .arguments import arguments_by_name, changed, with_nexus_fields
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints, resolve_checkpoint
@@ -251,7 +252,7 @@ class NexusTrainerMixin(_Base):
         """Load a checkpoint, and warn of settings that have changed."""
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         path = Path(resume_from_checkpoint, SETTINGS_NAME)
-        saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        saved = read_yaml(path) if path.is_file() else {}
         for name, value in self.nexus_settings().items():
             if name in saved and saved[name] != value:
                 logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")

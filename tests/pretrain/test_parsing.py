@@ -118,7 +118,7 @@ def test_tokens_and_resumptions_are_not_saved(write):
         ("training", {"max_steps": [1]}, ["training.max_steps: [1]", "a whole number"]),
         ("training", {"max_steps": 1.5}, ["training.max_steps: 1.5", "a whole number"]),
         ("training", {"max_steps": None}, ["training.max_steps: None", "a whole number"]),
-        ("training", {"learning_rate": "3e-4 "}, ["training.learning_rate: '3e-4 '", "a number"]),
+        ("training", {"learning_rate": "3e-4 "}, ["training.learning_rate: '3e-4 '", "a finite number"]),
         ("training", {"bf16": "true"}, ["training.bf16: 'true'", "true or false"]),
         ("training", {"run_name": 7}, ["training.run_name: 7", "a string", "quotes"]),
         ("training", {"save_strategy": False}, ["training.save_strategy: False", "'no'", "quotes"]),

@@ -626,6 +626,9 @@ def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_pat
         changed.train(resume_from_checkpoint=str(folder))
     assert "Resuming with inner_lr=0.2; the checkpoint was trained with 0.05" in caplog.text
     assert "inner_direction" not in caplog.text
+    (folder / "nexus.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"nexus\.yaml is empty"):
+        changed.train(resume_from_checkpoint=str(folder))
 
 
 # ---- Refusals ----
@@ -637,7 +640,7 @@ def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_pat
         ({"inner_direction": "up"}, "inner_direction: 'up' is not allowed"),
         ({"inner_lr": -0.1}, "inner_lr: -0.1 is not allowed"),
         ({"inner_lr_schedule": "cosine"}, "inner_lr_schedule: 'cosine'"),
-        ({"mixture_weights": "{text: 1}"}, "not valid JSON"),
+        ({"mixture_weights": "{text: 1"}, "not valid JSON"),
         ({"mixture_weights": {"text": -1}}, r"mixture_weights\.text: -1"),
         ({"mixture_weights": {"text": 1.0}}, "the training sources are text, code, math"),
         ({"train_sampling_strategy": "group_by_length"}, "order is set by source_schedule"),
