@@ -10,7 +10,40 @@ import torch
 from .schedule import SourceSchedule
 from .tags import TaggedRows
 
-__all__ = ["MixtureDataset", "MixtureSampler"]
+__all__ = ["MixtureDataset", "MixtureSampler", "check_sources"]
+
+# Packages whose tables have a length and can be indexed, but not by the number of a row.
+_TABLES = {"pandas", "polars", "pyarrow"}
+
+
+def check_sources(sources: Mapping[str, Any]) -> None:
+    """
+    Check that sources are datasets.
+
+    Raises:
+        ValueError: no source, an empty one, or something else than a dataset, such as a `DatasetDict`.
+    """
+    if not sources:
+        raise ValueError("The mixture has no sources. Pass a dict of at least one dataset.")
+    for name, dataset in sources.items():
+        if not isinstance(name, str):
+            raise ValueError(f"Source names must be strings, got {name!r}.")
+        kind = type(dataset)
+        if isinstance(dataset, Mapping):
+            raise ValueError(
+                f"Source {name!r} is a {kind.__name__} with the keys {', '.join(map(str, dataset))}, not a dataset. "
+                "Pass one dataset of it, such as its training split."
+            )
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            continue
+        indexed = callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))
+        if not indexed or isinstance(dataset, str) or kind.__module__.partition(".")[0] in _TABLES:
+            raise ValueError(
+                f"Source {name!r} is a {kind.__name__}, which is not a dataset. Pass a datasets.Dataset, a "
+                "datasets.IterableDataset or a torch dataset."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"Source {name!r} is empty. Remove it, or add rows.")
 
 
 class MixtureDataset(torch.utils.data.Dataset):
@@ -26,20 +59,13 @@ class MixtureDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, sources: Mapping[str, Any]):
-        if not sources:
-            raise ValueError("The mixture has no sources. Pass a dict of at least one dataset.")
+        check_sources(sources)
         for name, dataset in sources.items():
-            if not isinstance(name, str):
-                raise ValueError(f"Source names must be strings, got {name!r}.")
-            if isinstance(dataset, torch.utils.data.IterableDataset) or not (
-                callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))
-            ):
+            if isinstance(dataset, torch.utils.data.IterableDataset):
                 raise ValueError(
                     f"Source {name!r} is a {type(dataset).__name__}, which cannot be indexed. Use a MixtureStream for "
                     "streaming sources."
                 )
-            if len(dataset) == 0:
-                raise ValueError(f"Source {name!r} is empty. Remove it, or give it rows.")
         self.sources = dict(sources)
         self.names = list(sources)
         self.sizes = [len(dataset) for dataset in sources.values()]

@@ -1,6 +1,7 @@
 """Everything that `train_dataset` may be, as the trainer reads it."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,11 @@ from .stream.documents import StreamedDocuments
 __all__ = ["StageWeights", "TrainingData", "prepare_data", "split_sources"]
 
 logger = logging.getLogger(__name__)
+
+# Words in the names of splits.
+_TRAIN = {"train", "training"}
+_HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"}
+_HELD_OUT |= {"holdout", "heldout", "held"}
 
 Stages = list[tuple[float, dict[str, float]]]
 
@@ -116,6 +122,10 @@ def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed:
     return TrainingData(dataset, evaluation, _shares(given, dataset.names), mixture)
 
 
+def _is_dataset(value: Any) -> bool:
+    return isinstance(value, torch.utils.data.Dataset) or getattr(value, "column_names", None) is not None
+
+
 def _is_stream(source: Any) -> bool:
     return isinstance(source, StreamedDocuments | torch.utils.data.IterableDataset)
 
@@ -140,23 +150,23 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     `None` for anything else (one plain dataset).
 
     Raises:
-        ValueError: a dict of splits instead of sources; a `source` column with empty values, or with a value for
-        almost every row.
+        ValueError: a dict of splits or columns instead of sources, or a list of datasets; a `source` column with empty
+        values, or with a value for almost every row.
     """
+    if isinstance(train_dataset, MixtureDataset | MixtureStream):
+        raise ValueError(f"train_dataset is a {type(train_dataset).__name__}. Pass the dict of its sources.")
     if isinstance(train_dataset, Mapping):
-        if "train" in train_dataset and {"test", "validation"} & set(train_dataset):
-            raise ValueError(
-                f"train_dataset has the keys {list(train_dataset)}, which look like splits: all would be trained on. "
-                "Pass dataset['train'], or a dict of sources."
-            )
+        _refuse_other_keys(train_dataset)
         return dict(train_dataset)
+    if isinstance(train_dataset, list | tuple) and any(map(_is_dataset, train_dataset)):
+        raise ValueError("train_dataset is a list of datasets. Pass a dict of them by the names of the sources.")
     columns = getattr(train_dataset, "column_names", None)
     if not isinstance(columns, list) or "source" not in columns:
         return None
     if isinstance(train_dataset, torch.utils.data.IterableDataset):
         logger.warning("The `source` column of the stream is ignored: its micro-batches mix sources.")
         return None
-    column = train_dataset["source"][:]
+    column = train_dataset.with_format(None)["source"][:]  # a transform may leave it out
     # A column of that name can hold something else, such as an address for each row.
     otherwise = "or, if it does not name sources, pass train_dataset.remove_columns('source')."
     if missing := sum(value is None for value in column):
@@ -172,5 +182,22 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
             f"The dataset's `source` column holds {len(names)} different values in {len(labels)} rows: pass larger "
             f"sources, {otherwise}"
         )
+    _refuse_other_keys(dict.fromkeys(names.values()))
     logger.warning("The dataset's `source` column names %d sources: every micro-batch holds one of them.", len(names))
     return {name: rows.select(np.flatnonzero(labels == label)) for label, name in names.items()}
+
+
+def _refuse_other_keys(sources: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the keys name splits or columns instead of sources."""
+    if "input_ids" in sources:
+        raise ValueError(
+            f"train_dataset has the keys {', '.join(map(str, sources))}, which look like columns. Pass "
+            "Dataset.from_dict(train_dataset), or a dict of datasets by the names of the sources."
+        )
+    words = {n: {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(n))} for n in sources}
+    training, held_out = ([n for n in words if words[n] & kind] for kind in (_TRAIN, _HELD_OUT))
+    if len(words) > 1 and held_out and (training or len(held_out) == len(words)):
+        raise ValueError(
+            f"The sources {', '.join(map(str, sources))} look like splits of one dataset: all would be trained on. "
+            f"Pass one split, dataset[{(training or held_out)[0]!r}], or give the sources other names."
+        )

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, normalized
 from hf_nexus.mixture.tags import MicroBatchTag, TaggingCollator, pop_tag
-from hf_nexus.mixture.training_data import split_sources
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
@@ -239,30 +238,3 @@ def test_bad_sources_are_refused():
         MixtureDataset({"a": []})
     with pytest.raises(ValueError, match="'a' is a Stream, which cannot be indexed"):
         MixtureDataset({"a": Stream()})
-
-
-def test_a_source_column_makes_sources():
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "source": ["b", "a", "b", "a"]})
-    sources = split_sources(rows)
-    assert {name: part["x"][:] for name, part in sources.items()} == {"b": [1, 3], "a": [2, 4]}
-    assert split_sources(rows.remove_columns("source")) is None
-    named = rows.cast_column("source", datasets.ClassLabel(names=["a", "b"]))
-    assert set(split_sources(named)) == {"a", "b"}
-    assert split_sources(rows.to_iterable_dataset()) is None
-
-
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [
-        (
-            ["a", None, "a", "b"],
-            r"`source` column is empty in 1 of 4 rows: name theirs, or, .*remove_columns\('source'\)",
-        ),
-        (["http://1", "http://2", "http://3", "http://1"], r"holds 3 different values in 4 rows: .*remove_columns"),
-    ],
-)
-def test_a_source_column_that_names_no_sources_is_refused(column, message):
-    datasets = pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match=message):
-        split_sources(datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "source": column}))
