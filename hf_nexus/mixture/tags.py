@@ -13,13 +13,14 @@ _KEY = "nexus_tag"
 @dataclass(frozen=True)
 class StreamState:
     """
-    The position in one partition of a source after a micro-batch, as JSON types. Its `"pass"` counts from 0. Loaders
-    and `send_to_device` do not change it.
+    The position in one partition of a source after a micro-batch, as JSON types. Its `"pass"` counts from 0. `mark` is
+    that of [`~hf_nexus.mixture.stream.sources.Source`]. Loaders and `send_to_device` do not change it.
     """
 
     partition: int
     source: str
     state: dict[str, Any]
+    mark: int | None = None
 
     def store(self, states: dict[str, Any]) -> None:
         """Replace the position of the partition in `states`, which [`~MixtureStream.begin`] takes."""

@@ -109,10 +109,11 @@ class Feed:
 
     def agree(self, window: Window, step: int) -> None:
         """
-        Share between the ranks what each found in the fetched window: an error, or the end of a source.
+        Share between the ranks what each found in the fetched window: an error, the end of a source, or its mark.
 
         Raises:
             SourceError: a rank could not read a source.
+            ValueError: the readers of a source do not see the same rows.
         """
         progress, args = self._progress, self._args
         if progress is None:
@@ -124,14 +125,23 @@ class Feed:
             last = step + 1 + ahead // args.gradient_accumulation_steps
             for further in range(step, min(last, args.max_steps - 1) + 1):
                 progress.decide_shares(further)
-        ended = set(progress.exhausted())
-        facts = torch.tensor([window.error is not None, progress.sent, *(name in ended for name in self.data.names)])
+        ended, names = set(progress.exhausted()), self.data.names
+        marks = [[s.mark for s in window.states if s.source == name and s.mark is not None] for name in names]
+        highest, lowest = ([max((sign * mark for mark in of), default=-(2**32)) for of in marks] for sign in (1, -1))
+        own = [window.error is not None, progress.sent, *(name in ended for name in names), *highest, *lowest]
+        facts = torch.tensor(own)
         if args.world_size > 1:  # on the host: a single rank does not wait for the device
             facts = max_over_ranks(facts.to(args.device))
-        failed, sent, *ended_anywhere = facts.tolist()
+        failed, sent, *of_sources = facts.tolist()
         if failed:
             raise window.error or SourceError("Another rank could not read its data: see its message.")
-        for name, has_ended in zip(self.data.names, ended_anywhere, strict=True):
+        for name, has_ended, high, low in zip(names, *np.array(of_sources).reshape(3, -1), strict=True):
+            if high + low > 0:
+                raise ValueError(
+                    f"Source {name!r} gives other rows on each rank or worker: it splits itself, or is shuffled "
+                    "without a seed. Pass a dataset that gives all of its rows in the same order everywhere: the "
+                    "mixture distributes them."
+                )
             if has_ended:
                 progress.leave_out(name, sent)
 

@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from ..support.streams import (
     STEPS,
     WEIGHTS,
     Recorder,
+    Replayed,
     differences,
     kinds,
     make,
@@ -522,6 +524,20 @@ def test_a_failing_source_leaves_a_checkpoint_to_resume(
         run(tmp_path, unsteady(broken), resume=True, **config)
     resumed = run(tmp_path, unsteady(mended), resume=True, **config)
     assert differences(resumed, expected, step) == []
+
+
+class Unseeded(Replayed):
+    """Gives its rows in another order in each process."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = list(super().__iter__())
+        random.SystemRandom().shuffle(rows)
+        return iter(rows)
+
+
+def test_a_source_whose_workers_see_other_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Source 'a' gives other rows on each rank or worker.*without a seed"):
+        run(tmp_path, {"a": Unseeded(60, 0)}, mixture_weights={"a": 1.0}, dataloader_num_workers=2)
 
 
 def test_skipped_rows_are_counted_and_resumed(tmp_path: Path) -> None:

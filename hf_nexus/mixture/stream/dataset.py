@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..indexed import check_sources
 from ..tags import StreamState, TaggedRows
 from .documents import PackedRowReader, StreamedDocuments
 from .reader import Retry, RowReader
@@ -53,10 +54,8 @@ class MixtureStream(torch.utils.data.Dataset):
     def __init__(
         self, sources: Mapping[str, Any], *, seed: int = 0, buffer_size: int = 10_000, retry: Retry | None = None
     ):
-        if not sources:
-            raise ValueError("The mixture has no sources. Pass a dict of at least one dataset.")
-        if wrong := [name for name in sources if not isinstance(name, str)]:
-            raise ValueError(f"Source names must be strings, got {wrong[0]!r}.")
+        documents = {n: s.documents if isinstance(s, StreamedDocuments) else s for n, s in sources.items()}
+        check_sources(documents)
         if buffer_size < 2:
             raise ValueError(f"buffer_size={buffer_size} is not allowed; it must be at least 2.")
         self.sources = dict(sources)
@@ -64,10 +63,7 @@ class MixtureStream(torch.utils.data.Dataset):
         self.seed = seed
         self.buffer_size = buffer_size
         self.retry = retry or Retry()
-        self._opened = {
-            name: open_source(name, s.documents if isinstance(s, StreamedDocuments) else s, buffer_size // 2)
-            for name, s in sources.items()
-        }
+        self._opened = {name: open_source(name, s, buffer_size // 2) for name, s in documents.items()}
         self.rank, self.ranks, self.workers = 0, 1, 1
         self.begin(None)
 
@@ -115,7 +111,7 @@ class MixtureStream(torch.utils.data.Dataset):
                 f"it has about {size} rows, fewer than one micro-batch of {needed} (batch size per device times "
                 "ranks). Lower per_device_train_batch_size, or add rows to the source."
             )
-        return TaggedRows(rows, name, StreamState(partition, name, reader.state()))
+        return TaggedRows(rows, name, StreamState(partition, name, reader.state(), reader.source.mark))
 
     def _reader(self, index: int, name: str) -> RowReader:
         if (index, name) not in self._readers:

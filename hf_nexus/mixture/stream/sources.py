@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -117,9 +117,13 @@ class Block:
 
 
 class Source(ABC):
-    """A dataset as a reader sees it. `size` is its number of rows, where it is known."""
+    """
+    A dataset as a reader sees it. `size` is its number of rows, where it is known. `mark` is a hash of its first rows,
+    where each reader must read all rows and has read the first: it is then the same for all readers.
+    """
 
     size: int | None = None
+    mark: int | None = None
 
     @abstractmethod
     def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
@@ -232,7 +236,10 @@ class ReplayedStream(Source):
             set_epoch(pass_)
         with _outside_worker():
             rows = islice(iter(dataset), row, None)
-        chunks = iter(lambda: self._chunk(rows), [])
+        chunks: Iterator[Any] = iter(lambda: self._chunk(rows), [])
+        if row == pass_ == 0 and self.mark is None and (chunk := next(chunks, None)) is not None:
+            self.mark = zlib.crc32(repr([_shown(row) for row in chunk[:4]]).encode())
+            chunks = chain([chunk], chunks)
         part = ShardSlice(0, partition.index, partition.index + 1)
         while not ended:
             held, count, ended = _read_chunks(chunks, self.block_rows)
@@ -254,7 +261,7 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
     The source for a dataset, by its kind. Streams are read in blocks of `block_rows`.
 
     Raises:
-        ValueError: The dataset is neither map-style nor iterable, is empty, or is split by node already.
+        ValueError: The dataset is split by node already.
     """
     if _is_streaming(dataset):
         if dataset._distributed is not None:
@@ -269,13 +276,6 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
         return kind(dataset, block_rows)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ReplayedStream(dataset, block_rows)
-    if not (callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))):
-        raise ValueError(
-            f"Source {name!r} is a {type(dataset).__name__}, which is not a dataset. Pass a datasets.Dataset, a "
-            "datasets.IterableDataset or a torch dataset."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"Source {name!r} is empty. Remove it, or add rows.")
     return MapStyleSource(dataset)
 
 
@@ -325,6 +325,13 @@ def _read_chunks(chunks: Iterator[Any], limit: int) -> tuple[list[Any], int, boo
         rows += len(chunk)
         size += sum(map(_row_bytes, chunk)) if isinstance(chunk, list) else chunk.nbytes
     return held, rows, False
+
+
+def _shown(value: Any) -> Any:
+    """What a hash of a row sees of it. The text of other objects can contain their addresses."""
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    return value if isinstance(value, str | int | float | list | np.ndarray | torch.Tensor) else type(value).__name__
 
 
 def _row_bytes(row: Any) -> int:

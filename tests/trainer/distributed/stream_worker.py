@@ -1,6 +1,7 @@
 """Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,22 @@ def failure(out: Path, at: int, **config: Any) -> dict[str, Any]:
     return found
 
 
+class SplitByRank(Replayed):
+    """Gives each rank its own rows, as some torch datasets do."""
+
+    def __iter__(self) -> Any:
+        return islice(super().__iter__(), dist.get_rank(), None, dist.get_world_size())
+
+
+def splitting(out: Path) -> str:
+    sources = {"map": table(57, 0), "split": SplitByRank(60, 100)}
+    try:
+        run(out, mixture(sources, dict.fromkeys(sources, 1.0)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(out: Path) -> dict[str, Any]:
     dynamic = {"trainer_kwargs": {"mixture_weights_function": function}}
     found: dict[str, Any] = {
@@ -138,6 +155,7 @@ def main(out: Path) -> dict[str, Any]:
         "ending": scenario(out / "ending", ending, (2, 4), max_steps=7, save_steps=2),
         "dynamic": scenario(out / "dynamic", small, (3,), **dynamic),
         "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
+        "splitting": splitting(out / "splitting"),
         "failing": failure(out / "failing", 14),
         "failing_dynamic": failure(out / "failing_dynamic", 14, **dynamic),
     }

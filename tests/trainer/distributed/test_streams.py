@@ -61,6 +61,10 @@ def test_the_first_rank_decides_the_weights(ranks: list[dict], scenario: str) ->
     assert ranks[0][scenario]["sources"] == expected
 
 
+def test_a_source_that_splits_itself_over_ranks_is_refused(ranks: list[dict]) -> None:
+    assert all("Source 'split' gives other rows on each rank" in rank["splitting"] for rank in ranks)
+
+
 @pytest.mark.parametrize("scenario", ["failing", "failing_dynamic"])
 def test_a_source_failing_on_one_rank_stops_and_saves_both(ranks: list[dict], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
