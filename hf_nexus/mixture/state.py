@@ -1,21 +1,28 @@
 """The data in a checkpoint: a description of what is read, and the positions of streams."""
 
 import json
+import sys
 from collections.abc import Mapping, Sized
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .config import SourceConfig
 from .loading import Mixture
 from .packing import tokenizer_fingerprint
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
+from .stream.sources import describe_layers, is_streaming
 from .training_data import TrainingData
 
 __all__ = ["compare_data", "describe_data", "load_data_state", "save_data_state"]
 
 # Settings of a source that do not change what is read of it.
 _NOT_READ = {"weight", "license", "tokens", "role", "max_epochs"}
+# Rows that are compared, to notice another order or other content of as many rows.
+_SAMPLED = 32
 
 
 def save_data_state(folder: str, rank: int, description: Mapping[str, Any], stream: Mapping[str, Any] | None) -> None:
@@ -40,12 +47,14 @@ def _path(folder: str, rank: int) -> Path:
     return Path(folder, f"data_state_{rank}.json")
 
 
-def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any) -> dict[str, Any]:
+def describe_data(
+    data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any, weights: Any
+) -> dict[str, Any]:
     """
     Everything that the order of the data depends on, as plain data by name.
 
     `batch_size` is the number of rows of a micro-batch on each device, `None` if it is found by trying. The tokenizer
-    matters if documents are tokenized here.
+    matters if documents are tokenized here. `weights` are the mixture weights and what they depend on.
     """
     facts: dict[str, Any] = {
         "ranks": args.world_size,
@@ -53,11 +62,15 @@ def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokeniz
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "source_schedule": args.source_schedule,
-        "weights": [[until, shares] for until, shares in data.stages],
+        "sources": data.names,  # in the order in which draws are divided among them
+        "weights": weights,
     }
     if isinstance(data.dataset, MixtureStream):
-        facts["dataloader_num_workers"] = args.dataloader_num_workers
+        workers = args.dataloader_num_workers
+        facts["dataloader_num_workers"] = max(1, workers)
         facts["buffer_size"] = data.dataset.buffer_size
+        if any(data.max_epochs.values()):  # a source ends after the micro-batches that were asked for
+            facts["micro-batches read ahead"] = workers * (args.dataloader_prefetch_factor or 2)
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["isolate_documents"] = data.mixture.config.isolate_documents
@@ -70,19 +83,38 @@ def describe_data(data: TrainingData, args: Any, batch_size: int | None, tokeniz
 
 
 def _settings(source: SourceConfig) -> dict[str, Any]:
-    return {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
+    given = {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
+    return given | source.columns
 
 
 def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]:
     facts = {} if mixture is None else _settings(mixture.config.sources[name])
-    documents = source.documents if isinstance(source, StreamedDocuments) else source
-    if isinstance(source, StreamedDocuments) and mixture is None:
-        facts["sequence_length"] = source.sequence_length
-        facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
+    documents = source
+    if isinstance(source, StreamedDocuments):
+        documents = source.documents
+        facts |= _settings(source.encoder.source)
+        facts["held_out"] = [len(source.held_out), sum(source.held_out)]
+        if mixture is None:
+            facts["sequence_length"] = source.sequence_length
+            facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
     if isinstance(documents, Sized):
-        return facts | {"rows": len(documents)}
-    shards = getattr(documents, "num_shards", None)  # torch datasets have none
-    return facts | {"shards": shards}
+        return facts | {"rows": len(documents), "sample": _sample(documents)}
+    if is_streaming(documents):
+        facts |= {"shards": documents.num_shards, "layers": describe_layers(documents)}
+    return facts
+
+
+def _sample(dataset: Any) -> str | None:
+    """A hash of some rows of a `datasets.Dataset`, as they are stored; `None` for other datasets."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(dataset, datasets.Dataset):
+        return None  # reading rows could change random states
+    numbers = np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int).tolist()
+    try:
+        rows = dataset.with_format("arrow")[numbers].to_pylist()
+    except UnicodeDecodeError:
+        return None
+    return blake2b(repr(rows).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -79,8 +79,7 @@ class Feed:
             )
             return MicroBatchSampler(self._progress.source_of, args.max_steps * k, rows)
         if isinstance(dataset, MixtureDataset):
-            windows = Windows(k, max(1, len(dataset) // rows))
-            steps = windows.count(args.max_steps, args.num_train_epochs)
+            windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
             sampler = MixtureSampler(
                 dataset, SourceSchedule(borders, self._seed, args.source_schedule), rows, self._seed
@@ -91,6 +90,13 @@ class Feed:
                 mixture_plan(mixture.tokens, in_tokens, windows.micro_batches(steps) * tokens, self.data.max_epochs)
             return sampler
         return None
+
+    def _windows(self, batch_size: int) -> tuple[Windows, int]:
+        """The windows of map-style sources, and their number in the run."""
+        args = self._args
+        epoch = max(1, len(self.data.dataset) // (batch_size * args.world_size))
+        windows = Windows(args.gradient_accumulation_steps, epoch)
+        return windows, windows.count(args.max_steps, args.num_train_epochs)
 
     def _shares_of_first_rank(self, shares: np.ndarray) -> np.ndarray:
         return broadcast(torch.from_numpy(shares), self._args.device).cpu().numpy()
@@ -157,7 +163,12 @@ class Feed:
 
     def _describe(self, batch_size: int, tokenizer: Any) -> dict[str, Any]:
         size = None if self._args.auto_find_batch_size else batch_size
-        return describe_data(self.data, self._args, size, tokenizer)
+        weights: Any = self.data.stages
+        if self.dynamic_weights:
+            weights = "decided during training"
+        elif size is not None and isinstance(self.data.dataset, MixtureDataset):
+            weights = stage_borders(self.data.stages, self._windows(size)[1])
+        return describe_data(self.data, self._args, size, tokenizer, weights)
 
     def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
         """Write the description of the data and the positions of this rank's streams into a checkpoint."""

@@ -207,6 +207,10 @@ def test_the_state_in_a_checkpoint_is_small_and_json(whole: Whole) -> None:
 # ---- Another mixture ----
 
 
+def held_out(*hashes: int, **config: Any) -> Any:
+    return documents_of(texts(20).to_iterable_dataset(3), LENGTH, hashes, **config)
+
+
 CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "weights": (
         lambda: mixture(kinds()["mix"](), {"a": 1, "b": 1, "c": 2}),
@@ -218,11 +222,25 @@ CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "sources": (lambda: mixture({k: s for k, s in kinds()["mix"]().items() if k != "b"}), {}, r"source 'b' is gone"),
     "rows": (lambda: mixture(kinds()["mix"]() | {"a": table(12)}), {}, r"source 'a': rows was 11 and is 12"),
     "shards": (lambda: mixture(kinds()["mix"]() | {"b": sharded([8], 100)}), {}, "'b': shards was 2 and is 1"),
-    "workers": (lambda: mixture(kinds()["mix"]()), {"dataloader_num_workers": 2}, "num_workers was 0 and is 2"),
+    "workers": (lambda: mixture(kinds()["mix"]()), {"dataloader_num_workers": 2}, "num_workers was 1 and is 2"),
     "batch": (lambda: mixture(kinds()["mix"]()), {"per_device_train_batch_size": 1}, "batch_size was 2 and is 1"),
     "k": (lambda: mixture(kinds()["mix"]()), {"gradient_accumulation_steps": 2}, "accumulation_steps was 4 and is 2"),
     "seed": (lambda: mixture(kinds()["mix"]()), {"data_seed": 1}, "seed was 42 and is 1"),
     "schedule": (lambda: mixture(kinds()["mix"]()), {"source_schedule": "stratified"}, "was 'random' and is 'strat"),
+    "order": (lambda: mixture({k: kinds()["mix"]()[k] for k in "bac"}), {}, r"sources was \['a', .* is \['b', 'a'"),
+    "content": (lambda: mixture(kinds()["mix"]() | {"a": table(11, 1)}), {}, r"'a': sample was '\w+' and is '\w+'"),
+    "layers": (lambda: mixture(kinds()["mix"]() | {"b": sharded([3, 5], 100).skip(1)}), {}, "'b': layers was .* n=1"),
+    "held out": (
+        lambda: mixture(kinds()["mix"]() | {"c": held_out(7)}),
+        {},
+        r"'c': held_out was \[0, 0\] and is \[1, 7",
+    ),
+    "reading": (lambda: mixture(kinds()["mix"]() | {"c": held_out(on_error="skip")}), {}, "'c': on_error was 'raise'"),
+    "function": (
+        lambda: mixture(kinds()["mix"]()),
+        {"trainer_kwargs": {"mixture_weights_function": lambda step: WEIGHTS}},
+        "weights was .* and is 'decided during training'",
+    ),
     "tokenizer": (
         lambda: mixture(kinds()["mix"]()),
         {"trainer_kwargs": {"processing_class": tiny_tokenizer("another text")}},
@@ -255,6 +273,16 @@ def test_changed_data_is_refused_by_name_and_can_be_allowed(
         again = run(tmp_path / "again", build(), checkpoint(trainer, 4), **config)  # the run resumes exactly
         assert again.micro_batches == {step: trainer.micro_batches[step] for step in (4, 5)}
         assert torch.equal(weights(again), weights(trainer))
+
+
+def test_a_map_style_run_of_another_length_is_refused_with_stages(tmp_path: Path) -> None:
+    """The sources so far would be others, and with them the rows that come next."""
+    shares: list = [{"until": 0.5, "weights": {"a": 1, "b": 0}}, {"until": 1.0, "weights": {"a": 0, "b": 1}}]
+    data = {"a": table(90), "b": table(90, 100)}
+    run(tmp_path, data, stop_after=4, mixture_weights=shares)
+    with pytest.raises(ValueError, match=r"weights was \[\[0, .*\[3, .* and is \[\[0, .*\[5, "):
+        run(tmp_path, data, True, mixture_weights=shares, max_steps=10)
+    assert run(tmp_path, data, True, mixture_weights=shares).sources() == ["b"] * 2 * K
 
 
 def test_other_ranks_or_a_missing_data_state_are_refused(whole: Whole, tmp_path: Path) -> None:

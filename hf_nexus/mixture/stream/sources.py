@@ -1,5 +1,6 @@
 """Sources of rows: every kind of dataset, read for one partition in shuffled blocks, from which reading can resume."""
 
+import os
 import sys
 import zlib
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ __all__ = [
     "ReplayedStream",
     "ResumableStream",
     "Source",
+    "describe_layers",
+    "is_streaming",
     "layers",
     "open_source",
 ]
@@ -45,6 +48,10 @@ _DIVISIBLE = {
 }
 # Settings of these layers that count rows over all shards, such as `with_indices` of map and filter.
 _COUNTING = ("with_indices", "drop_last_batch", "is_batch_accumulate_arrow_table_function")
+# Layers that only change how rows are given.
+_FORMATTING = {"FormattedExamplesIterable", "RebatchedArrowExamplesIterable", "SelectColumnsIterable"}
+# Settings of layers that decide which rows come next.
+_DECIDING = ("n", "num_times", "step", "offset", "buffer_size", "stopping_strategy", "probabilities", *_COUNTING)
 # Layers that hold rows back, so their position cannot be stored.
 _BUFFERING = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
 
@@ -230,7 +237,7 @@ class ReplayedStream(Source):
     def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
         row, ended = position["row"] if position else 0, False
         # A new object where possible: iterators of one stream share its position.
-        dataset = self.dataset.shard(1, 0) if _is_streaming(self.dataset) else self.dataset
+        dataset = self.dataset.shard(1, 0) if is_streaming(self.dataset) else self.dataset
         set_epoch = getattr(dataset, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(pass_)
@@ -263,7 +270,7 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
     Raises:
         ValueError: The dataset is split by node already.
     """
-    if _is_streaming(dataset):
+    if is_streaming(dataset):
         if dataset._distributed is not None:
             raise ValueError(
                 f"Source {name!r} was split with split_dataset_by_node. Pass the whole dataset: the mixture "
@@ -282,7 +289,7 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
 # ---- Reading in chunks ----
 
 
-def _is_streaming(dataset: Any) -> bool:
+def is_streaming(dataset: Any) -> bool:
     """Whether the dataset is a `datasets.IterableDataset`. Does not import `datasets`."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(dataset, datasets.IterableDataset)
@@ -295,6 +302,21 @@ def layers(dataset: Any) -> list[Any]:
         found.append(layer := todo.pop())
         todo += vars(layer).get("ex_iterables", [])
         todo += [vars(layer)["ex_iterable"]] if "ex_iterable" in vars(layer) else []
+    return found
+
+
+def describe_layers(dataset: Any) -> list[str]:
+    """The layers of a `datasets.IterableDataset` with the settings that decide its rows, except functions."""
+    found = []
+    for layer in layers(dataset):
+        name, settings = type(layer).__name__, vars(layer)
+        shown = {key: settings[key] for key in _DECIDING if settings.get(key)}
+        if (generator := settings.get("generator")) is not None:
+            shown["generator"] = zlib.crc32(repr(generator.bit_generator.state).encode())
+        if files := settings.get("kwargs", {}).get("base_files"):
+            shown["files"] = zlib.crc32(repr([os.path.basename(file) for file in files]).encode())
+        if name not in _FORMATTING:
+            found.append(name + "".join(f" {key}={value}" for key, value in shown.items()))
     return found
 
 
