@@ -1,5 +1,6 @@
 """Model cards: a README about a run, valid for the Hub, in which the text of users is kept."""
 
+import html
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..files import read_plain, write_atomic
+from ..files import printable, read_plain, write_atomic
 from .check import check_card, is_repo_id, split_card
 from .results import ROLES, BenchmarkScore, Evaluation, merge_index, model_index
 from .run_summary import MixtureRow, RunSummary
@@ -23,6 +24,10 @@ BEGIN = "<!-- hf-nexus: start of the generated part. Your text above this line a
 END = "<!-- hf-nexus: end of the generated part -->"
 # Users delete this comment of a stock card when they edit it.
 _STOCK = "This model card has been generated automatically according to the information the Trainer had access to"
+# What Markdown reads as formatting, a link, HTML or an entity, and as a heading, list or rule at the start of a text.
+_SYNTAX = re.compile(r"[\\`*|~$<>\[\]]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|(?<=\])\(")
+_BLOCK = re.compile(r"^(\d{0,9})([#+=.)-])(?=[\s#+=-]|$)")
+_URL = re.compile(r"://|\bwww\.", re.I)  # Markdown makes links of these, unless they are code
 _ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from scratch, from a base model, adapter
 
 
@@ -90,7 +95,7 @@ def _metadata(run: RunSummary) -> dict[str, Any]:
     metrics = [score.metric for score in run.benchmarks]
     if run.evaluations and run.is_language_model:
         metrics.insert(0, "perplexity")
-    return ModelCardData(
+    data = ModelCardData(
         model_name=run.model_name if results else None,
         library_name="peft" if run.adapter else "transformers",
         pipeline_tag=run.pipeline_tag,
@@ -104,7 +109,17 @@ def _metadata(run: RunSummary) -> dict[str, Any]:
         metrics=list(dict.fromkeys(metrics)) or None,
         tags=["hf_nexus", "nexus", "arxiv:2604.09258", "generated_from_trainer", origin, *run.tags],
         eval_results=results or None,
-    ).to_dict()
+    )
+    return _on_one_line(data.to_dict())
+
+
+def _on_one_line(value: Any) -> Any:
+    """Metadata whose texts have neither line breaks nor invisible characters."""
+    if isinstance(value, dict):
+        return {key: _on_one_line(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_one_line(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _merge(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
@@ -142,15 +157,15 @@ def _body(run: RunSummary) -> str:
     import jinja2
 
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    jinja.filters |= {"cell": _cell, "code": _code, "escaped": _escaped}
+    jinja.filters |= {"cell": _cell, "code": _code, "escaped": _escaped, "line": printable}
     jinja.filters |= {"number": _number, "count": _count, "loss": _loss, "percent": _percent}
     template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
     environment = {
-        "Hardware": run.hardware,
+        "Hardware": run.hardware and _cell(run.hardware),
         "Training time": run.seconds if run.seconds is None else timedelta(seconds=round(run.seconds)),
         f"{run.unit.capitalize()} per second": run.tokens_per_second and _number(run.tokens_per_second),
         "Commit of `hf_nexus`": run.commit and _code(run.commit),
-        **run.versions,
+        **{_cell(name): _cell(version) for name, version in run.versions.items()},
     }
     base_model = run.base_model
     if base_model is not None and not is_repo_id(base_model):
@@ -169,7 +184,8 @@ def _body(run: RunSummary) -> str:
         environment={name: value for name, value in environment.items() if value is not None},
         version=run.versions.get("hf-nexus"),
     )
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    # A comment in the text of a run could look like the end of the generated part.
+    return re.sub(r"\n{3,}", "\n\n", text).strip().replace("<!--", "&lt;!--")
 
 
 def _stage_columns(run: RunSummary) -> dict[str, dict[str, float]]:
@@ -180,12 +196,18 @@ def _stage_columns(run: RunSummary) -> dict[str, dict[str, float]]:
 
 
 def _cell(value: object) -> str:
-    """Text inside a Markdown table, on one line."""
-    return "-" if value is None else " ".join(str(value).split()).replace("|", r"\|")
+    """Any text as Markdown that shows this text on one line, for cells, headings and list items."""
+    if value is None:
+        return "-"
+    text = printable(value)
+    if _URL.search(text):
+        return _code(text).replace("|", r"\|")
+    text = _SYNTAX.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}", text)
+    return _BLOCK.sub(r"\1\\\2", text)
 
 
 def _code(value: object) -> str:
-    return "`" + " ".join(str(value).split()).replace("`", "'") + "`"
+    return "`" + printable(value).replace("`", "'") + "`"
 
 
 def _number(value: float | None) -> str:
@@ -212,5 +234,6 @@ def _percent(share: float | None) -> str:
 
 
 def _escaped(value: str) -> str:
-    """Text between the double quotes of a Python literal."""
-    return json.dumps(value, ensure_ascii=False)[1:-1]
+    """Text between the double quotes of a Python literal, in which no comment of Markdown begins."""
+    text = json.dumps(value, ensure_ascii=False)[1:-1].replace("<", r"\x3c")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,15 +5,17 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ..files import read_plain, write_atomic
+from ..strict import Bound, check, check_fields
 from .results import ROLES, BenchmarkScore, Evaluation
 
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
 
 SUMMARY_NAME = "run_summary.json"
 LANGUAGE_MODEL = "AutoModelForCausalLM"  # loads models whose loss is in nats per token
+_Count = Annotated[int, Bound(least=0, most=1e18)]
 # Hyperparameters that are not published: credentials, and folders of the training machine.
 _PRIVATE = re.compile(r"(.*_)?(hub|api|access|auth)_token|.*_dir|resume_from_checkpoint")
 
@@ -44,7 +46,7 @@ class MixtureRow:
     weight: float | None
     share: float
     epochs: float | None
-    tokens: int
+    tokens: _Count
     license: str | None = None
     dataset: str | None = None
 
@@ -108,11 +110,11 @@ class RunSummary:
 
     model_name: str
     model_type: str
-    parameters: int
+    parameters: _Count
     nexus: dict[str, Any]
     planned: bool = False
     mixture: list[MixtureRow] = field(default_factory=list)
-    unit: str = "tokens"
+    unit: Literal["tokens", "rows"] = "tokens"
     stages: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     arm: str | None = None
@@ -124,7 +126,7 @@ class RunSummary:
     prompt: str = "The"
     base_model: str | None = None
     adapter: str | None = None
-    trainable_parameters: int | None = None
+    trainable_parameters: _Count | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
@@ -134,7 +136,7 @@ class RunSummary:
     limitations: list[str] = field(default_factory=list)
     hardware: str | None = None
     commit: str | None = None
-    seconds: float | None = None
+    seconds: Annotated[float, Bound(least=0, most=1e12)] | None = None
     tokens_per_second: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     plot: str | None = None
@@ -155,6 +157,12 @@ class RunSummary:
             raise ValueError(f"`evaluations` must have different names, got {names}. Rename the repeated ones.")
         if unknown := {row.role for row in self.evaluations} - set(ROLES):
             raise ValueError(f"`evaluations` have the roles {sorted(unknown)}. Use one of {list(ROLES)}.")
+        if wrong := [name for name in (self.plot, self.cosine_plot) if name and Path(name).name != name]:
+            raise ValueError(f"A plot is {wrong[0]!r}. Pass the name of a file in the folder of the card.")
+        if self.auto_class is not None and not self.auto_class.isidentifier():
+            raise ValueError(
+                f"auto_class={self.auto_class!r} is not a class. Use the name of a class of transformers."
+            )
         if self.planned and (self.evaluations or self.benchmarks):
             raise ValueError(
                 "A planned run has no `evaluations` or `benchmarks`. Leave them out or set planned=False."
@@ -223,9 +231,15 @@ class RunSummary:
             fields["mixture"] = [MixtureRow(**row) for row in fields["mixture"]]
             fields["evaluations"] = [Evaluation(**row) for row in fields["evaluations"]]
             fields["benchmarks"] = [BenchmarkScore(**row) for row in fields["benchmarks"]]
-            fields["stages"] = [(until, shares) for until, shares in fields["stages"]]
-            return cls(**fields)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            fields["stages"] = [
+                (check(until, float, "stages"), check(shares, dict[str, float], "stages"))
+                for until, shares in fields["stages"]
+            ]
+            run = cls(**fields)
+            for part in (run, *run.mixture, *run.evaluations, *run.benchmarks):
+                check_fields(part)
+            return run
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is not the summary of a run: {what}. Restore the file of the run.") from error
 

@@ -4,20 +4,23 @@ After a change of the card, run `make cards`. It renders `tests/hub/golden_card.
 again. Review the difference.
 """
 
+import ast
 import math
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from hf_nexus.files import printable
 from hf_nexus.hub import card as card_module
 from hf_nexus.hub.card import run_card, save_card
-from hf_nexus.hub.check import check_card
+from hf_nexus.hub.check import check_card, split_card
 from hf_nexus.hub.results import Evaluation, save_results
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from hf_nexus.pretrain.card import planned_summary
@@ -404,6 +407,109 @@ def test_an_invalid_card_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="`license` must be"):
         save_card(make_run(license="nope"), tmp_path)
     assert path.read_bytes() == before
+
+
+# --- text from data --------------------------------------------------------------------------------------------------
+
+_PIECES = [
+    *(card_module.END, card_module.BEGIN, "<!--", "-->", "<img src=x onerror=y>", "[text](http://a.b)", "![i](//a.b)"),
+    *("# Title", "\n\n# Title\n", "a|b", "---\nlicense: mit\n---", "```\n", "`", "&lt;", "<details>", "*", "_", "~~"),
+    *(
+        "https://a.b",
+        "www.a.b",
+        "\\",
+        "- x",
+        "1. x",
+        "> x",
+        "\x1b[31m",
+        "\x00",
+        "\u2028",
+        "[^1]: x",
+        "$",
+        ": ",
+        "{{ x }}",
+    ),
+]
+_TEXTS = st.lists(st.sampled_from(_PIECES) | st.text(max_size=5), min_size=1, max_size=4).map("".join).filter(bool)
+
+
+def hostile_run(text: str) -> RunSummary:
+    """A run in which all texts that may come from data or a configuration are `text`."""
+    run = full_run()
+    names = {row.source: f"{row.source} {text}" for row in run.mixture}
+    return replace(
+        run,
+        **dict.fromkeys(("model_name", "model_type", "license_name", "license_link", "hardware", "commit"), text),
+        mixture=[replace(row, source=names[row.source], license=text, dataset=text) for row in run.mixture],
+        stages=[(end, {names[name]: share for name, share in shares.items()}) for end, shares in run.stages],
+        evaluations=[replace(row, name=f"{row.name} {text}") for row in run.evaluations],
+        benchmarks=[
+            replace(score, name=f"{i} {text}", metric="a" + text, notes=text) for i, score in enumerate(run.benchmarks)
+        ],
+        arm=f"a{text}",
+        hyperparameters={text: text, "x": {text: [text]}},
+        changed_hyperparameters={f"x{text}": text},
+        nexus=run.nexus | {text: text},
+        numbers={f"a{text}": 1.0},
+        **dict.fromkeys(("repo_id", "prompt"), text),
+        tags=[f"a{text}"],
+        limitations=[text],
+        versions={"hf-nexus": text, text: text},
+    )
+
+
+@cache
+def harmless_card() -> str:
+    return str(run_card(hostile_run("harmless")))
+
+
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # slow to shrink
+@given(_TEXTS)
+@example(card_module.END)
+def test_text_from_data_shows_only_itself(text):
+    """It makes no heading, cell, link, image, HTML or metadata, and the card can be rendered again."""
+    run, whole = hostile_run(text), harmless_card()
+    card = str(run_card(run))
+    assert str(run_card(run, existing=card)) == card
+    head = split_card(card)[0]
+    assert head["license_name"] == printable(text) and head.keys() == front_matter(whole).keys()
+    assert str(ModelCard(card).data.license_name) == printable(text)
+    body, expected = (str(ModelCard(content).text) for content in (card, whole))
+    for start in ("#", "|", "- ", "```", ">", "!", "    "):
+        found = [sum(line.startswith(start) for line in side.split("\n")) for side in (body, expected)]
+        assert found[0] == found[1], start
+    rows = [[re.sub(r"\\.", "", line) for line in side.split("\n") if line[:1] == "|"] for side in (body, expected)]
+    assert [row.count("|") for row in rows[0]] == [row.count("|") for row in rows[1]]
+    outside_code = re.sub(r"^```.*?^```|`[^`\n]*`", "", body, flags=re.DOTALL | re.MULTILINE)
+    assert outside_code.count("<") == 6 and outside_code.count("](") == 2 and "://" not in outside_code
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", body)
+
+
+def test_the_code_of_a_card_keeps_its_text():
+    """Also a text that would be a comment of Markdown."""
+    text = str(run_card(make_run(prompt=f'"{card_module.END}\n```')))
+    (code,) = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f'"{card_module.END}\n```' in constants
+
+
+@pytest.mark.parametrize(
+    ("link", "read"),
+    [
+        ("README.md", lambda folder: save_card(make_run(), folder)),
+        ("run_summary.json", RunSummary.load),
+        (".eval_results", lambda folder: save_results([], folder)),
+    ],
+)
+def test_links_to_other_folders_are_not_followed(tmp_path, link, read):
+    """Their text would be published with the card."""
+    secret = tmp_path / "secret"
+    secret.write_text("{}") if link != ".eval_results" else secret.mkdir()
+    (tmp_path / link).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{link} is a link"):
+        read(tmp_path)
+    full_run().save(tmp_path)
+    assert secret.is_dir() or secret.read_text() == "{}"
 
 
 if __name__ == "__main__":

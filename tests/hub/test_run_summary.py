@@ -1,5 +1,6 @@
 """The facts about a run: consistent, comparable, and saved without secrets."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -49,3 +50,25 @@ def test_an_impossible_score_is_an_error(change, message):
 def test_an_impossible_summary_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         make_run(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"parameters": "many"}, {"parameters": 10**400}, {"seconds": 1e300}, {"unit": "# words"}, {"tags": "one"}),
+        *({"plot": "//elsewhere/pixel.png"}, {"plot": "a/b.png"}, {"auto_class": "os\nimport sys"}, {"nexus": []}),
+        *({"stages": [[1.0, "all"]]}, {"stages": 3}, {"mixture": [{"source": "a"}]}, {"numbers": {"a": "b"}}),
+        *({"evaluations": [{"name": "a", "role": "ood", "first_loss": None, "last_loss": "low"}]}, {"versions": [1]}),
+    ],
+    ids=str,
+)
+def test_a_summary_of_another_kind_is_an_error(tmp_path, changes):
+    """`run_summary.json` may come from somebody else."""
+    path = full_run().save(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"is not the summary of a run"):
+        RunSummary.load(tmp_path)
+    for text in ("", "[]", "7", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"is not the summary of a run"):
+            RunSummary.load(tmp_path)
