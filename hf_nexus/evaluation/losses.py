@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["OOD", "TokenMean", "mask_rows", "mean_losses", "perplexities", "perplexity"]
+__all__ = ["OOD", "TokenMean", "mean_losses", "perplexities", "perplexity"]
 
 # Name of the mean over the sources that are not trained on.
 OOD = "ood"
@@ -33,27 +33,17 @@ class TokenMean:
     def __init__(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, mean: Tensor, tokens: Tensor) -> None:
-        """Add a batch by its loss per token and its number of tokens, both 0-d. Without tokens it adds nothing."""
+    def add(self, mean: Tensor | None, tokens: Tensor | int | None) -> None:
+        """
+        Add a batch by its loss per token and its number of tokens, both 0-d. Without tokens, or if one of both is not
+        known, it adds nothing.
+        """
+        if mean is None or tokens is None:
+            return
         device = "cpu" if mean.device.type == "mps" else mean.device  # mps has no float64
-        mean, tokens = mean.detach().to(device).double(), tokens.to(device).double()
+        mean, tokens = mean.detach().to(device).double(), torch.as_tensor(tokens).to(device).double()
         total = torch.where(tokens > 0, mean * tokens, 0.0)
         self.sums = self.sums.to(device) + torch.stack([total, tokens])
-
-
-def mask_rows(labels: Tensor, rows: int, real: int) -> Tensor:
-    """
-    Copy of `labels`, (rows, T) or the rows concatenated, (1, rows * T), with -100 in all but the first `real` rows.
-
-    Example:
-        >>> import torch
-        >>> from hf_nexus.evaluation.losses import mask_rows
-        >>> mask_rows(torch.tensor([[1, 2], [3, 4]]), 2, 1).tolist()
-        [[1, 2], [-100, -100]]
-    """
-    masked = labels.clone(memory_format=torch.contiguous_format)
-    masked.view(rows, -1)[real:] = -100
-    return masked
 
 
 def perplexity(loss: float) -> float:

@@ -44,9 +44,9 @@ def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any
 
 
 @contextmanager
-def changed(args: TrainingArguments, **values: Any) -> Iterator[None]:
+def changed(args: Any, **values: Any) -> Iterator[None]:
     """
-    Training arguments with other values inside the context.
+    Training arguments, or a trainer, with other values inside the context.
 
     The Trainer reads `average_tokens_across_devices` in methods that take no argument for it, and pickles the whole
     object, `hub_token` included, when it saves a model. There is no other way to change either.

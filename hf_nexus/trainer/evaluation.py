@@ -1,16 +1,17 @@
 """Evaluation: several sets at once, and losses weighted by tokens at any batch size and on any number of ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor
 from transformers import ProgressCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
-from ..evaluation.losses import TokenMean, mask_rows, mean_losses, perplexities
+from ..evaluation.losses import TokenMean, mean_losses, perplexities
 from .distributed import sum_over_ranks
 from .window import has_token_labels
 
@@ -18,6 +19,8 @@ __all__ = ["Evaluation", "held_back", "metric_of_set"]
 
 # Labels that mark loss tokens. A collator that shifts `labels` adds `shift_labels`.
 _LABELS = ("labels", "shift_labels")
+# The key of the lengths of concatenated rows in a batch.
+_LENGTHS = "nexus_row_lengths"
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -26,8 +29,8 @@ class Evaluation:
     The loss of an evaluation set as the sum of its token losses over the number of its loss tokens.
 
     The Trainer averages the mean losses of batches, each weighted by its rows. This depends on the batches if rows
-    have different numbers of loss tokens. Its value stays if labels are not one per token, or if it does not count
-    loss tokens: with a model that takes no `num_items_in_batch`.
+    have different numbers of loss tokens. Its value stays if it does not count loss tokens: with a model that takes no
+    `num_items_in_batch`. Labels that are one per row are weighted by rows, also on several ranks.
 
     Attributes:
         mean ([`TokenMean`], *optional*): The token losses so far, while an evaluation is in progress.
@@ -55,30 +58,81 @@ class Evaluation:
         total, tokens = sum_over_ranks(mean.sums.to(self._args.device)).tolist()
         return total / tokens if tokens else None
 
-    def real_rows(self, inputs: Any, flat: bool) -> Any:
+    def counting(self, collate: Callable[[list], Any], dataset: Any) -> Callable[[list], Any]:
+        """A collator whose batches have the lengths of the rows that it concatenates, if rows may be repeated."""
+        streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+        return collate if self._args.world_size == 1 or streamed else _RowLengths(collate)
+
+    def step(
+        self, inputs: Any, loss_only: bool, step: Callable[[Any, bool], tuple], count: Callable[[Any], Tensor | None]
+    ) -> tuple:
         """
-        A batch in which the rows that Accelerate has repeated to complete the last batch are masked. They stay in it,
-        since the ranks gather outputs of one shape, which the Trainer truncates. `flat`: the rows are concatenated.
+        Evaluate a batch and count its loss, without the rows that Accelerate has repeated to complete the last batch.
+
+        These rows stay in the outputs: the ranks gather outputs of one shape, which the Trainer truncates.
+
+        Args:
+            inputs (`Any`), loss_only (`bool`):
+                The batch, and whether outputs and labels are left out.
+            step (`Callable[[Any, bool], tuple]`):
+                Gives the loss, the outputs and the labels of a batch.
+            count (`Callable[[Any], Tensor]`):
+                Gives the number of loss tokens in a batch; `None` if the model takes none.
         """
-        loader, ranks = self._loader, self._args.world_size
-        if ranks == 1 or not isinstance(loader, DataLoaderStateMixin):
-            return inputs
+        assert self.mean is not None
+        lengths = None
+        if isinstance(inputs, Mapping) and _LENGTHS in inputs:
+            inputs = dict(inputs)
+            lengths = inputs.pop(_LENGTHS)
+        self.labels_are_tokens = has_token_labels(inputs)
+        if self.labels_are_tokens:
+            inputs = self._real_tokens(inputs, lengths)
+            output = step(inputs, loss_only)
+            self.mean.add(output[0], count(inputs))
+            return output
+        rows, number = self._real_rows(inputs)
+        output = step(rows, loss_only or rows is not inputs)
+        self.mean.add(output[0], number)
+        return output if loss_only or rows is inputs else step(inputs, False)
+
+    def _real(self, rows: int) -> int | None:
+        """The number of rows of the last batch that are not repeated; `None` in other batches."""
+        loader = self._loader
+        if self._args.world_size == 1 or not isinstance(loader, DataLoaderStateMixin):
+            return None
         # `remainder` counts the real rows over all ranks in order; -1 if it is not known.
         if not loader.end_of_dataloader or loader.remainder < 1:
+            return None
+        return min(max(loader.remainder - rows * self._args.process_index, 0), rows)
+
+    def _real_tokens(self, inputs: Any, lengths: list[int] | None) -> Any:
+        """A batch in which the labels of repeated rows are masked. `lengths` are those of concatenated rows."""
+        real = self._real(len(inputs["labels"]) if lengths is None else len(lengths))
+        if real is None:
             return inputs
-        rows = loader.total_batch_size // ranks if flat else len(inputs["labels"])
-        real = min(max(loader.remainder - rows * self._args.process_index, 0), rows)
-        return {**inputs, **{name: mask_rows(inputs[name], rows, real) for name in _LABELS if name in inputs}}
+        masked = {name: inputs[name].clone() for name in _LABELS if name in inputs}
+        for labels in masked.values():
+            if lengths is None:
+                labels[real:] = -100
+            else:
+                labels[..., sum(lengths[:real]) :] = -100
+        return {**inputs, **masked}
 
-    def note_labels(self, inputs: Any) -> bool:
-        """Whether the labels of a batch are one per token."""
-        self.labels_are_tokens = has_token_labels(inputs)
-        return self.labels_are_tokens
-
-    def add(self, loss: Tensor | None, tokens: Any) -> None:
-        """Count a batch whose mean loss over `tokens` is known."""
-        if self.mean is not None and loss is not None and isinstance(tokens, Tensor):
-            self.mean.add(loss, tokens.sum())
+    def _real_rows(self, inputs: Any) -> tuple[Any, int | None]:
+        """
+        For labels of whole rows on several ranks: a batch without its repeated rows, and the number of its real rows.
+        A rank without real rows keeps one, since all ranks call the model. `None` if not all tensors are rows.
+        """
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        if self._args.world_size == 1 or not isinstance(labels, Tensor):
+            return inputs, None
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        if any(value.shape[:1] != labels.shape[:1] for value in tensors.values()):
+            return inputs, None
+        real = self._real(len(labels))
+        if real is None:
+            return inputs, len(labels)
+        return {**inputs, **{name: value[: max(real, 1)] for name, value in tensors.items()}}, real
 
     @staticmethod
     def summarize(
@@ -87,6 +141,21 @@ class Evaluation:
         """The means over the sets, and perplexities if all labels are tokens."""
         means = mean_losses(metrics, sets, weights, prefix)
         return means | (perplexities({**metrics, **means}, sets, prefix) if tokens else {})
+
+
+class _RowLengths:  # a class, not a closure: data loader workers may have to pickle it
+    """A collator that adds the lengths of its rows to a batch in which they are concatenated, without padding."""
+
+    def __init__(self, collate: Callable[[list], Any]):
+        self.collate = collate
+
+    def __call__(self, rows: list) -> Any:
+        # Collators may change their rows.
+        lengths = [len(row["input_ids"]) for row in rows if isinstance(row, Mapping) and "input_ids" in row]
+        batch = self.collate(rows)
+        if has_token_labels(batch) and len(batch["labels"]) == 1 < len(rows) == len(lengths):
+            batch[_LENGTHS] = lengths
+        return batch
 
 
 def metric_of_set(key: str, prefix: str) -> str:

@@ -31,6 +31,7 @@ from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints, resolve_checkpoint
 from .config import nexus_settings
 from .cosines import source_cosines
+from .distributed import sum_over_ranks
 from .evaluation import Evaluation, held_back, metric_of_set, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
@@ -332,10 +333,10 @@ class NexusTrainerMixin(_Base):
         counted = [n for n in counts if isinstance(n, Tensor)]
         if not counted or len(counted) < len(counts):
             return count(batch_samples, device)
-        self._window.tokens = self._window.divisors = torch.stack(counted)
-        if average and self.args.world_size > 1:
-            self._window.divisors = self.accelerator.reduce(self._window.tokens, "sum")
-        return self._window.divisors.sum()
+        self._window.tokens = tokens = torch.stack(counted)
+        divisors = sum_over_ranks(tokens) if average else tokens
+        self._window.items = divisors / (self.args.world_size if average else 1)
+        return divisors.sum()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
@@ -353,8 +354,12 @@ class NexusTrainerMixin(_Base):
             self._log_source_cosines()
         window.inputs.append(inputs)
         if not self.args.nexus:
-            loss = base_step(model, inputs, num_items_in_batch)
-            self._count_accumulated(loss)
+            i = len(window.inputs) - 1
+            if self.data.stages:
+                loss = self._micro_step(model, base_step, i, whole=True)
+            else:  # the base class unchanged
+                loss = base_step(model, inputs, num_items_in_batch)
+            self.meter.add_micro_batch(*window.summed(i, window.mean_of_part(i, loss)))
             return loss
         if len(window.inputs) == len(window):
             if self.accelerator.gradient_state.sync_gradients:
@@ -364,31 +369,43 @@ class NexusTrainerMixin(_Base):
             logger.warning(f"The data ended inside a window: its {len(window)} micro-batches were dropped.")
         return torch.zeros((), device=self.args.device)
 
+    def _micro_step(self, model: nn.Module, base_step: Any, i: int, whole: bool = False) -> Tensor:
+        """
+        The base class's `training_step` of micro-batch `i`.
+
+        The Trainer multiplies a loss by the number of ranks if the model takes a count, even if it ignores the count.
+        Here the count is the mean over the ranks instead.
+
+        Returns:
+            `Tensor`: the mean loss, 0-d. With `whole`, its part of the window's loss.
+        """
+        divisors = self._window.divisors(i, measured=not self.is_fsdp_enabled, whole=whole)
+        with (
+            changed(self.args, average_tokens_across_devices=False),
+            changed(self, current_gradient_accumulation_steps=divisors.steps),
+        ):
+            return divisors.divide(base_step(model, self._window.inputs[i], divisors.items))
+
     def _walk_window(self, model: nn.Module, base_step: Any) -> Tensor:
         """Run the window with the Nexus update; `base_step` is the base class's `training_step`."""
         window = self._window
         local = self.args.inner_sync == "local" and self.args.world_size > 1
 
-        def micro_step(inputs: Any, items: Tensor | None) -> Tensor:
+        def micro_step(i: int) -> Tensor:
             with self.accelerator.no_sync(model) if local else nullcontext():
-                return base_step(model, inputs, items)
+                return self._micro_step(model, base_step, i)
 
-        # The loss of each micro-batch is a mean: the base class must not divide it by the window's length as well.
-        k, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
         # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
         self.optimizer.train()
         scale = inner_lr_scale(self.args.inner_lr_schedule, self.optimizer, self.args.learning_rate)
-        try:
-            losses = self._walker.walk(
-                model,
-                window,
-                micro_step,
-                step=self.state.global_step,
-                inner_lr=self.args.inner_lr * scale,
-                autocast=self.accelerator.mixed_precision == "bf16",
-            )
-        finally:
-            self.current_gradient_accumulation_steps = k
+        losses = self._walker.walk(
+            model,
+            window,
+            micro_step,
+            step=self.state.global_step,
+            inner_lr=self.args.inner_lr * scale,
+            autocast=self.accelerator.mixed_precision == "bf16",
+        )
         self._count_path(losses)
         if local:
             self._walker.average_over_ranks()
@@ -396,16 +413,6 @@ class NexusTrainerMixin(_Base):
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.
         running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return window.mean_loss(losses, otherwise=running)
-
-    def _count_accumulated(self, loss: Tensor) -> None:
-        """Count a micro-batch of plain accumulation, given the loss that the base class has divided for it."""
-        window, i = self._window, len(self._window.inputs) - 1
-        if window.divisors is None:
-            mean = loss * self.current_gradient_accumulation_steps
-        else:
-            # A micro-batch without loss tokens adds nothing, and its mean loss is 0.
-            mean = loss * window.divisors.sum() / window.divisors[i].clamp(min=1)
-        self.meter.add_micro_batch(*window.summed(i, mean, self.args.world_size))
 
     def _count_path(self, losses: Tensor) -> None:
         """Count the micro-batches of a path whose steps were taken."""
@@ -421,7 +428,7 @@ class NexusTrainerMixin(_Base):
             )
         for i, taken in enumerate(nexus.taken):
             if taken:
-                self.meter.add_micro_batch(*self._window.summed(i, losses[i], self.args.world_size))
+                self.meter.add_micro_batch(*self._window.summed(i, losses[i]))
 
     def source_cosines(self) -> dict[tuple[str, str], float]:
         """
@@ -468,6 +475,14 @@ class NexusTrainerMixin(_Base):
         super().log(logs, start_time)
 
     # ---- Evaluation ----
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
+        collate = self.data_collator
+        if description != "Training" and (self.args.nexus or self.data.stages):
+            collate = self._evaluation.counting(collate, dataset)
+        with changed(self, data_collator=collate):
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def evaluate(
         self,
@@ -549,19 +564,18 @@ class NexusTrainerMixin(_Base):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """The base class's step; the loss is the mean over this rank's rows, whose tokens are counted."""
-        evaluation, tokens = self._evaluation, None
-        token_labels = evaluation.note_labels(inputs)
-        if evaluation.mean is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        evaluation, base_step = self._evaluation, super().prediction_step
+
+        def step(inputs: Any, loss_only: bool) -> tuple:
+            return base_step(model, inputs, loss_only, *args, **kwargs)
+
+        if evaluation.mean is None:  # the base class unchanged
+            evaluation.labels_are_tokens = has_token_labels(inputs)
+            return step(inputs, prediction_loss_only)
         # Over all ranks, the base class would multiply by their number even a loss that ignores the count.
         with changed(self.args, average_tokens_across_devices=False):
-            if token_labels:
-                flat = isinstance(self.data_collator, IsolateDocuments) and self.data_collator.flatten
-                inputs = evaluation.real_rows(inputs, flat)
-                tokens = self._get_num_items_in_batch([inputs], self.args.device)
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        evaluation.add(loss, tokens)
-        return loss, logits, labels
+            count = self._get_num_items_in_batch
+            return evaluation.step(inputs, prediction_loss_only, step, lambda rows: count([rows], self.args.device))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict at the restored weights."""

@@ -35,7 +35,7 @@ class Window:
     fetching: bool = False
     unit: str = "rows"  # of losses per source; "tokens" where labels are one per token
     tokens: Tensor | None = None  # loss tokens on this rank, (k,)
-    divisors: Tensor | None = None  # of the losses, (k,): tokens, over all ranks with average_tokens_across_devices
+    items: Tensor | None = None  # divisors of the losses, (k,): loss tokens, or their mean over the ranks
     inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
@@ -66,20 +66,78 @@ class Window:
         """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
 
-    def summed(self, i: int, mean_loss: Tensor, ranks: int) -> tuple[str, Tensor, Tensor]:
+    def divisors(self, i: int, measured: bool, whole: bool = False) -> "Divisors":
+        """
+        The divisors of the loss of micro-batch `i`: its own, or those of the `whole` window. `measured` says whether
+        they may require gradients.
+        """
+        steps = len(self) if whole else 1
+        if self.items is None or self.tokens is None:
+            return Divisors(None, None, steps, measured)
+        return Divisors(self.items.sum() if whole else self.items[i], self.tokens[i], steps, measured)
+
+    def mean_of_part(self, i: int, part: Tensor) -> Tensor:
+        """The mean loss of micro-batch `i`, given its part of the window's loss."""
+        return part * len(self) if self.items is None else part * self.items.sum() / self.items[i].clamp(min=1e-9)
+
+    def summed(self, i: int, mean_loss: Tensor) -> tuple[str, Tensor, Tensor]:
         """Source, summed loss and tokens (or rows) of micro-batch `i` on this rank, given its mean loss."""
-        if self.unit == "rows" or self.tokens is None or self.divisors is None:
+        if self.unit == "rows" or self.tokens is None or self.items is None:
             return self.sources[i], mean_loss * self.rows[i], torch.full_like(mean_loss, self.rows[i])
-        # The Trainer multiplies the loss by the number of ranks if it is divided by the tokens of all ranks.
-        scale = 1 if self.divisors is self.tokens else ranks
-        return self.sources[i], mean_loss * self.divisors[i] / scale, self.tokens[i]
+        return self.sources[i], mean_loss * self.items[i], self.tokens[i]
 
     def mean_loss(self, losses: Tensor, otherwise: Tensor) -> Tensor:
         """Token-weighted mean of the finite losses (k,); `otherwise` if there is none."""
-        weights = torch.ones_like(losses) if self.divisors is None else self.divisors.to(losses.dtype)
+        weights = torch.ones_like(losses) if self.items is None else self.items.to(losses.dtype)
         finite = losses.isfinite()
         total = torch.where(finite, weights, 0).sum()
         return torch.where(total > 0, torch.where(finite, losses * weights, 0).sum() / total, otherwise)
+
+
+class Divisors:
+    """
+    What a loss may be divided by: the count of loss tokens, and the number of micro-batches.
+
+    Whether it is depends on the model (BERT and T5 ignore the count) and on `compute_loss`. So it is measured: a loss
+    A / n + B has the derivative -A / n^2 in n.
+
+    Args:
+        items (`Tensor`, *optional*), tokens (`Tensor`, *optional*):
+            The count to divide by, and the loss tokens of this micro-batch on this rank.
+        steps (`int`):
+            The number of micro-batches.
+        measured (`bool`):
+            If not, a loss is taken as divided by the count. FSDP2 allows no input that requires a gradient.
+
+    Attributes:
+        items (`Tensor`, *optional*), steps (`Tensor` or `int`): What to give to the loss.
+    """
+
+    def __init__(self, items: Tensor | None, tokens: Tensor | None, steps: int, measured: bool):
+        self._tokens, self._measured, self._count = tokens, measured, steps
+        self.items = None if items is None else items.clone().requires_grad_(measured)
+        self.steps: Any = steps if steps == 1 else torch.tensor(float(steps), requires_grad=True)
+
+    def divide(self, loss: Tensor) -> Tensor:
+        """
+        A loss after its backward pass, divided by the count, or without one by the number of micro-batches: once,
+        whatever it was divided by.
+        """
+        times: Any = 1
+        if isinstance(self.steps, Tensor):
+            times = torch.where(_part(loss, self.steps).abs() > loss.abs() / 2, self._count, 1)
+        if self.items is None or self._tokens is None:
+            return loss * times / self._count
+        part = _part(loss, self.items) if self._measured else loss
+        return (part + (loss - part) * (self._tokens / self.items.detach())) * times
+
+
+def _part(loss: Tensor, divisor: Tensor) -> Tensor:
+    """The part of a loss that was divided by a number, which has its gradient."""
+    if divisor.grad is None:
+        return torch.zeros_like(loss)
+    part = (-divisor.grad * divisor.detach()).to(loss)
+    return torch.where((loss - part).abs() <= 1e-4 * loss.abs(), loss, part)  # up to rounding
 
 
 class Walker:
@@ -94,18 +152,15 @@ class Walker:
         self._args = args
         self.nexus: Nexus | None = None
 
-    def walk(
-        self, model: nn.Module, window: Window, micro_step: Callable[[Any, Tensor | None], Tensor], **settings: Any
-    ) -> Tensor:
+    def walk(self, model: nn.Module, window: Window, micro_step: Callable[[int], Tensor], **settings: Any) -> Tensor:
         """
         Walk a complete window, and leave the pseudo-gradient in `.grad`.
 
         Args:
             model (`nn.Module`), window ([`Window`]):
                 The wrapped model, and the window.
-            micro_step (`Callable[[Any, Tensor], Tensor]`):
-                Forward and backward pass of one micro-batch, given its inputs and the divisor of its loss. Returns its
-                mean loss.
+            micro_step (`Callable[[int], Tensor]`):
+                Forward and backward pass of a micro-batch, given its index. Returns its mean loss.
             **settings:
                 As for `_prepare`.
 
@@ -116,8 +171,8 @@ class Walker:
         losses: list[Tensor] = []
         try:
             with nexus.window():
-                for i, inputs in enumerate(window.inputs):
-                    losses.append(micro_step(inputs, None if window.divisors is None else window.divisors[i]))
+                for i in range(len(window)):
+                    losses.append(micro_step(i))
                     nexus.inner_step()
         except BaseException:
             reshard(model)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_nexus.evaluation.losses import TokenMean, mask_rows, mean_losses, perplexities, perplexity
+from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
 from hf_nexus.mixture.isolation import IsolateDocuments
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.losses_worker import METRICS, Classes, own_loss, stack
@@ -229,13 +229,3 @@ def test_millions_of_tokens_are_counted_one_by_one():
     for tokens in (2**24, 1, 1):  # float32 would lose the last two digits
         mean.add(torch.tensor(1.0), torch.tensor(tokens))
     assert mean.sums.tolist() == [2**24 + 2, 2**24 + 2]
-
-
-@pytest.mark.parametrize("real", [0, 1, 3])
-def test_rows_are_masked_in_a_copy_in_both_layouts(real):
-    labels = torch.arange(12).view(3, 4)
-    masked = mask_rows(labels, 3, real)
-    assert torch.equal(masked[:real], labels[:real]) and (masked[real:] == -100).all()
-    assert torch.equal(mask_rows(labels.view(1, 12), 3, real).view(3, 4), masked)
-    assert mask_rows(labels.T, 4, 4).equal(labels.T)  # not contiguous
-    assert labels.equal(torch.arange(12).view(3, 4))

@@ -1,6 +1,7 @@
 """A window and its counts."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,22 +52,66 @@ def test_a_window_is_complete_once_all_of_it_was_seen() -> None:
     assert window.complete
 
 
-@pytest.mark.parametrize(("ranks", "summed", "tokens"), [(1, 6.0, 3), (2, 5.0, 3)])
-def test_a_mean_loss_is_summed_over_this_ranks_tokens(ranks: int, summed: float, tokens: int) -> None:
-    """With a count over all ranks, the Trainer multiplies the loss by the number of ranks."""
-    divisors = TOKENS if ranks == 1 else torch.tensor([5, 9])
-    window = Window(["a", "b"], [2, 2], unit="tokens", tokens=TOKENS, divisors=divisors)
-    source, loss, count = window.summed(0, torch.tensor(2.0), ranks)
-    assert (source, float(loss), int(count)) == ("a", summed, tokens)
+@pytest.mark.parametrize(("items", "summed"), [(TOKENS, 6.0), (torch.tensor([2.5, 4.5]), 5.0)])
+def test_a_mean_loss_is_summed_over_this_ranks_tokens(items: torch.Tensor, summed: float) -> None:
+    """The divisor of the loss is the mean of the counts of the ranks."""
+    window = Window(["a", "b"], [2, 2], unit="tokens", tokens=TOKENS, items=items)
+    source, loss, count = window.summed(0, torch.tensor(2.0))
+    assert (source, float(loss), int(count)) == ("a", summed, 3)
+
+
+# What a loss function does with the count `n` and the number of micro-batches `k` of a window, given sum and mean of
+# its token losses.
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "divided by the count": lambda total, mean, n, k: total / n,
+    "a mean, divided by the micro-batches": lambda total, mean, n, k: mean / k,
+    "a mean": lambda total, mean, n, k: mean,
+    "divided by both": lambda total, mean, n, k: total / n / k,
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_loss_is_divided_by_the_count_once(kind: str, whole: bool) -> None:
+    tokens, items = torch.tensor([3, 1]), torch.tensor([2.5, 4.5])  # the other rank has 2 and 8
+    window = Window(["a", "b"], [2, 2], unit="tokens", tokens=tokens, items=items)
+    divisors = window.divisors(0, measured=True, whole=whole)
+    weight = torch.tensor(1.0, requires_grad=True)
+    loss = LOSSES[kind](6.0 * weight, 2.0 * weight, divisors.items, divisors.steps)
+    loss.backward()
+    part = divisors.divide(loss.detach())
+    assert float(part) == pytest.approx(6.0 / (7.0 if whole else 2.5))
+    if whole:
+        assert float(window.mean_of_part(0, part)) == pytest.approx(6.0 / 2.5)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_loss_without_a_count_is_a_mean(divided: bool) -> None:
+    window = Window(["a", "b"], [2, 2])
+    divisors = window.divisors(0, measured=True, whole=True)
+    weight = torch.tensor(2.0, requires_grad=True)
+    loss = weight / divisors.steps if divided else weight * 1
+    loss.backward()
+    part = divisors.divide(loss.detach())
+    assert (float(part), float(window.mean_of_part(0, part))) == (1.0, 2.0)
+
+
+def test_a_part_that_is_not_divided_is_a_mean() -> None:
+    """The losses of mixtures of experts have such a part."""
+    divisors = Window(["a"], [2], tokens=torch.tensor([4]), items=torch.tensor([2.0])).divisors(0, measured=True)
+    weight = torch.tensor(1.0, requires_grad=True)
+    loss = 6.0 * weight / divisors.items + 0.5 * weight
+    loss.backward()
+    assert float(divisors.divide(loss.detach())) == pytest.approx(3.0 + 0.5 * 4 / 2)
 
 
 def test_without_token_labels_rows_are_counted() -> None:
-    source, loss, count = Window(["a"], [4]).summed(0, torch.tensor(2.0), 1)
+    source, loss, count = Window(["a"], [4]).summed(0, torch.tensor(2.0))
     assert (source, float(loss), int(count)) == ("a", 8.0, 4)
 
 
 def test_the_loss_of_a_window_weighs_tokens_of_finite_losses() -> None:
-    window = Window(["a", "b"], tokens=TOKENS, divisors=TOKENS)
+    window = Window(["a", "b"], tokens=TOKENS, items=TOKENS)
     other = torch.tensor(7.0)
     assert float(window.mean_loss(torch.tensor([1.0, 5.0]), other)) == 2.0
     assert float(window.mean_loss(torch.tensor([math.nan, 5.0]), other)) == 5.0

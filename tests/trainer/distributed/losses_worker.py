@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import DataCollatorWithFlattening, LlamaForSequenceClassification
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture.isolation import IsolateDocuments
@@ -31,6 +32,14 @@ class Classes(Rows):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
+
+
+class Ragged(Rows):
+    """Rows of different lengths, without what `Rows` pads."""
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        row = self.ids[i][self.labels[i] != -100].tolist()
+        return {"input_ids": row, "labels": row}
 
 
 def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -60,11 +69,15 @@ SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "own_average": ({"compute_loss_func": own_loss}, {"average_tokens_across_devices": False}),
     "without_nexus": ({}, {"nexus": False}),
     "flat": ({"data_collator": IsolateDocuments(stack, eos_token_id=3, flatten=True)}, {}),
+    "flattened": ({"data_collator": DataCollatorWithFlattening()}, {}),
+    "padding_free": ({"data_collator": DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)}, {}),
 }
+# Rows of different lengths are concatenated.
+RAGGED = ("flattened", "padding_free")
 
 MEASURED = [
-    *((name, n, batch) for name in ("plain", "flat", "stream") for n, batch in SHAPES),
-    *((name, n, batch) for name in SCENARIOS if name not in ("plain", "flat") for n, batch in FEW),
+    *((name, n, batch) for name in ("plain", "flat", "flattened", "stream") for n, batch in SHAPES),
+    *((name, n, batch) for name in SCENARIOS if name not in ("plain", "flat", "flattened") for n, batch in FEW),
 ]
 
 
@@ -87,7 +100,9 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
     """The metrics of each scenario and shape."""
     found = {}
     for name, n, batch in MEASURED:
-        text = Stream(rows_of(n)) if name == "stream" else rows_of(n)
+        text: Any = Stream(rows_of(n)) if name == "stream" else rows_of(n)
+        if name in RAGGED:
+            text = Ragged(n, 0, pad=True)
         found[f"{name}/{n}/{batch}"] = make(out, name, batch).evaluate({"text": text, "law": Rows(n + 3, 5, pad=True)})
     trainer = make(out, "plain", 3)
     found["predict"] = trainer.predict(rows_of(7)).metrics

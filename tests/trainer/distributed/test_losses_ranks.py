@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.fsdp_worker import llama
-from tests.trainer.distributed.losses_worker import MEASURED, measure, rows_of
+from tests.trainer.distributed.losses_worker import MEASURED, RAGGED, measure, rows_of
 from tests.trainer.test_evaluation import token_loss
 
 
@@ -36,7 +36,8 @@ def test_two_ranks_measure_what_one_does(two: list[dict], one: dict, measured: s
 
 @pytest.mark.parametrize(("name", "n", "batch"), [case for case in MEASURED if case[0] not in ("flat", "smoothed")])
 def test_two_ranks_measure_the_mean_over_tokens(two: list[dict], name: str, n: int, batch: int) -> None:
-    expected = token_loss(tiny_llama(), rows_of(n)) / (2 if name.startswith("own") else 1)
+    rows = Rows(n, 0, pad=True) if name in RAGGED else rows_of(n)
+    expected = token_loss(tiny_llama(), rows) / (2 if name.startswith("own") else 1)
     for rank in two:
         assert rank[f"{name}/{n}/{batch}"]["eval_text_loss"] == pytest.approx(expected, rel=1e-6)
 

@@ -4,13 +4,21 @@ import sys
 from pathlib import Path
 
 from tests.support.launcher import report
-from tests.trainer.distributed import fsdp_worker, losses_worker, memory_worker, stream_worker, worker
+from tests.trainer.distributed import (
+    fsdp_worker,
+    losses_worker,
+    memory_worker,
+    stream_worker,
+    training_losses_worker,
+    worker,
+)
 
 # Workers with FSDP come last, because they pretend that there are accelerators.
 WORKERS = {
     "ddp": worker,
     "streams": stream_worker,
     "losses": losses_worker,
+    "training_losses": training_losses_worker,
     "memory": memory_worker,
     "fsdp": fsdp_worker,
 }
