@@ -54,7 +54,12 @@ class Bound:
 
     def __str__(self) -> str:
         limits = {"of at least": self.least, "above": self.above, "of at most": self.most}
-        return " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
+        texts = {
+            name: f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+            for name, limit in limits.items()
+            if limit is not None
+        }
+        return " and ".join(f"{name} {text}" for name, text in texts.items())
 
 
 _LARGEST_INT = 2**63 - 1  # of torch and numpy

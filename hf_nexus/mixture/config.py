@@ -87,7 +87,7 @@ class SourceConfig:
     messages_column: Text | None = None
     prompt_column: Text | None = None
     completion_column: Text | None = None
-    weight: Positive | None = None
+    weight: Annotated[float, Bound(above=0, most=1e9)] | None = None
     max_tokens: Count | None = None
     max_epochs: Positive | None = None
     eval_rows: Count | None = None
@@ -185,7 +185,7 @@ class MixtureConfig:
             Tokens of each packed row, L.
         temperature (`float`, *optional*, defaults to 1.0):
             Without weights, the share of a source is proportional to `size ** (1 / temperature)`. Above 1, small
-            sources are sampled more often.
+            sources are sampled more often. From 0.1 to 1e6.
         num_proc (`int`, *optional*):
             Number of processes that tokenize. Defaults to one, in which a fast tokenizer uses one thread per core.
         buffer_size (`int`, *optional*, defaults to 10000):
@@ -210,10 +210,10 @@ class MixtureConfig:
     """
 
     sources: dict[str, SourceConfig]
-    sequence_length: Annotated[int, Bound(least=2)] = 1024
-    temperature: Positive = 1.0
-    num_proc: Count | None = None
-    buffer_size: Annotated[int, Bound(least=2)] = 10_000
+    sequence_length: Annotated[int, Bound(least=2, most=10**7)] = 1024
+    temperature: Annotated[float, Bound(least=0.1, most=1e6)] = 1.0
+    num_proc: Annotated[int, Bound(least=1, most=1000)] | None = None
+    buffer_size: Annotated[int, Bound(least=2, most=10**9)] = 10_000
     stages: list[Stage] | None = None
     isolate_documents: bool | None = None
 

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 from ..schema import documented
 from ..strict import Bound, check, check_fields
 
-__all__ = ["Stage", "Windows", "parse_stages", "stage_borders", "weight_stages"]
+__all__ = ["Stage", "Weight", "Windows", "parse_stages", "stage_borders", "weight_stages"]
+
+
+Weight = Annotated[float, Bound(least=0, most=1e9)]
 
 
 @documented
@@ -28,7 +31,7 @@ class Stage:
     """
 
     until: Annotated[float, Bound(above=0, most=1)]
-    weights: dict[str, Annotated[float, Bound(least=0)]]
+    weights: dict[str, Weight]
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal
 
 from ..mixture.config import MixtureConfig
 from ..schema import documented
-from ..strict import Bound, Count, Positive, check_fields
+from ..strict import Bound, Positive, check_fields
 from ..trainer.config import NexusConfig
 
 __all__ = ["SECTIONS", "HardwareArguments", "ModelArguments", "PretrainArguments", "PretrainConfig"]
+
+# Tensors of larger sizes have more bytes than a process can count.
+Size = Annotated[int, Bound(least=1, most=10**7)]
 
 
 @documented
@@ -37,7 +40,7 @@ class HardwareArguments:
         ValueError: a value that is not allowed.
     """
 
-    devices: Count | None = None
+    devices: Size | None = None
     sharding: Literal["ddp", "fsdp2"] | None = None
     peak_tflops: Positive = 989.0
     mfu: Annotated[float, Bound(above=0, most=1)] = 0.4
@@ -88,13 +91,13 @@ class ModelArguments:
             field.
     """
 
-    vocab_size: Count = 4096
-    hidden_size: Count = 128
-    intermediate_size: Count = 384
-    num_hidden_layers: Count = 4
-    num_attention_heads: Count = 4
-    num_key_value_heads: Count | None = None
-    max_position_embeddings: Count | None = None
+    vocab_size: Size = 4096
+    hidden_size: Size = 128
+    intermediate_size: Size = 384
+    num_hidden_layers: Annotated[int, Bound(least=1, most=1000)] = 4
+    num_attention_heads: Size = 4
+    num_key_value_heads: Size | None = None
+    max_position_embeddings: Size | None = None
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
@@ -131,7 +134,7 @@ class PretrainConfig(NexusConfig):
             an error unless the run is resumed.
     """
 
-    cpu_threads: Count | None = None
+    cpu_threads: Annotated[int, Bound(least=1, most=10_000)] | None = None
     overwrite_output_dir: bool = False
     # Other types and defaults for the same behavior: saved configurations hold these values.
     debug: str | None = None  # type: ignore[assignment]

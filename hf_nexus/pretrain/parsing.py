@@ -15,6 +15,7 @@ from ..mixture.schedule import normalized
 from ..mixture.stages import weight_stages
 from ..schema import help_of
 from ..strict import check, field_types, from_text, load_yaml, options
+from .checks import check_run
 from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
 
 __all__ = ["check_section", "load_config", "parse_arguments"]
@@ -102,6 +103,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         training = PretrainConfig(**values["training"])
         for _, weights in weight_stages(training.mixture_weights or []):
             normalized(weights, list(mixture.train_sources))
+        check_run(model, mixture, training, here=not dry_run)
     defaults = _defaults(PretrainConfig)
     return PretrainArguments(
         config=name,
@@ -120,7 +122,7 @@ def _naming(config: str, section: str, flags: Mapping[str, Any]) -> Iterator[Non
     """Name the configuration in an error, unless flags changed the section."""
     try:
         yield
-    except ValueError as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # the Trainer's checks vary
         raise ValueError(f"{section}{error}" if flags else f"{config}: {section}{error}") from error
 
 

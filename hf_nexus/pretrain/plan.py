@@ -48,8 +48,8 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     unknown size. They default to the stated sizes.
 
     Raises:
-        ValueError: a limit on epochs that the sizes cannot meet, a source smaller than one micro-batch, streaming
-            sources without `max_steps`, or documents that the attention cannot isolate.
+        ValueError: a limit on epochs that the sizes cannot meet, a source smaller than one micro-batch, or documents
+            that the attention cannot isolate.
 
     Example:
         >>> from hf_nexus.pretrain.parsing import parse_arguments
@@ -66,12 +66,12 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     sizes = dict(tokens) if tokens else {name: source.known_tokens for name, source in sources.items()}
     known = {name: size for name, size in sizes.items() if size is not None}
     streams = [name for name, source in sources.items() if source.streaming]
-    if streams and t.max_steps <= 0:
-        raise ValueError(f"max_steps: missing, and the streaming source {streams[0]!r} has no end. Set it.")
     finite = not streams and len(known) == len(sizes)
     windows = Windows(window, sum(size // length for size in known.values()) // rows if finite else None)
     steps = windows.count(t.max_steps, t.num_train_epochs) if finite or t.max_steps > 0 else None
     total = None if steps is None else windows.micro_batches(steps) * rows * length
+    if total is not None and total > 2**60:
+        raise ValueError(f"max_steps: the run has {total:,} tokens. Lower it, or num_train_epochs.")
     borders, mixture = stage_borders(_stages(arguments, known), steps or 0), None
     if total is not None and borders and sizes.keys() == {*known, *streams}:
         used = {name for _, weights in borders for name, weight in weights.items() if weight > 0}

@@ -16,10 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 from ..files import one_line_errors
 from ..mixture.builtin.corpus import builtin_documents
 from ..mixture.builtin.tokenizer import train_tokenizer
-from ..mixture.config import BUILTIN_PREFIX
 from ..mixture.loading import Mixture, load_mixture
 from ..trainer.checkpoints import last_checkpoint
 from ..trainer.mixin import NexusTrainer
+from .checks import builtin_sources
 from .console import RunLog, print_plan, write_report
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
@@ -195,13 +195,7 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
     if name != "train":
         tokenizer = AutoTokenizer.from_pretrained(name)
     else:
-        paths = [source.path for source in arguments.mixture.train_sources.values()]
-        builtin = [path.removeprefix(BUILTIN_PREFIX) for path in paths if path.startswith(BUILTIN_PREFIX)]
-        if not builtin:
-            raise ValueError(
-                "tokenizer='train' needs built-in training sources, and the mixture has none. Set model.tokenizer to "
-                "the Hub id or path of a tokenizer."
-            )
+        builtin = builtin_sources(arguments.model, arguments.mixture)
         tokenizer = train_tokenizer((text for source in builtin for text in builtin_documents(source)), size)
     if len(tokenizer) > size:
         raise ValueError(

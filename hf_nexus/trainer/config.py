@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from ..mixture.stages import parse_stages
+from ..mixture.stages import Weight, parse_stages
 from ..schema import documented
 from ..strict import Bound, check, check_fields, parse_data
 from .optimizers import muon_options
@@ -105,7 +105,7 @@ def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | No
         weights = parse_data(weights, "mixture_weights", "JSON")
     if isinstance(weights, list):
         return [asdict(stage) for stage in parse_stages(weights, key="mixture_weights")]
-    weights = check(weights, dict[str, NonNegative], "mixture_weights")
+    weights = check(weights, dict[str, Weight], "mixture_weights")
     if not sum(weights.values()) > 0:
         raise ValueError(f"mixture_weights={weights} is not allowed; give at least one source a weight above 0.")
     return {str(source): weight for source, weight in weights.items()}

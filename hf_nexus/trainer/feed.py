@@ -50,7 +50,7 @@ class Feed:
         dynamic = self._weights_function is not None
         self.data: TrainingData = prepare_data(train, evaluation, self._args.mixture_weights, dynamic, self._seed)
         if self.data.stages:
-            check_loader(self._args, self.data.dataset)
+            check_loader(self._args, isinstance(self.data.dataset, MixtureStream))
 
     @property
     def dynamic_weights(self) -> bool:

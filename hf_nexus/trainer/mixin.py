@@ -45,6 +45,7 @@ from .support import (
     check_optimizer,
     check_set_names,
     check_weights,
+    warn_of_one_inner_step,
 )
 from .trackers import attach_plots
 from .trl import SourcePreparation, trl_parent, widen_adapters
@@ -109,6 +110,7 @@ class NexusTrainerMixin(_Base):
     def __init__(self, *args: Any, mixture_weights_function: WeightsFunction | None = None, **kwargs: Any):
         given = arguments_by_name(type(self), NexusTrainerMixin, args, kwargs)
         settings = given["args"] = with_nexus_fields(given.get("args"))
+        check_arguments(settings)
         self._feed = Feed(given.get("train_dataset"), given.get("eval_dataset"), settings, mixture_weights_function)
         self._window = Window()
         self._walker = Walker(settings)
@@ -157,7 +159,7 @@ class NexusTrainerMixin(_Base):
             check_weights(self.model)
         # The filter would wait for the device at each of the window's zero losses, and a NaN would replace them all.
         args.logging_nan_inf_filter = False
-        check_arguments(args)
+        warn_of_one_inner_step(args)
 
     def _isolate_documents(self) -> None:
         """Keep the documents of packed rows apart, in training and evaluation."""

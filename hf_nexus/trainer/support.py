@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
 from ..evaluation.losses import OOD
-from ..mixture.stream.dataset import MixtureStream
 from ..nexus import Nexus
+from ..strict import Bound
 
 __all__ = [
     "Launch",
@@ -30,6 +31,7 @@ __all__ = [
     "check_set_names",
     "check_trl_arguments",
     "check_weights",
+    "warn_of_one_inner_step",
     "warn_of_short_steps",
 ]
 
@@ -48,6 +50,51 @@ _DDP = {
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
 }
+
+
+# Of arguments that the Trainer counts or divides with, and does not check.
+_RANGES = {
+    "gradient_accumulation_steps": Bound(least=1, most=10**6),
+    "per_device_train_batch_size": Bound(least=1, most=10**6),
+    "per_device_eval_batch_size": Bound(least=1, most=10**6),
+    "max_steps": Bound(most=10**9),
+    "num_train_epochs": Bound(least=0, most=10**6),
+    "dataloader_num_workers": Bound(least=0, most=1000),
+    "seed": Bound(least=0, most=2**32 - 1),
+}
+
+
+# ---- Arguments ----
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse training arguments with which no trainer of this package can start. Plans are checked by it, too."""
+    for name, bound in _RANGES.items():
+        if not bound.holds(getattr(args, name)):
+            raise ValueError(f"{name}: {getattr(args, name)} is not allowed; it must be a number {bound}.")
+    get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
+    check_optimizer(args, given=False)
+    if not args.nexus:
+        return
+    if args.fp16:
+        raise ValueError(
+            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
+            "bf16=True over float32 weights."
+        )
+    if args.optim in _LAYERWISE | _FUSED_BACKWARD:
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
+            "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
+        )
+
+
+def warn_of_one_inner_step(args: Any) -> None:
+    """Warn if the window has one inner step."""
+    if args.gradient_accumulation_steps == 1:
+        logger.warning(
+            "gradient_accumulation_steps=1: a window of one inner step only normalizes the gradient. Set it to 4 or "
+            "more (and divide per_device_train_batch_size) to use Nexus."
+        )
 
 
 # ---- Launch and precision ----
@@ -87,16 +134,6 @@ def check_launch(args: Any, launch: Launch) -> None:
             "Nexus does not support SageMaker model parallelism. Use DDP (`torchrun --nproc_per_node <GPUs> "
             "your_script.py ...`) or FSDP2."
         )
-    if args.fp16:
-        raise ValueError(
-            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
-            "bf16=True over float32 weights."
-        )
-    if args.optim in _LAYERWISE | _FUSED_BACKWARD:
-        raise ValueError(
-            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
-            "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
-        )
     if launch.fsdp_version is not None:
         _check_fsdp(args, launch.fsdp_version)
     elif launch.kind not in _DDP | {DistributedType.NO}:
@@ -132,15 +169,6 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def check_arguments(args: Any) -> None:
-    """Warn if the window has one inner step."""
-    if args.gradient_accumulation_steps == 1:
-        logger.warning(
-            "gradient_accumulation_steps=1: a window of one inner step only normalizes the gradient. Set it to 4 or "
-            "more (and divide per_device_train_batch_size) to use Nexus."
-        )
-
-
 def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
     """Warn if inner steps are too short to be told from rounding, or from the noise of bfloat16 autocast."""
     size = sum(p.numel() for p in nexus.params)
@@ -174,8 +202,8 @@ def check_optimizer(args: Any, given: bool) -> None:
 # ---- Data ----
 
 
-def check_loader(args: Any, dataset: Any) -> None:
-    """Refuse settings under which micro-batches would mix sources, or could not be resumed."""
+def check_loader(args: Any, streams: bool) -> None:
+    """Refuse settings under which micro-batches would mix sources, or streams could not be resumed."""
     for name in ("dispatch_batches", "split_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(
@@ -187,7 +215,7 @@ def check_loader(args: Any, dataset: Any) -> None:
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
             "set by source_schedule. Leave it at 'random', or pass one plain dataset."
         )
-    if not isinstance(dataset, MixtureStream):
+    if not streams:
         return
     if args.max_steps <= 0:
         raise ValueError(

@@ -74,7 +74,7 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.a/b", {"path": "x", "role": "ood"}, "letter or digit"),
         ("sequence_length", 1, "at least 2"),
         ("sequence_length", "16", "whole number"),
-        ("temperature", 0, "above 0"),
+        ("temperature", 0, "at least 0.1"),
         ("temperature", 2.0, "Remove it, or the weights"),
         ("num_proc", 0, "at least 1"),
         ("sources.web.path", " ", "not empty"),

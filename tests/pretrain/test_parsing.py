@@ -49,7 +49,7 @@ VALUES = {
     "lr_scheduler_type": ("cosine", "cosine"),
     "save_strategy": ("no", "no"),
     "gradient_checkpointing": (True, "true"),
-    "lr_scheduler_kwargs": ({"num_cycles": 2}, '{"num_cycles": 2}'),
+    "accelerator_config": ({"even_batches": True}, '{"even_batches": true}'),
     "mixture_weights": ({"code": 3}, '{"code": 3}'),
     "report_to": ("tensorboard", "tensorboard"),
     "run_name": ("7", "7"),

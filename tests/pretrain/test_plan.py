@@ -42,12 +42,18 @@ def test_a_source_smaller_than_a_micro_batch_is_refused(config):
 
 def test_streams_need_a_number_of_steps():
     with pytest.raises(ValueError, match=r"max_steps: missing, and the streaming source 'text' has no end"):
-        plan_run(planned("130m", "--max_steps", "-1"), 1)
+        planned("130m", "--max_steps", "-1")
+
+
+def test_a_run_of_more_tokens_than_can_be_counted_is_refused(config):
+    flags = ["--max_steps", "1000000000", "--gradient_accumulation_steps", "1000000"]
+    with pytest.raises(ValueError, match=r"max_steps: the run has [\d,]+ tokens\. Lower it"):
+        plan_run(planned(config, *flags), 10_000)
 
 
 def test_isolation_must_be_possible(config):
-    flags = ["--attn_implementation", "my_kernel", "--isolate_documents", "true"]
-    with pytest.raises(ValueError, match=r"isolate_documents: .*'my_kernel' cannot"):
+    flags = ["--attn_implementation", "paged|sdpa", "--isolate_documents", "true"]
+    with pytest.raises(ValueError, match=r"isolate_documents: .*'paged|sdpa' cannot"):
         plan_run(planned(config, *flags), 1)
 
 

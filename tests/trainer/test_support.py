@@ -65,10 +65,14 @@ def test_optimizers_that_step_inside_backward_are_refused(build, optim):
 
 def test_fp16_is_refused(build):
     """Gradient scaling does not work with normalized steps. The alternative is bf16 autocast over float32 weights."""
-    trainer = build()
-    trainer.args.fp16 = True  # the arguments themselves reject it on a CPU
     with pytest.raises(ValueError, match=r"fp16.*bf16=True over float32"):
-        trainer._check()
+        build(fp16=True)
+
+
+@pytest.mark.parametrize("config", [{"gradient_accumulation_steps": 0}, {"max_steps": 10**20}, {"seed": -1}])
+def test_numbers_that_cannot_be_counted_with_are_refused(build, config):
+    with pytest.raises(ValueError, match=rf"^{next(iter(config))}: .* is not allowed; it must be a number of"):
+        build(**config)
 
 
 def test_processes_that_would_each_train_alone_are_refused(build, monkeypatch):

@@ -1,0 +1,93 @@
+"""Checks of a configuration before anything is loaded, the same for a plan and for a run."""
+
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, Trainer, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
+
+from ..mixture.config import BUILTIN_PREFIX, MixtureConfig
+from ..trainer.support import check_arguments, check_cosines, check_loader
+from .fields import ModelArguments, PretrainConfig
+from .model import build_model
+
+__all__ = ["builtin_sources", "check_run"]
+
+
+def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainConfig, here: bool) -> None:
+    """
+    Refuse what a run would refuse after its data is tokenized, or in its first step.
+
+    Args:
+        here (`bool`):
+            Whether the run starts on this machine, which then needs the packages.
+
+    Raises:
+        ValueError: a value that is not allowed, or values that exclude each other.
+        ImportError: a package is missing.
+    """
+    check_arguments(training)
+    sources = mixture.train_sources
+    streams = [name for name, source in sources.items() if source.streaming]
+    if streams and training.max_steps <= 0:
+        raise ValueError(f"max_steps: missing, and the streaming source {streams[0]!r} has no end. Set it.")
+    check_loader(training, bool(streams))
+    unread = [name for name in streams if sources[name].eval_rows is None and sources[name].eval_split is None]
+    check_cosines(training.gradient_cosine_steps, True, bool(training.fsdp), unread)
+    builtin_sources(model, mixture)
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise ValueError("max_steps: the run has no steps. Set it above 0, or num_train_epochs.")
+    if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:
+        raise ValueError("metric_for_best_model: missing, and save_strategy is 'best'. Set it, to loss for example.")
+    with nullcontext() if here else suppress(ImportError):
+        _try_trackers(training)
+    with nullcontext() if here else suppress(ImportError):
+        _try_attention(model)
+    with nullcontext() if here else suppress(ImportError):
+        _try_optimizer(training)
+
+
+def builtin_sources(model: ModelArguments, mixture: MixtureConfig) -> list[str]:
+    """Names of the built-in training sources, which `tokenizer="train"` needs."""
+    paths = [source.path for source in mixture.train_sources.values()]
+    builtin = [path.removeprefix(BUILTIN_PREFIX) for path in paths if path.startswith(BUILTIN_PREFIX)]
+    if model.tokenizer == "train" and not builtin:
+        raise ValueError(
+            "tokenizer='train' needs built-in training sources, and the mixture has none. Set model.tokenizer to the "
+            "Hub id or path of a tokenizer."
+        )
+    return builtin
+
+
+def _try_trackers(training: PretrainConfig) -> None:
+    for tracker in get_reporting_integration_callbacks(training.report_to):
+        try:
+            tracker()
+        except RuntimeError as error:  # names the missing package
+            raise ImportError(f"report_to: {error}") from error
+
+
+def _try_attention(model: ModelArguments) -> None:
+    tiny = LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
+    build_model(tiny, model.attn_implementation)
+
+
+def _try_optimizer(training: PretrainConfig) -> None:
+    """Build the optimizer and the learning rate schedule over one weight, to check their options."""
+    options: Any = training.lr_scheduler_kwargs
+    weight, steps = nn.Parameter(torch.zeros(1)), training.max_steps if training.max_steps > 0 else 1000
+    optimizer: Any = torch.optim.SGD([weight], lr=training.learning_rate)
+    if OptimizerNames(training.optim).value.startswith(("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")):
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+        optimizer = kind([weight], **settings)
+    get_scheduler(
+        training.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=training.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=options,
+    )

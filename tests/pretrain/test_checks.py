@@ -1,0 +1,75 @@
+"""A plan refuses what a run refuses, with the same message and before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_nexus.pretrain import run as pretrain
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.run import dry_run, prepare_run
+from tests.support.tiny_config import planned
+
+WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps: 0 is not allowed"),
+        ("--gradient_accumulation_steps -1", "of at least 1 and of at most 1,000,000"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size: 0"),
+        ("--per_device_eval_batch_size -3", "per_device_eval_batch_size: -3"),
+        ("--max_steps 100000000000000000000", "max_steps: 100000000000000000000 is not allowed"),
+        ("--max_steps 10000000000", "max_steps: 10000000000 is not allowed"),
+        ("--max_steps -1 --num_train_epochs 0", "the run has no steps"),
+        ("--max_steps -1 --num_train_epochs 1e300", "num_train_epochs: 1e+300"),
+        ("--dataloader_num_workers -1", "dataloader_num_workers: -1"),
+        ("--seed -1", "seed: -1"),
+        ("--fp16", "does not support fp16"),
+        ("--optim lomo", "optim='lomo' updates weights inside the backward pass"),
+        ("--optim galore_adamw_layerwise", "inside the backward pass"),
+        ("--optim adafactor --matrix_optimizer muon", "exclude each other"),
+        ("--report_to nonsense", "nonsense is not supported"),
+        ("--report_to none,wandb", "none,wandb is not supported"),
+        ("--learning_rate -1", "Invalid learning rate"),
+        ("--learning_rate nan", "learning_rate: nan"),
+        ("--adam_beta1 2", "Invalid beta parameter"),
+        (f'{WSD} {{"bogus":1}}', "unexpected keyword argument 'bogus'"),
+        (f"{WSD} {{}}", "num_decay_steps"),
+        ('--accelerator_config {"bogus":1}', "unexpected keyword argument 'bogus'"),
+        ('--accelerator_config {"split_batches":true}', "accelerator_config.split_batches=True"),
+        ("--train_sampling_strategy sequential", "train_sampling_strategy='sequential'"),
+        ("--save_strategy best", "metric_for_best_model: missing"),
+        ("--attn_implementation bogus", "bogus"),
+        ("--tokenizer train", "tokenizer='train' needs built-in training sources"),
+        ("--temperature 1e-320", "temperature: 1e-320"),
+        ('--mixture_weights {"letters":1e300,"digits":1}', "mixture_weights.letters: 1e+300"),
+        ("--hidden_size 400000000000", "hidden_size: 400000000000"),
+        ("--num_hidden_layers 100000", "num_hidden_layers: 100000"),
+        ("--sequence_length 1000000000000", "sequence_length: 1000000000000"),
+    ],
+)
+def test_a_plan_and_a_run_refuse_the_same(config: Path, tmp_path: Path, monkeypatch, flags: str, words: str) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(pretrain, "load_mixture", lambda *args: loaded.append("mixture"))
+    given = [*flags.split(" "), "--output_dir", str(tmp_path)]
+    messages = []
+    for start in (lambda: dry_run(planned(config, *given)), lambda: prepare_run(run_arguments(config, given))):
+        with pytest.raises(ValueError) as error:
+            start()
+        messages.append(str(error.value))
+    assert words in messages[0] and messages[0] == messages[1] and not loaded
+
+
+def run_arguments(config: Path, flags: list[str]):
+    return parse_arguments(["--config", str(config), *flags])
+
+
+def test_a_missing_package_is_named_before_a_run_only(config: Path, monkeypatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("CometCallback requires comet-ml. Run `pip install comet-ml`.")
+
+    monkeypatch.setattr("hf_nexus.pretrain.checks.get_reporting_integration_callbacks", lambda names: [missing])
+    planned(config)
+    with pytest.raises(ImportError, match=r"^report_to: .*pip install comet-ml"):
+        run_arguments(config, [])
