@@ -11,13 +11,17 @@ from ..strict import Bound, Count, Positive, Text, check_fields, read, read_yaml
 from .schedule import normalized
 from .stages import Stage, parse_stages
 
-__all__ = ["BUILTIN_PREFIX", "MAP_STYLE_LIMIT", "MixtureConfig", "SourceConfig"]
+__all__ = ["BUILTIN_PREFIX", "MAP_STYLE_LIMIT", "MixtureConfig", "SourceConfig", "refuse_splits"]
 
 BUILTIN_PREFIX = "builtin/"
 # Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
 MAP_STYLE_LIMIT = 2_000_000_000
 # Names of sources become part of the names of metrics, such as `eval_<name>_loss`.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Words in the names of splits.
+_TRAIN = {"train", "training"}
+_HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"}
+_HELD_OUT |= {"holdout", "heldout", "held"}
 _NOT_TEXT = ("messages_column", "prompt_column", "completion_column")
 
 
@@ -225,6 +229,7 @@ class MixtureConfig:
             self._check_source(name, source)
         if not self.train_sources:
             raise ValueError("sources: none of them is trained on. Add one with the role 'train' (the default).")
+        refuse_splits(self.train_sources)
         self._check_weights(self.train_sources)
 
     def _check_source(self, name: Any, source: SourceConfig) -> None:
@@ -329,3 +334,14 @@ class MixtureConfig:
                     f"sources, or state sources.{name}.tokens."
                 )
         return [(1.0, raw)]
+
+
+def refuse_splits(names: Iterable[Any]) -> None:
+    """Raise `ValueError` if the names of training sources are those of splits, some of which are held out."""
+    words = {name: {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))} for name in names}
+    training, held_out = ([name for name in words if words[name] & kind] for kind in (_TRAIN, _HELD_OUT))
+    if len(words) > 1 and held_out and (training or len(held_out) == len(words)):
+        raise ValueError(
+            f"sources: {', '.join(map(str, words))} look like splits of one dataset: all would be trained on. "
+            f"Train on one split, dataset[{(training or held_out)[0]!r}], or give the sources other names."
+        )

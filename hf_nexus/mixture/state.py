@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .config import SourceConfig
 from .loading import Mixture
@@ -105,14 +106,17 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
 
 
 def _sample(dataset: Any) -> str | None:
-    """A hash of some rows of a `datasets.Dataset`, as they are stored; `None` for other datasets."""
-    datasets = sys.modules.get("datasets")
-    if datasets is None or not isinstance(dataset, datasets.Dataset):
-        return None  # reading rows could change random states
+    """A hash of some rows as a `datasets.Dataset` stores them, or of their numbers in a `Subset`; otherwise `None`."""
     numbers = np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int).tolist()
-    try:
-        rows = dataset.with_format("arrow")[numbers].to_pylist()
-    except UnicodeDecodeError:
+    datasets = sys.modules.get("datasets")
+    if isinstance(dataset, torch.utils.data.Subset):
+        rows = [*(int(dataset.indices[i]) for i in numbers), _sample(dataset.dataset)]
+    elif datasets is not None and isinstance(dataset, datasets.Dataset):
+        try:
+            rows = dataset.with_format("arrow")[numbers].to_pylist()
+        except UnicodeDecodeError:
+            return None
+    else:  # reading rows could change random states
         return None
     return blake2b(repr(rows).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 

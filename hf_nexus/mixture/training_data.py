@@ -1,7 +1,6 @@
 """Everything that `train_dataset` may be, as the trainer reads it."""
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .config import refuse_splits
 from .indexed import MixtureDataset
 from .loading import Mixture
 from .schedule import normalized
@@ -19,11 +19,6 @@ from .stream.documents import StreamedDocuments
 __all__ = ["StageWeights", "TrainingData", "prepare_data", "split_sources"]
 
 logger = logging.getLogger(__name__)
-
-# Words in the names of splits.
-_TRAIN = {"train", "training"}
-_HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"}
-_HELD_OUT |= {"holdout", "heldout", "held"}
 
 Stages = list[tuple[float, dict[str, float]]]
 
@@ -194,10 +189,4 @@ def _refuse_other_keys(sources: Mapping[str, Any]) -> None:
             f"train_dataset has the keys {', '.join(map(str, sources))}, which look like columns. Pass "
             "Dataset.from_dict(train_dataset), or a dict of datasets by the names of the sources."
         )
-    words = {n: {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(n))} for n in sources}
-    training, held_out = ([n for n in words if words[n] & kind] for kind in (_TRAIN, _HELD_OUT))
-    if len(words) > 1 and held_out and (training or len(held_out) == len(words)):
-        raise ValueError(
-            f"The sources {', '.join(map(str, sources))} look like splits of one dataset: all would be trained on. "
-            f"Pass one split, dataset[{(training or held_out)[0]!r}], or give the sources other names."
-        )
+    refuse_splits(sources)

@@ -1,0 +1,68 @@
+"""What a checkpoint knows of the data, so that other data is noticed."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, interleave_datasets
+
+from hf_nexus.mixture.state import _describe, compare_data
+
+ROWS = Dataset.from_dict({"x": list(range(100)), "text": [str(i) for i in range(100)]})
+STREAM = ROWS.to_iterable_dataset(num_shards=4)
+
+
+def subset(seed: int) -> Any:
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.utils.data.Subset(ROWS, order)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ROWS, ROWS.shuffle(seed=1)),
+        (ROWS.shuffle(seed=1), ROWS.shuffle(seed=2)),
+        (ROWS, ROWS.map(lambda row: {"x": row["x"] + 1})),
+        (ROWS, ROWS.select(range(99))),
+        (subset(0), subset(1)),
+        (STREAM, STREAM.skip(3)),
+        (STREAM.skip(3), STREAM.skip(4)),
+        (STREAM.take(3), STREAM.take(4)),
+        (STREAM, STREAM.repeat(2)),
+        (STREAM, STREAM.filter(lambda row: True)),
+        (STREAM, ROWS.to_iterable_dataset(num_shards=5)),
+        (STREAM.shuffle(seed=1), STREAM.shuffle(seed=2)),
+        (STREAM.shuffle(seed=1, buffer_size=5), STREAM.shuffle(seed=1, buffer_size=6)),
+        *(
+            (interleave_datasets([STREAM, STREAM], **one), interleave_datasets([STREAM, STREAM], **other))
+            for one, other in (
+                ({"probabilities": [0.5, 0.5], "seed": 1}, {"probabilities": [0.5, 0.5], "seed": 2}),
+                ({"probabilities": [0.5, 0.5], "seed": 1}, {"probabilities": [0.4, 0.6], "seed": 1}),
+                ({}, {"stopping_strategy": "all_exhausted"}),
+            )
+        ),
+    ],
+)
+def test_other_rows_are_described_otherwise(one, other):
+    first, second = _describe("a", one, None), _describe("a", other, None)
+    assert first == _describe("a", one, None)
+    assert compare_data({"a": first}, {"a": second})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ROWS, ROWS.with_format("torch")),
+        (ROWS, Dataset.from_list(ROWS.to_list())),
+        (ROWS, ROWS.flatten_indices()),
+        (ROWS.select(range(50)), ROWS.select(range(50)).flatten_indices()),
+        (ROWS, ROWS.with_transform(lambda batch: {"y": torch.rand(len(batch["x"]))})),
+        (STREAM, STREAM.with_format("torch")),
+        (STREAM.shuffle(seed=1), STREAM.shuffle(seed=1)),
+        (subset(0), subset(0)),
+    ],
+)
+def test_the_same_rows_are_described_the_same(one, other):
+    state = torch.get_rng_state()
+    assert _describe("a", one, None) == _describe("a", other, None)
+    assert torch.equal(torch.get_rng_state(), state)
