@@ -31,6 +31,7 @@ ROOMS = [
     "tensors",
     "schema",
     "strict",
+    "lock",
     "files",
 ]
 

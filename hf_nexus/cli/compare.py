@@ -1,9 +1,8 @@
 """The command `hf-nexus compare`."""
 
-from filelock import FileLock, Timeout
-
 from ..compare.comparison import Comparison
 from ..compare.config import ComparisonConfig
+from ..lock import locked
 
 __all__ = ["compare"]
 
@@ -29,12 +28,8 @@ def compare(name_or_path: str = "compare", output_dir: str | None = None) -> Non
     from rich.console import Console
 
     comparison = Comparison(ComparisonConfig.load(name_or_path, output_dir), Console())
-    comparison.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(comparison.folder / ".lock", timeout=0):
-            comparison.check()
-            comparison.run()
-    except Timeout as error:
-        raise ValueError(f"Another comparison is running in {comparison.folder}.") from error
+    with locked(comparison.folder):
+        comparison.check()
+        comparison.run()
     if comparison.failed:
         raise SystemExit(f"{len(comparison.failed)} runs failed; the same command runs only what is missing.")

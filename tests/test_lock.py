@@ -1,0 +1,123 @@
+"""A locked folder keeps other processes out, and is free once its process is gone."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hf_nexus.lock import LOCK_NAME, locked
+
+HOLD = """
+import os, sys, time
+from hf_nexus.lock import locked
+with locked(sys.argv[1]):
+    if len(sys.argv) > 2 and os.fork() == 0:  # like the worker of a data loader
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a process that holds a folder, in a process group of its own."""
+    started = []
+
+    def start(folder: Path, *options: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLD, str(folder), *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def test_another_process_is_named(tmp_path, hold):
+    process = hold(tmp_path)
+    with pytest.raises(ValueError, match=rf"process {process.pid} on {socket.gethostname()}, since 20\d\d-"):
+        locked(tmp_path).__enter__()
+    process.kill()
+    process.wait()
+    with locked(tmp_path):  # free, although the file of the killed process remains
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert os.listdir(tmp_path) == []
+
+
+def test_children_that_outlive_a_process_do_not_hold_its_folder(tmp_path, hold):
+    process = hold(tmp_path, "fork")
+    process.kill()
+    process.wait()
+    os.killpg(process.pid, 0)  # the child lives
+    with locked(tmp_path):
+        pass
+
+
+def test_a_process_may_enter_its_own_folder_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with locked(tmp_path / "new/folder"):
+        with locked("new//folder"):
+            pass
+        assert (tmp_path / "new/folder" / LOCK_NAME).exists()
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"pid": 7, "host": "elsewhere", "since": "yesterday"}'])
+def test_what_a_lost_process_left_does_not_lock(tmp_path, left, caplog):
+    (tmp_path / LOCK_NAME).write_text(left)
+    with caplog.at_level(logging.WARNING), locked(tmp_path):
+        pass
+    named = "process 7 on elsewhere, since yesterday" in caplog.text
+    assert named == ("elsewhere" in left)  # it may still run, if the disk has no locks between machines
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_without(tmp_path, number, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with locked(tmp_path):
+        pass
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "file")
+    with locked(tmp_path):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_that_its_holder_deletes_is_made_again(tmp_path, monkeypatch):
+    """Between opening and locking, the holder may end and delete the file, and a third process make another one."""
+    lockf, calls = fcntl.lockf, []
+
+    def delete_first(*args):
+        if not calls:
+            (tmp_path / LOCK_NAME).unlink()
+        calls.append(args)
+        lockf(*args)
+
+    monkeypatch.setattr(fcntl, "lockf", delete_first)
+    with locked(tmp_path):
+        assert len(calls) == 2
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
