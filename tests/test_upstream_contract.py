@@ -39,6 +39,7 @@ HOOKS = {
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "predict": None,
+    "_maybe_log_save_evaluate": None,
     "_get_output_dir": ["trial"],
     "_save_checkpoint": ["model", "trial"],
     "_save_rng_state": ["output_dir"],

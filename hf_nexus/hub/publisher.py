@@ -24,7 +24,16 @@ logger = logging.getLogger(__name__)
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 # Files that only a resumed run needs. The root of the repository is for users who load the model.
-_RESUME_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "pytorch_model_fsdp_", "global_step", "data_state")
+_RESUME_ONLY = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "pytorch_model_fsdp_",
+    "global_step",
+    "data_state",
+    "manifest",
+)
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
 _FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]

@@ -1,16 +1,11 @@
 """The output folder of a run: checkpoints of an earlier run, and the saved configuration."""
 
-import re
-import shutil
-from pathlib import Path
-
 import yaml
 from rich.console import Console
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import write_atomic
 from ..hub.facts import installed_versions
-from ..trainer.checkpoints import resolve_checkpoint
+from ..trainer.checkpoints import checkpoints_of, delete, resolve_checkpoint
 from .fields import PretrainArguments
 
 __all__ = ["CONFIG_NAME", "claim_folder", "find_checkpoint"]
@@ -29,7 +24,7 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
     args, folder = arguments.training, arguments.folder
     if (args.resume_from_checkpoint or "false").lower() != "false":
         return resolve_checkpoint(args.resume_from_checkpoint, str(folder))
-    if _checkpoints(folder) and not args.overwrite_output_dir:
+    if checkpoints_of(folder) and not args.overwrite_output_dir:
         raise ValueError(
             f"{folder} already holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint last, "
             "delete them with --overwrite_output_dir, or choose another --output_dir."
@@ -40,15 +35,10 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
 def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: Console) -> None:
     """Delete the checkpoints of an earlier run, unless it is resumed, and save the configuration of this run."""
     if checkpoint is None:
-        for old in _checkpoints(arguments.folder):
+        for old in checkpoints_of(arguments.folder):
             console.print(f"Deleting {old}, of an earlier run.")
-            shutil.rmtree(old)
+            delete(old)
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     header = "# The resolved configuration of a run, which `--config` with the path of this file repeats."
     text = yaml.safe_dump(arguments.resolved, sort_keys=False, allow_unicode=True)
     write_atomic(arguments.folder / CONFIG_NAME, f"{header}\n# {versions}\n{text}")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
-    return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []

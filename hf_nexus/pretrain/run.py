@@ -4,7 +4,8 @@ import gc
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from ..files import one_line_errors
+from ..lock import locked
 from ..mixture.builtin.corpus import builtin_documents
 from ..mixture.builtin.tokenizer import train_tokenizer
 from ..mixture.loading import Mixture, load_mixture
-from ..trainer.checkpoints import last_checkpoint
+from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.mixin import NexusTrainer
 from .checks import builtin_sources
 from .console import RunLog, print_plan, write_report
@@ -119,9 +121,14 @@ class PretrainRun:
     mixture: Mixture
     checkpoint: str | None
     console: Console
+    lock: ExitStack = field(default_factory=ExitStack)  # of the output folder
 
     def train(self) -> None:
-        """Train, evaluate the last step if it is not evaluated yet, save, and report."""
+        """Train, evaluate the last step if it is not evaluated yet, save, report, and release the output folder."""
+        with self.lock:
+            self._train()
+
+    def _train(self) -> None:
         trainer = self.trainer
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -149,7 +156,17 @@ class PretrainRun:
 
 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
-    """Load the data, print the plan, build the trainer and claim the output folder."""
+    """Lock the output folder, load the data, print the plan, build the trainer and claim the folder."""
+    with ExitStack() as stack:
+        if arguments.training.process_index == 0:
+            stack.enter_context(locked(arguments.folder))
+            recover(arguments.folder)
+        run = _prepare(arguments)
+        run.lock = stack.pop_all()
+        return run
+
+
+def _prepare(arguments: PretrainArguments) -> PretrainRun:
     args = arguments.training
     checkpoint = find_checkpoint(arguments)
     console = Console(quiet=args.process_index > 0)

@@ -1,10 +1,13 @@
 """Checkpoints that are complete or absent, and the random states from which each is resumed."""
 
+import errno
+import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +16,73 @@ import torch
 from accelerate.state import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
-__all__ = ["LAST", "RandomStates", "StagedCheckpoints", "is_complete", "last_checkpoint", "resolve_checkpoint"]
+from ..lock import locked
+from .distributed import max_over_ranks
+
+__all__ = [
+    "LAST",
+    "RandomStates",
+    "StagedCheckpoints",
+    "checkpoints_of",
+    "delete",
+    "is_complete",
+    "last_checkpoint",
+    "recover",
+    "resolve_checkpoint",
+]
+
+logger = logging.get_logger(__name__)
 
 # Values of `resume_from_checkpoint` on a command line for the newest checkpoint.
 LAST = ("last", "true")
 # Pushes of an output folder leave out names that begin with an underscore.
 STAGING_DIR = "_incomplete"
+# The files of a checkpoint and their sizes in bytes. It is written last.
+MANIFEST_NAME = "manifest.json"
 # transformers puts this file into a checkpoint that it begins because of a SIGTERM, and removes it at the end.
 SENTINEL = "checkpoint-is-incomplete.txt"
+# Without one of each, the Trainer would start the optimizer, the learning rate or the random numbers again.
+_STATES = ("optimizer*", "scheduler.pt", "rng_state*.pth")
+# The Trainer looks for these itself, in any format: they may have been converted.
+_WEIGHTS = ("model", "pytorch_model", "adapter_model")
+
+
+def checkpoints_of(folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in a folder, by their step."""
+    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).glob("*")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.name.split("-")[-1]))
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint is complete."""
-    return Path(checkpoint, TRAINER_STATE_NAME).is_file() and not Path(checkpoint, SENTINEL).exists()
+    """Whether a checkpoint has all files of its manifest, in their size."""
+    return _flaw(Path(checkpoint)) is None
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """
-    The newest complete checkpoint of an output folder; `None` if there is none. transformers' `get_last_checkpoint`
-    returns incomplete ones, too.
+    The newest complete checkpoint of an output folder; `None` if there is none. A warning names those passed over.
 
     Example:
         >>> from hf_nexus.trainer.checkpoints import last_checkpoint
         >>> last_checkpoint("no/such/folder") is None
         True
     """
-    folder = Path(folder)
-    _recover(folder)
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdecimal()]
-    found = [path for path in found if is_complete(path)]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+    for path in reversed(checkpoints_of(folder)):
+        flaw = _flaw(path) or _lacking(path)
+        if flaw is None:
+            return str(path)
+        logger.warning(f"{path} is passed over: {flaw}.")
+    return None
 
 
 def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
     """
     The checkpoint to resume from: a path, or for `True`, `"last"` and `"true"` the newest complete one.
+
+    A path may lead to a checkpoint without a manifest, which the Trainer or an earlier version has written.
 
     Raises:
         ValueError: there is no complete checkpoint, or the given one is not complete.
@@ -57,25 +90,142 @@ def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
     if not resume:
         return None
     wanted = str(resume)
-    if is_complete(wanted):
-        return wanted
-    if wanted.lower() not in LAST:
+    if wanted.lower() in LAST and not os.path.isdir(wanted):
+        last = last_checkpoint(folder)
+        if last is None:
+            raise ValueError(
+                f"No valid checkpoint found in output directory ({folder}). Train without resuming, or pass the path "
+                "of a checkpoint."
+            )
+        return last
+    path = Path(wanted)
+    has_manifest = (path / MANIFEST_NAME).exists()
+    flaw = (_flaw(path, converted=True) if has_manifest else _unfinished(path)) or _lacking(path)
+    if flaw is not None:
+        changed = f" If you changed the folder yourself, delete its {MANIFEST_NAME}." if has_manifest else ""
         raise ValueError(
-            f"The checkpoint {wanted!r} does not exist or was not written to its end. Resume from an earlier "
-            "one, or with resume_from_checkpoint=True from the newest that is complete."
+            f"Can't find a valid checkpoint at {wanted}: {flaw}. Resume from an earlier one, or with "
+            f"resume_from_checkpoint=True from the newest that is complete.{changed}"
         )
-    last = last_checkpoint(folder)
-    if last is None:
-        raise ValueError(f"No complete checkpoint was found in {folder!r}; train without resuming.")
-    return last
+    return wanted
 
 
-def _recover(run_dir: Path) -> None:
-    """Restore a checkpoint that was moved for a new one of the same step, if the new one is incomplete."""
-    for replaced in (run_dir / STAGING_DIR / "replaced").glob("*"):
-        if not is_complete(run_dir / replaced.name):
-            with suppress(OSError):  # another rank was faster
-                replaced.rename(run_dir / replaced.name)
+def _unfinished(checkpoint: Path) -> str | None:
+    """Why a checkpoint was not written to its end, as far as it can be seen without a manifest."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if (checkpoint / SENTINEL).exists():
+        return f"it was not written to its end, as {SENTINEL} shows"
+    state = checkpoint / TRAINER_STATE_NAME
+    return None if state.is_file() and state.stat().st_size else f"{TRAINER_STATE_NAME} is missing or empty"
+
+
+def _flaw(checkpoint: Path, converted: bool = False) -> str | None:
+    """Why a checkpoint is not complete. It may have `converted` weights in place of those that were saved."""
+    unfinished = _unfinished(checkpoint)
+    if unfinished is not None:
+        return unfinished
+    manifest = _read_manifest(checkpoint)
+    if manifest is None:
+        return f"{MANIFEST_NAME} is missing or damaged"
+    sizes = _sizes(checkpoint)
+    for name, size in manifest.items():
+        if name not in sizes and not (converted and name.startswith(_WEIGHTS)):
+            return f"{name} is missing"
+        if sizes.get(name, size) != size:
+            return f"{name} has {sizes[name]} bytes, and {size} were written"
+    return None
+
+
+def _lacking(checkpoint: Path) -> str | None:
+    """What a run cannot be resumed without. DeepSpeed (`latest`) has its own files."""
+    missing = [pattern for pattern in _STATES if not any(checkpoint.glob(pattern))]
+    if not missing or (checkpoint / "latest").exists():
+        return None
+    return f"{missing[0]} is missing, without which the run cannot be resumed (was it saved with save_only_model?)"
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST_NAME)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, int] | None:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+# ---- Changes on the disk that a crash cannot leave half done ----
+
+
+def _seal(checkpoint: Path) -> None:
+    """Write the manifest of a checkpoint whose files are on the disk."""
+    scratch = checkpoint / f"{MANIFEST_NAME}.tmp"
+    scratch.write_text(json.dumps(_sizes(checkpoint), indent=1), encoding="utf-8")
+    _force(scratch)
+    scratch.replace(checkpoint / MANIFEST_NAME)
+    _force(checkpoint)
+
+
+def _publish(staged: Path) -> None:
+    """Give a checkpoint its name, whose files are on the disk."""
+    run_dir = staged.parent.parent
+    _set_aside(run_dir / staged.name)  # of an earlier run, or the folder that transformers has marked for a SIGTERM
+    staged.rename(run_dir / staged.name)
+    _force(run_dir)
+
+
+def _finish(staged: Path) -> None:
+    _seal(staged)
+    _publish(staged)
+    _clear(staged.parent.parent)
+
+
+def recover(run_dir: str | Path) -> None:
+    """Give a checkpoint its name that a killed process has completed, and delete what else it left."""
+    for staged in checkpoints_of(Path(run_dir, STAGING_DIR)):
+        if is_complete(staged) and not is_complete(Path(run_dir, staged.name)):
+            _publish(staged)
+    _clear(Path(run_dir))
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, which disappears at once and not file by file."""
+    _set_aside(checkpoint)
+    _clear(checkpoint.parent)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    if checkpoint.exists():
+        aside = checkpoint.parent / STAGING_DIR / "deleted" / checkpoint.name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.rename(aside)
+
+
+def _clear(run_dir: Path) -> None:
+    staging = run_dir / STAGING_DIR
+    if staging.is_symlink():
+        staging.unlink()
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _force(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # a temporary file of another rank
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class StagedCheckpoints:
@@ -90,31 +240,76 @@ class StagedCheckpoints:
 
     def __init__(self, args: Any):
         self._args = args
+        self._resumed: str | None = None
+        self._new: Path | None = None
         self.staging = False
         self.stopped_by_sigterm = False
 
-    def begin(self) -> None:
-        """Delete what a killed run left, before training."""
-        folder = Path(self._args.output_dir)
-        self.stopped_by_sigterm = False
-        _recover(folder)
-        if self._args.should_save:
-            shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)
+    @contextmanager
+    def run(self, run_dir: str, resume: str | bool | None) -> Iterator[str | None]:
+        """
+        Lock the folder of a run inside the context, which gives the checkpoint to resume from. For all ranks.
+
+        Raises:
+            ValueError: on all ranks, if another process trains in the folder, or a rank has no complete checkpoint, or
+                another one than the others.
+        """
+        self._resumed, self.stopped_by_sigterm = None, False
+        with ExitStack() as stack:
+            with self._together():
+                if self._args.process_index == 0:
+                    stack.enter_context(locked(run_dir))
+                if self._args.should_save:
+                    recover(run_dir)
+            with self._together():
+                self._resumed = resolve_checkpoint(resume, self._args.output_dir)
+            yield self._resumed
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Raise the error of one rank on all ranks, and one if they would resume from different steps."""
+        error, step = None, -1
+        try:
+            yield
+            if self._resumed is not None:
+                step = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).global_step
+        except ValueError as refusal:
+            error = refusal
+        if self._args.world_size > 1:
+            facts = torch.tensor([error is not None, step, -step], device=self._args.device)
+            failed, last, first = max_over_ranks(facts).tolist()
+            if failed:
+                raise error or ValueError("Another rank cannot start to train: see its message.")
+            if last != -first:
+                raise ValueError(
+                    f"The ranks would resume from different steps, {-first} and {last}. Copy the newest complete "
+                    "checkpoint to every machine, or pass the path of one that every machine has."
+                )
+        elif error is not None:
+            raise error
+
+    def find_best(self, state: TrainerState) -> None:
+        """Look for the best checkpoint of a resumed run where the run is now, which may have been moved."""
+        if self._resumed is not None and state.best_global_step:
+            best = os.path.join(os.path.dirname(self._resumed), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            if os.path.isdir(best) and best != state.best_model_checkpoint:
+                logger.warning(f"The best checkpoint so far is {best}.")
+                state.best_model_checkpoint = best
 
     def folder(self, run_dir: str) -> str:
         """The folder into which the Trainer writes: the run's, or `_incomplete` in it while one is written."""
         return os.path.join(run_dir, STAGING_DIR) if self.staging else run_dir
 
     @contextmanager
-    def stage(self, run_dir: str, state: TrainerState) -> Iterator[Path]:
+    def stage(self, run_dir: str, state: TrainerState) -> Iterator[str]:
         """
         Write one checkpoint inside the context, which gives its final path. All ranks must enter it. The path of the
         best checkpoint in `state` is corrected.
         """
         processes = PartialState()
         staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        final = Path(run_dir, staged.name)
-        if self._args.enable_jit_checkpoint and (final / SENTINEL).exists():
+        final = os.path.join(run_dir, staged.name)
+        if self._args.enable_jit_checkpoint and os.path.exists(os.path.join(final, SENTINEL)):
             self.stopped_by_sigterm = True
         if self._args.should_save:
             shutil.rmtree(staged, ignore_errors=True)  # of an earlier attempt
@@ -124,31 +319,58 @@ class StagedCheckpoints:
             yield final
         finally:
             self.staging = False
-        if state.best_model_checkpoint == str(staged):
-            state.best_model_checkpoint = str(final)
-            if self._args.should_save:
-                state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        written = state.best_model_checkpoint
+        self._follow_best(state, run_dir)
+        if state.best_model_checkpoint != written and self._args.should_save:
+            state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        for path in [*staged.rglob("*"), staged]:  # each rank, because another machine has its own cache
+            _force(path)
         processes.wait_for_everyone()
         if self._args.should_save:
-            _move(staged, final)
+            self._new = Path(final)
+            _finish(staged)
         processes.wait_for_everyone()
         if processes.is_local_main_process and staged.exists():  # on a node that does not share the disk
-            _move(staged, final)
+            _finish(staged)
 
-    def rotate(self, run_dir: str, best: str | None) -> None:
-        """Delete the oldest checkpoints beyond `save_total_limit`, but not the best."""
-        if self._args.should_save:
-            rotate_checkpoints(run_dir, self._args.save_total_limit, best, use_mtime=True)
+    def _follow_best(self, state: TrainerState, run_dir: str) -> None:
+        """
+        Point to the checkpoint of the best step. The Trainer looks for it where this checkpoint is written, and finds
+        none of an earlier step.
+        """
+        name, known = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}", state.best_model_checkpoint
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = os.path.join(run_dir, name)
+            return
+        if known and os.path.basename(known) == name and os.path.isdir(known):
+            return  # also where the run was resumed from
+        if os.path.isdir(os.path.join(run_dir, name)):
+            state.best_model_checkpoint = os.path.join(run_dir, name)
 
+    def seal_again(self) -> None:
+        """Renew the manifest of a new checkpoint that a callback has changed in `on_save`."""
+        new, self._new = self._new, None
+        if new is not None and new.is_dir() and _sizes(new) != _read_manifest(new):
+            for path in new.rglob("*"):
+                _force(path)
+            _seal(new)
 
-def _move(staged: Path, final: Path) -> None:
-    if final.exists():  # an earlier run's, or the folder that transformers has marked for a SIGTERM
-        replaced = staged.parent / "replaced" / final.name
-        shutil.rmtree(replaced, ignore_errors=True)
-        replaced.parent.mkdir(exist_ok=True)
-        final.rename(replaced)
-    staged.rename(final)
-    shutil.rmtree(staged.parent, ignore_errors=True)
+    def rotate(self, checkpoint: str, best: str | None) -> None:
+        """Delete the oldest checkpoints beyond `save_total_limit`, but neither the new one nor the best."""
+        limit, found = self._args.save_total_limit or 0, checkpoints_of(os.path.dirname(checkpoint))
+        if not self._args.should_save or limit <= 0:
+            return
+        kept = {Path(path).resolve() for path in (checkpoint, best) if path is not None}
+        complete = [path for path in found if is_complete(path)]
+        spare = [path for path in complete if path.resolve() not in kept]
+        surplus = spare[: max(0, len(complete) - max(limit, len(kept)))]
+        if len(complete) >= limit:  # enough without those that are not complete
+            surplus += [path for path in found if path not in complete and path.resolve() not in kept]
+        for path in surplus:
+            try:
+                delete(path)
+            except OSError as error:  # an old checkpoint must not cost a run
+                logger.warning(f"{path} could not be deleted: {error}")
 
 
 class RandomStates:

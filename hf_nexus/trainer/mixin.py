@@ -28,7 +28,7 @@ from ..mixture.training_data import TrainingData
 from ..strict import read_yaml
 from .arguments import arguments_by_name, changed, with_nexus_fields
 from .card import CARD_FILES, RunFacts, write_card
-from .checkpoints import RandomStates, StagedCheckpoints, resolve_checkpoint
+from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings
 from .cosines import source_cosines
 from .distributed import sum_over_ranks
@@ -224,32 +224,34 @@ class NexusTrainerMixin(_Base):
 
     # ---- Before the first step ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """
         Train as the base class does. `resume_from_checkpoint` may also be `"last"` or `"true"`, as on a command line.
 
-        If a source cannot be read any more, a checkpoint is saved before the error is raised, unless nothing was
-        trained since the last.
+        The folder of the run is locked. If a source cannot be read any more, a checkpoint is saved before the error is
+        raised, unless nothing was trained since the last.
 
         Raises:
-            ValueError: there is no complete checkpoint, or the given one is not complete.
+            ValueError: there is no complete checkpoint, or the given one is not complete, or another process trains in
+                the same folder.
             SourceError: the network failed for too long, or a source has a row that cannot be used.
         """
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
-        self._checkpoints.begin()
-        try:
-            return super().train(checkpoint, *args, **kwargs)
-        except SourceError as error:
-            self.is_in_train = False
-            step = self.state.global_step
-            if step == self._feed.first_step:  # there is nothing new to save
-                raise
-            self._save_checkpoint(self.model, trial=None)
-            raise SourceError(
-                f"{error}\nTraining stopped after step {step}, and a checkpoint was saved in "
-                f"{self.args.output_dir!r}. Fix the cause, then go on with resume_from_checkpoint=True."
-            ) from error
+        with self._checkpoints.run(self._get_output_dir(trial), resume_from_checkpoint) as checkpoint:
+            self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
+            try:
+                return super().train(checkpoint, trial, *args, **kwargs)
+            except SourceError as error:
+                self.is_in_train = False
+                step = self.state.global_step
+                if step == self._feed.first_step:  # there is nothing new to save
+                    raise
+                self._save_checkpoint(self.model, trial=None)
+                raise SourceError(
+                    f"{error}\nTraining stopped after step {step}, and a checkpoint was saved in "
+                    f"{self.args.output_dir!r}. Fix the cause, then go on with resume_from_checkpoint=True."
+                ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, and warn of settings that have changed."""
@@ -291,6 +293,7 @@ class NexusTrainerMixin(_Base):
         step = self.state.global_step
         self._feed.begin(step)
         self._random_states.begin()
+        self._checkpoints.find_best(self.state)
         self.meter.begin(self._saved_states().get("TrainingMeter") if step else None)
         attach_plots(self.callback_handler.callbacks, self.data.names)
         return prepared
@@ -586,6 +589,11 @@ class NexusTrainerMixin(_Base):
 
     # ---- Saving ----
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._checkpoints.seal_again()
+
     def _get_output_dir(self, trial: Any) -> str:
         """The folder of checkpoints, or of incomplete ones while a checkpoint is written."""
         return self._checkpoints.folder(super()._get_output_dir(trial))
@@ -599,8 +607,8 @@ class NexusTrainerMixin(_Base):
         with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as checkpoint:
             super()._save_checkpoint(model, trial)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-        self._checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
+            self._push_from_checkpoint(checkpoint)
+        self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
         self.meter.pause(time.perf_counter() - started)
 
     def _saved_states(self) -> dict[str, Any]:

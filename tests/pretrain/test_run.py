@@ -179,9 +179,9 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(config, finished, tmp_path):
 
 
 def test_there_must_be_something_to_resume_from(config, tmp_path):
-    with pytest.raises(ValueError, match="No complete checkpoint was found"):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
         run(config, tmp_path, "--resume_from_checkpoint", "last")
-    with pytest.raises(ValueError, match="does not exist or was not written to its end"):
+    with pytest.raises(ValueError, match="there is no such folder"):
         run(config, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-9"))
 
 

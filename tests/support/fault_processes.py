@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_nexus import NexusTrainer
-from hf_nexus.trainer.checkpoints import STAGING_DIR
-from tests.support.faults import SAVING, Call, K, before, in_move, make
+from hf_nexus.trainer.checkpoints import STAGING_DIR, is_complete, last_checkpoint
+from tests.support.faults import SAVING, Call, K, before, in_move, make, model, weights
 
 
 class Terminate:
@@ -57,6 +58,8 @@ def unfinished(out: Path, ranks: int = 1) -> list[str]:
     for folder in out.glob("checkpoint-*"):
         if (folder / "checkpoint-is-incomplete.txt").exists():
             continue  # marked by transformers
+        if not is_complete(folder):
+            found.append(f"{folder.name} is not complete")
         files = ["model.safetensors", "optimizer.pt", "scheduler.pt", "nexus.yaml", *states]
         found += [f"{folder.name} lacks {name}" for name in files if not (folder / name).exists()]
         try:
@@ -66,13 +69,16 @@ def unfinished(out: Path, ranks: int = 1) -> list[str]:
     return found
 
 
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
 def watch_files(out: Path, ranks: int = 1) -> list[list[str]]:
     """List `unfinished` each time that this process opens, moves or removes a file, until it ends."""
     found: list[list[str]] = []
     looking = [False]
 
     def look(event: str, args: tuple) -> None:
-        if looking[0] or event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if looking[0] or event not in FILE_EVENTS:
             return
         looking[0] = True
         with suppress(FileNotFoundError):
@@ -121,10 +127,34 @@ def train_until_killed(out: Path, place: str) -> None:
 
 def train_watched(out: Path, found: Path) -> None:
     """Run in another process, because its audit hook cannot be removed. Write the list of `watch_files` to `found`."""
-    trainer = make(out, **SAVING)
+    trainer = make(out, **SAVING, save_total_limit=2)
     looks = watch_files(out)
     trainer.train()
     found.write_text(json.dumps({"seen": [lack for look in looks for lack in look], "looks": len(looks)}))
+
+
+ROTATING = {**SAVING, "save_total_limit": 2, "metric_for_best_model": "loss", "eval_steps": 1, "max_steps": 8}
+
+
+def train_until(out: Path, end: Path, events: int | None, seconds: float | None) -> None:
+    """
+    Run in another process: train, or resume if there is a checkpoint, and save the weights to `end`. The process is
+    killed when it uses a file of `out` for the `events`-th time, or after some seconds.
+    """
+    resume = last_checkpoint(out) is not None
+    trainer = make(out, model(seed=5 if resume else 0), **ROTATING)
+    used = Call(events or 0, kill)
+
+    def look(event: str, args: tuple) -> None:
+        if event in FILE_EVENTS and str(out) in str(args[0]):
+            used()
+
+    sys.addaudithook(look)
+    if seconds is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # nobody handles its signal, which therefore ends the process
+    trainer.train(resume_from_checkpoint=resume)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    torch.save((weights(trainer), used.calls), end)
 
 
 def in_a_process(function: Callable, *args: Any) -> int:

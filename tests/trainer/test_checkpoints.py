@@ -1,4 +1,4 @@
-"""A visible checkpoint folder is complete, even if writing it is interrupted."""
+"""A checkpoint counts only if all of it is there, the best one is kept and found, and a folder has one run."""
 
 import json
 import os
@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_nexus.trainer.checkpoints import STAGING_DIR, is_complete, last_checkpoint
+from hf_nexus.lock import LOCK_NAME
+from hf_nexus.trainer.checkpoints import (
+    MANIFEST_NAME,
+    STAGING_DIR,
+    checkpoints_of,
+    is_complete,
+    last_checkpoint,
+    recover,
+)
 from tests.support.tiny import Rows, tiny_llama
 
 
@@ -31,8 +40,15 @@ def fake_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     if complete:
-        (path / "trainer_state.json").write_text("{}")
+        for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (path / name).write_text("{}")
+        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+        (path / MANIFEST_NAME).write_text(json.dumps(sizes))
     return path
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name.split("-")[-1]) for path in checkpoints_of(folder)]
 
 
 def test_a_checkpoint_that_is_visible_while_saving_is_complete(saving, tmp_path):
@@ -98,12 +114,12 @@ def test_incomplete_checkpoints_are_passed_over_when_resuming(saving, tmp_path):
 @pytest.mark.parametrize("name", ["checkpoint-7", "nowhere"])
 def test_resuming_from_an_incomplete_checkpoint_is_refused(saving, tmp_path, name):
     fake_checkpoint(tmp_path / "run", 7, complete=False)
-    with pytest.raises(ValueError, match="was not written to its end"):
+    with pytest.raises(ValueError, match=r"Can't find a valid checkpoint at .*: (trainer_state|there is)"):
         saving().train(resume_from_checkpoint=str(tmp_path / "run" / name))
 
 
 def test_resuming_without_a_checkpoint_is_refused(saving):
-    with pytest.raises(ValueError, match="No complete checkpoint"):
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         saving().train(resume_from_checkpoint=True)
 
 
@@ -115,10 +131,15 @@ def test_a_checkpoint_of_the_same_step_is_replaced(saving, tmp_path):
     assert not (old / "of_the_old_run.txt").exists()
 
 
-def test_a_replaced_checkpoint_returns_if_nothing_replaced_it(tmp_path):
-    aside = fake_checkpoint(tmp_path / "run" / STAGING_DIR / "replaced", 2)
-    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
-    assert not aside.exists()
+def test_a_complete_checkpoint_gets_its_name_after_a_kill(tmp_path):
+    run, old = tmp_path / "run", fake_checkpoint(tmp_path / "run", 3, complete=False)
+    for step in (2, 3):
+        fake_checkpoint(run / STAGING_DIR, step)
+    fake_checkpoint(run / STAGING_DIR / "deleted", 1)
+    (old / "checkpoint-is-incomplete.txt").touch()
+    recover(run)
+    assert steps_of(run) == [2, 3] and all(is_complete(path) for path in checkpoints_of(run))
+    assert not (run / STAGING_DIR).exists()
 
 
 def test_the_best_checkpoint_is_known_by_its_final_path(saving, tmp_path):
@@ -136,6 +157,234 @@ def test_the_best_checkpoint_is_known_by_its_final_path(saving, tmp_path):
     assert len(list(run.glob("checkpoint-*"))) <= 2  # the best and the newest
     state = json.loads((Path(best) / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
+
+
+def damage(file: Path, how: str) -> None:
+    if how == "gone":
+        file.unlink()
+    else:  # shorter, or without content as after a power failure
+        file.write_bytes(file.read_bytes()[:-1] if how == "cut" else b"")
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
+def test_a_checkpoint_without_one_of_its_files_is_passed_over(saving, tmp_path, how, caplog):
+    """Every file counts: without the optimizer's, for example, the Trainer would go on with an empty one."""
+    trainer = saving()
+    trainer.train()
+    newest, whole = tmp_path / "run/checkpoint-3", tmp_path / "whole"
+    newest.rename(whole)
+    names = [path.name for path in whole.iterdir()]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST_NAME} < set(names)
+    for name in names:
+        shutil.copytree(whole, newest)
+        damage(newest / name, how)
+        assert not is_complete(newest)
+        assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run/checkpoint-2")
+        assert f"checkpoint-3 is passed over: {name} " in caplog.text
+        if name not in (MANIFEST_NAME, "model.safetensors") or how != "gone":
+            with pytest.raises(ValueError, match=f"Can't find a valid checkpoint at .*: {name} "):
+                trainer.train(resume_from_checkpoint=str(newest))
+        shutil.rmtree(newest)
+    shutil.copytree(whole, newest)
+    (newest / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint at"):  # of the Trainer
+        trainer.train(resume_from_checkpoint=str(newest))
+
+
+def test_a_run_is_not_resumed_from_the_model_alone(saving, tmp_path, caplog):
+    saving(save_only_model=True).train()
+    assert is_complete(tmp_path / "run/checkpoint-3")
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        saving().train(resume_from_checkpoint=True)
+    assert "optimizer* is missing" in caplog.text
+    with pytest.raises(ValueError, match=r"optimizer\* is missing.*save_only_model"):
+        saving().train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+
+
+def test_a_checkpoint_of_the_trainer_is_resumed_by_its_path(saving, tmp_path):
+    stock = saving(trainer_class=Trainer, nexus=False)
+    stock.train()
+    checkpoint = tmp_path / "run/checkpoint-2"
+    again = saving(nexus=False, model=tiny_llama(seed=5))
+    with pytest.raises(ValueError, match="pass the path"):
+        again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(weights(again.model), weights(stock.model))
+    for missing in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / missing).rename(tmp_path / "aside")
+        with pytest.raises(ValueError, match=f"{missing[:9]}.* is missing"):
+            again.train(resume_from_checkpoint=str(checkpoint))
+        (tmp_path / "aside").rename(checkpoint / missing)
+
+
+def test_converted_weights_are_resumed_by_their_path(saving, tmp_path):
+    whole = saving()
+    whole.train()
+    checkpoint = tmp_path / "run/checkpoint-2"
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    again = saving(model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+class ChangeCheckpoints(TrainerCallback):
+    """Adds, changes and deletes files of a checkpoint, as callbacks that convert adapters do."""
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        (folder / "notes").mkdir()
+        (folder / "notes" / "added.txt").write_text("added")
+        (folder / "config.json").write_text("{}")
+        (folder / "generation_config.json").unlink()
+
+
+def test_a_checkpoint_that_a_callback_changes_is_complete(saving, tmp_path):
+    whole = saving()
+    whole.add_callback(ChangeCheckpoints)
+    whole.train()
+    checkpoint = tmp_path / "run/checkpoint-2"
+    assert all(is_complete(path) for path in checkpoints_of(tmp_path / "run"))
+    (checkpoint / "later.txt").touch()  # more than was written is no damage
+    shutil.rmtree(tmp_path / "run/checkpoint-3")
+    again = saving(model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_files_are_on_the_disk_before_a_checkpoint_is_seen(saving, tmp_path, monkeypatch):
+    run, forced, fsync, rename = tmp_path / "run", [], os.fsync, Path.rename
+
+    def note(descriptor):
+        forced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def look(source, target):
+        if source.parent.name == STAGING_DIR:
+            names = {path.name for path in forced}
+            assert {path.name for path in source.rglob("*")} - {MANIFEST_NAME} < names
+            assert forced[-2:] == [source / f"{MANIFEST_NAME}.tmp", source]
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", look)
+    saving(max_steps=1).train()
+    assert forced[-1] == run
+
+
+# ---- Rotation ----
+
+
+def test_the_oldest_steps_are_deleted_whatever_the_clock_says(saving, tmp_path):
+    class SetBack(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            new = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            os.utime(new, (2e9 - 100 * state.global_step,) * 2)
+
+    trainer = saving(save_total_limit=2, max_steps=5)
+    trainer.add_callback(SetBack)
+    trainer.train()
+    assert steps_of(tmp_path / "run") == [4, 5]
+
+
+def test_a_checkpoint_before_later_ones_is_kept(saving, tmp_path):
+    saving(max_steps=6).train()
+    saving(save_total_limit=2, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert steps_of(tmp_path / "run") == [3, 6]
+
+
+def test_incomplete_checkpoints_do_not_count(saving, tmp_path):
+    fake_checkpoint(tmp_path / "run", 1, complete=False)
+    saving(save_total_limit=2, max_steps=2, save_steps=2).train()
+    assert steps_of(tmp_path / "run") == [1, 2]  # one complete checkpoint of two
+    saving(save_total_limit=2, max_steps=4, save_steps=2).train(resume_from_checkpoint=True)
+    assert steps_of(tmp_path / "run") == [2, 4]
+
+
+# ---- The best checkpoint ----
+
+FIRST_IS_BEST = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+
+
+def best(**config):
+    """Settings with which the first evaluation is the best."""
+    return {**FIRST_IS_BEST, "trainer_kwargs": {"eval_dataset": Rows(8, 0)}, "save_total_limit": 1, **config}
+
+
+@pytest.mark.parametrize(
+    ("form", "nexus"),
+    [("./out", True), ("./out", False), ("a//out", True), ("a/../out/", True), ("{}//./out", True)],
+)
+def test_the_best_is_loaded_from_any_form_of_a_path(saving, tmp_path, monkeypatch, form, nexus):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    trainer = saving(output_dir=form.format(tmp_path), nexus=nexus, **best(load_best_model_at_end=True))
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    assert steps_of(form.format(tmp_path)) == [1]
+    assert os.path.samefile(trainer.state.best_model_checkpoint, form.format(tmp_path) + "/checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("change", "nexus"),
+    [("moved", True), ("moved", False), ("copied", True), ("elsewhere", True), ("other folder", True)],
+)
+def test_the_best_is_kept_after_a_resume_elsewhere(saving, tmp_path, monkeypatch, change, nexus):
+    monkeypatch.chdir(tmp_path)
+    settings = {"nexus": nexus, **best(load_best_model_at_end=True, save_total_limit=2)}
+    saving(output_dir="run", **settings).train()
+    folder, out = "run", "run"
+    if change == "moved":
+        folder = out = "b/run"
+        shutil.move("run", "b/run")
+    elif change == "copied":
+        folder = out = "copy"
+        shutil.copytree("run", "copy")
+    elif change == "elsewhere":
+        (tmp_path / "deeper").mkdir()
+        monkeypatch.chdir(tmp_path / "deeper")
+        folder = out = "../run"
+    else:
+        out = "new"
+        fake_checkpoint(tmp_path / "new", 1)  # of another run
+    again = saving(output_dir=out, model=tiny_llama(seed=5), **{**settings, "max_steps": 6})
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+    assert again.state.best_global_step == 1
+    assert again.state.best_model_checkpoint == f"{folder}/checkpoint-1"
+    assert again.evaluate()["eval_loss"] == again.state.best_metric
+    assert steps_of(folder)[0] == 1 and steps_of(out)[-1] == 6
+    state = json.loads(Path(out, "checkpoint-6/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == f"{folder}/checkpoint-1"
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_the_best_may_be_evaluated_after_its_checkpoint(saving, tmp_path, nexus):
+    """The evaluation at the end of an epoch follows the checkpoint of the same step."""
+    trainer = saving(nexus=nexus, max_steps=6, **best(eval_strategy="epoch"))
+    trainer.train_dataset = Rows(16, 0)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run/checkpoint-2")
+    assert is_complete(trainer.state.best_model_checkpoint)
+
+
+# ---- One run per folder ----
+
+
+def test_a_folder_has_one_run(saving, tmp_path, monkeypatch):
+    holder = {"pid": 7, "host": "node-3", "since": "today"}
+
+    def held(*args):
+        raise BlockingIOError(11, "held")
+
+    trainer = saving(trainer_kwargs={"eval_dataset": Rows(8, 0)})
+    (tmp_path / "run" / LOCK_NAME).write_text(json.dumps(holder))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="process 7 on node-3, since today"):
+        patch.setattr("fcntl.lockf", held)
+        assert trainer.evaluate()["eval_loss"] > 0
+        trainer.train()
+    trainer.train()
+    assert LOCK_NAME not in os.listdir(tmp_path / "run")
 
 
 class SaveBeforeTheStep(TrainerCallback):

@@ -6,13 +6,17 @@ import itertools
 import json
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
+from random import Random
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer
 
+from hf_nexus.trainer.checkpoints import STAGING_DIR, checkpoints_of, is_complete
 from tests.support import fault_processes, faults
 from tests.support.faults import (
     IN_INNER_STEPS,
@@ -222,13 +226,44 @@ def test_out_of_memory_restarts_smaller_from_clean_weights(tmp_path, inner_step)
 # ---- Killed, and terminated with notice ----
 
 
-@pytest.mark.parametrize(("place", "start"), [("window", 2), ("checkpoint", 1), ("rename", 1), ("replace", 1)])
+@pytest.mark.parametrize(("place", "start"), [("window", 2), ("checkpoint", 1), ("rename", 2), ("replace", 1)])
 def test_a_killed_run_is_resumed_as_if_it_had_not_been(tmp_path, undisturbed, place, start):
     if place == "replace":
         assert broken_off(make(tmp_path, **SAVING), IN_INNER_STEPS["forward"], Bomb(K + 1))
     assert fault_processes.in_a_process(fault_processes.train_until_killed, tmp_path, place) == -signal.SIGKILL
     assert fault_processes.unfinished(tmp_path) == []
     assert_resumes(tmp_path, *undisturbed, start=start)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_resume_to_the_same_end(tmp_path):
+    """Fifty kills, half of them while a file is used: when checkpoints are written, renamed and deleted."""
+    steps, trainer = [], make(tmp_path / "whole", **fault_processes.ROTATING)
+    trainer.add_callback(AtEvents(lambda event: steps.append(weights(trainer)), "on_step_end"))
+    trainer.train()
+    out, end, random = tmp_path / "out", tmp_path / "end.pt", Random(0)
+    assert fault_processes.in_a_process(fault_processes.train_until, out, end, None, None) == 0
+    events, kills, seen = torch.load(end)[1], [], Counter()
+    assert events > 100
+    while len(kills) < 50:
+        if end.exists():  # begin again
+            end.unlink()
+            shutil.rmtree(out)
+        at = (random.randint(1, events), None) if len(kills) % 2 else (None, random.uniform(0.05, 1.5))
+        status = fault_processes.in_a_process(fault_processes.train_until, out, end, *at)
+        kills += [at] * (status != 0)
+        seen["ends"] += status == 0
+        for checkpoint in checkpoints_of(out):
+            assert is_complete(checkpoint), at  # nothing that can be seen is half written or half deleted
+            step, saved = int(checkpoint.name.split("-")[-1]), load_file(checkpoint / "model.safetensors")
+            names = [name for name, _ in trainer.model.named_parameters()]
+            assert torch.equal(faults.flat(saved[name] for name in names), steps[step - 1])
+            seen["checkpoints"] += 1
+        assert fault_processes.unfinished(out) == []
+        if end.exists():
+            assert torch.equal(torch.load(end)[0], steps[-1])
+        seen["in a save"] += (out / STAGING_DIR).exists()
+    assert seen["in a save"] > 5 and seen["ends"] > 3
 
 
 def terminated(out: Path, place, at: int, start: str | None = None, **config) -> faults.NexusTrainer:
@@ -287,7 +322,7 @@ def test_a_visible_checkpoint_is_complete(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["looks"] > 10 * STEPS
     assert found["seen"] == []
-    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == STEPS
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2  # rotation deletes the others
 
 
 def test_a_checkpoint_that_fails_is_none(tmp_path, undisturbed):

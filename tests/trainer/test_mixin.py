@@ -627,6 +627,7 @@ def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_pat
     assert "Resuming with inner_lr=0.2; the checkpoint was trained with 0.05" in caplog.text
     assert "inner_direction" not in caplog.text
     (folder / "nexus.yaml").write_text("")
+    (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"nexus\.yaml is empty"):
         changed.train(resume_from_checkpoint=str(folder))
 

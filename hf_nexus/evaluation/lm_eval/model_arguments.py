@@ -54,7 +54,7 @@ def _is_missing_folder(folder: Path) -> bool:
 def _check_folder(model: str, folder: Path) -> None:
     if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return
-    checkpoints = sorted(folder.glob("checkpoint-*/"), key=lambda path: path.stat().st_mtime)
+    checkpoints = sorted(folder.glob("checkpoint-*/"), key=lambda path: (len(path.name), path.name))  # by step
     problem = "it has neither config.json nor adapter_config.json" if folder.is_dir() else "there is no such folder"
     hint = f" Did you mean {checkpoints[-1]}?" if checkpoints else ""
     raise ValueError(f"model={model!r} is not a model: {problem}.{hint}")
