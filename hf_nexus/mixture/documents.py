@@ -1,13 +1,14 @@
 """Documents of a source: loading them, and the text and tokens of each row."""
 
-import glob
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from .config import BUILTIN_PREFIX, SourceConfig
+from .local_files import card_lists_files, is_local, local_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -18,12 +19,12 @@ __all__ = [
     "column_names",
     "document_hash",
     "load_documents",
+    "naming_source",
     "require_chat_template",
     "split_text",
 ]
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8`."
 
 
 # ---- Loading ----
@@ -41,30 +42,45 @@ def load_documents(
         ValueError: Nothing is there, it has no such split, subset or column, or it has no documents.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     path = os.path.expanduser(source.path)
-    try:
+    options: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
+    with naming_source(name, source, split):
         if source.path.startswith(BUILTIN_PREFIX):
             documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
-        elif _is_local(path):
-            documents = _load_local(path, source, split, cache_dir, streaming)
+        elif any(os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+            documents = _load_saved(path, split)
+        elif is_local(path) and not card_lists_files(path):
+            documents = load_dataset(**local_files(name, path, source, split), **options)
         else:
-            options = {"revision": source.revision, "cache_dir": cache_dir}
-            documents = load_dataset(path, source.subset, split=split, streaming=streaming, **options)
+            documents = load_dataset(path, source.subset, revision=source.revision, **options)
         available = column_names(documents)
-    except (OSError, ValueError, StopIteration, DatasetsError) as error:
-        cause = error.__cause__ or str(error) or "it has no rows"
-        raise ValueError(
-            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {cause}\n"
-            "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
-        ) from error
+        if not available:
+            raise ValueError("it has no rows")
     for key, column in source.columns.items():
         if column not in available:
             raise ValueError(
                 f"sources.{name}.{key}: the source has no column {column!r}. Name one of {', '.join(available)}."
             )
     return documents
+
+
+@contextmanager
+def naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]:
+    """Raise every error of reading a source as a `ValueError` that names the source."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        what = "it has no rows" if isinstance(error, StopIteration) else str(cause) or repr(cause)
+        advice = "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
+        if isinstance(cause, UnicodeError):
+            advice = _UTF8
+        elif what == "Compression type zstd not supported":
+            advice = "Install the package that reads .zst files: pip install zstandard"
+        raise ValueError(
+            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
+        ) from error
 
 
 def column_names(documents: "Dataset | IterableDataset") -> list[str]:
@@ -79,38 +95,6 @@ def _load_builtin(name: str) -> "Dataset":
 
     documents = builtin_documents(name)
     return Dataset.from_dict({"text": documents}, info=DatasetInfo(license=BUILTIN_SOURCES[name].license))
-
-
-def _is_local(path: str) -> bool:
-    return os.path.exists(path) or glob.has_magic(path) or path.startswith((".", "/")) or _suffix(path) in _FORMATS
-
-
-def _suffix(path: str) -> str:
-    """The suffix of a file name, without that of a compression."""
-    stem, suffix = os.path.splitext(path)
-    return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
-
-
-def _load_local(
-    path: str, source: SourceConfig, split: str, cache_dir: str | None, streaming: bool
-) -> "Dataset | IterableDataset":
-    from datasets import load_dataset
-
-    if os.path.isdir(path):
-        if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
-            return _load_saved(path, split)
-        return load_dataset(path, source.subset, split=split, cache_dir=cache_dir, streaming=streaming)
-    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not files:
-        raise ValueError(f"no file matches {path!r} in {os.getcwd()!r}.")
-    suffixes = set(map(_suffix, files))
-    formats = {_FORMATS.get(suffix) for suffix in suffixes}
-    if len(formats) > 1 or None in formats:
-        raise ValueError(f"the files end in {', '.join(sorted(suffixes))}; use files of one of {', '.join(_FORMATS)}.")
-    (format,) = formats
-    # A text file is one document. By default each of its lines would be one.
-    options = {"sample_by": "document"} if format == "text" else {}
-    return load_dataset(format, data_files=files, split=split, cache_dir=cache_dir, streaming=streaming, **options)
 
 
 def _load_saved(path: str, split: str) -> "Dataset":

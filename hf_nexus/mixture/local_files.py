@@ -1,0 +1,141 @@
+"""Local data files of a source: which ones a path means, and of which split each is."""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from .config import SourceConfig
+
+if TYPE_CHECKING:
+    from datasets.data_files import DataFilesList
+
+__all__ = ["card_lists_files", "is_local", "local_files"]
+
+logger = logging.getLogger(__name__)
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# Files that describe a dataset.
+_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+_SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
+_SPLITS |= {split: split for split in ("train", "validation", "test")}
+# As in `test.csv`, `test/1.csv` and `test-00000-of-00002.parquet`.
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(-\d+-of-\d+.*)?")
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means local files, and not a dataset on the Hub."""
+    return os.path.exists(path) or glob.has_magic(path) or path.startswith((".", "/")) or _suffix(path) in _FORMATS
+
+
+def card_lists_files(folder: str) -> bool:
+    """Whether a folder is a copy of a dataset on the Hub whose card lists the files of its subsets and splits."""
+    from huggingface_hub import metadata_load
+
+    card = os.path.join(folder, "README.md")
+    return os.path.isfile(card) and "configs" in (metadata_load(card) or {})
+
+
+def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[str, Any]:
+    """
+    The arguments with which `load_dataset` reads the files of a path, each literally. From a path alone, `datasets`
+    takes brackets for patterns, and silently leaves out files by their names and formats.
+
+    If every file is named after a split, and not all after the same, each is of its split. Else all are of "train".
+
+    Raises:
+        ValueError: There are no data files, or they have several formats, or names that `datasets` changes.
+    """
+    if source.subset is not None:
+        raise ValueError(f"local files have no subset {source.subset!r}. Remove it, and name the files with a glob.")
+    base, found = _find(path)
+    formats = {file: _FORMATS[_suffix(file)] for file in found if _holds_rows(file, path)}
+    endings = ", ".join(_FORMATS)
+    if not found:
+        raise ValueError(f"no file matches {path!r} in {os.getcwd()!r}.")
+    if not formats:
+        raise ValueError(f"{_listed(found)} cannot be read; use files of one of {endings} that are not empty.")
+    (builder, *others) = examples = {format: file for file, format in formats.items()}
+    if others:
+        pattern = os.path.join(base, "**", f"*{_suffix(examples[builder])}")
+        raise ValueError(
+            f"the files have several formats, such as {_listed(examples.values())}; use files of one of {endings}, "
+            f"for instance {pattern!r}."
+        )
+    if changed := [file for file in formats if "::" in file or os.path.expandvars(file) != file]:
+        raise ValueError(f"{_listed(changed)}: a name must not hold '::' or a variable. Rename the files.")
+    splits: dict[str, list[str]] = {}
+    for file in formats:
+        splits.setdefault(_named_split(os.path.relpath(file, base or ".")), []).append(file)
+    if "" in splits or len(splits) == 1:
+        splits = {"train": list(formats)}
+    used = re.findall(r"\w+", f"{split} {source.eval_split}")
+    if left_out := set(found).difference(*(splits.get(key, ()) for key in used)):
+        logger.warning(
+            "Source %r leaves out %s: files without rows, of another split, or that do not end in one of %s.",
+            *(name, _listed(left_out), endings),
+        )
+    options: dict[str, Any] = {}
+    if builder == "text":
+        options["sample_by"] = "document"  # by default, each line is a row
+    elif builder == "json":
+        options["parse_agent_traces"] = False  # by default, a file with certain columns is one row
+    elif builder == "csv":
+        options = _csv_options(examples[builder], list(source.columns.values()))
+    return {"path": builder, "data_files": {key: _literal(files) for key, files in splits.items()}, **options}
+
+
+def _find(path: str) -> tuple[str, list[str]]:
+    """The files that a folder or glob means, and the start of the path that exists as it is written."""
+    base = path
+    while base and not os.path.exists(base):
+        base = os.path.dirname(base)
+    pattern = glob.escape(base) + path[len(base) :]
+    if os.path.isdir(path):
+        pattern = os.path.join(pattern, "**")
+    return base, sorted({file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)})
+
+
+def _suffix(path: str) -> str:
+    """The suffix of a file name, without that of a compression."""
+    stem, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
+
+
+def _holds_rows(file: str, path: str) -> bool:
+    named = file == path or os.path.basename(file) not in _METADATA
+    return named and _suffix(file) in _FORMATS and os.path.isfile(file) and os.path.getsize(file) > 0
+
+
+def _named_split(file: str) -> str:
+    """The split after which a file or one of its folders is named, "" if there is none."""
+    *folders, name = file.split(os.sep)
+    matches = (_SPLIT_NAME.fullmatch(part) for part in (name.split(".")[0], *reversed(folders)))
+    return next((_SPLITS[match[1]] for match in matches if match), "")
+
+
+def _csv_options(file: str, columns: list[str]) -> dict[str, Any]:
+    """Read the columns literally: by default, "None" and "NA" are missing values, and "007" is the number 7."""
+    import pandas
+
+    options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "index_col": False}
+    # Other columns might change their type from one part of the file to the next, which is an error.
+    return options | ({"usecols": columns} if {*columns} <= {*pandas.read_csv(file, nrows=0)} else {})
+
+
+def _literal(files: list[str]) -> "DataFilesList":
+    """Files that `datasets` does not take for patterns, with what changes when they do: the cache depends on it."""
+    from datasets.data_files import DataFilesList
+
+    stats = map(os.stat, files)
+    return DataFilesList(
+        [os.path.abspath(file) for file in files], [(str(stat.st_mtime_ns), str(stat.st_size)) for stat in stats]
+    )
+
+
+def _listed(files: Iterable[str]) -> str:
+    names = sorted(map(repr, files))
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,182 @@
+"""A path means the same files as a folder, as a glob and by name, and files that are left out are named."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_nexus.mixture import SourceConfig
+from hf_nexus.mixture.documents import load_documents
+from hf_nexus.mixture.local_files import local_files
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(*names: str) -> None:
+    """Files of one document, which is their name."""
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name if ".txt" in name else json.dumps({"text": name}) + "\n")
+
+
+def files(path: str, split: str = "train", **source: Any) -> list[str]:
+    """The files that a source reads, as names in the current folder."""
+    found = local_files("a", path, SourceConfig(path, split=split, **source), split)["data_files"]
+    return [str(Path(file).relative_to(Path.cwd())) for file in found[split]]
+
+
+def documents(path: str, streaming: bool = False, **source: Any) -> list[str]:
+    loaded = load_documents("a", SourceConfig(path, **source), source.get("split", "train"), "cache", streaming)
+    return sorted(row["text"] for row in loaded)
+
+
+ODD_NAMES = [
+    "part[1].jsonl",
+    "[!a].jsonl",
+    "a*.jsonl",
+    "a?.jsonl",
+    "{a,b}.jsonl",
+    "a b.jsonl",
+    "__a.jsonl",
+    "a#b%20.jsonl",
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_odd_names_mean_the_file_of_that_name_alone(streaming: bool) -> None:
+    write("d/part1.jsonl", "d/b.jsonl", "d/ab.jsonl", *(f"d/{name}" for name in ODD_NAMES))
+    for name in ODD_NAMES:
+        assert documents(f"d/{name}", streaming) == [f"d/{name}"]
+    everything = sorted(str(path) for path in Path("d").iterdir())
+    assert documents("d/*.jsonl", streaming) == documents("d", streaming) == everything
+
+
+def test_a_folder_with_brackets_is_no_pattern() -> None:
+    write("run [v2]/a.jsonl", "run [v2]/b.jsonl", "run v/c.jsonl")
+    assert documents("run [v2]") == documents("run [v2]/*.jsonl") == ["run [v2]/a.jsonl", "run [v2]/b.jsonl"]
+    assert documents("run [v2]/[a].jsonl") == ["run [v2]/a.jsonl"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_text_file_of_a_folder_is_one_document(streaming: bool) -> None:
+    Path("books").mkdir()
+    texts = ["first\nsecond\n\nthird\n", "first\nsecond\n"]
+    for name, text in zip("ab", texts, strict=True):
+        Path(f"books/{name}.txt").write_text(text)
+    assert documents("books", streaming) == documents("books/*.txt", streaming) == sorted(texts)
+
+
+def test_a_folder_and_a_glob_mean_the_same_files() -> None:
+    names = ["d/a.jsonl", "d/train.jsonl", "d/sub/test-1.jsonl.gz", "d/test/b.JSONL", "d/my_eval.jsonl"]
+    write(*names, "d/.hidden.jsonl", "d/.cache/c.jsonl")
+    assert files("d") == files("d/**") == files("d/") == files(str(Path("d").absolute())) == sorted(names)
+    assert files("d/**/**") == sorted(names)  # each once
+    assert files("d/.hidden.jsonl") == ["d/.hidden.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["d", "d/*", "d/**"])
+def test_files_that_are_left_out_are_named(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    write("d/a.jsonl", "d/b.jsonl", "d/README.md", "d/dataset_info.json", "d/c.png")
+    Path("d/empty.jsonl").touch()
+    Path("d/gone.jsonl").symlink_to("nowhere")
+    assert files(path) == ["d/a.jsonl", "d/b.jsonl"]
+    left_out = ["README.md", "dataset_info.json", "c.png", "empty.jsonl", "gone.jsonl"]
+    assert all(name in caplog.text for name in left_out) and "a.jsonl" not in caplog.text
+    caplog.clear()
+    assert files("d/[ab].jsonl") == ["d/a.jsonl", "d/b.jsonl"]
+    assert not caplog.records
+
+
+def test_long_lists_of_left_out_files_are_shortened(caplog: pytest.LogCaptureFixture) -> None:
+    write("d/a.jsonl", *(f"d/{i:02}.png" for i in range(30)))
+    files("d")
+    assert "09.png' and 20 more" in caplog.text and "10.png" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["d", "d/**"])
+def test_files_named_after_splits_are_of_these_splits(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    write("d/train-00000-of-00002.jsonl", "d/train-00001-of-00002.jsonl", "d/dev.jsonl", "d/test/a.jsonl")
+    train = ["d/train-00000-of-00002.jsonl", "d/train-00001-of-00002.jsonl"]
+    with caplog.at_level(logging.WARNING):
+        assert files(path) == train
+    assert "d/dev.jsonl" in caplog.text and "d/test/a.jsonl" in caplog.text
+    caplog.clear()
+    assert files(path, eval_split="validation") == train
+    assert "d/dev.jsonl" not in caplog.text and "d/test/a.jsonl" in caplog.text
+    assert files(path, split="validation") == ["d/dev.jsonl"]
+    assert documents(path, split="train+test") == ["d/test/a.jsonl", *train]
+    assert files("d/test") == files("d/test/*.jsonl") == ["d/test/a.jsonl"]  # only one split: named by the user
+    write("d/other.jsonl")
+    assert len(files(path)) == 5
+
+
+def test_several_formats_are_an_error_naming_a_glob() -> None:
+    write("d/a.jsonl", "d/sub/b.txt")
+    for path in ("d", "d/**"):
+        with pytest.raises(ValueError, match=r"several formats.*d/a\.jsonl.*d/sub/b\.txt.*for instance 'd/\*\*/\*\."):
+            files(path)
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "plain", "empty.jsonl", "gone.jsonl"])
+def test_a_path_without_data_files_names_what_is_there(name: str) -> None:
+    write("a.ndjson", "plain")
+    Path("empty.jsonl").touch()
+    Path("gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=rf"'{name}' cannot be read; use files of one of \.jsonl"):
+        files(name)
+    with pytest.raises(ValueError, match="no file matches 'd/x'"):
+        files("d/x")
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "$HOME.jsonl"])
+def test_names_that_would_be_changed_are_refused(name: str) -> None:
+    write(name, "a")
+    with pytest.raises(ValueError, match="Rename the files"):
+        files(name)
+
+
+def test_a_changed_file_is_read_again() -> None:
+    write("a.jsonl")
+    assert documents("a.jsonl") == ["a.jsonl"]
+    Path("a.jsonl").write_text('{"text": "longer than before"}\n')
+    assert documents("a.jsonl") == ["longer than before"]
+
+
+CARD = """---
+configs:
+- config_name: en
+  data_files: [{split: train, path: en/a.jsonl}, {split: test, path: en/b.jsonl}]
+- config_name: de
+  data_files: de/*.jsonl
+---
+"""
+
+
+def test_a_copy_of_a_hub_dataset_has_its_subsets_and_splits() -> None:
+    write("d/en/a.jsonl", "d/en/b.jsonl", "d/de/c.jsonl")
+    with pytest.raises(ValueError, match="no subset 'en'"):
+        documents("d", subset="en")
+    Path("d/README.md").write_text(CARD)
+    assert documents("d", subset="en") == ["d/en/a.jsonl"]
+    assert documents("d", subset="en", split="test") == ["d/en/b.jsonl"]
+    assert documents("d", subset="de") == ["d/de/c.jsonl"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_csv_files_are_text_as_written(streaming: bool) -> None:
+    words = ["fox", "None", "NA", "nan", "null", "007", "1e5"]
+    Path("a.csv").write_text("id,text\n" + "".join(f",{word}\n" for word in words) + "x,\n")
+    assert documents("a.csv", streaming) == sorted(["", *words])
+    Path("b.csv").write_text("text,id\n" + "fox,1\n" * 10_001 + "dog,x\n")  # read in two parts, of other types
+    assert len(documents("b.csv", streaming)) == 10_002
+
+
+def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:
+    line = json.dumps({"type": "session", "id": "1", "version": 3, "cwd": "/", "text": "fox"})
+    Path("a.jsonl").write_text(f"{line}\n" * 3)
+    assert documents("a.jsonl") == ["fox"] * 3
