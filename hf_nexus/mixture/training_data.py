@@ -169,7 +169,8 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
             f"The dataset's `source` column is empty in {missing} of {len(column)} rows: name theirs, {otherwise}"
         )
     labels = np.asarray(column)
-    rows = train_dataset.remove_columns("source")
+    # A transform may read the column, and chooses what the rows hold.
+    rows = train_dataset if train_dataset.format["type"] == "custom" else train_dataset.remove_columns("source")
     classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel
     names = {label: str(label) if classes is None else classes[label] for label in dict.fromkeys(labels.tolist())}
     if len(names) > len(labels) / 2:

@@ -99,6 +99,8 @@ def test_a_source_column_under_a_transform_makes_sources():
     rows = Dataset.from_dict({"x": [1, 2, 3, 4], "source": ["b", "a", "b", "a"]})
     sources = split_sources(rows.with_transform(lambda batch: {"y": [2 * x for x in batch["x"]]}))
     assert {name: [row["y"] for row in part] for name, part in sources.items()} == {"b": [2, 6], "a": [4, 8]}
+    sources = split_sources(rows.with_transform(lambda batch: {"z": [s.upper() for s in batch["source"]]}))
+    assert {name: [row["z"] for row in part] for name, part in sources.items()} == {"b": ["B"] * 2, "a": ["A"] * 2}
 
 
 def test_a_source_column_makes_sources():
