@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .config import BUILTIN_PREFIX, SourceConfig
 from .local_files import card_lists_files, is_local, local_files
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +27,8 @@ __all__ = [
     "split_text",
 ]
 
+# Characters per call of a tokenizer, which takes about 150 bytes for each. Longer texts are tokenized in segments.
+SEGMENT = 1_000_000
 _UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8`."
 
 
@@ -137,42 +142,64 @@ class DocumentEncoder:
         The documents of a batch of columns. Errors count rows from `first_row`.
 
         Raises:
-            ValueError: A value is not a string, or not a list of messages where messages are read.
+            ValueError: A value is not a string, or not a list of messages where messages are read, or not UTF-8.
         """
-        columns = {key: batch[column] for key, column in self.source.columns.items()}
-        if self.source.messages_column is not None:
-            return self._messages(columns, first_row)
-        if self.source.prompt_column is not None and any(isinstance(v, list) for c in columns.values() for v in c):
-            return self._messages(columns, first_row)
-        self._require(columns, first_row, lambda value: isinstance(value, str), "a string")
-        return [_join(*values) for values in zip(*columns.values(), strict=True)]
+        columns = {key: self._values(batch, column, first_row) for key, column in self.source.columns.items()}
+        pairs = self.source.prompt_column is not None
+        if self.source.messages_column or (pairs and any(isinstance(v, list) for c in columns.values() for v in c)):
+            texts = self._messages(columns, first_row)
+        else:
+            self._require(columns, first_row, lambda value: isinstance(value, str), "a string")
+            texts = [_join(*values) for values in zip(*columns.values(), strict=True)]
+        for number, text in enumerate(texts, first_row):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # half a surrogate pair, or bytes that are not UTF-8
+                raise self._not_utf8(number) from error
+        return texts
 
     def text(self, row: Mapping[str, Any], number: int) -> str:
         """
-        The document of one row, which can be encoded.
+        The document of one row.
 
         Raises:
             Exception: The row is unusable. The type depends on the cause.
         """
         (text,) = self.texts({column: [row.get(column)] for column in self.source.columns.values()}, number)
-        text.encode()  # fails for half a surrogate pair, or bytes that are not UTF-8
         return text
 
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, without special tokens."""
-        if not texts:
-            return []
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, `(n,)` int32, without special tokens."""
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        tokens: list[list[np.ndarray]] = [[] for _ in texts]
+        for call in _calls(texts):
+            found = self.tokenizer([segment for _, segment in call], add_special_tokens=False, **options)["input_ids"]
+            for (number, _), ids in zip(call, found, strict=True):
+                tokens[number].append(np.array(ids, dtype=np.int32))
+        return [np.concatenate(parts) for parts in tokens]
+
+    def _values(self, batch: Any, column: str, first_row: int) -> list:
+        try:
+            return batch[column]
+        except UnicodeDecodeError as error:  # `map` decodes a column of its batch on demand
+            raise self._not_utf8(first_row + _first_undecodable(batch.pa_table[column])) from error
+
+    def _not_utf8(self, row: int) -> ValueError:
+        return ValueError(f"sources.{self.name}: row {row} holds text that is not UTF-8. {_UTF8}")
 
     def _messages(self, columns: dict[str, list], first_row: int) -> list[str]:
         require_chat_template(self.name, self.source, self.tokenizer)
         self._require(columns, first_row, _is_conversation, "a list of messages with a role and content")
         texts = []
-        for conversation in zip(*columns.values(), strict=True):
-            # Datasets add missing keys to messages as None. Templates expect them to be absent.
-            messages = [{k: v for k, v in m.items() if v is not None} for part in conversation for m in part]
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        for number, conversation in enumerate(zip(*columns.values(), strict=True), first_row):
+            messages = _without_none([message for part in conversation for message in part])
+            try:
+                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            except Exception as error:
+                raise ValueError(
+                    f"sources.{self.name}: the chat template cannot render row {number}: {error}. Repair or remove "
+                    "such rows, or set another tokenizer.chat_template."
+                ) from error
             texts.append(text.removesuffix(self.tokenizer.eos_token))  # packing adds it
         return texts
 
@@ -204,6 +231,22 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
+def _without_none(value: Any) -> Any:
+    """The value without `None` in dicts. Arrow gives each dict the keys of all, but templates expect absent keys."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _first_undecodable(column: "pa.ChunkedArray") -> int:
+    for number, value in enumerate(column):
+        try:
+            value.as_py()
+        except UnicodeDecodeError:
+            return number
+    raise AssertionError("all values can be decoded")
+
+
 def _join(prompt: str, completion: str = "") -> str:
     apart = not completion or prompt[-1:].isspace() or completion[:1].isspace()
     return prompt + ("" if apart else "\n") + completion
@@ -214,9 +257,27 @@ def document_hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def split_text(text: str, size: int) -> Iterator[str]:
-    """Segments of a text of at most `size` characters, cut before a line end if one is near, else before a space."""
-    start = 0
+def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Numbers and segments of texts, at most `SEGMENT` characters at once."""
+    call: list[tuple[int, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        for segment in split_text(text):
+            if call and size + len(segment) > SEGMENT:
+                yield call
+                call, size = [], 0
+            call.append((number, segment))
+            size += len(segment)
+    if call:
+        yield call
+
+
+def split_text(text: str, size: int | None = None) -> Iterator[str]:
+    """
+    Segments of a text of at most `size` characters (`SEGMENT` by default), cut before a line end if one is near, else
+    before a space.
+    """
+    start, size = 0, size or SEGMENT
     while len(text) - start > size:
         half, stop = start + max(size // 2, 1), start + size
         cuts = (text.rfind(sign, half, stop + 1) for sign in "\n ")

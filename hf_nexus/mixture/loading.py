@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from .documents import (
     column_names,
     document_hash,
     load_documents,
+    naming_source,
     require_chat_template,
 )
 from .packing import SourcePacker, tokenizer_fingerprint
@@ -187,7 +188,7 @@ def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: 
     encoder = packer.encoder
     columns = encoder.source.columns.values()
     found: dict[int, dict[str, Any]] = {}
-    for number, row in enumerate(documents):
+    for number, row in enumerate(_rows(encoder, documents, encoder.source.split)):
         try:
             text = encoder.text(row, number)
         except Exception as error:
@@ -222,8 +223,13 @@ def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> "Dataset":
             "in 'validation[:1000]'."
         )
     documents = load_documents(name, source, match[1], cache_dir, streaming=True)
-    rows = islice(documents, int(match[2]) if match[2] else None)
+    rows = islice(_rows(encoder, documents, split), int(match[2]) if match[2] else None)
     return Dataset.from_list([{column: row.get(column) for column in source.columns.values()} for row in rows])
+
+
+def _rows(encoder: DocumentEncoder, documents: "IterableDataset", split: str) -> Iterator[dict[str, Any]]:
+    with naming_source(encoder.name, encoder.source, split):
+        yield from documents
 
 
 # ---- Training rows ----

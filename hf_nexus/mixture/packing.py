@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["RowPacker", "SourcePacker", "tokenizer_fingerprint"]
 
 # In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
-CACHE_VERSION = 1
-# Documents per batch: few enough for books of a million characters, enough to keep the threads of a tokenizer busy.
+CACHE_VERSION = 2
+# Documents per batch, enough to keep the threads of a tokenizer busy. Batches of long documents are smaller.
 BATCH_SIZE = 256
+BYTES_PER_BATCH = 64 << 20
 # Tokens per batch of the packing pass.
 TOKENS_PER_BATCH = 1 << 20
 
@@ -168,13 +169,16 @@ class SourcePacker:
     def _tokens(self, batch: Mapping[str, list]) -> "pa.Table":
         import pyarrow as pa
 
-        eos = self.encoder.tokenizer.eos_token_id
+        eos = np.int32(self.encoder.tokenizer.eos_token_id)
         documents = self.encoder.tokenize(self.encoder.texts(batch, first_row=0))
-        return pa.table({"input_ids": pa.array([[*ids, eos] for ids in documents if ids], pa.list_(pa.int32()))})
+        ended = [np.append(ids, eos) for ids in documents if len(ids)]
+        return pa.table({"input_ids": pa.array(ended, pa.list_(pa.int32()))})
 
     def _encode(self, step: str, documents: "Dataset", *args: Any, **options: Any) -> "Dataset":
         num_proc = min(self.num_proc, len(documents)) if self.num_proc else None
-        return self._map(step, documents, *args, batch_size=BATCH_SIZE, num_proc=num_proc, **options)
+        size = max(1, documents.data.nbytes // max(1, documents.data.num_rows))  # mean bytes of a document
+        batch_size = min(BATCH_SIZE, max(1, BYTES_PER_BATCH // size))
+        return self._map(step, documents, *args, batch_size=batch_size, num_proc=num_proc, **options)
 
     def _map(
         self,

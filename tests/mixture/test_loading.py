@@ -1,10 +1,14 @@
 """Every kind of source gives the same rows, held-out text is not trained on, and a second call reads the cache."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, Value, load_from_disk
@@ -13,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_nexus.mixture import Mixture, MixtureConfig, load_mixture
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
+from hf_nexus.mixture.stream.reader import SourceError
 
 from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
 
@@ -351,6 +356,29 @@ def test_messages_use_the_chat_template_and_end_in_one_eos(load: Any) -> None:
         assert documents(chatty, mixture.train["pairs"])[0] == "[user]fox?[assistant]dog"
 
 
+def test_tool_calls_look_alike_from_every_format(load: Any, tokenizer: Any) -> None:
+    def call(name: str, **arguments: Any) -> list[Any]:
+        calls = [{"function": {"name": name, "arguments": arguments}, "tags": [name, None]}]
+        return [{"role": "user", "content": "fox"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+
+    chats = [call("jump", over="dog"), call("run", far={"unit": "m", "n": [1]}), call("run", far={"n": [2]})] * 3
+    write("chats.jsonl", chats, column="messages")
+    table = pa.Table.from_pylist([{"messages": chat} for chat in chats])
+    pq.write_table(table, "chats.parquet")
+    Dataset(table).save_to_disk("chats")
+    chatty = tiny_tokenizer()
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m.role }}{% for t in m.tool_calls or [] %}{{ t | tojson }}{% endfor %}{% endfor %}"
+    )
+    expected = ["".join(m["role"] + "".join(map(json.dumps, m.get("tool_calls", []))) for m in chat) for chat in chats]
+    for path in ("chats.jsonl", "chats.parquet", "chats"):
+        for stream in ({}, {"streaming": True, "weight": 1}):
+            mixture = load(a={"path": path, "messages_column": "messages", **stream}, with_=chatty, sequence_length=2)
+            rows = mixture.train["a"]
+            found = stream_texts(rows, 700).split(EOS) if stream else documents(chatty, rows)
+            assert set(found[:-1]) == set(expected), path
+
+
 # --- errors
 
 
@@ -400,9 +428,16 @@ def test_a_conversation_that_is_none_is_an_error(load: Any) -> None:
         ({"path": "a.jsonl", "eval_rows": 1, "max_tokens": 1000}, r"sources\.a: the 1 held-out .*raise eval_rows"),
         ({"path": "short.jsonl"}, r"sources\.a: the documents .*add documents"),
         ({"path": "a.jsonl", "tokens": 3_000_000_000}, r"sources\.a\.tokens: .*streaming"),
+        ({"path": "a.jsonl.zst"}, r"sources\.a: .*pip install zstandard"),
+        ({"path": "cut.jsonl.gz"}, r"sources\.a: 'cut\.jsonl\.gz'.*ended before"),
+        ({"path": "deep.jsonl"}, r"sources\.a: 'deep\.jsonl'.*recursion"),
+        ({"path": "blank.jsonl", "streaming": True, "weight": 1}, r"sources\.a: 'blank\.jsonl'.*no rows"),
+        ({"path": "latin.txt"}, r"sources\.a: 'latin\.txt'.*iconv"),
     ],
 )
-def test_a_source_that_cannot_be_used_is_named_with_the_reason(load: Any, source: dict, message: str) -> None:
+def test_a_source_that_cannot_be_used_is_named_with_the_reason(
+    load: Any, source: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("a.jsonl", texts(20))
     write("short.jsonl", ["fox"])
     Path("a.csv").write_text("text\nfox\n")
@@ -410,8 +445,45 @@ def test_a_source_that_cannot_be_used_is_named_with_the_reason(load: Any, source
     Dataset.from_dict({"text": texts(3)}).save_to_disk("saved")
     DatasetDict(train=Dataset.from_dict({"text": texts(3)})).save_to_disk("splits")
     Path("header.csv").write_text("text\n")
+    Path("a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)  # as without the package
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 999)[:-9])
+    Path("deep.jsonl").write_text(f'{{"text": {"[" * 3000}{"]" * 3000}}}\n')
+    Path("blank.jsonl").write_text("\n\n")
+    Path("latin.txt").write_text("caf\xe9", encoding="latin-1")
     with pytest.raises(ValueError, match=f"(?s){message}"):
         load(a=source, sequence_length=64)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_bytes_that_are_no_utf8_are_an_error_with_their_row(load: Any, num_proc: int | None) -> None:
+    Path("a.jsonl").write_bytes(
+        "".join(f'{{"text": "{text}"}}\n' for text in [*texts(300), "caf\xe9"]).encode("latin-1")
+    )
+    values = pa.array([b"fox"] * 300 + [b"caf\xe9"], pa.binary())
+    content = pa.Array.from_buffers(pa.string(), 301, values.buffers())
+    roles = pa.array(["user"] * 301)
+    chats = pa.ListArray.from_arrays(range(302), pa.StructArray.from_arrays([roles, content], ["role", "content"]))
+    pq.write_table(pa.table({"messages": chats}), "a.parquet")
+    chatty = tiny_tokenizer()
+    chatty.chat_template = TEMPLATE
+    for source in ({"path": "a.jsonl"}, {"path": "a.parquet", "messages_column": "messages"}):
+        with pytest.raises(ValueError, match=r"sources\.a: row 300 .*not UTF-8.*iconv"):
+            load(a=source, num_proc=num_proc, with_=chatty)
+        stream = {**source, "streaming": True, "weight": 1}
+        with pytest.raises(SourceError, match=r"'a': row 300 .*not UTF-8.*on_error to 'skip'"):
+            stream_texts(load(a=stream, with_=chatty).train["a"], 999)
+        assert "fox" in stream_texts(load(a={**stream, "on_error": "skip"}, with_=chatty).train["a"], 999)
+        with pytest.raises(ValueError, match=r"(?s)sources\.a: .*iconv"):
+            load(a={**stream, "eval_rows": 301}, with_=chatty)
+
+
+@pytest.mark.parametrize("split", [{"eval_rows": 25}, {"eval_split": "train[:25]", "split": "train+train"}])
+def test_a_file_that_breaks_while_held_out_rows_are_read_is_named(load: Any, split: dict) -> None:
+    write("a.jsonl", texts(20))
+    Path("b.jsonl").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match=r"(?s)sources\.a: .*JSON parse error"):
+        load(a={"path": "[ab].jsonl", "streaming": True, "weight": 1, **split})
 
 
 @pytest.mark.parametrize("role", ["train", "ood"])

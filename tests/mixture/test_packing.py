@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, default_data_collator
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, default_data_collator
 
 from hf_nexus.mixture import SourceConfig
 from hf_nexus.mixture.documents import DocumentEncoder
@@ -178,3 +178,35 @@ def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(tiny_tokenizer("hello world")) != fingerprint
     tokenizer.eos_token = "a"
     assert tokenizer_fingerprint(tokenizer) != fingerprint
+
+
+@pytest.mark.parametrize("docs", [["the fox jumps " * 90], ["the fox " * 12, "dog " * 3] * 40])
+def test_a_call_of_the_tokenizer_gets_a_bounded_text(tmp_path: Path, monkeypatch: Any, docs: list[str]) -> None:
+    tokenizer, sizes = tiny_tokenizer(), []
+    stream = flat(tokenizer, docs)
+    call = PreTrainedTokenizerFast.__call__
+
+    def noting(self: Any, texts: list[str], **options: Any) -> Any:
+        sizes.append(sum(map(len, texts)))
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", noting)
+    monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", 100)
+    rows = packer(tmp_path, tokenizer).pack_documents(Dataset.from_dict({"text": docs}), 16)
+    assert tokens_of(rows) == stream[: len(rows) * 16]
+    assert max(sizes) <= 100 and len(sizes) < 3 * sum(map(len, docs)) / 100
+
+
+def test_batches_of_long_documents_are_smaller(tmp_path: Path, monkeypatch: Any) -> None:
+    batches = []
+    texts_of = DocumentEncoder.texts
+
+    def noting(self: Any, batch: Any, first_row: int) -> list[str]:
+        found = texts_of(self, batch, first_row)
+        batches.append(sum(map(len, found)))
+        return found
+
+    monkeypatch.setattr(DocumentEncoder, "texts", noting)
+    monkeypatch.setattr("hf_nexus.mixture.packing.BYTES_PER_BATCH", 5000)
+    packer(tmp_path).pack_documents(Dataset.from_dict({"text": ["the fox " * 100] * 90}), 16)
+    assert max(batches) <= 5000 and len(batches) <= 20

@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 # Documents per tokenizer call, enough to keep its threads busy.
 DOCUMENTS = 64
-# Longer documents, in characters, are tokenized in segments.
-SEGMENT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class PackedRowReader(RowReader):
             self._token += len(tokens)
             self._tokens += len(tokens)
             missing -= len(tokens)
-        packed = torch.from_numpy(np.concatenate(taken)).view(count, length)
+        packed = torch.from_numpy(np.concatenate(taken)).long().view(count, length)
         return [{"input_ids": row, "labels": row} for row in packed]
 
     def state(self) -> dict[str, Any]:
@@ -133,10 +131,11 @@ class PackedRowReader(RowReader):
             elif held_out and document_hash(text) in held_out:
                 documents.append([])
             else:
-                documents.append(list(split_text(text, SEGMENT)))
-                if len(text) <= SEGMENT:
+                segments: list[str | np.ndarray] = [*split_text(text)]
+                documents.append(segments)
+                if len(segments) == 1:
                     short[i] = text
-        for i, tokens in zip(short, self._tokenize(list(short.values())), strict=True):
+        for i, tokens in zip(short, self.packing.encoder.tokenize(list(short.values())), strict=True):
             documents[i] = [np.append(tokens, self._eos)] if len(tokens) else []
         return documents
 
@@ -164,10 +163,7 @@ class PackedRowReader(RowReader):
         """The tokens of a segment. Long documents keep the tokens of only one segment in memory."""
         segment = segments[i]
         if isinstance(segment, str):
-            (tokens,) = self._tokenize([segment])
+            (tokens,) = self.packing.encoder.tokenize([segment])
             segments[i] = segment = np.append(tokens, self._eos) if i == len(segments) - 1 else tokens
             segments[:i] = [""] * i
         return segment
-
-    def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.int64) for ids in self.packing.encoder.tokenize(texts)]

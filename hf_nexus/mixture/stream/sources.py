@@ -383,15 +383,23 @@ def _fetch_from_tables(tables: "list[pa.Table]", features: Any, format: str | No
         try:
             return block.__getitems__(numbers)
         except UnicodeDecodeError:
-            return [{name: _decoded(table[name][i]) for name in table.column_names} for i in numbers]
+            if len(numbers) > 1:
+                return [row for i in numbers for row in fetch([i])]
+            return [{name: _decoded(table[name][numbers[0]]) for name in table.column_names}]
 
     return fetch
 
 
 def _decoded(value: "pa.Scalar") -> Any:
+    import pyarrow as pa
+
     try:
         return value.as_py()
     except UnicodeDecodeError:  # becomes text that cannot be encoded, which the reader of the text reports
+        if isinstance(value, pa.StructScalar):
+            return {key: _decoded(item) for key, item in value.items()}
+        if isinstance(value, pa.ListScalar):
+            return [_decoded(item) for item in value.values]
         return value.as_buffer().to_pybytes().decode(errors="surrogateescape")
 
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_nexus.mixture.documents import document_hash, split_text
 from hf_nexus.mixture.packing import SourcePacker, tokenizer_fingerprint
-from hf_nexus.mixture.stream import documents as stream_documents
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
 from hf_nexus.mixture.stream.reader import SourceError
@@ -167,7 +166,7 @@ def test_long_documents_are_tokenized_by_segment_when_needed(monkeypatch: pytest
         return call(self, texts, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", noting)
-    monkeypatch.setattr(stream_documents, "SEGMENT", 100)
+    monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", 100)
     book = " ".join(f"page {i}" for i in range(1000))
     source = stream_of([book])
     whole = torch.tensor([*source.encoder.tokenizer([book])["input_ids"][0], source.encoder.tokenizer.eos_token_id])
