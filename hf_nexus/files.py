@@ -12,8 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["delete", "finite_json", "nearest", "one_line_errors", "printable", "read_plain", "shown", "write_atomic"]
+__all__ = [
+    "Secret",
+    "delete",
+    "finite_json",
+    "hidden",
+    "hide_token",
+    "nearest",
+    "one_line_errors",
+    "printable",
+    "read_plain",
+    "shown",
+    "write_atomic",
+]
 
+_TOKEN_FLAGS = ("--hub_token", "--hub-token")
 _LARGEST = 64 << 20  # bytes of a text file that is read whole
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?")
 
@@ -131,6 +144,49 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Secret(str):
+    """
+    Text that `repr` does not show, nor a traceback with the values of variables.
+
+    Example:
+        >>> from hf_nexus.files import Secret
+        >>> [Secret("hf_abc")]
+        [<hidden>]
+    """
+
+    def __repr__(self) -> str:
+        return "<hidden>"
+
+    def __getitem__(self, key: Any) -> str:
+        return Secret(super().__getitem__(key))  # rich shortens a long text before it is shown
+
+
+def hidden(text: str | None) -> Secret | None:
+    """A [`Secret`], if there is one."""
+    return None if text is None else Secret(text)
+
+
+def hide_token(argv: Iterable[str]) -> list[str]:
+    """
+    A command line whose `--hub_token` is a [`Secret`].
+
+    Example:
+        >>> from hf_nexus.files import hide_token
+        >>> hide_token(["demo", "--hub_token=hf_abc"])
+        ['demo', '--hub_token', <hidden>]
+    """
+    found: list[str] = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if found and found[-1] in _TOKEN_FLAGS:
+            found.append(Secret(argument))
+        elif equals and flag in _TOKEN_FLAGS:
+            found += [flag, Secret(value)]
+        else:
+            found.append(argument)
+    return found
 
 
 def shown(value: Any) -> str:

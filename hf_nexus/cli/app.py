@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import __version__
-from ..files import one_line_errors, printable
+from ..files import hide_token, one_line_errors, printable
 from .benchmark import benchmark
 from .closeness import closeness
 
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         >>> from hf_nexus.cli.app import main
         >>> main(["plan", "130m"])  # doctest: +SKIP
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = hide_token(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--debug"]:
         argv = ["--debug", *argv[:-1]]
     app(args=argv, prog_name="hf-nexus")

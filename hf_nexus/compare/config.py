@@ -20,7 +20,15 @@ __all__ = ["RESERVED", "ComparisonConfig", "MinimaSearch", "Primary", "QuestionS
 Seed = Annotated[int, Bound(least=0)]
 
 # Training fields that the comparison sets for each run.
-RESERVED = ("output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
+RESERVED = (
+    "output_dir",
+    "seed",
+    "data_seed",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "push_to_hub",
+    "hub_token",
+)
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -258,6 +266,7 @@ class ComparisonConfig:
         """The pretraining configuration of a run: the base, with the changes for all runs and training `settings`."""
         sections = {name: self._base.get(name, {}) | getattr(self, name) for name in SECTIONS}
         sections["training"] |= settings
+        sections["training"].pop("hub_token", None)  # of the base: runs do not push, and their files must not hold it
         return sections
 
     @classmethod

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..files import delete, printable
+from ..files import Secret, delete, hidden, printable
 from .job import Target, is_repo_path
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
@@ -85,7 +85,7 @@ class Publisher:
         self.target = Target(repo_id, private, revision)
         self.output_dir = Path(output_dir)
         self.queue = UploadQueue(self.output_dir / QUEUE_NAME)
-        self._token = token
+        self._token = token = hidden(token)
         self._process = UploaderProcess(self.queue.folder, token, endpoint, retry or RetryPolicy())
         self._unqueued: tuple[Callable[[], bool], str] | None = None  # retries the last save, and why it failed
         self._reported: str | None = None
@@ -192,10 +192,10 @@ class Publisher:
 
     def _public(self, files: Mapping[str, Path]) -> dict[str, Path]:
         """The files without links, names that a repository cannot have, and files with the access token."""
-        token = (self._token or get_token() or "").encode()
+        token = Secret(self._token or get_token() or "")
 
         def leaks(path: Path) -> bool:
-            return bool(token) and path.stat().st_size < _SCANNED and token in path.read_bytes()
+            return bool(token) and path.stat().st_size < _SCANNED and token.encode() in path.read_bytes()
 
         links = [name for name, path in files.items() if path.is_symlink() or not is_repo_path(name)]
         leaking = [name for name, path in files.items() if name not in links and leaks(path)]

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from ..files import printable, read_plain
+from ..files import hidden, printable, read_plain
 from .check import check_card
 from .job import Job, RefusedJobError, SpoiledJobError, Target
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
@@ -83,7 +83,7 @@ def push_queue(
 
         ```
     """
-    folder, retry = output_dir / QUEUE_NAME, retry or RetryPolicy()
+    folder, retry, token = output_dir / QUEUE_NAME, retry or RetryPolicy(), hidden(token)
     if not folder.is_dir():
         raise ValueError(f"{output_dir} holds nothing to push: give the output_dir of a run with push_to_hub.")
     given = {"repo_id": repo_id, "revision": revision, "private": private}

@@ -21,7 +21,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from ..files import printable
+from ..files import Secret, hidden, printable
 from .job import Target
 from .queue import UploadQueue
 from .retries import RetryPolicy, is_permanent, limit_requests
@@ -110,7 +110,7 @@ class UploaderProcess:
         self._process.stdin.flush()
 
     def _settings(self, **more: Any) -> str:
-        return json.dumps({"retry": asdict(self.retry), "token": self._token, **more}) + "\n"
+        return Secret(json.dumps({"retry": asdict(self.retry), "token": self._token, **more}) + "\n")
 
 
 # ---- Inside the process ----
@@ -119,6 +119,7 @@ class UploaderProcess:
 def main() -> None:
     """Serve a queue or check a target, as one line of JSON on standard input says: arguments could show the token."""
     settings = json.loads(sys.stdin.readline())
+    settings["token"] = hidden(settings["token"])
     retry = RetryPolicy(**settings["retry"])
     os.nice(10)  # training has priority
     limit_requests(retry.request)

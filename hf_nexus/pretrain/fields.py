@@ -121,7 +121,7 @@ class ModelArguments:
 
 
 @documented
-@dataclass
+@dataclass(repr=False)
 class PretrainConfig(NexusConfig):
     """
     The `training` section: [`NexusConfig`] with options of the process and of the output folder.

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..files import nearest
+from ..files import Secret, hide_token, nearest, shown
 from ..mixture.config import MixtureConfig
 from ..mixture.schedule import normalized
 from ..mixture.stages import weight_stages
@@ -41,7 +41,11 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
                 f"Allowed: {', '.join(SECTIONS)}."
             )
         if not isinstance(values, Mapping):
-            raise ValueError(f"{name_or_path}: {section}: {values!r} is not allowed; it must be a mapping of fields.")
+            raise ValueError(
+                f"{name_or_path}: {section}: {shown(values)} is not allowed; it must be a mapping of fields."
+            )
+        if isinstance(token := values.get("hub_token"), str):
+            config[section] = {**values, "hub_token": Secret(token)}
     if not config.get("data", {}).get("sources"):
         raise ValueError(f"{name_or_path}: data.sources: missing. Name one source or more.")
     return config
@@ -78,6 +82,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     Raises:
         ValueError: an unknown key or flag, or a value that is not allowed, named in the message.
     """
+    argv = hide_token(argv)
     given = _given_flags(argv)
     name, dry_run = given.pop("config", _DEFAULT_CONFIG), given.pop("dry_run", "false")
     dry_run = dry_run is True or from_text(dry_run, bool, "--dry_run")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from ..files import hidden
 from ..mixture.stages import Weight, parse_stages
 from ..schema import documented
 from ..strict import Bound, check, check_fields, parse_data
@@ -18,7 +19,7 @@ NonNegative = Annotated[float, Bound(least=0)]
 
 
 @documented
-@dataclass
+@dataclass(repr=False)  # that of the Trainer's arguments hides the token
 class NexusConfigMixin:
     """
     The fields that Nexus adds to any [`~transformers.TrainingArguments`] subclass. The number of inner steps k is
@@ -82,10 +83,12 @@ class NexusConfigMixin:
         self.mixture_weights = _parse_weights(self.mixture_weights)
         if self.matrix_optimizer is not None:
             muon_options(self.optim_args)  # type: ignore[attr-defined]
+        args: Any = self  # joined with TrainingArguments
+        args.hub_token = hidden(args.hub_token)
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is joined with
 
 
-@dataclass
+@dataclass(repr=False)
 class NexusConfig(NexusConfigMixin, TrainingArguments):
     """
     [`~transformers.TrainingArguments`] with the fields of [`NexusConfigMixin`].

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, default_data_collator
 from transformers.utils import logging
 
-from ..files import write_atomic
+from ..files import hidden, write_atomic
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..mixture.isolation import IsolateDocuments, isolated_collator
@@ -201,6 +201,7 @@ class NexusTrainerMixin(_Base):
         Raises:
             ValueError: on all ranks, if the Hub refuses.
         """
+        token = hidden(token)
         self.hub_model_id = self.card_details["repo_id"] = self._publishing.connect(token, private)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -737,6 +738,7 @@ class NexusTrainerMixin(_Base):
         Example:
             >>> trainer.push_to_hub(license="apache-2.0", language="en")  # doctest: +SKIP
         """
+        token = hidden(token)
         if self.hub_model_id is None or token is not None:
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)

@@ -1,12 +1,16 @@
 """The `hf-nexus` command: fast help, one line per error."""
 
 import dataclasses
+import io
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.traceback import Traceback
 from typer.testing import CliRunner
 
 from hf_nexus import __version__
@@ -139,6 +143,28 @@ def test_errors_are_one_line_and_fail(argv, expected, monkeypatch):
 def test_debug_keeps_the_traceback(argv, expected):
     with pytest.raises(ValueError, match=expected):
         cli.main(argv)
+
+
+TOKEN = "hf_SECRET" + "x" * 80
+
+
+@pytest.mark.parametrize("place", ["--hub_token TOKEN", "--hub-token=TOKEN", "yaml"])
+def test_no_traceback_with_locals_shows_the_token(tmp_path, monkeypatch, place):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the check failed")
+
+    monkeypatch.setattr("hf_nexus.pretrain.parsing.check_run", fail)
+    training = {"report_to": "none"} | ({"hub_token": TOKEN} if place == "yaml" else {})
+    config = {"data": {"sources": {"code": {"path": "builtin/code"}}}, "training": training}
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    flags = [] if place == "yaml" else place.replace("TOKEN", TOKEN).split()
+    with pytest.raises(RuntimeError) as error:
+        cli.main(["plan", str(tmp_path / "c.yaml"), *flags])
+    del training, config, flags  # of this frame
+    console = Console(file=io.StringIO(), width=200)
+    console.print(Traceback.from_exception(error.type, error.value, error.tb.tb_next, show_locals=True))
+    text = console.file.getvalue()
+    assert "the check failed" in text and "hub_token" in text and "hf_SE" not in text
 
 
 def test_debug_with_a_value_is_a_training_argument():

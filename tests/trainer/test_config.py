@@ -1,8 +1,13 @@
+import copy
+import dataclasses
+
 import pytest
 import torch
+from rich.pretty import pretty_repr
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_nexus import NexusConfig, NexusConfigMixin
+from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.trainer.config import nexus_settings
 
 
@@ -74,6 +79,21 @@ def test_the_mixin_extends_other_training_arguments():
 
     args = Config(output_dir="out", inner_lr=0.2, predict_with_generate=True, report_to="none")
     assert (args.inner_lr, args.predict_with_generate) == (0.2, True)
+
+
+def test_no_representation_shows_the_token():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Own(NexusConfigMixin, TrainingArguments):
+        own: int = 1
+
+    for cls in (NexusConfig, PretrainConfig, Own):
+        args = cls(output_dir="out", hub_token="hf_SECRET", use_cpu=True, report_to="none")
+        assert args.hub_token == "hf_SECRET"
+        shown = [repr(args), str(args), str([args]), str(vars(args)), pretty_repr(args), pretty_repr(vars(args))]
+        shown += [str(copy.deepcopy(vars(args))), str(dataclasses.replace(args, output_dir="new"))]
+        assert not any("SECRET" in text for text in shown)
 
 
 def test_arguments_survive_saving_with_the_model(tmp_path):
