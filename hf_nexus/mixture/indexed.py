@@ -10,10 +10,16 @@ import torch
 from .schedule import SourceSchedule
 from .tags import TaggedRows
 
-__all__ = ["MixtureDataset", "MixtureSampler", "check_sources"]
+__all__ = ["MixtureDataset", "MixtureSampler", "check_sources", "holds_datasets"]
 
 # Packages whose tables have a length and can be indexed, but not by the number of a row.
 _TABLES = {"pandas", "polars", "pyarrow"}
+
+
+def holds_datasets(value: Any) -> bool:
+    """Whether a value is a list of datasets, in place of one dataset or a list of rows."""
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    return isinstance(first, torch.utils.data.Dataset) or getattr(first, "column_names", None) is not None
 
 
 def check_sources(sources: Mapping[str, Any]) -> None:
@@ -33,6 +39,10 @@ def check_sources(sources: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"Source {name!r} is a {kind.__name__} with the keys {', '.join(map(str, dataset))}, not a dataset. "
                 "Pass one dataset of it, such as its training split."
+            )
+        if holds_datasets(dataset):
+            raise ValueError(
+                f"Source {name!r} is a list of datasets. Pass concatenate_datasets(...) of them, or each."
             )
         if isinstance(dataset, torch.utils.data.IterableDataset):
             continue

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .config import refuse_splits
-from .indexed import MixtureDataset
+from .indexed import MixtureDataset, holds_datasets
 from .loading import Mixture
 from .schedule import normalized
 from .stages import stage_borders, weight_stages
@@ -117,10 +117,6 @@ def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed:
     return TrainingData(dataset, evaluation, _shares(given, dataset.names), mixture)
 
 
-def _is_dataset(value: Any) -> bool:
-    return isinstance(value, torch.utils.data.Dataset) or getattr(value, "column_names", None) is not None
-
-
 def _is_stream(source: Any) -> bool:
     return isinstance(source, StreamedDocuments | torch.utils.data.IterableDataset)
 
@@ -153,7 +149,7 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     if isinstance(train_dataset, Mapping):
         _refuse_other_keys(train_dataset)
         return dict(train_dataset)
-    if isinstance(train_dataset, list | tuple) and any(map(_is_dataset, train_dataset)):
+    if holds_datasets(train_dataset):
         raise ValueError("train_dataset is a list of datasets. Pass a dict of them by the names of the sources.")
     columns = getattr(train_dataset, "column_names", None)
     if not isinstance(columns, list) or "source" not in columns:

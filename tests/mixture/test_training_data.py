@@ -70,6 +70,7 @@ def test_a_source_column_of_splits_is_refused():
         (ROWS.data.table, "'a' is a Table, which is not a dataset"),
         (torch.utils.data.DataLoader(ROWS), "'a' is a DataLoader, which is not a dataset"),
         (iter([]), "'a' is a list_iterator, which is not a dataset"),
+        ([ROWS, ROWS], "'a' is a list of datasets. Pass concatenate_datasets"),
         ([], "'a' is empty"),
     ],
     ids=lambda value: type(value).__name__,
