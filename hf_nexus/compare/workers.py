@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from ..files import printable
+
 __all__ = ["Call", "CallResult", "call_in_workers", "worker_count"]
 
 _PARENT_CHECK_SECONDS = 1.0
@@ -95,7 +97,7 @@ def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
             if error is None:
                 yield CallResult(futures[future], future.result())
             else:
-                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                message = f"{type(error).__name__}: {printable(error)}"
                 yield CallResult(futures[future], error=message)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

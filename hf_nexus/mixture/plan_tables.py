@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..files import printable
 from .plan import PlanRow
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ def plan_table(
     ood_tokens: Mapping[str, int | None] | None = None,
 ) -> "Table":
     """The plan as a table with a total row. The OOD sources and their sizes are listed below the training sources."""
+    from rich.markup import escape
 
     def licence(name: str) -> str:
-        return "" if licenses is None else licenses.get(name) or "unknown"
+        return "" if licenses is None else escape(printable(licenses.get(name) or "unknown"))
 
     table = _table("Mixture", "source", "role", "licence", "tokens")
     for row in rows:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, default_data_collator
 from transformers.utils import logging
 
-from ..files import hidden, write_atomic
+from ..files import hidden, printable, write_atomic
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..mixture.isolation import IsolateDocuments, isolated_collator
@@ -703,7 +703,7 @@ class NexusTrainerMixin(_Base):
         try:
             self.write_card(plots=plots)
         except Exception as error:  # a card must not cost a run
-            logger.warning(f"The card could not be written: {error}")
+            logger.warning(f"The card could not be written: {printable(error)}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Queue a checkpoint once it is complete."""

@@ -171,6 +171,7 @@ def test_the_token_is_never_sent_or_stored(
     publisher.submit_checkpoint(checkpoint, 2, "checkpoint", ["README.md"])
     queued = content(publisher.queue.folder)
     assert publisher.flush(SECONDS).complete
+    until(lambda: not list(publisher.queue.folder.glob("old-*")))  # what was sent is being deleted
     assert "training_args.bin" in caplog.text and ALICE not in caplog.text
     assert "model.safetensors" in hub.files(REPO)
     for files in (hub.files(REPO), content(publisher.queue.folder), queued):

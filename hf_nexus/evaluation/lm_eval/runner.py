@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import printable
 from .scores import Score, read_scores
 from .tasks import Task
 
@@ -140,4 +141,4 @@ def _reason(log: Path) -> str:
         return "it executes code that the model writes, which needs --allow-code-execution"
     lines = [line.strip() for line in text.split("\n") if line.strip()] or ["it printed nothing"]
     exceptions = re.findall(r"^[\w.]+(?:Error|Exception): .+", text, flags=re.MULTILINE)
-    return [*lines, *exceptions][-1][:400].rstrip(".")
+    return printable([*lines, *exceptions][-1])[:400].rstrip(".")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...files import printable
 from ..documents import DocumentEncoder, document_hash, split_text
 from .reader import Retry, RowReader, SourceError
 from .sources import Partition, Source
@@ -147,7 +148,7 @@ class PackedRowReader(RowReader):
             return encoder.text(row, number)
         except Exception as error:
             name, shard = self.partition.source, "" if block.shard is None else f" of shard {block.shard}"
-            problem = f"Source {name!r}: row {number}{shard} is unusable: {error}"
+            problem = f"Source {name!r}: row {number}{shard} is unusable: {printable(error)}"
             if encoder.source.on_error != "skip":
                 raise SourceError(f"{problem} To skip such rows, set sources.{name}.on_error to 'skip'.") from error
             if not self._warned:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ...files import printable
 from .sources import Block, Partition, Source
 
 __all__ = ["Retry", "RowReader", "SourceError"]
@@ -108,7 +109,7 @@ class RowReader:
         """An error that names the position."""
         where = self.source.describe(self.partition, self._pass, self._position)
         name, rank = self.partition.source, self.partition.rank
-        return SourceError(f"Source {name!r} (rank {rank}, pass {self._pass + 1}, {where}): {problem}")
+        return SourceError(f"Source {name!r} (rank {rank}, pass {self._pass + 1}, {where}): {printable(problem)}")
 
     def _estimated_rows(self) -> int | None:
         # With unequal partitions, one of them says nothing about the others.
