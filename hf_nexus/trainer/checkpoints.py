@@ -186,7 +186,7 @@ def _finish(staged: Path) -> None:
 
 def recover(run_dir: str | Path) -> None:
     """Give a checkpoint its name that a killed process has completed, and delete what else it left."""
-    for staged in checkpoints_of(Path(run_dir, STAGING_DIR)):
+    for staged in checkpoints_of(_staging(Path(run_dir))):
         if is_complete(staged) and not is_complete(Path(run_dir, staged.name)):
             _publish(staged)
     _clear(Path(run_dir))
@@ -200,17 +200,22 @@ def delete(checkpoint: Path) -> None:
 
 def _set_aside(checkpoint: Path) -> None:
     if checkpoint.exists():
-        aside = checkpoint.parent / STAGING_DIR / "deleted" / checkpoint.name
+        aside = _staging(checkpoint.parent) / "deleted" / checkpoint.name
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.rename(aside)
 
 
 def _clear(run_dir: Path) -> None:
+    shutil.rmtree(_staging(run_dir), ignore_errors=True)
+
+
+def _staging(run_dir: Path) -> Path:
+    """The folder of incomplete checkpoints. A link would lead to files that no run has written here."""
     staging = run_dir / STAGING_DIR
     if staging.is_symlink():
         staging.unlink()
-    shutil.rmtree(staging, ignore_errors=True)
+    return staging
 
 
 def _force(path: Path) -> None:

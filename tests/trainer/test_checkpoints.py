@@ -16,6 +16,7 @@ from hf_nexus.trainer.checkpoints import (
     MANIFEST_NAME,
     STAGING_DIR,
     checkpoints_of,
+    delete,
     is_complete,
     last_checkpoint,
     recover,
@@ -140,6 +141,18 @@ def test_a_complete_checkpoint_gets_its_name_after_a_kill(tmp_path):
     recover(run)
     assert steps_of(run) == [2, 3] and all(is_complete(path) for path in checkpoints_of(run))
     assert not (run / STAGING_DIR).exists()
+
+
+@pytest.mark.parametrize("act", [recover, lambda run: delete(run / "checkpoint-3")])
+def test_a_linked_staging_folder_is_not_followed(tmp_path, act):
+    """Neither by a recovery nor by a deletion."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    fake_checkpoint(elsewhere, 2)
+    fake_checkpoint(run, 3)
+    (run / STAGING_DIR).symlink_to(elsewhere)
+    act(run)
+    assert steps_of(elsewhere) == [2] and [path.name for path in elsewhere.iterdir()] == ["checkpoint-2"]
+    assert 2 not in steps_of(run) and not (run / STAGING_DIR).is_symlink()
 
 
 def test_the_best_checkpoint_is_known_by_its_final_path(saving, tmp_path):
