@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,24 @@ class TrainingData:
         train = {} if self.mixture is None else self.mixture.config.train_sources
         return {name: source.max_epochs for name, source in train.items()}
 
+    def with_weights(self, weights: Any) -> "TrainingData":
+        """The same data with the weights of the field `mixture_weights`; `None` for those of the mixture."""
+        if not isinstance(self.dataset, MixtureDataset | MixtureStream):
+            if weights is not None:
+                raise ValueError(
+                    "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of "
+                    "datasets, or give it a `source` column."
+                )
+            return self
+        if weights is not None:
+            given: Any = weight_stages(weights)
+        elif self.mixture is not None:
+            sizes = {name: count for name, count in self.mixture.tokens.items() if count is not None}
+            given = self.mixture.config.stage_weights(sizes)
+        else:
+            given = [(1.0, _rows(self.dataset.sources))]
+        return replace(self, stages=_shares(given, self.dataset.names))
+
     def indexable(self, source: str, evaluation: Any) -> Any:
         """The evaluation set of a source, or its training rows if it has none; `None` if that is a stream."""
         sets = evaluation if isinstance(evaluation, Mapping) else {}
@@ -89,32 +107,19 @@ def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed:
         ValueError: weights that name other sources, are missing for streams, or are given for a plain dataset.
     """
     mixture = train if isinstance(train, Mixture) else None
-    given: Any = weights
     if mixture is not None:
         evaluation = mixture.eval if evaluation is None else evaluation
         train = mixture.train
-        if weights is None:
-            sizes = {name: count for name, count in mixture.tokens.items() if count is not None}
-            given = mixture.config.stage_weights(sizes)
     sources = split_sources(train)
     if sources is None:
-        if weights is not None or dynamic:
-            raise ValueError(
-                "mixture_weights are set, but train_dataset is one dataset without sources. Pass a dict of datasets, "
-                "or give it a `source` column."
-            )
-        return TrainingData(train, evaluation)
+        return TrainingData(train, evaluation).with_weights({} if dynamic and weights is None else weights)
     dataset: MixtureDataset | MixtureStream
     if dynamic or any(map(_is_stream, sources.values())):
         buffer: dict[str, Any] = {} if mixture is None else {"buffer_size": mixture.config.buffer_size}
         dataset = MixtureStream(sources, seed=seed, **buffer)
     else:
         dataset = MixtureDataset(sources)
-    if given is None:
-        given = [(1.0, _rows(sources))]
-    elif weights is not None:
-        given = weight_stages(weights)
-    return TrainingData(dataset, evaluation, _shares(given, dataset.names), mixture)
+    return TrainingData(dataset, evaluation, mixture=mixture).with_weights(weights)
 
 
 def _is_stream(source: Any) -> bool:

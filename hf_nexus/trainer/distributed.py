@@ -1,14 +1,25 @@
 """Shards, norms, sums and averages over ranks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Shards", "average_pseudo_gradients", "broadcast", "max_over_ranks", "reshard", "sum_over_ranks"]
+__all__ = [
+    "Shards",
+    "average_pseudo_gradients",
+    "broadcast",
+    "gather",
+    "is_wrapped",
+    "max_over_ranks",
+    "reshard",
+    "sum_over_ranks",
+]
 
 
 def _several_ranks() -> bool:
@@ -37,6 +48,20 @@ def broadcast(tensor: Tensor, device: torch.device) -> Tensor:
     if _several_ranks():
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of each rank, which can be pickled. All ranks must call it."""
+    values = [value]
+    if _several_ranks():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether the gradients of a model are reduced over the ranks, by DDP or FSDP2."""
+    return any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())
 
 
 class Shards:

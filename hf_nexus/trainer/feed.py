@@ -1,7 +1,7 @@
 """The data of a run: the order of the rows, agreement between ranks, and the state in checkpoints."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from ..mixture.stream.progress import StreamProgress, WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
-from .distributed import broadcast, max_over_ranks, sum_over_ranks
-from .support import check_loader
+from .distributed import broadcast, gather, max_over_ranks, sum_over_ranks
+from .support import check_loader, check_same
 from .window import Window
 
 __all__ = ["Feed"]
@@ -38,7 +38,6 @@ class Feed:
     def __init__(self, train: Any, evaluation: Any, args: Any, weights_function: WeightsFunction | None = None):
         self._args = args
         self._weights_function = weights_function
-        self._seed = args.seed if args.data_seed is None else args.data_seed
         self._progress: StreamProgress | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
@@ -47,10 +46,25 @@ class Feed:
 
     def set_data(self, train: Any, evaluation: Any) -> None:
         """Replace the data."""
-        dynamic = self._weights_function is not None
-        self.data: TrainingData = prepare_data(train, evaluation, self._args.mixture_weights, dynamic, self._seed)
+        self._weights = self._args.mixture_weights
+        self.data: TrainingData = prepare_data(train, evaluation, self._weights, self.dynamic_weights, self._seed)
         if self.data.stages:
             check_loader(self._args, isinstance(self.data.dataset, MixtureStream))
+
+    def refresh(self) -> None:
+        """Follow arguments that were changed since they were read, by a hyperparameter search for example."""
+        if self._args.mixture_weights != self._weights:
+            self._weights = self._args.mixture_weights
+            self.data = self.data.with_weights(self._weights)
+        if isinstance(self.data.dataset, MixtureStream):
+            self.data.dataset.seed = self._seed
+        if self.data.stages:
+            check_loader(self._args, isinstance(self.data.dataset, MixtureStream))
+
+    @property
+    def _seed(self) -> int:
+        args = self._args
+        return args.seed if args.data_seed is None else args.data_seed
 
     @property
     def dynamic_weights(self) -> bool:
@@ -61,6 +75,7 @@ class Feed:
 
     def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
         """The order of a training set; `None` for a plain dataset, which keeps the Trainer's order."""
+        self.refresh()
         args = self._args
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
         rows, k = batch_size * args.world_size, args.gradient_accumulation_steps
@@ -110,6 +125,24 @@ class Feed:
         self.first_step, self._resumed_from = step, None
         if step and self._progress is not None:  # at step 0, it has begun when the sampler was made
             self._progress.begin(step, self._resumed)
+
+    def check_ranks(self, batch_size: int, tokenizer: Any, evaluation: Any, settings: dict[str, Any]) -> None:
+        """
+        Compare data and `settings` of the ranks before the first step, in one collective. All ranks must call it.
+
+        Raises:
+            ValueError: on all ranks, if they differ.
+        """
+        sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+        own = {
+            "rows": _size(self.data.dataset),
+            "evaluation rows": {name: _size(rows) for name, rows in sets.items()},
+            **settings,
+            **(self._describe(batch_size, tokenizer) if self.data.stages else {}),
+        }
+        given = gather(own)
+        for rank, other in enumerate(given):
+            check_same(rank, compare_data(given[0], other))
 
     # ---- During training ----
 
@@ -216,3 +249,7 @@ class Feed:
         """The first rows of a source's evaluation set, or of its training rows if it has no evaluation set."""
         dataset = self.data.indexable(source, evaluation)
         return [dataset[i] for i in range(min(len(dataset), count))]
+
+
+def _size(dataset: Any) -> int | None:
+    return len(dataset) if isinstance(dataset, Sized) else None

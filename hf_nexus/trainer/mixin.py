@@ -31,20 +31,23 @@ from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings
 from .cosines import source_cosines
-from .distributed import sum_over_ranks
+from .distributed import gather, is_wrapped
 from .evaluation import Evaluation, held_back, metric_of_set, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
 from .optimizers import create_muon_with_adamw
 from .publishing import Publishing, card_fields
 from .support import (
+    SAME_ON_RANKS,
     Launch,
     check_arguments,
     check_cosines,
     check_launch,
     check_optimizer,
     check_set_names,
+    check_trainable,
     check_weights,
+    check_windows,
     warn_of_one_inner_step,
 )
 from .trackers import attach_plots
@@ -287,11 +290,29 @@ class NexusTrainerMixin(_Base):
             self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self.is_fsdp_enabled)
         return super().create_optimizer(model)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _check_start(self, max_steps: int) -> None:
+        """Refuse what is not supported, with the arguments of this moment, and ranks that differ."""
+        self._check()
+        check_trainable(self.model)
+        settings = nexus_settings(self.args) | {name: getattr(self.args, name) for name in SAME_ON_RANKS}
+        del settings["mixture_weights"]  # their shares are compared
+        trainable = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        settings |= {"steps": max_steps, "step": self.state.global_step, "trainable parameters": trainable}
+        self._feed.check_ranks(self._train_batch_size, self.processing_class, self.eval_dataset, settings)
+
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
-        self._walker.reset()  # the wrapped model and its parameters may be new
-        prepared = super()._prepare_for_training(*args, **kwargs)
         step = self.state.global_step
+        self._walker.reset()  # the wrapped model and its parameters may be new
+        if self.args.nexus or self.data.stages:
+            self._check_start(max_steps)
+        if self.args.world_size > 1 and not is_wrapped(self.model_wrapped):
+            # An evaluation before training marks the model as prepared. Accelerate would not wrap it any more.
+            bare: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            bare._is_accelerate_prepared, self.model_wrapped = False, bare
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        if self.args.nexus:
+            self._walker.begin(prepared[0], self.optimizer, self.accelerator.mixed_precision == "bf16")
         self._feed.begin(step)
         self._random_states.begin()
         self._checkpoints.find_best(self.state)
@@ -339,10 +360,7 @@ class NexusTrainerMixin(_Base):
         counted = [n for n in counts if isinstance(n, Tensor)]
         if not counted or len(counted) < len(counts):
             return count(batch_samples, device)
-        self._window.tokens = tokens = torch.stack(counted)
-        divisors = sum_over_ranks(tokens) if average else tokens
-        self._window.items = divisors / (self.args.world_size if average else 1)
-        return divisors.sum()
+        return self._window.count(torch.stack(counted), self.args.world_size if average else 1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
@@ -408,10 +426,13 @@ class NexusTrainerMixin(_Base):
             model,
             window,
             micro_step,
+            optimizer=self.optimizer,
             step=self.state.global_step,
             inner_lr=self.args.inner_lr * scale,
             autocast=self.accelerator.mixed_precision == "bf16",
         )
+        if window.same is not None and not window.same:
+            check_windows(gather(window.sources))
         self._count_path(losses)
         if local:
             self._walker.average_over_ranks()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled, logging
@@ -22,15 +22,23 @@ from ..nexus import Nexus
 from ..strict import Bound
 
 __all__ = [
+    "SAME_ON_RANKS",
     "Launch",
     "check_arguments",
     "check_cosines",
     "check_launch",
     "check_loader",
     "check_optimizer",
+    "check_same",
     "check_set_names",
+    "check_trainable",
+    "check_trained",
     "check_trl_arguments",
+    "check_unchanged",
     "check_weights",
+    "check_windows",
+    "check_wrapped",
+    "warn_of_buffers",
     "warn_of_one_inner_step",
     "warn_of_short_steps",
 ]
@@ -39,6 +47,22 @@ logger = logging.get_logger(__name__)
 
 # Root mean square of an inner step below which the noise of bfloat16 autocast hides a third of the path's signal.
 AUTOCAST_FLOOR = 3e-6
+
+# Arguments that all ranks must share: they decide the steps, and when the ranks wait for each other.
+SAME_ON_RANKS = (
+    *(
+        "seed",
+        "data_seed",
+        "optim",
+        "optim_args",
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
+        "max_grad_norm",
+    ),
+    *("bf16", "average_tokens_across_devices", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
+)
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
 _FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
@@ -65,6 +89,77 @@ _RANGES = {
 
 
 # ---- Arguments ----
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model without trainable parameters."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "The model has no trainable parameters: all have requires_grad=False. Unfreeze some, or add adapters."
+        )
+
+
+def check_wrapped(wrapped: bool, ranks: int) -> None:
+    """Refuse a model whose gradients are not reduced over the ranks."""
+    if ranks > 1 and not wrapped:
+        raise ValueError(
+            f"The model is not wrapped by DDP or FSDP2, so each of {ranks} ranks would train alone. Leave wrapping to "
+            "the Trainer, and pass the bare model."
+        )
+
+
+def check_trained(model: nn.Module, trained: Iterable[Tensor], ranks: int) -> None:
+    """Refuse an optimizer whose parameters are not those of the model that are trainable."""
+    known, own = set(map(id, trained)), set(map(id, model.parameters()))
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in known:
+            raise ValueError(
+                f"Parameter {name.removeprefix('module.')!r} is trainable, but the optimizer does not train it. Add "
+                "it to the optimizer (`optimizer.add_param_group`), or freeze it with requires_grad_(False)."
+            )
+    if ranks > 1 and known - own:  # DDP does not reduce their gradients, so each rank would walk its own path
+        raise ValueError(
+            "The optimizer trains parameters that are not the model's (those of a loss function, for example). Nexus "
+            "supports this on one rank only."
+        )
+
+
+def check_unchanged(ranks: int) -> None:
+    """Refuse parameters that are frozen or unfrozen on several ranks once the model is wrapped."""
+    if ranks > 1:
+        raise ValueError(
+            "The trainable parameters changed after training began. On several ranks, DDP and FSDP2 reduce the "
+            "gradients of those that were trainable at the start. Change them before, in a new trainer for each stage."
+        )
+
+
+def check_same(rank: int, differences: list[str]) -> None:
+    """Refuse a rank with other data or settings than the first."""
+    if differences:
+        raise ValueError(
+            f"The ranks were given different data or settings. From rank 0 to rank {rank}, {'; '.join(differences)}. "
+            "Give all ranks the same."
+        )
+
+
+def check_windows(sources: list[list[str]]) -> None:
+    """Refuse a window whose micro-batches hold other sources on another rank."""
+    for rank, of_rank in enumerate(sources):
+        if of_rank != sources[0]:
+            raise ValueError(
+                f"The ranks hold different sources in one window: rank 0 has {', '.join(sources[0])}, and rank {rank} "
+                f"has {', '.join(of_rank)}. Leave the sampler and the data loader of the training data to the trainer."
+            )
+
+
+def warn_of_buffers(changed: Iterable[str]) -> None:
+    """Warn of state that is not a parameter, and changes while the parameters are displaced."""
+    if names := list(changed):
+        logger.warning(
+            f"Buffer {names[0].removeprefix('module.')!r} changes while Nexus moves the weights, and is not restored: "
+            "statistics such as those of BatchNorm come from displaced weights. Use a layer without running "
+            "statistics, such as LayerNorm or GroupNorm, or keep the layer in evaluation mode."
+        )
 
 
 def check_arguments(args: Any) -> None:

@@ -1,5 +1,7 @@
 """One outer step: its micro-batches, their counts, and the path that Nexus walks over them."""
 
+import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,8 +14,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import StreamState, pop_tag
 from ..nexus import Nexus
-from .distributed import Shards, average_pseudo_gradients, reshard
-from .support import warn_of_short_steps
+from .distributed import Shards, average_pseudo_gradients, is_wrapped, reshard, sum_over_ranks
+from .support import check_trained, check_unchanged, check_wrapped, warn_of_buffers, warn_of_short_steps
 
 __all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
 
@@ -36,6 +38,7 @@ class Window:
     unit: str = "rows"  # of losses per source; "tokens" where labels are one per token
     tokens: Tensor | None = None  # loss tokens on this rank, (k,)
     items: Tensor | None = None  # divisors of the losses, (k,): loss tokens, or their mean over the ranks
+    same: Tensor | None = None  # whether all ranks hold the same sources (0-d), if it was compared
     inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
@@ -65,6 +68,22 @@ class Window:
     def complete(self) -> bool:
         """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
+
+    def count(self, tokens: Tensor, ranks: int) -> Tensor:
+        """
+        Note the loss tokens of each micro-batch, (k,). Their mean over `ranks` divides the losses. All of these ranks
+        must call it, and their sources are compared in the same collective.
+
+        Returns:
+            `Tensor`: the loss tokens of the window over the ranks, 0-d.
+        """
+        self.tokens = total = tokens
+        if ranks > 1:
+            mark = zlib.crc32("\n".join(self.sources).encode()) % 61  # float32 holds sums of its square exactly
+            *_, marks, squares = shared = sum_over_ranks(torch.cat([tokens, tokens.new_tensor([mark, mark**2])]))
+            total, self.same = shared[:-2], squares.long() * ranks == marks.long() ** 2
+        self.items = total / ranks
+        return total.sum()
 
     def divisors(self, i: int, measured: bool, whole: bool = False) -> "Divisors":
         """
@@ -145,11 +164,13 @@ class Walker:
     Walks the micro-batches of a window with the Nexus update. Weights are displaced inside [`~Walker.walk`] only.
 
     Attributes:
-        nexus ([`Nexus`], *optional*): The update, once a window was walked.
+        nexus ([`Nexus`], *optional*): The update, from [`~Walker.begin`] on.
     """
 
     def __init__(self, args: Any):
         self._args = args
+        self._new = True  # no window was walked yet
+        self._begun: tuple[Any, Any] = (None, None)  # the wrapped model, and the sets of its parameters
         self.nexus: Nexus | None = None
 
     def walk(self, model: nn.Module, window: Window, micro_step: Callable[[int], Tensor], **settings: Any) -> Tensor:
@@ -168,6 +189,7 @@ class Walker:
             `Tensor`: the losses, (k,).
         """
         nexus = self._prepare(model, **settings)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if self._new else {}
         losses: list[Tensor] = []
         try:
             with nexus.window():
@@ -179,25 +201,49 @@ class Walker:
             raise
         finally:
             nexus.restore()  # a signal can keep the window from being left
+        if self._new:
+            now = dict(model.named_buffers())
+            warn_of_buffers(name for name, buffer in buffers.items() if name in now and not buffer.equal(now[name]))
+        self._new = False
         return torch.stack(losses)
 
-    def _prepare(self, model: nn.Module, step: int, inner_lr: float, autocast: bool) -> Nexus:
-        """The update with the settings of an outer step; `autocast` says whether the model computes in bfloat16."""
-        if self.nexus is None:
-            args = self._args
-            params = [p for p in model.parameters() if p.requires_grad]
-            shards = Shards(params)
-            # Ranks that walk one path need the same random directions, ranks that walk their own do not.
-            path = args.process_index if args.inner_sync == "local" else shards.index
-            self.nexus = Nexus(
-                params,
-                args.inner_lr,
-                direction=args.inner_direction,
-                snapshot_device=args.snapshot_device,
-                reduce_norm=shards.norm,
-                key=(args.seed, path),
-            )
-            warn_of_short_steps(self.nexus, autocast)
+    def begin(self, model: nn.Module, optimizer: Any, autocast: bool) -> None:
+        """
+        Take the parameters that the optimizer trains, once the model is wrapped. `autocast` says whether the model
+        computes in bfloat16.
+
+        Raises:
+            ValueError: the model is not wrapped, or the optimizer does not train what is trainable.
+        """
+        args = self._args
+        before, sets = self._begun, _parameter_sets(model, optimizer)
+        if before[0] == (wrapped := weakref.ref(model)) and before[1] != sets:
+            check_unchanged(args.world_size)
+        self._begun = wrapped, sets
+        check_wrapped(is_wrapped(model), args.world_size)
+        reshard(model)  # an evaluation leaves some parameters of FSDP2 gathered
+        trained = _trained(optimizer)
+        check_trained(model, trained, args.world_size)
+        # A loss function can have parameters as well.
+        params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
+        shards = Shards(params)
+        # Ranks that walk one path need the same random directions, ranks that walk their own do not.
+        path = args.process_index if args.inner_sync == "local" else shards.index
+        self.nexus = Nexus(
+            params,
+            args.inner_lr,
+            direction=args.inner_direction,
+            snapshot_device=args.snapshot_device,
+            reduce_norm=shards.norm,
+            key=(args.seed, path),
+        )
+        warn_of_short_steps(self.nexus, autocast)
+
+    def _prepare(self, model: nn.Module, optimizer: Any, step: int, inner_lr: float, autocast: bool) -> Nexus:
+        """The update with the settings of an outer step. What is trained may have changed on a single rank."""
+        if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
+            self.begin(model, optimizer, autocast)
+        assert self.nexus is not None
         self.nexus.outer_step = step
         self.nexus.inner_lr = inner_lr
         return self.nexus
@@ -216,6 +262,15 @@ class Walker:
     def at_start(self) -> AbstractContextManager[None]:
         """The weights of the window's start inside the context, from any point of the path."""
         return nullcontext() if self.nexus is None else self.nexus.at_start()
+
+
+def _trained(optimizer: Any) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _parameter_sets(model: nn.Module, optimizer: Any) -> tuple[list[int], int]:
+    """What the optimizer trains, and how many parameters are trainable: FSDP2 exchanges those of the model."""
+    return list(map(id, _trained(optimizer))), sum(p.requires_grad for p in model.parameters())
 
 
 def inner_lr_scale(schedule: str, optimizer: Any, peak_lr: float) -> float:

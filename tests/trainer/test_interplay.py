@@ -3,12 +3,14 @@ Nexus with other settings. Settings of speed and memory change no result. Settin
 same effect as in a loop around `Nexus` on the same micro-batches.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -277,7 +280,10 @@ class Search(HyperParamSearchBackendBase):
 
 
 def test_each_trial_of_a_search_is_a_fresh_run(make_trainer, sources, monkeypatch):
-    trials = [{"inner_lr": 0.0}, {"inner_lr": 0.2}, {"inner_lr": 0.2, "gradient_accumulation_steps": 2}]
+    trials: list[dict[str, Any]] = [{"inner_lr": 0.0}, {"inner_lr": 0.2}]
+    trials += [trials[-1] | {"gradient_accumulation_steps": 2}]
+    trials += [trials[-1] | {"seed": 7}]
+    trials += [trials[-1] | {"mixture_weights": {"text": 0.0, "code": 0.5, "math": 0.5}}]
     backend, held_out = Search(), {"text": Rows(8, 0), "law": Rows(8, 5)}
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend)
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
@@ -286,14 +292,14 @@ def test_each_trial_of_a_search_is_a_fresh_run(make_trainer, sources, monkeypatc
         args=made.args, train_dataset=sources, eval_dataset=held_out, model_init=lambda: tiny_llama()
     )
     best = trainer.hyperparameter_search(
-        lambda trial: trials[trial.number], lambda metrics: metrics["eval_loss"], n_trials=3, backend="optuna"
+        lambda trial: trials[trial.number], lambda metrics: metrics["eval_loss"], n_trials=5, backend="optuna"
     )
     for settings, (_, found) in zip(trials, backend.found, strict=True):
         alone = make_trainer(sources, tiny_llama(), **settings)
         alone.train()
         assert torch.equal(weights(alone.model), found)
     losses = [loss for loss, _ in backend.found]
-    assert len(set(losses)) == 3 and best.objective == min(losses)
+    assert len(set(losses)) == 5 and best.objective == min(losses)
 
 
 @pytest.mark.slow
@@ -320,6 +326,122 @@ def test_optuna_finds_an_inner_learning_rate(make_trainer, sources):
     )
     assert len(set(tried.values())) == 3
     assert tried[best.hyperparameters["inner_lr"]] == best.objective == min(tried.values())
+
+
+def test_streams_follow_a_changed_seed(make_trainer):
+    def stream(rows):
+        return datasets.Dataset.from_list([{k: v.tolist() for k, v in rows[i].items()} for i in range(40)])
+
+    streams = {name: stream(Rows(40, i)).to_iterable_dataset() for i, name in enumerate(("text", "code"))}
+    shares = {"mixture_weights": {"text": 1, "code": 1}}
+    changed = make_trainer(streams, **shares)
+    changed.args.seed = 7
+    given = make_trainer(streams, seed=7, **shares)
+    for trainer in (changed, given):
+        trainer.train()
+    assert torch.equal(weights(changed.model), weights(given.model))
+
+
+# ---- Parameters that change ----
+
+
+class Unfreeze(TrainerCallback):
+    """Unfreezes the first layer before the second step."""
+
+    def __init__(self):
+        self.norms: list[float] = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.model.layers[0].requires_grad_(state.global_step > 0)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.norms.append(
+            float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+        )
+
+
+def frozen() -> Any:
+    model = tiny_llama()
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+def test_unfrozen_parameters_join_the_path(make_trainer, sources):
+    model, callback = frozen(), Unfreeze()
+    optimizers = (torch.optim.AdamW(model.parameters(), lr=1e-2), None)
+    start = model.model.layers[0].mlp.up_proj.weight.clone()
+    trainer = make_trainer(
+        sources, model, {"optimizers": optimizers, "callbacks": [callback]}, max_steps=3, max_grad_norm=0
+    )
+    trainer.train()
+    assert len(trainer._walker.nexus.params) == len(list(model.parameters()))
+    assert not torch.equal(start, model.model.layers[0].mlp.up_proj.weight)
+    assert max(callback.norms) <= 1 + 1e-6  # as that of a mean of normalized gradients
+
+
+def test_a_trainable_parameter_outside_the_optimizer_is_an_error(make_trainer, sources):
+    with pytest.raises(ValueError, match=r"layers.0.\S+ is trainable, but the optimizer does not train it"):
+        make_trainer(sources, frozen(), {"callbacks": [Unfreeze()]}).train()
+    model = tiny_llama()
+    optimizers = (torch.optim.AdamW(model.lm_head.parameters()), None)
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' is trainable, but the optimizer does not"):
+        make_trainer(sources, model, {"optimizers": optimizers}).train()
+
+
+def test_parameters_of_a_loss_function_are_walked(make_trainer, sources):
+    scale, model = torch.nn.Parameter(torch.full((3,), 9.0)), tiny_llama()
+
+    class Scaled(NexusTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs) * scale.square().sum()
+
+    optimizers = (torch.optim.SGD([*model.parameters(), scale], lr=0.0), None)
+    trainer = make_trainer(sources, model, {"optimizers": optimizers}, Scaled, max_steps=1)
+    norms = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            norms.append(sum(float(p.grad.square().sum()) for p in [*model.parameters(), scale]))
+
+    trainer.add_callback(Norms())
+    trainer.train()
+    assert norms[0] <= 1 + 1e-6
+    assert torch.equal(scale.data, torch.full((3,), 9.0))
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_a_frozen_model_is_an_error(make_trainer, sources, nexus):
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="The model has no trainable parameters"):
+        make_trainer(sources, model, nexus=nexus).train()
+
+
+class Normalized(torch.nn.Module):
+    """A language model with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm = tiny_llama()
+        self.norm = torch.nn.BatchNorm1d(64)
+        self.config = self.lm.config
+
+    def forward(self, input_ids=None, labels=None):
+        logits = self.norm(self.lm(input_ids=input_ids).logits.transpose(1, 2))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+def test_state_that_changes_along_the_path_is_named(make_trainer, sources, caplog, momentum):
+    model = Normalized()
+    model.norm.momentum = momentum
+    if not momentum:
+        model.norm.register_buffer("num_batches_tracked", None)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        make_trainer(sources, model).train()
+    said = [record.message for record in caplog.records if "is not restored" in record.message]
+    assert len(said) == bool(momentum)
+    assert not momentum or said[0].startswith("Buffer 'norm.running_mean' changes while Nexus moves the weights")
 
 
 # ---- Other models and trainers ----

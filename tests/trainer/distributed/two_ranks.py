@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.support.launcher import report
 from tests.trainer.distributed import (
+    agreement_worker,
     fsdp_worker,
     losses_worker,
     memory_worker,
@@ -16,6 +17,7 @@ from tests.trainer.distributed import (
 # Workers with FSDP come last, because they pretend that there are accelerators.
 WORKERS = {
     "ddp": worker,
+    "agreement": agreement_worker,
     "streams": stream_worker,
     "losses": losses_worker,
     "training_losses": training_losses_worker,

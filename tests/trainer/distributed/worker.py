@@ -24,7 +24,12 @@ def sources(pad: bool = False) -> dict[str, Rows]:
 
 
 def make(
-    out: Path, data: Any, model: torch.nn.Module | None = None, compute_loss_func: Any = None, **config: Any
+    out: Path,
+    data: Any,
+    model: torch.nn.Module | None = None,
+    compute_loss_func: Any = None,
+    optimizers: Any = (None, None),
+    **config: Any,
 ) -> NexusTrainer:
     defaults: dict[str, Any] = {
         "output_dir": str(out),
@@ -38,7 +43,8 @@ def make(
         "disable_tqdm": True,
     }
     args = NexusConfig(**{**defaults, **config})
-    return NexusTrainer(model or tiny_llama(), args, train_dataset=data, compute_loss_func=compute_loss_func)
+    given = {"compute_loss_func": compute_loss_func, "optimizers": optimizers}
+    return NexusTrainer(model or tiny_llama(), args, train_dataset=data, **given)
 
 
 def weights(trainer: NexusTrainer) -> list[float]:

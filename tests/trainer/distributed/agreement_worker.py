@@ -1,0 +1,111 @@
+"""Run by torchrun on 2 CPU processes: ranks that differ, and models that were evaluated before training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from hf_nexus import NexusTrainer
+from hf_nexus.trainer import feed
+from tests.support.tiny import Rows, tiny_llama
+from tests.trainer.distributed.worker import make, sources, weights
+
+
+def reordered() -> dict[str, Rows]:
+    return dict(reversed(sources().items()))
+
+
+# What the second rank is given instead: data and configuration.
+OTHER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "order": (reordered, {}),
+    "names": (lambda: {"txt" if name == "text" else name: rows for name, rows in sources().items()}, {}),
+    "size": (lambda: {**sources(), "code": Rows(30, 1)}, {}),
+    "plain size": (lambda: Rows(30, 1), {}),
+    "weights": (sources, {"mixture_weights": {"text": 1, "code": 1, "math": 2}}),
+    "stages": (sources, {"mixture_weights": [{"until": 1.0, "weights": {"text": 1, "code": 1, "math": 2}}]}),
+    "seed": (sources, {"seed": 43}),
+    "data seed": (sources, {"data_seed": 43}),
+    "schedule": (sources, {"source_schedule": "stratified"}),
+    "inner_lr": (sources, {"inner_lr": 0.1}),
+    "learning rate": (sources, {"learning_rate": 1e-3}),
+    "steps": (sources, {"max_steps": 4}),
+    "without nexus": (sources, {"nexus": False, "source_schedule": "stratified"}),
+}
+# The first rank has the data and configuration of `make`, except for these.
+FIRST: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "plain size": (lambda: Rows(40, 1), {}),
+    "without nexus": (sources, {"nexus": False}),
+}
+
+
+class Unfreeze(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.model.layers[0].requires_grad_(True)
+
+
+def error(trainer: NexusTrainer) -> str:
+    """The error with which training ends, or what was trained."""
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error)
+    return f"trained {trainer.state.global_step} steps"
+
+
+def unfrozen(out: Path, again: bool) -> str:
+    """Unfreeze a layer that the optimizer has, during training or between two calls of `train()`."""
+    model = tiny_llama()
+    optimizer = (make_optimizer(model), None)
+    model.model.layers[0].requires_grad_(False)
+    trainer = make(out, sources(), model, optimizers=optimizer, max_steps=2)
+    if not again:
+        trainer.add_callback(Unfreeze())
+        return error(trainer)
+    trainer.train()
+    model.model.layers[0].requires_grad_(True)
+    return error(trainer)
+
+
+def make_optimizer(model: Any) -> Any:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def evaluated_first(out: Path, how: str, **config: Any) -> list[float]:
+    trainer = make(out, sources(), **config)
+    if how == "evaluate":
+        trainer.evaluate(Rows(7, 0))
+    elif how == "predict":
+        trainer.predict(Rows(7, 0))
+    trainer.train()
+    return weights(trainer)
+
+
+def other_windows(out: Path) -> str:
+    """The second rank draws other sources, although it was given the same."""
+    schedule = feed.SourceSchedule
+
+    def other(borders: Any, seed: int, kind: str) -> Any:
+        return schedule(borders, seed + dist.get_rank(), kind)
+
+    with patch.object(feed, "SourceSchedule", other):
+        trainer = make(out, sources())
+        return error(trainer)
+
+
+def main(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, other in OTHER.items():
+        data, config = FIRST.get(name, (sources, {})) if dist.get_rank() == 0 else other
+        found[name] = error(make(out, data(), **config))
+    for again in (False, True):
+        found[f"unfrozen/{again}"] = unfrozen(out, again)
+    found["windows"] = other_windows(out)
+    for how in ("nothing", "evaluate", "predict"):
+        found[how] = evaluated_first(out, how, max_steps=2)
+        found[f"{how}/bf16"] = evaluated_first(out, how, max_steps=2, bf16=True)
+        found[f"{how}/off"] = evaluated_first(out, how, max_steps=2, nexus=False)
+    return found
