@@ -295,11 +295,15 @@ class StagedCheckpoints:
 
     def find_best(self, state: TrainerState) -> None:
         """Look for the best checkpoint of a resumed run where the run is now, which may have been moved."""
-        if self._resumed is not None and state.best_global_step:
-            best = os.path.join(os.path.dirname(self._resumed), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-            if os.path.isdir(best) and best != state.best_model_checkpoint:
-                logger.warning(f"The best checkpoint so far is {best}.")
-                state.best_model_checkpoint = best
+        if self._resumed is None or not state.best_global_step:
+            return
+        for resumed in (Path(self._resumed), Path(self._resumed).resolve()):
+            best = resumed.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            if best.is_dir():
+                if str(best) != state.best_model_checkpoint:
+                    logger.warning(f"The best checkpoint so far is {best}.")
+                state.best_model_checkpoint = str(best)
+                return
 
     def folder(self, run_dir: str) -> str:
         """The folder into which the Trainer writes: the run's, or `_incomplete` in it while one is written."""
@@ -351,6 +355,11 @@ class StagedCheckpoints:
             return  # also where the run was resumed from
         if os.path.isdir(os.path.join(run_dir, name)):
             state.best_model_checkpoint = os.path.join(run_dir, name)
+        elif state.best_global_step and self._args.load_best_model_at_end:
+            logger.warning(
+                f"The best model so far, of step {state.best_global_step}, was not saved and cannot be loaded at the "
+                "end. Save at each evaluation (save_steps, eval_steps)."
+            )
 
     def seal_again(self) -> None:
         """Renew the manifest of a new checkpoint that a callback has changed in `on_save`."""

@@ -1,5 +1,6 @@
 """A run from its configuration to its folder: plan, training, resuming, and the files it leaves."""
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_nexus
+from hf_nexus.lock import LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.parsing import load_config, parse_arguments
 from hf_nexus.pretrain.run import main, pretrain
@@ -176,6 +178,32 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(config, finished, tmp_path):
         assert way_out in str(error.value)
     run(config, folder, "--overwrite_output_dir", "--max_steps", "2", "--save_steps", "2")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_folder_of_another_process_is_left_alone(config, finished, tmp_path, monkeypatch):
+    def held(*args):
+        raise BlockingIOError(errno.EAGAIN, "held")
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr("fcntl.lockf", held)
+    monkeypatch.setattr("hf_nexus.pretrain.run.load_mixture", lambda *args: pytest.fail("the data was loaded"))
+    with pytest.raises(ValueError, match="copy is used by another process"):
+        run(config, folder, "--overwrite_output_dir")
+    assert [path.name for path in folder.glob("checkpoint-*")] == [path.name for path in finished.glob("checkpoint-*")]
+    assert (folder / "pretrain.yaml").read_text() == (finished / "pretrain.yaml").read_text()
+
+
+def test_the_folder_is_locked_until_the_report_is_written(config, tmp_path, monkeypatch):
+    write_report, seen = hf_nexus.pretrain.run.write_report, []
+
+    def look(*args):
+        seen.append((tmp_path / LOCK_NAME).exists())
+        write_report(*args)
+
+    monkeypatch.setattr("hf_nexus.pretrain.run.write_report", look)
+    run(config, tmp_path, "--max_steps", "1")
+    assert seen == [True] and not (tmp_path / LOCK_NAME).exists()
 
 
 def test_there_must_be_something_to_resume_from(config, tmp_path):

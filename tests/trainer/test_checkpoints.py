@@ -361,7 +361,7 @@ def test_the_best_is_kept_after_a_resume_elsewhere(saving, tmp_path, monkeypatch
         out = "new"
         fake_checkpoint(tmp_path / "new", 1)  # of another run
     again = saving(output_dir=out, model=tiny_llama(seed=5), **{**settings, "max_steps": 6})
-    again.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-3/")
     assert again.state.best_global_step == 1
     assert again.state.best_model_checkpoint == f"{folder}/checkpoint-1"
     assert again.evaluate()["eval_loss"] == again.state.best_metric
@@ -379,6 +379,13 @@ def test_the_best_may_be_evaluated_after_its_checkpoint(saving, tmp_path, nexus)
     assert trainer.state.best_global_step == 2
     assert trainer.state.best_model_checkpoint == str(tmp_path / "run/checkpoint-2")
     assert is_complete(trainer.state.best_model_checkpoint)
+
+
+def test_a_best_that_was_not_saved_is_named(saving, caplog):
+    trainer = saving(max_steps=4, save_steps=2, **best(load_best_model_at_end=True))
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert "of step 1, was not saved" in caplog.text
 
 
 # ---- One run per folder ----

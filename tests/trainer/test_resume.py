@@ -292,6 +292,7 @@ def test_other_ranks_or_a_missing_data_state_are_refused(whole: Whole, tmp_path:
     state = json.loads(file.read_text())
     state["description"]["ranks"] = 2
     file.write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="ranks was 2 and is 1"):
         run(tmp_path, mixture(kinds()["mix"]()), str(folder))
     file.unlink()
@@ -305,6 +306,7 @@ def test_a_checkpoint_without_this_ranks_state_is_refused(whole: Whole, tmp_path
     shutil.copytree(checkpoint(whole("mix"), 2), folder)
     state = json.loads((folder / "data_state_0.json").read_text())
     (folder / "data_state_0.json").write_text(json.dumps({**state, "stream": None}))
+    (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
         run(tmp_path / "out", mixture(kinds()["mix"]()), resume=str(folder))
 

@@ -100,3 +100,10 @@ def test_the_scenarios_differ():
     """Otherwise the comparisons above would pass for runs without training."""
     assert not torch.equal(Rows(4, 0).ids, Rows(4, 1).ids)
     assert sum(p.numel() for p in tiny_llama().parameters()) > 5000
+
+
+def test_ranks_start_from_one_step_in_a_free_folder_or_not_at_all(ranks):
+    assert "held is used by another process" in ranks[0]["held"]
+    assert "Another rank cannot start" in ranks[1]["held"]
+    for rank in ranks:
+        assert "different steps, 3 and 6" in rank["apart"]

@@ -1,8 +1,11 @@
 """Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import contextlib
+import errno
+import fcntl
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -142,6 +145,14 @@ def run(out: Path, data: Any, model: Any = None, poisoned: set[int] | None = Non
     }
 
 
+def refused(trainer: NexusTrainer, **kwargs: Any) -> str:
+    try:
+        trainer.train(**kwargs)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for sync in ("global", "local"):
@@ -156,6 +167,11 @@ def main(out: Path) -> dict[str, Any]:
     save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}  # into the second epoch
     found["whole"] = run(out / "whole", sources(), **save)
     dist.barrier()
+    held = patch.object(fcntl, "lockf", side_effect=BlockingIOError(errno.EAGAIN, "held"))
+    with held if dist.get_rank() == 0 else contextlib.nullcontext():  # by another run
+        found["held"] = refused(make(out / "held", sources()))
+    own = str(out / "whole" / f"checkpoint-{(3, 6)[dist.get_rank()]}")  # as on two machines that do not share a disk
+    found["apart"] = refused(make(out / "apart", sources()), resume_from_checkpoint=own)
     if RESUMES_ON_CPU:
         resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
         resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
