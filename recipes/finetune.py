@@ -102,7 +102,7 @@ def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | Ite
         path = endings.get(Path(args.train_file).suffix[1:], "text")
         if path == "text":
             options["keep_linebreaks"] = args.keep_linebreaks
-    texts = load_dataset(path, **options)
+    texts = load_dataset(path, trust_remote_code=False, **options)
     if "validation" not in texts:
         train, percent = texts["train"], args.validation_split_percentage
 
@@ -152,7 +152,7 @@ def load_model(args: ModelArguments) -> tuple[Any, Any]:
         }
         config = CONFIG_MAPPING[args.model_type](vocab_size=len(tokenizer), **special)
         config.update_from_string(args.config_overrides)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if args.lora_r:
         from peft import LoraConfig, get_peft_model
 

@@ -109,7 +109,7 @@ def tiny_model(sources: dict[str, Dataset]) -> tuple[PreTrainedModel, PreTrained
         num_attention_heads=4,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer
 
 
 def main() -> None:
@@ -123,8 +123,10 @@ def main() -> None:
     if script.model_name_or_path is None:
         model, tokenizer = tiny_model(sources)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            script.model_name_or_path, dtype="float32", trust_remote_code=False
+        )
     adapters = None
     if script.lora_r:
         from peft import LoraConfig

@@ -80,6 +80,20 @@ def test_the_tests_of_imports_see_them():
     assert modules_of_imports(PACKAGE / "nexus.py") == {"controls", "tensors"}
 
 
+def test_every_call_that_loads_says_whether_code_is_trusted():
+    unclear = []
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("recipes/*.py")]:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            # A dataset without a name, or with a constant one, is a format of local files.
+            named = name == "load_dataset" and call.args and not isinstance(call.args[0], ast.Constant)
+            if named or re.fullmatch(r"Auto\w+\.from_(pretrained|config)", name):
+                text = ast.unparse(call)
+                if "trust_remote_code" not in text and not (path.name == "finetune.py" and "**options" in text):
+                    unclear.append(f"{path.name}: {text}")
+    assert unclear == []
+
+
 def test_the_core_imports_without_the_optional_packages():
     """In a process where datasets, evaluate, peft and matplotlib cannot be imported."""
     code = """

@@ -82,7 +82,10 @@ class Comparison:
         tokenizer = load_tokenizer(arguments, None)
         if not Path(self._tokenizer).exists():
             tokenizer.save_pretrained(self._tokenizer)
-        elif AutoTokenizer.from_pretrained(self._tokenizer).get_vocab() != tokenizer.get_vocab():
+        elif (
+            AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False).get_vocab()
+            != tokenizer.get_vocab()
+        ):
             raise ValueError(
                 f"{self._tokenizer} differs from the configuration's tokenizer. Choose another output_dir, or restore "
                 "the tokenizer."

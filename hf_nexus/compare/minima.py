@@ -56,12 +56,14 @@ def search_minima(run: Run) -> RunRecord:
     arguments = parse_arguments(["--config", str(run.folder / CONFIG_NAME)])
     if arguments.training.cpu_threads is not None:
         torch.set_num_threads(arguments.training.cpu_threads)
-    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
     mixture = load_mixture(arguments.mixture, tokenizer)
     sources = wanted.sources or list(mixture.train)
     held_out = {name: mixture.eval[name].take(min(wanted.eval_rows, len(mixture.eval[name]))) for name in sources}
     attention = arguments.model.attn_implementation
-    model: Any = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32, attn_implementation=attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        run.folder, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
     model.to(arguments.training.device)
     parameters = dict(model.named_parameters())  # tied parameters once
     start = _copy(parameters)

@@ -46,24 +46,24 @@ def load_model(model: str, base: str | None = None) -> tuple[Any, str | None]:
     if adapter is None:
         if base is not None:
             raise ValueError(f"{model} is a whole model, not an adapter of {base}. Leave the base model out.")
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), None
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False), None
     from peft import PeftModel
 
     base = base or adapter.base_model_name_or_path
     if not base:
         raise ValueError(f"The adapter {model} does not name its base model. Pass it as --base.")
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     return PeftModel.from_pretrained(whole, model, is_trainable=True).eval(), base
 
 
 def load_tokenizer(model: str, base: str | None) -> "PreTrainedTokenizerBase":
     """The tokenizer saved with a model. For an adapter without one, that of its base model."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError):
         if base is None:
             raise
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, Tensor]:

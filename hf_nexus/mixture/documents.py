@@ -58,7 +58,7 @@ def load_documents(
         elif is_local(path) and not card_lists_files(path):
             documents = load_dataset(**local_files(name, path, source, split), **options)
         else:
-            documents = load_dataset(path, source.subset, revision=source.revision, **options)
+            documents = load_dataset(path, source.subset, revision=source.revision, trust_remote_code=False, **options)
         available = column_names(documents)
         if not available:
             raise ValueError("it has no rows")

@@ -32,7 +32,9 @@ def model_config(
 
 def build_model(config: LlamaConfig, attn_implementation: str | None = None) -> PreTrainedModel:
     """A randomly initialized model with float32 weights."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=False
+    )
 
 
 def count_parameters(config: LlamaConfig) -> int:

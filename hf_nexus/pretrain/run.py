@@ -208,9 +208,9 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
     """The tokenizer of the checkpoint, that of the configuration, or one trained on the built-in training sources."""
     name, size = arguments.model.tokenizer, arguments.model.vocab_size
     if checkpoint is not None:
-        return AutoTokenizer.from_pretrained(checkpoint)
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     if name != "train":
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     else:
         builtin = builtin_sources(arguments.model, arguments.mixture)
         tokenizer = train_tokenizer((text for source in builtin for text in builtin_documents(source)), size)
