@@ -18,7 +18,7 @@ from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
 from .uploader_process import UploaderProcess
 
-__all__ = ["STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
+__all__ = ["PUBLIC", "STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ _RESUME_ONLY = (
     "data_state",
     "manifest",
 )
+# Begins the name of a file that is sent in place of another, which holds paths of this machine.
+PUBLIC = "_public_"
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
 _FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]
@@ -152,7 +154,8 @@ class Publisher:
 
     def submit(self, step: int, message: str) -> bool:
         """
-        Queue the output folder without its checkpoints, the queue, and files whose names start with `_`.
+        Queue the output folder without its checkpoints, the queue, and files whose names start with `_`. A file
+        `_public_<name>` is sent in place of `<name>`.
 
         Args:
             step (`int`): Training step.
@@ -167,6 +170,8 @@ class Publisher:
             for path in sorted(self.output_dir.iterdir()):
                 if path.name != QUEUE_NAME and not path.name.startswith(("_", "checkpoint-")):
                     files |= files_below(path, path.name)
+            for path in self.output_dir.glob(f"{PUBLIC}*"):
+                files[path.name.removeprefix(PUBLIC)] = path
             return files, ("",)
 
         return self._add(collect, step, message)

@@ -1,6 +1,7 @@
 """The data in a checkpoint: a description of what is read, and the positions of streams."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sized
 from hashlib import blake2b
@@ -85,6 +86,9 @@ def describe_data(
 
 def _settings(source: SourceConfig) -> dict[str, Any]:
     given = {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
+    if os.path.isabs(os.path.expanduser(source.path)):  # checkpoints may be published
+        digest = blake2b(source.path.encode(), digest_size=8).hexdigest()
+        given["path"] = f"{Path(source.path).name} in a folder with the hash {digest}"
     return given | source.columns
 
 

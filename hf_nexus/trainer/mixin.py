@@ -661,10 +661,13 @@ class NexusTrainerMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model, the arguments without the token, and the Nexus settings."""
-        with changed(self.args, hub_token=None):  # saved arguments are uploaded
+        output_dir = output_dir or self.args.output_dir
+        # Saved arguments are uploaded.
+        private = {"output_dir": Path(output_dir).name} if self.args.push_to_hub else {}
+        with changed(self.args, hub_token=None, **private):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir, SETTINGS_NAME)
+            path = Path(output_dir, SETTINGS_NAME)
             write_atomic(path, yaml.safe_dump(self.nexus_settings(), sort_keys=False))
 
     def nexus_settings(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from datasets import Dataset, interleave_datasets
 
-from hf_nexus.mixture.state import _describe, compare_data
+from hf_nexus.mixture.config import SourceConfig
+from hf_nexus.mixture.state import _describe, _settings, compare_data
 
 ROWS = Dataset.from_dict({"x": list(range(100)), "text": [str(i) for i in range(100)]})
 STREAM = ROWS.to_iterable_dataset(num_shards=4)
@@ -66,3 +67,10 @@ def test_the_same_rows_are_described_the_same(one, other):
     state = torch.get_rng_state()
     assert _describe("a", one, None) == _describe("a", other, None)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("path", ["/home/alice/secret/web.jsonl", "~/secret/web.jsonl"])
+def test_a_description_has_no_folder_of_the_machine(path):
+    one, other = (_settings(SourceConfig(path=p))["path"] for p in (path, path.replace("secret", "other")))
+    assert one.startswith("web.jsonl") and "secret" not in one and one != other
+    assert _settings(SourceConfig(path="data/web.jsonl"))["path"] == "data/web.jsonl"

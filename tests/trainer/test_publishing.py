@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -376,7 +377,7 @@ def test_a_pretraining_run_ends_with_its_report_on_the_hub(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The card has the last evaluation, and `pretrain.yaml` no token."""
+    """The card has the last evaluation, and no file has the token or a folder of this machine."""
     monkeypatch.setattr(
         "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
     )
@@ -389,8 +390,12 @@ def test_a_pretraining_run_ends_with_its_report_on_the_hub(
     trainer._publishing._final_flush.end()
     assert capsys.readouterr().out.strip().splitlines()[-1] == f"On the Hub ({REPO}@main): step 3."
     files = hub.files(REPO)
-    names = [*MODEL, *CARD, "tokenizer.json", "pretrain.yaml"]
+    names = [*MODEL, *CARD, "tokenizer.json"]
     assert digests({name: files[name] for name in names}) == digests(content(out, *names))
+    assert [name for name, data in files.items() if str(tmp_path).encode() in data] == []
+    sent, saved = (yaml.safe_load(text) for text in (files["pretrain.yaml"], (out / "pretrain.yaml").read_text()))
+    assert saved["training"]["output_dir"] == str(out) and sent["training"]["output_dir"] == "out"
+    assert sent["data"]["sources"]["digits"]["path"] == "digits.jsonl" and sent.keys() == saved.keys()
     assert f'"{REPO}"'.encode() in files["README.md"]
     assert [commit["title"] for commit in hub.history(REPO)] == ["End of training"]
     assert not holders(ALICE, tmp_path)
