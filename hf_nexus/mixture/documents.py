@@ -81,7 +81,7 @@ def naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]
         advice = "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
         if isinstance(cause, UnicodeError):
             advice = _UTF8
-        elif what == "Compression type zstd not supported":
+        elif what == "Compression type zstd not supported" or "zstandard" in what:
             advice = "Install the package that reads .zst files: pip install zstandard"
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"

@@ -429,6 +429,7 @@ def test_a_conversation_that_is_none_is_an_error(load: Any) -> None:
         ({"path": "short.jsonl"}, r"sources\.a: the documents .*add documents"),
         ({"path": "a.jsonl", "tokens": 3_000_000_000}, r"sources\.a\.tokens: .*streaming"),
         ({"path": "a.jsonl.zst"}, r"sources\.a: .*pip install zstandard"),
+        ({"path": "a.csv.zst"}, r"sources\.a: .*pip install zstandard"),
         ({"path": "cut.jsonl.gz"}, r"sources\.a: 'cut\.jsonl\.gz'.*ended before"),
         ({"path": "deep.jsonl"}, r"sources\.a: 'deep\.jsonl'.*recursion"),
         ({"path": "blank.jsonl", "streaming": True, "weight": 1}, r"sources\.a: 'blank\.jsonl'.*no rows"),
@@ -445,7 +446,9 @@ def test_a_source_that_cannot_be_used_is_named_with_the_reason(
     Dataset.from_dict({"text": texts(3)}).save_to_disk("saved")
     DatasetDict(train=Dataset.from_dict({"text": texts(3)})).save_to_disk("splits")
     Path("header.csv").write_text("text\n")
-    Path("a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    for name in ("a.jsonl.zst", "a.csv.zst"):
+        Path(name).write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)  # as without the package
     Path("cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 999)[:-9])
     Path("deep.jsonl").write_text(f'{{"text": {"[" * 3000}{"]" * 3000}}}\n')
