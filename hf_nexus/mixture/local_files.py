@@ -60,7 +60,7 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
         raise ValueError(f"{_listed(found)} cannot be read; use files of one of {endings} that are not empty.")
     (builder, *others) = examples = {format: file for file, format in formats.items()}
     if others:
-        pattern = os.path.join(base, "**", f"*{_suffix(examples[builder])}")
+        pattern = os.path.join(base, "**", f"*{_suffix(examples[builder])}*")
         raise ValueError(
             f"the files have several formats, such as {_listed(examples.values())}; use files of one of {endings}, "
             f"for instance {pattern!r}."
@@ -84,7 +84,7 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
     elif builder == "json":
         options["parse_agent_traces"] = False  # by default, a file with certain columns is one row
     elif builder == "csv":
-        options = _csv_options(examples[builder], list(source.columns.values()))
+        options = _csv_options(formats)
     return {"path": builder, "data_files": {key: _literal(files) for key, files in splits.items()}, **options}
 
 
@@ -117,13 +117,17 @@ def _named_split(file: str) -> str:
     return next((_SPLITS[match[1]] for match in matches if match), "")
 
 
-def _csv_options(file: str, columns: list[str]) -> dict[str, Any]:
-    """Read the columns literally: by default, "None" and "NA" are missing values, and "007" is the number 7."""
+def _csv_options(files: Iterable[str]) -> dict[str, Any]:
+    """Read every cell as it is written. By default, "None" and "NA" are missing values, and "007" is a number."""
     import pandas
 
-    options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "index_col": False}
-    # Other columns might change their type from one part of the file to the next, which is an error.
-    return options | ({"usecols": columns} if {*columns} <= {*pandas.read_csv(file, nrows=0)} else {})
+    converters: dict[str, type] = {}
+    for file in files:
+        first = pandas.read_csv(file, nrows=1)
+        if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
+            raise ValueError(f"{file!r} has rows with more cells than its header. Quote text that holds commas.")
+        converters |= dict.fromkeys(first, str)
+    return {"converters": converters, "keep_default_na": False}
 
 
 def _literal(files: list[str]) -> "DataFilesList":

@@ -176,6 +176,15 @@ def test_columns_of_csv_files_are_text_as_written(streaming: bool) -> None:
     assert len(documents("b.csv", streaming)) == 10_002
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("rows", ["1,the fox, jumps\n2,dog\n", "1,dog\n2,the fox, jumps\n", "1,fox,\n"])
+def test_text_that_is_cut_at_a_comma_is_an_error(rows: str, streaming: bool) -> None:
+    Path("a.csv").write_text("id,text\n1,fox\n")
+    Path("b.csv").write_text(f"id,text\n{rows}")
+    with pytest.raises(ValueError, match="more cells than its header|Expected 2 fields in line 3, saw 3"):
+        documents("[ab].csv", streaming)
+
+
 def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:
     line = json.dumps({"type": "session", "id": "1", "version": 3, "cwd": "/", "text": "fox"})
     Path("a.jsonl").write_text(f"{line}\n" * 3)
