@@ -42,7 +42,7 @@ from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
-from hf_nexus.mixture.isolation import IsolateDocuments
+from hf_nexus.mixture.isolation import PackedRowCollator
 from hf_nexus.mixture.loading import Mixture
 from hf_nexus.mixture.schedule import SourceSchedule
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
@@ -110,13 +110,14 @@ def make_arms(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = train_tokenizer((text for name in SOURCES for text in builtin_documents(name)), 2048)
     packed = load(folder, tokenizer, options.length, streaming=False)
     rows = concatenate_datasets(list(packed.train.values()))
-    apart = IsolateDocuments(default_data_collator, tokenizer.eos_token_id)
+    apart = PackedRowCollator(default_data_collator, tokenizer.eos_token_id, isolate=True)
+    joined = PackedRowCollator(default_data_collator, tokenizer.eos_token_id, isolate=False)
     shuffled = {"batch_size": options.rows, "shuffle": True, "drop_last": True, "num_workers": options.workers}
     tokens = {n: rows.to_iterable_dataset(num_shards=4).with_format("torch") for n, rows in packed.train.items()}
     return {
         BARE: DataLoader(rows, collate_fn=default_data_collator, **shuffled),
         "plain Trainer": trainer_arm(Trainer, rows, default_data_collator, options),
-        "map-style mixture": trainer_arm(NexusTrainer, packed.train, default_data_collator, options),
+        "map-style mixture": trainer_arm(NexusTrainer, packed.train, joined, options),
         "... documents apart": trainer_arm(NexusTrainer, packed.train, apart, options),
         "streamed rows": stream_arm(tokens, options),
         "streamed text": stream_arm(load(folder, tokenizer, options.length, streaming=True).train, options),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
-from ..mixture.isolation import isolated_collator
+from ..mixture.isolation import PackedRowCollator, attention_of, choose_isolation, isolation_problem, needs_flat_rows
 from .losses import TokenMean
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class HeldOutSet:
 
 def held_out_sets(model: Any, mixture: "Mixture", batch_size: int) -> dict[str, HeldOutSet]:
     """Held-out rows of each source that has any, OOD sources last. Documents are isolated as in training."""
-    isolate, attention = mixture.config.isolate_documents, model.config._attn_implementation
-    collate = isolated_collator(default_data_collator, isolate, attention, mixture.eos_token_id)
+    wanted = mixture.config.isolate_documents
+    isolate = choose_isolation(wanted, None if wanted is False else isolation_problem(model, use_cache=False))
+    flatten = needs_flat_rows(attention_of(model))
+    collate = PackedRowCollator(default_data_collator, mixture.eos_token_id, isolate, flatten)
     return {name: HeldOutSet(model, rows, collate, batch_size) for name, rows in mixture.eval.items()}

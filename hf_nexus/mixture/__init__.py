@@ -2,7 +2,7 @@
 
 from .config import MixtureConfig, SourceConfig
 from .indexed import MixtureDataset, MixtureSampler
-from .isolation import IsolateDocuments
+from .isolation import PackedRowCollator
 from .loading import Mixture, load_mixture
 from .schedule import DynamicSchedule, SourceSchedule
 from .stages import Stage
@@ -12,12 +12,12 @@ from .stream.reader import Retry, SourceError
 
 __all__ = [
     "DynamicSchedule",
-    "IsolateDocuments",
     "Mixture",
     "MixtureConfig",
     "MixtureDataset",
     "MixtureSampler",
     "MixtureStream",
+    "PackedRowCollator",
     "Retry",
     "SourceConfig",
     "SourceError",

@@ -198,7 +198,7 @@ class MixtureConfig:
             Weights that change during training, in place of the weights of the sources. Each stage ends at a fraction
             of the outer steps (`until`), and its `weights` name every training source.
         isolate_documents (`bool`, *optional*):
-            Prevent attention between the documents of a row. Defaults to true if the attention supports it.
+            Prevent attention between the documents of a row. Defaults to true if a probe shows that the model can.
 
     Raises:
         ValueError: a value that is not allowed, or keys that contradict each other. The message starts with the path

@@ -1,33 +1,43 @@
 """Documents of a packed row that do not attend to each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-__all__ = ["IsolateDocuments", "choose_isolation", "isolated_collator", "isolates", "needs_flat_rows"]
+__all__ = [
+    "PackedRowCollator",
+    "attention_of",
+    "choose_isolation",
+    "isolation_problem",
+    "needs_flat_rows",
+    "text_config",
+]
 
-# Without an attention mask, these build a block mask from position ids that restart.
-_MASKED = ("eager", "sdpa", "flex_attention")
-
-
-def isolates(attn_implementation: str) -> bool:
-    """
-    Whether an attention implementation of transformers separates documents whose position ids restart.
-
-    It does so only without an `attention_mask` and without a cache (`use_cache=False`, as the Trainer sets it).
-
-    Example:
-        >>> from hf_nexus.mixture.isolation import isolates
-        >>> isolates("sdpa"), isolates("flash_attention_2"), isolates("my_kernel")
-        (True, True, False)
-    """
-    return attn_implementation in _MASKED or needs_flat_rows(attn_implementation)
+# Tokens of each of the two documents that a model is probed with.
+_PROBE = 4
+# Share of the effect of one document on the next that rounding may leave when the documents are kept apart.
+_ROUNDING = 1e-4
+# What collators add that lay rows end to end.
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def needs_flat_rows(attn_implementation: str) -> bool:
+def text_config(model: Any) -> PreTrainedConfig:
+    """The configuration of the language model. It is empty for modules that are not of transformers."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else PreTrainedConfig()
+
+
+def attention_of(model: Any) -> str:
+    """The attention implementation of a model of transformers, empty for other modules."""
+    return text_config(model)._attn_implementation or ""
+
+
+def needs_flat_rows(attention: str) -> bool:
     """
     Whether an attention implementation uses restarting position ids only if the batch is one long row.
 
@@ -36,98 +46,186 @@ def needs_flat_rows(attn_implementation: str) -> bool:
         >>> needs_flat_rows("sdpa"), needs_flat_rows("flash_attention_2")
         (False, True)
     """
-    return is_flash_attention_requested(requested_attention_implementation=attn_implementation)
+    return is_flash_attention_requested(requested_attention_implementation=attention)
 
 
-def choose_isolation(wanted: bool | None, attn_implementation: str) -> bool:
+def isolation_problem(model: Any, **inputs: Any) -> str | None:
     """
-    Whether a run isolates documents: as wanted, or by default if the attention implementation can do it.
+    Probe whether a model keeps documents of a row apart if their position ids restart.
+
+    The first of two short documents is changed. The logits of the second must not change, as they do without position
+    ids. Neither the model nor a random state is changed. On several ranks, all must call it.
+
+    Args:
+        model (`nn.Module`):
+            A causal language model, before it is wrapped for training.
+        **inputs:
+            Further inputs with which the model will be called.
+
+    Returns:
+        `str` or `None`: why it does not keep them apart; `None` if it does.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_nexus.mixture.isolation import isolation_problem
+        >>> shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape))
+        >>> isolation_problem(model)  # its cache is on
+        'LlamaForCausalLM lets one document change the next (sdpa)'
+        >>> isolation_problem(model, use_cache=False) is None
+        True
+    """
+    name, attention = type(model).__name__, attention_of(model)
+    with_attention = f" ({attention})" if attention else ""
+    flat = needs_flat_rows(attention)
+    try:
+        with _undisturbed(model, attention) as device:
+            batch = PackedRowCollator(_stack, eos_token_id=-1, isolate=True, flatten=flat)(_probe_rows(model))
+            batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flat):
+                apart = _effect(model(**batch, **inputs))
+                batch.pop("position_ids")
+                joined = _effect(model(**batch, **inputs))
+    except Exception as error:  # what a model raises for inputs that it does not know depends on the model
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"a probe of {name}{with_attention} with position_ids failed with {cause}"
+    if not joined > 0:
+        return f"a probe of {name}{with_attention} shows no effect of one document on the next at all"
+    if not apart <= _ROUNDING * joined:
+        return f"{name} lets one document change the next{with_attention}"
+    return None
+
+
+def _probe_rows(model: Any) -> list[dict[str, Tensor]]:
+    """Two rows of two documents each. The rows differ in the first document only."""
+    size = getattr(text_config(model), "vocab_size", 8)
+    # From the middle of the vocabulary, since special tokens are at its ends.
+    words = size // 2 + torch.arange(2 * _PROBE) % max(1, size // 2)
+    changed = torch.cat([words[:_PROBE].roll(1), words[_PROBE:]])
+    positions = torch.arange(_PROBE).repeat(2)
+    return [{"input_ids": ids, "labels": ids, "position_ids": positions} for ids in (words, changed)]
+
+
+def _effect(output: Any) -> float:
+    """How much the logits of the second document differ between the rows."""
+    first, second = output["logits"].float().reshape(2, 2 * _PROBE, -1)[:, _PROBE:]
+    return float((first - second).abs().max())
+
+
+@contextmanager
+def _undisturbed(model: Any, attention: str) -> Iterator[torch.device]:
+    """Evaluation mode with an attention that runs where the model is. Everything is restored at the end."""
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    # These take the documents from the same positions as sdpa. One is compiled for minutes, the others need a GPU.
+    replaced = attention == "flex_attention" or (needs_flat_rows(attention) and device.type != "cuda")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            if replaced:
+                text_config(model)._attn_implementation = "sdpa"
+            model.eval()
+            yield device
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            if replaced:
+                text_config(model)._attn_implementation = attention
+
+
+def choose_isolation(wanted: bool | None, problem: str | None) -> bool:
+    """
+    Whether a run isolates documents: as wanted, or by default if the model can do it.
 
     Args:
         wanted (`bool`, *optional*):
             [`MixtureConfig`]'s `isolate_documents`.
-        attn_implementation (`str`):
-            The model's: `model.config._attn_implementation`.
+        problem (`str`, *optional*):
+            What [`isolation_problem`] found.
 
     Raises:
-        ValueError: it is wanted, and the attention implementation cannot do it.
+        ValueError: it is wanted, and the model cannot do it.
 
     Example:
         >>> from hf_nexus.mixture.isolation import choose_isolation
-        >>> choose_isolation(None, "sdpa"), choose_isolation(None, "my_kernel"), choose_isolation(False, "sdpa")
+        >>> choose_isolation(None, None), choose_isolation(None, "it leaks"), choose_isolation(False, None)
         (True, False, False)
     """
-    possible = isolates(attn_implementation)
-    if wanted and not possible:
+    if wanted and problem is not None:
         raise ValueError(
-            f"isolate_documents: the attention implementation {attn_implementation!r} cannot separate the documents "
-            f"of a row. Use one of {', '.join(_MASKED)}, flash_attention_2, or set isolate_documents to false."
+            f"isolate_documents: the documents of a row cannot be kept apart: {problem}. Set isolate_documents to "
+            "false, or use a model with sdpa or eager attention in all of its layers."
         )
-    return possible if wanted is None else wanted
+    return problem is None if wanted is None else wanted
 
 
-def isolated_collator(
-    collate: Callable[[list], Any], wanted: bool | None, attn_implementation: str, eos_token_id: int
-) -> Callable[[list], Any]:
+class PackedRowCollator:
     """
-    The collator of a run: [`IsolateDocuments`] around `collate`, or `collate` itself, as [`choose_isolation`] decides.
+    A collator of packed rows, which have the position of each token in its document. Other rows are left to the
+    wrapped collator.
 
-    Raises:
-        ValueError: as for [`choose_isolation`].
-    """
-    if not choose_isolation(wanted, attn_implementation):
-        return collate
-    return IsolateDocuments(collate, eos_token_id, needs_flat_rows(attn_implementation))
-
-
-class IsolateDocuments:
-    """
-    A collator whose packed rows hold independent documents: `position_ids` restart after each EOS, and the first token
-    of a document is no target.
+    Packed rows are full. If the wrapped collator ignores each EOS as padding, the labels of the rows replace its own.
 
     Args:
         collate (`Callable[[list], Any]`):
-            The wrapped collator. Returns a mapping with `input_ids` and `labels`, both (B, L), which the model shifts.
+            The wrapped collator. It gets the rows without their `position_ids`, and returns a mapping with `input_ids`
+            and `labels`, both (B, L), which the model shifts.
         eos_token_id (`int`):
             The token that ends each document.
+        isolate (`bool`):
+            Whether the documents are independent: the batch has `position_ids`, which restart at each document, and
+            the first token of a document is no target.
         flatten (`bool`, *optional*, defaults to `False`):
-            Lay the rows end to end, (1, B * L), for attention implementations that [`needs_flat_rows`].
+            Lay isolated rows end to end, (1, B * L), for attention implementations that [`needs_flat_rows`].
 
     Raises:
-        ValueError: a batch has padding, which needs an attention mask.
+        ValueError: isolated rows are padded, which needs an attention mask.
 
     Example:
         >>> import torch
-        >>> from hf_nexus.mixture.isolation import IsolateDocuments
-        >>> row = torch.tensor([[5, 6, 0, 7, 0, 8]])
-        >>> collate = IsolateDocuments(lambda rows: {"input_ids": row, "labels": row.clone()}, eos_token_id=0)
-        >>> batch = collate([])
+        >>> from transformers import default_data_collator
+        >>> from hf_nexus.mixture import PackedRowCollator
+        >>> ids = torch.tensor([5, 6, 0, 7, 0, 8])
+        >>> row = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([0, 1, 2, 0, 1, 0])}
+        >>> batch = PackedRowCollator(default_data_collator, eos_token_id=0, isolate=True)([row])
         >>> batch["position_ids"].tolist(), batch["labels"].tolist()
         ([[0, 1, 2, 0, 1, 0]], [[-100, 6, 0, -100, 0, -100]])
     """
 
-    def __init__(self, collate: Callable[[list], Any], eos_token_id: int, flatten: bool = False):
+    def __init__(self, collate: Callable[[list], Any], eos_token_id: int, isolate: bool, flatten: bool = False):
         self.collate = collate
         self.eos_token_id = eos_token_id
+        self.isolate = isolate
         self.flatten = flatten
 
     def __call__(self, rows: list) -> Any:
-        batch = self.collate(rows)
+        if "position_ids" not in rows[0]:
+            return self.collate(rows)
+        batch = self.collate([{key: row[key] for key in row if key != "position_ids"} for row in rows])
+        self._keep_ends(batch, rows)
+        if not self.isolate:
+            return batch
+        ids, positions = batch["input_ids"], torch.stack([row["position_ids"] for row in rows])
         mask = batch.pop("attention_mask", None)
-        if mask is not None and not mask.all():
+        if ids.numel() != positions.numel() or (mask is not None and not mask.all()):
             raise ValueError(
                 "The collator pads the rows, and only documents in rows without padding can be isolated. Pack them to "
                 "one length, or set isolate_documents to false."
             )
-        ids = batch["input_ids"].numpy()
-        first = np.ones(ids.shape, dtype=bool)  # token of a document, or of its part in this row
-        first[:, 1:] = ids[:, :-1] == self.eos_token_id
-        starts = np.flatnonzero(first)
-        positions = np.arange(ids.size) - np.repeat(starts, np.diff(starts, append=ids.size))
-        batch["position_ids"] = torch.from_numpy(positions).view(ids.shape)
-        batch["labels"] = batch["labels"].clone()  # they may share memory with input_ids
-        batch["labels"].view(-1)[torch.from_numpy(starts)] = -100
+        for name in _BOUNDARIES:  # those of whole rows
+            batch.pop(name, None)
+        batch["position_ids"] = positions.view(ids.shape)
+        batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
         if self.flatten:
             for name in ("input_ids", "labels", "position_ids"):
                 batch[name] = batch[name].reshape(1, -1)
         return batch
+
+    def _keep_ends(self, batch: Any, rows: list) -> None:
+        """Undo that a collator has taken each EOS for padding, because the tokenizer pads with it."""
+        given = torch.stack([row["labels"] for row in rows])
+        if "labels" in batch and batch["labels"].equal(given.masked_fill(given == self.eos_token_id, -100)):
+            batch["labels"] = given
+
+
+def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

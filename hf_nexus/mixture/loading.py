@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Mixture:
     """
-    A loaded mixture. Rows are `{"input_ids": (L,), "labels": (L,)}`. The labels equal the tokens, because causal
-    models of transformers shift them.
+    A loaded mixture. Rows are `{"input_ids": (L,), "labels": (L,), "position_ids": (L,)}`. The labels equal the
+    tokens, because causal models of transformers shift them. The positions restart at each document.
 
     Attributes:
         config ([`MixtureConfig`]):

@@ -7,7 +7,8 @@ From documents to rows of L tokens, in three passes over Arrow files:
 
 Each pass is a `Dataset.map` into a cache file named after everything that its result depends on. Packing is a separate
 pass in one process, which carries the incomplete row from batch to batch. A source loses fewer than L tokens, and its
-rows depend neither on the batch size nor on the number of processes. Tokens are on disk twice, at 4 bytes each.
+rows depend neither on the batch size nor on the number of processes. Tokens are on disk twice, at 4 bytes each, and
+the position of each token in its document once, at 2 bytes.
 """
 
 import json
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RowPacker", "SourcePacker", "tokenizer_fingerprint"]
+__all__ = ["RowPacker", "SourcePacker", "document_positions", "tokenizer_fingerprint"]
 
 # In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # Documents per batch, enough to keep the threads of a tokenizer busy. Batches of long documents are smaller.
 BATCH_SIZE = 256
 BYTES_PER_BATCH = 64 << 20
@@ -53,24 +54,46 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return Hasher.hash([json.dumps(backend, sort_keys=True), settings])
 
 
+def document_positions(starts: np.ndarray) -> np.ndarray:
+    """
+    The position of each token in its document, given which tokens start one, both (n, L). A document that is cut at
+    the end of a row starts again in the next.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_nexus.mixture.packing import document_positions
+        >>> document_positions(np.array([[True, False, True], [False, False, True]])).tolist()
+        [[0, 1, 0], [0, 1, 0]]
+    """
+    index = np.broadcast_to(np.arange(starts.shape[1]), starts.shape)
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+
+
 class RowPacker:
     """Lays documents end to end and cuts them into rows. Tokens that fill no row wait for the next batch."""
 
     def __init__(self, sequence_length: int):
         self.sequence_length = sequence_length
         self.rest = np.empty(0, dtype=np.int32)
+        self.rest_starts = np.empty(0, dtype=bool)
+        self.position_dtype = "uint16" if sequence_length <= 1 << 16 else "int32"
 
     def __call__(self, table: "pa.Table") -> "pa.Table":
-        """Ragged `input_ids` in, rows of shape `(n, L)` out; n may be 0."""
+        """Ragged `input_ids` in, `input_ids` and `position_ids` of shape `(n, L)` out; n may be 0."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         tokens = pc.list_flatten(table["input_ids"]).to_numpy().astype(np.int32, copy=False)
-        tokens = np.concatenate([self.rest, tokens])
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+        starts = np.zeros(len(tokens), dtype=bool)
+        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        tokens, starts = np.concatenate([self.rest, tokens]), np.concatenate([self.rest_starts, starts])
         full = len(tokens) // self.sequence_length * self.sequence_length
-        self.rest = tokens[full:].copy()  # a view would keep the whole batch in memory
+        self.rest, self.rest_starts = tokens[full:].copy(), starts[full:].copy()  # views would keep the whole batch
+        positions = document_positions(starts[:full].reshape(-1, self.sequence_length)).astype(self.position_dtype)
+        columns = {"input_ids": tokens[:full], "position_ids": positions.reshape(-1)}
         return pa.table(
-            {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens[:full]), self.sequence_length)}
+            {n: pa.FixedSizeListArray.from_arrays(pa.array(v), self.sequence_length) for n, v in columns.items()}
         )
 
 
@@ -106,7 +129,7 @@ class SourcePacker:
 
     def pack_documents(self, documents: "Dataset", sequence_length: int, held_out: bool = False) -> "Dataset":
         """
-        The rows of documents: `input_ids` and equal `labels`, both `(L,)` int64 tensors.
+        The rows of documents: `input_ids`, equal `labels` and [`document_positions`], all `(L,)` int64 tensors.
 
         The source's `max_tokens` limits the documents, unless they are the held-out ones of a training source.
 
@@ -120,12 +143,14 @@ class SourcePacker:
         tokens = int(_document_lengths(tokenized).sum()) if len(tokenized) else 0
         if tokens < sequence_length:
             raise self._too_few_tokens(documents, tokens, sequence_length, held_out)
-        row = List(Value("int32"), length=sequence_length)
         batch_size = max(1, TOKENS_PER_BATCH * len(tokenized) // tokens)
         pack, arrow = RowPacker(sequence_length), tokenized.with_format("arrow")
-        rows = self._map("pack", arrow, pack, {"input_ids": row}, [sequence_length], batch_size=batch_size)
-        # Both columns are the same bytes of the same file.
-        rows = concatenate_datasets([rows, rows.rename_column("input_ids", "labels")], axis=1)
+        types = {"input_ids": "int32", "position_ids": pack.position_dtype}
+        features = {name: List(Value(dtype), length=sequence_length) for name, dtype in types.items()}
+        rows = self._map("pack", arrow, pack, features, [sequence_length], batch_size=batch_size)
+        # Tokens and labels are the same bytes of the same file.
+        labels = rows.select_columns("input_ids").rename_column("input_ids", "labels")
+        rows = concatenate_datasets([rows, labels], axis=1)
         return rows.with_format("torch")
 
     def _too_few_tokens(self, documents: "Dataset", tokens: int, length: int, held_out: bool) -> ValueError:

@@ -79,6 +79,15 @@ class TrainingData:
             given = [(1.0, _rows(self.dataset.sources))]
         return replace(self, stages=_shares(given, self.dataset.names))
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends each document; `None` if the rows were not packed here."""
+        if self.mixture is not None:
+            return self.mixture.eos_token_id
+        sources = self.dataset.sources.values() if self.stages else ()
+        streamed = [source for source in sources if isinstance(source, StreamedDocuments)]
+        return streamed[0].encoder.tokenizer.eos_token_id if len(streamed) == len(sources) > 0 else None
+
     def indexable(self, source: str, evaluation: Any) -> Any:
         """The evaluation set of a source, or its training rows if it has none; `None` if that is a stream."""
         sets = evaluation if isinstance(evaluation, Mapping) else {}

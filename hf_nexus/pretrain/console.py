@@ -10,14 +10,14 @@ from rich.table import Table
 from transformers import SchedulerType, TrainerCallback
 
 from ..hub.results import Evaluation
-from ..mixture.isolation import choose_isolation
 from ..mixture.loading import Mixture
 from ..mixture.plan_tables import plan_table, stage_table
 from ..trainer.card import CARD_FILES
 from ..trainer.mixin import NexusTrainer
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
-from .memory import SYMBOLS, MemoryEstimate, attention_of
+from .memory import SYMBOLS, MemoryEstimate
+from .model import attention_of, joined_documents
 from .plan import RunPlan
 
 __all__ = ["RunLog", "cost_table", "format_bytes", "print_plan", "write_report"]
@@ -71,10 +71,9 @@ def _run_rows(arguments: PretrainArguments, plan: RunPlan) -> dict[str, str]:
 
 
 def _documents(arguments: PretrainArguments) -> str:
-    wanted, attention = arguments.mixture.isolate_documents, attention_of(arguments)
-    if choose_isolation(wanted, attention):
-        return f"an EOS ends each; no attention from one to another ({attention}, positions restart)"
-    why = "isolate_documents is off" if wanted is False else f"{attention} cannot keep them apart"
+    why = joined_documents(arguments)
+    if why is None:
+        return f"an EOS ends each; no attention from one to another ({attention_of(arguments)}, as a probe shows)"
     return f"an EOS ends each; attention reaches across them in a row ({why})"
 
 

@@ -4,10 +4,10 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-from ..mixture.isolation import choose_isolation
 from .fields import PretrainArguments
+from .model import attention_of, joined_documents
 
-__all__ = ["SYMBOLS", "MemoryEstimate", "attention_of", "estimate_memory", "sharding_of"]
+__all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "sharding_of"]
 
 SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, T tokens per row, V vocabulary"
 _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
@@ -67,11 +67,6 @@ def sharding_of(arguments: PretrainArguments) -> str:
     return arguments.hardware.sharding or ("fsdp2" if arguments.training.fsdp or launched else "ddp")
 
 
-def attention_of(arguments: PretrainArguments) -> str:
-    """Attention implementation of the run."""
-    return arguments.model.attn_implementation or "sdpa"  # the default of a Llama
-
-
 def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int) -> MemoryEstimate:
     """
     Memory per device of a model with that many parameters on that many devices.
@@ -122,8 +117,7 @@ def _activations(arguments: PretrainArguments) -> tuple[int, int, str]:
     values["T"] = arguments.mixture.sequence_length
     layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
     head = Counter(h=12, V=12)
-    attention = attention_of(arguments)
-    if attention == "sdpa" and choose_isolation(arguments.mixture.isolate_documents, attention):
+    if attention_of(arguments) == "sdpa" and joined_documents(arguments) is None:
         # Each layer keeps the mask of documents in the dtype of the queries, and the keys and values repeated for all
         # heads, which sdpa does not repeat itself under a mask. The rotary angles are no longer those of every row.
         layer.update({"T": size, "h": 2 * size, "kv": -2 * size})

@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..mixture.isolation import choose_isolation
 from ..mixture.plan import PlanRow, mixture_plan
 from ..mixture.stages import Windows, stage_borders, weight_stages
 from .cost import CostEstimate, estimate_cost
 from .fields import PretrainArguments
-from .memory import MemoryEstimate, attention_of, estimate_memory
-from .model import count_parameters, model_config
+from .memory import MemoryEstimate, estimate_memory
+from .model import count_parameters, joined_documents, model_config
 
 __all__ = ["RunPlan", "plan_run"]
 
@@ -49,7 +48,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
 
     Raises:
         ValueError: a limit on epochs that the sizes cannot meet, a source smaller than one micro-batch, or documents
-            that the attention cannot isolate.
+            that the model cannot isolate.
 
     Example:
         >>> from hf_nexus.pretrain.parsing import parse_arguments
@@ -59,7 +58,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         132
     """
     t, length = arguments.training, arguments.mixture.sequence_length
-    choose_isolation(arguments.mixture.isolate_documents, attention_of(arguments))
+    joined_documents(arguments)
     parameters = count_parameters(model_config(arguments.model, length))
     rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources

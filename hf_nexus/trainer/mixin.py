@@ -21,7 +21,14 @@ from transformers.utils import logging
 from ..files import hidden, printable, write_atomic
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
-from ..mixture.isolation import IsolateDocuments, isolated_collator
+from ..mixture.isolation import (
+    PackedRowCollator,
+    attention_of,
+    choose_isolation,
+    isolation_problem,
+    needs_flat_rows,
+    text_config,
+)
 from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData
@@ -107,6 +114,7 @@ class NexusTrainerMixin(_Base):
     optimizer: Any
     hub_model_id: Any
     current_gradient_accumulation_steps: Any
+    _signature_columns: Any
 
     # ---- Construction ----
 
@@ -128,8 +136,8 @@ class NexusTrainerMixin(_Base):
         given |= {"train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
         if self._trl is not None and self._trl.shown is not None:
             given["train_dataset"] = self._trl.shown
-        if self.data.mixture is not None and given.get("data_collator") is None:
-            # Rows of a mixture are full. The Trainer's collator would ask the tokenizer for a padding token.
+        if self.data.eos_token_id is not None and given.get("data_collator") is None:
+            # Packed rows are full. The Trainer's collator would ask the tokenizer for a padding token.
             given["data_collator"] = default_data_collator
         super().__init__(**given)
         if self._trl is not None and self._trl.shown is not None:
@@ -166,16 +174,26 @@ class NexusTrainerMixin(_Base):
 
     def _isolate_documents(self) -> None:
         """Keep the documents of packed rows apart, in training and evaluation."""
-        mixture = self.data.mixture
-        if mixture is None:
+        mixture, eos_token_id = self.data.mixture, self.data.eos_token_id
+        if eos_token_id is None:
             return
-        wanted, attention = mixture.config.isolate_documents, self.model.config._attn_implementation
-        self.data_collator = isolated_collator(self.data_collator, wanted, attention, mixture.eos_token_id)
-        if isinstance(self.data_collator, IsolateDocuments) and self.args.use_cache:
-            raise ValueError(
-                "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or "
-                "set isolate_documents to false."
-            )
+        wanted, problem = False if mixture is None else mixture.config.isolate_documents, None
+        if wanted is not False:
+            if self.args.use_cache:
+                raise ValueError(
+                    "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, "
+                    "or set isolate_documents to false."
+                )
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            text_config(model).use_cache = False  # the Trainer sets that of the outer configuration only
+            problem = gather(isolation_problem(model))[0]  # that of the first rank
+        isolate = choose_isolation(wanted, problem)
+        if wanted is None and problem is not None:
+            logger.warning(f"The documents of a packed row attend to each other: {problem}.")
+        flatten = isolate and needs_flat_rows(attention_of(self.model))
+        self.data_collator = PackedRowCollator(self.data_collator, eos_token_id, isolate, flatten)
+        self._set_signature_columns_if_needed()  # the collator takes the positions that a model does not know
+        self._signature_columns.append("position_ids")
 
     @property
     def data(self) -> TrainingData:

@@ -11,7 +11,7 @@ from transformers import default_data_collator
 
 from hf_nexus.evaluation import closeness
 from hf_nexus.evaluation.models import load_model
-from hf_nexus.mixture import IsolateDocuments, MixtureConfig, load_mixture
+from hf_nexus.mixture import MixtureConfig, PackedRowCollator, load_mixture
 from tests.support.closeness import moved, save, write_run
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -50,7 +50,7 @@ def found(run, measure):
 
 def direct_cosine(loaded, model, a, b, count):
     """Cosine of the gradients on the first `count` rows of two sources."""
-    collate, grads = IsolateDocuments(default_data_collator, loaded.eos_token_id), []
+    collate, grads = PackedRowCollator(default_data_collator, loaded.eos_token_id, isolate=True), []
     for name in (a, b):
         batch = collate([loaded.eval[name][i] for i in range(min(count, len(loaded.eval[name])))])
         params = [p for p in model.parameters() if p.requires_grad]

@@ -44,12 +44,18 @@ documents = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30
 @given(documents, st.integers(1, 20), st.integers(1, 7))
 def test_rows_are_the_documents_end_to_end_in_any_batches(docs: list, length: int, batch: int) -> None:
     pack = RowPacker(length)
-    rows = []
+    rows, positions = [], []
     for start in range(0, len(docs), batch):
         table = pa.table({"input_ids": pa.array(docs[start : start + batch], pa.list_(pa.int32()))})
-        rows += pack(table)["input_ids"].to_pylist()
+        packed = pack(table)
+        rows += packed["input_ids"].to_pylist()
+        positions += packed["position_ids"].to_pylist()
     stream = [token for document in docs for token in document]
-    assert rows == [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    starts = range(0, len(stream) - length + 1, length)
+    assert rows == [stream[i : i + length] for i in starts]
+    # Each token's distance from the start of its document, or of its row if that is nearer.
+    inside = [i for document in docs for i in range(len(document))]
+    assert positions == [[min(inside[i + j], j) for j in range(length)] for i in starts]
 
 
 def test_an_eos_ends_each_document_and_only_a_rest_is_lost(tmp_path: Path) -> None:
@@ -58,6 +64,19 @@ def test_an_eos_ends_each_document_and_only_a_rest_is_lost(tmp_path: Path) -> No
     stream = flat(tokenizer, docs)
     assert len(rows) == len(stream) // 64
     assert tokens_of(rows) == stream[: len(rows) * 64]
+
+
+def test_boundaries_are_those_of_documents_not_of_tokens(tmp_path: Path) -> None:
+    docs = [f"{'fox' * (i % 5)}{EOS}the dog{EOS}{EOS}" for i in range(100)]
+    tokenizer = tiny_tokenizer()
+    lengths = [len(flat(tokenizer, [text])) for text in docs]
+    for _ in range(2):  # packed, and from the cache
+        rows = packer(tmp_path, tokenizer).pack_documents(Dataset.from_dict({"text": docs}), max(lengths) + 1)
+        positions = rows["position_ids"][:]
+        first = {0, *np.cumsum(lengths).tolist(), *range(0, positions.numel(), max(lengths) + 1)}
+        assert {i for i, p in enumerate(positions.flatten().tolist()) if p == 0} == first & set(
+            range(positions.numel())
+        )
 
 
 def test_rows_and_cache_do_not_depend_on_the_processes(tmp_path: Path, monkeypatch: Any) -> None:
@@ -121,10 +140,11 @@ def test_max_tokens_tokenizes_little_more_than_it_takes(tmp_path: Path, monkeypa
 def test_labels_are_the_tokens_and_lie_on_disk_once(tmp_path: Path) -> None:
     rows = packer(tmp_path).pack_documents(Dataset.from_dict({"text": texts(1000)}), 32)
     row = rows[3]
-    assert row.keys() == {"input_ids", "labels"}
+    assert row.keys() == {"input_ids", "labels", "position_ids"}
+    assert row["position_ids"].shape == (32,) and row["position_ids"].dtype == row["input_ids"].dtype
     assert row["input_ids"].shape == (32,) and row["input_ids"].equal(row["labels"])
     (file,) = tmp_path.glob("pack-*")
-    assert file.stat().st_size < 1.2 * 4 * 32 * len(rows)
+    assert file.stat().st_size < 1.2 * (4 + 2) * 32 * len(rows)
 
 
 def test_the_default_collator_makes_a_batch_of_rows(tmp_path: Path) -> None:

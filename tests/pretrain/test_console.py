@@ -52,7 +52,7 @@ def test_a_map_style_source_of_unknown_size_has_no_plan_yet(tmp_path):
     [
         ([], "no attention from one to another (sdpa"),
         (["--isolate_documents", "false"], "attention reaches across them"),
-        (["--attn_implementation", "paged|sdpa"], "paged|sdpa cannot keep them apart"),
+        (["--attn_implementation", "paged|sdpa"], "LlamaForCausalLM lets one document change the next (paged|sdpa)"),
     ],
 )
 def test_the_plan_says_how_documents_are_separated(tmp_path, flags, words):

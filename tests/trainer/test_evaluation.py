@@ -10,9 +10,8 @@ from transformers import LlamaForSequenceClassification, Trainer, TrainingArgume
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
-from hf_nexus.mixture.isolation import IsolateDocuments
 from tests.support.tiny import Rows, tiny_llama
-from tests.trainer.distributed.losses_worker import METRICS, Classes, own_loss, stack
+from tests.trainer.distributed.losses_worker import METRICS, Classes, Isolated, own_loss
 
 EOS = 50
 
@@ -107,7 +106,7 @@ def test_masked_first_tokens_and_flat_rows(make_trainer, sources, batch, flatten
     rows.ids[1:, 2] = EOS
     rows.ids[4:, 9] = EOS
     rows.labels = rows.ids.clone()
-    collate = IsolateDocuments(stack, EOS, flatten)
+    collate = Isolated(EOS, flatten)
     kwargs = {"data_collator": collate}
     trainer = make_trainer(
         sources, tiny_llama(attn_implementation="sdpa"), trainer_kwargs=kwargs, per_device_eval_batch_size=batch

@@ -10,6 +10,7 @@ import torch
 
 from ...files import printable
 from ..documents import DocumentEncoder, document_hash, split_text
+from ..packing import document_positions
 from .reader import Retry, RowReader, SourceError
 from .sources import Partition, Source
 
@@ -79,17 +80,25 @@ class PackedRowReader(RowReader):
         self._documents: deque[list[str | np.ndarray] | None] = deque()
 
     def take(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """The next `count` rows: `input_ids` and equal `labels`, both `(L,)` int64."""
-        length, taken = self.packing.sequence_length, []
-        missing = count * length
-        while missing:
-            tokens = self._next_tokens()[:missing]
-            taken.append(tokens)
-            self._token += len(tokens)
-            self._tokens += len(tokens)
-            missing -= len(tokens)
-        packed = torch.from_numpy(np.concatenate(taken)).long().view(count, length)
-        return [{"input_ids": row, "labels": row} for row in packed]
+        """The next `count` rows: `input_ids`, equal `labels` and [`document_positions`], all `(L,)` int64."""
+        tokens, length = np.empty((count, self.packing.sequence_length), dtype=np.int64), 0
+        starts = np.zeros(tokens.size + 1, dtype=bool)
+        while length < tokens.size:
+            more = self._next_tokens()[: tokens.size - length]
+            tokens.reshape(-1)[length : length + len(more)] = more
+            length += len(more)
+            self._token += len(more)
+            self._tokens += len(more)
+            starts[length] = self._document_ended
+        positions = document_positions(starts[:-1].reshape(tokens.shape))
+        columns = zip(torch.from_numpy(tokens), torch.from_numpy(positions), strict=True)
+        return [{"input_ids": row, "labels": row, "position_ids": of_row} for row, of_row in columns]
+
+    @property
+    def _document_ended(self) -> bool:
+        """Whether all tokens of the current document are taken."""
+        segments = self._documents[0]
+        return segments is not None and self._segment == len(segments) - 1 and self._token == len(segments[-1])
 
     def state(self) -> dict[str, Any]:
         """The position as JSON types."""

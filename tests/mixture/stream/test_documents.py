@@ -76,9 +76,21 @@ def test_rows_are_tokens_and_equal_labels_end_to_end() -> None:
     source = stream_of(TEXTS)
     row = start(source).__getitems__([(0, 0)] * 3)[2]
     assert row["input_ids"].dtype == torch.int64 and row["input_ids"].shape == (L,)
-    assert row["labels"].equal(row["input_ids"])
+    assert row["labels"].equal(row["input_ids"]) and row["position_ids"].dtype == torch.int64
     short, long = (torch.cat(read(start(stream_of(TEXTS, sequence_length=n)), 840 // n, 1)[0], 1) for n in (3, 8))
     assert short.equal(long)  # nothing is lost between rows
+
+
+@pytest.mark.parametrize("segment", [1_000_000, 7])
+def test_positions_restart_at_documents_not_at_tokens(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", segment)
+    source = stream_of([f"{'fox ' * (i % 9)}{EOS} number {i}" for i in range(40)])
+    stream = start(source, buffer_size=10)
+    rows = [row for _ in range(20) for row in stream.__getitems__([(0, 0)] * 2)]
+    tokens, positions = (torch.cat([row[name] for row in rows]) for name in ("input_ids", "position_ids"))
+    eos = (tokens[:-1] == source.encoder.tokenizer.eos_token_id).nonzero().flatten().tolist()
+    # Every second EOS is that of packing. Rows start again.
+    assert (positions == 0).nonzero().flatten().tolist() == sorted({*range(0, 320, L), *(i + 1 for i in eos[1::2])})
 
 
 @settings(max_examples=15)

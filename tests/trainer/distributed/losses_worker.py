@@ -1,5 +1,6 @@
 """Run by torchrun on 2 CPU processes: evaluate uneven rows. Each rank writes its metrics to `<out>/rank<r>.json`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from transformers import DataCollatorWithFlattening, LlamaForSequenceClassificat
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_nexus import NexusConfig, NexusTrainer
-from hf_nexus.mixture.isolation import IsolateDocuments
+from hf_nexus.mixture.isolation import PackedRowCollator
+from hf_nexus.mixture.packing import document_positions
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.fsdp_worker import make as make_fsdp
 
@@ -46,6 +48,21 @@ def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
+@dataclass
+class Isolated:
+    """Collates rows as packing returns them: with positions that restart after each EOS."""
+
+    eos: int
+    flatten: bool
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = stack(rows)
+        starts = torch.cat([torch.ones(len(rows), 1), batch["input_ids"][:, :-1] == self.eos], 1).bool()
+        positions = torch.from_numpy(document_positions(starts.numpy()))
+        packed = [{**row, "position_ids": of_row} for row, of_row in zip(rows, positions, strict=True)]
+        return PackedRowCollator(stack, self.eos, isolate=True, flatten=self.flatten)(packed)
+
+
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
     """A loss that needs the count: half of the sum of token losses, divided by it."""
     logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -68,7 +85,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "own_loss": ({"compute_loss_func": own_loss}, {}),
     "own_average": ({"compute_loss_func": own_loss}, {"average_tokens_across_devices": False}),
     "without_nexus": ({}, {"nexus": False}),
-    "flat": ({"data_collator": IsolateDocuments(stack, eos_token_id=3, flatten=True)}, {}),
+    "flat": ({"data_collator": Isolated(eos=3, flatten=True)}, {}),
     "flattened": ({"data_collator": DataCollatorWithFlattening()}, {}),
     "padding_free": ({"data_collator": DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)}, {}),
 }

@@ -5,10 +5,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from hf_nexus.mixture.stream.reader import SourceError
+from hf_nexus.trainer import mixin
 from hf_nexus.trainer.checkpoints import last_checkpoint
 from tests.support.faults import AtEvents, weights
 from tests.support.stream_documents import documents_of
@@ -147,6 +149,18 @@ def splitting(out: Path) -> str:
     return ""
 
 
+def isolation(out: Path) -> list[bool]:
+    """Whether documents are isolated if the models of the ranks differ in what they can do."""
+    found = []
+    for able in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mixin, "isolation_problem", lambda model, able=able: None if able == RANK else "it leaks")
+            data = mixture({"a": documents_of(texts(20).to_iterable_dataset(3), LENGTH)})
+            data.config.isolate_documents = None
+            found.append(make(out / str(able), data).data_collator.isolate)
+    return found
+
+
 def main(out: Path) -> dict[str, Any]:
     dynamic = {"trainer_kwargs": {"mixture_weights_function": function}}
     found: dict[str, Any] = {
@@ -155,6 +169,7 @@ def main(out: Path) -> dict[str, Any]:
         "ending": scenario(out / "ending", ending, (2, 4), max_steps=7, save_steps=2),
         "dynamic": scenario(out / "dynamic", small, (3,), **dynamic),
         "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
+        "isolation": isolation(out / "isolation"),
         "splitting": splitting(out / "splitting"),
         "failing": failure(out / "failing", 14),
         "failing_dynamic": failure(out / "failing_dynamic", 14, **dynamic),

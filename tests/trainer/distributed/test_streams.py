@@ -75,3 +75,7 @@ def test_a_source_failing_on_one_rank_stops_and_saves_both(ranks: list[dict], sc
     assert f"stopped after step {first['step']}, and a checkpoint was saved" in first["error"]
     if RESUMES_ON_CPU:
         assert first["differences"] == second["differences"] == []
+
+
+def test_documents_are_isolated_on_both_ranks_or_none(ranks: list[dict]) -> None:
+    assert [rank["isolation"] for rank in ranks] == [[True, False], [True, False]]
