@@ -181,7 +181,7 @@ def test_columns_of_csv_files_are_text_as_written(streaming: bool) -> None:
 def test_text_that_is_cut_at_a_comma_is_an_error(rows: str, streaming: bool) -> None:
     Path("a.csv").write_text("id,text\n1,fox\n")
     Path("b.csv").write_text(f"id,text\n{rows}")
-    with pytest.raises(ValueError, match="more cells than its header|Expected 2 fields in line 3, saw 3"):
+    with pytest.raises(ValueError, match=r"more cells than its header|Expected 2 fields in line 3, saw 3"):
         documents("[ab].csv", streaming)
 
 
