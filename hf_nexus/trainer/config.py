@@ -13,7 +13,7 @@ from ..schema import documented
 from ..strict import Bound, check, check_fields, parse_data
 from .optimizers import muon_options
 
-__all__ = ["NexusConfig", "NexusConfigMixin", "nexus_settings"]
+__all__ = ["NexusConfig", "NexusConfigMixin", "lower_is_better", "nexus_settings"]
 
 NonNegative = Annotated[float, Bound(least=0)]
 
@@ -85,6 +85,8 @@ class NexusConfigMixin:
             muon_options(self.optim_args)  # type: ignore[attr-defined]
         args: Any = self  # joined with TrainingArguments
         args.hub_token = hidden(args.hub_token)
+        if args.greater_is_better is None and lower_is_better(args.metric_for_best_model):
+            args.greater_is_better = False
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is joined with
 
 
@@ -99,6 +101,11 @@ class NexusConfig(NexusConfigMixin, TrainingArguments):
         >>> args.inner_lr
         0.05
     """
+
+
+def lower_is_better(metric: str | None) -> bool:
+    """Whether a metric is a perplexity, which transformers takes for better if it is greater."""
+    return metric is not None and metric.endswith("perplexity")
 
 
 def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | None:

@@ -102,3 +102,17 @@ def test_arguments_survive_saving_with_the_model(tmp_path):
     loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert loaded.to_dict() == args.to_dict()
     assert loaded.mixture_weights == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "metric", ["perplexity", "eval_perplexity", "a_perplexity", "eval_ood_perplexity", "eval_a_loss"]
+)
+def test_the_best_perplexity_is_the_lowest(metric: str) -> None:
+    assert NexusConfig(output_dir="out", metric_for_best_model=metric).greater_is_better is False
+    explicit = NexusConfig(output_dir="out", metric_for_best_model=metric, greater_is_better=True)
+    assert explicit.greater_is_better is True
+
+
+def test_other_metrics_keep_the_direction_of_transformers() -> None:
+    assert NexusConfig(output_dir="out").greater_is_better is None
+    assert NexusConfig(output_dir="out", metric_for_best_model="eval_accuracy").greater_is_better is True
