@@ -7,7 +7,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,10 @@ from ..files import delete, printable, read_plain, write_atomic
 from ..strict import check
 from .job import Job, RefusedJobError, Target
 
-__all__ = ["QUEUE_NAME", "QueueStatus", "UploadQueue"]
+__all__ = ["LOG_NAME", "QUEUE_NAME", "QueueStatus", "UploadQueue"]
 
 QUEUE_NAME = "hub_queue"  # inside the output folder
+LOG_NAME = "uploader.log"
 
 _JOB = re.compile(r"(\d{6,})-step-\d+(\.sending)?")
 _SENDING = ".sending"
@@ -51,7 +53,7 @@ class UploadQueue:
         approve (`Callable`, *optional*): Whether to send a job that this user may not have queued, for these reasons.
 
     Raises:
-        ValueError: the folder, or a file in it that is written in place, is a link.
+        ValueError: the folder, or a file in it that is written in place, is a link or something else.
     """
 
     def __init__(
@@ -60,9 +62,13 @@ class UploadQueue:
         instead: Mapping[str, Any] | None = None,
         approve: Callable[[Job, str], bool] = lambda job, why: False,
     ):
-        for path in (folder, folder / "lock", folder / "uploader.log"):
-            if path.is_symlink():
-                raise ValueError(f"{path} is a link, which is not followed. Delete it.")
+        for path, is_right in (
+            (folder, Path.is_dir),
+            (folder / "lock", Path.is_file),
+            (folder / LOG_NAME, Path.is_file),
+        ):
+            if path.is_symlink() or (path.exists() and not is_right(path)):
+                raise ValueError(f"{path} is a link or something else that is not followed. Delete it.")
         self.folder = folder
         self._instead, self._approve = dict(instead or {}), approve
         self._approved: dict[int, bool] = {}
@@ -192,10 +198,8 @@ class UploadQueue:
             if self.destination(job) is None:
                 return f"{job.path} names {job.target}, which is not a target of this run. Pass --repo_id to send it."
             doubts = self._doubts(job)
-        except FileNotFoundError:  # another process has moved the job
-            return None
         except (OSError, RefusedJobError) as error:
-            return str(error)
+            return str(error) if job.path.exists() else None  # another process has moved the job
         if doubts and job.number not in self._approved:
             self._approved[job.number] = self._approve(job, doubts)
         if doubts and not self._approved[job.number]:
@@ -214,7 +218,7 @@ class UploadQueue:
         linked = [name for name, stat in stats.items() if stat.st_nlink > 1]
         if linked:
             run = self.folder.parent  # hard links of the queue are files of the run's checkpoints
-            inodes = Counter(entry.inode() for folder, _, _ in os.walk(run) for entry in os.scandir(folder))
+            inodes = Counter(_inodes(run))
             outside = [name for name in linked if stats[name].st_nlink > inodes[stats[name].st_ino]]
             doubts += [f"{name} is also a file outside of {run}" for name in outside]
         return ", ".join(doubts)
@@ -286,6 +290,13 @@ class UploadQueue:
         self._unwritten = state
         write_atomic(self.folder / "state.json", json.dumps(state))
         self._unwritten = None
+
+
+def _inodes(folder: Path) -> Iterator[int]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield os.lstat(os.path.join(parent, name)).st_ino
 
 
 def _link_or_copy(source: Path, copy: Path, link: bool) -> bool:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ..files import Secret, hidden, printable
 from .job import Target
-from .queue import UploadQueue
+from .queue import LOG_NAME, UploadQueue
 from .retries import RetryPolicy, is_permanent, limit_requests
 from .uploader import Uploader
 
@@ -83,7 +83,7 @@ class UploaderProcess:
             return
         self._started = time.monotonic()
         try:
-            with open(self.folder / "uploader.log", "a") as log:
+            with open(self.folder / LOG_NAME, "a") as log:
                 self._process = subprocess.Popen(
                     _COMMAND,
                     stdin=subprocess.PIPE,

@@ -204,6 +204,13 @@ def test_a_target_is_of_the_run_or_of_the_command_line(tmp_path: Path) -> None:
     assert len(queue.refused()) == 3
 
 
+def test_a_log_that_blocks_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / QUEUE_NAME).mkdir()
+    os.mkfifo(tmp_path / QUEUE_NAME / "uploader.log")
+    with pytest.raises(ValueError, match=r"uploader\.log is a link or something else"):
+        UploadQueue(tmp_path / QUEUE_NAME)
+
+
 @pytest.mark.parametrize("name", [".", "lock", "uploader.log"])
 def test_a_queue_behind_a_link_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
