@@ -58,8 +58,10 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if match is None:
         return {}, text
     try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(match[1])):  # a few can expand to gigabytes
+            raise ValueError("aliases (*name) are not allowed")
         metadata = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"The metadata of the card are not YAML, correct or delete them: {error}") from error
     if not isinstance(metadata, dict):
         raise ValueError(

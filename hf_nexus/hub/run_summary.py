@@ -227,21 +227,23 @@ class RunSummary:
         """
         path = Path(folder, SUMMARY_NAME)
         try:
-            fields = json.loads(read_plain(path))
-            fields["mixture"] = [MixtureRow(**row) for row in fields["mixture"]]
-            fields["evaluations"] = [Evaluation(**row) for row in fields["evaluations"]]
-            fields["benchmarks"] = [BenchmarkScore(**row) for row in fields["benchmarks"]]
-            fields["stages"] = [
-                (check(until, float, "stages"), check(shares, dict[str, float], "stages"))
-                for until, shares in fields["stages"]
-            ]
-            run = cls(**fields)
-            for part in (run, *run.mixture, *run.evaluations, *run.benchmarks):
+            text = read_plain(path)
+            found = cls._build(json.loads(text, parse_constant=lambda nan: 0.0))  # a loss may be NaN
+            for part in (found, *found.mixture, *found.evaluations, *found.benchmarks):
                 check_fields(part)
-            return run
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            for until, shares in found.stages:
+                check(until, float, "stages")
+                check(shares, dict[str, float], "stages")
+            return cls._build(json.loads(text))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is not the summary of a run: {what}. Restore the file of the run.") from error
+
+    @classmethod
+    def _build(cls, fields: dict[str, Any]) -> "RunSummary":
+        rows = {"mixture": MixtureRow, "evaluations": Evaluation, "benchmarks": BenchmarkScore}
+        built = {name: [kind(**row) for row in fields[name]] for name, kind in rows.items()}
+        return cls(**fields | built | {"stages": [(until, shares) for until, shares in fields["stages"]]})
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:

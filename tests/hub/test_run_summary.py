@@ -27,6 +27,9 @@ def test_a_saved_summary_is_complete_and_has_no_token(tmp_path):
     run = full_run()
     run.save(tmp_path)
     assert RunSummary.load(tmp_path) == run
+    diverged = make_run(evaluations=[Evaluation("a", "train", math.inf, math.nan)], numbers={"a": math.nan})
+    diverged.save(tmp_path)
+    assert str(RunSummary.load(tmp_path)) == str(diverged)
     make_run(hyperparameters={"hub_token": "s3cret", "output_dir": "/home/s3cret"}).save(tmp_path)
     assert "s3cret" not in (tmp_path / "run_summary.json").read_text()
 
