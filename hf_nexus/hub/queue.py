@@ -23,7 +23,7 @@ __all__ = ["LOG_NAME", "QUEUE_NAME", "QueueStatus", "UploadQueue"]
 QUEUE_NAME = "hub_queue"  # inside the output folder
 LOG_NAME = "uploader.log"
 
-_JOB = re.compile(r"(\d{6,})-step-\d+(\.sending)?")
+_JOB = re.compile(r"(\d{6,})-step-(\d+)(\.sending)?")
 _SENDING = ".sending"
 _LINK_FROM = 1 << 20  # bytes; copying a smaller file is as fast as linking it, and a copy cannot be overwritten
 _TARGETS = "_hub_targets.json"  # beside the queue: repositories and branches that the run has pushed to
@@ -115,7 +115,7 @@ class UploadQueue:
 
     def _number(self, job: Job) -> Job:
         """Move a complete job to its place in the queue, under a number that was never used."""
-        numbers = [int(name.partition("-")[0]) for name in self._names()]
+        numbers = [number for number, _ in self.waiting()]
         numbers += [number for slots in self.state().get("sent", {}).values() for number in slots.values()]
         while True:
             self._last = max([self._last, *numbers]) + 1
@@ -231,6 +231,11 @@ class UploadQueue:
 
     # ---- Both processes ----
 
+    def waiting(self) -> list[tuple[int, int]]:
+        """Number and training step of the jobs, oldest first, by the names of their folders."""
+        matches = filter(None, map(_JOB.fullmatch, self._names()))
+        return sorted({(int(match[1]), int(match[2])) for match in matches})  # a set: one may be claimed meanwhile
+
     def jobs(self) -> list[Job]:
         """All jobs, oldest first."""
         return self._read()[0]
@@ -344,17 +349,17 @@ class QueueStatus:
     def read(cls, folder: Path, target: str = "") -> "QueueStatus":
         """Read the status from the folder of a queue."""
         queue = UploadQueue(folder)
-        jobs, state = queue.jobs(), queue.state()
+        state = queue.state()
         pushed, error = state.get("pushed"), state.get("error", {})
         if pushed is not None:
             target = f"{pushed['repo_id']}@{pushed['revision'] or 'main'}"
-        elif jobs and not target:
+        elif not target and (jobs := queue.jobs()):
             target = str(jobs[-1].target)
         return cls(
             target=printable(target),
             pushed_step=pushed and pushed["step"],
             commit=pushed and pushed["commit"],
-            waiting=tuple(job.step for job in jobs),
+            waiting=tuple(step for _, step in queue.waiting()),
             error=printable(error["text"]) if error else None,
             permanent=bool(error.get("permanent")),
             lost=tuple(map(printable, state.get("lost", ()))),
