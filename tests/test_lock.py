@@ -30,7 +30,7 @@ with locked(sys.argv[1]):
 
 @pytest.fixture
 def hold() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start a process that holds a folder, in a process group of its own."""
+    """Start a process that holds a folder, in a new process group."""
     started = []
 
     def start(folder: Path, *options: str) -> subprocess.Popen:

@@ -162,7 +162,8 @@ def _read_manifest(checkpoint: Path) -> dict[str, int] | None:
 
 
 def _seal(checkpoint: Path) -> None:
-    """Write the manifest of a checkpoint whose files are on the disk."""
+    """Force the files of a checkpoint to the disk, and write its manifest."""
+    _force_all(checkpoint)  # it opens them: a network file system then knows the sizes of what other machines wrote
     scratch = checkpoint / f"{MANIFEST_NAME}.tmp"
     scratch.write_text(json.dumps(_sizes(checkpoint), indent=1), encoding="utf-8")
     _force(scratch)
@@ -171,7 +172,7 @@ def _seal(checkpoint: Path) -> None:
 
 
 def _publish(staged: Path) -> None:
-    """Give a checkpoint its name, whose files are on the disk."""
+    """Give a checkpoint with a manifest its name."""
     run_dir = staged.parent.parent
     _set_aside(run_dir / staged.name)  # of an earlier run, or the folder that transformers has marked for a SIGTERM
     staged.rename(run_dir / staged.name)
@@ -218,16 +219,21 @@ def _staging(run_dir: Path) -> Path:
     return staging
 
 
+def _force_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _force(path)
+
+
 def _force(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # a temporary file of another rank
+    except (FileNotFoundError, PermissionError):  # a temporary file of another rank; a folder on Windows
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not possible here
             raise
     finally:
         os.close(descriptor)
@@ -278,6 +284,8 @@ class StagedCheckpoints:
             yield
             if self._resumed is not None:
                 step = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).global_step
+        except json.JSONDecodeError as damage:  # of a checkpoint without a manifest
+            error = ValueError(f"{TRAINER_STATE_NAME} in {self._resumed} is damaged: {damage}.")
         except ValueError as refusal:
             error = refusal
         if self._args.world_size > 1:
@@ -332,8 +340,8 @@ class StagedCheckpoints:
         self._follow_best(state, run_dir)
         if state.best_model_checkpoint != written and self._args.should_save:
             state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        for path in [*staged.rglob("*"), staged]:  # each rank, because another machine has its own cache
-            _force(path)
+        if not self._args.should_save:  # the others do so with the manifest
+            _force_all(staged)
         processes.wait_for_everyone()
         if self._args.should_save:
             self._new = Path(final)
@@ -365,8 +373,6 @@ class StagedCheckpoints:
         """Renew the manifest of a new checkpoint that a callback has changed in `on_save`."""
         new, self._new = self._new, None
         if new is not None and new.is_dir() and _sizes(new) != _read_manifest(new):
-            for path in new.rglob("*"):
-                _force(path)
             _seal(new)
 
     def rotate(self, checkpoint: str, best: str | None) -> None:

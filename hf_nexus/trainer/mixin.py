@@ -246,9 +246,7 @@ class NexusTrainerMixin(_Base):
 
     # ---- Before the first step ----
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Train as the base class does. `resume_from_checkpoint` may also be `"last"` or `"true"`, as on a command line.
 
@@ -260,10 +258,11 @@ class NexusTrainerMixin(_Base):
                 the same folder.
             SourceError: the network failed for too long, or a source has a row that cannot be used.
         """
-        with self._checkpoints.run(self._get_output_dir(trial), resume_from_checkpoint) as checkpoint:
+        run_dir = self._get_output_dir(kwargs.get("trial", args[0] if args else None))
+        with self._checkpoints.run(run_dir, resume_from_checkpoint) as checkpoint:
             self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
             try:
-                return super().train(checkpoint, trial, *args, **kwargs)
+                return super().train(checkpoint, *args, **kwargs)
             except SourceError as error:
                 self.is_in_train = False
                 step = self.state.global_step

@@ -223,11 +223,14 @@ def test_a_checkpoint_of_the_trainer_is_resumed_by_its_path(saving, tmp_path):
         again.train(resume_from_checkpoint=True)
     again.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(weights(again.model), weights(stock.model))
-    for missing in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for missing in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         (checkpoint / missing).rename(tmp_path / "aside")
         with pytest.raises(ValueError, match=f"{missing[:9]}.* is missing"):
             again.train(resume_from_checkpoint=str(checkpoint))
         (tmp_path / "aside").rename(checkpoint / missing)
+    (checkpoint / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        again.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_converted_weights_are_resumed_by_their_path(saving, tmp_path):
@@ -259,7 +262,7 @@ def test_a_checkpoint_that_a_callback_changes_is_complete(saving, tmp_path):
     checkpoint = tmp_path / "run/checkpoint-2"
     assert all(is_complete(path) for path in checkpoints_of(tmp_path / "run"))
     (checkpoint / "later.txt").touch()  # more than was written is no damage
-    shutil.rmtree(tmp_path / "run/checkpoint-3")
+    (tmp_path / "run/checkpoint-3/notes/added.txt").unlink()
     again = saving(model=tiny_llama(seed=5))
     again.train(resume_from_checkpoint=True)
     assert torch.equal(weights(again.model), weights(whole.model))
@@ -404,7 +407,7 @@ def test_a_folder_has_one_run(saving, tmp_path, monkeypatch):
         assert trainer.evaluate()["eval_loss"] > 0
         trainer.train()
     trainer.train()
-    assert LOCK_NAME not in os.listdir(tmp_path / "run")
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 class SaveBeforeTheStep(TrainerCallback):
