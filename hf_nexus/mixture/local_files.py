@@ -20,10 +20,11 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Files that describe a dataset.
 _METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-_SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
-_SPLITS |= {split: split for split in ("train", "validation", "test")}
-# As in `test.csv`, `test/1.csv` and `test-00000-of-00002.parquet`.
-_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(-\d+-of-\d+.*)?")
+# Words in names, as `datasets` knows them: `test.csv`, `test/1.csv`, `my-test.00000-of-00002.json.gz`.
+_SPLITS = dict.fromkeys(("train", "training"), "train")
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_SPLIT_NAME = re.compile(rf"(?:^|[-_. 0-9])({'|'.join(_SPLITS)})(?:[-_. 0-9]|$)")
 
 
 def is_local(path: str) -> bool:
@@ -75,7 +76,8 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
     used = re.findall(r"\w+", f"{split} {source.eval_split}")
     if left_out := set(found).difference(*(splits.get(key, ()) for key in used)):
         logger.warning(
-            "Source %r leaves out %s: files without rows, of another split, or that do not end in one of %s.",
+            "Source %r leaves out %s: files without rows, of another split (`split: train+test` reads both), or that do "
+            "not end in one of %s.",
             *(name, _listed(left_out), endings),
         )
     options: dict[str, Any] = {}
@@ -112,8 +114,7 @@ def _holds_rows(file: str, path: str) -> bool:
 
 def _named_split(file: str) -> str:
     """The split after which a file or one of its folders is named, "" if there is none."""
-    *folders, name = file.split(os.sep)
-    matches = (_SPLIT_NAME.fullmatch(part) for part in (name.split(".")[0], *reversed(folders)))
+    matches = map(_SPLIT_NAME.search, reversed(file.split(os.sep)))
     return next((_SPLITS[match[1]] for match in matches if match), "")
 
 
