@@ -214,16 +214,19 @@ class PackedRowCollator:
         for name in _BOUNDARIES:  # those of whole rows
             batch.pop(name, None)
         batch["position_ids"] = positions.view(ids.shape)
-        batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
         if self.flatten:
-            for name in ("input_ids", "labels", "position_ids"):
+            for name in batch.keys() & {"input_ids", "labels", "position_ids"}:
                 batch[name] = batch[name].reshape(1, -1)
         return batch
 
     def _keep_ends(self, batch: Any, rows: list) -> None:
         """Undo that a collator has taken each EOS for padding, because the tokenizer pads with it."""
+        if "labels" not in batch or "labels" not in rows[0]:  # predictions need none
+            return
         given = torch.stack([row["labels"] for row in rows])
-        if "labels" in batch and batch["labels"].equal(given.masked_fill(given == self.eos_token_id, -100)):
+        if batch["labels"].equal(given.masked_fill(given == self.eos_token_id, -100)):
             batch["labels"] = given
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import Trainer, default_data_collator
+from transformers import PreTrainedModel, Trainer, default_data_collator
 from transformers.utils import logging
 
 from ..files import hidden, printable, write_atomic
@@ -53,6 +53,7 @@ from .support import (
     check_optimizer,
     check_set_names,
     check_trainable,
+    check_vocabulary,
     check_weights,
     check_windows,
     warn_of_one_inner_step,
@@ -152,6 +153,10 @@ class NexusTrainerMixin(_Base):
         check_set_names(data.names, self.eval_dataset)
         names = data.names if data.stages else []
         unread = [name for name in names if data.indexable(name, self.eval_dataset) is None]
+        if data.mixture is not None and isinstance(self.model, PreTrainedModel):
+            readable = [name for name in names if name not in unread]
+            rows = [row for name in readable for row in self._feed.first_rows(name, 1, self.eval_dataset)]
+            check_vocabulary(rows, self.model.get_input_embeddings())
         check_cosines(args.gradient_cosine_steps, bool(data.stages), self.is_fsdp_enabled, unread)
         check_optimizer(args, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if not args.nexus:

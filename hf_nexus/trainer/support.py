@@ -35,6 +35,7 @@ __all__ = [
     "check_trained",
     "check_trl_arguments",
     "check_unchanged",
+    "check_vocabulary",
     "check_weights",
     "check_windows",
     "check_wrapped",
@@ -334,6 +335,16 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
         )
     if OOD in sources:
         raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
+
+
+def check_vocabulary(rows: Iterable[Mapping[str, Tensor]], embeddings: Any) -> None:
+    """Refuse tokens of some rows of a mixture that a model has no embeddings for."""
+    size, token = len(embeddings.weight), max((int(row["input_ids"].max()) for row in rows), default=0)
+    if token >= size:
+        raise ValueError(
+            f"The mixture holds the token {token}, but the model has embeddings for {size} tokens only. Load the "
+            "mixture with the model's tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
+        )
 
 
 def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str]) -> None:

@@ -224,6 +224,15 @@ def test_other_ignored_labels_stay_ignored(rows):
     assert (labels[:, ::2] == -100).all() and labels[:, 1::2].equal(rows[:, 1::2])
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_rows_without_labels_are_kept_apart_too(rows, flatten):
+    without = [{name: row[name] for name in ("input_ids", "position_ids")} for row in packed_rows(rows)]
+    batch = isolated(default_data_collator, flatten)(without)
+    whole = isolated(flatten=flatten)(packed_rows(rows))
+    assert "labels" not in batch
+    assert all(batch[name].equal(whole[name]) for name in ("input_ids", "position_ids"))
+
+
 def test_rows_that_were_not_packed_are_left_to_the_collator(rows):
     batch = isolated(default_data_collator)([{"input_ids": row, "labels": row} for row in rows])
     assert batch.keys() == {"input_ids", "labels"} and batch["labels"].equal(rows)

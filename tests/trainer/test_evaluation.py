@@ -10,7 +10,9 @@ from transformers import LlamaForSequenceClassification, Trainer, TrainingArgume
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
+from hf_nexus.mixture import MixtureConfig, load_mixture
 from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.trainer.distributed.losses_worker import METRICS, Classes, Isolated, own_loss
 
 EOS = 50
@@ -185,6 +187,22 @@ def test_without_labels_there_is_no_loss(make_trainer, sources, rows):
     ours = make_trainer(sources, trainer_kwargs={"compute_metrics": len}, per_device_eval_batch_size=3)
     metrics = ours.evaluate({"text": [{"input_ids": row} for row in rows.ids]})
     assert not [key for key in metrics if key.endswith(("_loss", "_perplexity"))]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_predictions_on_a_mixture_need_no_labels(make_trainer, tmp_path, attention):
+    file, tokenizer = tmp_path / "a.jsonl", tiny_tokenizer()
+    file.write_text("".join(json.dumps({"text": f"the fox number {i}"}) + "\n" for i in range(60)))
+    config = {"sequence_length": 16, "sources": {"text": {"path": str(file), "eval_rows": 8}}}
+    mixture = load_mixture(MixtureConfig.from_dict(config), tokenizer, cache_dir=tmp_path / "cache")
+    model = tiny_llama(vocab_size=len(tokenizer), attn_implementation=attention)
+    rows = mixture.eval["text"]
+    found = make_trainer(mixture, model).predict(rows.remove_columns("labels"))
+    assert found.predictions.shape == (len(rows), 16, len(tokenizer))
+    assert "test_loss" not in found.metrics
+    assert (found.predictions == make_trainer(mixture, model).predict(rows).predictions).all()
+    with pytest.raises(ValueError, match=r"The mixture holds the token \d+, but the model has embeddings for 8"):
+        make_trainer(mixture, tiny_llama(vocab_size=8))
 
 
 # ---- Perplexities ----
