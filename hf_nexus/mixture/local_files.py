@@ -76,8 +76,8 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
     used = re.findall(r"\w+", f"{split} {source.eval_split}")
     if left_out := set(found).difference(*(splits.get(key, ()) for key in used)):
         logger.warning(
-            "Source %r leaves out %s: files without rows, of another split (`split: train+test` reads both), or that do "
-            "not end in one of %s.",
+            "Source %r leaves out %s: files without rows, of another split (`split: train+test` reads both), or that "
+            "do not end in one of %s.",
             *(name, _listed(left_out), endings),
         )
     options: dict[str, Any] = {}
