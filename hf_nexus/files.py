@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "one_line_errors",
     "printable",
     "read_plain",
+    "require_folder",
     "shown",
     "write_atomic",
 ]
@@ -59,6 +61,23 @@ def write_atomic(path: str | Path, text: str) -> Path:
         file.write(text)
     scratch.replace(path)
     return path
+
+
+def require_folder(folder: str | os.PathLike[str], name: str = "output_dir") -> None:
+    """
+    Create a folder if it is missing, and check that files can be written there.
+
+    Raises:
+        ValueError: it is a file, inside a file, or not writable. The message names the argument `name`.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}: {shown(str(folder))} is not a folder that can be written to ({error.strerror}). Choose another."
+        ) from error
 
 
 def read_plain(path: str | Path) -> str:

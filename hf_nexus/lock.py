@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from .files import require_folder
+
 __all__ = ["LOCK_NAME", "locked"]
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             The folder, which is created if it is missing.
 
     Raises:
-        ValueError: another process holds the folder. The message has its number, its host and its start.
+        ValueError: another process holds the folder, whose number, host and start are in the message, or it cannot be
+            written to.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -47,7 +50,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     if path in _held:
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_folder(folder)
     try:
         file = _open(path)
     except OSError as error:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files import require_folder
+
 if TYPE_CHECKING:
     from ..evaluation.lm_eval.runner import TaskResult
 
@@ -55,6 +57,7 @@ def benchmark(
     own_folder = Path(model).is_dir() and (output is None or Path(output).resolve() == Path(model).resolve())
     name = model if revision is None else f"{model}@{revision}"
     folder = Path(model if own_folder else output or re.sub(r"[^\w.@-]+", "--", name))
+    require_folder(folder, "output")
     claim_folder(folder, None if own_folder else name)
     if left_out:
         print(f"Left out because they execute code: {', '.join(left_out)} (see --allow-code-execution)")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import require_folder
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -46,9 +48,16 @@ def closeness(
     from ..evaluation.closeness import measure_closeness
 
     disable_progress_bar()  # while weights are loaded
+    path, mixture = (
+        Path(output or Path(model if Path(model).is_dir() else "", _OUTPUT_NAME)),
+        find_mixture(model, config),
+    )
+    if path.is_dir():
+        raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
+    require_folder(path.parent, "output")
     found = measure_closeness(
         model,
-        find_mixture(model, config),
+        mixture,
         base=base,
         batches=batches,
         batch_size=batch_size,
@@ -56,7 +65,7 @@ def closeness(
         seed=seed,
         minima=parse_minima(minima),
     )
-    path = found.save(output or Path(model if Path(model).is_dir() else "", _OUTPUT_NAME))
+    found.save(path)
     print_closeness(found, Console())
     print(f"Saved in {path}")
 

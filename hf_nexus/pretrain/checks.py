@@ -31,6 +31,8 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         ImportError: a package is missing.
     """
     check_arguments(training)
+    if not str(training.output_dir).strip():
+        raise ValueError("output_dir: '' is not allowed; name a folder.")
     sources = mixture.train_sources
     streams = [name for name, source in sources.items() if source.streaming]
     if streams and training.max_steps <= 0:
@@ -72,7 +74,8 @@ def _try_trackers(training: PretrainConfig) -> None:
 
 
 def _try_attention(model: ModelArguments) -> None:
-    tiny = LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
+    # The vocabulary has room for the special tokens.
+    tiny = LlamaConfig(vocab_size=3, hidden_size=2, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
     build_model(tiny, model.attn_implementation)
 
 

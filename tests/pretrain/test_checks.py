@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_nexus.files import require_folder
 from hf_nexus.pretrain import run as pretrain
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import dry_run, prepare_run
@@ -73,3 +74,25 @@ def test_a_missing_package_is_named_before_a_run_only(config: Path, monkeypatch)
     planned(config)
     with pytest.raises(ImportError, match=r"^report_to: .*pip install comet-ml"):
         run_arguments(config, [])
+
+
+@pytest.mark.parametrize("folder", ["", "file", "file/inside", "/proc/new"])
+def test_a_bad_output_folder_is_named_before_anything_is_loaded(config, tmp_path, monkeypatch, folder) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(pretrain, "load_tokenizer", lambda *args: loaded.append("tokenizer"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ValueError, match=rf"output_dir: '{folder}' is not"):
+        prepare_run(run_arguments(config, ["--output_dir", folder]))
+    assert not loaded
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(
+        ValueError, match=r"^output_dir: .* is not a folder that can be written to \(Permission denied"
+    ):
+        require_folder(tmp_path)
