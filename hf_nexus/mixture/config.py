@@ -199,6 +199,8 @@ class MixtureConfig:
             of the outer steps (`until`), and its `weights` name every training source.
         isolate_documents (`bool`, *optional*):
             Prevent attention between the documents of a row. Defaults to true if a probe shows that the model can.
+        add_bos_token (`bool`, *optional*):
+            Start each document with the BOS token, unless a chat template does. Defaults to what the tokenizer does.
 
     Raises:
         ValueError: a value that is not allowed, or keys that contradict each other. The message starts with the path
@@ -220,6 +222,7 @@ class MixtureConfig:
     buffer_size: Annotated[int, Bound(least=2, most=10**9)] = 10_000
     stages: list[Stage] | None = None
     isolate_documents: bool | None = None
+    add_bos_token: bool | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -130,12 +131,22 @@ class DocumentEncoder:
             Tokenizes, and renders messages with its chat template.
         available (`Sequence[str]`):
             Columns of the source, for errors.
+        add_bos_token (`bool`, *optional*):
+            Whether a BOS starts each document. Defaults to what the tokenizer does by itself.
     """
 
     name: str
     source: SourceConfig
     tokenizer: "PreTrainedTokenizerBase"
     available: Sequence[str]
+    add_bos_token: bool | None = None
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """The token that starts each document, `None` if none does."""
+        bos = self.tokenizer.bos_token_id
+        add = self.tokenizer.encode("a")[:1] == [bos] if self.add_bos_token is None else self.add_bos_token
+        return bos if add else None
 
     def texts(self, batch: Mapping[str, list], first_row: int) -> list[str]:
         """
@@ -177,6 +188,16 @@ class DocumentEncoder:
             for (number, _), ids in zip(call, found, strict=True):
                 tokens[number].append(np.array(ids, dtype=np.int32))
         return [np.concatenate(parts) for parts in tokens]
+
+    def bounded(self, tokens: np.ndarray, first: bool = True, last: bool = True) -> np.ndarray:
+        """
+        The tokens of a document, or of its first or last segment, with the BOS and the EOS. A chat template may have
+        written the BOS already.
+        """
+        bos = self.bos_token_id
+        if first and bos is not None and tokens[:1].tolist() != [bos]:
+            tokens = np.insert(tokens, 0, bos)
+        return np.append(tokens, np.int32(self.tokenizer.eos_token_id)) if last else tokens
 
     def _values(self, batch: Any, column: str, first_row: int) -> list:
         try:

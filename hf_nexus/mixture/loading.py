@@ -48,6 +48,8 @@ class Mixture:
             Licence of each source, `None` if it is not stated.
         eos_token_id (`int`):
             The token that ends each document.
+        bos_token_id (`int`, *optional*):
+            The token that starts each document, `None` if none does.
     """
 
     config: MixtureConfig
@@ -55,6 +57,7 @@ class Mixture:
     eval: "dict[str, Dataset]"
     licenses: dict[str, str | None]
     eos_token_id: int
+    bos_token_id: int | None = None
 
     @property
     def tokens(self) -> dict[str, int | None]:
@@ -81,10 +84,10 @@ def load_mixture(
     """
     Load, tokenize and pack the sources of a mixture.
 
-    An EOS ends each document, and no row crosses sources. A document that is held out in one place (by `eval_rows`, an
-    `eval_split` or an OOD source) is not trained on in any source. Everything is cached: a second call with the same
-    files and tokenizer reads the rows from disk. With several processes, let one go first
-    (`with args.main_process_first(): ...`), or each does the work.
+    An EOS ends each document, and a BOS starts it if the tokenizer adds one. No row crosses sources. A document that
+    is held out in one place (by `eval_rows`, an `eval_split` or an OOD source) is not trained on in any source.
+    Everything is cached: a second call with the same files and tokenizer reads the rows from disk. With several
+    processes, let one go first (`with args.main_process_first(): ...`), or each does the work.
 
     Of a streaming source, only the held-out documents are read: the first `eval_rows` different ones, or a split.
 
@@ -92,7 +95,7 @@ def load_mixture(
         config ([`MixtureConfig`]):
             The sources.
         tokenizer (`PreTrainedTokenizerBase`):
-            A tokenizer with an EOS token. No other special tokens are added.
+            A tokenizer with an EOS token. Special tokens other than EOS and BOS are not added.
         cache_dir (`str` or `Path`, *optional*):
             Cache folder of `datasets`, whose usual one is the default. Rows are in its folder `hf_nexus`.
 
@@ -125,7 +128,7 @@ def load_mixture(
     packers, licenses, documents, held_out = {}, {}, {}, {}
     for name, source in config.sources.items():
         loaded = load_documents(name, source, source.split, files, source.streaming)
-        encoder = DocumentEncoder(name, source, tokenizer, available=column_names(loaded))
+        encoder = DocumentEncoder(name, source, tokenizer, column_names(loaded), config.add_bos_token)
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
         licenses[name] = source.license or loaded.info.license or None
         documents[name] = _text_only(loaded, source)
@@ -139,12 +142,14 @@ def load_mixture(
         name: packers[name].pack_documents(found, length, held_out=name in config.train_sources)
         for name, found in held_out.items()
     }
-    return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id)
+    return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id, encoder.bos_token_id)
 
 
 def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no EOS token, which must end each document. Set tokenizer.eos_token.")
+    if config.add_bos_token and tokenizer.bos_token_id is None:
+        raise ValueError("add_bos_token: the tokenizer has no BOS token. Set tokenizer.bos_token, or leave it out.")
     for name, source in config.sources.items():
         if source.messages_column is not None:
             require_chat_template(name, source, tokenizer)

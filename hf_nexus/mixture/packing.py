@@ -2,7 +2,7 @@
 From documents to rows of L tokens, in three passes over Arrow files:
 
 1. hash: a number for the text of each document, by which documents are held out;
-2. tokenize: the tokens of each document and an EOS, in parallel;
+2. tokenize: the tokens of each document with a BOS, if the tokenizer adds it, and an EOS, in parallel;
 3. pack: the documents end to end, cut every L tokens: `(n, L)`.
 
 Each pass is a `Dataset.map` into a cache file named after everything that its result depends on. Packing is a separate
@@ -185,7 +185,7 @@ class SourcePacker:
     def _tokenize(self, documents: "Dataset") -> "Dataset":
         from datasets import List, Value
 
-        key = [self.encoder.source.columns, self.fingerprint]
+        key = [self.encoder.source.columns, self.fingerprint, self.encoder.bos_token_id]
         return self._encode("tokenize", documents, self._tokens, {"input_ids": List(Value("int32"))}, key)
 
     def _hash(self, batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
@@ -194,10 +194,9 @@ class SourcePacker:
     def _tokens(self, batch: Mapping[str, list]) -> "pa.Table":
         import pyarrow as pa
 
-        eos = np.int32(self.encoder.tokenizer.eos_token_id)
         documents = self.encoder.tokenize(self.encoder.texts(batch, first_row=0))
-        ended = [np.append(ids, eos) for ids in documents if len(ids)]
-        return pa.table({"input_ids": pa.array(ended, pa.list_(pa.int32()))})
+        bounded = [self.encoder.bounded(ids) for ids in documents if len(ids)]
+        return pa.table({"input_ids": pa.array(bounded, pa.list_(pa.int32()))})
 
     def _encode(self, step: str, documents: "Dataset", *args: Any, **options: Any) -> "Dataset":
         num_proc = min(self.num_proc, len(documents)) if self.num_proc else None

@@ -76,6 +76,7 @@ def describe_data(
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["isolate_documents"] = data.mixture.config.isolate_documents
+        facts["add_bos_token"] = data.mixture.config.add_bos_token
         facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
         for name, source in data.mixture.config.ood_sources.items():  # their documents are left out of training
             facts[f"source {name!r}"] = _settings(source)

@@ -25,7 +25,7 @@ __all__ = ["RunLog", "cost_table", "format_bytes", "print_plan", "write_report"]
 
 def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, loaded: Mixture | None = None) -> None:
     """Print a plan as tables, with the sizes and licenses of the mixture if it is loaded."""
-    console.print(_two_columns(f"Plan of {arguments.config}", _run_rows(arguments, plan)))
+    console.print(_two_columns(f"Plan of {arguments.config}", _run_rows(arguments, plan, loaded)))
     if plan.mixture is None:
         names = ", ".join(arguments.mixture.train_sources)
         console.print(f"The plan of the mixture needs the sizes of the sources ({names}): they are not tokenized yet.")
@@ -54,7 +54,7 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
     return table
 
 
-def _run_rows(arguments: PretrainArguments, plan: RunPlan) -> dict[str, str]:
+def _run_rows(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | None) -> dict[str, str]:
     t, m = arguments.training, arguments.model
     rows = {
         "parameters": f"{plan.parameters:,} ({m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary "
@@ -67,14 +67,25 @@ def _run_rows(arguments: PretrainArguments, plan: RunPlan) -> dict[str, str]:
     if plan.tokens is not None:
         rows["tokens"] = f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} per parameter)"
     nexus = f"inner_lr {t.inner_lr}" if t.nexus else "off (plain accumulation)"
-    return rows | {"learning rate": _schedule(arguments, plan), "documents": _documents(arguments), "Nexus": nexus}
+    return rows | {
+        "learning rate": _schedule(arguments, plan),
+        "documents": _documents(arguments, loaded),
+        "Nexus": nexus,
+    }
 
 
-def _documents(arguments: PretrainArguments) -> str:
-    why = joined_documents(arguments)
+def _documents(arguments: PretrainArguments, loaded: Mixture | None) -> str:
+    bos, why = arguments.mixture.add_bos_token, joined_documents(arguments)
+    if loaded is not None:
+        bos = loaded.bos_token_id is not None
+    elif bos is None and arguments.model.tokenizer == "train":
+        bos = False  # it has none
+    ends = "a BOS starts and an EOS ends each" if bos else "an EOS ends each"
+    if bos is None:
+        ends += ", and a BOS starts it if the tokenizer adds one"
     if why is None:
-        return f"an EOS ends each; no attention from one to another ({attention_of(arguments)}, as a probe shows)"
-    return f"an EOS ends each; attention reaches across them in a row ({why})"
+        return f"{ends}; no attention from one to another ({attention_of(arguments)}, as a probe shows)"
+    return f"{ends}; attention reaches across them in a row ({why})"
 
 
 def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:

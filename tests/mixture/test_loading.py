@@ -19,7 +19,7 @@ from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
 from hf_nexus.mixture.stream.reader import SourceError
 
-from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
+from ..support.tiny_tokenizer import EOS, adding_bos, count_tokenized, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -509,6 +509,17 @@ def test_a_tokenizer_needs_an_eos(load: Any) -> None:
     nameless.eos_token = None
     with pytest.raises(ValueError, match=r"no EOS token.*tokenizer\.eos_token"):
         load(a={"path": "a.jsonl"}, with_=nameless)
+
+
+def test_a_bos_needs_a_bos_token_and_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = {"web": {"path": write("web.jsonl", texts(9))}}
+    config = MixtureConfig.from_dict({"sources": sources, "sequence_length": 8, "add_bos_token": True})
+    with pytest.raises(ValueError, match=r"add_bos_token: the tokenizer has no BOS token\. Set tokenizer\.bos_token"):
+        load_mixture(config, tiny_tokenizer(), cache_dir=tmp_path / "cache")
+    config.add_bos_token, tokenizer = None, adding_bos(tiny_tokenizer())
+    assert load_mixture(config, tokenizer, cache_dir=tmp_path / "cache").bos_token_id == tokenizer.bos_token_id
+    assert load_mixture(config, tiny_tokenizer(), cache_dir=tmp_path / "cache").bos_token_id is None
 
 
 def test_without_datasets_the_error_says_how_to_install_it(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ from hf_nexus.mixture import SourceConfig
 from hf_nexus.mixture.documents import DocumentEncoder
 from hf_nexus.mixture.packing import BATCH_SIZE, RowPacker, SourcePacker, tokenizer_fingerprint
 
-from ..support.tiny_tokenizer import EOS, count_tokenized, tiny_tokenizer
+from ..support.tiny_tokenizer import BOS, EOS, adding_bos, count_tokenized, tiny_tokenizer
 
 
-def packer(folder: Path, tokenizer: Any = None, num_proc: int | None = None, **source: Any) -> SourcePacker:
+def packer(
+    folder: Path, tokenizer: Any = None, num_proc: int | None = None, bos: bool | None = None, **source: Any
+) -> SourcePacker:
     tokenizer = tokenizer or tiny_tokenizer()
-    encoder = DocumentEncoder("web", SourceConfig(path="web", **source), tokenizer, available=["text"])
+    encoder = DocumentEncoder("web", SourceConfig(path="web", **source), tokenizer, ["text"], bos)
     return SourcePacker(encoder, tokenizer_fingerprint(tokenizer), folder, num_proc)
 
 
@@ -98,6 +100,29 @@ def test_eos_is_the_only_special_token_and_empty_texts_vanish(tmp_path: Path) ->
     docs = ["", "the fox", "", "the dog", ""]
     rows = packer(tmp_path, tokenizer).pack_documents(Dataset.from_dict({"text": docs}), 2)
     assert tokens_of(rows) == stream[: len(stream) // 2 * 2]
+
+
+@pytest.mark.parametrize(("adds", "wanted", "starts"), [(1, None, 1), (0, None, 0), (1, False, 0), (0, True, 1)])
+def test_a_bos_starts_each_document_as_the_tokenizer_or_the_user_says(
+    tmp_path: Path, adds: bool, wanted: bool | None, starts: bool
+) -> None:
+    tokenizer = adding_bos(tiny_tokenizer())
+    if not adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    docs = ["the fox", "", f"{BOS}the dog", "fox"]  # one has its BOS already
+    for other in (not starts, None):  # the cache of another choice is not read
+        packer(tmp_path, tokenizer, bos=other).pack_documents(Dataset.from_dict({"text": docs}), 2)
+    rows = packer(tmp_path, tokenizer, bos=wanted).pack_documents(Dataset.from_dict({"text": docs}), 2)
+    expected = [(BOS if starts else "") + "the fox", f"{BOS}the dog", (BOS if starts else "") + "fox"]
+    assert tokenizer.decode(tokens_of(rows)) in ("".join(f"{text}{EOS}" for text in expected), EOS.join(expected))
+
+
+def test_a_chat_template_that_writes_the_bos_gets_no_second(tmp_path: Path) -> None:
+    tokenizer = adding_bos(tiny_tokenizer())
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    chats = Dataset.from_dict({"messages": [[{"role": "user", "content": f"fox {i}"}] for i in range(9)]})
+    rows = packer(tmp_path, tokenizer, messages_column="messages").pack_documents(chats, 4)
+    assert tokenizer.decode(tokens_of(rows)).startswith("".join(f"{BOS}fox {i}{EOS}" for i in range(8)))
 
 
 def test_padding_of_an_earlier_call_does_not_reach_the_rows(tmp_path: Path) -> None:

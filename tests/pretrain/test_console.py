@@ -51,12 +51,20 @@ def test_a_map_style_source_of_unknown_size_has_no_plan_yet(tmp_path):
     ("flags", "words"),
     [
         ([], "no attention from one to another (sdpa"),
+        ([], "an EOS ends each, and a BOS starts it if the tokenizer adds one"),
+        (["--add_bos_token", "true"], "a BOS starts and an EOS ends each; no attention"),
+        (["--add_bos_token", "false"], "an EOS ends each; no attention"),
         (["--isolate_documents", "false"], "attention reaches across them"),
         (["--attn_implementation", "paged|sdpa"], "LlamaForCausalLM lets one document change the next (paged|sdpa)"),
     ],
 )
 def test_the_plan_says_how_documents_are_separated(tmp_path, flags, words):
     assert words in " ".join(plan_of(tmp_path, *flags, sources=BOTH))
+
+
+def test_a_tokenizer_that_is_trained_adds_no_bos(tmp_path):
+    lines = plan_of(tmp_path, "--tokenizer", "train", sources={"logic": {"path": "builtin/logic"}})
+    assert "an EOS ends each; no attention" in " ".join(lines)
 
 
 @pytest.mark.parametrize("where", ["data", "training"])

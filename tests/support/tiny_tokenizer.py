@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-EOS = "<eos>"
+BOS, EOS = "<bos>", "<eos>"
 
 
 def tiny_tokenizer(text: str = "the quick brown fox jumps over the lazy dog") -> PreTrainedTokenizerFast:
@@ -19,6 +19,15 @@ def tiny_tokenizer(text: str = "the quick brown fox jumps over the lazy dog") ->
     )
     backend.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
+
+
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that starts each text with a BOS, as those of Llama and Gemma do."""
+    tokenizer.add_special_tokens({"bos_token": BOS})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def count_tokenized(monkeypatch: Any) -> list[int]:

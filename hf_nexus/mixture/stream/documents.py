@@ -25,8 +25,8 @@ DOCUMENTS = 64
 @dataclass(frozen=True)
 class StreamedDocuments:
     """
-    A source whose documents are tokenized and packed during training: laid end to end, an EOS after each, and cut
-    into rows of L tokens. Documents without tokens are left out.
+    A source whose documents are tokenized and packed during training: laid end to end, an EOS after each (and a BOS
+    before each, if the tokenizer adds it), and cut into rows of L tokens. Documents without tokens are left out.
 
     Args:
         documents (`IterableDataset`):
@@ -146,7 +146,7 @@ class PackedRowReader(RowReader):
                 if len(segments) == 1:
                     short[i] = text
         for i, tokens in zip(short, self.packing.encoder.tokenize(list(short.values())), strict=True):
-            documents[i] = [np.append(tokens, self._eos)] if len(tokens) else []
+            documents[i] = [self.packing.encoder.bounded(tokens)] if len(tokens) else []
         return documents
 
     def _text(self, row: Any, ahead: int) -> str | None:
@@ -165,15 +165,12 @@ class PackedRowReader(RowReader):
                 self._warned = True
             return None
 
-    @property
-    def _eos(self) -> int:
-        return self.packing.encoder.tokenizer.eos_token_id
-
     def _tokens_of(self, segments: list[str | np.ndarray], i: int) -> np.ndarray:
         """The tokens of a segment. Long documents keep the tokens of only one segment in memory."""
         segment = segments[i]
         if isinstance(segment, str):
             (tokens,) = self.packing.encoder.tokenize([segment])
-            segments[i] = segment = np.append(tokens, self._eos) if i == len(segments) - 1 else tokens
+            segment = self.packing.encoder.bounded(tokens, first=i == 0, last=i == len(segments) - 1)
+            segments[i] = segment
             segments[:i] = [""] * i
         return segment

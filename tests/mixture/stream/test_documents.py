@@ -21,7 +21,7 @@ from hf_nexus.mixture.stream.documents import StreamedDocuments
 from hf_nexus.mixture.stream.reader import SourceError
 
 from ...support.stream_documents import documents_of
-from ...support.tiny_tokenizer import EOS
+from ...support.tiny_tokenizer import BOS, EOS, adding_bos
 
 L = 8
 
@@ -91,6 +91,15 @@ def test_positions_restart_at_documents_not_at_tokens(segment: int, monkeypatch:
     eos = (tokens[:-1] == source.encoder.tokenizer.eos_token_id).nonzero().flatten().tolist()
     # Every second EOS is that of packing. Rows start again.
     assert (positions == 0).nonzero().flatten().tolist() == sorted({*range(0, 320, L), *(i + 1 for i in eos[1::2])})
+
+
+@pytest.mark.parametrize("segment", [1_000_000, 30])
+def test_a_bos_starts_each_document_once(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", segment)
+    source = stream_of(TEXTS)
+    adding_bos(source.encoder.tokenizer)
+    found = first_pass(start(source), source)
+    assert sorted(found)[1:] == sorted(BOS + text for text in TEXTS)
 
 
 @settings(max_examples=15)
