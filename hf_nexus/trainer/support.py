@@ -51,16 +51,8 @@ AUTOCAST_FLOOR = 3e-6
 
 # Arguments that all ranks must share: they decide the steps, and when the ranks wait for each other.
 SAME_ON_RANKS = (
-    *(
-        "seed",
-        "data_seed",
-        "optim",
-        "optim_args",
-        "learning_rate",
-        "lr_scheduler_type",
-        "weight_decay",
-        "max_grad_norm",
-    ),
+    *("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("bf16", "average_tokens_across_devices", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
 )

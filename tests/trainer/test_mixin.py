@@ -489,6 +489,26 @@ def test_early_stopping_and_best_model_work_on_the_macro_loss(make_trainer, sour
     assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.parametrize("metric", ["eval_text_perplexity", "perplexity", "eval_ood_perplexity"])
+def test_the_model_of_the_lowest_perplexity_is_kept(make_trainer, sources, metric):
+    trainer = make_trainer(
+        sources,
+        trainer_kwargs={"eval_dataset": {"text": Rows(8, 0), "law": Rows(8, 5)}},
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+    )
+    trainer.train()
+    key = f"eval_{metric.removeprefix('eval_')}"
+    values = [entry[key] for entry in trainer.state.log_history if key in entry]
+    assert len(set(values)) == 3
+    assert trainer.evaluate()[key] == pytest.approx(min(values))
+
+
 def test_keyword_arguments_reach_the_parents_evaluate(make_trainer, sources):
     received = []
 
