@@ -59,7 +59,7 @@ from .support import (
     warn_of_one_inner_step,
 )
 from .trackers import attach_plots
-from .trl import SourcePreparation, trl_parent, widen_adapters
+from .trl import SourcePreparation, naming_a_missing_template, trl_parent, widen_adapters
 from .window import Walker, Window, has_token_labels, inner_lr_scale
 
 __all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
@@ -232,10 +232,15 @@ class NexusTrainerMixin(_Base):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's preparation of a dataset. For the first source, prepare all sources."""
-        prepare = super()._prepare_dataset  # type: ignore[misc]  # of TRL's trainers
+        base_prepare = super()._prepare_dataset  # type: ignore[misc]  # of TRL's trainers
+
+        def prepare(source: Any) -> Any:
+            with naming_a_missing_template():
+                return base_prepare(source, *args, **kwargs)
+
         if self._trl is None or self._trl.shown is None or dataset is not self._trl.shown:
-            return prepare(dataset, *args, **kwargs)
-        return self._prepare_sources(lambda source: prepare(source, *args, **kwargs))
+            return prepare(dataset)
+        return self._prepare_sources(prepare)
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's log-probabilities of the reference model, for each source."""

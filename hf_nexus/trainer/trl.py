@@ -6,7 +6,8 @@ never crosses sources.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Trainer
 from ..mixture.training_data import TrainingData
 from .support import check_trl_arguments
 
-__all__ = ["SourcePreparation", "trl_parent", "widen_adapters"]
+__all__ = ["SourcePreparation", "naming_a_missing_template", "trl_parent", "widen_adapters"]
 
 # Columns that identify the format of examples in TRL.
 _FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "images", "image")
@@ -52,6 +53,20 @@ class SourcePreparation:
         """The sources after a further step of TRL's preparation."""
         self._prepared = {name: function(source) for name, source in self._prepared.items()}
         return self._prepared
+
+
+@contextmanager
+def naming_a_missing_template() -> Iterator[None]:
+    """Say in place of the error of transformers what to do if a tokenizer has no chat template."""
+    try:
+        yield
+    except ValueError as error:
+        if "tokenizer.chat_template is not set" not in str(error):
+            raise
+        raise ValueError(
+            "The examples are conversations, and the tokenizer has no chat template. Set "
+            "processing_class.chat_template (SFTConfig also takes chat_template_path), or pass examples of text."
+        ) from error
 
 
 def _check_formats(data: TrainingData) -> None:

@@ -336,3 +336,12 @@ def test_arguments_of_another_trainer_are_refused(make):
 def test_sources_of_several_formats_are_refused(make):
     with pytest.raises(ValueError, match=r"Source 'talk' has the columns \['messages'\], but 'letters' has \[\]"):
         make({"letters": texts()["letters"], "talk": conversations()["digits"]})
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_conversations_without_a_chat_template_are_an_error(make, tokenizer, mixes):
+    tokenizer.chat_template = None
+    turns = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps"}]
+    chats = Dataset.from_list([{"messages": turns}] * 8)
+    with pytest.raises(ValueError, match="The examples are conversations, and the tokenizer has no chat template"):
+        make({"a": chats, "b": chats} if mixes else chats)
