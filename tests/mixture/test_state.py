@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, interleave_datasets
+from datasets import Dataset, interleave_datasets, load_dataset
 
 from hf_nexus.mixture.config import SourceConfig
 from hf_nexus.mixture.state import _describe, _settings, compare_data
@@ -67,6 +67,20 @@ def test_the_same_rows_are_described_the_same(one, other):
     state = torch.get_rng_state()
     assert _describe("a", one, None) == _describe("a", other, None)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])
+def test_other_files_of_a_stream_are_described_otherwise(tmp_path, suffix):
+    for name in "ab":
+        path = str(tmp_path / f"{name}.{suffix}")
+        {"jsonl": ROWS.to_json, "csv": ROWS.to_csv, "parquet": ROWS.to_parquet, "txt": ROWS.to_csv}[suffix](path)
+    kind = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)
+    one, other = (
+        load_dataset(kind, data_files=str(tmp_path / f"{name}.{suffix}"), split="train", streaming=True)
+        for name in "ab"
+    )
+    assert compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", other, None)})
+    assert not compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", one, None)})
 
 
 @pytest.mark.parametrize("path", ["/home/alice/secret/web.jsonl", "~/secret/web.jsonl"])

@@ -313,7 +313,8 @@ def describe_layers(dataset: Any) -> list[str]:
         shown = {key: settings[key] for key in _DECIDING if settings.get(key)}
         if (generator := settings.get("generator")) is not None:
             shown["generator"] = zlib.crc32(repr(generator.bit_generator.state).encode())
-        if files := settings.get("kwargs", {}).get("base_files"):
+        kwargs = settings.get("kwargs", {})
+        if files := kwargs.get("base_files") or kwargs.get("files"):  # Parquet and Arrow files are not unpacked
             shown["files"] = zlib.crc32(repr([os.path.basename(file) for file in files]).encode())
         if name not in _FORMATTING:
             found.append(name + "".join(f" {key}={value}" for key, value in shown.items()))
