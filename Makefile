@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more threads would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards schema test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
+.PHONY: demo compare cards schema rehearsal test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
 
 # PUSH=1 starts a Hub on this machine, pushes to it during training, and loads the pushed model.
 demo: $(READY)
@@ -65,6 +65,10 @@ docs-test: $(READY)
 # Every command in the headers of recipes/, including those that take minutes.
 recipes: $(READY)
 	$(PYTEST) -n 2 tests/recipes
+
+# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one.
+rehearsal: $(READY)
+	$(BIN)/python -m tests.rehearsal $(ARGS)
 
 # Test the installed wheel with the tests of the source distribution, outside of the repository.
 test-wheel: build
