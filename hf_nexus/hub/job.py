@@ -79,8 +79,8 @@ class Job:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             if isinstance(error, OSError) and not path.exists():
                 return None
-            what = printable(error)[:300]
-            raise ValueError(f"{path} is not an upload job: {what} Restore its job.json or delete it.") from error
+            what = printable(error)[:300].rstrip(".")
+            raise ValueError(f"{path} is not an upload job: {what}. Restore its job.json or delete it.") from error
 
     def write(self) -> None:
         """Write `job.json`, which completes the job. Its files must be there already."""

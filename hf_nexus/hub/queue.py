@@ -94,7 +94,7 @@ class UploadQueue:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if target not in (recorded := self.targets()):
-            write_atomic(self.folder.with_name(_TARGETS), json.dumps([asdict(known) for known in [*recorded, target]]))
+            write_atomic(self.folder.parent / _TARGETS, json.dumps([asdict(known) for known in [*recorded, target]]))
         scratch = self.folder / f"new-{os.getpid()}"
         delete(scratch)
         try:
@@ -179,7 +179,7 @@ class UploadQueue:
     def targets(self) -> list[Target]:
         """The repositories and branches that the run has recorded."""
         try:
-            return check(json.loads(read_plain(self.folder.with_name(_TARGETS))), list[Target], _TARGETS)
+            return check(json.loads(read_plain(self.folder.parent / _TARGETS)), list[Target], _TARGETS)
         except (FileNotFoundError, ValueError, RecursionError):
             return []
 
@@ -196,10 +196,10 @@ class UploadQueue:
         """Why a job may not be sent; `None` if it may."""
         try:
             if self.destination(job) is None:
-                return f"{job.path} names {job.target}, which is not a target of this run. Pass --repo_id to send it."
+                return f"{job.path} names {job.target!r}, which this run has not recorded. Pass --repo_id to send it."
             doubts = self._doubts(job)
         except (OSError, RefusedJobError) as error:
-            return str(error) if job.path.exists() else None  # another process has moved the job
+            return str(error)[:500] if job.path.exists() else None  # another process has moved the job
         if doubts and job.number not in self._approved:
             self._approved[job.number] = self._approve(job, doubts)
         if doubts and not self._approved[job.number]:
@@ -208,16 +208,13 @@ class UploadQueue:
 
     def _doubts(self, job: Job) -> str:
         """Why another user may have written a job, or linked it to a file that is not part of the run."""
-        stats = job.stats()
-        owned = {name: stat.st_uid for name, stat in stats.items()}
-        owned |= {name: (job.path / name).lstat().st_uid for name in ("", "files", "job.json")}
-        if job.target in self.targets():
-            owned[_TARGETS] = self.folder.with_name(_TARGETS).lstat().st_uid
-        foreign = sorted({owner for owner in owned.values() if owner != self._owner})
-        doubts = [f"it belongs to the user {owner}" for owner in foreign]
+        stats, run = job.stats(), self.folder.parent
+        record = [run / _TARGETS] * (job.target in self.targets())
+        others = [path.lstat() for path in (job.path, job.path / "files", job.path / "job.json", *record)]
+        owners = {stat.st_uid for stat in (*stats.values(), *others)}
+        doubts = [f"it belongs to the user {owner}" for owner in sorted(owners - {self._owner})]
         linked = [name for name, stat in stats.items() if stat.st_nlink > 1]
-        if linked:
-            run = self.folder.parent  # hard links of the queue are files of the run's checkpoints
+        if linked:  # to the files of the run's checkpoints
             inodes = Counter(_inodes(run))
             outside = [name for name in linked if stats[name].st_nlink > inodes[stats[name].st_ino]]
             doubts += [f"{name} is also a file outside of {run}" for name in outside]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_nexus import __version__
 from hf_nexus.cli import app as cli
+from hf_nexus.hub.queue import QueueStatus
 
 
 def test_help_imports_neither_torch_nor_transformers():
@@ -205,3 +206,24 @@ def test_a_card_is_rendered_again_and_keeps_added_sections(tmp_path, capsys):
     assert not stop.value.code
     assert "Rendered" in capsys.readouterr().out
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text + "\n## My notes\nkept\n"
+
+
+def test_push_passes_its_options_and_asks(monkeypatch, capsys):
+    """Without a terminal, only `--yes` sends what may come from another user."""
+    calls = []
+
+    def push_queue(folder, *, approve, **options):
+        calls.append((approve("Step 2 to somewhere."), options))
+        return QueueStatus("user/other@main", 2, None, (), None, False), True
+
+    monkeypatch.setattr("hf_nexus.hub.uploader.push_queue", push_queue)
+    for arguments in (["push", "out"], ["push", "out", "--yes", "--repo_id", "user/other", "--private"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+    assert calls == [
+        (False, {"repo_id": None, "revision": None, "private": None}),
+        (True, {"repo_id": "user/other", "revision": None, "private": True}),
+    ]
+    printed = capsys.readouterr()
+    assert "Step 2 to somewhere." in printed.err and "user/other@main" in printed.out
