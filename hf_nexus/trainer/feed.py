@@ -18,7 +18,7 @@ from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
 from .distributed import broadcast, gather, max_over_ranks, sum_over_ranks
-from .support import check_loader, check_same
+from .support import check_exchange, check_loader, check_same
 from .window import Window
 
 __all__ = ["Feed"]
@@ -75,6 +75,7 @@ class Feed:
 
     def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
         """The order of a training set; `None` for a plain dataset, which keeps the Trainer's order."""
+        check_exchange(dataset)
         self.refresh()
         args = self._args
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.

@@ -56,6 +56,7 @@ from .support import (
     check_vocabulary,
     check_weights,
     check_windows,
+    choose_direction,
     warn_of_one_inner_step,
 )
 from .trackers import attach_plots
@@ -146,6 +147,7 @@ class NexusTrainerMixin(_Base):
         self.meter = TrainingMeter(self.data.names, self.args.device)
         self._isolate_documents()
         self._check()
+        choose_direction(self.args)
 
     def _check(self) -> None:
         """Refuse what is not supported."""

@@ -20,12 +20,14 @@ from transformers.utils import is_sagemaker_mp_enabled, logging
 from ..evaluation.losses import OOD
 from ..nexus import Nexus
 from ..strict import Bound
+from .config import NexusConfigMixin, lower_is_better
 
 __all__ = [
     "SAME_ON_RANKS",
     "Launch",
     "check_arguments",
     "check_cosines",
+    "check_exchange",
     "check_launch",
     "check_loader",
     "check_optimizer",
@@ -39,6 +41,7 @@ __all__ = [
     "check_weights",
     "check_windows",
     "check_wrapped",
+    "choose_direction",
     "warn_of_buffers",
     "warn_of_one_inner_step",
     "warn_of_short_steps",
@@ -317,6 +320,24 @@ def check_loader(args: Any, streams: bool) -> None:
             "ignore_data_skip=True is not possible for streaming sources, and not needed: they go on from their "
             "position without reading anything again. Leave it out."
         )
+
+
+def check_exchange(dataset: Any) -> None:
+    """Refuse sources that replace the training data of a trainer."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            "train_dataset was replaced by a dict of sources after the start. Build a new trainer for them."
+        )
+
+
+def choose_direction(args: Any) -> None:
+    """
+    Take the lowest perplexity as the best with arguments that are not Nexus's, which have chosen the highest.
+    """
+    metric = args.metric_for_best_model
+    if args.greater_is_better and lower_is_better(metric) and not isinstance(args, NexusConfigMixin):
+        args.greater_is_better = False
+        logger.warning(f"metric_for_best_model={metric!r}: the lowest is taken as the best (greater_is_better=False).")
 
 
 def check_set_names(sources: Iterable[str], evaluation: Any) -> None:

@@ -6,9 +6,10 @@ import torch
 from rich.pretty import pretty_repr
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_nexus import NexusConfig, NexusConfigMixin
+from hf_nexus import NexusConfig, NexusConfigMixin, NexusTrainer
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.trainer.config import nexus_settings
+from tests.support.tiny import tiny_llama
 
 
 def parse(*arguments: str) -> NexusConfig:
@@ -116,3 +117,11 @@ def test_the_best_perplexity_is_the_lowest(metric: str) -> None:
 def test_other_metrics_keep_the_direction_of_transformers() -> None:
     assert NexusConfig(output_dir="out").greater_is_better is None
     assert NexusConfig(output_dir="out", metric_for_best_model="eval_accuracy").greater_is_better is True
+
+
+def test_plain_arguments_take_the_lowest_perplexity_too(make_trainer, sources, tmp_path) -> None:
+    options = {"report_to": "none", "use_cpu": True, "metric_for_best_model": "eval_perplexity"}
+    trainer = NexusTrainer(tiny_llama(), TrainingArguments(str(tmp_path), **options), train_dataset=sources)
+    assert trainer.args.greater_is_better is False
+    explicit = make_trainer(sources, metric_for_best_model="eval_perplexity", greater_is_better=True)
+    assert explicit.args.greater_is_better is True

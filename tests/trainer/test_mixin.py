@@ -509,6 +509,13 @@ def test_the_model_of_the_lowest_perplexity_is_kept(make_trainer, sources, metri
     assert trainer.evaluate()[key] == pytest.approx(min(values))
 
 
+def test_sources_that_replace_the_training_data_are_an_error(make_trainer, sources):
+    trainer = make_trainer(sources)
+    trainer.train_dataset = {"other": Rows(40, 0)}
+    with pytest.raises(ValueError, match="Build a new trainer for them"):
+        trainer.train()
+
+
 def test_keyword_arguments_reach_the_parents_evaluate(make_trainer, sources):
     received = []
 
