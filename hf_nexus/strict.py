@@ -362,7 +362,7 @@ def parse_data(text: str, where: str, language: str = "YAML") -> Any:
         # Only the problem: the whole text shows lines, which may hold a token.
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         line = f", line {error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) else ""
-        raise ValueError(f"{where} is not valid {language}{line}: {problem}.") from error
+        raise ValueError(f"{where} is not valid {language}{line}: {problem:.200}.") from error
     if node is None:
         return None
     _check_node(loader, node, (), where, len(text))
