@@ -17,6 +17,7 @@ from ..evaluation.questions import answer_scores
 from ..mixture.stream.documents import StreamedDocuments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
+from ..strict import read_yaml
 from ..trainer.checkpoints import last_checkpoint
 from .config import ComparisonConfig, QuestionSet
 from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
@@ -83,7 +84,7 @@ class Run:
         """
         files = self.files()
         for path in (self.folder / name for name in names if name in files):
-            if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != files[path.name]:
+            if path.exists() and read_yaml(path) != files[path.name]:
                 raise ValueError(
                     f"{self.folder} holds a run with other settings (see {path.name} there). Choose another "
                     "output_dir for the comparison, or delete that folder."

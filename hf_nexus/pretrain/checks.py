@@ -82,6 +82,8 @@ def _try_attention(model: ModelArguments) -> None:
 def _try_optimizer(training: PretrainConfig) -> None:
     """Build the optimizer and the learning rate schedule over one weight, to check their options."""
     options: Any = training.lr_scheduler_kwargs
+    if isinstance(options, str):
+        raise ValueError(f"lr_scheduler_kwargs: {options!r} is not allowed; it must be a mapping.")
     weight, steps = nn.Parameter(torch.zeros(1)), training.max_steps if training.max_steps > 0 else 1000
     optimizer: Any = torch.optim.SGD([weight], lr=training.learning_rate)
     if OptimizerNames(training.optim).value.startswith(("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")):
