@@ -105,12 +105,15 @@ class StageWeights:
         return next(weights for first, weights in reversed(self.borders) if first <= step)
 
 
-def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed: int) -> TrainingData:
+def prepare_data(
+    train: Any, evaluation: Any, weights: Any, dynamic: bool, seed: int, whole: bool = False
+) -> TrainingData:
     """
     Prepare `train_dataset` and `eval_dataset` for reading.
 
     `weights` is the field `mixture_weights`, which takes precedence over the weights of a mixture; `dynamic` says
-    whether weights are decided while training; `seed` is that of the order of rows.
+    whether weights are decided while training; `seed` is that of the order of rows; `whole` says that the trainer
+    samples a dict of datasets itself.
 
     Raises:
         ValueError: weights that name other sources, are missing for streams, or are given for a plain dataset.
@@ -119,7 +122,12 @@ def prepare_data(train: Any, evaluation: Any, weights: Any, dynamic: bool, seed:
     if mixture is not None:
         evaluation = mixture.eval if evaluation is None else evaluation
         train = mixture.train
-    sources = split_sources(train)
+    if whole and (weights is not None or dynamic):
+        raise ValueError(
+            "mixture_weights are set, but this trainer samples a dict of datasets itself. Leave them out, and use its "
+            "own option (multi_dataset_batch_sampler in sentence-transformers)."
+        )
+    sources = None if whole else split_sources(train)
     if sources is None:
         return TrainingData(train, evaluation).with_weights({} if dynamic and weights is None else weights)
     dataset: MixtureDataset | MixtureStream

@@ -1,5 +1,6 @@
 """Arguments of constructors, and training arguments, for any base class of a trainer."""
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,19 +9,44 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .config import NexusConfig, NexusConfigMixin
+from .config import NexusConfigMixin
 
-__all__ = ["arguments_by_name", "changed", "with_nexus_fields"]
+__all__ = ["adopt", "arguments_by_name", "changed", "own_arguments", "samples_sources"]
 
 
-def with_nexus_fields(args: TrainingArguments | None) -> Any:
-    """Training arguments with the Nexus fields, which have their defaults if they were missing."""
-    if args is None:
-        return NexusConfig(output_dir="tmp_trainer")
-    if not isinstance(args, NexusConfigMixin):
+def own_arguments(args: Any, converted: bool = False) -> Any:
+    """
+    The arguments of a trainer, which it may change: a copy with the Nexus fields, which have their defaults if they
+    were missing. With `nexus=False` nothing changes, and the given object is kept unless the base class converts it.
+    """
+    if isinstance(args, NexusConfigMixin) and not args.nexus and not converted:
+        return args
+    own: Any = TrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
+    if not isinstance(own, NexusConfigMixin):
         for f in fields(NexusConfigMixin):
-            setattr(args, f.name, f.default)
-    return args
+            setattr(own, f.name, f.default)
+    return own
+
+
+def adopt(own: Any, args: TrainingArguments) -> None:
+    """Give `own` the class and the values of the arguments that a base class has made. Their Nexus fields stay."""
+    if own is not args:
+        own.__class__ = type(args)
+        vars(own).update(vars(args))
+
+
+def _signature(cls: type, mixin: type) -> inspect.Signature:
+    """Signature of the constructor of the class after the mixin."""
+    after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
+    signatures = [inspect.signature(c.__init__) for c in after if "__init__" in vars(c)]  # type: ignore[misc]
+    # A constructor with *args passes them on to the next.
+    return next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
+
+
+def samples_sources(cls: type, mixin: type) -> bool:
+    """Whether the class after the mixin takes a dict of training sets itself, as in sentence-transformers."""
+    train_dataset = _signature(cls, mixin).parameters.get("train_dataset")
+    return train_dataset is not None and "dict" in str(train_dataset.annotation).lower()
 
 
 def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -30,11 +56,8 @@ def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any
     Raises:
         TypeError: too many arguments, or one that is given twice.
     """
-    after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
-    signatures = [inspect.signature(c.__init__) for c in after if "__init__" in vars(c)]  # type: ignore[misc]
-    # A constructor with *args passes them on to the next.
-    signature = next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
-    names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    parameters = _signature(cls, mixin).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     if len(args) > len(names):
         raise TypeError(f"{len(args)} positional arguments were given; at most {len(names)} are possible: {names}.")
     positional = dict(zip(names, args, strict=False))

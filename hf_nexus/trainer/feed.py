@@ -30,13 +30,23 @@ class Feed:
     """
     Feeds a Trainer with micro-batches of one source each. `weights_function` decides mixture weights while training.
 
+    With `whole`, the training data is one dataset even if it is a dict: the base class samples its sets.
+
     Attributes:
         data ([`TrainingData`]): What is read.
         first_step (`int`): The outer step at which training began or was resumed.
     """
 
-    def __init__(self, train: Any, evaluation: Any, args: Any, weights_function: WeightsFunction | None = None):
+    def __init__(
+        self,
+        train: Any,
+        evaluation: Any,
+        args: Any,
+        weights_function: WeightsFunction | None = None,
+        whole: bool = False,
+    ):
         self._args = args
+        self._whole = whole
         self._weights_function = weights_function
         self._progress: StreamProgress | None = None
         self._resumed: Mapping[str, Any] | None = None
@@ -47,7 +57,9 @@ class Feed:
     def set_data(self, train: Any, evaluation: Any) -> None:
         """Replace the data."""
         self._weights = self._args.mixture_weights
-        self.data: TrainingData = prepare_data(train, evaluation, self._weights, self.dynamic_weights, self._seed)
+        self.data: TrainingData = prepare_data(
+            train, evaluation, self._weights, self.dynamic_weights, self._seed, self._whole
+        )
         if self.data.stages:
             check_loader(self._args, isinstance(self.data.dataset, MixtureStream))
 

@@ -33,7 +33,7 @@ from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData
 from ..strict import read_yaml
-from .arguments import arguments_by_name, changed, with_nexus_fields
+from .arguments import adopt, arguments_by_name, changed, own_arguments, samples_sources
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings
@@ -53,14 +53,15 @@ from .support import (
     check_optimizer,
     check_set_names,
     check_trainable,
+    check_trl_arguments,
     check_vocabulary,
-    check_weights,
     check_windows,
     choose_direction,
     warn_of_one_inner_step,
+    widen_weights,
 )
-from .trackers import attach_plots
-from .trl import SourcePreparation, naming_a_missing_template, trl_parent, widen_adapters
+from .trackers import send_plots
+from .trl import SourcePreparation, for_parent, is_of_trl, naming_a_missing_template, trl_parent
 from .window import Walker, Window, has_token_labels, inner_lr_scale
 
 __all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
@@ -111,7 +112,6 @@ class NexusTrainerMixin(_Base):
         docs/troubleshooting.md.
     """
 
-    args: Any  # the training arguments with the Nexus fields
     model: Any
     optimizer: Any
     hub_model_id: Any
@@ -122,9 +122,16 @@ class NexusTrainerMixin(_Base):
 
     def __init__(self, *args: Any, mixture_weights_function: WeightsFunction | None = None, **kwargs: Any):
         given = arguments_by_name(type(self), NexusTrainerMixin, args, kwargs)
-        settings = given["args"] = with_nexus_fields(given.get("args"))
+        parent, users = trl_parent(type(self)), given.get("args")
+        converted = parent is not None and not is_of_trl(users)
+        self._own_args = settings = own_arguments(users, converted)
+        if users is not None:
+            given["args"] = for_parent(settings) if converted else settings
         check_arguments(settings)
-        self._feed = Feed(given.get("train_dataset"), given.get("eval_dataset"), settings, mixture_weights_function)
+        whole = samples_sources(type(self), NexusTrainerMixin)
+        self._feed = Feed(
+            given.get("train_dataset"), given.get("eval_dataset"), settings, mixture_weights_function, whole
+        )
         self._window = Window()
         self._walker = Walker(settings)
         self._evaluation = Evaluation(settings)
@@ -133,8 +140,9 @@ class NexusTrainerMixin(_Base):
         self._publishing = Publishing(settings)
         self.card_details: dict[str, Any] = {}
         self.wait_after_training = True
-        parent = trl_parent(type(self))
-        self._trl = None if parent is None else SourcePreparation(parent, settings, self.data)
+        if parent is not None:
+            check_trl_arguments(parent, users, on=not self._plain)
+        self._trl = None if parent is None else SourcePreparation(self.data)
         given |= {"train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
         if self._trl is not None and self._trl.shown is not None:
             given["train_dataset"] = self._trl.shown
@@ -152,7 +160,8 @@ class NexusTrainerMixin(_Base):
     def _check(self) -> None:
         """Refuse what is not supported."""
         args, data = self.args, self.data
-        check_set_names(data.names, self.eval_dataset)
+        if not self._plain:
+            check_set_names(data.names, self.eval_dataset)
         names = data.names if data.stages else []
         unread = [name for name in names if data.indexable(name, self.eval_dataset) is None]
         if data.mixture is not None and isinstance(self.model, PreTrainedModel):
@@ -163,8 +172,6 @@ class NexusTrainerMixin(_Base):
         check_optimizer(args, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if not args.nexus:
             return
-        if self._trl is not None:
-            widen_adapters(self.model)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         launch = Launch(
             kind=self.accelerator.distributed_type,
@@ -173,8 +180,6 @@ class NexusTrainerMixin(_Base):
             parallel_sizes=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
         )
         check_launch(args, launch)
-        if self.train_dataset is not None:
-            check_weights(self.model)
         # The filter would wait for the device at each of the window's zero losses, and a NaN would replace them all.
         args.logging_nan_inf_filter = False
         warn_of_one_inner_step(args)
@@ -201,6 +206,20 @@ class NexusTrainerMixin(_Base):
         self.data_collator = PackedRowCollator(self.data_collator, eos_token_id, isolate, flatten)
         self._set_signature_columns_if_needed()  # the collator takes the positions that a model does not know
         self._signature_columns.append("position_ids")
+
+    @property
+    def args(self) -> Any:
+        """The training arguments with the Nexus fields: one object, which all collaborators have."""
+        return self._own_args
+
+    @args.setter
+    def args(self, args: Any) -> None:
+        adopt(self._own_args, args)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the run is the base class's: without the update, on data without sources."""
+        return not self.args.nexus and not self.data.stages
 
     @property
     def data(self) -> TrainingData:
@@ -333,7 +352,9 @@ class NexusTrainerMixin(_Base):
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step
         self._walker.reset()  # the wrapped model and its parameters may be new
-        if self.args.nexus or self.data.stages:
+        if self.args.nexus:
+            widen_weights(self.model)
+        if not self._plain:
             self._check_start(max_steps)
         if self.args.world_size > 1 and not is_wrapped(self.model_wrapped):
             # An evaluation before training marks the model as prepared. Accelerate would not wrap it any more.
@@ -346,15 +367,15 @@ class NexusTrainerMixin(_Base):
         self._random_states.begin()
         self._checkpoints.find_best(self.state)
         self.meter.begin(self._saved_states().get("TrainingMeter") if step else None)
-        attach_plots(self.callback_handler.callbacks, self.data.names)
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The base class's epoch. A run that is resumed after its last step trains no further."""
-        if self.state.global_step >= self.state.max_steps and (self.args.nexus or self.data.stages):
-            self.control.should_training_stop = True
-            return
-        self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
+        if not self._plain:
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+                return
+            self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
         super()._run_epoch(*args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -365,6 +386,8 @@ class NexusTrainerMixin(_Base):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Fetch the micro-batches of one window, and note their sources."""
+        if self._plain:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window = window = Window(fetching=True)
         self.meter.begin_window(self.state.global_step)
         untagged = window.take(epoch_iterator, tagged=bool(self.data.stages))
@@ -400,7 +423,9 @@ class NexusTrainerMixin(_Base):
             `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
         """
         window, base_step = self._window, super().training_step
-        if window.complete:
+        if window.complete:  # no window was fetched
+            if not self.args.nexus:
+                return base_step(model, inputs, num_items_in_batch)
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
         if not window.inputs:
             self._random_states.begin_window(self.state.global_step)
@@ -408,10 +433,7 @@ class NexusTrainerMixin(_Base):
         window.inputs.append(inputs)
         if not self.args.nexus:
             i = len(window.inputs) - 1
-            if self.data.stages:
-                loss = self._micro_step(model, base_step, i, whole=True)
-            else:  # the base class unchanged
-                loss = base_step(model, inputs, num_items_in_batch)
+            loss = self._micro_step(model, base_step, i, whole=True)
             self.meter.add_micro_batch(*window.summed(i, window.mean_of_part(i, loss)))
             return loss
         if len(window.inputs) == len(window):
@@ -519,23 +541,26 @@ class NexusTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""
-        step = self.state.global_step
-        if self.is_in_train and "loss" in logs:
+        step, ours = self.state.global_step, not self._plain
+        if ours and self.is_in_train and "loss" in logs:
             if self._walker.nexus is not None:
                 logs["inner_lr"] = self._walker.nexus.effective_inner_lr
             logs |= self.meter.read(step, self.state.total_flos)
             logs |= self._feed.skipped_rows(step)
             logs |= self._publishing.logs()
-        elif "train_loss" in logs:  # the end of training
+        ended = ours and "train_loss" in logs
+        if ended:
             self.meter.update_totals(step)
         super().log(logs, start_time)
+        if ended:
+            send_plots(self.callback_handler.callbacks, self.state, self.data.names)
 
     # ---- Evaluation ----
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
         collate = self.data_collator
-        if description != "Training" and (self.args.nexus or self.data.stages):
+        if description != "Training" and not self._plain:
             collate = self._evaluation.counting(collate, dataset)
         with changed(self, data_collator=collate):
             return super()._get_dataloader(dataset, description, *args, **kwargs)
@@ -575,7 +600,7 @@ class NexusTrainerMixin(_Base):
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         evaluate = super().evaluate
         with self._walker.at_start():
-            if not isinstance(sets, Mapping):
+            if self._plain or not isinstance(sets, Mapping):
                 metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
             else:
                 check_set_names((), sets)
@@ -607,7 +632,7 @@ class NexusTrainerMixin(_Base):
     ) -> Any:
         """The base class's loop; its loss is replaced by the mean over tokens."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if not self.args.nexus and not self.data.stages:  # the base class unchanged
+        if self._plain:
             return super().evaluation_loop(*arguments)
         with self._evaluation.loop(dataloader) as mean:
             output = super().evaluation_loop(*arguments)
@@ -669,7 +694,8 @@ class NexusTrainerMixin(_Base):
 
     def _record_status(self) -> None:
         """Put the totals and the status of publishing into the state that is saved."""
-        self._saved_states()["TrainingMeter"] = self.meter.state()
+        if not self._plain:
+            self._saved_states()["TrainingMeter"] = self.meter.state()
         self._publishing.record(self._saved_states())
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -695,7 +721,7 @@ class NexusTrainerMixin(_Base):
         private = {"output_dir": Path(output_dir).name} if self.args.push_to_hub else {}
         with changed(self.args, hub_token=None, **private):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save and not self._plain:
             path = Path(output_dir, SETTINGS_NAME)
             write_atomic(path, yaml.safe_dump(self.nexus_settings(), sort_keys=False))
 

@@ -7,13 +7,15 @@ Each `check_` function raises a ValueError that names what is not supported and 
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import _is_peft_model
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
@@ -38,13 +40,13 @@ __all__ = [
     "check_trl_arguments",
     "check_unchanged",
     "check_vocabulary",
-    "check_weights",
     "check_windows",
     "check_wrapped",
     "choose_direction",
     "warn_of_buffers",
     "warn_of_one_inner_step",
     "warn_of_short_steps",
+    "widen_weights",
 ]
 
 logger = logging.get_logger(__name__)
@@ -249,15 +251,23 @@ def _check_fsdp(args: Any, version: int) -> None:
         )
 
 
-def check_weights(model: nn.Module) -> None:
-    """Refuse trainable weights of less than 32 bits: rounding would lose most of an inner step."""
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"Parameter {name!r} is {p.dtype}; Nexus needs float32 trainable weights, since 69 to 99.7 % of an "
-                "inner step is lost in bfloat16. Load with `from_pretrained(..., dtype=torch.float32)` or call "
-                "`model.float()`, and pass bf16=True to compute in bfloat16."
-            )
+def widen_weights(model: nn.Module) -> None:
+    """
+    Make trainable weights of 16 bits float32: rounding would lose most of an inner step. The frozen weights of a model
+    with adapters, which may be quantized, stay as they are.
+    """
+    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not narrow:
+        return
+    logger.warning(
+        f"{sum(p.numel() for p in narrow):,} trainable weights of {narrow[0].dtype} were made float32, since 69 to "
+        "99.7 % of an inner step is lost in bfloat16. Pass bf16=True to compute in bfloat16."
+    )
+    if _is_peft_model(model) or getattr(model, "quantization_method", None) is not None:
+        for p in narrow:
+            p.data = p.data.float()
+    else:
+        model.float()  # a layer computes in one type
 
 
 def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
@@ -374,16 +384,20 @@ def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str
         )
 
 
-def check_trl_arguments(parent: type, args: Any, mixes: bool) -> None:
-    """Refuse trainers of TRL that generate text while they train, and arguments that are not TRL's."""
+def check_trl_arguments(parent: type, args: Any, on: bool) -> None:
+    """
+    Refuse trainers of TRL that generate text while they train if Nexus or a mixture is `on`, and given arguments that
+    the trainer does not convert.
+    """
+    allowed = get_args(get_type_hints(parent.__init__)["args"])  # type: ignore[misc]
     # A trainer that samples completions has a temperature. Trainers on given data have none.
-    if (args.nexus or mixes) and "temperature" in {f.name for f in fields(args)}:
+    if on and any("temperature" in {f.name for f in fields(c)} for c in allowed if is_dataclass(c)):
         raise ValueError(
             f"Nexus does not support {parent.__name__}: it generates text while it trains, which inside a window "
             f"would come from displaced weights. Use {parent.__name__} as it is (nexus=False and one plain dataset), "
             "or a trainer on given data, such as SFTTrainer or DPOTrainer."
         )
-    if not any(c.__module__.startswith("trl.") for c in type(args).__mro__):
+    if not isinstance(args, allowed) and TrainingArguments not in allowed:
         config = parent.__name__.replace("Trainer", "Config")
         raise ValueError(
             f"The arguments of {parent.__name__} must be a {config}, but got {type(args).__name__}. To set Nexus "

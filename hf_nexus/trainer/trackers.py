@@ -6,67 +6,45 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-__all__ = ["TrackerPlots", "attach_plots"]
+__all__ = ["send_plots"]
 
 logger = logging.getLogger(__name__)
 
 # Takes the name of a plot, its PNG file and the outer step.
 Send = Callable[[str, Path, int], None]
 
-_TRACKERS = (TensorBoardCallback, WandbCallback, TrackioCallback)
 
-
-class TrackerPlots(TrainerCallback):
+def send_plots(callbacks: list[TrainerCallback], state: TrainerState, sources: list[str]) -> None:
     """
-    Sends the plots of the card at the end of training, as `plots/<name>`, to the trackers that show images. The
-    tracker's callback logs the metrics of [`~transformers.Trainer.log`].
+    Send the plots of the card, as `plots/<name>`, to the trackers among the callbacks that show images. Trackers close
+    in `on_train_end`, so it is called before. An error is a warning: a plot must not cost a run.
     """
-
-    def __init__(self, sources: list[str], callbacks: list[TrainerCallback]):
-        self.sources = sources
-        self.callbacks = callbacks
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw and send. An error here is a warning: a plot must not cost a run."""
-        if not state.is_world_process_zero:
-            return
-        try:
-            senders = list(self._senders())
-            if senders:
-                self._draw_and_send(senders, state)
-        except Exception as error:
-            logger.warning(f"The plots could not be sent to the experiment tracker: {error}")
-
-    def _draw_and_send(self, senders: list[Send], state: Any) -> None:
+    senders = list(_senders(callbacks)) if state.is_world_process_zero else []
+    if not senders:
+        return
+    try:
         from ..plots.run import plot_run
 
         with TemporaryDirectory() as folder:
-            for plot in plot_run(state.log_history, self.sources, folder):
+            for plot in plot_run(state.log_history, sources, folder):
                 for send in senders:
                     send(f"plots/{plot.stem}", plot, state.global_step)
-
-    def _senders(self) -> Iterator[Send]:
-        """One for each tracker that has a run open."""
-        for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                yield _to_tensorboard(callback.tb_writer)
-            elif isinstance(callback, WandbCallback):
-                yield _to_wandb
-            elif isinstance(callback, TrackioCallback):
-                yield _to_trackio
+    except Exception as error:
+        logger.warning(f"The plots could not be sent to the experiment tracker: {error}")
 
 
-def attach_plots(callbacks: list[TrainerCallback], sources: list[str]) -> None:
-    """
-    Send the plots to the trackers among the callbacks of a trainer, if there are any.
-
-    The callback comes first: at the end of training the trackers' own callbacks close them.
-    """
-    if any(isinstance(c, _TRACKERS) for c in callbacks) and not any(isinstance(c, TrackerPlots) for c in callbacks):
-        callbacks.insert(0, TrackerPlots(sources, callbacks))
+def _senders(callbacks: list[TrainerCallback]) -> Iterator[Send]:
+    """One for each tracker that has a run open."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            yield _to_tensorboard(callback.tb_writer)
+        elif isinstance(callback, WandbCallback):
+            yield _to_wandb
+        elif isinstance(callback, TrackioCallback):
+            yield _to_trackio
 
 
 def _to_tensorboard(writer: Any) -> Send:

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..mixture.training_data import TrainingData
-from .support import check_trl_arguments
 
-__all__ = ["SourcePreparation", "naming_a_missing_template", "trl_parent", "widen_adapters"]
+__all__ = ["SourcePreparation", "for_parent", "is_of_trl", "naming_a_missing_template", "trl_parent"]
 
 # Columns that identify the format of examples in TRL.
 _FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "images", "image")
@@ -27,6 +25,20 @@ def trl_parent(cls: type) -> type | None:
     return next((c for c in cls.__mro__ if issubclass(c, Trainer) and c.__module__.startswith("trl.")), None)
 
 
+def is_of_trl(args: Any) -> bool:
+    """Whether training arguments are of one of TRL's classes."""
+    return any(c.__module__.startswith("trl.") for c in type(args).__mro__)
+
+
+def for_parent(args: Any) -> Any:
+    """Arguments as a trainer of TRL takes them: others than TRL's without the Nexus fields, which it does not know."""
+    if is_of_trl(args):
+        return args
+    plain = copy.copy(args)
+    plain.__class__ = TrainingArguments
+    return plain
+
+
 class SourcePreparation:
     """
     Passes the first source to a trainer of TRL, and prepares all sources when TRL prepares the first.
@@ -35,12 +47,10 @@ class SourcePreparation:
         shown (`Dataset`, *optional*): The `train_dataset` for TRL; `None` for a plain dataset.
 
     Raises:
-        ValueError: a trainer that generates text, arguments that are not TRL's, a `Mixture`, or sources of several
-        formats.
+        ValueError: a `Mixture`, or sources of several formats.
     """
 
-    def __init__(self, parent: type, args: Any, data: TrainingData):
-        check_trl_arguments(parent, args, mixes=bool(data.stages))
+    def __init__(self, data: TrainingData):
         self.shown: Any = None
         self._prepared: dict[str, Any] = {}
         if data.stages:
@@ -88,11 +98,3 @@ def _check_formats(data: TrainingData) -> None:
 def _columns(source: Any) -> list[str] | Mapping:
     names = getattr(source, "column_names", None)
     return names if names is not None else next(iter(source))
-
-
-def widen_adapters(model: torch.nn.Module) -> None:
-    """Make the adapters of a quantized model float32. TRL makes them bfloat16, which loses inner steps."""
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()

@@ -4,7 +4,7 @@ import pytest
 from transformers import Seq2SeqTrainingArguments, Trainer
 
 from hf_nexus import NexusConfig, NexusTrainer, NexusTrainerMixin
-from hf_nexus.trainer.arguments import arguments_by_name, changed, with_nexus_fields
+from hf_nexus.trainer.arguments import arguments_by_name, changed, own_arguments
 
 
 def test_positional_arguments_get_the_names_of_the_base_class() -> None:
@@ -32,7 +32,7 @@ def test_names_are_looked_up_past_constructors_with_star_args() -> None:
 
 
 def test_other_training_arguments_get_the_default_fields(tmp_path) -> None:
-    args = with_nexus_fields(Seq2SeqTrainingArguments(output_dir=str(tmp_path)))
+    args = own_arguments(Seq2SeqTrainingArguments(output_dir=str(tmp_path)))
     assert args.inner_lr == NexusConfig(output_dir=str(tmp_path)).inner_lr
 
 

@@ -1,5 +1,6 @@
 """NexusTrainer as users call it: arguments, logs, evaluation, saving, resuming and errors."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import transformers
 import yaml
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_nexus import MixtureConfig, NexusTrainer, NexusTrainerMixin, load_mixture
+from hf_nexus import MixtureConfig, NexusConfig, NexusTrainer, NexusTrainerMixin, load_mixture
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -682,12 +683,24 @@ def test_what_cannot_work_is_refused_with_the_fix(make_trainer, sources, config,
         make_trainer(sources, **config)
 
 
-def test_low_precision_weights_are_refused_with_the_fix(make_trainer, sources):
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.*bfloat16.*model\.float\(\)"):
-        make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16))
-    make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)  # allowed by the plain Trainer
-    evaluating = make_trainer(None, model=tiny_llama(dtype=torch.bfloat16))  # no path
-    assert math.isfinite(evaluating.evaluate(sources["text"])["eval_loss"])
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_trained_in_float32(make_trainer, sources, dtype, freeze, caplog):
+    narrow, wide = tiny_llama(dtype=dtype), tiny_llama(dtype=dtype).float()
+    for model in (narrow, wide):
+        model.model.embed_tokens.requires_grad_(not freeze)
+    trainers = [make_trainer(sources, model=model) for model in (narrow, wide)]
+    for trainer in trainers:
+        trainer.train()
+    assert {p.dtype for p in narrow.parameters()} == {torch.float32}
+    assert torch.equal(weights(trainers[0]), weights(trainers[1]))
+    assert caplog.text.count(f"trainable weights of {dtype} were made float32") == 1
+
+
+def test_low_precision_weights_stay_without_the_update(make_trainer, sources):
+    trainer = make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
 
 
 def test_another_data_loader_for_a_mixture_is_an_error(make_trainer, sources):
@@ -722,3 +735,123 @@ def test_a_stream_that_ends_inside_a_window_drops_it(make_trainer):
     assert trainer.state.global_step == 4
     assert trainer.meter.windows_dropped >= 1
     assert not torch.equal(start, weights(trainer))
+
+
+# ---- The base class ----
+
+
+def visible(trainer, folder) -> dict:
+    """What a run shows: its log without times, callbacks, files and weights."""
+    skipped = ("runtime", "per_second")
+    log = [{k: v for k, v in e.items() if not k.endswith(skipped)} for e in trainer.state.log_history]
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    return {
+        "log": log,
+        "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
+        "stateful": list(state["stateful_callbacks"]),
+        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "runs" not in p.parts),
+        "weights": weights(trainer).tolist(),
+    }
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_a_plain_run_without_the_update_is_the_trainers(sources, tmp_path, report_to):
+    if report_to == "tensorboard":
+        pytest.importorskip("tensorboard")
+    seen = []
+    for name, trainer_class, config in (("a", Trainer, TrainingArguments), ("b", NexusTrainer, NexusConfig)):
+        options = {"nexus": False} if config is NexusConfig else {}
+        args = config(
+            str(tmp_path / name), max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
+            gradient_accumulation_steps=2, per_device_train_batch_size=2, report_to=report_to, use_cpu=True,
+            disable_tqdm=True, **options,
+        )  # fmt: skip
+        held_out = {"text": Rows(6, 0, pad=True), "law": Rows(6, 5)}
+        trainer = trainer_class(tiny_llama(), args, train_dataset=sources["text"], eval_dataset=held_out)
+        trainer.train()
+        metrics = trainer.evaluate()
+        assert trainer.args is args
+        seen.append({**visible(trainer, tmp_path / name), "metrics": set(metrics)})
+    assert seen[0] == seen[1]
+
+
+def test_a_step_can_be_called_directly_without_the_update(make_trainer, sources):
+    losses = []
+    for trainer_class in (Trainer, NexusTrainer):
+        args = make_trainer(sources["text"], nexus=False).args
+        trainer = trainer_class(tiny_llama(), args, train_dataset=sources["text"])
+        trainer.create_optimizer_and_scheduler(1)
+        trainer.current_gradient_accumulation_steps = 1
+        batch = next(iter(trainer.get_train_dataloader()))
+        losses.append(trainer.training_step(trainer.model, batch))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("config", [NexusConfig, TrainingArguments])
+def test_the_users_arguments_stay_untouched(sources, tmp_path, config):
+    args = config(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, hub_token="secret")
+    before = dict(vars(args))
+    trainer = NexusTrainer(tiny_llama(), args, train_dataset=sources)
+    trainer.train()
+    trainer.save_model()
+    assert vars(args) == before and args.logging_nan_inf_filter
+    assert trainer.args.nexus and not trainer.args.logging_nan_inf_filter
+
+
+def test_the_arguments_that_a_base_class_makes_are_kept(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    @dataclasses.dataclass
+    class OwnArguments(TrainingArguments):
+        temperature: float = 0.5
+
+    class Own(Trainer):
+        def __init__(self, model=None, args=None, **kwargs):
+            super().__init__(model, args or OwnArguments("own", use_cpu=True, seed=7), **kwargs)
+
+    class NexusOwn(NexusTrainerMixin, Own):
+        pass
+
+    trainer = NexusOwn(tiny_llama(), train_dataset=sources)
+    assert type(trainer.args) is OwnArguments and (trainer.args.output_dir, trainer.args.seed) == ("own", 7)
+    assert trainer.args.nexus and trainer.args.inner_lr == NexusConfig("out").inner_lr
+    assert trainer._walker._args is trainer.args
+
+
+def test_a_base_class_that_takes_a_dict_samples_it(make_trainer, sources):
+    seen = []
+
+    class Own(Trainer):
+        def __init__(self, *, train_dataset: dict[str, torch.utils.data.Dataset] | None = None, **kwargs):
+            super().__init__(train_dataset=train_dataset, **kwargs)
+
+        def get_train_dataloader(self):
+            seen.append(self.train_dataset)
+            return [self.data_collator([row]) for rows in self.train_dataset.values() for row in rows]
+
+    class NexusOwn(NexusTrainerMixin, Own):
+        pass
+
+    for nexus in (True, False):
+        make_trainer(sources, trainer_class=NexusOwn, nexus=nexus).train()
+    assert seen == [sources, sources]
+    with pytest.raises(ValueError, match="this trainer samples a dict of datasets itself"):
+        make_trainer(sources, trainer_class=NexusOwn, mixture_weights={"text": 1.0})
+
+
+def test_parameters_of_a_loss_take_part_in_the_path(make_trainer, sources):
+    """sentence-transformers has losses with a classifier, which the optimizer trains as well."""
+    scale = torch.nn.Parameter(torch.ones(()))
+
+    class Own(NexusTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs) * scale**2
+
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            optimizer.add_param_group({"params": [scale]})
+            return optimizer
+
+    trainer = make_trainer(sources, trainer_class=Own)
+    trainer.train()
+    assert any(p is scale for p in trainer._walker.nexus.params) and scale != 1

@@ -3,6 +3,7 @@
 import json
 import runpy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -247,11 +248,11 @@ def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
     base.is_loaded_in_4bit = True
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     trainer = make(texts(), model=peft.get_peft_model(base, lora))
-    dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
-    assert dtypes == {True: torch.float32, False: torch.bfloat16}
     base.is_loaded_in_4bit = False  # otherwise the Trainer asks bitsandbytes for its size
     frozen = [p.clone() for p in trainer.model.parameters() if not p.requires_grad]
     trainer.train()
+    dtypes = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert all(map(torch.equal, frozen, [p for p in trainer.model.parameters() if not p.requires_grad]))
     assert trainer.meter.inner_steps_skipped == 0
     assert sum(p.numel() for p in trainer._walker.nexus.params) == trainer.model.num_parameters(only_trainable=True)
@@ -329,8 +330,28 @@ def test_without_nexus_a_trainer_that_generates_is_itself(tmp_path, tokenizer):
 
 
 def test_arguments_of_another_trainer_are_refused(make):
-    with pytest.raises(ValueError, match=r"SFTTrainer must be a SFTConfig, but got NexusConfig.*NexusSFTConfig"):
-        NexusSFTTrainer(llama(tiny_tokenizer()), NexusConfig(report_to="none", use_cpu=True), None, texts())
+    with pytest.raises(ValueError, match=r"DPOTrainer must be a DPOConfig, but got NexusConfig.*NexusDPOConfig"):
+        NexusDPOTrainer(llama(tiny_tokenizer()), args=NexusConfig(report_to="none", use_cpu=True))
+
+
+@pytest.mark.parametrize("config", [NexusConfig, TrainingArguments])
+def test_a_parent_converts_arguments_of_transformers(tokenizer, tmp_path, config):
+    options = {"inner_lr": 0.02} if config is NexusConfig else {}
+    args = config(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, **options)
+    before = dict(vars(args))
+    trainer = NexusSFTTrainer(llama(tokenizer), args, train_dataset=texts(), processing_class=tokenizer)
+    trainer.train()
+    assert isinstance(trainer.args, SFTConfig) and trainer.args.inner_lr == options.get("inner_lr", 0.05)
+    assert vars(args) == before
+
+
+def test_a_parent_makes_arguments_if_none_are_given(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl.trainer.sft_trainer.SFTConfig", partial(SFTConfig, use_cpu=True))
+    model = llama(tokenizer)
+    model.config._name_or_path = "some/tiny"
+    trainer = NexusSFTTrainer(model, train_dataset=texts(), processing_class=tokenizer)
+    assert trainer.args.output_dir == "tiny-SFT" and trainer.args.nexus
 
 
 def test_sources_of_several_formats_are_refused(make):
