@@ -8,6 +8,7 @@ import torch
 from torch.optim.sgd import sgd
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import _is_peft_model
 
 from hf_nexus import NexusTrainerMixin
 from tests.support.tiny import Rows, tiny_llama
@@ -72,6 +73,20 @@ def test_a_hook_exists_with_these_parameters(method):
 def test_a_card_has_these_arguments_by_position():
     parameters = list(inspect.signature(Trainer.create_model_card).parameters)
     assert parameters[1:7] == ["language", "license", "tags", "model_name", "finetuned_from", "tasks"]
+
+
+def test_the_arguments_are_set_before_the_device_is(tmp_path):
+    """The mixin replaces the arguments there by a copy with the Nexus fields."""
+    source = inspect.getsource(Trainer.__init__)
+    assert source.count("self.args = ") == 1
+    assert source.index("self.args = args") < source.index("self.create_accelerator_and_postprocess()")
+
+
+def test_a_model_with_adapters_is_recognized():
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    assert not _is_peft_model(model)
+    assert _is_peft_model(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])))
 
 
 def test_a_run_that_is_resumed_at_its_end_trains_one_step(tmp_path):

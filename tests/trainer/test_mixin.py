@@ -742,14 +742,14 @@ def test_a_stream_that_ends_inside_a_window_drops_it(make_trainer):
 
 def visible(trainer, folder) -> dict:
     """What a run shows: its log without times, callbacks, files and weights."""
-    skipped = ("runtime", "per_second")
+    skipped, ours = ("runtime", "per_second"), ("manifest.json",)
     log = [{k: v for k, v in e.items() if not k.endswith(skipped)} for e in trainer.state.log_history]
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
     return {
         "log": log,
         "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
         "stateful": list(state["stateful_callbacks"]),
-        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "runs" not in p.parts),
+        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "runs" not in p.parts and p.name not in ours),
         "weights": weights(trainer).tolist(),
     }
 
