@@ -749,7 +749,9 @@ def visible(trainer, folder) -> dict:
         "log": log,
         "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
         "stateful": list(state["stateful_callbacks"]),
-        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "runs" not in p.parts and p.name not in ours),
+        "files": sorted(
+            str(p.relative_to(folder)) for p in folder.rglob("*") if "runs" not in p.parts and p.name not in ours
+        ),
         "weights": weights(trainer).tolist(),
     }
 
