@@ -16,15 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from .job import RefusedJobError
 
-__all__ = [
-    "CONFLICTS",
-    "CardRefusedError",
-    "RetryPolicy",
-    "deadline",
-    "http_status",
-    "is_permanent",
-    "limit_requests",
-]
+__all__ = ["CONFLICTS", "CardRefusedError", "RetryPolicy", "deadline", "http_status", "is_permanent", "limit_requests"]
 
 CONFLICTS = (409, 412)  # another commit was made in between: retry at once
 _LARGEST_ANSWER = 32 << 20  # bytes
@@ -94,7 +86,7 @@ def _read_limited(response: Any, seconds: float) -> Any:
     finally:
         response.close()
     headers = [(name, _CONTROLS.sub(b"", value)) for name, value in response.headers.raw]
-    coded = (b"content-encoding", b"content-length", b"transfer-encoding")
+    coded = (b"content-encoding", b"content-length", b"transfer-encoding") * bool(body)  # an answer to HEAD has none
     return type(response)(
         response.status_code,
         headers=[(name, value) for name, value in headers if name.lower() not in coded],

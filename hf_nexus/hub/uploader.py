@@ -18,15 +18,7 @@ from ..files import hidden, printable, read_plain
 from .check import check_card
 from .job import Job, RefusedJobError, SpoiledJobError, Target
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
-from .retries import (
-    CONFLICTS,
-    CardRefusedError,
-    RetryPolicy,
-    deadline,
-    http_status,
-    is_permanent,
-    limit_requests,
-)
+from .retries import CONFLICTS, CardRefusedError, RetryPolicy, deadline, http_status, is_permanent, limit_requests
 
 __all__ = ["QueueBusyError", "Uploader", "push_queue"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
 from hf_nexus.hub import retries
 from hf_nexus.hub.job import Job, SpoiledJobError, Target
@@ -364,6 +364,18 @@ def test_an_answer_without_end_is_an_error(hub: HubServer, monkeypatch: pytest.M
     hub.fail(INFO, status=200, body="[" + "1," * (1 << 20))
     with pytest.raises(RuntimeError, match="over the limits of 1 MiB"):
         api(hub).model_info(REPO)
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_downloads_work_after_a_push(hub: HubServer, tmp_path: Path) -> None:
+    """They read the size in the answer to HEAD, and a stream may be of any size."""
+    queue, _ = queue_step(tmp_path / "out", 2)
+    assert Uploader(queue, api(hub)).send_all() is None
+    for name in ("config.json", "model.safetensors"):
+        size = get_hf_file_metadata(hf_hub_url(REPO, name, endpoint=hub.endpoint), token=ALICE).size
+        assert size == (tmp_path / "out/checkpoint-2" / name).stat().st_size
+        path = api(hub).hf_hub_download(REPO, name, cache_dir=tmp_path / "cache")
+        assert Path(path).read_bytes() == (tmp_path / "out/checkpoint-2" / name).read_bytes()
 
 
 @pytest.mark.parametrize("hub", LFS, indirect=True)
