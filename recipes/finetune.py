@@ -56,7 +56,9 @@ class ModelArguments:
     config_name: str | None = field(default=None, metadata={"help": "Saved configuration of a model from scratch."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's tokenizer, or bytes."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    token: str | None = field(default=None, metadata={"help": "Hub token. Default: that of `hf auth login`."})
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token. Default: that of `hf auth login`."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
     dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights. Trained ones need float32."})
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})

@@ -16,7 +16,6 @@ The loss is on the messages of the assistant only, unless you pass `--assistant_
 work in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pass`.
 """
 
-import json
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -33,8 +32,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_nexus import NexusConfigMixin, NexusTrainerMixin
+from hf_nexus.files import one_line_errors
 from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
+from hf_nexus.strict import parse_yaml
 
 BUILTIN = ("mathematics", "reasoning")
 # `generation` marks the message of the assistant and the end token.
@@ -113,34 +114,36 @@ def tiny_model(sources: dict[str, Dataset]) -> tuple[PreTrainedModel, PreTrained
 
 
 def main() -> None:
-    script, args = HfArgumentParser((ScriptArguments, NexusSFTConfig)).parse_args_into_dataclasses()
-    set_seed(args.seed)
-    files = json.loads(script.files) if script.files else {}
-    sources = {name: load_dataset("json", data_files=path, split="train") for name, path in files.items()}
-    sources = sources or {name: conversations(name) for name in BUILTIN}
-    split = {name: rows.train_test_split(test_size=script.eval_rows, seed=0) for name, rows in sources.items()}
+    with one_line_errors():
+        script, args = HfArgumentParser((ScriptArguments, NexusSFTConfig)).parse_args_into_dataclasses()
+        set_seed(args.seed)
+        files = parse_yaml(script.files, "--files") if script.files else {}
+        sources = {name: load_dataset("json", data_files=path, split="train") for name, path in files.items()}
+        sources = sources or {name: conversations(name) for name in BUILTIN}
+        split = {name: rows.train_test_split(test_size=script.eval_rows, seed=0) for name, rows in sources.items()}
 
-    if script.model_name_or_path is None:
-        model, tokenizer = tiny_model(sources)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            script.model_name_or_path, dtype="float32", trust_remote_code=False
+        if script.model_name_or_path is None:
+            model, tokenizer = tiny_model(sources)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                script.model_name_or_path, dtype="float32", trust_remote_code=False
+            )
+        adapters = None
+        if script.lora_r:
+            from peft import LoraConfig
+
+            adapters = LoraConfig(task_type="CAUSAL_LM", r=script.lora_r, target_modules="all-linear")
+
+        trainer = NexusSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=DatasetDict({name: rows["train"] for name, rows in split.items()}),
+            eval_dataset={name: rows["test"] for name, rows in split.items()},
+            processing_class=tokenizer,
+            peft_config=adapters,
         )
-    adapters = None
-    if script.lora_r:
-        from peft import LoraConfig
 
-        adapters = LoraConfig(task_type="CAUSAL_LM", r=script.lora_r, target_modules="all-linear")
-
-    trainer = NexusSFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=DatasetDict({name: rows["train"] for name, rows in split.items()}),
-        eval_dataset={name: rows["test"] for name, rows in split.items()},
-        processing_class=tokenizer,
-        peft_config=adapters,
-    )
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from ..mixture.config import BUILTIN_PREFIX, MixtureConfig
-from ..trainer.support import check_arguments, check_cosines, check_loader
+from ..trainer.support import check_arguments, check_cache, check_cosines, check_loader
 from .fields import ModelArguments, PretrainConfig
 from .model import build_model
 
@@ -40,6 +40,8 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
     check_loader(training, bool(streams))
     unread = [name for name in streams if sources[name].eval_rows is None and sources[name].eval_split is None]
     check_cosines(training.gradient_cosine_steps, True, bool(training.fsdp), unread)
+    if mixture.isolate_documents is not False:
+        check_cache(training)
     builtin_sources(model, mixture)
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise ValueError("max_steps: the run has no steps. Set it above 0, or num_train_epochs.")

@@ -48,6 +48,7 @@ from .support import (
     SAME_ON_RANKS,
     Launch,
     check_arguments,
+    check_cache,
     check_cosines,
     check_launch,
     check_optimizer,
@@ -191,11 +192,7 @@ class NexusTrainerMixin(_Base):
             return
         wanted, problem = False if mixture is None else mixture.config.isolate_documents, None
         if wanted is not False:
-            if self.args.use_cache:
-                raise ValueError(
-                    "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, "
-                    "or set isolate_documents to false."
-                )
+            check_cache(self.args)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             text_config(model).use_cache = False  # the Trainer sets that of the outer configuration only
             problem = gather(isolation_problem(model))[0]  # that of the first rank

@@ -28,6 +28,7 @@ __all__ = [
     "SAME_ON_RANKS",
     "Launch",
     "check_arguments",
+    "check_cache",
     "check_cosines",
     "check_exchange",
     "check_launch",
@@ -348,6 +349,15 @@ def choose_direction(args: Any) -> None:
     if args.greater_is_better and lower_is_better(metric) and not isinstance(args, NexusConfigMixin):
         args.greater_is_better = False
         logger.warning(f"metric_for_best_model={metric!r}: the lowest is taken as the best (greater_is_better=False).")
+
+
+def check_cache(args: Any) -> None:
+    """Refuse `use_cache` with isolated documents."""
+    if args.use_cache:
+        raise ValueError(
+            "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or set "
+            "isolate_documents to false."
+        )
 
 
 def check_set_names(sources: Iterable[str], evaluation: Any) -> None:

@@ -40,6 +40,8 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ('--accelerator_config {"bogus":1}', "unexpected keyword argument 'bogus'"),
         ('--accelerator_config {"split_batches":true}', "accelerator_config.split_batches=True"),
         ("--train_sampling_strategy sequential", "train_sampling_strategy='sequential'"),
+        ("--use_cache", "use_cache=True would let"),
+        ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs: '3' is not allowed; it must be a mapping"),
         ("--save_strategy best", "metric_for_best_model: missing"),
         ("--attn_implementation bogus", "bogus"),
         ("--tokenizer train", "tokenizer='train' needs built-in training sources"),
