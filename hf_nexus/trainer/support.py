@@ -370,9 +370,12 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
         raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
 
 
-def check_vocabulary(rows: Iterable[Mapping[str, Tensor]], embeddings: Any) -> None:
+def check_vocabulary(rows: Iterable[Mapping[str, Any]], embeddings: Any) -> None:
     """Refuse tokens of some rows of a mixture that a model has no embeddings for."""
-    size, token = len(embeddings.weight), max((int(row["input_ids"].max()) for row in rows), default=0)
+    size, token = (
+        len(embeddings.weight),
+        max((int(torch.as_tensor(row["input_ids"]).max()) for row in rows), default=0),
+    )
     if token >= size:
         raise ValueError(
             f"The mixture holds the token {token}, but the model has embeddings for {size} tokens only. Load the "
