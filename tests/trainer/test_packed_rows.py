@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DataCollatorForLanguageModeling
+from transformers import CLIPVisionConfig, DataCollatorForLanguageModeling, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_nexus import MixtureConfig, load_mixture
 from tests.support.stream_documents import documents_of
@@ -104,6 +104,18 @@ def test_a_plain_module_gets_positions_if_it_takes_them(make_trainer, tmp_path, 
     trainer.train()
     assert all(("position_ids" in batch) == llama for batch in batches(trainer))
     assert trainer.evaluate()["eval_chats_loss"] > 0
+
+
+def test_the_text_model_of_a_composite_has_no_cache(make_trainer, tmp_path):
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = tiny_llama(vocab_size=VOCAB, use_cache=True).config
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=VOCAB - 1)
+    model = LlavaForConditionalGeneration(config)
+    trainer = make_trainer(chats(tmp_path), model, {"processing_class": tiny_tokenizer()}, max_steps=1)
+    assert all("position_ids" in batch for batch in batches(trainer))
+    trainer.train()
 
 
 @pytest.mark.parametrize("isolate", [True, False])
