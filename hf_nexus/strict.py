@@ -410,7 +410,7 @@ def _check_node(loader: _Loader, node: Any, path: tuple[str, ...], where: str, s
     else:
         try:
             value = loader.construct_object(node)
-        except (LookupError, ValueError):  # such as `!!int ''`, or too many digits for Python
+        except (ArithmeticError, LookupError, ValueError):  # such as `!!int ''`, or too many digits for Python
             value = math.inf
         if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
             raise refused("the value in {line} is not a finite number, or not of its tag.")

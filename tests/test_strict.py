@@ -221,7 +221,8 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("a: !!map b", "a: the tag in line 1"),
         *((f"a: {value}", "a: the value in line 1") for value in ("!!float ''", "!!int x", "!!bool 7")),
         *((f"a: {value}", "a: the value in line 1") for value in (".inf", "-.inf", ".nan", "1e400", "9" * 400)),
-        *((f"a: {value}", "a: the value in line 1") for value in ("9" * 5000, "0x" + "f" * 5000, "9" + ":59" * 200)),
+        *((f"a: {value}", "a: the value in line 1") for value in ("9" * 5000, "0x" + "f" * 5000)),
+        *((f"a: {value}", "a: the value in line 1") for value in ("9" + ":59" * 200, "9" + ":59" * 200 + ".5")),
     ],
     ids=lambda text: repr(text)[:30],
 )

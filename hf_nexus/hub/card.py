@@ -27,7 +27,7 @@ _STOCK = "This model card has been generated automatically according to the info
 # What Markdown reads as formatting, a link, HTML or an entity, and as a heading, list or rule at the start of a text.
 _SYNTAX = re.compile(r"[\\`*|~$<>\[\]]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|(?<=\])\(")
 _BLOCK = re.compile(r"^(\d{0,9})([#+=.)-])(?=[\s#+=-]|$)")
-_URL = re.compile(r"://|\bwww\.", re.I)  # Markdown makes links of these, unless they are code
+_URL = re.compile(r"://|\bwww\.|\w@\w", re.I)  # Markdown makes links of these, unless they are code
 _ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from scratch, from a base model, adapter
 
 
@@ -157,7 +157,7 @@ def _body(run: RunSummary) -> str:
     import jinja2
 
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    jinja.filters |= {"cell": _cell, "code": _code, "escaped": _escaped, "line": printable}
+    jinja.filters |= {"cell": _cell, "code": _code, "code_cell": _code_cell, "escaped": _escaped, "line": printable}
     jinja.filters |= {"number": _number, "count": _count, "loss": _loss, "percent": _percent}
     template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
     environment = {
@@ -201,13 +201,18 @@ def _cell(value: object) -> str:
         return "-"
     text = printable(value)
     if _URL.search(text):
-        return _code(text).replace("|", r"\|")
+        return _code_cell(text)
     text = _SYNTAX.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}", text)
     return _BLOCK.sub(r"\1\\\2", text)
 
 
 def _code(value: object) -> str:
     return "`" + printable(value).replace("`", "'") + "`"
+
+
+def _code_cell(value: object) -> str:
+    # A backslash before a bar would be read as one escaped backslash, and the bar as the end of the cell.
+    return _code(value).replace("\\|", "\\ |").replace("|", r"\|")
 
 
 def _number(value: float | None) -> str:

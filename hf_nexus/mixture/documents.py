@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -213,8 +214,8 @@ class DocumentEncoder:
         self._require(columns, first_row, _is_conversation, "a list of messages with a role and content")
         texts = []
         for number, conversation in enumerate(zip(*columns.values(), strict=True), first_row):
-            messages = _without_none([message for part in conversation for message in part])
             try:
+                messages = _as_json([message for part in conversation for message in part])
                 text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
             except Exception as error:
                 raise ValueError(
@@ -252,11 +253,21 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _without_none(value: Any) -> Any:
-    """The value without `None` in dicts. Arrow gives each dict the keys of all, but templates expect absent keys."""
+def _as_json(value: Any) -> Any:
+    """
+    The value without `None` in dicts. Arrow gives each dict the keys of all, but templates expect absent keys.
+
+    Raises:
+        ValueError: it holds a date. Arrow makes dates of texts, and it is not known how they were written.
+    """
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        return {key: _as_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, date | time | timedelta):
+        raise ValueError(
+            f"it holds the date {value}, not its text. Arrow reads text of JSON lines as dates if all values of a key "
+            "are dates. Save the file as Parquet with text, or the arguments of tool calls as a JSON string"
+        )
+    return [_as_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _first_undecodable(column: "pa.ChunkedArray") -> int:

@@ -20,7 +20,7 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Files that describe a dataset.
 _METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-# Words in names, as `datasets` knows them: `test.csv`, `test/1.csv`, `my-test.00000-of-00002.json.gz`.
+# Words in names, as `datasets` knows them, in any case: `test.csv`, `test/1.csv`, `my-test.00000-of-00002.json.gz`.
 _SPLITS = dict.fromkeys(("train", "training"), "train")
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
@@ -83,6 +83,7 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
     options: dict[str, Any] = {}
     if builder == "text":
         options["sample_by"] = "document"  # by default, each line is a row
+        options["encoding"] = "utf-8-sig"  # a byte order mark is no text
     elif builder == "json":
         options["parse_agent_traces"] = False  # by default, a file with certain columns is one row
     elif builder == "csv":
@@ -98,7 +99,13 @@ def _find(path: str) -> tuple[str, list[str]]:
     pattern = glob.escape(base) + path[len(base) :]
     if os.path.isdir(path):
         pattern = os.path.join(pattern, "**")
-    return base, sorted({file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)})
+    found = [file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)]
+    # Each file once, by its shortest path: a link may lead to a folder that is read already, such as its parent.
+    folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, found)}
+    shortest = {
+        (folders[os.path.dirname(file)], os.path.basename(file)): file for file in sorted(found, key=len, reverse=True)
+    }
+    return base, sorted(shortest.values())
 
 
 def _suffix(path: str) -> str:
@@ -114,7 +121,7 @@ def _holds_rows(file: str, path: str) -> bool:
 
 def _named_split(file: str) -> str:
     """The split after which a file or one of its folders is named, "" if there is none."""
-    matches = map(_SPLIT_NAME.search, reversed(file.split(os.sep)))
+    matches = map(_SPLIT_NAME.search, reversed(file.lower().split(os.sep)))
     return next((_SPLITS[match[1]] for match in matches if match), "")
 
 

@@ -50,7 +50,9 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.pop("truncation")  # both are left over from the tokenizer's last call
     backend.pop("padding")
-    settings = [tokenizer.eos_token_id, tokenizer.split_special_tokens, tokenizer.chat_template]
+    template = tokenizer.chat_template
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in str(template)}
+    settings = [tokenizer.eos_token_id, tokenizer.split_special_tokens, template, named]
     return Hasher.hash([json.dumps(backend, sort_keys=True), settings])
 
 

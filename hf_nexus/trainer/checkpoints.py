@@ -139,10 +139,13 @@ def _flaw(checkpoint: Path, converted: bool = False) -> str | None:
 
 def _lacking(checkpoint: Path) -> str | None:
     """What a run cannot be resumed without. DeepSpeed (`latest`) has its own files."""
-    missing = [pattern for pattern in _STATES if not any(checkpoint.glob(pattern))]
+    missing = [p for p in _STATES if not any(path.is_dir() or path.stat().st_size for path in checkpoint.glob(p))]
     if not missing or (checkpoint / "latest").exists():
         return None
-    return f"{missing[0]} is missing, without which the run cannot be resumed (was it saved with save_only_model?)"
+    return (
+        f"{missing[0]} is missing or empty, without which the run cannot be resumed (was it saved with "
+        "save_only_model?)"
+    )
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
@@ -153,9 +156,9 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 def _read_manifest(checkpoint: Path) -> dict[str, int] | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) else None
+    return manifest if isinstance(manifest, dict) and TRAINER_STATE_NAME in manifest else None
 
 
 # ---- Changes on the disk that a crash cannot leave half done ----
@@ -214,7 +217,7 @@ def _clear(run_dir: Path) -> None:
 def _staging(run_dir: Path) -> Path:
     """The folder of incomplete checkpoints. A link would lead to files that no run has written here."""
     staging = run_dir / STAGING_DIR
-    if staging.is_symlink():
+    if staging.is_symlink() or staging.is_file():
         staging.unlink()
     return staging
 

@@ -469,6 +469,7 @@ def harmless_card() -> str:
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # slow to shrink
 @given(_TEXTS)
 @example(card_module.END)
+@example("www.a\\|<img src=x>")
 def test_text_from_data_shows_only_itself(text):
     """It makes no heading, cell, link, image, HTML or metadata, and the card can be rendered again."""
     run, whole = hostile_run(text), harmless_card()
@@ -486,6 +487,11 @@ def test_text_from_data_shows_only_itself(text):
     outside_code = re.sub(r"^```.*?^```|`[^`\n]*`", "", body, flags=re.DOTALL | re.MULTILINE)
     assert outside_code.count("<") == 6 and outside_code.count("](") == 2 and "://" not in outside_code
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", body)
+
+
+def test_an_address_on_a_card_is_no_link():
+    run = make_run(mixture=[MixtureRow("web", 1.0, 1.0, 1.0, 10, license="ask me@a.com")])
+    assert "| `ask me@a.com` |" in str(run_card(run))
 
 
 def test_the_code_of_a_card_keeps_its_text():

@@ -379,6 +379,19 @@ def test_tool_calls_look_alike_from_every_format(load: Any, tokenizer: Any) -> N
             assert set(found[:-1]) == set(expected), path
 
 
+def test_messages_with_dates_in_place_of_their_text_are_refused(load: Any) -> None:
+    chat = [{"role": "user", "content": "fox", "tool_calls": [{"arguments": {"day": "2024-05-01"}}]}]
+    write("chats.jsonl", [chat] * 9, column="messages")
+    chatty = tiny_tokenizer()
+    chatty.chat_template = "{% for m in messages %}{{ m.tool_calls | tojson }}{% endfor %}"
+    source = {"path": "chats.jsonl", "messages_column": "messages"}
+    with pytest.raises(ValueError, match=r"sources\.a: .* row 0: it holds the date 2024-05-01 .* Parquet"):
+        load(a=source, with_=chatty, sequence_length=2)
+    pq.write_table(pa.Table.from_pylist([{"messages": chat}] * 9), "chats.parquet")
+    mixture = load(a=source | {"path": "chats.parquet"}, with_=chatty, sequence_length=2)
+    assert "2024-05-01" in documents(chatty, mixture.train["a"])[0]
+
+
 # --- errors
 
 

@@ -115,6 +115,25 @@ def test_files_named_after_splits_are_of_these_splits(path: str, caplog: pytest.
     assert len(files(path)) == 5
 
 
+def test_splits_are_told_apart_in_any_case() -> None:
+    write("d/Train/a.jsonl", "d/TEST/a.jsonl")
+    assert files("d") == files("d/**") == ["d/Train/a.jsonl"]
+
+
+def test_a_link_to_a_folder_above_repeats_no_file() -> None:
+    write("d/a.jsonl", "d/sub/b.jsonl")
+    Path("d/loop").symlink_to("../d")
+    Path("link").symlink_to("d")
+    assert files("d") == files("d/**/*.jsonl") == ["d/a.jsonl", "d/sub/b.jsonl"]
+    assert files("link") == ["link/a.jsonl", "link/sub/b.jsonl"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_byte_order_mark_is_no_text(streaming: bool) -> None:
+    Path("a.txt").write_text("text", encoding="utf-8-sig")
+    assert documents("a.txt", streaming) == ["text"]
+
+
 def test_several_formats_are_an_error_naming_a_glob() -> None:
     write("d/a.jsonl", "d/sub/b.txt")
     for path in ("d", "d/**"):

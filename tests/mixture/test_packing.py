@@ -225,6 +225,17 @@ def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(tokenizer) != fingerprint
 
 
+def test_the_fingerprint_has_the_tokens_that_the_template_names() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    prints = []
+    for tokenizer.bos_token in ("the", "fox"):
+        prints.append(tokenizer_fingerprint(tokenizer))
+    assert prints[0] != prints[1]
+    tokenizer.pad_token = "fox"
+    assert tokenizer_fingerprint(tokenizer) == prints[1]
+
+
 @pytest.mark.parametrize("docs", [["the fox jumps " * 90], ["the fox " * 12, "dog " * 3] * 40])
 def test_a_call_of_the_tokenizer_gets_a_bounded_text(tmp_path: Path, monkeypatch: Any, docs: list[str]) -> None:
     tokenizer, sizes = tiny_tokenizer(), []

@@ -20,6 +20,7 @@ from hf_nexus.trainer.checkpoints import (
     is_complete,
     last_checkpoint,
     recover,
+    resolve_checkpoint,
 )
 from tests.support.tiny import Rows, tiny_llama
 
@@ -204,6 +205,23 @@ def test_a_checkpoint_without_one_of_its_files_is_passed_over(saving, tmp_path, 
         trainer.train(resume_from_checkpoint=str(newest))
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[" * 100_000, '{"model.safetensors": -1}'])
+def test_a_manifest_that_no_run_has_written_is_refused(tmp_path, manifest):
+    checkpoint = fake_checkpoint(tmp_path, 3)
+    assert is_complete(checkpoint)
+    (checkpoint / MANIFEST_NAME).write_text(manifest)
+    assert not is_complete(checkpoint)
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        resolve_checkpoint(str(checkpoint), str(tmp_path))
+
+
+def test_a_file_in_place_of_the_staging_folder_is_replaced(saving, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STAGING_DIR).touch()
+    saving().train()
+    assert is_complete(tmp_path / "run/checkpoint-3")
+
+
 def test_a_run_is_not_resumed_from_the_model_alone(saving, tmp_path, caplog):
     saving(save_only_model=True).train()
     assert is_complete(tmp_path / "run/checkpoint-3")
@@ -228,6 +246,11 @@ def test_a_checkpoint_of_the_trainer_is_resumed_by_its_path(saving, tmp_path):
         with pytest.raises(ValueError, match=f"{missing[:9]}.* is missing"):
             again.train(resume_from_checkpoint=str(checkpoint))
         (tmp_path / "aside").rename(checkpoint / missing)
+    (checkpoint / "optimizer.pt").rename(tmp_path / "aside")
+    (checkpoint / "optimizer.pt").touch()
+    with pytest.raises(ValueError, match=r"optimizer\* is missing or empty"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    (tmp_path / "aside").rename(checkpoint / "optimizer.pt")
     (checkpoint / "trainer_state.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         again.train(resume_from_checkpoint=str(checkpoint))
