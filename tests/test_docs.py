@@ -182,7 +182,7 @@ def test_contributing_names_files_and_code_that_exist():
     items = re.findall(r"^\d+\. (.*?)(?=\n\d+\. |\n\n)", page, re.MULTILINE | re.DOTALL)
     assert len(items) > 30
     for quotes in (re.findall(r"`([^`]*)`", item) for item in items):
-        paths = [quote for quote in quotes if re.fullmatch(r"[\w/]+/(\w+\.\w+)?", quote)]
+        paths = [quote for quote in quotes if re.fullmatch(r"[\w/]+/(\w+\.\w+)?|\w+\.py", quote)]
         files = [file for path in paths for file in (ROOT / path, PACKAGE / path) if file.exists()]
         assert len(files) == len(paths), paths
         text = "".join(file.read_text() for file in files if file.is_file())
