@@ -34,7 +34,7 @@ BREAKS = {
         "old gradients enter the window": ("clear_gradients(self.params)\n                self._path", "self._path"),
         "an exception leaves gradients": ("clear_gradients(self.params)\n                raise", "raise"),
         "gradients where all steps were skipped": ("if taken for i in step", "for i in step"),
-        "path cosine without its correction": ("** 2 - 1) / (k - 1)", "** 2) / (k - 1)"),
+        "path cosine without its correction": ("norm**2 - 1) / (k - 1)", "norm**2) / (k - 1)"),
         "outer steps not counted": ("self.outer_step += 1", "pass"),
     },
     "controls.py": {
