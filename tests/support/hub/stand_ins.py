@@ -199,7 +199,7 @@ def _lambada(folder: Path) -> Row:
     configs = []
     for language in ("en", "de"):
         name = f"data/lambada_test_{language}.jsonl"
-        lines = (json.dumps({"text": text}) + "\n" for text in _texts(60, _PROSE, 6))
+        lines = (json.dumps({"text": text}) + "\n" for text in _texts(300, _PROSE, 6))
         (folder / name).write_text("".join(lines), encoding="utf-8")
         configs.append({"config_name": language, "data_files": [{"split": "test", "path": name}]})
     default = {"config_name": "default", "data_files": [{"split": "test", "path": "data/lambada_test_en.jsonl"}]}
@@ -209,7 +209,7 @@ def _lambada(folder: Path) -> Row:
 def _gsm8k(folder: Path) -> Row:
     configs = []
     for config in ("main", "socratic"):
-        rows = [{"question": text, "answer": f"{text}#### 4"} for text in _texts(60, _MATH, 7)]
+        rows = [{"question": text, "answer": f"{text}#### 4"} for text in _texts(300, _MATH, 7)]
         for split in ("train", "test"):
             _parquet(folder / config / f"{split}-00000-of-00001.parquet", rows)
         files = [{"split": split, "path": f"{config}/{split}-*"} for split in ("train", "test")]
