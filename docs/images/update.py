@@ -6,7 +6,9 @@ Plot `update.png`: gradient accumulation and a Nexus window on two sources, from
 The loss of each source is a quadratic function of two parameters. `hf_nexus.Nexus` takes the steps.
 """
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +17,13 @@ from torch import Tensor
 from hf_nexus import Nexus
 from hf_nexus.plots.style import COLORS, new_plot, save_plot
 
-K, INNER_LR = 4, 0.5  # number and length of the inner steps, much longer than in training
-START = torch.tensor([-1.3, 1.3])
+K, INNER_LR = 6, 0.35  # number and length of the inner steps, much longer than in training
+START = torch.tensor([2.0, 1.6])
+X, Y = (-1.6, 3.6), (-1.6, 1.9)  # limits of the plot
 # Minimum and curvature of each source.
 SOURCES = {
-    "text": (torch.tensor([0.3, -1.1]), torch.tensor([[2.4, 0.2], [0.2, 0.5]])),
-    "code": (torch.tensor([1.4, -0.1]), torch.tensor([[0.5, 0.2], [0.2, 2.4]])),
+    "text": (torch.tensor([-0.4, -1.0]), torch.tensor([[6.0, 0.5], [0.5, 1.25]])),
+    "code": (torch.tensor([1.3, -0.4]), torch.tensor([[0.5, 0.2], [0.2, 2.4]])),
 }
 
 
@@ -36,8 +39,8 @@ def gradient(source: str, theta: Tensor) -> Tensor:
     return torch.autograd.grad(loss(source, point), point)[0]
 
 
-def walk() -> tuple[list[Tensor], Tensor]:
-    """Return the path theta_0 ... theta_k (each of shape (2,)) and the pseudo-gradient (2,)."""
+def walk() -> list[Tensor]:
+    """Return the path theta_0 ... theta_k, each of shape (2,)."""
     theta = torch.nn.Parameter(START.clone())
     nexus, path = Nexus([theta], inner_lr=INNER_LR), [START]
     with nexus.window():
@@ -46,46 +49,48 @@ def walk() -> tuple[list[Tensor], Tensor]:
             nexus.inner_step()
             path.append(theta.detach().clone())
     assert torch.equal(theta.detach(), START)
-    return path, theta.grad.clone()
+    return path
 
 
 def main() -> None:
-    figure = new_plot(9.2, 4.1)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    x, y = np.meshgrid(np.linspace(-2.1, 2.5, 200), np.linspace(-1.9, 1.75, 200))
+    figure = new_plot(7.2, 4.9)
+    axes = figure.subplots()
+    x, y = np.meshgrid(np.linspace(*X, 200), np.linspace(*Y, 200))
     grid = torch.tensor(np.stack([x, y], -1), dtype=torch.float32)
-    for axes in panels:
-        for color, (name, (minimum, _)) in zip(COLORS, SOURCES.items(), strict=False):
-            levels = [0.12, 0.5, 1.2, 2.3, 4.0]
-            axes.contour(x, y, loss(name, grid), levels=levels, colors=color, linewidths=0.7, alpha=0.6)
-            axes.plot(*minimum, marker="*", color=color, markersize=11, linestyle="none")
-            below = {"xytext": (-34, -15), "textcoords": "offset points", "fontsize": 8, "color": color}
-            axes.annotate(f"minimum of {name}", minimum, **below)
-        axes.plot(*START, "o", color="black", markersize=6, zorder=5)
-        axes.annotate(r"$\theta_0$", START, (-15, 2), textcoords="offset points", fontsize=11)
-        axes.set(xticks=[], yticks=[], aspect="equal")
+    colors = dict(zip(SOURCES, COLORS, strict=False))
+    for name, (minimum, _) in SOURCES.items():
+        levels = [0.12, 0.5, 1.2, 2.3, 4.0, 7.0, 12.0]
+        axes.contour(x, y, loss(name, grid), levels=levels, colors=colors[name], linewidths=0.7, alpha=0.5)
+        axes.plot(*minimum, marker="*", color=colors[name], markersize=11, linestyle="none")
+        below = {"xytext": (0, -15), "textcoords": "offset points", "fontsize": 9, "ha": "center"}
+        axes.annotate(f"minimum of {name}", minimum, color=colors[name], **below)
 
-    def arrow(axes, start: Tensor, step: Tensor, color: str, width: float = 1.8) -> None:
-        style = {"arrowstyle": "-|>", "color": color, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", start + step, start, arrowprops=style, zorder=4)
+    def arrow(start: Tensor, end: Tensor, **style: Any) -> None:
+        shape = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13} | style
+        axes.annotate("", end, start, arrowprops=shape, zorder=4)
 
-    left, right = panels
-    gradients = {name: gradient(name, START) for name in SOURCES}
-    mean = torch.stack(list(gradients.values())).mean(0)
-    scale = 1.5 / mean.norm()
-    for color, g in zip(COLORS, gradients.values(), strict=False):
-        arrow(left, START, -g * scale / 2, color)
-    arrow(left, START, -mean * scale, "black", 2.6)
-    left.set_title("gradient accumulation: the mean of the gradients at one point", fontsize=9.5)
-
-    path, pseudo_gradient = walk()
-    for m in range(K):
-        arrow(right, path[m], path[m + 1] - path[m], COLORS[m % 2])
-        right.plot(*path[m + 1], "o", color=COLORS[m % 2], markersize=3.5)
-    arrow(right, START, -pseudo_gradient * 1.5 / pseudo_gradient.norm(), "black", 2.6)
-    right.set_title("Nexus: the displacement of k normalized steps, source by source", fontsize=9.5)
-    note = "thick: the descent direction handed to AdamW.   The right path is walked back before the step."
-    figure.supxlabel(note, fontsize=9)
+    path = walk()
+    end, length = path[-1], (path[-1] - START).norm()
+    mean = torch.stack([gradient(name, START) for name in SOURCES]).mean(0)
+    accumulated = START - mean / mean.norm() * length
+    arrow(START, accumulated, color="0.45", linewidth=2.6)
+    arrow(START, end, color="black", linewidth=2.6)
+    for m, (before, after) in enumerate(pairwise(path)):
+        arrow(before, after, color=colors[list(SOURCES)[m % 2]], linewidth=1.6)
+    axes.plot(*START, "o", color="black", markersize=6, zorder=5)
+    axes.annotate(r"$\theta_0$", START, (-15, 3), textcoords="offset points", fontsize=12)
+    labels = {
+        "textcoords": "offset points",
+        "fontsize": 9,
+        "bbox": {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+    }
+    axes.annotate(
+        "gradient accumulation:\nthe mean gradient at $\\theta_0$", accumulated, (-8, 2), ha="right", **labels
+    )
+    axes.annotate("Nexus: the displacement\nafter k inner steps", (START + end) / 2, (12, -16), **labels)
+    axes.annotate("inner steps,\neach on one source", path[6], (-10, -8), ha="right", **labels)
+    axes.set(xticks=[], yticks=[], aspect="equal", xlim=X, ylim=Y)
+    axes.set_title("The direction that AdamW receives", fontsize=11)
     print(save_plot(figure, Path(__file__).with_suffix(".png")))
 
 
