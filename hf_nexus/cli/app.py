@@ -1,5 +1,6 @@
 """The `hf-nexus` commands. Each one imports what it needs when it runs, which keeps `--help` fast."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -187,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         >>> from hf_nexus.cli.app import main
         >>> main(["plan", "130m"])  # doctest: +SKIP
     """
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which starts the command, may not be installed
     argv = hide_token(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--debug"]:
         argv = ["--debug", *argv[:-1]]

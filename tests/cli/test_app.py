@@ -67,6 +67,15 @@ def test_env_lists_optional_packages_if_installed(monkeypatch):
     assert all(found[name] == "1.2.3" for name in ("peft", "evaluate", "lm-eval", "bitsandbytes"))
 
 
+def test_a_command_started_by_a_notebook_can_plot(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://of_the_notebook")
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    code = "import matplotlib; print(matplotlib.get_backend())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "agg"
+
+
 def test_the_version_is_printed():
     result = CliRunner().invoke(cli.app, ["--version"])
     assert result.exit_code == 0 and result.output == f"hf-nexus {__version__}\n"
