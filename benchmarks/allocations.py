@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-__all__ = ["measure_memory"]
+__all__ = ["AfterLastStep", "allocated", "measure_memory"]
 
 
 class AfterLastStep(TrainerCallback):
@@ -42,14 +42,18 @@ def measure_memory(case: Case, arm: str) -> tuple[int, int | None]:
         trainer.add_callback(AfterLastStep(call))
         trainer.train()
 
+    return _held_by_tensors(train_twice) if dist.is_torchelastic_launched() and not CUDA else allocated(train_twice)
+
+
+def allocated(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+    """Bytes that `train(at_the_end)` holds when it calls `at_the_end`, and the peak, in one process."""
     gc.collect()
-    if CUDA:
-        return _allocated_on_gpu(train_twice)
-    return _held_by_tensors(train_twice) if dist.is_torchelastic_launched() else _allocated_on_cpu(train_twice)
+    return _allocated_on_gpu(train) if CUDA else _allocated_on_cpu(train)
 
 
 def _held_by_tensors(train: Callable[[Callable[[], None]], None]) -> tuple[int, None]:
     # gloo releases memory in its own threads, which the profiler does not see.
+    gc.collect()
     held: list[int] = []
 
     def count() -> None:

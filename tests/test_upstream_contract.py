@@ -15,6 +15,8 @@ from tests.support.tiny import Rows, tiny_llama
 
 # Hooks of the Trainer that the mixin overrides, with the parameters that it names. `None`: they are passed on unseen.
 HOOKS = {
+    "create_accelerator_and_postprocess": [],
+    "call_model_init": ["trial"],
     "init_hf_repo": ["token", "private"],
     "train": None,
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],

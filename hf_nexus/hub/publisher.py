@@ -17,6 +17,7 @@ from .job import Target, is_repo_path
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
 from .uploader_process import UploaderProcess
+from .weights import convert_weights
 
 __all__ = ["PUBLIC", "STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
 
@@ -123,7 +124,12 @@ class Publisher:
     # ---- During training ----
 
     def submit_checkpoint(
-        self, checkpoint: str | os.PathLike[str], step: int, strategy: str, extras: Iterable[str] = ()
+        self,
+        checkpoint: str | os.PathLike[str],
+        step: int,
+        strategy: str,
+        extras: Iterable[str] = (),
+        dtype: str | None = None,
     ) -> bool:
         """
         Queue a checkpoint.
@@ -134,6 +140,7 @@ class Publisher:
             strategy (`str`): `"end"` queues nothing, `"every_save"` the model. `"checkpoint"` also queues the whole
                 checkpoint as `last-checkpoint`, `"all_checkpoints"` under its own name.
             extras (`Iterable[str]`): Files and folders of the output folder to add: card, plots, results.
+            dtype (`str`, *optional*): Type of the weights of the model. Whole checkpoints stay as they are.
 
         Returns:
             `bool`: whether it was queued. If not, `status` has the reason.
@@ -146,11 +153,17 @@ class Publisher:
 
         def collect() -> _FilesAndSlots:
             files, slots = checkpoint_files(folder, strategy)
+            if dtype is not None:
+                files |= convert_weights(folder, converted, dtype)
             for name in extras:
                 files |= files_below(self.output_dir / name, name)
             return files, slots
 
-        return self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
+        converted = self.output_dir / "_converted"
+        try:
+            return self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
+        finally:
+            delete(converted)
 
     def submit(self, step: int, message: str) -> bool:
         """

@@ -56,6 +56,11 @@ class NexusConfigMixin:
             `"muon"` trains the matrices between the embeddings and the output layer with torch's Muon, and the other
             parameters with `optim`, which must be AdamW. Muon's options are in `optim_args`, for example
             `"muon_lr=0.01,muon_momentum=0.95"`. `learning_rate` and `weight_decay` apply to both optimizers.
+        upcast_weights (`bool`, *optional*, defaults to `True`):
+            Make trainable weights of 16 bits float32 when the trainer is built, and compute in bfloat16 unless a type
+            is chosen (`bf16`, `fp16`). When off, such weights are an error.
+        save_dtype (`str`, *optional*):
+            `"bfloat16"` saves and pushes the model with weights of this type. Checkpoints stay float32.
         allow_mixture_change (`bool`, *optional*, defaults to `False`):
             Resume although the data is not that of the checkpoint. Streams are then read from their beginning.
         hub_flush_timeout (`float`, *optional*, defaults to 600):
@@ -73,6 +78,8 @@ class NexusConfigMixin:
     source_schedule: Literal["random", "stratified"] = "random"
     gradient_cosine_steps: Annotated[int, Bound(least=0)] = 0
     matrix_optimizer: Literal["muon"] | None = None
+    upcast_weights: bool = True
+    save_dtype: Literal["bfloat16"] | None = None
     allow_mixture_change: bool = False
     hub_flush_timeout: NonNegative = 600.0
 
@@ -102,6 +109,8 @@ class NexusConfig(NexusConfigMixin, TrainingArguments):
         0.05
     """
 
+    bf16: bool | None = None  # type: ignore[assignment]  # `None`: not chosen
+
 
 def lower_is_better(metric: str | None) -> bool:
     """Whether a metric is a perplexity, which transformers takes for better if it is greater."""
@@ -123,7 +132,12 @@ def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | No
 
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Nexus fields and k as plain data: saved with a model, and compared when a run is resumed."""
-    left_out = ("allow_mixture_change", "hub_flush_timeout")  # they do not change what is trained
+    left_out = (
+        "allow_mixture_change",
+        "hub_flush_timeout",
+        "upcast_weights",
+        "save_dtype",
+    )  # they do not change what is trained
     names = [f.name for f in fields(NexusConfigMixin) if f.name not in left_out]
     settings = {name: getattr(args, name) for name in names}
     return {**settings, "gradient_accumulation_steps": args.gradient_accumulation_steps}

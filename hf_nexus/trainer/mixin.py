@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, default_data_collator
 from transformers.utils import logging
@@ -21,6 +22,7 @@ from transformers.utils import logging
 from ..files import hidden, printable, write_atomic
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
+from ..hub.weights import convert_weights, name_dtype
 from ..mixture.isolation import (
     PackedRowCollator,
     attention_of,
@@ -43,6 +45,7 @@ from .evaluation import Evaluation, held_back, metric_of_set, without_speed_of_s
 from .feed import Feed
 from .meter import TrainingMeter
 from .optimizers import create_muon_with_adamw
+from .precision import is_partly_narrow, precision_is_chosen, widen_weights
 from .publishing import Publishing, card_fields
 from .support import (
     SAME_ON_RANKS,
@@ -59,7 +62,6 @@ from .support import (
     check_windows,
     choose_direction,
     warn_of_one_inner_step,
-    widen_weights,
 )
 from .trackers import send_plots
 from .trl import SourcePreparation, for_parent, is_of_trl, naming_a_missing_template, trl_parent
@@ -129,6 +131,7 @@ class NexusTrainerMixin(_Base):
         if users is not None:
             given["args"] = for_parent(settings) if converted else settings
         check_arguments(settings)
+        self._precision_is_chosen = precision_is_chosen(settings)
         whole = samples_sources(type(self), NexusTrainerMixin)
         self._feed = Feed(
             given.get("train_dataset"), given.get("eval_dataset"), settings, mixture_weights_function, whole
@@ -157,6 +160,32 @@ class NexusTrainerMixin(_Base):
         self._isolate_documents()
         self._check()
         choose_direction(self.args)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, which computes in a type that fits the weights, once there is a model."""
+        self._awaits_model = self.model is None
+        if self._awaits_model:
+            return
+        self._widen_weights(self.model)
+        self._create_accelerator()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model of `model_init`, in float32."""
+        model = super().call_model_init(trial)
+        self._widen_weights(model)
+        if self._awaits_model:
+            self._awaits_model = False
+            self._create_accelerator()
+        return model
+
+    def _widen_weights(self, model: nn.Module) -> None:
+        if self.args.nexus:
+            widen_weights(model, self.args, self._precision_is_chosen)
+
+    def _create_accelerator(self) -> None:
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.args.mixed_precision:
+            AcceleratorState._reset_state()  # of another trainer with the same arguments
+        super().create_accelerator_and_postprocess()
 
     def _check(self) -> None:
         """Refuse what is not supported."""
@@ -350,7 +379,7 @@ class NexusTrainerMixin(_Base):
         step = self.state.global_step
         self._walker.reset()  # the wrapped model and its parameters may be new
         if self.args.nexus:
-            widen_weights(self.model)
+            widen_weights(self.model, self.args, chosen=True)  # weights that were unfrozen after the construction
         if not self._plain:
             self._check_start(max_steps)
         if self.args.world_size > 1 and not is_wrapped(self.model_wrapped):
@@ -718,6 +747,11 @@ class NexusTrainerMixin(_Base):
         private = {"output_dir": Path(output_dir).name} if self.args.push_to_hub else {}
         with changed(self.args, hub_token=None, **private):
             super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            if self.args.nexus and is_partly_narrow(self.model):
+                name_dtype(Path(output_dir), Path(output_dir), "float32")
+            if self.args.save_dtype is not None and not self._checkpoints.staging:
+                convert_weights(Path(output_dir), Path(output_dir), self.args.save_dtype)
         if self.args.should_save and not self._plain:
             path = Path(output_dir, SETTINGS_NAME)
             write_atomic(path, yaml.safe_dump(self.nexus_settings(), sort_keys=False))

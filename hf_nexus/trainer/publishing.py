@@ -65,7 +65,8 @@ class Publishing:
     def push_checkpoint(self, folder: str, step: int, files: tuple[str, ...]) -> None:
         """Queue a complete checkpoint and the files of the card."""
         if self.publisher is not None:
-            self.publisher.submit_checkpoint(folder, step, self._args.hub_strategy.value, files)
+            strategy, dtype = self._args.hub_strategy.value, self._args.save_dtype
+            self.publisher.submit_checkpoint(folder, step, strategy, files, dtype)
 
     def push_run(self, step: int, message: str, revision: str | None = None) -> None:
         """Queue the output folder without its checkpoints."""

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import _is_peft_model
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
@@ -47,7 +46,6 @@ __all__ = [
     "warn_of_buffers",
     "warn_of_one_inner_step",
     "warn_of_short_steps",
-    "widen_weights",
 ]
 
 logger = logging.get_logger(__name__)
@@ -250,25 +248,6 @@ def _check_fsdp(args: Any, version: int) -> None:
             "inner_sync='local' is not possible under FSDP: no rank holds all the weights that it would walk. Use "
             "inner_sync='global', or DDP."
         )
-
-
-def widen_weights(model: nn.Module) -> None:
-    """
-    Make trainable weights of 16 bits float32: rounding would lose most of an inner step. The frozen weights of a model
-    with adapters, which may be quantized, stay as they are.
-    """
-    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if not narrow:
-        return
-    logger.warning(
-        f"{sum(p.numel() for p in narrow):,} trainable weights of {narrow[0].dtype} were made float32, since 69 to "
-        "99.7 % of an inner step is lost in bfloat16. Pass bf16=True to compute in bfloat16."
-    )
-    if _is_peft_model(model) or getattr(model, "quantization_method", None) is not None:
-        for p in narrow:
-            p.data = p.data.float()
-    else:
-        model.float()  # a layer computes in one type
 
 
 def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:

@@ -35,7 +35,7 @@ def for_parent(args: Any) -> Any:
     if is_of_trl(args):
         return args
     plain = copy.copy(args)
-    plain.__class__ = TrainingArguments
+    plain.__class__, plain.bf16 = TrainingArguments, bool(plain.bf16)
     return plain
 
 

@@ -683,26 +683,6 @@ def test_what_cannot_work_is_refused_with_the_fix(make_trainer, sources, config,
         make_trainer(sources, **config)
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_are_trained_in_float32(make_trainer, sources, dtype, freeze, caplog):
-    narrow, wide = tiny_llama(dtype=dtype), tiny_llama(dtype=dtype).float()
-    for model in (narrow, wide):
-        model.model.embed_tokens.requires_grad_(not freeze)
-    trainers = [make_trainer(sources, model=model) for model in (narrow, wide)]
-    for trainer in trainers:
-        trainer.train()
-    assert {p.dtype for p in narrow.parameters()} == {torch.float32}
-    assert torch.equal(weights(trainers[0]), weights(trainers[1]))
-    assert caplog.text.count(f"trainable weights of {dtype} were made float32") == 1
-
-
-def test_low_precision_weights_stay_without_the_update(make_trainer, sources):
-    trainer = make_trainer(sources, model=tiny_llama(dtype=torch.bfloat16), nexus=False)
-    trainer.train()
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
-
-
 def test_another_data_loader_for_a_mixture_is_an_error(make_trainer, sources):
     """Its rows would have no source, and the mixture weights no effect."""
 

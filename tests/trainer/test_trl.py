@@ -258,6 +258,15 @@ def test_adapters_on_a_quantized_base_stay_float32(make, tokenizer):
     assert sum(p.numel() for p in trainer._walker.nexus.params) == trainer.model.num_parameters(only_trainable=True)
 
 
+def test_a_checkpoint_by_its_path_is_made_float32(make, tokenizer, tmp_path, caplog):
+    """TRL loads it without a `device_map`, and its own default computes in bfloat16."""
+    llama(tokenizer, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    trainer = make(texts(), model=str(tmp_path / "base"), model_init_kwargs={"dtype": "auto"}, bf16=None)
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert "computes in bfloat16 (autocast)" in caplog.text and trainer.meter.inner_steps_skipped == 0
+
+
 def test_the_recipe_trains_adapters_on_own_conversations(tokenizer, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     llama(tokenizer).save_pretrained(tmp_path / "base")

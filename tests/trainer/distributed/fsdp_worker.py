@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.tensors import shard
@@ -111,6 +111,18 @@ def resumed(out: Path, state_dict: str) -> dict[str, Any]:
     return {"whole": whole, "again": trained(again, resume_from_checkpoint=str(out / "checkpoint-3"))}
 
 
+def narrow(out: Path) -> dict[str, Any]:
+    """A checkpoint of bfloat16, and the same weights in float32 with `bf16`. The first is saved in bfloat16."""
+    trainer = make(out / "narrow", llama(dtype=torch.bfloat16), save_dtype="bfloat16")
+    narrow, wide = trained(trainer), trained(make(out, llama(dtype=torch.bfloat16).float(), bf16=True))
+    trainer.save_model()
+    dist.barrier()
+    saved = LlamaForCausalLM.from_pretrained(out / "narrow")
+    full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trainer.model.named_parameters()}
+    same = all(torch.equal(p, full[name].bfloat16()) for name, p in saved.named_parameters())
+    return {"narrow": narrow, "wide": wide, "saved": same}
+
+
 def between_steps(out: Path) -> list[float]:
     """Evaluate and generate after every step."""
     trainer = make(out)
@@ -149,6 +161,7 @@ def main(out: Path) -> dict[str, Any]:
         "random": trained(make(out, inner_direction="random")),
         "lora_ddp": trained(make(out, lora(), fsdp=False)),
         "lora": trained(make(out, lora())),
+        "bfloat16": narrow(out),
         "between_steps": between_steps(out),
         "scalar_reductions": scalar_reductions(out),
         "interrupted": interrupted(out),

@@ -28,6 +28,12 @@ def test_adapters_match_ddp(two):
     assert distance(two[0]["lora"], two[0]["lora_ddp"]) < 1e-6
 
 
+def test_a_bfloat16_checkpoint_is_trained_in_float32(two):
+    for rank in two:
+        assert rank["bfloat16"]["narrow"] == rank["bfloat16"]["wide"]
+        assert rank["bfloat16"]["saved"]
+
+
 def test_muon_matches_ddp(two):
     """Its orthogonalization computes in bfloat16, where the order of the sum over shards matters."""
     assert distance(two[0]["muon"], two[0]["muon_ddp"]) < 1e-2

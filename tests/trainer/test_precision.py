@@ -1,0 +1,196 @@
+"""Checkpoints in 16 bits: trained in float32, computed in bfloat16, saved in a chosen type."""
+
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+from transformers import LlamaForCausalLM, TrainingArguments
+
+from hf_nexus import NexusConfig, NexusTrainer
+from hf_nexus.hub.publisher import Publisher
+from hf_nexus.hub.weights import convert_weights
+from tests.support.hub.runs import QUICK, REPO, SECONDS
+from tests.support.hub.server import ALICE, HubServer
+from tests.support.saved_weights import same, saved_weights
+from tests.support.tiny import tiny_llama
+from tests.trainer.test_mixin import weights
+
+BF16 = torch.bfloat16
+SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type")
+SETTINGS += ("report_to", "use_cpu", "disable_tqdm")
+
+
+def types(model: Any) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters()}
+
+
+def float32(**shape: Any) -> torch.nn.Module:
+    """The weights of a bfloat16 checkpoint in float32."""
+    return tiny_llama(dtype=BF16, **shape).float()
+
+
+# ---- What is trained, and in what it computes ----
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_16_bit_checkpoint_trains_as_in_float32(make_trainer, sources, dtype, tied, caplog):
+    model = tiny_llama(dtype=dtype, tie_word_embeddings=tied)
+    trainer = make_trainer(sources, model)
+    size = sum(p.numel() for p in model.parameters())
+    line = f"{size:,} trainable weights of {dtype} were made float32, which takes {2 * size:,} bytes more"
+    assert line in caplog.text and "computes in bfloat16 (autocast)" in caplog.text
+    assert types(model) == {torch.float32} and trainer.accelerator.mixed_precision == "bf16"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    wide = tiny_llama(dtype=dtype, tie_word_embeddings=tied).float()
+    other = make_trainer(sources, wide, bf16=True)
+    for one in (trainer, other):
+        one.train()
+    assert torch.equal(weights(trainer), weights(other))
+    assert caplog.text.count("were made float32") == 1
+
+
+def test_frozen_weights_stay_and_a_save_loads_in_float32(make_trainer, sources, tmp_path):
+    model = tiny_llama(dtype=BF16)
+    model.model.embed_tokens.requires_grad_(False)
+    trainer = make_trainer(sources, model)
+    trainer.train()
+    assert model.model.embed_tokens.weight.dtype == BF16 and model.lm_head.weight.dtype == torch.float32
+    trainer.save_model()
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_chosen_type_is_kept(make_trainer, sources, freeze, caplog):
+    model, wide = tiny_llama(dtype=BF16), float32()
+    for one in (model, wide):
+        one.model.embed_tokens.requires_grad_(not freeze)
+    trainers = [make_trainer(sources, one, bf16=False) for one in (model, wide)]
+    assert "computes in float32" in caplog.text
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[0].accelerator.mixed_precision == "no" and types(model) == {torch.float32}
+    assert torch.equal(*map(weights, trainers))
+
+
+@pytest.mark.parametrize("kind", [NexusConfig, TrainingArguments])
+def test_given_arguments_are_not_changed_and_serve_again(sources, tmp_path, kind):
+    given = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    args = kind(str(tmp_path), gradient_accumulation_steps=2, **given)
+    before = args.to_json_string()
+    for model, precision in ((tiny_llama(dtype=BF16), "bf16"), (float32(), "no"), (tiny_llama(dtype=BF16), "bf16")):
+        trainer = NexusTrainer(model, args, train_dataset=sources)
+        trainer.train()
+        assert trainer.accelerator.mixed_precision == precision
+        assert args.to_json_string() == before and trainer.args.bf16 == (precision == "bf16" or args.bf16)
+
+
+def test_weights_that_may_not_be_widened_are_refused(make_trainer, sources):
+    with pytest.raises(ValueError, match=r"weights of torch.bfloat16.*upcast_weights is off"):
+        make_trainer(sources, tiny_llama(dtype=BF16), upcast_weights=False)
+    make_trainer(sources, upcast_weights=False).train()
+
+
+def test_weights_stay_without_the_update(make_trainer, sources):
+    trainer = make_trainer(sources, model=tiny_llama(dtype=BF16), nexus=False)
+    trainer.train()
+    assert types(trainer.model) == {BF16} and trainer.accelerator.mixed_precision == "no"
+
+
+def test_weights_that_are_unfrozen_later_are_widened(make_trainer, sources):
+    model = tiny_llama(dtype=BF16)
+    model.model.embed_tokens.requires_grad_(False)
+    trainer = make_trainer(sources, model)
+    model.model.embed_tokens.requires_grad_(True)
+    trainer.train()
+    assert types(model) == {torch.float32}
+
+
+def test_adapters_of_16_bits_are_widened_alone(make_trainer, sources):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(tiny_llama(dtype=BF16), lora, autocast_adapter_dtype=False)
+    trainer = make_trainer(sources, model, save_dtype="bfloat16")
+    trainer.train()
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, BF16)}
+    trainer.save_model()
+    saved = load_file(Path(trainer.args.output_dir, "adapter_model.safetensors"))
+    assert {tensor.dtype for tensor in saved.values()} == {BF16}
+
+
+@pytest.mark.parametrize("built", ["model", "model_init"])
+@pytest.mark.parametrize("resume", [None, "out/checkpoint-2"])
+def test_a_resumed_checkpoint_is_not_rounded(make_trainer, sources, tmp_path, built, resume):
+    whole = make_trainer(sources, float32(), bf16=True, **SAVING)
+    whole.train()
+    narrow: Any = tiny_llama(dtype=BF16) if built == "model" else lambda: tiny_llama(dtype=BF16)
+    args = NexusConfig(str(tmp_path / "again"), **{name: getattr(whole.args, name) for name in (*SAVING, *SETTINGS)})
+    trainer = NexusTrainer(args=args, train_dataset=sources, **{built: narrow})
+    assert types(trainer.model) == {torch.float32} and trainer.accelerator.mixed_precision == "bf16"
+    trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+    assert torch.equal(weights(trainer), weights(whole))
+
+
+# ---- What is saved ----
+
+
+def test_a_save_holds_the_chosen_type_and_checkpoints_float32(make_trainer, sources, tmp_path):
+    whole = make_trainer(sources, tiny_llama(tie_word_embeddings=True), save_dtype="bfloat16", **SAVING)
+    whole.train()
+    whole.save_model()
+    final, last = saved_weights(tmp_path / "out"), saved_weights(tmp_path / "out/checkpoint-4")
+    assert {t.dtype for t in last.values()} == {torch.float32}
+    assert final.keys() == last.keys() and same(final, {name: t.bfloat16() for name, t in last.items()})
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == BF16 and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    again = make_trainer(sources, tiny_llama(1, tie_word_embeddings=True), output_dir=str(tmp_path / "b"), **SAVING)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_the_index_of_several_files_counts_their_bytes(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "wide", max_shard_size="10KB")
+    convert_weights(tmp_path / "wide", tmp_path / "narrow", "bfloat16")
+    tiny_llama(dtype=BF16).save_pretrained(tmp_path / "expected", max_shard_size="5KB")
+    for name in ("model.safetensors.index.json", "config.json"):
+        found, expected = (json.loads((tmp_path / folder / name).read_text()) for folder in ("narrow", "expected"))
+        assert found.get("metadata") == expected.get("metadata") and found.get("dtype") == expected.get("dtype")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert all(map(torch.equal, loaded.parameters(), tiny_llama(dtype=BF16).parameters()))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub") as hub:
+        for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": os.getcwd()}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(
+            "hf_nexus.trainer.publishing.Publisher", partial(Publisher, endpoint=hub.endpoint, retry=QUICK)
+        )
+        yield hub
+
+
+def test_pushes_hold_the_chosen_type_also_during_training(hub, make_trainer, sources, tmp_path):
+    push = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": ALICE, "hub_flush_timeout": SECONDS}
+    trainer = make_trainer(sources, save_dtype="bfloat16", hub_strategy="checkpoint", **push, **SAVING)
+
+    def pushed(name: str) -> dict[str, torch.Tensor]:
+        return load(hub.files(REPO)[name])
+
+    trainer.train()
+    kept = saved_weights(tmp_path / "out/checkpoint-4")
+    assert same(pushed("last-checkpoint/model.safetensors"), kept)
+    assert same(pushed("model.safetensors"), {name: t.bfloat16() for name, t in kept.items()})
+    assert json.loads(hub.files(REPO)["config.json"])["dtype"] == "bfloat16"
+    assert not (tmp_path / "out/_converted").exists()
+    trainer.push_to_hub(license="mit")
+    assert {t.dtype for t in pushed("model.safetensors").values()} == {BF16}
