@@ -22,7 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TRAIN = {"train", "training"}
 _HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"}
 _HELD_OUT |= {"holdout", "heldout", "held"}
-_NOT_TEXT = ("messages_column", "prompt_column", "completion_column")
+# Columns other than text, and what trains on a part of them.
+_NOT_TEXT = {"messages_column": "assistant", "prompt_column": "completion", "completion_column": "completion"}
 
 
 @documented
@@ -32,7 +33,7 @@ class SourceConfig:
     One source of a mixture, checked on creation.
 
     Documents are read from a text column, from chat messages (rendered with the tokenizer's chat template), or from a
-    prompt and its completion. All of their tokens are trained on.
+    prompt and its completion.
 
     Args:
         path (`str`):
@@ -52,8 +53,13 @@ class SourceConfig:
             Column with prompts (strings or lists of messages), in place of `text_column`.
         completion_column (`str`, *optional*):
             Column with the completions of the prompts.
+        loss_on (`str`, *optional*, defaults to `"all"`):
+            Tokens that are trained and evaluated on: `"all"`, `"completion"` for a source with a prompt_column, or
+            `"assistant"` for a source with a messages_column, whose chat template marks the turns of the assistant
+            with `{% generation %}`.
         weight (`float`, *optional*):
-            Share of the training tokens, relative to the other weights. Give all training sources a weight, or none.
+            Share of the tokens that are read, relative to the other weights. Give all training sources a weight, or
+            none.
         max_tokens (`int`, *optional*):
             Read whole documents, in order, up to this number of tokens. Limits tokenization, not the download.
         max_epochs (`float`, *optional*):
@@ -91,6 +97,7 @@ class SourceConfig:
     messages_column: Text | None = None
     prompt_column: Text | None = None
     completion_column: Text | None = None
+    loss_on: Literal["all", "completion", "assistant"] = "all"
     weight: Annotated[float, Bound(above=0, most=1e9)] | None = None
     max_tokens: Count | None = None
     max_epochs: Positive | None = None
@@ -130,6 +137,9 @@ class SourceConfig:
         if (self.prompt_column is None) != (self.completion_column is None):
             missing = "prompt_column" if self.prompt_column is None else "completion_column"
             raise ValueError(f"{missing}: missing. Give both prompt_column and completion_column.")
+        if self.loss_on != "all" and all(_NOT_TEXT.get(key) != self.loss_on for key in self.columns):
+            column = next(key for key, part in _NOT_TEXT.items() if part == self.loss_on)
+            raise ValueError(f"loss_on: {self.loss_on!r} needs a {column}. Name it, or remove loss_on.")
 
     def _check_streaming(self) -> None:
         if self.role == "ood":

@@ -1,11 +1,12 @@
 """Documents of a source: loading them, and the text and tokens of each row."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, time, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "Document",
     "DocumentEncoder",
+    "check_tokenizer",
     "column_names",
     "document_hash",
     "load_documents",
     "naming_source",
-    "require_chat_template",
     "split_text",
+    "unmarked",
 ]
 
 # Characters per call of a tokenizer, which takes about 150 bytes for each. Longer texts are tokenized in segments.
 SEGMENT = 1_000_000
+# What the templates of transformers enclose the turns of the assistant in.
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8`."
 
 
@@ -121,9 +126,29 @@ def _load_saved(path: str, split: str) -> "Dataset":
 
 
 @dataclass(frozen=True)
+class Document:
+    """The text of a row, how many characters at its start are a prompt, and the messages whose turns are marked."""
+
+    text: str
+    prompt: int = 0
+    messages: list | None = None
+
+    def segments(self) -> "Iterator[Document]":
+        """Parts of at most `SEGMENT` characters. Messages stay whole."""
+        if self.messages is not None:
+            yield self
+            return
+        start = 0
+        for text in split_text(self.text):
+            yield Document(text, max(0, self.prompt - start))
+            start += len(text)
+
+
+@dataclass(frozen=True)
 class DocumentEncoder:
     """
-    Turns rows of a source into the text of documents, and text into tokens.
+    Turns rows of a source into documents, and documents into tokens. A token that is not trained on is stored as
+    `~token`, which is negative.
 
     Args:
         name (`str`), source ([`SourceConfig`]):
@@ -149,7 +174,12 @@ class DocumentEncoder:
         add = self.tokenizer.encode("a")[:1] == [bos] if self.add_bos_token is None else self.add_bos_token
         return bos if add else None
 
-    def texts(self, batch: Mapping[str, list], first_row: int) -> list[str]:
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens may not be trained on."""
+        return self.source.loss_on != "all"
+
+    def documents(self, batch: Mapping[str, list], first_row: int) -> list[Document]:
         """
         The documents of a batch of columns. Errors count rows from `first_row`.
 
@@ -159,50 +189,72 @@ class DocumentEncoder:
         columns = {key: self._values(batch, column, first_row) for key, column in self.source.columns.items()}
         pairs = self.source.prompt_column is not None
         if self.source.messages_column or (pairs and any(isinstance(v, list) for c in columns.values() for v in c)):
-            texts = self._messages(columns, first_row)
+            documents = self._messages(columns, first_row)
         else:
             self._require(columns, first_row, lambda value: isinstance(value, str), "a string")
-            texts = [_join(*values) for values in zip(*columns.values(), strict=True)]
-        for number, text in enumerate(texts, first_row):
+            documents = [_join(*values) for values in zip(*columns.values(), strict=True)]
+        for number, document in enumerate(documents, first_row):
             try:
-                text.encode()
+                document.text.encode()
             except UnicodeEncodeError as error:  # half a surrogate pair, or bytes that are not UTF-8
                 raise self._not_utf8(number) from error
-        return texts
+        return documents
 
-    def text(self, row: Mapping[str, Any], number: int) -> str:
+    def document(self, row: Mapping[str, Any], number: int) -> Document:
         """
         The document of one row.
 
         Raises:
             Exception: The row is unusable. The type depends on the cause.
         """
-        (text,) = self.texts({column: [row.get(column)] for column in self.source.columns.values()}, number)
-        return text
+        (document,) = self.documents({column: [row.get(column)] for column in self.source.columns.values()}, number)
+        return document
 
-    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, `(n,)` int32, without special tokens."""
-        tokens: list[list[np.ndarray]] = [[] for _ in texts]
-        for call in _calls(texts):
-            for (number, _), ids in zip(call, self._tokenize([segment for _, segment in call]), strict=True):
+    def encode(self, documents: Sequence[Document], first: bool = True, last: bool = True) -> list[np.ndarray]:
+        """
+        The tokens of documents, or of their first or last segments, with the BOS and the EOS, `(n,)` int32 each. A
+        document without tokens stays empty.
+        """
+        turns = self.source.loss_on == "assistant"
+        encoded = self._assistant_turns(documents) if turns else self._tokenize(documents)
+        return [self._bounded(tokens, first, last) for tokens in encoded]
+
+    def _assistant_turns(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        conversations: Any = [document.messages for document in documents]
+        found: Any = self.tokenizer.apply_chat_template(conversations, return_assistant_tokens_mask=True)
+        pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+        return [np.where(mask, ids, np.invert(ids)).astype(np.int32) for ids, mask in pairs]
+
+    def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        tokens: list[list[np.ndarray]] = [[] for _ in documents]
+        for call in _calls(documents):
+            for (number, _), ids in zip(call, self._tokenize_call([segment for _, segment in call]), strict=True):
                 tokens[number].append(ids)
         return [np.concatenate(parts) for parts in tokens]
 
-    def _tokenize(self, segments: list[str]) -> list[np.ndarray]:
+    def _tokenize_call(self, segments: list[Document]) -> list[np.ndarray]:
         # The lists of a call must be free before the next call, or the heap grows by 40 bytes per token.
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        found = self.tokenizer(segments, add_special_tokens=False, **options)["input_ids"]
-        return [np.array(ids, dtype=np.int32) for ids in found]
+        if self.source.loss_on == "completion":
+            options["return_offsets_mapping"] = True
+        found = self.tokenizer([segment.text for segment in segments], add_special_tokens=False, **options)
+        tokens = [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
+        for ids, segment, offsets in zip(tokens, segments, found.get("offset_mapping", ()), strict=False):
+            prompt = sum(end <= segment.prompt for _, end in offsets) if segment.prompt else 0
+            ids[:prompt] = ~ids[:prompt]
+        return tokens
 
-    def bounded(self, tokens: np.ndarray, first: bool = True, last: bool = True) -> np.ndarray:
-        """
-        The tokens of a document, or of its first or last segment, with the BOS and the EOS. A chat template may have
-        written the BOS already.
-        """
-        bos = self.bos_token_id
-        if first and bos is not None and tokens[:1].tolist() != [bos]:
-            tokens = np.insert(tokens, 0, bos)
-        return np.append(tokens, np.int32(self.tokenizer.eos_token_id)) if last else tokens
+    def _bounded(self, tokens: np.ndarray, first: bool, last: bool) -> np.ndarray:
+        """Add a BOS and an EOS. A chat template may have written the BOS, and with its mask also the EOS."""
+        if first and last and not len(tokens):
+            return tokens
+        bos, eos = self.bos_token_id, self.tokenizer.eos_token_id
+        if first and bos is not None and unmarked(tokens[:1]).tolist() != [bos]:
+            tokens = np.insert(tokens, 0, ~bos if self.masked else bos)
+        if last and not (self.source.loss_on == "assistant" and unmarked(tokens[-1:]).tolist() == [eos]):
+            # The end of a turn is trained on with the turn.
+            tokens = np.append(tokens, np.int32(~eos if len(tokens) and tokens[-1] < 0 else eos))
+        return tokens
 
     def _values(self, batch: Any, column: str, first_row: int) -> list:
         try:
@@ -213,21 +265,27 @@ class DocumentEncoder:
     def _not_utf8(self, row: int) -> ValueError:
         return ValueError(f"sources.{self.name}: row {row} holds text that is not UTF-8. {_UTF8}")
 
-    def _messages(self, columns: dict[str, list], first_row: int) -> list[str]:
+    def _messages(self, columns: dict[str, list], first_row: int) -> list[Document]:
         require_chat_template(self.name, self.source, self.tokenizer)
         self._require(columns, first_row, _is_conversation, "a list of messages with a role and content")
-        texts = []
+        documents = []
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         for number, conversation in enumerate(zip(*columns.values(), strict=True), first_row):
             try:
-                messages = _as_json([message for part in conversation for message in part])
-                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+                prompt, *completion = _as_json(list(conversation))
+                messages = [message for part in (prompt, *completion) for message in part]
+                text, start = str(render(messages)), ""
+                if self.source.loss_on == "completion":
+                    start = str(render(prompt, add_generation_prompt=True))
             except Exception as error:
                 raise ValueError(
                     f"sources.{self.name}: the chat template cannot render row {number}: {error}. Repair or remove "
                     "such rows, or set another tokenizer.chat_template."
                 ) from error
-            texts.append(text.removesuffix(self.tokenizer.eos_token))  # packing adds it
-        return texts
+            text = text.removesuffix(self.tokenizer.eos_token)  # packing adds it
+            turns = messages if self.source.loss_on == "assistant" else None
+            documents.append(Document(text, _length_of_common_start(start, text), turns))
+        return documents
 
     def _require(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:
         for key, values in columns.items():
@@ -238,6 +296,22 @@ class DocumentEncoder:
                         f"{self.source.columns[key]!r}, which must hold {what}. Repair or remove such rows, or name "
                         f"another column of {', '.join(self.available)}."
                     )
+
+
+def check_tokenizer(name: str, source: SourceConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise `ValueError` if the tokenizer cannot make tokens of a source."""
+    if source.messages_column is not None:
+        require_chat_template(name, source, tokenizer)
+    if source.loss_on == "assistant" and not _MARKS.search(str(tokenizer.chat_template)):
+        raise ValueError(
+            f"sources.{name}.loss_on: the tokenizer's chat template does not mark what the assistant writes. Enclose "
+            "it in {% generation %} and {% endgeneration %} in tokenizer.chat_template, or set loss_on to 'all'."
+        )
+    if source.loss_on != "all" and not tokenizer.is_fast:
+        raise ValueError(
+            f"sources.{name}.loss_on: {source.loss_on!r} needs a fast tokenizer, which knows the characters of each "
+            f"token, and {type(tokenizer).__name__} is none. Use a fast tokenizer, or set loss_on to 'all'."
+        )
 
 
 def require_chat_template(name: str, source: SourceConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -283,9 +357,21 @@ def _first_undecodable(column: "pa.ChunkedArray") -> int:
     raise AssertionError("all values can be decoded")
 
 
-def _join(prompt: str, completion: str = "") -> str:
+def _join(prompt: str, completion: str | None = None) -> Document:
+    if completion is None:
+        return Document(prompt)
     apart = not completion or prompt[-1:].isspace() or completion[:1].isspace()
-    return prompt + ("" if apart else "\n") + completion
+    start = prompt + ("" if apart else "\n")
+    return Document(start + completion, len(start))
+
+
+def _length_of_common_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def unmarked(tokens: np.ndarray) -> np.ndarray:
+    """The tokens, whether they are trained on or not."""
+    return np.maximum(tokens, ~tokens)
 
 
 def document_hash(text: str) -> int:
@@ -293,17 +379,17 @@ def document_hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Numbers and segments of texts, at most `SEGMENT` characters at once."""
-    call: list[tuple[int, str]] = []
+def _calls(documents: Sequence[Document]) -> Iterator[list[tuple[int, Document]]]:
+    """Numbers and segments of documents, at most `SEGMENT` characters at once."""
+    call: list[tuple[int, Document]] = []
     size = 0
-    for number, text in enumerate(texts):
-        for segment in split_text(text):
-            if call and size + len(segment) > SEGMENT:
+    for number, document in enumerate(documents):
+        for segment in document.segments():
+            if call and size + len(segment.text) > SEGMENT:
                 yield call
                 call, size = [], 0
             call.append((number, segment))
-            size += len(segment)
+            size += len(segment.text)
     if call:
         yield call
 

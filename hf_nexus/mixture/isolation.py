@@ -163,7 +163,8 @@ class PackedRowCollator:
     A collator of packed rows, which have the position of each token in its document. Other rows are left to the
     wrapped collator.
 
-    Packed rows are full. If the wrapped collator ignores each EOS as padding, the labels of the rows replace its own.
+    Packed rows are full. If the wrapped collator takes the tokens for labels, or ignores each EOS as padding, the
+    labels of the rows replace its own.
 
     Args:
         collate (`Callable[[list], Any]`):
@@ -201,7 +202,7 @@ class PackedRowCollator:
         if "position_ids" not in rows[0]:
             return self.collate(rows)
         batch = self.collate([{key: row[key] for key in row if key != "position_ids"} for row in rows])
-        self._keep_ends(batch, rows)
+        self._keep_labels(batch, rows)
         if not self.isolate:
             return batch
         ids, positions = batch["input_ids"], torch.stack([row["position_ids"] for row in rows])
@@ -221,13 +222,13 @@ class PackedRowCollator:
                 batch[name] = batch[name].reshape(1, -1)
         return batch
 
-    def _keep_ends(self, batch: Any, rows: list) -> None:
-        """Undo that a collator has taken each EOS for padding, because the tokenizer pads with it."""
+    def _keep_labels(self, batch: Any, rows: list) -> None:
+        """Undo that a collator has made labels of the tokens, without each EOS if the tokenizer pads with it."""
         if "labels" not in batch or "labels" not in rows[0]:  # predictions need none
             return
-        given = torch.stack([row["labels"] for row in rows])
-        if batch["labels"].equal(given.masked_fill(given == self.eos_token_id, -100)):
-            batch["labels"] = given
+        ids = torch.stack([row["input_ids"] for row in rows])
+        if any(batch["labels"].equal(made) for made in (ids, ids.masked_fill(ids == self.eos_token_id, -100))):
+            batch["labels"] = torch.stack([row["labels"] for row in rows])
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,13 +13,13 @@ import numpy as np
 from .config import MixtureConfig, SourceConfig
 from .documents import (
     DocumentEncoder,
+    check_tokenizer,
     column_names,
     document_hash,
     load_documents,
     naming_source,
-    require_chat_template,
 )
-from .packing import SourcePacker, tokenizer_fingerprint
+from .packing import SourcePacker, count_targets, tokenizer_fingerprint
 from .stream.documents import StreamedDocuments
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Mixture:
     """
     A loaded mixture. Rows are `{"input_ids": (L,), "labels": (L,), "position_ids": (L,)}`. The labels equal the
-    tokens, because causal models of transformers shift them. The positions restart at each document.
+    tokens, because causal models of transformers shift them, or -100 where a token is not trained on. The positions
+    restart at each document.
 
     Attributes:
         config ([`MixtureConfig`]):
@@ -66,6 +67,12 @@ class Mixture:
         return {
             n: len(rows) * length if isinstance(rows, Sized) else sources[n].tokens for n, rows in self.train.items()
         }
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Tokens that are trained on in the packed sources with a `loss_on` other than "all"."""
+        masked = {n: rows for n, rows in self.train.items() if self.config.sources[n].loss_on != "all"}
+        return {n: count_targets(rows) for n, rows in masked.items() if isinstance(rows, Sized)}
 
     @property
     def eval_tokens(self) -> dict[str, int]:
@@ -151,8 +158,7 @@ def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase"
     if config.add_bos_token and tokenizer.bos_token_id is None:
         raise ValueError("add_bos_token: the tokenizer has no BOS token. Set tokenizer.bos_token, or leave it out.")
     for name, source in config.sources.items():
-        if source.messages_column is not None:
-            require_chat_template(name, source, tokenizer)
+        check_tokenizer(name, source, tokenizer)
 
 
 def _text_only(documents: "Dataset | IterableDataset", source: SourceConfig) -> Any:
@@ -195,7 +201,7 @@ def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: 
     found: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(_rows(encoder, documents, encoder.source.split)):
         try:
-            text = encoder.text(row, number)
+            text = encoder.document(row, number).text
         except Exception as error:
             if encoder.source.on_error == "skip":
                 continue

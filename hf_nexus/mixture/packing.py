@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .documents import DocumentEncoder, document_hash
+from .documents import DocumentEncoder, document_hash, unmarked
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RowPacker", "SourcePacker", "document_positions", "tokenizer_fingerprint"]
+__all__ = ["RowPacker", "SourcePacker", "count_targets", "document_positions", "pack_rows", "tokenizer_fingerprint"]
 
 # In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
 CACHE_VERSION = 3
@@ -71,17 +71,48 @@ def document_positions(starts: np.ndarray) -> np.ndarray:
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
 
 
-class RowPacker:
-    """Lays documents end to end and cuts them into rows. Tokens that fill no row wait for the next batch."""
+def pack_rows(tokens: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+    """
+    The columns of rows, given their tokens and which of these start a document, both (n, L). Tokens that are not
+    trained on are marked as by [`DocumentEncoder`]. If they leave no target in a row, it is left out. The first token
+    of a document may not be a target.
+    """
+    positions, trained = document_positions(starts), tokens >= 0
+    kept = trained.all(axis=1) | (trained & (positions > 0)).any(axis=1)
+    if not kept.all():
+        tokens, positions = tokens[kept], positions[kept]
+    return {"input_ids": unmarked(tokens), "labels": np.where(tokens < 0, -100, tokens), "position_ids": positions}
 
-    def __init__(self, sequence_length: int):
+
+def count_targets(rows: "Dataset") -> int:
+    """Tokens of packed rows that are trained on, without the first token of each document."""
+    count = 0
+    for batch in rows.with_format("numpy").iter(1024):
+        count += int(((batch["labels"] != -100) & (batch["position_ids"] > 0)).sum())
+    return count
+
+
+class RowPacker:
+    """
+    Lays documents end to end and cuts them into rows. Tokens that fill no row wait for the next batch.
+
+    Args:
+        sequence_length (`int`):
+            Tokens of a row, L.
+        masked (`bool`, *optional*, defaults to `False`):
+            Whether some tokens are not trained on, so rows have labels of their own.
+    """
+
+    def __init__(self, sequence_length: int, masked: bool = False):
         self.sequence_length = sequence_length
         self.rest = np.empty(0, dtype=np.int32)
         self.rest_starts = np.empty(0, dtype=bool)
-        self.position_dtype = "uint16" if sequence_length <= 1 << 16 else "int32"
+        self.dtypes = {"input_ids": "int32", "position_ids": "uint16" if sequence_length <= 1 << 16 else "int32"}
+        if masked:
+            self.dtypes["labels"] = "int32"
 
     def __call__(self, table: "pa.Table") -> "pa.Table":
-        """Ragged `input_ids` in, `input_ids` and `position_ids` of shape `(n, L)` out; n may be 0."""
+        """Ragged `input_ids` in, columns of shape `(n, L)` out; n may be 0."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -92,10 +123,10 @@ class RowPacker:
         tokens, starts = np.concatenate([self.rest, tokens]), np.concatenate([self.rest_starts, starts])
         full = len(tokens) // self.sequence_length * self.sequence_length
         self.rest, self.rest_starts = tokens[full:].copy(), starts[full:].copy()  # views would keep the whole batch
-        positions = document_positions(starts[:full].reshape(-1, self.sequence_length)).astype(self.position_dtype)
-        columns = {"input_ids": tokens[:full], "position_ids": positions.reshape(-1)}
+        found = pack_rows(*(array[:full].reshape(-1, self.sequence_length) for array in (tokens, starts)))
+        columns = {name: pa.array(found[name].reshape(-1).astype(dtype)) for name, dtype in self.dtypes.items()}
         return pa.table(
-            {n: pa.FixedSizeListArray.from_arrays(pa.array(v), self.sequence_length) for n, v in columns.items()}
+            {n: pa.FixedSizeListArray.from_arrays(values, self.sequence_length) for n, values in columns.items()}
         )
 
 
@@ -131,7 +162,7 @@ class SourcePacker:
 
     def pack_documents(self, documents: "Dataset", sequence_length: int, held_out: bool = False) -> "Dataset":
         """
-        The rows of documents: `input_ids`, equal `labels` and [`document_positions`], all `(L,)` int64 tensors.
+        The rows of documents: `input_ids`, `labels` and [`document_positions`], all `(L,)` int64 tensors.
 
         The source's `max_tokens` limits the documents, unless they are the held-out ones of a training source.
 
@@ -146,13 +177,17 @@ class SourcePacker:
         if tokens < sequence_length:
             raise self._too_few_tokens(documents, tokens, sequence_length, held_out)
         batch_size = max(1, TOKENS_PER_BATCH * len(tokenized) // tokens)
-        pack, arrow = RowPacker(sequence_length), tokenized.with_format("arrow")
-        types = {"input_ids": "int32", "position_ids": pack.position_dtype}
-        features = {name: List(Value(dtype), length=sequence_length) for name, dtype in types.items()}
+        pack, arrow = RowPacker(sequence_length, self.encoder.masked), tokenized.with_format("arrow")
+        features = {name: List(Value(dtype), length=sequence_length) for name, dtype in pack.dtypes.items()}
         rows = self._map("pack", arrow, pack, features, [sequence_length], batch_size=batch_size)
-        # Tokens and labels are the same bytes of the same file.
-        labels = rows.select_columns("input_ids").rename_column("input_ids", "labels")
-        rows = concatenate_datasets([rows, labels], axis=1)
+        if not len(rows):
+            raise ValueError(
+                f"sources.{self.encoder.name}.loss_on: no row of {sequence_length} tokens has one to train on. Raise "
+                "sequence_length, or check the columns."
+            )
+        if not self.encoder.masked:  # tokens and labels are the same bytes of the same file
+            labels = rows.select_columns("input_ids").rename_column("input_ids", "labels")
+            rows = concatenate_datasets([rows, labels], axis=1)
         return rows.with_format("torch")
 
     def _too_few_tokens(self, documents: "Dataset", tokens: int, length: int, held_out: bool) -> ValueError:
@@ -187,18 +222,19 @@ class SourcePacker:
     def _tokenize(self, documents: "Dataset") -> "Dataset":
         from datasets import List, Value
 
-        key = [self.encoder.source.columns, self.fingerprint, self.encoder.bos_token_id]
+        source = self.encoder.source
+        key = [source.columns, source.loss_on, self.fingerprint, self.encoder.bos_token_id]
         return self._encode("tokenize", documents, self._tokens, {"input_ids": List(Value("int32"))}, key)
 
     def _hash(self, batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
-        return {"hash": [document_hash(text) for text in self.encoder.texts(batch, first_row=rows[0])]}
+        documents = self.encoder.documents(batch, first_row=rows[0])
+        return {"hash": [document_hash(document.text) for document in documents]}
 
     def _tokens(self, batch: Mapping[str, list]) -> "pa.Table":
         import pyarrow as pa
 
-        documents = self.encoder.tokenize(self.encoder.texts(batch, first_row=0))
-        bounded = [self.encoder.bounded(ids) for ids in documents if len(ids)]
-        return pa.table({"input_ids": pa.array(bounded, pa.list_(pa.int32()))})
+        tokens = self.encoder.encode(self.encoder.documents(batch, first_row=0))
+        return pa.table({"input_ids": pa.array([ids for ids in tokens if len(ids)], pa.list_(pa.int32()))})
 
     def _encode(self, step: str, documents: "Dataset", *args: Any, **options: Any) -> "Dataset":
         num_proc = min(self.num_proc, len(documents)) if self.num_proc else None

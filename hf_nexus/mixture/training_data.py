@@ -84,9 +84,21 @@ class TrainingData:
         """The token that ends each document; `None` if the rows were not packed here."""
         if self.mixture is not None:
             return self.mixture.eos_token_id
-        sources = self.dataset.sources.values() if self.stages else ()
-        streamed = [source for source in sources if isinstance(source, StreamedDocuments)]
-        return streamed[0].encoder.tokenizer.eos_token_id if len(streamed) == len(sources) > 0 else None
+        streamed = list(self._streamed().values())
+        return streamed[0].encoder.tokenizer.eos_token_id if len(streamed) == len(self.names) else None
+
+    @property
+    def masked(self) -> dict[str, int]:
+        """Tokens of a row of each source that is trained on a part of its tokens."""
+        if self.mixture is not None:
+            config = self.mixture.config
+            return {n: config.sequence_length for n, s in config.train_sources.items() if s.loss_on != "all"}
+        streamed = self._streamed().items()
+        return {name: source.sequence_length for name, source in streamed if source.encoder.masked}
+
+    def _streamed(self) -> dict[str, StreamedDocuments]:
+        sources = self.dataset.sources if self.stages else {}
+        return {name: source for name, source in sources.items() if isinstance(source, StreamedDocuments)}
 
     def indexable(self, source: str, evaluation: Any) -> Any:
         """The evaluation set of a source, or its training rows if it has none; `None` if that is a stream."""

@@ -11,6 +11,7 @@ from transformers import SchedulerType, TrainerCallback
 
 from ..hub.results import Evaluation
 from ..mixture.loading import Mixture
+from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
 from ..trainer.card import CARD_FILES
 from ..trainer.mixin import NexusTrainer
@@ -34,6 +35,9 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
         licenses = {name: loaded.licenses[name] if loaded else source.license for name, source in sources.items()}
         sizes = {name: loaded.eval_tokens[name] if loaded else source.known_tokens for name, source in ood.items()}
         console.print(plan_table(plan.mixture, licenses=licenses, ood_tokens=sizes))
+        for row in plan.mixture:
+            if (part := sources[row.source].loss_on) != "all":
+                console.print(f"{row.source}: {_targets(row, part, loaded)}", highlight=False)
         if len(plan.stages) > 1:
             assert plan.steps is not None
             borders = zip(plan.stages, [*plan.stages[1:], plan.steps], strict=True)
@@ -43,6 +47,15 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
     if arguments.model.accelerators > 0:  # the hardware assumptions are those of an accelerator
         console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
         console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
+
+
+def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:
+    """How many of the tokens that are read from a source are trained on."""
+    targets = None if loaded is None else loaded.targets.get(row.source)
+    if targets is None or row.tokens is None:
+        return f"loss on {part} tokens; their share is known once they are tokenized."
+    share = targets / row.tokens
+    return f"loss on {part} tokens: {share:.1%}, about {round(share * row.train_tokens):,} of {row.train_tokens:,}."
 
 
 def _two_columns(title: str, rows: Mapping[str, str]) -> Table:

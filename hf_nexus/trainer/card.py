@@ -49,6 +49,7 @@ class RunFacts:
     data: TrainingData
     evaluation: Any  # the evaluation sets
     trained_tokens: Mapping[str, int]  # of each source so far
+    rows: Mapping[str, int]  # of each source so far
     unit: str  # "tokens" or "rows" that were trained on
     nexus: dict[str, Any]  # the resolved Nexus fields
     dynamic_weights: bool = False  # whether mixture weights are decided while training
@@ -166,7 +167,7 @@ def _mixture_rows(facts: RunFacts) -> list[MixtureRow]:
             source=name,
             weight=weights[name],
             share=tokens[name] / max(1, sum(tokens.values())),
-            epochs=None if mixture is None else _epochs(tokens[name], mixture.tokens[name], mixture),
+            epochs=None if mixture is None else _epochs(facts.rows[name], mixture.tokens[name], mixture),
             tokens=tokens[name],
             license=None if mixture is None else mixture.licenses[name],
             dataset=public_path(paths[name]) if name in paths else None,
@@ -175,10 +176,9 @@ def _mixture_rows(facts: RunFacts) -> list[MixtureRow]:
     ]
 
 
-def _epochs(trained: int, tokens: int | None, mixture: "Mixture") -> float | None:
-    """Passes over a source. The first token of a row is not predicted, so it is not among those trained on."""
-    length = mixture.config.sequence_length
-    return trained / (tokens * (length - 1) / length) if tokens else None
+def _epochs(rows: int, tokens: int | None, mixture: "Mixture") -> float | None:
+    """Passes over a source of a number of tokens."""
+    return rows * mixture.config.sequence_length / tokens if tokens else None
 
 
 def _is_metric(key: str, value: Any) -> bool:

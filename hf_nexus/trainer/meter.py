@@ -43,6 +43,7 @@ class _Interval:
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
     tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))
     new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
+    new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # as well
     cosines: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     finite: list[Tensor] = field(default_factory=list)  # of each window, whether any of its losses was finite
@@ -59,9 +60,17 @@ class TrainingMeter:
     A window counts after its optimizer step, when the number of the outer step has increased. A checkpoint that is
     saved before the step repeats the window after a resume.
 
+    Args:
+        sources (`Sequence[str]`), device (`torch.device`):
+            The sources, and the device of the sums.
+        masked (`Mapping[str, int]`, *optional*):
+            Tokens of a row of each source that is trained on a part of its tokens.
+
     Attributes:
         trained_tokens (`dict[str, int]`):
             Loss tokens of each source over all ranks, or rows (see `unit`). A plain dataset has the empty name.
+        rows (`dict[str, int]`):
+            Rows of each source over all ranks.
         unit (`str`):
             `"tokens"`, or `"rows"` where labels are not one per token.
         inner_steps_skipped (`float`):
@@ -70,22 +79,27 @@ class TrainingMeter:
             Windows that the end of the data cut short.
     """
 
-    def __init__(self, sources: Sequence[str], device: torch.device):
+    def __init__(self, sources: Sequence[str], device: torch.device, masked: Mapping[str, int] | None = None):
         self.sources = list(sources)
         self._device = device
+        self._masked = masked or {}
         self.begin(None)
 
     def state(self) -> dict[str, Any]:
         """The totals up to the last update, in the form that `trainer_state.json` has."""
-        totals = ("trained_tokens", "inner_steps_skipped", "windows_dropped", "unit")
+        totals = ("trained_tokens", "rows", "inner_steps_skipped", "windows_dropped", "unit")
         return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Start from the [`~TrainingMeter.state`] of a checkpoint, or at zero."""
         totals: Mapping[str, Any] = {} if saved is None else saved["attributes"]
-        known = totals.get("trained_tokens", {})
         # A resumed mixture may have more or fewer sources.
-        self.trained_tokens: dict[str, int] = {source: known.get(source, 0) for source in self.sources}
+        self.trained_tokens: dict[str, int]
+        self.rows: dict[str, int]
+        self.trained_tokens, self.rows = (
+            {source: totals.get(name, {}).get(source, 0) for source in self.sources}
+            for name in ("trained_tokens", "rows")
+        )
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
         self.windows_dropped: int = totals.get("windows_dropped", 0)
         self.unit: str = totals.get("unit", "tokens")
@@ -108,9 +122,9 @@ class TrainingMeter:
                 count()
             self._window.clear()
 
-    def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
-        """Add a trained micro-batch: `loss` is the sum over its tokens on this rank; both are 0-d."""
-        self._window.append(partial(self._count_micro_batch, source, loss, tokens))
+    def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor, rows: int) -> None:
+        """Add a trained micro-batch: `loss` is the sum over its loss tokens on this rank; both are 0-d."""
+        self._window.append(partial(self._count_micro_batch, source, loss, tokens, rows))
 
     def add_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
         """
@@ -119,11 +133,12 @@ class TrainingMeter:
         """
         self._window.append(partial(self._count_path, norm, cosine, skipped, finite))
 
-    def _count_micro_batch(self, source: str, loss: Tensor, tokens: Tensor) -> None:
+    def _count_micro_batch(self, source: str, loss: Tensor, tokens: Tensor, rows: int) -> None:
         interval = self._interval
         interval.loss[source] = interval.loss[source] + loss
         interval.tokens[source] = interval.tokens[source] + tokens
         interval.new_tokens[source] = interval.new_tokens[source] + tokens
+        interval.new_rows[source] += rows
 
     def _count_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
         self._interval.skipped += skipped
@@ -143,12 +158,14 @@ class TrainingMeter:
         """Bring the totals up to date with all windows before an outer step. All ranks must call it."""
         self._count(step)
         interval = self._interval
-        tokens = [interval.new_tokens[source] for source in self.sources]
-        *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, interval.skipped, 1])).tolist()
-        for source, count in zip(self.sources, counts, strict=True):
-            self.trained_tokens[source] += round(count)
+        tokens, rows = ([new[source] for source in self.sources] for new in (interval.new_tokens, interval.new_rows))
+        *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, *rows, interval.skipped, 1])).tolist()
+        for i, source in enumerate(self.sources):
+            self.trained_tokens[source] += round(counts[i])
+            self.rows[source] += round(counts[len(self.sources) + i])
         self.inner_steps_skipped += skipped / ranks  # ranks may differ in local mode
         interval.new_tokens.clear()
+        interval.new_rows.clear()
         interval.skipped = 0
 
     def read(self, step: int, total_flos: float = 0.0) -> dict[str, float]:
@@ -157,9 +174,9 @@ class TrainingMeter:
 
         Returns:
             `dict[str, float]`: `loss/<source>` for the sources since the last call, `tokens/<source>` for all (since
-            the beginning), `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning),
-            `tokens_per_second` (or rows), and `mfu` if the device's peak is known. `loss` is NaN if
-            windows ran and none of their losses was finite.
+            the beginning), `tokens_read/<source>` for those that are trained on a part of their tokens, `path_cosine`,
+            `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning), `tokens_per_second` (or rows), and
+            `mfu` if the device's peak is known. `loss` is NaN if windows ran and none of their losses was finite.
         """
         self.update_totals(step)
         interval, self._interval = self._interval, _Interval()
@@ -172,6 +189,7 @@ class TrainingMeter:
         losses, tokens = sums[: len(self.sources)], sums[len(self.sources) :]
         logs = {f"loss/{s}": x / n for s, x, n in zip(self.sources, losses, tokens, strict=True) if s and n}
         logs |= {f"tokens/{s}": count for s, count in self.trained_tokens.items() if s}
+        logs |= {f"tokens_read/{s}": self.rows[s] * length for s, length in self._masked.items()}
         if cosines:
             logs["path_cosine"] = cosine / cosines
         if norms:

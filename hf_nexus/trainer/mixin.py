@@ -156,7 +156,7 @@ class NexusTrainerMixin(_Base):
         super().__init__(**given)
         if self._trl is not None and self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
-        self.meter = TrainingMeter(self.data.names, self.args.device)
+        self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked)
         self._isolate_documents()
         self._check()
         choose_direction(self.args)
@@ -776,6 +776,7 @@ class NexusTrainerMixin(_Base):
             data=self.data,
             evaluation=self.eval_dataset,
             trained_tokens=self.meter.trained_tokens,
+            rows=self.meter.rows,
             unit=self.meter.unit,
             nexus=self.nexus_settings(),
             dynamic_weights=self._feed.dynamic_weights,

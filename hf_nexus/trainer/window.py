@@ -99,11 +99,12 @@ class Window:
         """The mean loss of micro-batch `i`, given its part of the window's loss."""
         return part * len(self) if self.items is None else part * self.items.sum() / self.items[i].clamp(min=1e-9)
 
-    def summed(self, i: int, mean_loss: Tensor) -> tuple[str, Tensor, Tensor]:
-        """Source, summed loss and tokens (or rows) of micro-batch `i` on this rank, given its mean loss."""
+    def summed(self, i: int, mean_loss: Tensor) -> tuple[str, Tensor, Tensor, int]:
+        """Source, summed loss, loss tokens (or rows) and rows of micro-batch `i` on this rank, given its mean loss."""
+        source, rows = self.sources[i], self.rows[i]
         if self.unit == "rows" or self.tokens is None or self.items is None:
-            return self.sources[i], mean_loss * self.rows[i], torch.full_like(mean_loss, self.rows[i])
-        return self.sources[i], mean_loss * self.items[i], self.tokens[i]
+            return source, mean_loss * rows, torch.full_like(mean_loss, rows), rows
+        return source, mean_loss * self.items[i], self.tokens[i], rows
 
     def mean_loss(self, losses: Tensor, otherwise: Tensor) -> Tensor:
         """Token-weighted mean of the finite losses (k,); `otherwise` if there is none."""

@@ -255,14 +255,14 @@ def test_a_call_of_the_tokenizer_gets_a_bounded_text(tmp_path: Path, monkeypatch
 
 def test_batches_of_long_documents_are_smaller(tmp_path: Path, monkeypatch: Any) -> None:
     batches = []
-    texts_of = DocumentEncoder.texts
+    documents_of = DocumentEncoder.documents
 
-    def noting(self: Any, batch: Any, first_row: int) -> list[str]:
-        found = texts_of(self, batch, first_row)
-        batches.append(sum(map(len, found)))
+    def noting(self: Any, batch: Any, first_row: int) -> list[Any]:
+        found = documents_of(self, batch, first_row)
+        batches.append(sum(len(document.text) for document in found))
         return found
 
-    monkeypatch.setattr(DocumentEncoder, "texts", noting)
+    monkeypatch.setattr(DocumentEncoder, "documents", noting)
     monkeypatch.setattr("hf_nexus.mixture.packing.BYTES_PER_BATCH", 5000)
     packer(tmp_path).pack_documents(Dataset.from_dict({"text": ["the fox " * 100] * 90}), 16)
     assert max(batches) <= 5000 and len(batches) <= 20

@@ -2,12 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from rich.console import Console
 
-from hf_nexus.pretrain.console import cost_table, print_plan
+from hf_nexus.mixture.plan import PlanRow
+from hf_nexus.pretrain.console import _targets, cost_table, print_plan
 from hf_nexus.pretrain.plan import plan_run
 from tests.support.tiny_config import planned
 
@@ -40,6 +42,15 @@ def plan_of(tmp_path, *flags, **data) -> list[str]:
 def test_a_stream_of_unknown_size_is_planned_where_known(tmp_path):
     row = next(line for line in plan_of(tmp_path, sources=BOTH) if line.startswith("web train"))
     assert row.count("unknown") == 3 and "75.0%" in row  # license, size, epochs
+
+
+def test_the_plan_counts_targets_apart_where_they_are_fewer(tmp_path):
+    pairs = {"path": "org/pairs", "tokens": 10_000, "prompt_column": "a", "completion_column": "b", "weight": 1}
+    sources = {"code": CODE, "pairs": pairs | {"loss_on": "completion"}}
+    (line,) = (line for line in plan_of(tmp_path, sources=sources) if "loss on" in line)
+    assert line == "pairs: loss on completion tokens; their share is known once they are tokenized."
+    row, loaded = PlanRow("pairs", 1000, 0.5, 5000, (), ()), SimpleNamespace(targets={"pairs": 250})
+    assert _targets(row, "completion", loaded) == "loss on completion tokens: 25.0%, about 1,250 of 5,000."
 
 
 def test_a_map_style_source_of_unknown_size_has_no_plan_yet(tmp_path):

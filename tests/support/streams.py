@@ -41,6 +41,12 @@ def texts(rows: int) -> Dataset:
     return Dataset.from_dict({"text": [f"{x} fox jumps" * (x * x % 5) for x in range(rows)], "x": list(range(rows))})
 
 
+def pairs(rows: int) -> Dataset:
+    """Prompts with completions, some of them empty. Some rows have no token to train on."""
+    completions = [f"{x} jumps" * (x % 3) for x in range(rows)]
+    return texts(rows).add_column("completion", completions)
+
+
 def generated(shards: list[list[int]], first: int) -> Iterator[dict[str, Any]]:
     for shard in shards:
         for x in shard:
@@ -72,6 +78,9 @@ def kinds() -> dict[str, Callable[[], dict[str, Any]]]:
         "documents": lambda: {
             name: documents_of(texts(n).to_iterable_dataset(2), LENGTH) for name, n in SIZES.items()
         },
+        "completions": lambda: {
+            name: documents_of(pairs(n).to_iterable_dataset(2), LENGTH, **COMPLETIONS) for name, n in SIZES.items()
+        },
         "mix": lambda: {
             "a": table(11),
             "b": sharded([3, 5], 100).with_format("torch"),
@@ -85,6 +94,7 @@ def kinds() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
+COMPLETIONS = {"prompt_column": "text", "completion_column": "completion", "loss_on": "completion"}
 SIZES = {"a": 12, "b": 9, "c": 10}
 
 

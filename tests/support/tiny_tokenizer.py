@@ -30,6 +30,14 @@ def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+# Each message ends with an EOS. What the assistant writes is marked, with its EOS.
+MARKING = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
 def count_tokenized(monkeypatch: Any) -> list[int]:
     """A list that grows with each call of a tokenizer in this process, by the number of its texts."""
     calls: list[int] = []

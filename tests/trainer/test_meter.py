@@ -19,7 +19,7 @@ def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> i
     """Count one window with one micro-batch, and return the next step."""
     step = meter._step + 1
     meter.begin_window(step)
-    meter.add_micro_batch(source, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
+    meter.add_micro_batch(source, torch.tensor(mean_loss * tokens), torch.tensor(tokens), 1)
     return step + 1
 
 
@@ -66,13 +66,13 @@ def test_totals_of_a_checkpoint_are_not_counted_twice():
 def test_a_window_counts_once_its_step_is_over():
     meter = meter_of("text")
     meter.begin_window(0)
-    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10))
+    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10), 2)
     meter.update_totals(0)
     assert meter.trained_tokens == {"text": 0}
     meter.begin_window(0)  # interrupted, and repeated
-    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10))
+    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10), 2)
     meter.update_totals(1)
-    assert meter.trained_tokens == {"text": 10}
+    assert meter.trained_tokens == {"text": 10} and meter.rows == {"text": 2}
 
 
 def test_a_resumed_run_continues_the_totals_of_its_sources():
@@ -80,9 +80,16 @@ def test_a_resumed_run_continues_the_totals_of_its_sources():
     old.update_totals(count(old, "text", 2.0, 10))
     meter = meter_of("text", "new")
     meter.begin(old.state())
-    assert meter.trained_tokens == {"text": 10, "new": 0}
+    assert meter.trained_tokens == {"text": 10, "new": 0} and meter.rows == {"text": 1, "new": 0}
     old.begin(None)
     assert old.trained_tokens == {"text": 0, "gone": 0}
+
+
+def test_tokens_that_are_read_are_logged_where_they_differ():
+    meter = TrainingMeter(["text", "chat"], CPU, {"chat": 64})
+    count(meter, "text", 2.0, 60)
+    logs = meter.read(count(meter, "chat", 2.0, 5))
+    assert (logs["tokens/chat"], logs["tokens_read/chat"]) == (5, 64) and "tokens_read/text" not in logs
 
 
 def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):

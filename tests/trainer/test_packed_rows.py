@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import nn
 from transformers import CLIPVisionConfig, DataCollatorForLanguageModeling, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_nexus import MixtureConfig, load_mixture
+from hf_nexus.trainer.card import summarize
 from tests.support.stream_documents import documents_of
 from tests.support.streams import texts
 from tests.support.tiny import tiny_llama
-from tests.support.tiny_tokenizer import EOS, tiny_tokenizer
+from tests.support.tiny_tokenizer import EOS, MARKING, tiny_tokenizer
 
 VOCAB, LENGTH = 320, 48
 
@@ -145,6 +147,51 @@ def test_streamed_documents_need_no_padding_token(make_trainer):
     trainer.train()
     batch = next(iter(trainer.get_train_dataloader()))
     assert {"input_ids", "labels"} <= batch.keys() and not {"position_ids", "attention_mask"} & batch.keys()
+
+
+def instructions(folder: Path, streaming: bool) -> Any:
+    """A mixture of text, prompts with completions, and conversations."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MARKING
+    chat = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    rows = [{"text": f"{i} fox", "answer": f"{i} dog", "messages": chat} for i in range(80)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_each = {
+        "text": {"text_column": "text"},
+        "pairs": {"prompt_column": "text", "completion_column": "answer", "loss_on": "completion", "eval_rows": 20},
+        "chats": {"messages_column": "messages", "loss_on": "assistant"},
+    }
+    common = {"path": str(folder / "rows.jsonl"), "streaming": streaming, "weight": 1}
+    sources = {name: common | keys for name, keys in of_each.items()}
+    config = MixtureConfig.from_dict({"sources": sources, "sequence_length": LENGTH, "isolate_documents": False})
+    return load_mixture(config, tokenizer, cache_dir=folder / "cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_and_instructions_train_on_what_they_should(make_trainer, tmp_path, streaming):
+    mixture = instructions(tmp_path, streaming)
+    tokenizer = {"processing_class": tiny_tokenizer()}
+    trainer = make_trainer(mixture, tiny_llama(vocab_size=VOCAB), tokenizer, max_steps=3, source_schedule="stratified")
+    trained, step = Counter(), trainer.training_step
+
+    def noting(model, inputs, *args):
+        source = trainer._window.sources[len(trainer._window.inputs)]
+        targets = inputs["labels"][:, 1:]
+        trained[source] += int((targets != -100).sum())
+        shown = tokenizer["processing_class"].decode(targets[targets != -100])
+        assert ("fox" in shown) == (source == "text")
+        return step(model, inputs, *args)
+
+    trainer.training_step = noting
+    trainer.train()
+    (*_, log) = (entry for entry in trainer.state.log_history if "tokens/text" in entry)
+    for name, rows in trainer.meter.rows.items():
+        assert log[f"tokens/{name}"] == trained[name] > 0
+        assert log.get(f"tokens_read/{name}", trained[name]) == rows * (LENGTH - (name == "text"))
+    assert trained["pairs"] < log["tokens_read/pairs"] and trainer.evaluate()["eval_pairs_loss"] > 0
+    epochs = {row.source: row.epochs for row in summarize(trainer.run_facts()).mixture}
+    for name, size in mixture.tokens.items():
+        assert epochs[name] == (size and trainer.meter.rows[name] * LENGTH / size)
 
 
 def test_packed_rows_fit_a_plain_loop(tmp_path):

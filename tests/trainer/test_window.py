@@ -56,8 +56,8 @@ def test_a_window_is_complete_once_all_of_it_was_seen() -> None:
 def test_a_mean_loss_is_summed_over_this_ranks_tokens(items: torch.Tensor, summed: float) -> None:
     """The divisor of the loss is the mean of the counts of the ranks."""
     window = Window(["a", "b"], [2, 2], unit="tokens", tokens=TOKENS, items=items)
-    source, loss, count = window.summed(0, torch.tensor(2.0))
-    assert (source, float(loss), int(count)) == ("a", summed, 3)
+    source, loss, count, rows = window.summed(0, torch.tensor(2.0))
+    assert (source, float(loss), int(count), rows) == ("a", summed, 3, 2)
 
 
 # What a loss function does with the count `n` and the number of micro-batches `k` of a window, given sum and mean of
@@ -106,8 +106,8 @@ def test_a_part_that_is_not_divided_is_a_mean() -> None:
 
 
 def test_without_token_labels_rows_are_counted() -> None:
-    source, loss, count = Window(["a"], [4]).summed(0, torch.tensor(2.0))
-    assert (source, float(loss), int(count)) == ("a", 8.0, 4)
+    source, loss, count, rows = Window(["a"], [4]).summed(0, torch.tensor(2.0))
+    assert (source, float(loss), int(count), rows) == ("a", 8.0, 4, 4)
 
 
 def test_the_loss_of_a_window_weighs_tokens_of_finite_losses() -> None:

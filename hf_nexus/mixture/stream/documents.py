@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ...files import printable
-from ..documents import DocumentEncoder, document_hash, split_text
-from ..packing import document_positions
+from ..documents import Document, DocumentEncoder, document_hash
+from ..packing import pack_rows
 from .reader import Retry, RowReader, SourceError
 from .sources import Partition, Source
 
@@ -77,10 +77,24 @@ class PackedRowReader(RowReader):
         self._tokens: int = state["tokens"]  # tokens of this pass
         self._warned = False
         # The next documents as segments of text or tokens, `None` for an unusable row.
-        self._documents: deque[list[str | np.ndarray] | None] = deque()
+        self._documents: deque[list[Document | np.ndarray] | None] = deque()
 
     def take(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """The next `count` rows: `input_ids`, equal `labels` and [`document_positions`], all `(L,)` int64."""
+        """The next `count` rows: `input_ids`, `labels` and [`document_positions`], all `(L,)` int64."""
+        rows: list[dict[str, torch.Tensor]] = []
+        first = self._pass
+        while len(rows) < count:
+            rows += self._pack(count - len(rows))
+            if not rows and self._pass > first + 1:
+                part = self.packing.encoder.source.loss_on
+                raise self.error(
+                    f"no row of a whole pass has a token to train on (loss_on={part!r}). Raise sequence_length, or "
+                    "check the columns."
+                )
+        return rows
+
+    def _pack(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """Read the next `count` rows, and return those with a token to train on."""
         tokens, length = np.empty((count, self.packing.sequence_length), dtype=np.int64), 0
         starts = np.zeros(tokens.size + 1, dtype=bool)
         while length < tokens.size:
@@ -90,15 +104,16 @@ class PackedRowReader(RowReader):
             self._token += len(more)
             self._tokens += len(more)
             starts[length] = self._document_ended
-        positions = document_positions(starts[:-1].reshape(tokens.shape))
-        columns = zip(torch.from_numpy(tokens), torch.from_numpy(positions), strict=True)
-        return [{"input_ids": row, "labels": row, "position_ids": of_row} for row, of_row in columns]
+        columns = pack_rows(tokens, starts[:-1].reshape(tokens.shape)).items()
+        tensors = {name: torch.from_numpy(values) for name, values in columns}
+        return [{name: values[i] for name, values in tensors.items()} for i in range(len(tensors["labels"]))]
 
     @property
     def _document_ended(self) -> bool:
         """Whether all tokens of the current document are taken."""
-        segments = self._documents[0]
-        return segments is not None and self._segment == len(segments) - 1 and self._token == len(segments[-1])
+        segments = self._documents[0] or []
+        ends = self._segment == len(segments) - 1
+        return ends and isinstance(segments[-1], np.ndarray) and self._token == len(segments[-1])
 
     def state(self) -> dict[str, Any]:
         """The position as JSON types."""
@@ -130,31 +145,30 @@ class PackedRowReader(RowReader):
             self._segment = 0
             self._advance(1)
 
-    def _read_documents(self) -> list[list[str | np.ndarray] | None]:
+    def _read_documents(self) -> list[list[Document | np.ndarray] | None]:
         held_out = self.packing.held_out
-        documents: list[list[str | np.ndarray] | None] = []
-        short: dict[int, str] = {}
+        documents: list[list[Document | np.ndarray] | None] = []
+        short: dict[int, Document] = {}
         for i, row in enumerate(self._peek(DOCUMENTS)):
-            text = self._text(row, i)
-            if text is None:
+            document = self._document(row, i)
+            if document is None:
                 documents.append(None)
-            elif held_out and document_hash(text) in held_out:
+            elif held_out and document_hash(document.text) in held_out:
                 documents.append([])
             else:
-                segments: list[str | np.ndarray] = [*split_text(text)]
-                documents.append(segments)
-                if len(segments) == 1:
-                    short[i] = text
-        for i, tokens in zip(short, self.packing.encoder.tokenize(list(short.values())), strict=True):
-            documents[i] = [self.packing.encoder.bounded(tokens)] if len(tokens) else []
+                documents.append([*document.segments()])
+                if len(documents[i] or ()) == 1:
+                    short[i] = document
+        for i, tokens in zip(short, self.packing.encoder.encode(list(short.values())), strict=True):
+            documents[i] = [tokens]
         return documents
 
-    def _text(self, row: Any, ahead: int) -> str | None:
-        """The text of a row of the last peek, `None` if it is skipped."""
+    def _document(self, row: Any, ahead: int) -> Document | None:
+        """The document of a row of the last peek, `None` if it is skipped."""
         block, encoder = self._current_block(), self.packing.encoder
         number = block.first_row + int(block.order[self._offset + ahead])
         try:
-            return encoder.text(row, number)
+            return encoder.document(row, number)
         except Exception as error:
             name, shard = self.partition.source, "" if block.shard is None else f" of shard {block.shard}"
             problem = f"Source {name!r}: row {number}{shard} is unusable: {printable(error)}"
@@ -165,12 +179,11 @@ class PackedRowReader(RowReader):
                 self._warned = True
             return None
 
-    def _tokens_of(self, segments: list[str | np.ndarray], i: int) -> np.ndarray:
+    def _tokens_of(self, segments: list[Document | np.ndarray], i: int) -> np.ndarray:
         """The tokens of a segment. Long documents keep the tokens of only one segment in memory."""
         segment = segments[i]
-        if isinstance(segment, str):
-            (tokens,) = self.packing.encoder.tokenize([segment])
-            segment = self.packing.encoder.bounded(tokens, first=i == 0, last=i == len(segments) - 1)
+        if isinstance(segment, Document):
+            (segment,) = self.packing.encoder.encode([segment], first=i == 0, last=i == len(segments) - 1)
             segments[i] = segment
-            segments[:i] = [""] * i
+            segments[:i] = [Document("")] * i
         return segment

@@ -1,0 +1,170 @@
+"""Which tokens of prompts, completions and conversations are trained on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, default_data_collator
+
+from hf_nexus.mixture import Mixture, MixtureConfig, MixtureStream, PackedRowCollator, SourceConfig, load_mixture
+from hf_nexus.mixture.documents import DocumentEncoder, check_tokenizer
+from hf_nexus.mixture.stream.reader import SourceError
+
+from ..support.tiny_tokenizer import BOS, EOS, MARKING, adding_bos, tiny_tokenizer
+
+PAIR = {"prompt_column": "prompt", "completion_column": "completion", "loss_on": "completion"}
+CHAT = {"messages_column": "messages", "loss_on": "assistant"}
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def encode(row: dict[str, Any], source: dict[str, str], tokenizer: Any = None, bos: bool | None = None) -> np.ndarray:
+    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer.chat_template = MARKING
+    encoder = DocumentEncoder("a", SourceConfig("a.jsonl", **source), tokenizer, list(row), bos)
+    (tokens,) = encoder.encode([encoder.document(row, 0)])
+    return tokens
+
+
+def targets(tokens: np.ndarray, tokenizer: Any = None) -> str:
+    return (tokenizer or tiny_tokenizer()).decode(tokens[tokens >= 0])
+
+
+def text(tokens: np.ndarray, tokenizer: Any = None) -> str:
+    return (tokenizer or tiny_tokenizer()).decode(np.maximum(tokens, ~tokens))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "whole", "trained"),
+    [
+        ("the quick", "brown fox", "the quick\nbrown fox", "brown fox"),
+        ("the quick ", "brown fox", "the quick brown fox", " brown fox"),  # one token is of both
+        ("é 龜\n", "żółw", "é 龜\nżółw", "żółw"),
+        ("", "brown fox", "\nbrown fox", "brown fox"),
+    ],
+)
+@pytest.mark.parametrize("segment", [1_000_000, 7])
+def test_the_completion_and_its_eos_are_targets(monkeypatch, prompt, completion, whole, trained, segment):
+    monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", segment)
+    tokens = encode({"prompt": prompt, "completion": completion}, PAIR)
+    assert text(tokens) == whole + EOS and targets(tokens) == trained + EOS
+
+
+def test_an_empty_completion_has_no_target():
+    tokens = encode({"prompt": "fox", "completion": ""}, PAIR)
+    assert text(tokens) == "fox" + EOS and targets(tokens) == ""
+
+
+def test_a_completion_of_messages_begins_after_the_generation_prompt():
+    tokens = encode({"prompt": chat("fox"), "completion": chat("", "dog")[1:]}, PAIR)
+    assert text(tokens) == f"<user>fox{EOS}<assistant>dog{EOS}" and targets(tokens) == f"dog{EOS}"
+
+
+@pytest.mark.parametrize("contents", [("fox", "dog"), ("fox", "dog", "the quick", "brown"), ("fox", "dog", "jumps")])
+def test_turns_are_marked_as_by_the_chat_template(contents):
+    tokenizer = tiny_tokenizer()
+    tokens = encode({"messages": chat(*contents)}, CHAT, tokenizer)
+    expected = tokenizer.apply_chat_template(chat(*contents), return_assistant_tokens_mask=True)
+    assert np.maximum(tokens, ~tokens).tolist() == expected["input_ids"]
+    assert (tokens >= 0).astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_an_eos_that_the_template_leaves_out_is_part_of_the_last_turn():
+    tokenizer = tiny_tokenizer()
+    for end in ("", "."):
+        tokenizer.chat_template = MARKING.replace("eos_token", f"'{end}'")
+        encoder = DocumentEncoder("a", SourceConfig("a.jsonl", **CHAT), tokenizer, [])
+        (tokens,) = encoder.encode([encoder.document({"messages": chat("fox", "dog")}, 0)])
+        assert targets(tokens) == "dog" + end + EOS
+
+
+@pytest.mark.parametrize("source", [PAIR, CHAT])
+def test_a_bos_is_no_target(source):
+    tokenizer = adding_bos(tiny_tokenizer())
+    tokens = encode({"prompt": "a", "completion": "b", "messages": chat("a", "b")}, source, tokenizer)
+    assert text(tokens, tokenizer).startswith(BOS) and BOS not in targets(tokens, tokenizer)
+
+
+def test_templates_and_tokenizers_that_cannot_mark_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ValueError, match=r"sources\.a\.loss_on: .*\{% generation %\} and .*set loss_on to 'all'"):
+        check_tokenizer("a", SourceConfig("a.jsonl", **CHAT), tokenizer)
+    with pytest.raises(ValueError, match=r"sources\.a\.loss_on: 'completion' needs a fast tokenizer"):
+        check_tokenizer("a", SourceConfig("a.jsonl", **PAIR), ByT5Tokenizer())
+
+
+# ---- Rows ----
+
+
+def load(folder: Path, streaming: bool, rows: list[Any], length: int, **source: Any) -> Mixture:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MARKING
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"path": str(folder / "a.jsonl"), "streaming": streaming, "weight": 1, **source}
+    return load_mixture(
+        MixtureConfig.from_dict({"sources": {"a": config}, "sequence_length": length}), tokenizer, cache_dir=folder
+    )
+
+
+def first_rows(mixture: Mixture, count: int) -> list[dict[str, torch.Tensor]]:
+    if mixture.config.sources["a"].streaming:
+        return list(MixtureStream(mixture.train, buffer_size=2).__getitems__([(0, 0)] * count))
+    return [mixture.train["a"][i] for i in range(min(count, len(mixture.train["a"])))]
+
+
+PAIRS = [{"prompt": f"the fox {i} ", "completion": f"jumps {i} times"} for i in range(40)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_rows_are_minus_100_outside_of_completions(tmp_path, streaming):
+    mixture = load(tmp_path, streaming, PAIRS, 16, **PAIR)
+    for row in first_rows(mixture, 8):
+        trained = row["labels"] != -100
+        assert row["labels"][trained].equal(row["input_ids"][trained])
+        document = (row["position_ids"] == 0).cumsum(0)[trained]
+        assert "the" not in tiny_tokenizer().decode(row["labels"][trained]) and len(document)
+    text = tiny_tokenizer().decode(torch.cat([row["input_ids"] for row in first_rows(mixture, 8)]))
+    assert "the fox" in text and "jumps" in text
+
+
+def test_rows_of_a_stream_are_those_of_the_packed_source(tmp_path):
+    packed, streamed = (first_rows(load(tmp_path, s, PAIRS[:1] * 40, 16, **PAIR), 12) for s in (False, True))
+    assert all(row[key].equal(other[key]) for row, other in zip(packed, streamed, strict=True) for key in row)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_a_target_are_left_out(tmp_path, streaming):
+    rows = [{"prompt": "the fox " * 30, "completion": "jumps"}] * 9
+    mixture = load(tmp_path, streaming, rows, 16, **PAIR)
+    found = first_rows(mixture, 6)
+    assert len(found) == 6 and all((row["labels"][1:] != -100).any() for row in found)
+    error = SourceError if streaming else ValueError
+    with pytest.raises(error, match=r"one to train on|token to train on"):
+        first_rows(load(tmp_path, streaming, [{**rows[0], "completion": ""}] * 9, 16, **PAIR), 1)
+
+
+def test_targets_are_counted_apart_from_the_tokens_that_are_read(tmp_path):
+    mixture = load(tmp_path, False, PAIRS, 16, **PAIR)
+    rows = first_rows(mixture, 10**6)
+    assert mixture.tokens["a"] == 16 * len(rows)
+    labels = torch.stack([row["labels"].masked_fill(row["position_ids"] == 0, -100) for row in rows])
+    assert mixture.targets == {"a": int((labels != -100).sum())} and mixture.targets["a"] < mixture.tokens["a"]
+
+
+@pytest.mark.parametrize("pads_with_eos", [True, False])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_collators_that_make_labels_of_tokens_keep_the_mask(tmp_path, pads_with_eos, isolate):
+    tokenizer = tiny_tokenizer()
+    if not pads_with_eos:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rows = first_rows(load(tmp_path, False, PAIRS, 16, **PAIR), 3)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    eos = tokenizer.eos_token_id
+    made, plain = (PackedRowCollator(c, eos, isolate)(rows)["labels"] for c in (collate, default_data_collator))
+    assert made.equal(plain)
