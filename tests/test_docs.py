@@ -21,7 +21,7 @@ from hf_nexus.cli import app as cli
 from hf_nexus.mixture import SourceConfig
 from hf_nexus.pretrain.parsing import parse_arguments
 from tests.support.tiny import Rows, tiny_llama
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import MARKING, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MIXTURES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "mixtures.md").read_text(), re.S)
@@ -39,7 +39,9 @@ def stand_in(folder: Path, name: str, source: dict) -> dict:
     texts = [f"document {i} of {name} " + "lazy dogs and quick foxes " * (1 + i % 3) for i in range(1200)]
     with (folder / f"{name}.jsonl").open("w") as file:
         for text in texts:
-            file.write(json.dumps(dict.fromkeys(config.columns.values(), text)) + "\n")
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+            of_key = {"messages_column": turns, "tokens_column": [*text.encode()[:32]] * 2}
+            file.write(json.dumps({c: of_key.get(key, text) for key, c in config.columns.items()}) + "\n")
     local = {"path": str(folder / f"{name}.jsonl")}
     return {key: value for key, value in source.items() if key != "subset"} | local
 
@@ -51,6 +53,7 @@ def test_every_documented_mixture_trains(block, make_trainer, tmp_path):
     data["sequence_length"], data["num_proc"] = 64, None  # to save time
     data["sources"] = {name: stand_in(tmp_path, name, source) for name, source in data["sources"].items()}
     tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MARKING
     mixture = load_mixture(MixtureConfig.from_dict(data), tokenizer, cache_dir=tmp_path / "cache")
     attention = "eager" if "isolate_documents" not in data else "sdpa"
     model = tiny_llama(vocab_size=len(tokenizer), attn_implementation=attention)

@@ -22,8 +22,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TRAIN = {"train", "training"}
 _HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"}
 _HELD_OUT |= {"holdout", "heldout", "held"}
-# Columns other than text, and what trains on a part of them.
+# Columns other than text, and what can be trained on alone in them.
 _NOT_TEXT = {"messages_column": "assistant", "prompt_column": "completion", "completion_column": "completion"}
+_NOT_TEXT |= {"tokens_column": ""}
 
 
 @documented
@@ -32,8 +33,8 @@ class SourceConfig:
     """
     One source of a mixture, checked on creation.
 
-    Documents are read from a text column, from chat messages (rendered with the tokenizer's chat template), or from a
-    prompt and its completion.
+    Documents are read from a text column, from chat messages (rendered with the tokenizer's chat template), from a
+    prompt and its completion, or as tokens.
 
     Args:
         path (`str`):
@@ -53,6 +54,11 @@ class SourceConfig:
             Column with prompts (strings or lists of messages), in place of `text_column`.
         completion_column (`str`, *optional*):
             Column with the completions of the prompts.
+        tokens_column (`str`, *optional*):
+            Column with lists of token ids of the tokenizer, in place of `text_column`.
+        packed (`bool`, *optional*, defaults to `False`):
+            The rows of `tokens_column` have `sequence_length` tokens each and stay as they are. A document ends at
+            each EOS.
         loss_on (`str`, *optional*, defaults to `"all"`):
             Tokens that are trained and evaluated on: `"all"`, `"completion"` for a source with a prompt_column, or
             `"assistant"` for a source with a messages_column, whose chat template marks the turns of the assistant
@@ -97,6 +103,8 @@ class SourceConfig:
     messages_column: Text | None = None
     prompt_column: Text | None = None
     completion_column: Text | None = None
+    tokens_column: Text | None = None
+    packed: bool = False
     loss_on: Literal["all", "completion", "assistant"] = "all"
     weight: Annotated[float, Bound(above=0, most=1e9)] | None = None
     max_tokens: Count | None = None
@@ -129,11 +137,13 @@ class SourceConfig:
             self._check_builtin()
 
     def _check_columns(self) -> None:
-        other = [key for key in _NOT_TEXT if getattr(self, key)]
-        first = "text_column" if self.text_column else "messages_column" if self.messages_column else None
-        other = [key for key in other if key != first]
-        if first and other:
-            raise ValueError(f"{first}: it cannot be combined with {other[0]}. Keep the one that holds the documents.")
+        given = [key for key in ("text_column", *_NOT_TEXT) if getattr(self, key)]
+        if len(given) > 1 and given != ["prompt_column", "completion_column"]:
+            raise ValueError(
+                f"{given[0]}: it cannot be combined with {given[1]}. Keep the one that holds the documents."
+            )
+        if self.packed and self.tokens_column is None:
+            raise ValueError("packed: only rows of tokens can be packed. Name their tokens_column, or remove it.")
         if (self.prompt_column is None) != (self.completion_column is None):
             missing = "prompt_column" if self.prompt_column is None else "completion_column"
             raise ValueError(f"{missing}: missing. Give both prompt_column and completion_column.")
@@ -178,6 +188,8 @@ class SourceConfig:
             return {"messages_column": self.messages_column}
         if self.prompt_column is not None and self.completion_column is not None:
             return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
+        if self.tokens_column is not None:
+            return {"tokens_column": self.tokens_column}
         return {"text_column": self.text_column or "text"}
 
     @property

@@ -25,7 +25,6 @@ __all__ = [
     "DocumentEncoder",
     "check_tokenizer",
     "column_names",
-    "document_hash",
     "load_documents",
     "naming_source",
     "split_text",
@@ -127,15 +126,28 @@ def _load_saved(path: str, split: str) -> "Dataset":
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a row, how many characters at its start are a prompt, and the messages whose turns are marked."""
+    """
+    The text of a row, how many characters at its start are a prompt, and the messages whose turns are marked; or the
+    tokens of a row.
+    """
 
-    text: str
+    text: str = ""
     prompt: int = 0
     messages: list | None = None
+    tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.text if self.tokens is None else self.tokens)
+
+    @property
+    def hash(self) -> int:
+        """A 64-bit hash of the text or tokens, by which documents are held out."""
+        content = self.text.encode() if self.tokens is None else self.tokens.tobytes()
+        return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
     def segments(self) -> "Iterator[Document]":
-        """Parts of at most `SEGMENT` characters. Messages stay whole."""
-        if self.messages is not None:
+        """Parts of at most `SEGMENT` characters. Messages and tokens stay whole."""
+        if self.messages is not None or self.tokens is not None:
             yield self
             return
         start = 0
@@ -159,6 +171,8 @@ class DocumentEncoder:
             Columns of the source, for errors.
         add_bos_token (`bool`, *optional*):
             Whether a BOS starts each document. Defaults to what the tokenizer does by itself.
+        packed_length (`int`, *optional*):
+            Tokens of each row of a packed source.
     """
 
     name: str
@@ -166,6 +180,7 @@ class DocumentEncoder:
     tokenizer: "PreTrainedTokenizerBase"
     available: Sequence[str]
     add_bos_token: bool | None = None
+    packed_length: int | None = None
 
     @cached_property
     def bos_token_id(self) -> int | None:
@@ -179,6 +194,11 @@ class DocumentEncoder:
         """Whether some tokens may not be trained on."""
         return self.source.loss_on != "all"
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends each document inside of packed rows, `None` if rows are not packed yet."""
+        return self.tokenizer.eos_token_id if self.source.packed else None
+
     def documents(self, batch: Mapping[str, list], first_row: int) -> list[Document]:
         """
         The documents of a batch of columns. Errors count rows from `first_row`.
@@ -190,6 +210,9 @@ class DocumentEncoder:
         pairs = self.source.prompt_column is not None
         if self.source.messages_column or (pairs and any(isinstance(v, list) for c in columns.values() for v in c)):
             documents = self._messages(columns, first_row)
+        elif self.source.tokens_column:
+            (rows,) = columns.values()
+            documents = [Document(tokens=self._given(row, number)) for number, row in enumerate(rows, first_row)]
         else:
             self._require(columns, first_row, lambda value: isinstance(value, str), "a string")
             documents = [_join(*values) for values in zip(*columns.values(), strict=True)]
@@ -215,8 +238,12 @@ class DocumentEncoder:
         The tokens of documents, or of their first or last segments, with the BOS and the EOS, `(n,)` int32 each. A
         document without tokens stays empty.
         """
-        turns = self.source.loss_on == "assistant"
-        encoded = self._assistant_turns(documents) if turns else self._tokenize(documents)
+        if self.source.tokens_column:
+            encoded = [document.tokens for document in documents if document.tokens is not None]
+        elif self.source.loss_on == "assistant":
+            encoded = self._assistant_turns(documents)
+        else:
+            encoded = self._tokenize(documents)
         return [self._bounded(tokens, first, last) for tokens in encoded]
 
     def _assistant_turns(self, documents: Sequence[Document]) -> list[np.ndarray]:
@@ -245,13 +272,14 @@ class DocumentEncoder:
         return tokens
 
     def _bounded(self, tokens: np.ndarray, first: bool, last: bool) -> np.ndarray:
-        """Add a BOS and an EOS. A chat template may have written the BOS, and with its mask also the EOS."""
-        if first and last and not len(tokens):
+        """Add a BOS and an EOS. A chat template may have written the BOS, and given tokens may have both."""
+        if (first and last and not len(tokens)) or self.source.packed:
             return tokens
         bos, eos = self.bos_token_id, self.tokenizer.eos_token_id
         if first and bos is not None and unmarked(tokens[:1]).tolist() != [bos]:
             tokens = np.insert(tokens, 0, ~bos if self.masked else bos)
-        if last and not (self.source.loss_on == "assistant" and unmarked(tokens[-1:]).tolist() == [eos]):
+        given = self.source.loss_on == "assistant" or self.source.tokens_column
+        if last and not (given and unmarked(tokens[-1:]).tolist() == [eos]):
             # The end of a turn is trained on with the turn.
             tokens = np.append(tokens, np.int32(~eos if len(tokens) and tokens[-1] < 0 else eos))
         return tokens
@@ -264,6 +292,23 @@ class DocumentEncoder:
 
     def _not_utf8(self, row: int) -> ValueError:
         return ValueError(f"sources.{self.name}: row {row} holds text that is not UTF-8. {_UTF8}")
+
+    def _given(self, row: Any, number: int) -> np.ndarray:
+        """The tokens of a row, `(n,)` int32, checked."""
+        tokens, size = np.asarray(row), len(self.tokenizer)
+        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+            problem = f"holds {repr(tokens.tolist())[:80]}, not a list of token ids. Repair or remove such rows"
+        elif len(tokens) and not 0 <= tokens.min() <= tokens.max() < size:
+            wrong = tokens[(tokens < 0) | (tokens >= size)][0]
+            problem = f"holds the token {wrong}, but the tokenizer has 0 to {size - 1}. Use the tokenizer of the rows"
+        elif self.packed_length not in (None, len(tokens)):
+            problem = f"has {len(tokens)} tokens, not sequence_length={self.packed_length}. Remove `packed`"
+        else:
+            return tokens.astype(np.int32, copy=False)
+        raise ValueError(
+            f"sources.{self.name}.tokens_column: row {number} {problem}, or name another column of "
+            f"{', '.join(self.available)}."
+        )
 
     def _messages(self, columns: dict[str, list], first_row: int) -> list[Document]:
         require_chat_template(self.name, self.source, self.tokenizer)
@@ -372,11 +417,6 @@ def _length_of_common_start(a: str, b: str) -> int:
 def unmarked(tokens: np.ndarray) -> np.ndarray:
     """The tokens, whether they are trained on or not."""
     return np.maximum(tokens, ~tokens)
-
-
-def document_hash(text: str) -> int:
-    """A 64-bit hash of the text of a document, by which documents are held out."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _calls(documents: Sequence[Document]) -> Iterator[list[tuple[int, Document]]]:

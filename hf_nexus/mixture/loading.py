@@ -15,7 +15,6 @@ from .documents import (
     DocumentEncoder,
     check_tokenizer,
     column_names,
-    document_hash,
     load_documents,
     naming_source,
 )
@@ -135,7 +134,8 @@ def load_mixture(
     packers, licenses, documents, held_out = {}, {}, {}, {}
     for name, source in config.sources.items():
         loaded = load_documents(name, source, source.split, files, source.streaming)
-        encoder = DocumentEncoder(name, source, tokenizer, column_names(loaded), config.add_bos_token)
+        packed, columns = config.sequence_length if source.packed else None, column_names(loaded)
+        encoder = DocumentEncoder(name, source, tokenizer, columns, config.add_bos_token, packed)
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
         licenses[name] = source.license or loaded.info.license or None
         documents[name] = _text_only(loaded, source)
@@ -162,10 +162,10 @@ def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _text_only(documents: "Dataset | IterableDataset", source: SourceConfig) -> Any:
-    if documents.column_names is None:  # a stream, where a row may lack a column
-        return documents
-    # A saved dataset may have a format, such as tensors.
-    return documents.select_columns(list(source.columns.values())).with_format(None)
+    if documents.column_names is not None:  # in a stream, a row may lack a column
+        documents = documents.select_columns(list(source.columns.values()))
+    # A saved dataset may have a format, such as tensors. Lists of integers would take ten times as long as arrays.
+    return documents.with_format("numpy" if source.tokens_column else None)
 
 
 # ---- Holding out ----
@@ -201,13 +201,13 @@ def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: 
     found: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(_rows(encoder, documents, encoder.source.split)):
         try:
-            text = encoder.document(row, number).text
+            document = encoder.document(row, number)
         except Exception as error:
             if encoder.source.on_error == "skip":
                 continue
             raise ValueError(f"{error} To skip such rows, set sources.{encoder.name}.on_error to 'skip'.") from error
-        if text:
-            found.setdefault(document_hash(text), {column: row[column] for column in columns})
+        if len(document):
+            found.setdefault(document.hash, {column: row[column] for column in columns})
         if len(found) == count:
             return Dataset.from_list(list(found.values()))
     raise _too_few_documents(packer, count, len(found))

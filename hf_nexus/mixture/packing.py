@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .documents import DocumentEncoder, document_hash, unmarked
+from .documents import DocumentEncoder, unmarked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,12 +71,15 @@ def document_positions(starts: np.ndarray) -> np.ndarray:
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
 
 
-def pack_rows(tokens: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+def pack_rows(tokens: np.ndarray, starts: np.ndarray, end: int | None = None) -> dict[str, np.ndarray]:
     """
-    The columns of rows, given their tokens and which of these start a document, both (n, L). Tokens that are not
-    trained on are marked as by [`DocumentEncoder`]. If they leave no target in a row, it is left out. The first token
-    of a document may not be a target.
+    The columns of rows, given their tokens and which of these start a document, both (n, L).
+
+    Documents also start after each token `end`. Tokens that are not trained on are marked as by [`DocumentEncoder`].
+    If they leave no target in a row, it is left out. The first token of a document may not be a target.
     """
+    if end is not None:
+        starts[:, 1:] |= tokens[:, :-1] == end
     positions, trained = document_positions(starts), tokens >= 0
     kept = trained.all(axis=1) | (trained & (positions > 0)).any(axis=1)
     if not kept.all():
@@ -101,10 +104,13 @@ class RowPacker:
             Tokens of a row, L.
         masked (`bool`, *optional*, defaults to `False`):
             Whether some tokens are not trained on, so rows have labels of their own.
+        end (`int`, *optional*):
+            As for [`pack_rows`].
     """
 
-    def __init__(self, sequence_length: int, masked: bool = False):
+    def __init__(self, sequence_length: int, masked: bool = False, end: int | None = None):
         self.sequence_length = sequence_length
+        self.end = end
         self.rest = np.empty(0, dtype=np.int32)
         self.rest_starts = np.empty(0, dtype=bool)
         self.dtypes = {"input_ids": "int32", "position_ids": "uint16" if sequence_length <= 1 << 16 else "int32"}
@@ -123,7 +129,8 @@ class RowPacker:
         tokens, starts = np.concatenate([self.rest, tokens]), np.concatenate([self.rest_starts, starts])
         full = len(tokens) // self.sequence_length * self.sequence_length
         self.rest, self.rest_starts = tokens[full:].copy(), starts[full:].copy()  # views would keep the whole batch
-        found = pack_rows(*(array[:full].reshape(-1, self.sequence_length) for array in (tokens, starts)))
+        shape = -1, self.sequence_length
+        found = pack_rows(tokens[:full].reshape(shape), starts[:full].reshape(shape), self.end)
         columns = {name: pa.array(found[name].reshape(-1).astype(dtype)) for name, dtype in self.dtypes.items()}
         return pa.table(
             {n: pa.FixedSizeListArray.from_arrays(values, self.sequence_length) for n, values in columns.items()}
@@ -152,7 +159,7 @@ class SourcePacker:
     num_proc: int | None = None
 
     def hash_documents(self, documents: "Dataset") -> np.ndarray:
-        """The [`document_hash`] of each document, `(len(documents),)` int64."""
+        """The hash of each document, `(len(documents),)` int64."""
         from datasets import Value
 
         columns = self.encoder.source.columns
@@ -177,7 +184,7 @@ class SourcePacker:
         if tokens < sequence_length:
             raise self._too_few_tokens(documents, tokens, sequence_length, held_out)
         batch_size = max(1, TOKENS_PER_BATCH * len(tokenized) // tokens)
-        pack, arrow = RowPacker(sequence_length, self.encoder.masked), tokenized.with_format("arrow")
+        pack, arrow = RowPacker(sequence_length, self.encoder.masked, self.encoder.end), tokenized.with_format("arrow")
         features = {name: List(Value(dtype), length=sequence_length) for name, dtype in pack.dtypes.items()}
         rows = self._map("pack", arrow, pack, features, [sequence_length], batch_size=batch_size)
         if not len(rows):
@@ -223,12 +230,12 @@ class SourcePacker:
         from datasets import List, Value
 
         source = self.encoder.source
-        key = [source.columns, source.loss_on, self.fingerprint, self.encoder.bos_token_id]
+        key = [source.columns, source.loss_on, self.encoder.packed_length, self.fingerprint, self.encoder.bos_token_id]
         return self._encode("tokenize", documents, self._tokens, {"input_ids": List(Value("int32"))}, key)
 
     def _hash(self, batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
         documents = self.encoder.documents(batch, first_row=rows[0])
-        return {"hash": [document_hash(document.text) for document in documents]}
+        return {"hash": [document.hash for document in documents]}
 
     def _tokens(self, batch: Mapping[str, list]) -> "pa.Table":
         import pyarrow as pa

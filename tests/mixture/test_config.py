@@ -101,6 +101,9 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.chat.loss_on", "completion", "needs a prompt_column"),
         ("sources.web.loss_on", "assistant", "needs a messages_column"),
         ("sources.web.loss_on", "prompt", "'all', 'completion', 'assistant'"),
+        ("sources.web.packed", True, "Name their tokens_column"),
+        ("sources.code.tokens_column", "input_ids", "Keep the one"),
+        ("sources.law.tokens_column", "input_ids", "Remove it"),
         ("sources.law.weight", 1.0, "Remove it"),
         ("sources.law.streaming", True, "set max_tokens"),
         ("sources.web.streaming", "yes", "true or false"),
@@ -125,6 +128,7 @@ def test_a_wrong_value_is_refused_naming_its_key_and_the_fix(path: str, value: A
         "sources.web.eval_split": "sources.web.eval_rows",
         "sources.chat.prompt_column": "sources.chat.messages_column",
         "sources.web.prompt_column": "sources.web.completion_column",
+        "sources.code.tokens_column": "sources.code.text_column",
     }
     assert str(error.value).startswith((f"{other.get(path, path)}:", f"{path}.path: missing"))
     assert fix in str(error.value)

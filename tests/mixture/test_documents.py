@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, List, Value
 from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, default_data_collator
 
 from hf_nexus.mixture import Mixture, MixtureConfig, MixtureStream, PackedRowCollator, SourceConfig, load_mixture
@@ -102,8 +103,8 @@ def test_templates_and_tokenizers_that_cannot_mark_are_refused():
 # ---- Rows ----
 
 
-def load(folder: Path, streaming: bool, rows: list[Any], length: int, **source: Any) -> Mixture:
-    tokenizer = tiny_tokenizer()
+def load(folder: Path, streaming: bool, rows: list[Any], length: int, tokenizer: Any = None, **source: Any) -> Mixture:
+    tokenizer = tokenizer or tiny_tokenizer()
     tokenizer.chat_template = MARKING
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"path": str(folder / "a.jsonl"), "streaming": streaming, "weight": 1, **source}
@@ -149,6 +150,11 @@ def test_rows_without_a_target_are_left_out(tmp_path, streaming):
         first_rows(load(tmp_path, streaming, [{**rows[0], "completion": ""}] * 9, 16, **PAIR), 1)
 
 
+def test_another_loss_on_does_not_read_the_same_cache(tmp_path):
+    one, other = (load(tmp_path, False, PAIRS, 16, **PAIR | {"loss_on": on}) for on in ("all", "completion"))
+    assert (one.train["a"][0]["labels"] != -100).all() and (other.train["a"][0]["labels"] == -100).any()
+
+
 def test_targets_are_counted_apart_from_the_tokens_that_are_read(tmp_path):
     mixture = load(tmp_path, False, PAIRS, 16, **PAIR)
     rows = first_rows(mixture, 10**6)
@@ -168,3 +174,86 @@ def test_collators_that_make_labels_of_tokens_keep_the_mask(tmp_path, pads_with_
     eos = tokenizer.eos_token_id
     made, plain = (PackedRowCollator(c, eos, isolate)(rows)["labels"] for c in (collate, default_data_collator))
     assert made.equal(plain)
+
+
+# ---- Rows that are tokens already ----
+
+TOKENS = {"tokens_column": "input_ids"}
+
+
+DOCUMENTS = [f"{i} fox jumps" * (1 + i % 4) for i in range(40)]
+
+
+def tokenized(tokenizer: Any, end: bool = False) -> list[dict[str, list[int]]]:
+    return [{"input_ids": tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * end} for text in DOCUMENTS]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_given_tokens_get_the_rows_of_their_text(tmp_path, streaming, bos):
+    """An EOS, or a BOS, that the rows have already is not repeated."""
+    tokenizer = adding_bos(tiny_tokenizer()) if bos else tiny_tokenizer()
+    expected = first_rows(load(tmp_path, streaming, [{"text": text} for text in DOCUMENTS], 16, tokenizer), 6)
+    for end in (False, True):
+        found = first_rows(load(tmp_path, streaming, tokenized(tokenizer, end), 16, tokenizer, **TOKENS), 6)
+        for text, row in zip(expected, found, strict=True):
+            assert all(text[key].equal(row[key]) and text[key].dtype == row[key].dtype for key in text)
+
+
+def test_packed_rows_do_not_read_the_cache_of_unpacked_ones(tmp_path):
+    rows = [{"input_ids": [20, 21, 22, 23]}] * 9
+    one, other = (load(tmp_path, False, rows, 4, packed=packed, **TOKENS) for packed in (False, True))
+    assert one.train["a"][1]["input_ids"].tolist() == [tiny_tokenizer().eos_token_id, 20, 21, 22]
+    assert other.train["a"][1]["input_ids"].tolist() == [20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_packed_rows_stay_as_they_are(tmp_path, streaming):
+    eos = tiny_tokenizer().eos_token_id
+    rows = [{"input_ids": [20 + i, 21, eos, 22, 23, eos, eos, 24]} for i in range(9)]
+    mixture = load(tmp_path, streaming, rows, 8, packed=True, **TOKENS)
+    found = first_rows(mixture, 9)
+    assert sorted(row["input_ids"].tolist() for row in found) == [row["input_ids"] for row in rows]
+    for row in found:
+        assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 0, 0] and row["labels"].equal(row["input_ids"])
+    with pytest.raises((ValueError, SourceError), match=r"has 8 tokens, not sequence_length=6\. Remove `packed`"):
+        first_rows(load(tmp_path, streaming, rows, 6, packed=True, **TOKENS), 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([3, 10**6], "holds the token 1000000, but the tokenizer has 0 to 288"),
+        ([-1], "holds the token -1"),
+        ([0.5], "not a list of token ids"),
+        (None, "holds None, not a list"),
+    ],
+)
+def test_given_tokens_are_checked_by_the_tokenizer(tmp_path, streaming, wrong, message):
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": wrong}]
+    with pytest.raises((ValueError, SourceError), match=f"row . .*{message}"):
+        first_rows(load(tmp_path, streaming, rows, 4, **TOKENS), 30)
+
+
+def test_copies_of_held_out_tokens_are_not_trained_on(tmp_path):
+    rows = tokenized(tiny_tokenizer())
+    for streaming in (False, True):
+        mixture = load(tmp_path, streaming, rows * 2, 4, eval_rows=9, **TOKENS)
+        held_out = set(tiny_tokenizer().decode(mixture.eval["a"]["input_ids"][:].flatten()).split(EOS)[:-1])
+        trained = tiny_tokenizer().decode(torch.cat([row["input_ids"] for row in first_rows(mixture, 40)]))
+        assert len(held_out) >= 8 and held_out.isdisjoint(trained.split(EOS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "streaming"), [("parquet", False), ("parquet", True), ("fixed", False), ("fixed", True), ("arrow", False)]
+)
+def test_tokens_of_arrow_and_parquet_files_are_the_same(tmp_path, kind, streaming):
+    rows = Dataset.from_dict({"input_ids": [[i % 200, 5, 6, 7] for i in range(60)]})
+    if kind == "fixed":
+        rows = rows.cast_column("input_ids", List(Value("uint16"), length=4))
+    expected = first_rows(load(tmp_path, streaming, list(rows), 8, **TOKENS), 10)
+    rows.save_to_disk(tmp_path / "saved") if kind == "arrow" else rows.to_parquet(tmp_path / "a.parquet")
+    path = str(tmp_path / ("saved" if kind == "arrow" else "a.parquet"))
+    found = first_rows(load(tmp_path, streaming, [], 8, **TOKENS, path=path), 10)
+    assert [row["input_ids"].tolist() for row in found] == [row["input_ids"].tolist() for row in expected]

@@ -83,6 +83,19 @@ def test_other_files_of_a_stream_are_described_otherwise(tmp_path, suffix):
     assert not compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", one, None)})
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"tokens_column": "ids"}, {"tokens_column": "tokens"}),
+        ({"tokens_column": "ids"}, {"tokens_column": "ids", "packed": True}),
+        *([{"prompt_column": "a", "completion_column": "b", "loss_on": on} for on in ("all", "completion")],),
+    ],
+)
+def test_settings_that_decide_rows_and_labels_are_described(one, other):
+    one, other = (_settings(SourceConfig(path="a.jsonl", **settings)) for settings in (one, other))
+    assert compare_data({"a": one}, {"a": other}) and not compare_data({"a": one}, {"a": one})
+
+
 @pytest.mark.parametrize("path", ["/home/alice/secret/web.jsonl", "~/secret/web.jsonl"])
 def test_a_description_has_no_folder_of_the_machine(path):
     one, other = (_settings(SourceConfig(path=p))["path"] for p in (path, path.replace("secret", "other")))

@@ -78,8 +78,10 @@ def kinds() -> dict[str, Callable[[], dict[str, Any]]]:
         "documents": lambda: {
             name: documents_of(texts(n).to_iterable_dataset(2), LENGTH) for name, n in SIZES.items()
         },
-        "completions": lambda: {
-            name: documents_of(pairs(n).to_iterable_dataset(2), LENGTH, **COMPLETIONS) for name, n in SIZES.items()
+        "completions": lambda: {  # next to tokens, to be packed or packed
+            "a": documents_of(pairs(12).to_iterable_dataset(2), LENGTH, **COMPLETIONS),
+            "b": documents_of(table(9).to_iterable_dataset(2), LENGTH, tokens_column="input_ids"),
+            "c": documents_of(table(5).to_iterable_dataset(2), LENGTH, tokens_column="input_ids", packed=True),
         },
         "mix": lambda: {
             "a": table(11),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...files import printable
-from ..documents import Document, DocumentEncoder, document_hash
+from ..documents import Document, DocumentEncoder
 from ..packing import pack_rows
 from .reader import Retry, RowReader, SourceError
 from .sources import Partition, Source
@@ -36,7 +36,7 @@ class StreamedDocuments:
         sequence_length (`int`):
             Tokens per row, L.
         held_out (`frozenset[int]`, *optional*):
-            The [`document_hash`] of each document to leave out.
+            The hash of each document to leave out.
 
     Example:
         >>> from datasets import load_dataset
@@ -104,7 +104,7 @@ class PackedRowReader(RowReader):
             self._token += len(more)
             self._tokens += len(more)
             starts[length] = self._document_ended
-        columns = pack_rows(tokens, starts[:-1].reshape(tokens.shape)).items()
+        columns = pack_rows(tokens, starts[:-1].reshape(tokens.shape), self.packing.encoder.end).items()
         tensors = {name: torch.from_numpy(values) for name, values in columns}
         return [{name: values[i] for name, values in tensors.items()} for i in range(len(tensors["labels"]))]
 
@@ -153,7 +153,7 @@ class PackedRowReader(RowReader):
             document = self._document(row, i)
             if document is None:
                 documents.append(None)
-            elif held_out and document_hash(document.text) in held_out:
+            elif held_out and document.hash in held_out:
                 documents.append([])
             else:
                 documents.append([*document.segments()])

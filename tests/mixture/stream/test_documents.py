@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerFast
 
-from hf_nexus.mixture.documents import document_hash, split_text
+from hf_nexus.mixture.documents import Document, split_text
 from hf_nexus.mixture.packing import SourcePacker, tokenizer_fingerprint
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
@@ -125,7 +125,7 @@ def test_streams_leave_out_documents_by_the_hash_of_packing(tmp_path: Path) -> N
     source = stream_of(TEXTS)
     packer = SourcePacker(source.encoder, tokenizer_fingerprint(source.encoder.tokenizer), tmp_path)
     hashes = packer.hash_documents(Dataset.from_dict({"text": TEXTS[:20]})).tolist()
-    assert hashes == [document_hash(text) for text in TEXTS[:20]]
+    assert hashes == [Document(text).hash for text in TEXTS[:20]]
     source = stream_of(TEXTS, held_out=hashes)
     assert sorted(first_pass(start(source), source))[1:] == sorted(TEXTS[20:])
 
