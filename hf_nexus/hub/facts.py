@@ -158,5 +158,5 @@ def hub_id(path: str | None) -> str | None:
 
 
 def public_path(path: str) -> str:
-    """The path of a source without the folders of this machine."""
-    return path if path.startswith(BUILTIN_PREFIX) or hub_id(path) else Path(path).name
+    """The path of a source without the folders of this machine, and without what follows an address."""
+    return path if path.startswith(BUILTIN_PREFIX) or hub_id(path) else Path(path.partition("?")[0]).name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import BUILTIN_PREFIX, SourceConfig
-from .local_files import card_lists_files, is_local, local_files
+from .data_files import card_lists_files, data_files, means_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,8 +61,8 @@ def load_documents(
             documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
         elif any(os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
             documents = _load_saved(path, split)
-        elif is_local(path) and not card_lists_files(path):
-            documents = load_dataset(**local_files(name, path, source, split), **options)
+        elif means_files(path) and not card_lists_files(path):
+            documents = load_dataset(**data_files(name, path, source, split), **options)
         else:
             documents = load_dataset(path, source.subset, revision=source.revision, trust_remote_code=False, **options)
         available = column_names(documents)
@@ -87,6 +87,8 @@ def naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]
         advice = "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
         if isinstance(cause, UnicodeError):
             advice = _UTF8
+        elif isinstance(cause, ModuleNotFoundError):
+            advice = f"Install the package that reads this path: pip install {cause.name}"
         elif what == "Compression type zstd not supported" or "zstandard" in what:
             advice = "Install the package that reads .zst files: pip install zstandard"
         raise ValueError(

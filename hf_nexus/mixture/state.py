@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .config import SourceConfig
+from .data_files import is_remote
 from .loading import Mixture
 from .packing import tokenizer_fingerprint
 from .stream.dataset import MixtureStream
@@ -87,9 +88,11 @@ def describe_data(
 
 def _settings(source: SourceConfig) -> dict[str, Any]:
     given = {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
-    if os.path.isabs(os.path.expanduser(source.path)):  # checkpoints may be published
-        digest = blake2b(source.path.encode(), digest_size=8).hexdigest()
-        given["path"] = f"{Path(source.path).name} in a folder with the hash {digest}"
+    path = source.path.partition("?")[0] if is_remote(source.path) else source.path  # a signature changes
+    if os.path.isabs(os.path.expanduser(path)) or (is_remote(path) and "@" in path):  # checkpoints may be published
+        digest = blake2b(path.encode(), digest_size=8).hexdigest()
+        path = f"{Path(path).name} in a folder with the hash {digest}"
+    given["path"] = path
     return given | source.columns
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, interleave_datasets, load_dataset
 
+from hf_nexus.hub.facts import public_path
 from hf_nexus.mixture.config import SourceConfig
 from hf_nexus.mixture.state import _describe, _settings, compare_data
 
@@ -100,4 +101,15 @@ def test_settings_that_decide_rows_and_labels_are_described(one, other):
 def test_a_description_has_no_folder_of_the_machine(path):
     one, other = (_settings(SourceConfig(path=p))["path"] for p in (path, path.replace("secret", "other")))
     assert one.startswith("web.jsonl") and "secret" not in one and one != other
-    assert _settings(SourceConfig(path="data/web.jsonl"))["path"] == "data/web.jsonl"
+    for path in ("data/web.jsonl", "s3://bucket/web.jsonl"):
+        assert _settings(SourceConfig(path=path))["path"] == path
+
+
+def test_a_description_has_no_signature_or_password_of_an_address():
+    one, other = (
+        _settings(SourceConfig(path=f"https://host/web.jsonl?signature={s}"))["path"] for s in ("secret", "other")
+    )
+    assert one == other == "https://host/web.jsonl"
+    assert public_path("https://host/web.jsonl?signature=secret") == "web.jsonl"
+    path = _settings(SourceConfig(path="ftp://me:secret@host/web.jsonl"))["path"]
+    assert path.startswith("web.jsonl") and "secret" not in path

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from datasets import Dataset
 
+from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
 from hf_nexus.mixture.stages import stage_borders
 from hf_nexus.mixture.stream.reader import Retry, SourceError
@@ -27,6 +29,7 @@ from ..support.fault_processes import KILLS, Terminate, in_a_process, keeping_ha
 from ..support.faults import IN_INNER_STEPS, AtEvents, K, weights
 from ..support.stream_documents import documents_of
 from ..support.streams import (
+    COMPLETIONS,
     LENGTH,
     STEPS,
     WEIGHTS,
@@ -36,12 +39,13 @@ from ..support.streams import (
     kinds,
     make,
     mixture,
+    pairs,
     run,
     sharded,
     table,
     texts,
 )
-from ..support.tiny_tokenizer import tiny_tokenizer
+from ..support.tiny_tokenizer import MARKING, tiny_tokenizer
 
 STAGES = [{"until": 0.5, "weights": {"a": 1, "b": 3, "c": 0}}, {"until": 1.0, "weights": {"a": 1, "b": 0, "c": 3}}]
 Whole = Callable[..., Recorder]
@@ -589,6 +593,49 @@ def test_skipped_rows_are_counted_and_resumed(tmp_path: Path) -> None:
         run(tmp_path / "raise", data("raise"))
 
 
+# ---- From files ----
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store in memory with prompts, conversations, and tokens that are packed or not."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    chat = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    rows = pairs(30).map(lambda row: {"messages": [chat[0] | {"content": row["text"]}, chat[1]]})
+    rows.to_json("memory://bucket/rows.ndjson.gz", compression="gzip")
+    table(20).to_parquet("memory://bucket/tokens/0.parquet")
+    table(20, 100).to_parquet("memory://bucket/tokens/1.parquet")
+    yield "memory://bucket"
+    fsspec.filesystem("memory").rm("memory://bucket", recursive=True)
+
+
+def from_files(bucket: str, cache: Path, streaming: bool) -> Any:
+    of_each = {
+        "pairs": {"path": f"{bucket}/rows.ndjson.gz", **COMPLETIONS},
+        "chats": {"path": f"{bucket}/*.gz", "messages_column": "messages", "loss_on": "assistant"},
+        "tokens": {"path": f"{bucket}/tokens", "tokens_column": "input_ids"},
+        "packed": {"path": f"{bucket}/tokens/*.parquet", "tokens_column": "input_ids", "packed": True},
+    }
+    sources = {name: {"weight": 1, "streaming": streaming, **keys} for name, keys in of_each.items()}
+    config = {"sequence_length": LENGTH, "buffer_size": 8, "sources": sources}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MARKING
+    return load_mixture(MixtureConfig.from_dict(config), tokenizer, cache_dir=cache)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_remote_files_of_all_kinds_resume_exactly(bucket: str, tmp_path: Path, streaming: bool) -> None:
+    config = {"source_schedule": "stratified", "trainer_kwargs": {"processing_class": tiny_tokenizer()}}
+    config["trainer_kwargs"]["processing_class"].chat_template = MARKING
+    expected = run(tmp_path / "whole", from_files(bucket, tmp_path, streaming), **config)
+    assert {*expected.sources()} == {"pairs", "chats", "tokens", "packed"}
+    for step in (2, 5):
+        data = from_files(bucket, tmp_path, streaming)
+        resumed = run(tmp_path / "resumed", data, checkpoint(expected, step), **config)
+        assert differences(resumed, expected, step) == []
+        assert resumed.meter.state() == expected.meter.state()
+
+
 # ---- From the Hub ----
 
 
@@ -612,3 +659,4 @@ def test_a_stream_of_the_hub_survives_a_network_failure(from_hub: dict[str, Any]
     assert from_hub["failed"] >= 5
     assert f"stopped after step {from_hub['step']}, and a checkpoint was saved" in from_hub["error"]
     assert from_hub["step"] >= 2 and from_hub["differences"] == []
+    assert from_hub["by URL"] == [60, 60, 60, 20]

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # Packages whose network errors are not all an `OSError`.
-_NETWORK_PACKAGES = {"aiohttp", "http", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
+_NETWORK_PACKAGES = {"aiohttp", "botocore", "gcsfs", "http", "httpcore", "httpcore2", "httpx", "httpx2", "requests"}
+_NETWORK_PACKAGES |= {"urllib3"}
 # Errors that a retry does not solve.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 

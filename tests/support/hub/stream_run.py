@@ -15,6 +15,7 @@ from tests.support.hub.server import ALICE, HubServer
 REPO = "alice/texts"
 FILES = f"/datasets/{REPO}/resolve/.*jsonl"
 ROWS = 60
+URLS = [("", True), ("", False), ("/*.jsonl", False), ("/0.jsonl", True)]
 
 
 def upload(hub: HubServer) -> None:
@@ -54,6 +55,14 @@ def data() -> Any:
     return load_mixture(config, tiny_tokenizer())
 
 
+def texts(path: str, streaming: bool) -> int:
+    """The number of different texts that a path means."""
+    from hf_nexus.mixture import SourceConfig
+    from hf_nexus.mixture.documents import load_documents
+
+    return len({row["text"] for row in load_documents("web", SourceConfig(path), "train", streaming=streaming)})
+
+
 def main(out: Path) -> None:
     with HubServer(out / "hub") as hub:
         os.environ.update(HF_ENDPOINT=hub.endpoint, HF_TOKEN=ALICE, HF_HOME=str(out / "home"), HF_HUB_OFFLINE="0")
@@ -65,6 +74,7 @@ def main(out: Path) -> None:
         upload(hub)
         whole = run(out / "whole", data())
         found: dict[str, Any] = {"files": hub.count("GET", FILES)}
+        found["by URL"] = [texts(f"hf://datasets/{REPO}{path}", streaming) for path, streaming in URLS]
         before: list[int] = []
         trainer = make(out / "broken", data(), save_strategy="no")
 

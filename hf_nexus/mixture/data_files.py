@@ -1,35 +1,44 @@
-"""Local data files of a source: which ones a path means, and of which split each is."""
+"""Data files of a source, local or remote: which ones a path means, and of which split each is."""
 
 import glob
 import logging
 import os
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import urlsplit
 
 from .config import SourceConfig
 
-if TYPE_CHECKING:
-    from datasets.data_files import DataFilesList
-
-__all__ = ["card_lists_files", "is_local", "local_files"]
+__all__ = ["card_lists_files", "data_files", "is_remote", "means_files"]
 
 logger = logging.getLogger(__name__)
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
+_FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Files that describe a dataset.
-_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 # Words in names, as `datasets` knows them, in any case: `test.csv`, `test/1.csv`, `my-test.00000-of-00002.json.gz`.
 _SPLITS = dict.fromkeys(("train", "training"), "train")
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+# What file systems know of a file that changes with its content, always or mostly.
+_VERSION = ("ETag", "etag", "blob_id")
+_CHANGING = (*_VERSION, "mtime", "Last-Modified", "LastModified", "updated", "created", "size")
 _SPLIT_NAME = re.compile(rf"(?:^|[-_. 0-9])({'|'.join(_SPLITS)})(?:[-_. 0-9]|$)")
 
 
-def is_local(path: str) -> bool:
-    """Whether a path means local files, and not a dataset on the Hub."""
-    return os.path.exists(path) or glob.has_magic(path) or path.startswith((".", "/")) or _suffix(path) in _FORMATS
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, such as `s3://bucket/folder`."""
+    return "://" in path
+
+
+def means_files(path: str) -> bool:
+    """Whether a path means data files, and not a dataset on the Hub."""
+    known = os.path.exists(path) or is_remote(path) or glob.has_magic(path)
+    return known or path.startswith((".", "/")) or _suffix(path) in _FORMATS
 
 
 def card_lists_files(folder: str) -> bool:
@@ -40,7 +49,7 @@ def card_lists_files(folder: str) -> bool:
     return os.path.isfile(card) and "configs" in (metadata_load(card) or {})
 
 
-def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[str, Any]:
+def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[str, Any]:
     """
     The arguments with which `load_dataset` reads the files of a path, each literally. From a path alone, `datasets`
     takes brackets for patterns, and silently leaves out files by their names and formats.
@@ -50,13 +59,15 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
     Raises:
         ValueError: There are no data files, or they have several formats, or names that `datasets` changes.
     """
+    from datasets.data_files import DataFilesList
+
     if source.subset is not None:
-        raise ValueError(f"local files have no subset {source.subset!r}. Remove it, and name the files with a glob.")
-    base, found = _find(path)
-    formats = {file: _FORMATS[_suffix(file)] for file in found if _holds_rows(file, path)}
+        raise ValueError(f"data files have no subset {source.subset!r}. Remove it, and name the files with a glob.")
+    base, found = _find_remote(path) if is_remote(path) else _find(path)
+    formats = {file: _FORMATS[_suffix(file)] for file, facts in found.items() if facts and _holds_rows(file, path)}
     endings = ", ".join(_FORMATS)
     if not found:
-        raise ValueError(f"no file matches {path!r} in {os.getcwd()!r}.")
+        raise ValueError(f"no file matches {path!r}" + ("." if is_remote(path) else f" in {os.getcwd()!r}."))
     if not formats:
         raise ValueError(f"{_listed(found)} cannot be read; use files of one of {endings} that are not empty.")
     (builder, *others) = examples = {format: file for file, format in formats.items()}
@@ -70,7 +81,7 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
         raise ValueError(f"{_listed(changed)}: a name must not hold '::' or a variable. Rename the files.")
     splits: dict[str, list[str]] = {}
     for file in formats:
-        splits.setdefault(_named_split(os.path.relpath(file, base or ".")), []).append(file)
+        splits.setdefault(_named_split(file.removeprefix(base)), []).append(file)
     if "" in splits or len(splits) == 1:
         splits = {"train": list(formats)}
     used = re.findall(r"\w+", f"{split} {source.eval_split}")
@@ -81,18 +92,46 @@ def local_files(name: str, path: str, source: SourceConfig, split: str) -> dict[
             *(name, _listed(left_out), endings),
         )
     options: dict[str, Any] = {}
+    if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
+        options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
     if builder == "text":
         options["sample_by"] = "document"  # by default, each line is a row
         options["encoding"] = "utf-8-sig"  # a byte order mark is no text
     elif builder == "json":
         options["parse_agent_traces"] = False  # by default, a file with certain columns is one row
-    elif builder == "csv":
-        options = _csv_options(formats)
-    return {"path": builder, "data_files": {key: _literal(files) for key, files in splits.items()}, **options}
+    elif builder in ("csv", "tsv"):
+        builder, separator = "csv", "\t" if builder == "tsv" else ","
+        options |= {"sep": separator, **_csv_options(formats, separator)}
+    # Lists that `datasets` does not take for patterns, with what changes when the files do: the cache depends on it.
+    place = str if is_remote(path) else os.path.abspath
+    lists = {key: DataFilesList([*map(place, files)], [found[f] for f in files]) for key, files in splits.items()}
+    return {"path": builder, "data_files": lists, **options}
 
 
-def _find(path: str) -> tuple[str, list[str]]:
-    """The files that a folder or glob means, and the start of the path that exists as it is written."""
+def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """As `_find`, for a URL of a file, a folder, or a glob whose only sign is `*`: others belong to addresses."""
+    from fsspec.core import url_to_fs
+
+    system, path = url_to_fs(url)
+    if "*" in path:
+        found = system.glob(path, detail=True)
+    elif system.isfile(path):
+        found = {path: system.info(path)}
+    else:
+        found = system.find(path, detail=True)
+    facts = {
+        system.unstrip_protocol(file): tuple(f"{key} {info[key]}" for key in _CHANGING if info.get(key))
+        for file, info in sorted(found.items())
+        if info.get("type", "file") == "file" and info.get("size") != 0 and not PurePath(file).name.startswith(".")
+    }
+    return system.unstrip_protocol(path.partition("*")[0].rpartition("/")[0] if "*" in path else path), facts
+
+
+def _find(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """
+    The files that a folder or glob means, with facts that change with their content (none if a file is empty or gone),
+    and the start of the path that exists as it is written.
+    """
     base = path
     while base and not os.path.exists(base):
         base = os.path.dirname(base)
@@ -105,18 +144,19 @@ def _find(path: str) -> tuple[str, list[str]]:
     shortest = {
         (folders[os.path.dirname(file)], os.path.basename(file)): file for file in sorted(found, key=len, reverse=True)
     }
-    return base, sorted(shortest.values())
+    stats = {file: os.stat(file) if os.path.isfile(file) else None for file in sorted(shortest.values())}
+    return base, {n: (str(s.st_mtime_ns), str(s.st_size)) if s and s.st_size else () for n, s in stats.items()}
 
 
 def _suffix(path: str) -> str:
     """The suffix of a file name, without that of a compression."""
-    stem, suffix = os.path.splitext(path.lower())
+    stem, suffix = os.path.splitext((urlsplit(path).path if is_remote(path) else path).lower())
     return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
 
 
 def _holds_rows(file: str, path: str) -> bool:
     named = file == path or os.path.basename(file) not in _METADATA
-    return named and _suffix(file) in _FORMATS and os.path.isfile(file) and os.path.getsize(file) > 0
+    return named and _suffix(file) in _FORMATS
 
 
 def _named_split(file: str) -> str:
@@ -125,27 +165,17 @@ def _named_split(file: str) -> str:
     return next((_SPLITS[match[1]] for match in matches if match), "")
 
 
-def _csv_options(files: Iterable[str]) -> dict[str, Any]:
+def _csv_options(files: Iterable[str], separator: str) -> dict[str, Any]:
     """Read every cell as it is written. By default, "None" and "NA" are missing values, and "007" is a number."""
     import pandas
 
     converters: dict[str, type] = {}
     for file in files:
-        first = pandas.read_csv(file, nrows=1)
+        first = pandas.read_csv(file, nrows=1, sep=separator)
         if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
             raise ValueError(f"{file!r} has rows with more cells than its header. Quote text that holds commas.")
         converters |= dict.fromkeys(first, str)
     return {"converters": converters, "keep_default_na": False}
-
-
-def _literal(files: list[str]) -> "DataFilesList":
-    """Files that `datasets` does not take for patterns, with what changes when they do: the cache depends on it."""
-    from datasets.data_files import DataFilesList
-
-    stats = map(os.stat, files)
-    return DataFilesList(
-        [os.path.abspath(file) for file in files], [(str(stat.st_mtime_ns), str(stat.st_size)) for stat in stats]
-    )
 
 
 def _listed(files: Iterable[str]) -> str:

@@ -1,15 +1,23 @@
-"""A path means the same files as a folder, as a glob and by name, and files that are left out are named."""
+"""A path or URL means the same files as a folder, as a glob and by name, and files that are left out are named."""
 
+import gzip
 import json
 import logging
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from datasets import Dataset
 
 from hf_nexus.mixture import SourceConfig
+from hf_nexus.mixture.data_files import data_files
 from hf_nexus.mixture.documents import load_documents
-from hf_nexus.mixture.local_files import local_files
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +34,7 @@ def write(*names: str) -> None:
 
 def files(path: str, split: str = "train", **source: Any) -> list[str]:
     """The files that a source reads, as names in the current folder."""
-    found = local_files("a", path, SourceConfig(path, split=split, **source), split)["data_files"]
+    found = data_files("a", path, SourceConfig(path, split=split, **source), split)["data_files"]
     return [str(Path(file).relative_to(Path.cwd())) for file in found[split]]
 
 
@@ -141,9 +149,9 @@ def test_several_formats_are_an_error_naming_a_glob() -> None:
             files(path)
 
 
-@pytest.mark.parametrize("name", ["a.ndjson", "plain", "empty.jsonl", "gone.jsonl"])
+@pytest.mark.parametrize("name", ["a.docx", "plain", "empty.jsonl", "gone.jsonl"])
 def test_a_path_without_data_files_names_what_is_there(name: str) -> None:
-    write("a.ndjson", "plain")
+    write("a.docx", "plain")
     Path("empty.jsonl").touch()
     Path("gone.jsonl").symlink_to("nowhere")
     with pytest.raises(ValueError, match=rf"'{name}' cannot be read; use files of one of \.jsonl"):
@@ -208,3 +216,130 @@ def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:
     line = json.dumps({"type": "session", "id": "1", "version": 3, "cwd": "/", "text": "fox"})
     Path("a.jsonl").write_text(f"{line}\n" * 3)
     assert documents("a.jsonl") == ["fox"] * 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_of_tsv_files_are_text_as_written(streaming: bool) -> None:
+    words = ["fox, dog", "None", "007", "a b"]
+    Path("a.tsv").write_text("id\ttext\n" + "".join(f"1\t{word}\n" for word in words))
+    assert documents("a.tsv", streaming) == sorted(words)
+    Path("b.csv").write_text("text\nfox\n")
+    with pytest.raises(ValueError, match="several formats"):
+        files("*.?sv")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ndjson_and_arrow_files_are_read(streaming: bool) -> None:
+    write("d/a.jsonl", "d/b.ndjson")
+    assert documents("d", streaming) == ["d/a.jsonl", "d/b.ndjson"]
+    Dataset.from_dict({"text": ["fox", "dog"]}).save_to_disk("saved")
+    (name,) = (path.name for path in Path("saved").glob("*.arrow"))
+    assert documents(f"saved/{name}", streaming) == ["dog", "fox"]
+
+
+# ---- Remote ----
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' setting of `datasets` would refuse every URL."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def bucket(online: None) -> Iterator[str]:
+    """A folder of an object store in memory."""
+    url = "memory://bucket"
+    yield url
+    fsspec.filesystem("memory").rm(url, recursive=True)
+
+
+@pytest.fixture
+def website(online: None) -> Iterator[str]:
+    """The address of a server of the current folder."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(Path.cwd())))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def upload(url: str, content: bytes) -> None:
+    with fsspec.open(url, "wb") as file:
+        file.write(content)
+
+
+def line(text: str) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bucket_is_read_as_a_file_a_folder_and_a_glob(bucket: str, streaming: bool) -> None:
+    upload(f"{bucket}/d/a.jsonl", line("a"))
+    upload(f"{bucket}/d/sub/b.jsonl.gz", gzip.compress(line("b")))
+    upload(f"{bucket}/d/.hidden.jsonl", line("hidden"))
+    upload(f"{bucket}/d/empty.jsonl", b"")
+    upload(f"{bucket}/d/README.md", b"readme")
+    assert documents(f"{bucket}/d", streaming) == documents(f"{bucket}/d/**", streaming) == ["a", "b"]
+    assert documents(f"{bucket}/d/*.jsonl", streaming) == documents(f"{bucket}/d/a.jsonl", streaming) == ["a"]
+    with pytest.raises(ValueError, match=r"no file matches 'memory://bucket/x\*'"):
+        documents(f"{bucket}/x*", streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "txt", "arrow"])
+def test_every_format_is_read_from_a_bucket(bucket: str, suffix: str, streaming: bool) -> None:
+    dataset = Dataset.from_dict({"text": ["fox", "dog"]})
+    if suffix == "arrow":
+        dataset.save_to_disk("saved")
+        content = next(Path("saved").glob("*.arrow")).read_bytes()
+    elif suffix == "parquet":
+        dataset.to_parquet("a.parquet")
+        content = Path("a.parquet").read_bytes()
+    else:
+        content = (
+            b"fox"
+            if suffix == "txt"
+            else b"id\ttext\n1\tfox\n2\tdog\n".replace(b"\t", b"," if suffix == "csv" else b"\t")
+        )
+    upload(f"{bucket}/a.{suffix}", content)
+    assert documents(f"{bucket}/a.{suffix}", streaming) == (["fox"] if suffix == "txt" else ["dog", "fox"])
+
+
+def test_splits_of_a_bucket_are_told_apart(bucket: str) -> None:
+    for name in ("train", "test"):
+        upload(f"{bucket}/{name}/1.jsonl", line(name))
+    assert documents(bucket) == ["train"] and documents(bucket, split="test") == ["test"]
+    assert documents(f"{bucket}/*/*.jsonl") == ["train"] and documents(f"{bucket}/test/1.jsonl") == ["test"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_changed_remote_file_is_read_again(bucket: str, website: str, streaming: bool) -> None:
+    for text in ("fox", "longer than before"):
+        upload(f"{bucket}/a.jsonl", line(text))
+        Path("a.jsonl").write_bytes(line(text))
+        for place in (bucket, website):
+            assert documents(f"{place}/a.jsonl", streaming) == [text]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_is_read_over_http(website: str, streaming: bool) -> None:
+    write("d/a.jsonl", "d/b.jsonl")
+    Path("c.csv").write_text("text\nfox\n")
+    assert documents(f"{website}/d/a.jsonl?download=true", streaming) == ["d/a.jsonl"]
+    assert documents(f"{website}/c.csv", streaming) == ["fox"]
+    with pytest.raises(ValueError, match=r"sources\.a: 'http://.*/x\.jsonl'.*could not be loaded"):
+        documents(f"{website}/x.jsonl", streaming)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_of_a_store_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(vars(sys.modules["fsspec.registry"])["_registry"], scheme, raising=False)
+    with pytest.raises(ValueError, match=rf"sources\.a: '{scheme}://b/a\.jsonl'.*\n.*pip install {package}$"):
+        documents(f"{scheme}://b/a.jsonl")
