@@ -37,8 +37,14 @@ class NexusConfigMixin:
         inner_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"`, or `"random"`: move along random directions of the same length (a control).
         inner_sync (`str`, *optional*, defaults to `"global"`):
-            `"global"` reduces every inner gradient over the ranks. `"local"` (DDP only) lets each rank walk its own
-            path and averages the pseudo-gradient once per outer step.
+            Which ranks walk one path. `"global"`: all of them, and every inner gradient is reduced over all. `"node"`
+            (DDP only): the ranks of each machine, over which the inner gradients are reduced. `"local"` (DDP only):
+            each rank alone. Several paths are averaged once per outer step.
+        node_size (`int`, *optional*):
+            Number of ranks per path with `inner_sync="node"`. Defaults to the ranks of a machine.
+        reduce_dtype (`str`, *optional*):
+            `"bfloat16"` sends inner gradients in bfloat16 under DDP: half the traffic, at about three digits. FSDP2
+            reduces in the dtype of its mixed precision policy, which is bfloat16 with `bf16`.
         snapshot_device (`str`, *optional*):
             `"cpu"` keeps the extra copy of the parameters in host memory. By default it is on the device of the
             parameters.
@@ -72,7 +78,9 @@ class NexusConfigMixin:
     inner_lr: NonNegative = 0.05
     inner_lr_schedule: Literal["constant", "follow"] = "constant"
     inner_direction: Literal["gradient", "random"] = "gradient"
-    inner_sync: Literal["global", "local"] = "global"
+    inner_sync: Literal["global", "node", "local"] = "global"
+    node_size: Annotated[int, Bound(least=1)] | None = None
+    reduce_dtype: Literal["bfloat16"] | None = None
     snapshot_device: Literal["cpu"] | None = None
     mixture_weights: dict | str | list | None = None  # `str` second: the argument parser takes that one
     source_schedule: Literal["random", "stratified"] = "random"

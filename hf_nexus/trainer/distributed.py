@@ -1,22 +1,25 @@
 """Shards, norms, sums and averages over ranks."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_wrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
+    "PathGroups",
     "Shards",
-    "average_pseudo_gradients",
     "broadcast",
     "gather",
     "is_wrapped",
     "max_over_ranks",
+    "reduce_by",
     "reshard",
     "sum_over_ranks",
 ]
@@ -105,38 +108,115 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@torch.no_grad()
-def average_pseudo_gradients(params: Sequence[Tensor], moved: bool) -> int:
+def reduce_by(model: nn.Module, chosen: Callable[[], tuple[dist.ProcessGroup | None, bool]]) -> None:
     """
-    Replace the pseudo-gradient in `.grad` on each rank by the average over the ranks that moved, in one reduction of
-    the size of the parameters. All ranks must call it, with the same parameters in the same order.
+    Let DDP average gradients as chosen at each backward pass: over a group (`None`: all ranks), and whether they are
+    sent in bfloat16.
+    """
 
-    A gradient that is None on some ranks counts as zero there. One that is None on all ranks stays None.
+    def reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        group, compressed = chosen()
+        hook = bf16_compress_wrapper(allreduce_hook) if compressed else allreduce_hook
+        return hook(group, bucket)  # type: ignore[arg-type]  # None is allowed
+
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.register_comm_hook(None, reduce)
+
+
+class PathGroups:
+    """
+    The ranks that walk one path together, and the average over the paths.
 
     Args:
-        params (`Sequence[Tensor]`):
-            The trainable parameters.
-        moved (`bool`):
-            Whether this rank took any inner step. If not, its gradients are ignored.
+        inner_sync (`str`):
+            `"global"`: all ranks walk one path. `"node"`: the ranks of each machine do. `"local"`: each rank does.
+        node_size (`int`, *optional*):
+            Ranks per path with `"node"`. Defaults to the ranks of this machine, as torchrun says.
 
-    Returns:
-        `int`: number of ranks that moved. With 0, every gradient is None.
+    Attributes:
+        size (`int`): Ranks per path.
+        path (`int`): Number of this rank's path.
+        several, alone (`bool`): Whether there are several paths, and whether each is of one rank.
+        inside (`ProcessGroup`, *optional*): The ranks of this path, if there are several paths of several ranks.
+
+    Raises:
+        ValueError: the ranks cannot be split into groups of this size.
     """
-    device = params[0].device
-    # Different gradients may be None on different ranks, but all ranks must send the same shapes. A flag per parameter
-    # shows which gradients are None.
-    flags = torch.tensor(
-        [moved, *(moved and p.grad is not None for p in params)], dtype=params[0].dtype, device=device
-    )
-    values = [p.grad if moved and p.grad is not None else torch.zeros_like(p) for p in params]
-    flat = torch.cat([flags, *(v.reshape(-1) for v in values)])
-    del values
-    dist.all_reduce(flat)
-    counts = flat[: len(flags)].tolist()
-    ranks_moved = round(counts[0])
-    start = len(flags)
-    for p, count in zip(params, counts[1:], strict=True):
-        values_of_p = flat[start : start + p.numel()]
-        start += p.numel()
-        p.grad = torch.empty_like(p).copy_(values_of_p.view(p.shape)).div_(ranks_moved) if count else None
-    return ranks_moved
+
+    def __init__(self, inner_sync: str, node_size: int | None = None):
+        self.settings = inner_sync, node_size
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if _several_ranks() else (1, 0)
+        node = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        self.size = size = {"global": ranks, "local": 1, "node": node}[inner_sync]
+        sizes = gather(size)
+        if ranks % size or len(set(sizes)) > 1:
+            raise ValueError(
+                f"inner_sync='node' needs the same number of ranks in each group, but {ranks} ranks were to be split "
+                f"into groups of {', '.join(map(str, sorted(set(sizes))))}. Set node_size to a divisor of {ranks}."
+            )
+        self.path, self._place = divmod(rank, size)
+        self.inside: dist.ProcessGroup | None = None
+        self._across: dist.ProcessGroup | None = None  # all ranks, if each walks its own path
+        if 1 < size < ranks:  # every rank must make every group
+            paths = [list(range(first, first + size)) for first in range(0, ranks, size)]
+            across = [list(ranks_at) for ranks_at in zip(*paths, strict=True)]
+            self.inside = [dist.new_group(path) for path in paths][self.path]
+            self._across = [dist.new_group(ranks_at) for ranks_at in across][self._place]
+        self.several, self.alone = size < ranks, size == 1 < ranks
+
+    @torch.no_grad()
+    def average(self, params: Sequence[Tensor], moved: bool) -> int:
+        """
+        Replace the pseudo-gradient in `.grad` by its average over the paths that moved. All ranks must call it, with
+        the same parameters in the same order.
+
+        The ranks of a path hold the same pseudo-gradient. Each sends an equal part of it to the other paths, and
+        gathers the averaged parts of the others. This happens in buckets, so little memory is needed.
+
+        A gradient that is None on some paths counts as zero there. One that is None on all paths stays None.
+
+        Args:
+            params (`Sequence[Tensor]`):
+                The trainable parameters.
+            moved (`bool`):
+                Whether this path took any inner step. If not, its gradients are ignored.
+
+        Returns:
+            `int`: number of paths that moved. With 0, every gradient is None.
+        """
+        # Different gradients may be None on different paths, but all must send the same shapes.
+        held = torch.tensor([moved, *(moved and p.grad is not None for p in params)], dtype=torch.int32)
+        counts = held.to(params[0].device)
+        dist.all_reduce(counts, group=self._across)
+        paths_moved, *counted = counts.tolist()
+        present = [p for p, count in zip(params, counted, strict=True) if count]
+        for p, count in zip(params, counted, strict=True):
+            if not count:
+                p.grad = None
+            elif p.grad is None or not moved:
+                p.grad = torch.zeros_like(p)
+        for bucket in _buckets([p.grad for p in present]):  # type: ignore[misc]
+            flat = torch.cat([g.reshape(-1) for g in bucket])
+            padded = nn.functional.pad(flat, (0, -len(flat) % self.size))
+            part = padded.chunk(self.size)[self._place]
+            dist.all_reduce(part, group=self._across)
+            if self.inside is not None:
+                dist.all_gather_into_tensor(padded, part.clone(), group=self.inside)
+            means = padded[: len(flat)].div_(paths_moved).split([g.numel() for g in bucket])
+            for gradient, mean in zip(bucket, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        return paths_moved
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of the same dtype, of 25 MB together as in DDP, or one that is larger."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(t.nbytes for t in bucket)
+        if bucket and (size + tensor.nbytes > 25 * 2**20 or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -490,10 +490,9 @@ class NexusTrainerMixin(_Base):
     def _walk_window(self, model: nn.Module, base_step: Any) -> Tensor:
         """Run the window with the Nexus update; `base_step` is the base class's `training_step`."""
         window = self._window
-        local = self.args.inner_sync == "local" and self.args.world_size > 1
 
         def micro_step(i: int) -> Tensor:
-            with self.accelerator.no_sync(model) if local else nullcontext():
+            with self.accelerator.no_sync(model) if self._walker.groups.alone else nullcontext():
                 return self._micro_step(model, base_step, i)
 
         # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
@@ -511,8 +510,7 @@ class NexusTrainerMixin(_Base):
         if window.same is not None and not window.same:
             check_windows(gather(window.sources))
         self._count_path(losses)
-        if local:
-            self._walker.average_over_ranks()
+        self._walker.average_over_ranks()
         # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.
         running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)

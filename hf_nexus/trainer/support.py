@@ -243,10 +243,10 @@ def _check_fsdp(args: Any, version: int) -> None:
             "Nexus does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: set fsdp_version to 2 "
             "in fsdp_config or in the accelerate configuration."
         )
-    if args.inner_sync == "local":
+    if args.inner_sync != "global":
         raise ValueError(
-            "inner_sync='local' is not possible under FSDP: no rank holds all the weights that it would walk. Use "
-            "inner_sync='global', or DDP."
+            f"inner_sync={args.inner_sync!r} is not possible under FSDP, which shards the weights of a path over all "
+            "ranks. Use inner_sync='global', or DDP."
         )
 
 

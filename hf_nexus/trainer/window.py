@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import StreamState, pop_tag
 from ..nexus import Nexus
-from .distributed import Shards, average_pseudo_gradients, is_wrapped, reshard, sum_over_ranks
+from .distributed import PathGroups, Shards, is_wrapped, reduce_by, reshard, sum_over_ranks
 from .support import check_trained, check_unchanged, check_wrapped, warn_of_buffers, warn_of_short_steps
 
 __all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
@@ -165,13 +165,17 @@ class Walker:
     Walks the micro-batches of a window with the Nexus update. Weights are displaced inside [`~Walker.walk`] only.
 
     Attributes:
-        nexus ([`Nexus`], *optional*): The update, from [`~Walker.begin`] on.
+        nexus ([`Nexus`], *optional*), groups ([`PathGroups`]):
+            The update, and the ranks that walk one path, from [`~Walker.begin`] on.
     """
+
+    groups: PathGroups
 
     def __init__(self, args: Any):
         self._args = args
         self._new = True  # no window was walked yet
         self._begun: tuple[Any, Any] = (None, None)  # the wrapped model, and the sets of its parameters
+        self._hooked: Any = None  # the wrapped model whose reductions are ours
         self.nexus: Nexus | None = None
 
     def walk(self, model: nn.Module, window: Window, micro_step: Callable[[int], Tensor], **settings: Any) -> Tensor:
@@ -228,8 +232,13 @@ class Walker:
         # A loss function can have parameters as well.
         params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
         shards = Shards(params)
-        # Ranks that walk one path need the same random directions, ranks that walk their own do not.
-        path = args.process_index if args.inner_sync == "local" else shards.index
+        if before[0] != wrapped or self.groups.settings != (args.inner_sync, args.node_size):
+            self.groups = PathGroups(args.inner_sync, args.node_size)
+        if (self.groups.inside is not None or args.reduce_dtype) and self._hooked != wrapped and args.world_size > 1:
+            self._hooked = wrapped
+            reduce_by(model, lambda: (self.groups.inside, args.reduce_dtype is not None))
+        # Ranks that walk one path need the same random directions. Other paths need others.
+        path = self.groups.path if self.groups.several else shards.index
         self.nexus = Nexus(
             params,
             args.inner_lr,
@@ -250,9 +259,9 @@ class Walker:
         return self.nexus
 
     def average_over_ranks(self) -> None:
-        """Replace the pseudo-gradient in `.grad` by the average over the ranks that moved (`inner_sync="local"`)."""
-        if self.nexus is not None:
-            average_pseudo_gradients(self.nexus.params, self.nexus.steps_taken > 0)
+        """Replace the pseudo-gradient in `.grad` by the average over the paths that moved, if there are several."""
+        if self.nexus is not None and self.groups.several:
+            self.groups.average(self.nexus.params, self.nexus.steps_taken > 0)
 
     def reset(self) -> None:
         """Discard the parameters: the model may be wrapped again or replaced."""

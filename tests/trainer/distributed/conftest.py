@@ -1,4 +1,4 @@
-"""One launch of two ranks for all tests of this folder, also if pytest-xdist runs them in several processes."""
+"""One launch of two ranks and one of four, also if pytest-xdist runs the tests in several processes."""
 
 import os
 from pathlib import Path
@@ -13,12 +13,22 @@ from tests.support.launcher import launch, reports
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of each rank, by the name of the worker."""
-    root = tmp_path_factory.getbasetemp()
+    return launched("two_ranks", 2, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of each rank, by the name of the worker."""
+    return launched("four_ranks", 4, tmp_path_factory)
+
+
+def launched(name: str, ranks: int, factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    out = Path(root, "two_ranks")
+    out = Path(root, name)
     with FileLock(f"{out}.lock"):
-        if (out / "rank1.json").exists():
-            return reports(out, 2)
+        if all((out / f"rank{r}.json").exists() for r in range(ranks)):
+            return reports(out, ranks)
         out.mkdir(exist_ok=True)
-        return launch("tests.trainer.distributed.two_ranks", 2, out)
+        return launch(f"tests.trainer.distributed.{name}", ranks, out)

@@ -1,7 +1,6 @@
 """Run by torchrun on CPU processes: FSDP2 scenarios. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.tensors import shard
-from tests.support.launcher import report
 from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.distributed.worker import sources
 
@@ -176,7 +174,3 @@ def four_ranks(out: Path) -> dict[str, Any]:
 
     hybrid = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
     return {"ddp": trained(make(out, fsdp=False)), "hsdp": trained(make(out, parallelism_config=hybrid))}
-
-
-if __name__ == "__main__":  # on four ranks
-    report(four_ranks(Path(sys.argv[1])), Path(sys.argv[1]))

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tests.support.launcher import launch
-
 pytest.importorskip("peft")
 
 
@@ -66,8 +64,7 @@ def test_resume_is_bit_exact(two, state_dict):
         assert rank[state_dict]["again"] == rank[state_dict]["whole"]
 
 
-@pytest.mark.slow
-def test_hybrid_sharding_on_four_ranks_matches_ddp(tmp_path):
-    ranks = launch("tests.trainer.distributed.fsdp_worker", 4, tmp_path)
+def test_hybrid_sharding_on_four_ranks_matches_ddp(four_ranks):
+    ranks = [rank["hybrid"] for rank in four_ranks]
     assert distance(ranks[0]["hsdp"], ranks[0]["ddp"]) < 1e-5
     assert all(rank["hsdp"] == ranks[0]["hsdp"] for rank in ranks)

@@ -22,8 +22,9 @@ RESUMES_ON_CPU = version.parse(transformers.__version__) >= version.parse("5.23"
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
 
-def sources(pad: bool = False) -> dict[str, Rows]:
-    return {"text": Rows(40, 0, pad=pad), "code": Rows(32, 1, pad=pad), "math": Rows(24, 2, pad=pad)}
+def sources(pad: bool = False, times: int = 1) -> dict[str, Rows]:
+    rows = {"text": 40, "code": 32, "math": 24}
+    return {name: Rows(times * n, i, pad=pad) for i, (name, n) in enumerate(rows.items())}
 
 
 def make(

@@ -1,0 +1,81 @@
+"""`inner_sync="node"` on four CPU processes, as two paths of two ranks."""
+
+import pytest
+import torch
+
+from tests.trainer.distributed.test_ddp import distance
+from tests.trainer.distributed.worker import WEIGHTS, make, sources
+
+
+@pytest.fixture(scope="module")
+def ranks(four_ranks: list[dict]) -> list[dict]:
+    return [rank["node"] for rank in four_ranks]
+
+
+def two_paths(out) -> list[float]:
+    """Walk both paths one after the other in one process: half of each micro-batch for each."""
+    trainer = make(out, sources(True, 3), mixture_weights=WEIGHTS, per_device_train_batch_size=8)
+    trainer.create_optimizer_and_scheduler(5)
+    model, params = trainer.model, list(trainer.model.parameters())
+    batches = iter(trainer.get_train_dataloader())
+    gamma, k = trainer.args.inner_lr, trainer.args.gradient_accumulation_steps
+    for _ in range(5):
+        window = [next(batches) for _ in range(k)]
+        start, mean = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+        for rows in (slice(0, 4), slice(4, 8)):
+            for batch in window:
+                loss = model(input_ids=batch["input_ids"][rows], labels=batch["labels"][rows]).loss
+                gradients = torch.autograd.grad(loss, params)
+                norm = torch.cat([g.flatten() for g in gradients]).norm()
+                for p, g in zip(params, gradients, strict=True):
+                    p.data -= gamma * g / norm
+            for p, origin, m in zip(params, start, mean, strict=True):
+                m += (origin - p.data) / (gamma * k) / 2
+                p.data.copy_(origin)
+        for p, m in zip(params, mean, strict=True):
+            p.grad = m
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return torch.cat([p.detach().flatten() for p in params]).tolist()
+
+
+def test_two_paths_of_two_ranks_match_two_paths_in_one_process(ranks, tmp_path):
+    assert distance(ranks[0]["plain"]["weights"], two_paths(tmp_path)) < 1e-5
+
+
+@pytest.mark.parametrize("scenario", ["plain", "bf16", "random", "ragged", "none", "nan"])
+def test_all_ranks_are_bit_identical_after_every_outer_step(ranks, scenario):
+    for rank in ranks:
+        assert rank[scenario]["agree"] and all(rank[scenario]["agree"])
+        assert rank[scenario]["weights"] == ranks[0][scenario]["weights"]
+        assert rank[scenario]["sources"] == ranks[0][scenario]["sources"]
+
+
+def test_traffic_between_paths_is_that_of_one_reduction(ranks):
+    """Each of the two ranks of a path sends half of the model. Inside are k reductions, and half is gathered."""
+    for rank in ranks:
+        assert rank["plain"]["sent"] == {"inside": [4.5] * 5, "between": [0.5] * 5}
+
+
+def test_inner_gradients_in_bfloat16_halve_the_traffic_inside(ranks):
+    assert ranks[0]["bf16"]["sent"] == {"inside": [2.5] * 5, "between": [0.5] * 5}
+    assert 1e-6 < distance(ranks[0]["bf16"]["weights"], ranks[0]["plain"]["weights"]) < 1e-2
+
+
+def test_a_parameter_that_no_path_meets_is_left_alone(ranks):
+    assert ranks[0]["none"]["never_moved"] == 3.0  # not shrunk by weight decay
+
+
+def test_a_path_skips_the_steps_that_are_not_finite(ranks):
+    """The path of rank 1 skips 1 + 4 steps, the other none."""
+    assert ranks[0]["nan"]["logs"]["inner_steps_skipped"] == 2.5
+    assert torch.tensor(ranks[0]["nan"]["weights"]).isfinite().all()
+
+
+def test_resume_on_four_ranks_is_bit_exact(ranks):
+    for rank in ranks:
+        assert rank["resumed"][0] == rank["resumed"][1]
+
+
+def test_groups_of_different_sizes_are_an_error(ranks):
+    assert "4 ranks were to be split into groups of 3" in ranks[0]["uneven"]
