@@ -47,6 +47,8 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
     if arguments.model.accelerators > 0:  # the hardware assumptions are those of an accelerator
         console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
         console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
+        if plan.sync is not None:
+            console.print(f"Fastest inner_sync: {plan.sync}", highlight=False)
 
 
 def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:
@@ -137,8 +139,8 @@ def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | Non
     assumed = f"--peak_tflops {hardware.peak_tflops:g} --mfu {hardware.mfu:g}"
     rows = {"arithmetic per step": f"{cost.compute:.3g} s ({assumed})"}
     if cost.devices > 1:
-        sent = f"{cost.communication:.3g} s for {format_bytes(cost.sent)} per device (--link {hardware.link:g})"
-        hidden = "with or without overlap with the backward pass" if cost.overlaps else "sent after the last pass"
+        sent = f"{cost.during + cost.after:.3g} s for {format_bytes(cost.sent)} per device (--link {hardware.link:g})"
+        hidden = "with or without overlap with the backward pass" if cost.during else "sent after the last pass"
         rows |= {f"sent per step, {cost.sharding}": sent, "step": f"{_range(cost.best, cost.worst, 's')}, {hidden}"}
     if steps is not None:
         low, high = (steps * seconds / 86400 for seconds in (cost.best, cost.worst))

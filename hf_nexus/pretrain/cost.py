@@ -19,10 +19,11 @@ class CostEstimate:
         compute:
             Seconds of arithmetic: `6 * parameters` operations per token (forward and backward, without the attention
             scores), a third more with gradient checkpointing, at `mfu * peak_tflops` per device.
-        sent, communication:
-            Bytes that each device sends in ring reductions, and the seconds that this takes over `link`.
-        overlaps:
-            Whether they can be sent during the backward pass. One reduction at the end of a window cannot.
+        sent:
+            Bytes that each device sends in ring reductions: over `link`, and with `inner_sync="node"` also over
+            `node_link` to the devices of its machine.
+        during, after:
+            Seconds of sending that the backward passes can hide, and that follow the last one.
         formula:
             Formulas of the arithmetic and of the bytes.
     """
@@ -31,44 +32,78 @@ class CostEstimate:
     sharding: str
     compute: float
     sent: int
-    communication: float
-    overlaps: bool
+    during: float
+    after: float
     formula: str
 
     @property
     def best(self) -> float:
         """Seconds of a step that hides as much communication as possible."""
-        return max(self.compute, self.communication) if self.overlaps else self.worst
+        return max(self.compute, self.during) + self.after
 
     @property
     def worst(self) -> float:
         """Seconds of a step that hides no communication."""
-        return self.compute + self.communication
+        return self.compute + self.during + self.after
 
 
-def estimate_cost(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> CostEstimate:
-    """Time of an outer step of `tokens_per_step` over all devices, from the assumptions in `arguments.hardware`."""
+def estimate_cost(
+    arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int, inner_sync: str | None = None
+) -> CostEstimate:
+    """
+    Time of an outer step of `tokens_per_step` over all devices, from the assumptions in `arguments.hardware`, with
+    another `inner_sync` if given.
+    """
     t, hardware, sharding = arguments.training, arguments.hardware, sharding_of(arguments)
-    k, others = t.gradient_accumulation_steps, (devices - 1) / devices
+    k, sync = t.gradient_accumulation_steps, (inner_sync or t.inner_sync) if t.nexus else "plain"
     again, again_formula = (4 / 3, " x 4/3") if t.gradient_checkpointing else (1.0, "")
     compute = 6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices)
-    reductions = k if t.nexus and t.inner_sync == "global" else 1
-    size = 2 if t.bf16 else 4
+    path = t.node_size or hardware.devices_per_node
+    if sync == "node" and devices <= path:
+        sync = "global"
+    reductions = k if sync == "global" else 1
+    wire, size = (2 if t.reduce_dtype else 4), 2 if t.bf16 else 4
+    inside = 0.0
     if devices == 1:
-        sharding, copies, sent_formula = "one device", 0, "0"
+        sharding, copies, sent_formula = "one device", 0.0, "0"
     elif sharding == "fsdp2":  # gathered twice for each micro-batch, and scattered while it is reduced
-        copies = size * (2 * k + reductions)
+        copies = size * (2 * k + reductions) * (devices - 1) / devices
         sent_formula = f"(2 x {k} gathers + {reductions} reductions) x {size}N x (W - 1)/W"
+    elif sync == "node":
+        inside = (2 * k * wire + 4) * (path - 1) / path
+        copies = 2 * 4 / path * (devices - path) / devices
+        sent_formula = (
+            f"1 reduction x 4N/{path} x 2(W - {path})/W, in a machine ({k} reductions x 2 x {wire}N + a gather of 4N) "
+            f"x {path - 1}/{path}"
+        )
     else:
-        copies = 2 * 4 * reductions
-        sent_formula = f"{reductions} reduction{'s' * (reductions > 1)} x 4N x 2(W - 1)/W"
-    sent = round(copies * parameters * others)
+        wire = 4 if sync == "local" else wire
+        copies = 2 * wire * reductions * (devices - 1) / devices
+        sent_formula = f"{reductions} reduction{'s' * (reductions > 1)} x {wire}N x 2(W - 1)/W"
+    over_link = copies * parameters / (hardware.link * 1e9)
+    late = sync in ("node", "local")
     return CostEstimate(
         devices=devices,
         sharding=sharding,
         compute=compute,
-        sent=sent,
-        communication=sent / (hardware.link * 1e9),
-        overlaps=not (t.nexus and t.inner_sync == "local"),
+        sent=round((copies + inside) * parameters),
+        during=inside * parameters / (hardware.node_link * 1e9) + (0 if late else over_link),
+        after=over_link if late else 0.0,
         formula=f"arithmetic 6N x tokens{again_formula} / (mfu x peak x W), sent {sent_formula}",
     )
+
+
+def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> str | None:
+    """
+    A line that names the `inner_sync` with the most ranks per path among those within 5 % of the fastest step, and
+    the time of each. `None` if there is no choice: one device, FSDP2, or no update.
+    """
+    if devices == 1 or sharding_of(arguments) == "fsdp2" or not arguments.training.nexus:
+        return None
+    steps = {
+        sync: estimate_cost(arguments, parameters, tokens_per_step, devices, sync).worst
+        for sync in ("global", "node", "local")
+    }
+    best = next(sync for sync, seconds in steps.items() if seconds <= 1.05 * min(steps.values()))
+    times = ", ".join(f"{sync} {seconds:.3g} s" for sync, seconds in steps.items())
+    return f"{best} (steps without overlap: {times}; the largest groups of ranks within 5 % of the fastest)"

@@ -33,6 +33,8 @@ class HardwareArguments:
             Share of the peak that the run reaches. An assumption until it is measured (`mfu` in the logs).
         link (`float`, *optional*, defaults to 50.0):
             GB/s that one device sends to the others. The default is one 400 Gb/s adapter per device.
+        devices_per_node (`int`, *optional*, defaults to 8), node_link (`float`, *optional*, defaults to 450.0):
+            Devices of one machine, and GB/s that one of them sends to the others. The default is NVLink of an H100.
         price_per_hour (`float`, *optional*):
             Price of one device for one hour, in any currency.
 
@@ -45,6 +47,8 @@ class HardwareArguments:
     peak_tflops: Positive = 989.0
     mfu: Annotated[float, Bound(above=0, most=1)] = 0.4
     link: Positive = 50.0
+    devices_per_node: Size = 8
+    node_link: Positive = 450.0
     price_per_hour: Positive | None = None
 
     def __post_init__(self) -> None:

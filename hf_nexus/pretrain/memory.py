@@ -31,8 +31,6 @@ class MemoryEstimate:
             Devices that share the bytes per parameter, and bytes of gathered weights in addition to the shard.
         accumulates:
             Whether gradients are kept from one micro-batch to the next. An inner step of Nexus consumes them.
-        averaged:
-            Bytes per parameter for the one reduction at the end of a window with `inner_sync="local"`.
     """
 
     parameters: int
@@ -43,7 +41,6 @@ class MemoryEstimate:
     shards: int = 1
     gathered: int = 0
     accumulates: bool = False
-    averaged: int = 0
 
     @property
     def held(self) -> int:
@@ -56,7 +53,7 @@ class MemoryEstimate:
         """Bytes at the peak."""
         gradients = self.per_parameter[_GRADIENTS] * self.parameters // self.shards
         begin = self.activations + (gradients if self.accumulates else 0)
-        end = gradients + max(self.last, self.averaged * self.parameters)
+        end = gradients + self.last
         copies = self.per_parameter.get(_AUTOCAST, 0) * self.parameters  # of weights that are not sharded
         return self.held + self.gathered + copies + max(begin, end)
 
@@ -75,14 +72,13 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
     Raises:
-        ValueError: `inner_sync="local"` with FSDP2.
+        ValueError: several paths (`inner_sync`) with FSDP2.
     """
     t, sharded = arguments.training, devices > 1 and sharding_of(arguments) == "fsdp2"
-    local = t.nexus and t.inner_sync == "local" and devices > 1
-    if sharded and local:
+    if sharded and t.nexus and t.inner_sync != "global":
         raise ValueError(
-            "inner_sync='local' is not possible with FSDP2: no rank holds all the weights of its path. Use "
-            "inner_sync='global', or --sharding ddp."
+            f"inner_sync={t.inner_sync!r} is not possible with FSDP2, which shards the weights of a path over all "
+            "ranks. Use inner_sync='global', or --sharding ddp."
         )
     random = t.inner_direction == "random" and t.inner_lr > 0
     copies = (2 if random else 1) if t.nexus and t.snapshot_device is None else 0
@@ -105,7 +101,6 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
         shards=devices if sharded else 1,
         gathered=_gathered(arguments, parameters) if sharded else 0,
         accumulates=not t.nexus and t.gradient_accumulation_steps > 1,
-        averaged=4 if local else 0,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..mixture.plan import PlanRow, mixture_plan
 from ..mixture.stages import Windows, stage_borders, weight_stages
-from .cost import CostEstimate, estimate_cost
+from .cost import CostEstimate, choose_sync, estimate_cost
 from .fields import PretrainArguments
 from .memory import MemoryEstimate, estimate_memory
 from .model import count_parameters, joined_documents, model_config
@@ -26,8 +26,8 @@ class RunPlan:
             than `steps * tokens_per_step`, since the last window of an epoch may be short.
         mixture, stages:
             Tokens and epochs of each training source, `None` if unknown, and the first outer step of each stage.
-        memory, cost:
-            Computed from the shapes and from the assumed hardware.
+        memory, cost, sync:
+            Computed from the shapes and from the assumed hardware. `sync` is the choice of `inner_sync`, in words.
     """
 
     parameters: int
@@ -39,6 +39,7 @@ class RunPlan:
     stages: list[int]
     memory: MemoryEstimate
     cost: CostEstimate
+    sync: str | None = None
 
 
 def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int | None] | None = None) -> RunPlan:
@@ -88,6 +89,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         stages=[first for first, _ in borders],
         memory=estimate_memory(arguments, parameters, devices),
         cost=estimate_cost(arguments, parameters, window * rows * length, devices),
+        sync=choose_sync(arguments, parameters, window * rows * length, devices),
     )
 
 

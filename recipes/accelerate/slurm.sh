@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Eight machines with eight GPUs each, through Slurm:
-#   sbatch recipes/accelerate/slurm.sh recipes/accelerate/multi_node.yaml --inner_sync local
+#   sbatch recipes/accelerate/slurm.sh recipes/accelerate/multi_node.yaml --inner_sync node
 # The first argument is the accelerate file. All others go to the recipe. Shortly before its time limit, the job is
 # requeued. It then resumes from its last checkpoint (`save_steps`).
 #SBATCH --job-name=nexus-3b

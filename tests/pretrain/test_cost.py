@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hf_nexus.pretrain.console import format_bytes
-from hf_nexus.pretrain.cost import estimate_cost
+from hf_nexus.pretrain.cost import choose_sync, estimate_cost
 from hf_nexus.pretrain.model import count_parameters, model_config
 from hf_nexus.pretrain.plan import plan_run
 from tests.support.tiny_config import planned
@@ -18,6 +18,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "pretrain_3b.md"
 def cost(*flags: str, devices: int = 8) -> Any:
     arguments = planned("3b", "--peak_tflops", "1000", "--mfu", "0.5", "--link", "100", *flags)
     return estimate_cost(arguments, 10**9, 10**6, devices)
+
+
+def total(found: Any) -> float:
+    return found.during + found.after
 
 
 def test_arithmetic_is_six_operations_per_parameter_token():
@@ -38,12 +42,35 @@ def test_arithmetic_is_six_operations_per_parameter_token():
 )
 def test_bytes_sent_per_step(flags, sent):
     found = cost(*flags)
-    assert found.sent == sent and found.communication == pytest.approx(sent / 100e9)
+    assert found.sent == sent and total(found) == pytest.approx(sent / 100e9)
+
+
+def test_machines_send_each_other_one_reduction_over_all_their_links():
+    found = cost("--inner_sync", "node", "--node_link", "400", devices=64)
+    inside, between = (8 * 2 + 1) * 4e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
+    assert found.sent == inside + between
+    assert (found.during, found.after) == (pytest.approx(inside / 400e9), pytest.approx(between / 100e9))
+    assert found.best == pytest.approx(max(found.compute, found.during) + found.after)
+    assert cost("--inner_sync", "node").sent == cost().sent  # one machine
+    assert cost("--inner_sync", "node", "--node_size", "4").after == pytest.approx(2 * 4e9 / 4 / 2 / 100e9)
+    assert cost("--reduce_dtype", "bfloat16").sent == cost().sent / 2
+
+
+def test_the_plan_chooses_the_largest_groups_that_are_fast():
+    def choice(link: str, devices: int = 64) -> str:
+        chosen = choose_sync(planned("3b", "--link", link), 10**9, 10**6, devices)
+        assert chosen is not None
+        return chosen.split()[0]
+
+    assert choice("100000") == "global"
+    assert choice("50") == "node"
+    assert choose_sync(planned("3b"), 10**9, 10**6, 1) is None
+    assert choose_sync(planned("3b", "--sharding", "fsdp2"), 10**9, 10**6, 64) is None
 
 
 def test_one_device_sends_nothing_and_one_reduction_is_visible():
     assert cost(devices=1).sent == 0 and cost(devices=1).best == cost(devices=1).worst == cost(devices=1).compute
-    assert cost().best == max(cost().compute, cost().communication) < cost().worst
+    assert cost().best == max(cost().compute, total(cost())) < cost().worst
     assert cost("--inner_sync", "local").best == cost("--inner_sync", "local").worst
 
 
@@ -59,7 +86,7 @@ def numbers(flags: list[str]) -> list[str]:
     days = [found.steps * seconds / 86400 for seconds in (c.best, c.worst)]
     pairs = [(c.best, c.worst), tuple(days), tuple(d * 24 * c.devices * price / 1000 for d in days)]
     ranges = [" to ".join(dict.fromkeys(f"{float(f'{x:.3g}'):,.10g}" for x in pair)) for pair in pairs]
-    sent = f"{c.communication:.3g} s ({format_bytes(c.sent)})" if c.sent else "-"
+    sent = f"{total(c):.3g} s ({format_bytes(c.sent)})" if c.sent else "-"
     return [format_bytes(found.memory.total), f"{c.compute:.3g} s", sent, f"{ranges[0]} s", *ranges[1:]]
 
 

@@ -188,13 +188,6 @@ def test_sharding_is_the_flag_or_the_launchers(monkeypatch):
     assert sharding_of(planned("3b", "--sharding", "ddp")) == "ddp"
 
 
-def test_local_mode_holds_two_pseudo_gradients_at_its_end(config):
-    flags = ["--inner_sync", "local"]
-    many = 10**8  # parameters: activations are negligible
-    assert estimate_memory(planned(config, *flags), many, 2).total == 28 * many
-    assert estimate_memory(planned(config, *flags), many, 1).total == pytest.approx(20 * many, rel=0.001)
-
-
 # ---- Recorded measurements ----
 
 
