@@ -35,7 +35,7 @@ __all__ = [
 SEGMENT = 1_000_000
 # What the templates of transformers enclose the turns of the assistant in.
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8`."
+_UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8` (`-f utf-16` for UTF-16 of Windows)."
 
 
 # ---- Loading ----
@@ -87,6 +87,8 @@ def naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]
         advice = "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
         if isinstance(cause, UnicodeError):
             advice = _UTF8
+        elif "JSON parse error" in what:
+            advice = f"Check that the files hold JSON in UTF-8. {_UTF8}"
         elif isinstance(cause, ModuleNotFoundError):
             advice = f"Install the package that reads this path: pip install {cause.name}"
         elif what == "Compression type zstd not supported" or "zstandard" in what:
@@ -380,13 +382,16 @@ def _is_conversation(value: Any) -> bool:
 
 def _as_json(value: Any) -> Any:
     """
-    The value without `None` in dicts. Arrow gives each dict the keys of all, but templates expect absent keys.
+    The value without `None` in dicts. Arrow gives each dict the keys of all, but templates expect absent keys. It also
+    makes floats of all numbers of a key if one is a float, so whole floats become integers again.
 
     Raises:
         ValueError: it holds a date. Arrow makes dates of texts, and it is not known how they were written.
     """
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
     if isinstance(value, date | time | timedelta):
         raise ValueError(
             f"it holds the date {value}, not its text. Arrow reads text of JSON lines as dates if all values of a key "

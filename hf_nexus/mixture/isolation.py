@@ -160,8 +160,7 @@ def choose_isolation(wanted: bool | None, problem: str | None) -> bool:
 
 class PackedRowCollator:
     """
-    A collator of packed rows, which have the position of each token in its document. Other rows are left to the
-    wrapped collator.
+    A collator of packed rows, which have the position of each token in its document.
 
     Packed rows are full. If the wrapped collator takes the tokens for labels, or ignores each EOS as padding, the
     labels of the rows replace its own.
@@ -177,6 +176,8 @@ class PackedRowCollator:
             the first token of a document is no target.
         flatten (`bool`, *optional*, defaults to `False`):
             Lay isolated rows end to end, (1, B * L), for attention implementations that [`needs_flat_rows`].
+        others (`Callable[[list], Any]`, *optional*):
+            The collator of rows that are not packed. Defaults to `collate`.
 
     Raises:
         ValueError: isolated rows are padded, which needs an attention mask.
@@ -192,15 +193,23 @@ class PackedRowCollator:
         ([[0, 1, 2, 0, 1, 0]], [[-100, 6, 0, -100, 0, -100]])
     """
 
-    def __init__(self, collate: Callable[[list], Any], eos_token_id: int, isolate: bool, flatten: bool = False):
+    def __init__(
+        self,
+        collate: Callable[[list], Any],
+        eos_token_id: int,
+        isolate: bool,
+        flatten: bool = False,
+        others: Callable[[list], Any] | None = None,
+    ):
         self.collate = collate
+        self.others = others or collate
         self.eos_token_id = eos_token_id
         self.isolate = isolate
         self.flatten = flatten
 
     def __call__(self, rows: list) -> Any:
         if "position_ids" not in rows[0]:
-            return self.collate(rows)
+            return self.others(rows)
         batch = self.collate([{key: row[key] for key in row if key != "position_ids"} for row in rows])
         self._keep_labels(batch, rows)
         if not self.isolate:

@@ -81,11 +81,16 @@ class TrainingData:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends each document; `None` if the rows were not packed here."""
+        """The token that ends each document; `None` if no rows were packed here."""
         if self.mixture is not None:
             return self.mixture.eos_token_id
         streamed = list(self._streamed().values())
-        return streamed[0].encoder.tokenizer.eos_token_id if len(streamed) == len(self.names) else None
+        return streamed[0].encoder.tokenizer.eos_token_id if streamed else None
+
+    @property
+    def all_packed(self) -> bool:
+        """Whether the rows of all sources are packed here."""
+        return self.mixture is not None or len(self._streamed()) == len(self.names)
 
     @property
     def masked(self) -> dict[str, int]:

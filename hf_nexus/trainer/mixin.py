@@ -150,14 +150,15 @@ class NexusTrainerMixin(_Base):
         given |= {"train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
         if self._trl is not None and self._trl.shown is not None:
             given["train_dataset"] = self._trl.shown
-        if self.data.eos_token_id is not None and given.get("data_collator") is None:
-            # Packed rows are full. The Trainer's collator would ask the tokenizer for a padding token.
-            given["data_collator"] = default_data_collator
+        # Packed rows are full. The Trainer's collator would ask the tokenizer for a padding token.
+        collate_packed = given.get("data_collator") or default_data_collator
+        if self.data.all_packed:
+            given["data_collator"] = collate_packed
         super().__init__(**given)
         if self._trl is not None and self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
         self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked)
-        self._isolate_documents()
+        self._isolate_documents(collate_packed)
         self._check()
         choose_direction(self.args)
 
@@ -214,8 +215,8 @@ class NexusTrainerMixin(_Base):
         args.logging_nan_inf_filter = False
         warn_of_one_inner_step(args)
 
-    def _isolate_documents(self) -> None:
-        """Keep the documents of packed rows apart, in training and evaluation."""
+    def _isolate_documents(self, collate: Any) -> None:
+        """Keep the documents of packed rows apart, in training and evaluation. `collate` is their collator."""
         mixture, eos_token_id = self.data.mixture, self.data.eos_token_id
         if eos_token_id is None:
             return
@@ -229,7 +230,8 @@ class NexusTrainerMixin(_Base):
         if wanted is None and problem is not None:
             logger.warning(f"The documents of a packed row attend to each other: {problem}.")
         flatten = isolate and needs_flat_rows(attention_of(self.model))
-        self.data_collator = PackedRowCollator(self.data_collator, eos_token_id, isolate, flatten)
+        others = self.data_collator
+        self.data_collator = PackedRowCollator(collate, eos_token_id, isolate, flatten, others)
         self._set_signature_columns_if_needed()  # the collator takes the positions that a model does not know
         self._signature_columns.append("position_ids")
 

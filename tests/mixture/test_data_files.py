@@ -237,6 +237,14 @@ def test_ndjson_and_arrow_files_are_read(streaming: bool) -> None:
     assert documents(f"saved/{name}", streaming) == ["dog", "fox"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_utf_16_is_an_error_that_says_how_to_convert(name: str, streaming: bool) -> None:
+    Path(name).write_text('{"text": "żółw"}\n' if name == "a.jsonl" else "text\nżółw\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"sources\.a: 'a\..*could not be loaded(.|\n)*`-f utf-16` for UTF-16"):
+        documents(name, streaming)
+
+
 # ---- Remote ----
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, List, Value
+from datasets import Dataset, List, Value, load_dataset
 from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, default_data_collator
 
 from hf_nexus.mixture import Mixture, MixtureConfig, MixtureStream, PackedRowCollator, SourceConfig, load_mixture
@@ -89,6 +89,17 @@ def test_a_bos_is_no_target(source):
     tokenizer = adding_bos(tiny_tokenizer())
     tokens = encode({"prompt": "a", "completion": "b", "messages": chat("a", "b")}, source, tokenizer)
     assert text(tokens, tokenizer).startswith(BOS) and BOS not in targets(tokens, tokenizer)
+
+
+def test_a_number_of_a_message_is_rendered_as_it_was_written(tmp_path):
+    """Arrow reads 1 as 1.0 if another row has 1.5."""
+    calls = [{"messages": [{"role": "user", "content": "fox", "n": n}]} for n in (1, 1.5, 10**20 + 0.5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in calls))
+    rows = load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", cache_dir=str(tmp_path))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].n }}"
+    encoder = DocumentEncoder("a", SourceConfig("a.jsonl", messages_column="messages"), tokenizer, [])
+    assert [document.text for document in encoder.documents(rows[:], 0)] == ["1", "1.5", "1e+20"]
 
 
 def test_templates_and_tokenizers_that_cannot_mark_are_refused():

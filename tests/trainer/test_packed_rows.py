@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import CLIPVisionConfig, DataCollatorForLanguageModeling, LlavaConfig, LlavaForConditionalGeneration
 
@@ -192,6 +193,25 @@ def test_text_and_instructions_train_on_what_they_should(make_trainer, tmp_path,
     epochs = {row.source: row.epochs for row in summarize(trainer.run_facts()).mixture}
     for name, size in mixture.tokens.items():
         assert epochs[name] == (size and trainer.meter.rows[name] * LENGTH / size)
+
+
+def test_packed_and_other_rows_have_their_own_collators(make_trainer):
+    others = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 9)
+    sources = {"packed": documents_of(texts(40).to_iterable_dataset(2), 16), "others": others}
+    weights = {"packed": 0.5, "others": 0.5}
+    trainer = make_trainer(
+        sources,
+        tiny_llama(vocab_size=VOCAB),
+        {"processing_class": tiny_tokenizer()},
+        mixture_weights=weights,
+        max_steps=2,
+        source_schedule="stratified",
+    )
+    found = list(trainer.get_train_dataloader())
+    assert {batch["input_ids"].shape[1] for batch in found} == {16, 3}
+    assert all(("attention_mask" in batch) == (batch["input_ids"].shape[1] == 3) for batch in found)  # the Trainer's
+    assert all("position_ids" not in batch for batch in found)
+    trainer.train()
 
 
 def test_packed_rows_fit_a_plain_loop(tmp_path):
