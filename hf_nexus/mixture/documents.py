@@ -43,29 +43,33 @@ _UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8
 
 def load_documents(
     name: str, source: SourceConfig, split: str, cache_dir: str | None = None, streaming: bool = False
-) -> "Dataset | IterableDataset":
+) -> "tuple[Dataset | IterableDataset, list[str]]":
     """
     Load one split of a source, one row per document. Slices of splits work, except for folders of `save_to_disk`.
 
-    With `streaming`, the result is an `IterableDataset`, except for sources that are ready to read.
+    With `streaming`, the documents are an `IterableDataset`, except for sources that are ready to read.
+
+    Returns:
+        `tuple[Dataset | IterableDataset, list[str]]`: the documents, and the names of all columns. Of Parquet files,
+        only the columns that the source names are read.
 
     Raises:
         ValueError: Nothing is there, it has no such split, subset or column, or it has no documents.
     """
-    from datasets import load_dataset
-
     path = os.path.expanduser(source.path)
-    options: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
+    available: list[str] = []
     with naming_source(name, source, split):
         if source.path.startswith(BUILTIN_PREFIX):
             documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
         elif any(os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
             documents = _load_saved(path, split)
-        elif means_files(path) and not card_lists_files(path):
-            documents = load_dataset(**data_files(name, path, source, split), **options)
         else:
-            documents = load_dataset(path, source.subset, revision=source.revision, trust_remote_code=False, **options)
-        available = column_names(documents)
+            files = {"path": path, "name": source.subset, "revision": source.revision}
+            if means_files(path) and not card_lists_files(path):
+                files = data_files(name, path, source, split)
+            columns = list(source.columns.values())
+            documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
+        available = available or column_names(documents)
         if not available:
             raise ValueError("it has no rows")
     for key, column in source.columns.items():
@@ -73,7 +77,30 @@ def load_documents(
             raise ValueError(
                 f"sources.{name}.{key}: the source has no column {column!r}. Name one of {', '.join(available)}."
             )
-    return documents
+    return documents, available
+
+
+def _load_columns(
+    columns: list[str], split: str, streaming: bool, **files: Any
+) -> "tuple[Dataset | IterableDataset, list[str]]":
+    """Documents, without the columns of Parquet files that are not needed, and the names of all columns, if known."""
+    from datasets import load_dataset, load_dataset_builder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    whole = partial(load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
+    try:
+        builder = load_dataset_builder(**files)
+    except ValueError:  # without a network, the columns of an earlier call may be in the cache
+        return whole(columns=columns), columns
+    if not isinstance(builder, Parquet):
+        return whole(), []
+    every = next(iter(builder.as_streaming_dataset().values()))
+    if not set(columns) <= set(every.column_names):
+        return every, every.column_names
+    if not streaming:
+        return whole(columns=columns), every.column_names
+    builder.config.columns = columns  # a second builder would list the files of the repository again
+    return builder.as_streaming_dataset(split), every.column_names
 
 
 @contextmanager

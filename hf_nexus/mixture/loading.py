@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import MixtureConfig, SourceConfig
-from .documents import (
-    DocumentEncoder,
-    check_tokenizer,
-    column_names,
-    load_documents,
-    naming_source,
-)
+from .documents import DocumentEncoder, check_tokenizer, load_documents, naming_source
 from .packing import SourcePacker, count_targets, tokenizer_fingerprint
 from .stream.documents import StreamedDocuments
 
@@ -133,8 +127,8 @@ def load_mixture(
 
     packers, licenses, documents, held_out = {}, {}, {}, {}
     for name, source in config.sources.items():
-        loaded = load_documents(name, source, source.split, files, source.streaming)
-        packed, columns = config.sequence_length if source.packed else None, column_names(loaded)
+        loaded, columns = load_documents(name, source, source.split, files, source.streaming)
+        packed = config.sequence_length if source.packed else None
         encoder = DocumentEncoder(name, source, tokenizer, columns, config.add_bos_token, packed)
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
         licenses[name] = source.license or loaded.info.license or None
@@ -226,14 +220,14 @@ def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> "Dataset":
 
     name, source, split = encoder.name, encoder.source, str(encoder.source.eval_split)
     if not source.streaming:
-        return _text_only(load_documents(name, source, split, cache_dir), source)
+        return _text_only(load_documents(name, source, split, cache_dir)[0], source)
     match = re.fullmatch(r"([^\[\]]+)(?:\[:(\d+)\])?", split)
     if match is None:
         raise ValueError(
             f"sources.{name}.eval_split: {split!r} cannot be read from a stream. Name a split, or the start of one as "
             "in 'validation[:1000]'."
         )
-    documents = load_documents(name, source, match[1], cache_dir, streaming=True)
+    documents, _ = load_documents(name, source, match[1], cache_dir, streaming=True)
     rows = islice(_rows(encoder, documents, split), int(match[2]) if match[2] else None)
     return Dataset.from_list([{column: row.get(column) for column in source.columns.values()} for row in rows])
 

@@ -39,7 +39,7 @@ def files(path: str, split: str = "train", **source: Any) -> list[str]:
 
 
 def documents(path: str, streaming: bool = False, **source: Any) -> list[str]:
-    loaded = load_documents("a", SourceConfig(path, **source), source.get("split", "train"), "cache", streaming)
+    loaded, _ = load_documents("a", SourceConfig(path, **source), source.get("split", "train"), "cache", streaming)
     return sorted(row["text"] for row in loaded)
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
 from hf_nexus.mixture.stream.reader import SourceError
 
+from ..support.hub.runs import api, impatient_client
+from ..support.hub.server import HubServer
 from ..support.tiny_tokenizer import EOS, adding_bos, count_tokenized, tiny_tokenizer
 
 
@@ -128,9 +132,64 @@ def test_a_path_that_is_not_local_is_loaded_from_the_hub(load: Any, monkeypatch:
         asked.append((path, name, kwargs["split"], kwargs["revision"]))
         return Dataset.from_dict({"body": texts(9)})
 
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda **files: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     load(web={"path": "org/web", "subset": "en", "split": "train[:9]", "revision": "v1", "text_column": "body"})
     assert asked == [("org/web", "en", "train[:9]", "v1")]
+
+
+def write_damaged(path: Path) -> None:
+    """A Parquet file of which only the columns `text` and `more` can be read."""
+    columns = {name: texts(40, name) for name in ("html", "text", "url", "more")}
+    pq.write_table(pa.table(columns), path, row_group_size=10)
+    data, metadata = bytearray(path.read_bytes()), pq.read_metadata(path)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, (0, 2)):
+            start, size = column.dictionary_page_offset, column.total_compressed_size
+            data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+
+
+def test_only_the_named_columns_of_parquet_are_read(load: Any, tmp_path: Path) -> None:
+    write_damaged(tmp_path / "a.parquet")
+    with pytest.raises(OSError):
+        pq.read_table(tmp_path / "a.parquet")
+    stored = {"path": "a.parquet", "weight": 1}
+    stream = {**stored, "streaming": True}
+    for columns in ({"text_column": "text"}, {"prompt_column": "more", "completion_column": "text"}):
+        loaded = load(a={**stored, **columns, "eval_rows": 2}, b={**stream, **columns})
+        assert len(loaded.train["a"]) and len(loaded.eval["a"])
+        assert "the text number" in stream_texts(loaded.train["b"], 9)
+    for source in (stored, stream):
+        with pytest.raises(ValueError, match=r"no column 'body'. Name one of html, text, url, more."):
+            load(a={**source, "text_column": "body"})
+
+
+_LOAD = """
+import sys
+from hf_nexus.mixture import MixtureConfig, load_mixture
+from tests.support.tiny_tokenizer import tiny_tokenizer
+for options in sys.argv[1:]:
+    source = {"path": "alice/web", "weight": 1, "streaming": options == "stream", "eval_rows": 2}
+    mixture = load_mixture(MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 8}), tiny_tokenizer())
+    print("read" if len(mixture.eval["a"]) else "empty")
+"""
+
+
+@pytest.mark.slow
+def test_only_the_named_columns_of_the_hub_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, the copy in the cache is read."""
+    (tmp_path / "web").mkdir()
+    write_damaged(tmp_path / "web" / "a.parquet")
+    with HubServer(tmp_path / "hub") as hub, impatient_client(monkeypatch, xet=False):
+        api(hub).create_repo("alice/web", repo_type="dataset")
+        api(hub).upload_folder(repo_id="alice/web", repo_type="dataset", folder_path=tmp_path / "web")
+        told = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.getcwd()}
+        for offline, modes in (("0", ["stored", "stream"]), ("1", ["stored"])):
+            command = [sys.executable, "-c", _LOAD, *modes]
+            environment = {**os.environ, **told, "HF_HUB_OFFLINE": offline}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout.split() == ["read"] * len(modes), done.stderr
 
 
 def test_the_licence_is_the_stated_one_else_that_of_the_data(load: Any) -> None:

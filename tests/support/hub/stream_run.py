@@ -60,7 +60,8 @@ def texts(path: str, streaming: bool) -> int:
     from hf_nexus.mixture import SourceConfig
     from hf_nexus.mixture.documents import load_documents
 
-    return len({row["text"] for row in load_documents("web", SourceConfig(path), "train", streaming=streaming)})
+    documents, _ = load_documents("web", SourceConfig(path), "train", streaming=streaming)
+    return len({row["text"] for row in documents})
 
 
 def main(out: Path) -> None:
