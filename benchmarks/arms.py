@@ -73,6 +73,7 @@ ARMS = {
     _PLAIN_DDP: Arm(Trainer, _DDP, _PLAIN_DDP, launch="ddp"),
     "Nexus, DDP global": Arm(NexusTrainer, _DDP, _PLAIN_DDP, launch="ddp"),
     "Nexus, DDP local": Arm(NexusTrainer, {**_DDP, "inner_sync": "local"}, _PLAIN_DDP, launch="ddp"),
+    "Nexus, DDP node": Arm(NexusTrainer, {**_DDP, "inner_sync": "node"}, _PLAIN_DDP, launch="ddp"),
     _PLAIN_FSDP2: Arm(Trainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
     "Nexus, FSDP2": Arm(NexusTrainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
 }
@@ -84,6 +85,7 @@ GROUPS = {
     "peers": [PLAIN, "naive deep copies", "SAM", "UPGrad (TorchJD)"],
     "lora": [_PLAIN_LORA, "Nexus, LoRA"],
     "ddp": [_PLAIN_DDP, "Nexus, DDP global", "Nexus, DDP local"],
+    "machines": [_PLAIN_DDP, "Nexus, DDP global", "Nexus, DDP node", "Nexus, DDP local"],
     "fsdp2": [_PLAIN_FSDP2, "Nexus, FSDP2"],
 }
 
