@@ -59,16 +59,20 @@ def describe_data(
     `batch_size` is the number of rows of a micro-batch on each device, `None` if it is found by trying. The tokenizer
     matters if documents are tokenized here. `weights` are the mixture weights and what they depend on.
     """
-    facts: dict[str, Any] = {
-        "ranks": args.world_size,
-        "per_device_train_batch_size": batch_size,
+    facts: dict[str, Any] = {}
+    streams = isinstance(data.dataset, MixtureStream)
+    if streams or batch_size is None:
+        facts |= {"ranks": args.world_size, "per_device_train_batch_size": batch_size}
+    else:  # map-style rows are dealt to the ranks by micro-batch, so their number matters only in total
+        facts |= {"rows of a micro-batch over all ranks": batch_size * args.world_size}
+    facts |= {
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "source_schedule": args.source_schedule,
         "sources": data.names,  # in the order in which draws are divided among them
         "weights": weights,
     }
-    if isinstance(data.dataset, MixtureStream):
+    if streams:
         workers = args.dataloader_num_workers
         facts["dataloader_num_workers"] = max(1, workers)
         facts["buffer_size"] = data.dataset.buffer_size

@@ -8,6 +8,7 @@ import pytest
 from filelock import FileLock
 
 from tests.support.launcher import launch, reports
+from tests.trainer.distributed.worker import make, sources
 
 
 @pytest.fixture(scope="session")
@@ -31,4 +32,6 @@ def launched(name: str, ranks: int, factory: pytest.TempPathFactory) -> list[dic
         if all((out / f"rank{r}.json").exists() for r in range(ranks)):
             return reports(out, ranks)
         out.mkdir(exist_ok=True)
+        save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "per_device_train_batch_size": 2 * ranks}
+        make(out / "ddp" / "one", sources(), **save).train()
         return launch(f"tests.trainer.distributed.{name}", ranks, out)

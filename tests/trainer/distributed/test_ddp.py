@@ -96,6 +96,19 @@ def test_resume_on_two_ranks_is_bit_exact(ranks):
         assert rank["resumed"]["weights"] == rank["whole"]["weights"]
 
 
+@pytest.mark.skipif(not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all")
+def test_a_run_goes_on_with_more_or_fewer_ranks(ranks, tmp_path_factory, tmp_path):
+    """The rows are the same, and the weights up to the order of the reductions."""
+    root = tmp_path_factory.getbasetemp()
+    saved = next(folder for folder in (root, root.parent) if (folder / "two_ranks").exists()) / "two_ranks" / "ddp"
+    one = make(tmp_path, sources(), tiny_llama(seed=3), max_steps=8, per_device_train_batch_size=4)
+    one.train(resume_from_checkpoint=str(saved / "whole" / "checkpoint-6"))
+    assert distance(weights(one), ranks[0]["whole"]["weights"]) < 1e-5
+    assert distance(ranks[0]["grown"]["weights"], ranks[0]["whole"]["weights"]) < 1e-5
+    with pytest.raises(ValueError, match="rows of a micro-batch over all ranks was 4 and is 2"):
+        make(tmp_path, sources(), max_steps=8).train(resume_from_checkpoint=str(saved / "whole" / "checkpoint-6"))
+
+
 def test_the_scenarios_differ():
     """Otherwise the comparisons above would pass for runs without training."""
     assert not torch.equal(Rows(4, 0).ids, Rows(4, 1).ids)

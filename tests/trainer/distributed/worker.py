@@ -174,6 +174,9 @@ def main(out: Path) -> dict[str, Any]:
     own = str(out / "whole" / f"checkpoint-{(3, 6)[dist.get_rank()]}")  # as on two machines that do not share a disk
     found["apart"] = refused(make(out / "apart", sources()), resume_from_checkpoint=own)
     if RESUMES_ON_CPU:
+        fewer = make(out / "grown", sources(), tiny_llama(seed=3), **save)  # saved by one process
+        fewer.train(resume_from_checkpoint=str(out / "one" / "checkpoint-3"))
+        found["grown"] = {"weights": weights(fewer)}
         resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
         resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
         found["resumed"] = {"weights": weights(resumed)}
