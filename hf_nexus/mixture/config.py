@@ -39,8 +39,8 @@ class SourceConfig:
     Args:
         path (`str`):
             Dataset on the Hub, file (`.jsonl`, `.ndjson`, `.json`, `.parquet`, `.arrow`, `.csv`, `.tsv`, or `.txt`:
-            one document), glob, folder of data files, folder written by `save_to_disk`, or `builtin/<name>`. Files may
-            be remote, as in `s3://bucket/data/*.parquet`.
+            one document; token files: `.ds`, `.bin`), glob, folder of data files, folder written by `save_to_disk`, or
+            `builtin/<name>`. Files may be remote, as in `s3://bucket/data/*.parquet`.
         subset (`str`, *optional*):
             Subset (configuration) of the dataset.
         split (`str`, *optional*, defaults to `"train"`):

@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .config import SourceConfig
+from .token_files import index_of
 
 __all__ = ["card_lists_files", "data_files", "is_remote", "means_files"]
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
-_FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text"}
+_FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Files that describe a dataset.
 _METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
@@ -84,8 +85,11 @@ def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[s
         splits.setdefault(_named_split(file.removeprefix(base)), []).append(file)
     if "" in splits or len(splits) == 1:
         splits = {"train": list(formats)}
+    if builder == "token files" and is_remote(path):
+        raise ValueError(f"{_listed(formats)}: token files are read in place. Copy them with their indices to a disk.")
     used = re.findall(r"\w+", f"{split} {source.eval_split}")
-    if left_out := set(found).difference(*(splits.get(key, ()) for key in used)):
+    indices = [name for f in formats for name in (index_of(f), f"{f}.metadata")] if builder == "token files" else []
+    if left_out := set(found).difference(indices, *(splits.get(key, ()) for key in used)):
         logger.warning(
             "Source %r leaves out %s: files without rows, of another split (`split: train+test` reads both), or that "
             "do not end in one of %s.",
@@ -156,7 +160,8 @@ def _suffix(path: str) -> str:
 
 def _holds_rows(file: str, path: str) -> bool:
     named = file == path or os.path.basename(file) not in _METADATA
-    return named and _suffix(file) in _FORMATS
+    indexed = _FORMATS.get(_suffix(file)) != "token files" or is_remote(file) or os.path.isfile(index_of(file))
+    return named and _suffix(file) in _FORMATS and indexed
 
 
 def _named_split(file: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import BUILTIN_PREFIX, SourceConfig
 from .data_files import card_lists_files, data_files, means_files
+from .token_files import read_token_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,11 +65,14 @@ def load_documents(
         elif any(os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
             documents = _load_saved(path, split)
         else:
-            files = {"path": path, "name": source.subset, "revision": source.revision}
+            files: dict[str, Any] = {"path": path, "name": source.subset, "revision": source.revision}
             if means_files(path) and not card_lists_files(path):
                 files = data_files(name, path, source, split)
-            columns = list(source.columns.values())
-            documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
+            if files["path"] == "token files":
+                documents = _load_tokens(files["data_files"], split)
+            else:
+                columns = list(source.columns.values())
+                documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
         available = available or column_names(documents)
         if not available:
             raise ValueError("it has no rows")
@@ -137,6 +141,15 @@ def _load_builtin(name: str) -> "Dataset":
 
     documents = builtin_documents(name)
     return Dataset.from_dict({"text": documents}, info=DatasetInfo(license=BUILTIN_SOURCES[name].license))
+
+
+def _load_tokens(splits: Mapping[str, Any], split: str) -> "Dataset":
+    from datasets.fingerprint import Hasher
+
+    if split not in splits:
+        raise ValueError(f"the token files have no split {split!r}, only {', '.join(splits)}.")
+    files = splits[split]
+    return read_token_files(files, Hasher.hash([*files, *files.origin_metadata]))
 
 
 def _load_saved(path: str, split: str) -> "Dataset":

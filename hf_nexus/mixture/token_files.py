@@ -1,0 +1,63 @@
+"""Token files of other tools: datatrove's `.ds` with its `.ds.index`, and Megatron's `.bin` with its `.idx`."""
+
+import os
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["index_of", "read_token_files"]
+
+# The types of tokens by their codes in an `.idx` file.
+_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def index_of(file: str) -> str:
+    """The file that says where the documents of a token file end."""
+    return file.removesuffix(".bin") + ".idx" if file.endswith(".bin") else f"{file}.index"
+
+
+def read_token_files(files: Sequence[str], fingerprint: str) -> "Dataset":
+    """
+    The documents of token files as a column `input_ids`. They stay on disk until they are used.
+
+    Raises:
+        ValueError: An index does not fit its tokens.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    tables = []
+    for file in files:
+        ends, dtype = _read_idx(file) if file.endswith(".bin") else _read_index(file)
+        tokens = np.memmap(file, dtype, "r")
+        if ends[-1] != len(tokens):
+            raise ValueError(f"{index_of(file)!r} ends at {ends[-1]} tokens, but the file has {len(tokens)}")
+        values = pa.Array.from_buffers(pa.from_numpy_dtype(tokens.dtype), len(tokens), [None, pa.py_buffer(tokens)])
+        documents = pa.LargeListArray.from_arrays(pa.array(np.append(0, ends)), values)
+        tables.append(pa.table({"input_ids": documents}))
+    return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=fingerprint)
+
+
+def _read_index(file: str) -> tuple[np.ndarray, str]:
+    """Ends of the documents of a `.ds` file, and the type of its tokens, which follows from its size."""
+    ends = np.fromfile(index_of(file), "<i8")
+    size = os.path.getsize(file) / max(1, ends[-1])
+    return ends, "<u2" if size <= 2 else "<u4"
+
+
+def _read_idx(file: str) -> tuple[np.ndarray, str]:
+    """Ends of the documents of a `.bin` file, each of one sequence or several, and the type of its tokens."""
+    with open(index_of(file), "rb") as index:
+        magic, version, code, sequences, borders = struct.unpack("<9sQBQQ", index.read(34))
+        if (magic, version) != (b"MMIDIDX\x00\x00", 1) or code not in _TYPES:
+            raise ValueError(f"{index_of(file)!r} is not an index of tokens of Megatron, version 1")
+        lengths = np.fromfile(index, "<i4", sequences)
+        index.seek(8 * sequences, os.SEEK_CUR)  # where the sequences begin
+        last = np.fromfile(index, "<i8", borders)[1:]
+    return np.append(0, lengths.cumsum(dtype=np.int64))[last], _TYPES[code]

@@ -1,0 +1,103 @@
+"""The documents of datatrove's and Megatron's files are those that were written."""
+
+import struct
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from hf_nexus.mixture import MixtureConfig, MixtureStream, SourceConfig, load_mixture
+from hf_nexus.mixture.documents import load_documents
+
+from ..support.tiny_tokenizer import tiny_tokenizer
+
+DOCUMENTS = [[5, 6, 7, 0], [8, 0], [], [9, 10, 11, 12, 13, 0]] * 9
+
+
+def write_ds(path: Path, documents: list[list[int]], dtype: str = "<u2") -> None:
+    """As datatrove's `TokenizedFile`: the tokens end to end, and the end of each document as `<Q`."""
+    np.array([*chain.from_iterable(documents)], dtype).tofile(path)
+    ends = np.cumsum([len(document) for document in documents])
+    Path(f"{path}.index").write_bytes(struct.pack(f"<{len(ends)}Q", *ends))
+    Path(f"{path}.metadata").write_text("gpt2\n12\n12 T")
+
+
+def write_bin(path: Path, documents: list[list[int]], code: int = 8, dtype: str = "<u2") -> None:
+    """As Megatron's `IndexedDatasetBuilder`, where each document has two sequences."""
+    np.array([*chain.from_iterable(documents)], dtype).tofile(path)
+    sizes = [length for document in documents for length in (len(document) // 2, len(document) - len(document) // 2)]
+    pointers = np.cumsum([0, *sizes[:-1]]) * np.dtype(dtype).itemsize
+    borders = range(0, len(sizes) + 1, 2)
+    path.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, len(sizes), len(borders))
+        + struct.pack(f"<{len(sizes)}i", *sizes)
+        + struct.pack(f"<{len(sizes)}q", *pointers)
+        + struct.pack(f"<{len(borders)}q", *borders)
+    )
+
+
+KINDS: dict[str, Any] = {
+    "datatrove, 16 bits": lambda folder, documents: write_ds(folder / "a.ds", documents),
+    "datatrove, 32 bits": lambda folder, documents: write_ds(folder / "a.ds", documents, "<u4"),
+    "Megatron, 16 bits": lambda folder, documents: write_bin(folder / "a.bin", documents),
+    "Megatron, 32 bits": lambda folder, documents: write_bin(folder / "a.bin", documents, 4, "<i4"),
+}
+
+
+def load(path: Path) -> Any:
+    return load_documents("a", SourceConfig(str(path), tokens_column="input_ids"), "train")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_those_that_were_written(tmp_path, kind, caplog):
+    KINDS[kind](tmp_path, DOCUMENTS)
+    assert load(tmp_path)["input_ids"][:] == DOCUMENTS
+    assert not caplog.records  # the index belongs to the tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_token_files_are_packed(tmp_path, kind, streaming):
+    KINDS[kind](tmp_path, DOCUMENTS)
+    source = {"path": str(tmp_path), "tokens_column": "input_ids", "streaming": streaming, "weight": 1}
+    config = MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 6})
+    mixture = load_mixture(config, tiny_tokenizer(), cache_dir=tmp_path / "cache")
+    if streaming:
+        rows = torch.stack([r["input_ids"] for r in MixtureStream(mixture.train).__getitems__([(0, 0)] * 18)])
+    else:
+        rows = mixture.train["a"]["input_ids"][:]
+        assert rows.flatten().tolist() == [*chain.from_iterable(DOCUMENTS)]
+    assert sorted(rows.flatten().tolist()) == sorted([*chain.from_iterable(DOCUMENTS)])
+
+
+def test_several_files_are_read_and_a_changed_one_again(tmp_path):
+    for name in ("train-1.ds", "train-2.ds"):
+        write_ds(tmp_path / name, DOCUMENTS)
+    before = load(tmp_path)
+    assert before["input_ids"][:] == DOCUMENTS * 2
+    write_ds(tmp_path / "train-2.ds", DOCUMENTS[:2])
+    assert load(tmp_path)["input_ids"][:] == DOCUMENTS + DOCUMENTS[:2]
+    assert load(tmp_path)._fingerprint != before._fingerprint
+
+
+def test_an_index_that_is_missing_or_wrong_is_an_error(tmp_path, monkeypatch):
+    write_ds(tmp_path / "a.ds", DOCUMENTS)
+    (tmp_path / "a.ds").write_bytes(b"1234" * 53)
+    with pytest.raises(ValueError, match=r"a\.ds\.index' ends at 108 tokens, but the file has 106"):
+        load(tmp_path / "a.ds")
+    (tmp_path / "a.ds.index").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(tmp_path / "a.ds")
+    (tmp_path / "b.bin").write_bytes(b"1234")
+    (tmp_path / "b.idx").write_bytes(b"x" * 40)
+    with pytest.raises(ValueError, match="not an index of tokens of Megatron"):
+        load(tmp_path / "b.bin")
+    with fsspec.open("memory://tokens/a.ds", "wb") as file:
+        file.write(b"1234")
+    with pytest.raises(ValueError, match="token files are read in place"):
+        load("memory://tokens/a.ds")
