@@ -8,7 +8,7 @@ from .schedule import DynamicSchedule, SourceSchedule
 from .stages import Stage
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
-from .stream.reader import Retry, SourceError
+from .stream.reader import SourceError
 
 __all__ = [
     "DynamicSchedule",
@@ -18,7 +18,6 @@ __all__ = [
     "MixtureSampler",
     "MixtureStream",
     "PackedRowCollator",
-    "Retry",
     "SourceConfig",
     "SourceError",
     "SourceSchedule",

@@ -25,7 +25,6 @@ __all__ = [
     "Document",
     "DocumentEncoder",
     "check_tokenizer",
-    "column_names",
     "load_documents",
     "naming_source",
     "split_text",
@@ -73,7 +72,8 @@ def load_documents(
             else:
                 columns = list(source.columns.values())
                 documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
-        available = available or column_names(documents)
+        # Some streams do not know their columns before their first row.
+        available = available or documents.column_names or list(next(iter(documents), {}))
         if not available:
             raise ValueError("it has no rows")
     for key, column in source.columns.items():
@@ -127,11 +127,6 @@ def naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
         ) from error
-
-
-def column_names(documents: "Dataset | IterableDataset") -> list[str]:
-    """The columns of documents. Some streams do not know them, so this reads their first row."""
-    return documents.column_names or list(next(iter(documents), {}))
 
 
 def _load_builtin(name: str) -> "Dataset":

@@ -38,14 +38,7 @@ def attention_of(model: Any) -> str:
 
 
 def needs_flat_rows(attention: str) -> bool:
-    """
-    Whether an attention implementation uses restarting position ids only if the batch is one long row.
-
-    Example:
-        >>> from hf_nexus.mixture.isolation import needs_flat_rows
-        >>> needs_flat_rows("sdpa"), needs_flat_rows("flash_attention_2")
-        (False, True)
-    """
+    """Whether an attention implementation uses restarting position ids only if the batch is one long row."""
     return is_flash_attention_requested(requested_attention_implementation=attention)
 
 
@@ -144,11 +137,6 @@ def choose_isolation(wanted: bool | None, problem: str | None) -> bool:
 
     Raises:
         ValueError: it is wanted, and the model cannot do it.
-
-    Example:
-        >>> from hf_nexus.mixture.isolation import choose_isolation
-        >>> choose_isolation(None, None), choose_isolation(None, "it leaks"), choose_isolation(False, None)
-        (True, False, False)
     """
     if wanted and problem is not None:
         raise ValueError(

@@ -60,12 +60,6 @@ def document_positions(starts: np.ndarray) -> np.ndarray:
     """
     The position of each token in its document, given which tokens start one, both (n, L). A document that is cut at
     the end of a row starts again in the next.
-
-    Example:
-        >>> import numpy as np
-        >>> from hf_nexus.mixture.packing import document_positions
-        >>> document_positions(np.array([[True, False, True], [False, False, True]])).tolist()
-        [[0, 1, 0], [0, 1, 0]]
     """
     index = np.broadcast_to(np.arange(starts.shape[1]), starts.shape)
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)

@@ -46,11 +46,6 @@ def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "sta
     Raises:
         ValueError: an unknown or missing key, fractions that do not rise to 1, weights that do not name every training
             source or are negative, or a source without weight in all stages. The message starts with `key`.
-
-    Example:
-        >>> from hf_nexus.mixture.stages import parse_stages
-        >>> parse_stages([{"until": 1.0, "weights": {"web": 3, "code": 1}}])
-        [Stage(until=1.0, weights={'web': 3.0, 'code': 1.0})]
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(
@@ -94,11 +89,6 @@ def stage_borders(
     """
     First outer step and weights of each stage, which begins at `round(until * max_steps)` of the one before it. A
     stage of zero steps is left out.
-
-    Example:
-        >>> from hf_nexus.mixture.stages import stage_borders
-        >>> stage_borders([(0.8, {"web": 1.0}), (1.0, {"web": 1.0})], max_steps=100)
-        [(0, {'web': 1.0}), (80, {'web': 1.0})]
     """
     borders, first = [], 0
     for until, weights in stages:

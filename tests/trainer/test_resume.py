@@ -22,7 +22,7 @@ from datasets import Dataset
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
 from hf_nexus.mixture.stages import stage_borders
-from hf_nexus.mixture.stream.reader import Retry, SourceError
+from hf_nexus.mixture.stream.reader import SourceError
 from hf_nexus.trainer.checkpoints import last_checkpoint
 
 from ..support.fault_processes import KILLS, Terminate, in_a_process, keeping_handler
@@ -516,11 +516,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Skip the waits, and list the failed attempts."""
     waits: list[int] = []
 
-    def wait(self: Retry, failed: int) -> float:
+    def wait(failed: int) -> float:
         waits.append(failed)
         return 0.0
 
-    monkeypatch.setattr(Retry, "wait", wait)
+    monkeypatch.setattr("hf_nexus.mixture.stream.reader.wait", wait)
     yield waits
 
 

@@ -30,8 +30,6 @@ class BuiltinSource:
             `"train"`, or `"ood"` for a source that is only evaluated.
         license (`str`):
             The licence of the text, as an SPDX identifier if there is one.
-        description (`str`):
-            One line for tables and cards.
         texts (`Callable[[], Iterable[str]]`):
             Yields the texts, in an order that is the same each time.
 
@@ -43,23 +41,21 @@ class BuiltinSource:
 
     role: Literal["train", "ood"]
     license: str
-    description: str
     texts: Callable[[], Iterable[str]]
 
 
 _PACKAGES = "mixed: that of each package"
 _OURS = "Apache-2.0"
-_documentation = partial(harvest.documentation, _SIZES["train"][0])
 BUILTIN_SOURCES = {
-    "code": BuiltinSource("train", "PSF-2.0", "Modules of Python's standard library", harvest.code),
-    "documentation": BuiltinSource("train", _PACKAGES, "Python's help topics, docstrings of packages", _documentation),
-    "mathematics": BuiltinSource("train", _OURS, "Generated problems, worked out", partial(documents, "mathematics")),
-    "reasoning": BuiltinSource("train", _OURS, "Generated stories, worked out", partial(documents, "reasoning")),
-    "records": BuiltinSource("train", _OURS, "Generated tables in several formats", partial(documents, "records")),
-    "headers": BuiltinSource("ood", "mixed: BSD-3-Clause mostly", "C++ headers of torch", harvest.headers),
-    "licenses": BuiltinSource("ood", _PACKAGES, "Licence texts of the installed packages", harvest.licenses),
-    "readmes": BuiltinSource("ood", _PACKAGES, "READMEs of the installed packages", harvest.readmes),
-    "logic": BuiltinSource("ood", _OURS, "Generated logic puzzles", partial(documents, "logic")),
+    "code": BuiltinSource("train", "PSF-2.0", harvest.code),
+    "documentation": BuiltinSource("train", _PACKAGES, partial(harvest.documentation, _SIZES["train"][0])),
+    "mathematics": BuiltinSource("train", _OURS, partial(documents, "mathematics")),
+    "reasoning": BuiltinSource("train", _OURS, partial(documents, "reasoning")),
+    "records": BuiltinSource("train", _OURS, partial(documents, "records")),
+    "headers": BuiltinSource("ood", "mixed: BSD-3-Clause mostly", harvest.headers),
+    "licenses": BuiltinSource("ood", _PACKAGES, harvest.licenses),
+    "readmes": BuiltinSource("ood", _PACKAGES, harvest.readmes),
+    "logic": BuiltinSource("ood", _OURS, partial(documents, "logic")),
 }
 """The sources of the built-in corpus by name: five training sources, then the OOD sources."""
 
@@ -107,9 +103,8 @@ def _documents(name: str) -> tuple[str, ...]:
             total += len(text.encode())
     if total < least:
         raise RuntimeError(
-            f"The built-in source {name!r} ({source.description}) has {total} bytes in this environment and needs "
-            f"{least}. Install Python with its standard library and the packages of hf_nexus from wheels, or remove "
-            f"builtin/{name} from the mixture."
+            f"The built-in source {name!r} has {total} bytes in this environment and needs {least}. Install Python "
+            f"with its standard library and the packages of hf_nexus from wheels, or remove builtin/{name}."
         )
     return tuple(found)
 

@@ -26,12 +26,6 @@ def without(text: str, known: set[str]) -> Iterator[str]:
             The text to cut.
         known (`set[str]`):
             The result of [`blocks`].
-
-    Example:
-        >>> from hf_nexus.mixture.builtin.disjoint import blocks, without
-        >>> notice = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software."
-        >>> list(without(f"mine\\n{notice}\\nmine too", blocks([notice])))
-        ['mine', 'mine too']
     """
     kept = 0  # Where the passage that is being read begins.
     for start in range(len(text) - _BLOCK + 1):

@@ -39,11 +39,6 @@ def split(text: str, size: int = 3000) -> Iterator[str]:
             Source code or prose.
         size (`int`, *optional*, defaults to `3000`):
             The length in characters after which a piece may end.
-
-    Example:
-        >>> from hf_nexus.mixture.builtin.harvest import split
-        >>> [len(piece) for piece in split("\\n\\n".join(["word " * 100] * 12))]
-        [3005, 3005]
     """
     piece: list[str] = []
     length = 0

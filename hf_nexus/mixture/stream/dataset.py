@@ -9,7 +9,7 @@ import torch
 from ..indexed import check_sources
 from ..tags import StreamState, TaggedRows
 from .documents import PackedRowReader, StreamedDocuments
-from .reader import Retry, RowReader
+from .reader import RowReader
 from .sources import Partition, open_source
 
 __all__ = ["MicroBatchSampler", "MixtureStream"]
@@ -32,8 +32,6 @@ class MixtureStream(torch.utils.data.Dataset):
             Seed of the orders of rows, which differ in each pass.
         buffer_size (`int`, *optional*, defaults to 10000):
             Streams are shuffled in blocks of half as many rows. A resume reads at most this many rows again.
-        retry ([`Retry`], *optional*):
-            What to do after a network error.
 
     Raises:
         ValueError: There is no source, or one is empty or not a dataset.
@@ -51,9 +49,7 @@ class MixtureStream(torch.utils.data.Dataset):
         True
     """
 
-    def __init__(
-        self, sources: Mapping[str, Any], *, seed: int = 0, buffer_size: int = 10_000, retry: Retry | None = None
-    ):
+    def __init__(self, sources: Mapping[str, Any], *, seed: int = 0, buffer_size: int = 10_000):
         documents = {n: s.documents if isinstance(s, StreamedDocuments) else s for n, s in sources.items()}
         check_sources(documents)
         if buffer_size < 2:
@@ -62,7 +58,6 @@ class MixtureStream(torch.utils.data.Dataset):
         self.names = list(sources)
         self.seed = seed
         self.buffer_size = buffer_size
-        self.retry = retry or Retry()
         self._opened = {name: open_source(name, s, buffer_size // 2) for name, s in documents.items()}
         self.rank, self.ranks, self.workers = 0, 1, 1
         self.begin(None)
@@ -122,7 +117,7 @@ class MixtureStream(torch.utils.data.Dataset):
                 fsspec.asyn.reset_lock()
                 self._process = os.getpid()
             partition = Partition(name, index, self.ranks * self.workers, self.rank, self.seed)
-            reading = self._opened[name], partition, self.retry, self._states.get(str(index), {}).get(name)
+            reading = self._opened[name], partition, self._states.get(str(index), {}).get(name)
             source = self.sources[name]
             packed = isinstance(source, StreamedDocuments)
             self._readers[index, name] = PackedRowReader(source, *reading) if packed else RowReader(*reading)

@@ -11,7 +11,7 @@ import torch
 from ...files import printable
 from ..documents import Document, DocumentEncoder
 from ..packing import pack_rows
-from .reader import Retry, RowReader, SourceError
+from .reader import RowReader, SourceError
 from .sources import Partition, Source
 
 __all__ = ["PackedRowReader", "StreamedDocuments"]
@@ -65,10 +65,9 @@ class PackedRowReader(RowReader):
         packing: StreamedDocuments,
         source: Source,
         partition: Partition,
-        retry: Retry,
         state: dict[str, Any] | None = None,
     ):
-        super().__init__(source, partition, retry, state)
+        super().__init__(source, partition, state)
         self.packing = packing
         state = state or {"segment": 0, "token": 0, "skipped": 0, "tokens": 0}
         self._segment: int = state["segment"]

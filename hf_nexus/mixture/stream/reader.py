@@ -4,18 +4,19 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...files import printable
 from .sources import Block, Partition, Source
 
-__all__ = ["Retry", "RowReader", "SourceError"]
+__all__ = ["RowReader", "SourceError"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# Attempts to read after network errors. Waits in seconds are doubled after each.
+ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0
 # Packages whose network errors are not all an `OSError`.
 _NETWORK_PACKAGES = {"aiohttp", "botocore", "gcsfs", "http", "httpcore", "httpcore2", "httpx", "httpx2", "requests"}
 _NETWORK_PACKAGES |= {"urllib3"}
@@ -37,32 +38,10 @@ class SourceError(RuntimeError):
     """
 
 
-@dataclass(frozen=True)
-class Retry:
-    """
-    How often to retry after a network error, and how long to wait in between.
-
-    Args:
-        attempts (`int`, *optional*, defaults to 5):
-            Number of attempts, after which a [`SourceError`] is raised.
-        first_wait (`float`, *optional*, defaults to 1.0), longest_wait (`float`, *optional*, defaults to 60.0):
-            Seconds before the second attempt, doubled for each further one. Waits are shortened by up to half at
-            random, to spread the retries of many workers.
-
-    Example:
-        >>> from hf_nexus.mixture.stream.reader import Retry
-        >>> Retry(attempts=3).wait(1) <= 2.0
-        True
-    """
-
-    attempts: int = 5
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
-
-    def wait(self, failed: int) -> float:
-        """Seconds to wait after attempt number `failed`, from 0."""
-        # The draws of the run's own generator must not depend on the network.
-        return min(self.longest_wait, self.first_wait * 2**failed) * random.SystemRandom().uniform(0.5, 1)
+def wait(failed: int) -> float:
+    """Seconds to wait after attempt number `failed`, from 0. They are random, to spread the retries of workers."""
+    # The draws of the run's own generator must not depend on the network.
+    return min(LONGEST_WAIT, FIRST_WAIT * 2**failed) * random.SystemRandom().uniform(0.5, 1)
 
 
 class RowReader:
@@ -73,10 +52,9 @@ class RowReader:
         SourceError: The source cannot be read (all methods that read).
     """
 
-    def __init__(self, source: Source, partition: Partition, retry: Retry, state: dict[str, Any] | None = None):
+    def __init__(self, source: Source, partition: Partition, state: dict[str, Any] | None = None):
         self.source = source
         self.partition = partition
-        self.retry = retry
         state = state or {"pass": 0, "block": None, "offset": 0, "rows": 0}
         self._pass: int = state["pass"]
         self._position = state["block"]  # the start of the current block, or of the next one
@@ -167,7 +145,7 @@ class RowReader:
         self._blocks, self._position, self._offset = None, None, 0
 
     def _retried(self, read: Callable[[], Result]) -> Result:
-        for attempt in range(self.retry.attempts):
+        for attempt in range(ATTEMPTS):
             try:
                 return read()
             except Exception as error:
@@ -175,11 +153,9 @@ class RowReader:
                 self._blocks = None  # reopen the source at the current position
                 if not _is_network(error):
                     raise self.error(f"the source raised {cause}") from error
-                if attempt + 1 == self.retry.attempts:
-                    raise self.error(
-                        f"{self.retry.attempts} attempts to read failed, the last with {cause}"
-                    ) from error
-                seconds = self.retry.wait(attempt)
+                if attempt + 1 == ATTEMPTS:
+                    raise self.error(f"{ATTEMPTS} attempts to read failed, the last with {cause}") from error
+                seconds = wait(attempt)
                 logger.warning("%s; trying again in %.1f s.", self.error(cause), seconds)
                 time.sleep(seconds)
         raise AssertionError("attempts is at least 1")

@@ -69,9 +69,9 @@ def test_documents_of_a_source_differ_and_hold_text(name: str) -> None:
     assert all(text.endswith("\n") and "\r" not in text and "\0" not in text for text in documents)
 
 
-def test_a_source_has_a_licence_and_a_description() -> None:
+def test_a_source_has_a_licence() -> None:
     for source in BUILTIN_SOURCES.values():
-        assert source.license and source.description and "\n" not in source.description
+        assert source.license
 
 
 def texts(name: str, everything: bool) -> list[str]:
@@ -123,7 +123,7 @@ def test_an_unknown_source_is_refused_with_the_names() -> None:
 
 
 def test_too_little_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    poor = BuiltinSource("ood", "CC0-1.0", "short texts", lambda: ["a text of some length\n" * 100])
+    poor = BuiltinSource("ood", "CC0-1.0", lambda: ["a text of some length\n" * 100])
     monkeypatch.setitem(BUILTIN_SOURCES, "poor", poor)
     with pytest.raises(RuntimeError, match=r"'poor'.*2200 bytes in this environment and needs 200000.*builtin/poor"):
         builtin_documents("poor")

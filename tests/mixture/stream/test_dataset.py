@@ -19,11 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from hf_nexus.mixture.stream.progress import StreamProgress
-from hf_nexus.mixture.stream.reader import Retry, SourceError
+from hf_nexus.mixture.stream.reader import SourceError, wait
 from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, layers, open_source
 from hf_nexus.mixture.tags import _KEY, StreamState, TaggingCollator
-
-IMPATIENT = Retry(attempts=3, first_wait=0.001)
 
 
 def generate(shards: list[list[int]]) -> Iterator[dict[str, Any]]:
@@ -312,6 +310,11 @@ class Unsteady:
         return row
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_nexus.mixture.stream.reader.FIRST_WAIT", 0.001)
+
+
 def network_errors() -> list[Exception]:
     import aiohttp
     import requests
@@ -329,27 +332,29 @@ def network_errors() -> list[Exception]:
 
 
 @pytest.mark.parametrize("error", network_errors(), ids=lambda e: type(e).__name__)
+@pytest.mark.usefixtures("impatient")
 def test_network_errors_are_retried_without_losing_a_row(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     dataset = sharded([30, 30, 30])
     expected = read(start(dataset, buffer_size=20), range(100))
     unsteady = dataset.map(Unsteady(error, {0, 17, 40, 89}, times=2))
-    got = read(start(unsteady, buffer_size=20, retry=IMPATIENT), range(100))
+    got = read(start(unsteady, buffer_size=20), range(100))
     assert [rows for rows, _ in got] == [rows for rows, _ in expected]
     assert "trying again in" in caplog.text and "'a'" in caplog.text
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_lasting_network_error_ends_after_the_last_attempt() -> None:
     unsteady = Unsteady(TimeoutError("slow"), {17}, times=99)
     with pytest.raises(
-        SourceError, match=r"'a' .*shard 0 of 1, after 1\d rows.*3 attempts .* TimeoutError: slow"
+        SourceError, match=r"'a' .*shard 0 of 1, after 1\d rows.*5 attempts .* TimeoutError: slow"
     ) as caught:
-        read(start(sharded([30]).map(unsteady), buffer_size=20, retry=IMPATIENT), range(100))
-    assert unsteady.failed == {17: 3}
+        read(start(sharded([30]).map(unsteady), buffer_size=20), range(100))
+    assert unsteady.failed == {17: 5}
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_waits_grow_up_to_a_limit() -> None:
-    waits = [Retry(first_wait=1, longest_wait=60).wait(failed) for failed in range(9)]
+    waits = [wait(failed) for failed in range(9)]
     assert all(0.5 <= wait / min(60, 2**failed) <= 1 for failed, wait in enumerate(waits))
 
 

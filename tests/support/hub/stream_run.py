@@ -36,13 +36,13 @@ def be_impatient() -> None:
     import datasets
     from huggingface_hub.utils import _http
 
-    from hf_nexus.mixture.stream.reader import Retry
+    from hf_nexus.mixture.stream import reader
 
     sleep = _http.time.sleep
     _http.time = SimpleNamespace(**{**vars(_http.time), "sleep": lambda seconds: sleep(min(seconds, 0.01))})
     datasets.config.STREAMING_READ_MAX_RETRIES = 2
     datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.01
-    Retry.wait = lambda self, failed: 0.01 * 2**failed  # type: ignore[method-assign]
+    reader.wait = lambda failed: 0.01 * 2**failed
 
 
 def data() -> Any:

@@ -25,17 +25,7 @@ class NotWholeError(ValueError):
 
 
 def template(header: str, text: str) -> Problem:
-    """
-    The problem that a header and a text describe.
-
-    Example:
-        >>> import random
-        >>> from hf_nexus.mixture.builtin.generated.templates import template
-        >>> print(template("n in 2..9", "Square {n}.\\n{m := n * n}\\nAnswer: {m}")(random.Random(0)))
-        Square 3.
-        3 * 3 = 9
-        Answer: 9
-    """
+    """The problem that a header and a text describe."""
 
     def write(rng: random.Random) -> str:
         while True:
