@@ -12,6 +12,7 @@ from .. import __version__
 from ..files import hide_token, one_line_errors, printable
 from .benchmark import benchmark
 from .closeness import closeness
+from .init import init
 
 __all__ = ["app", "main"]
 
@@ -39,7 +40,8 @@ _TRAIN_HELP = (
 _PLAN_HELP = (
     "For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 0.35 --price_per_hour 3"
     "\n\nFlags of the plan: --devices, --sharding (ddp or fsdp2), --mfu (fraction of the peak that is reached), "
-    "--peak_tflops (per device), --link (GB/s that a device sends), --price_per_hour (per device)."
+    "--peak_tflops (per device), --link (GB/s that a device sends), --devices_per_node, --node_link (GB/s inside a "
+    "machine), --price_per_hour (per device)."
     f"\n\n{_FIELDS_HELP}"
 )
 
@@ -72,11 +74,31 @@ def _options(
 
 
 @app.command(context_settings=_FIELDS_AS_FLAGS, epilog=_TRAIN_HELP)
-def train(context: typer.Context, config: _Config) -> None:
+def train(
+    context: typer.Context,
+    config: _Config,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Start this many processes on this machine, one per device.")
+    ] = None,
+    accelerate_config: Annotated[
+        str | None,
+        typer.Option("--accelerate_config", help="Start the processes that a file of accelerate describes."),
+    ] = None,
+) -> None:
     """Train a model: hf-nexus train demo --max_steps 20 --inner_lr 0.1"""
+    if "RANK" not in os.environ:  # at once: heavy packages take seconds to load
+        print(f"hf-nexus {__version__} train {printable(config)}", file=sys.stderr, flush=True)
+    argv = [config, *context.args]
+    if any(word.startswith(("--dry_run", "--dry-run")) for word in argv):
+        argv += [] if devices is None else ["--devices", str(devices)]
+    elif devices is not None or accelerate_config is not None:
+        from .launch import launch
+
+        with one_line_errors(debug=context.obj):
+            launch(argv, devices, accelerate_config)
     from ..pretrain import run as pretrain
 
-    pretrain.main(["--config", config, *context.args], debug=context.obj)
+    pretrain.main(["--config", *argv], debug=context.obj)
 
 
 @app.command(context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
@@ -103,6 +125,7 @@ def compare(
 
 app.command(cls=_Command)(benchmark)
 app.command(cls=_Command)(closeness)
+app.command(cls=_Command)(init)
 
 
 @app.command(cls=_Command)

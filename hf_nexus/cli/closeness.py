@@ -78,7 +78,6 @@ def find_mixture(model: str, config: str | None = None) -> "MixtureConfig":
     from ..mixture.config import MixtureConfig
     from ..pretrain.folder import CONFIG_NAME
     from ..pretrain.parsing import load_config
-    from ..strict import read_yaml
 
     if config is None:
         folder = Path(model).resolve()
@@ -90,8 +89,6 @@ def find_mixture(model: str, config: str | None = None) -> "MixtureConfig":
                 "(demo, 3b), a run's pretrain.yaml, or a YAML file of a mixture."
             )
         config = str(found[0])
-    elif Path(config).is_file() and "sources" in read_yaml(config):
-        return MixtureConfig.from_yaml(config)
     return MixtureConfig.from_dict(load_config(config)["data"])
 
 

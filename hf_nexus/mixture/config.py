@@ -47,6 +47,8 @@ class SourceConfig:
             Split of the dataset, as in [`~datasets.load_dataset`].
         revision (`str`, *optional*):
             Branch, tag or commit of a dataset on the Hub.
+        sample_by (`str`, *optional*, defaults to `"document"`):
+            Documents of local `.txt` files: each file (`"document"`), `"paragraph"` or `"line"`, as in `datasets`.
         text_column (`str`, *optional*):
             Column with the documents. Defaults to `"text"`.
         messages_column (`str`, *optional*):
@@ -100,6 +102,7 @@ class SourceConfig:
     subset: Text | None = None
     split: Text = "train"
     revision: Text | None = None
+    sample_by: Literal["document", "paragraph", "line"] = "document"
     text_column: Text | None = None
     messages_column: Text | None = None
     prompt_column: Text | None = None
@@ -173,7 +176,7 @@ class SourceConfig:
 
     def _check_builtin(self) -> None:
         self._refuse(("subset", "revision", "eval_split", *_NOT_TEXT), "a built-in source (one split of plain text)")
-        for key, allowed in (("split", ("train",)), ("text_column", (None, "text"))):
+        for key, allowed in (("split", ("train",)), ("text_column", (None, "text")), ("sample_by", ("document",))):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: it cannot be chosen for a built-in source. Remove it.")
 

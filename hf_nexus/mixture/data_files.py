@@ -99,9 +99,11 @@ def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[s
     if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
         options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
     if builder == "text":
-        options["sample_by"] = "document"  # by default, each line is a row
+        options["sample_by"] = source.sample_by  # by default, each line is a row
         options["encoding"] = "utf-8-sig"  # a byte order mark is no text
-    elif builder == "json":
+    elif source.sample_by != "document":
+        raise ValueError(f"sample_by={source.sample_by!r} is for .txt files. Remove it.")
+    if builder == "json":
         options["parse_agent_traces"] = False  # by default, a file with certain columns is one row
     elif builder in ("csv", "tsv"):
         builder, separator = "csv", "\t" if builder == "tsv" else ","

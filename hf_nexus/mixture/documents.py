@@ -25,6 +25,7 @@ __all__ = [
     "Document",
     "DocumentEncoder",
     "check_tokenizer",
+    "is_conversation",
     "load_documents",
     "naming_source",
     "split_text",
@@ -42,12 +43,18 @@ _UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8
 
 
 def load_documents(
-    name: str, source: SourceConfig, split: str, cache_dir: str | None = None, streaming: bool = False
+    name: str,
+    source: SourceConfig,
+    split: str,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+    every_column: bool = False,
 ) -> "tuple[Dataset | IterableDataset, list[str]]":
     """
     Load one split of a source, one row per document. Slices of splits work, except for folders of `save_to_disk`.
 
-    With `streaming`, the documents are an `IterableDataset`, except for sources that are ready to read.
+    With `streaming`, the documents are an `IterableDataset`, except for sources that are ready to read. With
+    `every_column`, it does not matter which columns the source names.
 
     Returns:
         `tuple[Dataset | IterableDataset, list[str]]`: the documents, and the names of all columns. Of Parquet files,
@@ -56,7 +63,7 @@ def load_documents(
     Raises:
         ValueError: Nothing is there, it has no such split, subset or column, or it has no documents.
     """
-    path = os.path.expanduser(source.path)
+    path, named = os.path.expanduser(source.path), {} if every_column else source.columns
     available: list[str] = []
     with naming_source(name, source, split):
         if source.path.startswith(BUILTIN_PREFIX):
@@ -70,13 +77,13 @@ def load_documents(
             if files["path"] == "token files":
                 documents = _load_tokens(files["data_files"], split)
             else:
-                columns = list(source.columns.values())
+                columns = list(named.values())
                 documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
         # Some streams do not know their columns before their first row.
         available = available or documents.column_names or list(next(iter(documents), {}))
         if not available:
             raise ValueError("it has no rows")
-    for key, column in source.columns.items():
+    for key, column in named.items():
         if column not in available:
             raise ValueError(
                 f"sources.{name}.{key}: the source has no column {column!r}. Name one of {', '.join(available)}."
@@ -87,11 +94,13 @@ def load_documents(
 def _load_columns(
     columns: list[str], split: str, streaming: bool, **files: Any
 ) -> "tuple[Dataset | IterableDataset, list[str]]":
-    """Documents, without the columns of Parquet files that are not needed, and the names of all columns, if known."""
+    """Documents with these columns of Parquet files (all if none are given), and the names of all columns."""
     from datasets import load_dataset, load_dataset_builder
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     whole = partial(load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
+    if not columns:
+        return whole(), []
     try:
         builder = load_dataset_builder(**files)
     except ValueError:  # without a network, the columns of an earlier call may be in the cache
@@ -351,7 +360,7 @@ class DocumentEncoder:
 
     def _messages(self, columns: dict[str, list], first_row: int) -> list[Document]:
         require_chat_template(self.name, self.source, self.tokenizer)
-        self._require(columns, first_row, _is_conversation, "a list of messages with a role and content")
+        self._require(columns, first_row, is_conversation, "a list of messages with a role and content")
         documents = []
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         for number, conversation in enumerate(zip(*columns.values(), strict=True), first_row):
@@ -407,7 +416,8 @@ def require_chat_template(name: str, source: SourceConfig, tokenizer: "PreTraine
         )
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages."""
     return (
         isinstance(value, list)
         and len(value) > 0

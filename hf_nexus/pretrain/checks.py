@@ -10,12 +10,12 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from ..mixture.config import BUILTIN_PREFIX, MixtureConfig
+from ..mixture.config import MixtureConfig
 from ..trainer.support import check_arguments, check_cache, check_cosines, check_loader
 from .fields import ModelArguments, PretrainConfig
 from .model import build_model
 
-__all__ = ["builtin_sources", "check_run"]
+__all__ = ["check_run"]
 
 
 def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainConfig, here: bool) -> None:
@@ -42,7 +42,8 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
     check_cosines(training.gradient_cosine_steps, True, bool(training.fsdp), unread)
     if mixture.isolate_documents is not False:
         check_cache(training)
-    builtin_sources(model, mixture)
+    if model.tokenizer == "train" and any(source.tokens_column for source in mixture.sources.values()):
+        raise ValueError("tokenizer='train' cannot read a tokens_column. Set model.tokenizer to that of the tokens.")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise ValueError("max_steps: the run has no steps. Set it above 0, or num_train_epochs.")
     if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:
@@ -53,18 +54,6 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         _try_attention(model)
     with nullcontext() if here else suppress(ImportError):
         _try_optimizer(training)
-
-
-def builtin_sources(model: ModelArguments, mixture: MixtureConfig) -> list[str]:
-    """Names of the built-in training sources, which `tokenizer="train"` needs."""
-    paths = [source.path for source in mixture.train_sources.values()]
-    builtin = [path.removeprefix(BUILTIN_PREFIX) for path in paths if path.startswith(BUILTIN_PREFIX)]
-    if model.tokenizer == "train" and not builtin:
-        raise ValueError(
-            "tokenizer='train' needs built-in training sources, and the mixture has none. Set model.tokenizer to the "
-            "Hub id or path of a tokenizer."
-        )
-    return builtin
 
 
 def _try_trackers(training: PretrainConfig) -> None:

@@ -85,8 +85,8 @@ class ModelArguments:
         attn_implementation (`str`, *optional*):
             Attention implementation, as in transformers.
         tokenizer (`str`, *optional*, defaults to `"train"`):
-            Hub id or local path. `"train"` trains a byte-level BPE of `vocab_size` entries on the built-in training
-            sources of the mixture.
+            Hub id or local path. `"train"` trains a byte-level BPE of at most `vocab_size` entries on the first 20
+            million characters of each training source. It is saved with the model.
         accelerators (`int`, *optional*, defaults to 0):
             Number of accelerators that the configuration is designed for. 0: it also runs on a CPU.
 

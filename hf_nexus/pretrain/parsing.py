@@ -17,6 +17,7 @@ from ..schema import help_of
 from ..strict import check, field_types, from_text, load_yaml, options
 from .checks import check_run
 from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
+from .starter import starter_training
 
 __all__ = ["check_section", "load_config", "parse_arguments"]
 
@@ -28,12 +29,15 @@ _NO_FLAGS = ("sources", "parallelism_config")
 
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
-    Read a configuration by name (`"demo"`) or path: the fields of its sections as plain data.
+    Read a configuration by name (`"demo"`) or path: the fields of its sections as plain data. A mixture alone, with
+    its fields at the top level, gets the training settings of `hf-nexus init`.
 
     Raises:
         ValueError: no such configuration, an unknown section, or no sources. The message names the file.
     """
     config = load_yaml(name_or_path, "pretrain", "configuration")
+    if "sources" in config:
+        config = {"data": config, "training": starter_training(name_or_path, config["sources"])}
     for section, values in config.items():
         if section not in SECTIONS:
             raise ValueError(

@@ -16,12 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..files import one_line_errors
 from ..lock import locked
-from ..mixture.builtin.corpus import builtin_documents
-from ..mixture.builtin.tokenizer import train_tokenizer
 from ..mixture.loading import Mixture, load_mixture
+from ..mixture.texts import tokenizer_of_sources
 from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.mixin import NexusTrainer
-from .checks import builtin_sources
 from .console import RunLog, print_plan, write_report
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
@@ -205,15 +203,15 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
 
 
 def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, that of the configuration, or one trained on the built-in training sources."""
+    """The tokenizer of the checkpoint, that of the configuration, or one trained on the training sources."""
     name, size = arguments.model.tokenizer, arguments.model.vocab_size
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase
     if name != "train":
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     else:
-        builtin = builtin_sources(arguments.model, arguments.mixture)
-        tokenizer = train_tokenizer((text for source in builtin for text in builtin_documents(source)), size)
+        tokenizer = tokenizer_of_sources(arguments.mixture, size)
     if len(tokenizer) > size:
         raise ValueError(
             f"The tokenizer {name!r} has {len(tokenizer)} entries, more than vocab_size={size}. Raise vocab_size."

@@ -27,7 +27,7 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    commands = ("train", "plan", "compare", "closeness", "benchmark", "card", "push", "env")
+    commands = ("init", "train", "plan", "compare", "closeness", "benchmark", "card", "push", "env")
     assert all(command in result.stdout for command in commands)
 
 
@@ -95,7 +95,8 @@ def test_the_help_names_the_flags():
 
 def test_every_command_has_an_example_in_its_help():
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert sorted(names) == ["benchmark", "card", "closeness", "compare", "env", "plan", "push", "schema", "train"]
+    expected = ["benchmark", "card", "closeness", "compare", "env", "init", "plan", "push", "schema", "train"]
+    assert sorted(names) == expected
     for name in names:
         output = CliRunner().invoke(cli.app, [name, "--help"], terminal_width=200).output
         assert f"hf-nexus {name}" in " ".join(output.partition("Usage:")[2].partition("\n")[2].split()), name

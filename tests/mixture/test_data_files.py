@@ -79,6 +79,16 @@ def test_each_text_file_of_a_folder_is_one_document(streaming: bool) -> None:
     assert documents("books", streaming) == documents("books/*.txt", streaming) == sorted(texts)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_file_can_be_split_into_documents(streaming: bool) -> None:
+    Path("a.txt").write_text("first\nsecond\n\nthird")
+    assert documents("a.txt", streaming, sample_by="paragraph") == ["first\nsecond", "third"]
+    assert documents("a.txt", streaming, sample_by="line") == ["", "first", "second", "third"]
+    write("b.jsonl")
+    with pytest.raises(ValueError, match=r"sample_by='line' is for \.txt files"):
+        documents("b.jsonl", streaming, sample_by="line")
+
+
 def test_a_folder_and_a_glob_mean_the_same_files() -> None:
     names = ["d/a.jsonl", "d/train.jsonl", "d/sub/test-1.jsonl.gz", "d/test/b.JSONL", "d/my_eval.jsonl"]
     write(*names, "d/.hidden.jsonl", "d/.cache/c.jsonl")

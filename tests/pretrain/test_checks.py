@@ -44,7 +44,6 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs: '3' is not allowed; it must be a mapping"),
         ("--save_strategy best", "metric_for_best_model: missing"),
         ("--attn_implementation bogus", "bogus"),
-        ("--tokenizer train", "tokenizer='train' needs built-in training sources"),
         ("--temperature 1e-320", "temperature: 1e-320"),
         ('--mixture_weights {"letters":1e300,"digits":1}', "mixture_weights.letters: 1e+300"),
         ("--hidden_size 400000000000", "hidden_size: 400000000000"),

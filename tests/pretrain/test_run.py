@@ -218,9 +218,20 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(config, tmp_path):
         run(config, tmp_path, "--vocab_size", "280")
 
 
-def test_training_a_tokenizer_needs_builtin_sources(config, tmp_path):
-    with pytest.raises(ValueError, match="built-in training sources"):
-        run(config, tmp_path, "--tokenizer", "train")
+def test_a_tokenizer_is_trained_on_the_sources_and_saved(config, tmp_path):
+    trainer = run(config, tmp_path, "--tokenizer", "train", "--vocab_size", "290", "--max_steps", "1")
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.get_vocab() == trainer.processing_class.get_vocab() and len(saved) == 290
+    assert len(saved.tokenize("abcd1234")) < 8
+
+
+def test_a_tokenizer_is_not_trained_on_tokens(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    content["data"]["sources"]["letters"] |= {"tokens_column": "ids"}
+    content["model"]["tokenizer"] = "train"
+    (tmp_path / "tokens.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="tokenizer='train' cannot read a tokens_column"):
+        run(tmp_path / "tokens.yaml", tmp_path)
 
 
 def test_an_interrupted_run_says_how_to_go_on(config, finished, tmp_path, monkeypatch, capsys):

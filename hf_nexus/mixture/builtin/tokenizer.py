@@ -8,10 +8,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["EOS_TOKEN", "PAD_TOKEN", "train_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "EOS_TOKEN", "PAD_TOKEN", "train_tokenizer"]
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|padding|>"
+# A chat template for any tokenizer. `generation` marks the messages of the assistant and their end tokens.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if message.role == "assistant" -%}
+A: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{%- else -%}
+Q: {{ message.content }}
+{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}A: {% endif -%}"""
 # A merge stays within a word and the space before it, one digit, a run of signs or a run of white space.
 _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -24,7 +33,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
 
     Args:
         documents (`Iterable[str]`):
-            The text to learn merges from. The built-in training sources take a few seconds.
+            The text to learn merges from. A million characters take about a second.
         vocab_size (`int`):
             Number of tokens, including two special tokens and 256 bytes. The result has fewer tokens if the documents
             run out of pairs that occur twice, so size a model by `len(tokenizer)`.

@@ -1,0 +1,100 @@
+"""The text of sources before a tokenizer is chosen: to train one, and to find out what files hold."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from .config import MixtureConfig, SourceConfig
+from .documents import DocumentEncoder, is_conversation, load_documents, naming_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["guess_source", "tokenizer_of_sources"]
+
+_LEARNED_FROM = 20_000_000  # characters of a source
+# The columns that are read, by what they hold. The first that fit are taken.
+_COLUMNS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("messages", {"messages_column": "messages"}),
+    ("messages", {"messages_column": "conversations"}),
+    ("text", {"prompt_column": "prompt", "completion_column": "completion"}),
+    ("messages", {"prompt_column": "prompt", "completion_column": "completion"}),
+    ("text", {"prompt_column": "question", "completion_column": "answer"}),
+    ("text", {"prompt_column": "instruction", "completion_column": "output"}),
+    ("text", {"text_column": "text"}),
+    ("text", {"text_column": "content"}),
+)
+
+
+def tokenizer_of_sources(config: MixtureConfig, vocab_size: int) -> "PreTrainedTokenizerBase":
+    """A tokenizer trained on the training sources of a mixture, with a chat template if one of them may need it."""
+    sources = config.train_sources.items()
+    tokenizer = train_tokenizer((text for name, source in sources for text in _texts(name, source)), vocab_size)
+    if any("text_column" not in source.columns for source in config.sources.values()):
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _texts(name: str, source: SourceConfig) -> Iterator[str]:
+    """The first texts of a source, with messages as the trained tokenizer renders them."""
+    blank = train_tokenizer((), 258)
+    blank.chat_template = CHAT_TEMPLATE
+    rows, columns = load_documents(name, source, source.split, streaming=source.streaming)
+    encoder, characters = DocumentEncoder(name, source, blank, columns), 0
+    for number, row in enumerate(_rows(name, source, rows)):
+        try:
+            text = encoder.document(row, number).text
+        except Exception:
+            if source.on_error == "skip":
+                continue
+            raise
+        yield text
+        characters += len(text)
+        if characters >= _LEARNED_FROM:
+            return
+
+
+def _rows(name: str, source: SourceConfig, documents: Any) -> Iterator[dict[str, Any]]:
+    with naming_source(name, source, source.split):
+        yield from documents
+
+
+def guess_source(name: str, path: str, role: str) -> SourceConfig:
+    """
+    The source of a path. Its columns are guessed from the first rows. Few text files are split into paragraphs or
+    lines, to hold some of them out.
+
+    Raises:
+        ValueError: it cannot be read, or no column holds text, messages, or prompts with completions.
+    """
+    known: dict[str, Any] = {"path": path, "role": role}
+    rows, builder = _first_rows(name, known)
+    if builder == "text":
+        for unit in ("paragraph", "line"):
+            if len(rows) < 20:
+                known["sample_by"] = unit
+                rows, _ = _first_rows(name, known)
+        return SourceConfig(**known)
+    kinds = {column: _kind([row.get(column) for row in rows]) for row in rows for column in row}
+    for kind, columns in _COLUMNS:
+        if all(kinds.get(column) == kind for column in columns.values()):
+            return SourceConfig(**known | columns)
+    seen = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    raise ValueError(
+        f"{path}: no column can be trained on. It has {seen}. Rename one to 'text' or 'messages', or two to 'prompt' "
+        "and 'completion', or name the column in a YAML file (text_column)."
+    )
+
+
+def _first_rows(name: str, known: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """The first rows of a source, and the builder of `datasets` that reads it."""
+    source = SourceConfig(**known)
+    documents, _ = load_documents(name, source, source.split, streaming=True, every_column=True)
+    return list(islice(_rows(name, source, documents), 100)), documents.info.builder_name
+
+
+def _kind(values: list) -> str:
+    """What a column holds: "text", "messages", or the types of its values."""
+    kinds = {"text" if isinstance(v, str) else "messages" if is_conversation(v) else type(v).__name__ for v in values}
+    return " or ".join(sorted(kinds))

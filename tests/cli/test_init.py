@@ -1,0 +1,39 @@
+"""`hf-nexus init`: only the configuration is on stdout, and errors are one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_nexus.cli import app as cli
+from hf_nexus.pretrain import starter
+from tests.support.tiny_config import documents
+
+
+def test_only_the_yaml_is_on_stdout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(starter, "_tokens_per_second", lambda *args: 1000.0)
+    for name in ("a", "b"):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in documents("abcd", 60, ord(name)))
+        Path(f"{name}.jsonl").write_text(rows)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["init", "a.jsonl", "--ood", "b.jsonl"])
+    printed = capsys.readouterr()
+    assert not stop.value.code and "a.jsonl: 60 documents" in printed.err
+    content = yaml.safe_load(printed.out)
+    assert list(content) == ["model", "data", "training"] and content["data"]["sources"]["b"]["role"] == "ood"
+    assert printed.out.startswith("# Written by: hf-nexus init a.jsonl --ood b.jsonl\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("none.jsonl", "no file matches 'none.jsonl'"), ("odd.jsonl", "It has id (int), body (text)")]
+)
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, name, words):
+    monkeypatch.chdir(tmp_path)
+    Path("odd.jsonl").write_text('{"id": 1, "body": "a"}\n')
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["init", name])
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and words in message and "\n" not in message and capsys.readouterr().out == ""

@@ -1,0 +1,96 @@
+"""What a file holds is guessed from its rows, and a tokenizer is trained on any source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_nexus.mixture import MixtureConfig, load_mixture
+from hf_nexus.mixture.texts import guess_source, tokenizer_of_sources
+
+CHAT = [{"role": "user", "content": "one plus two"}, {"role": "assistant", "content": "three"}]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"id": 1, "text": "a"}, {"text_column": "text"}),
+        ({"path": "a.py", "content": "a"}, {"text_column": "content"}),
+        ({"text": "a", "messages": CHAT}, {"messages_column": "messages"}),
+        ({"messages": "not a list", "text": "a"}, {"text_column": "text"}),
+        ({"conversations": CHAT}, {"messages_column": "conversations"}),
+        ({"prompt": "a", "completion": "b"}, {"prompt_column": "prompt", "completion_column": "completion"}),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt_column": "prompt", "completion_column": "completion"}),
+        ({"question": "a", "answer": "b"}, {"prompt_column": "question", "completion_column": "answer"}),
+    ],
+)
+def test_columns_are_guessed_from_the_rows(row, columns):
+    assert guess_source("a", write("a.jsonl", [row, row]), "train").columns == columns
+
+
+def test_where_nothing_fits_the_columns_are_named():
+    path = write("a.jsonl", [{"id": 1, "body": "a", "text": 3}])
+    with pytest.raises(ValueError, match=r"^a\.jsonl: .*id \(int\), body \(text\), text \(int\)\. Rename one"):
+        guess_source("a", path, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"), [("a\nb\n\n" * 30, "paragraph"), ("a line\n" * 30, "line"), ("one\n\ntwo", "line")]
+)
+def test_one_text_file_is_split_into_documents(text, unit):
+    Path("a.txt").write_text(text)
+    assert guess_source("a", "a.txt", "train").sample_by == unit
+
+
+def test_many_text_files_stay_whole():
+    Path("books").mkdir()
+    for i in range(20):
+        Path(f"books/{i}.txt").write_text("first\n\nsecond")
+    assert guess_source("a", "books", "train").sample_by == "document"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_trained_tokenizer_reads_every_kind_of_source(streaming):
+    sources: dict[str, Any] = {
+        "text": {"path": write("text.jsonl", [{"text": f"the lazy dog {i}"} for i in range(9)])},
+        "chat": {"path": write("chat.jsonl", [{"messages": CHAT}] * 9), "messages_column": "messages"},
+        "pairs": {"path": write("pairs.jsonl", [{"p": "quick", "c": "brown fox"}] * 9)},
+        "ood": {"path": write("ood.jsonl", [{"text": "zebra crossing " * 40}])},
+    }
+    sources["pairs"] |= {"prompt_column": "p", "completion_column": "c"}
+    for source in sources.values():
+        source |= {"streaming": streaming, "weight": 1}
+    sources["law"] = {"path": sources.pop("ood")["path"], "role": "ood"}
+    config = MixtureConfig.from_dict({"sources": sources, "sequence_length": 4})
+    tokenizer = tokenizer_of_sources(config, 400)
+    learned = {word for word in ("lazy", "plus", "fox", "zebra") if len(tokenizer.tokenize(f" {word}")) == 1}
+    assert learned == {"lazy", "plus", "fox"}  # nothing of the OOD source
+    assert set(load_mixture(config, tokenizer).train) == {"text", "chat", "pairs"}
+    again = tokenizer_of_sources(config, 400)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_tokenizer_of_text_alone_has_no_chat_template():
+    config = MixtureConfig.from_dict({"sources": {"a": {"path": write("a.jsonl", [{"text": "a b"}])}}})
+    assert tokenizer_of_sources(config, 300).chat_template is None
+
+
+def test_rows_that_a_stream_skips_are_skipped_by_the_tokenizer_too():
+    rows = [{"text": "lazy dog"}, {"text": None}, {"text": "lazy dog"}]
+    source = {"path": write("a.jsonl", rows), "streaming": True, "weight": 1}
+    skipping = MixtureConfig.from_dict({"sources": {"a": {**source, "on_error": "skip"}}})
+    assert len(tokenizer_of_sources(skipping, 300).tokenize(" lazy")) < 5
+    with pytest.raises(ValueError, match="row 1 holds None"):
+        tokenizer_of_sources(MixtureConfig.from_dict({"sources": {"a": source}}), 300)
