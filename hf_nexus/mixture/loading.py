@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class Mixture:
             n: len(rows) * length if isinstance(rows, Sized) else sources[n].tokens for n, rows in self.train.items()
         }
 
-    @property
+    @cached_property
     def targets(self) -> dict[str, int]:
         """Tokens that are trained on in the packed sources with a `loss_on` other than "all"."""
         masked = {n: rows for n, rows in self.train.items() if self.config.sources[n].loss_on != "all"}

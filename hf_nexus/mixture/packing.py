@@ -75,10 +75,11 @@ def pack_rows(tokens: np.ndarray, starts: np.ndarray, end: int | None = None) ->
     if end is not None:
         starts[:, 1:] |= tokens[:, :-1] == end
     positions, trained = document_positions(starts), tokens >= 0
+    if trained.all():
+        return {"input_ids": tokens, "labels": tokens, "position_ids": positions}
     kept = trained.all(axis=1) | (trained & (positions > 0)).any(axis=1)
-    if not kept.all():
-        tokens, positions = tokens[kept], positions[kept]
-    return {"input_ids": unmarked(tokens), "labels": np.where(tokens < 0, -100, tokens), "position_ids": positions}
+    labels = np.where(trained, tokens, -100)[kept]
+    return {"input_ids": unmarked(tokens[kept]), "labels": labels, "position_ids": positions[kept]}
 
 
 def count_targets(rows: "Dataset") -> int:

@@ -4,8 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 
-from .templates import Problem
-from .words import people
+from .templates import Problem, people
 
 
 def knights(rng: random.Random) -> str:

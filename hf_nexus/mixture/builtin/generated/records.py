@@ -5,8 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from .templates import Problem, draw, fill, templates
-from .words import setting
+from .templates import Problem, draw, fill, setting, templates
 
 Row = dict[str, str | int | float]
 
