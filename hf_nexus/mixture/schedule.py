@@ -53,7 +53,6 @@ class SourceSchedule:
         seed: int = 0,
         kind: str = "random",
     ):
-        _check_kind(kind)
         stages = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
         first = [start for start, _ in stages]
         if not stages or first[0] != 0 or any(b <= a for a, b in pairwise(first)):
@@ -65,15 +64,16 @@ class SourceSchedule:
         self.seed = seed
         self.kind = kind
         self._stratified = np.empty(0, dtype=np.int64)
-        self._balance = _Balance(len(self.names))
+        self._balanced = DynamicSchedule(self.names, seed, kind)
 
     def sources(self, start: int, stop: int) -> np.ndarray:
         """Positions in `names` for the micro-batches `start <= i < stop`, shape `(stop - start,)`, int64."""
         if self.kind == "stratified":
             done = len(self._stratified)
             if stop > done:
-                stages = self._stages(done, max(stop, done + _BLOCK))
-                more = [self._balance.take(self.stage_shares[stage]) for stage in stages]
+                shares = list(self.stage_shares)  # the same arrays at each micro-batch of a stage
+                coming = self._stages(done, max(stop, done + _BLOCK))
+                more = [self._balanced.source(i, shares[stage]) for i, stage in enumerate(coming, done)]
                 self._stratified = np.append(self._stratified, more)
             return self._stratified[start:stop]
         uniform, stages = _uniform(self.seed, start, stop), self._stages(start, stop)
@@ -108,11 +108,16 @@ class DynamicSchedule:
     """
 
     def __init__(self, names: Sequence[str], seed: int = 0, kind: str = "random"):
-        _check_kind(kind)
+        if kind not in ("random", "stratified"):
+            raise ValueError(f"source_schedule={kind!r} is not known; use 'random' or 'stratified'.")
         self.names = list(names)
         self.seed = seed
         self.kind = kind
-        self._balance = _Balance(len(self.names))
+        # How far each source is below its target: the sum of its shares so far, less the times that it was taken.
+        # Constant shares are multiplied instead of summed. After three steps of a third, the target is exactly one,
+        # and ties stay ties.
+        none = np.zeros(len(self.names))
+        self._balance: dict[str, Any] = {"taken": 0, "since": 0, "before": none, "counts": none.copy(), "shares": none}
 
     def source(self, i: int, shares: Sequence[float] | np.ndarray) -> int:
         """
@@ -124,55 +129,30 @@ class DynamicSchedule:
             shares (`Sequence[float]`):
                 Current share of each source, (S,), >= 0. They sum to one, as those of [`normalized`].
         """
-        current = np.asarray(shares)
-        if self.kind == "stratified":
-            assert i == self._balance.taken, f"micro-batch {self._balance.taken} is next, not {i}"
-            return self._balance.take(current)
-        return int(_pick(current, _uniform(self.seed, i, i + 1))[0])
+        current, balance = np.asarray(shares), self._balance
+        if self.kind == "random":
+            return int(_pick(current, _uniform(self.seed, i, i + 1))[0])
+        assert i == balance["taken"], f"micro-batch {balance['taken']} is next, not {i}"
+        if current is not balance["shares"] and not np.array_equal(current, balance["shares"]):
+            before = balance["before"] + balance["shares"] * (i - balance["since"])  # targets until now
+            balance |= {"before": before, "since": i, "shares": current}
+        balance["taken"] += 1
+        missing = balance["before"] + current * (balance["taken"] - balance["since"]) - balance["counts"]
+        # A source without a weight is never taken, even if it is below its target from before.
+        source = int(np.argmax(np.where(current > 0, missing, -np.inf)))
+        balance["counts"][source] += 1
+        return source
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON types, a few numbers per source. Draws of the random kind need none."""
-        return self._balance.state_dict() if self.kind == "stratified" else {}
+        if self.kind == "random":
+            return {}
+        return {n: value.tolist() if isinstance(value, np.ndarray) else value for n, value in self._balance.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the result of [`~DynamicSchedule.state_dict`]."""
         if self.kind == "stratified":
-            self._balance.load_state_dict(state)
-
-
-class _Balance:
-    """
-    How far each source is below its target: the sum of its shares so far, less the number of times it was taken.
-
-    Constant shares are multiplied instead of summed. After three steps of a third, the target is exactly one, and ties
-    stay ties.
-    """
-
-    def __init__(self, sources: int):
-        self.taken = 0
-        self.since = 0  # when the shares changed last
-        self.before = np.zeros(sources)  # targets at that time
-        self.counts = np.zeros(sources)
-        self.shares = np.zeros(sources)
-
-    def take(self, shares: np.ndarray) -> int:
-        if shares is not self.shares and not np.array_equal(shares, self.shares):
-            self.before = self.before + self.shares * (self.taken - self.since)
-            self.since = self.taken
-            self.shares = shares
-        self.taken += 1
-        missing = self.before + shares * (self.taken - self.since) - self.counts
-        # A source without a weight is never taken, even if it is below its target from before.
-        source = int(np.argmax(np.where(shares > 0, missing, -np.inf)))
-        self.counts[source] += 1
-        return source
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, np.array(value) if isinstance(value, list) else value)
+            self._balance |= {n: np.array(value) if isinstance(value, list) else value for n, value in state.items()}
 
 
 def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
@@ -192,11 +172,6 @@ def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray
         raise ValueError(f"weights={dict(weights)} must be finite, >= 0, and sum to more than zero.")
     total = shares.sum()
     return shares if math.isclose(total, 1, rel_tol=1e-12) else shares / total
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in ("random", "stratified"):
-        raise ValueError(f"source_schedule={kind!r} is not known; use 'random' or 'stratified'.")
 
 
 @lru_cache(maxsize=2)  # callers often ask for one micro-batch after the other
