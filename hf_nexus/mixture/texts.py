@@ -28,7 +28,17 @@ _COLUMNS: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def tokenizer_of_sources(config: MixtureConfig, vocab_size: int) -> "PreTrainedTokenizerBase":
-    """A tokenizer trained on the training sources of a mixture, with a chat template if one of them may need it."""
+    """
+    A tokenizer trained on the training sources of a mixture, with a chat template if one of them may need it.
+
+    Raises:
+        ValueError: a source holds tokens, which belong to another tokenizer.
+    """
+    if tokens := [name for name, source in config.sources.items() if source.tokens_column]:
+        raise ValueError(
+            f"sources.{tokens[0]}.tokens_column: its tokens are not those of a tokenizer that is trained now. Name the "
+            "tokenizer that made them, in place of 'train'."
+        )
     sources = config.train_sources.items()
     tokenizer = train_tokenizer((text for name, source in sources for text in _texts(name, source)), vocab_size)
     if any("text_column" not in source.columns for source in config.sources.values()):

@@ -94,3 +94,9 @@ def test_rows_that_a_stream_skips_are_skipped_by_the_tokenizer_too():
     assert len(tokenizer_of_sources(skipping, 300).tokenize(" lazy")) < 5
     with pytest.raises(ValueError, match="row 1 holds None"):
         tokenizer_of_sources(MixtureConfig.from_dict({"sources": {"a": source}}), 300)
+
+
+def test_no_tokenizer_is_trained_for_tokens_of_another():
+    sources = {"a": {"path": write("a.jsonl", [{"ids": [1]}]), "tokens_column": "ids"}, "b": {"path": "b.jsonl"}}
+    with pytest.raises(ValueError, match=r"sources\.a\.tokens_column: .*in place of 'train'"):
+        tokenizer_of_sources(MixtureConfig.from_dict({"sources": sources}), 300)
