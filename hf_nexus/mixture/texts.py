@@ -36,8 +36,8 @@ def tokenizer_of_sources(config: MixtureConfig, vocab_size: int) -> "PreTrainedT
     """
     if tokens := [name for name, source in config.sources.items() if source.tokens_column]:
         raise ValueError(
-            f"sources.{tokens[0]}.tokens_column: its tokens are not those of a tokenizer that is trained now. Name the "
-            "tokenizer that made them, in place of 'train'."
+            f"sources.{tokens[0]}.tokens_column: its tokens are not those of a tokenizer that is trained now. Name "
+            "the tokenizer that made them, in place of 'train'."
         )
     sources = config.train_sources.items()
     tokenizer = train_tokenizer((text for name, source in sources for text in _texts(name, source)), vocab_size)
