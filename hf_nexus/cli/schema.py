@@ -15,6 +15,10 @@ def nexus_schema() -> dict[str, Any]:
     """The JSON schema (draft 7) of all configurations: comparisons have `arms`, and mixtures have `sources`."""
     definitions: dict[str, Any] = {}
     sections = {name: json_schema(cls, definitions) for name, cls in SECTIONS.items()}
+    model = definitions["ModelArguments"]
+    del model["additionalProperties"]  # the fields of the configuration class, if it is not that of the defaults
+    model["if"] = {"not": {"anyOf": [{"required": ["model_type"]}, {"required": ["path"]}]}}
+    model["then"] = {"propertyNames": {"enum": list(model["properties"])}}
     definitions["Pretraining"] = {
         "description": "Configuration of a pretraining run.",
         "type": "object",

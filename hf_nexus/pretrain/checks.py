@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, Trainer, get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from ..mixture.config import MixtureConfig
 from ..trainer.support import check_arguments, check_cache, check_cosines, check_loader
 from .fields import ModelArguments, PretrainConfig
-from .model import build_model
+from .model import build_model, model_config
 
 __all__ = ["check_run"]
 
@@ -51,7 +51,9 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
     with nullcontext() if here else suppress(ImportError):
         _try_trackers(training)
     with nullcontext() if here else suppress(ImportError):
-        _try_attention(model)
+        if not model.continues:
+            with torch.device("meta"):  # an attention that the model does not have is an error
+                build_model(model_config(model, mixture.sequence_length), model.attn_implementation)
     with nullcontext() if here else suppress(ImportError):
         _try_optimizer(training)
 
@@ -62,12 +64,6 @@ def _try_trackers(training: PretrainConfig) -> None:
             tracker()
         except RuntimeError as error:  # names the missing package
             raise ImportError(f"report_to: {error}") from error
-
-
-def _try_attention(model: ModelArguments) -> None:
-    # The vocabulary has room for the special tokens.
-    tiny = LlamaConfig(vocab_size=3, hidden_size=2, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
-    build_model(tiny, model.attn_implementation)
 
 
 def _try_optimizer(training: PretrainConfig) -> None:

@@ -18,7 +18,7 @@ from ..trainer.mixin import NexusTrainer
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
-from .model import attention_of, joined_documents
+from .model import attention_of, config_of, joined_documents
 from .plan import RunPlan
 
 __all__ = ["RunLog", "cost_table", "format_bytes", "print_plan", "write_report"]
@@ -43,7 +43,8 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
             borders = zip(plan.stages, [*plan.stages[1:], plan.steps], strict=True)
             console.print(stage_table(plan.mixture, [f"steps {first:,} to {end:,}" for first, end in borders]))
     console.print(_memory_table(plan.memory))
-    console.print(f"Activations: {plan.memory.formula}\n({SYMBOLS})", highlight=False)
+    symbols = f"\n({SYMBOLS})" if plan.memory.activations else "."
+    console.print(f"Activations: {plan.memory.formula}{symbols}", highlight=False)
     if arguments.model.accelerators > 0:  # the hardware assumptions are those of an accelerator
         console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
         console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
@@ -70,10 +71,12 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
 
 
 def _run_rows(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | None) -> dict[str, str]:
-    t, m = arguments.training, arguments.model
+    t, m = arguments.training, config_of(arguments)
+    origin = f", continued from {arguments.model.path}" if arguments.model.continues else ""
     rows = {
-        "parameters": f"{plan.parameters:,} ({m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary "
-        f"{m.vocab_size})",
+        "model": f"{m.model_type}, {m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary {m.vocab_size}"
+        f"{origin}",
+        "parameters": f"{plan.parameters:,}",
         "devices": str(plan.devices),
         "tokens per step": f"{plan.tokens_per_step:,} ({t.per_device_train_batch_size} rows x "
         f"{arguments.mixture.sequence_length} tokens x {t.gradient_accumulation_steps} inner steps on each device)",
@@ -128,9 +131,11 @@ def _memory_table(memory: MemoryEstimate) -> Table:
         table.add_row(purpose, f"{size}{shared}", format_bytes(size * memory.parameters // memory.shards))
     if memory.gathered:
         table.add_row("gathered: embeddings, two layers", "", format_bytes(memory.gathered))
-    table.add_row("activations of a micro-batch", "", format_bytes(memory.activations), end_section=True)
+    known = memory.activations > 0
+    activations = format_bytes(memory.activations) if known else "not known"
+    table.add_row("activations of a micro-batch", "", activations, end_section=True)
     table.add_row("held between steps", "", format_bytes(memory.held))
-    table.add_row("peak", "", format_bytes(memory.total))
+    table.add_row("peak" if known else "peak without activations", "", format_bytes(memory.total))
     return table
 
 

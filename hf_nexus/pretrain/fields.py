@@ -6,13 +6,19 @@ from typing import Annotated, Any, Literal
 
 from ..mixture.config import MixtureConfig
 from ..schema import documented
-from ..strict import Bound, Positive, check_fields
+from ..strict import Bound, Positive, Text, check_fields
 from ..trainer.config import NexusConfig
 
-__all__ = ["SECTIONS", "HardwareArguments", "ModelArguments", "PretrainArguments", "PretrainConfig"]
+__all__ = ["SECTIONS", "SHAPE", "HardwareArguments", "ModelArguments", "PretrainArguments", "PretrainConfig"]
 
 # Tensors of larger sizes have more bytes than a process can count.
 Size = Annotated[int, Bound(least=1, most=10**7)]
+
+# The fields of `ModelArguments` that are those of a configuration class. The first seven are sizes of weights.
+SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+)
 
 
 @documented
@@ -59,7 +65,10 @@ class HardwareArguments:
 @dataclass
 class ModelArguments:
     """
-    The `model` section: the shape of a Llama, as in [`~transformers.LlamaConfig`], and its tokenizer.
+    The `model` section: a new model or one to continue, and its tokenizer. In a file, all fields of the configuration
+    class of the model are keys of this section: `num_local_experts` of [`~transformers.MixtralConfig`], for example.
+
+    The defaults are those of a small Llama. For another type, what is not set is that of its configuration class.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 4096):
@@ -84,34 +93,58 @@ class ModelArguments:
             Share the input and output embeddings.
         attn_implementation (`str`, *optional*):
             Attention implementation, as in transformers.
-        tokenizer (`str`, *optional*, defaults to `"train"`):
+        tokenizer (`str`, *optional*):
             Hub id or local path. `"train"` trains a byte-level BPE of at most `vocab_size` entries on the first 20
-            million characters of each training source. It is saved with the model.
+            million characters of each training source. It is saved with the model. Defaults to the tokenizer of a
+            model to continue, else to `"train"`.
         accelerators (`int`, *optional*, defaults to 0):
             Number of accelerators that the configuration is designed for. 0: it also runs on a CPU.
+        path (`str`, *optional*):
+            Hub id or folder of a model to continue, or a file `config.json` with the shape of a new model.
+        revision (`str`, *optional*):
+            Branch, tag or commit of `path`.
+        model_type (`str`, *optional*):
+            Type of a new causal language model of transformers, such as `"qwen3"` or `"mamba"`. Defaults to `"llama"`.
+        config_fields (`dict`, *optional*):
+            Other fields of the configuration class, for the command line.
 
     Raises:
-        ValueError: a value that is not allowed, or heads that do not divide the width. The message starts with the
-            field.
+        ValueError: a value that is not allowed, fields that exclude each other, or heads that do not divide the width.
+            The message starts with the field.
     """
 
-    vocab_size: Size = 4096
-    hidden_size: Size = 128
-    intermediate_size: Size = 384
-    num_hidden_layers: Annotated[int, Bound(least=1, most=1000)] = 4
-    num_attention_heads: Size = 4
+    vocab_size: Size | None = 4096
+    hidden_size: Size | None = 128
+    intermediate_size: Size | None = 384
+    num_hidden_layers: Annotated[int, Bound(least=1, most=1000)] | None = 4
+    num_attention_heads: Size | None = 4
     num_key_value_heads: Size | None = None
     max_position_embeddings: Size | None = None
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = True
+    rope_theta: float | None = 10000.0
+    rms_norm_eps: float | None = 1e-5
+    tie_word_embeddings: bool | None = True
     attn_implementation: str | None = None
-    tokenizer: str = "train"
+    tokenizer: str | None = None
     accelerators: Annotated[int, Bound(least=0)] = 0
+    path: Text | None = None
+    revision: Text | None = None
+    model_type: Text | None = None
+    config_fields: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.path is None and self.revision is not None:
+            raise ValueError("revision: it is that of path, which is not set. Set path, or remove it.")
+        if self.path is not None and self.model_type is not None:
+            raise ValueError("model_type: path has a type already. Leave one of the two out.")
+        sizes = [name for name in SHAPE[:7] if getattr(self, name) is not None]
+        if self.continues and sizes:
+            raise ValueError(f"{sizes[0]}: it is that of path, which is continued. Remove it.")
+        if self.tokenizer is None and not self.continues:
+            self.tokenizer = "train"
         heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.path is not None or self.model_type not in (None, "llama") or not (self.hidden_size and heads):
+            return
         if self.hidden_size % (2 * heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} with num_attention_heads={heads} is not allowed: each head needs the "
@@ -122,6 +155,11 @@ class ModelArguments:
                 f"num_key_value_heads={groups} with num_attention_heads={heads} is not allowed: it must divide them "
                 "evenly. Leave it out for as many as attention heads."
             )
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model is that of `path`, and not a new one."""
+        return self.path is not None and not self.path.endswith(".json")
 
 
 @documented

@@ -3,9 +3,10 @@
 import os
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from .fields import PretrainArguments
-from .model import attention_of, joined_documents
+from .model import attention_of, block_sizes, config_of, joined_documents, model_config
 
 __all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "sharding_of"]
 
@@ -23,7 +24,8 @@ class MemoryEstimate:
         parameters, per_parameter:
             Trainable parameters of the model, and bytes per parameter by purpose.
         activations, formula:
-            Bytes kept for the backward pass of one micro-batch, and their formula.
+            Bytes kept for the backward pass of one micro-batch, and their formula. They are known for a Llama, and 0
+            for other models.
         last:
             Bytes that the end of the backward pass needs in addition to all gradients: for the first layer, or for the
             second of the two gradients of tied embeddings.
@@ -89,26 +91,31 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
         per_parameter[_AUTOCAST] = 2  # autocast keeps them until the end of the backward pass
     if devices > 1 and not sharded:
         per_parameter["DDP gradient buckets"] = 4
-    per_token, layer, formula = _activations(arguments)
-    embedding = 4 * arguments.model.vocab_size * arguments.model.hidden_size
+    m, per_token, layer = config_of(arguments), 0, 0
     tokens = t.per_device_train_batch_size * arguments.mixture.sequence_length
+    formula = f"not known for a model of the type {m.model_type}. The peak is higher by them"
+    if m.model_type == "llama":
+        per_token, layer, terms = _activations(arguments, m)
+        formula = f"{tokens} tokens x ({terms}) bytes"
+    embedding = 4 * m.vocab_size * m.hidden_size
     return MemoryEstimate(
         parameters,
         per_parameter,
         tokens * per_token,
-        f"{tokens} tokens x ({formula}) bytes",
-        last=max(tokens * layer, embedding if arguments.model.tie_word_embeddings else 0),
+        formula,
+        last=max(tokens * layer, embedding if m.tie_word_embeddings else 0),
         shards=devices if sharded else 1,
         gathered=_gathered(arguments, parameters) if sharded else 0,
         accumulates=not t.nexus and t.gradient_accumulation_steps > 1,
     )
 
 
-def _activations(arguments: PretrainArguments) -> tuple[int, int, str]:
+def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
     """Bytes per token: of the whole model, of one layer in its backward pass; and the formula of the first."""
-    m, t, size = arguments.model, arguments.training, 2 if arguments.training.bf16 else 4
+    t, size = arguments.training, 2 if arguments.training.bf16 else 4
     h, f, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
-    values = {"h": h, "kv": _key_width(arguments), "f": f, "a": heads, "V": m.vocab_size, "h/a": h // heads}
+    kv = h // heads * m.num_key_value_heads
+    values = {"h": h, "kv": kv, "f": f, "a": heads, "V": m.vocab_size, "h/a": h // heads}
     values["T"] = arguments.mixture.sequence_length
     layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
     head = Counter(h=12, V=12)
@@ -131,16 +138,8 @@ def _activations(arguments: PretrainArguments) -> tuple[int, int, str]:
     return per_token, in_backward, f"L * ({formula(layer)}) + {formula(head)}"
 
 
-def _key_width(arguments: PretrainArguments) -> int:
-    m = arguments.model
-    return m.hidden_size // m.num_attention_heads * (m.num_key_value_heads or m.num_attention_heads)
-
-
 def _gathered(arguments: PretrainArguments, parameters: int) -> int:
-    """Embeddings, from the first forward to the last backward, and two layers: the current one and the next."""
-    m = arguments.model
-    h = m.hidden_size
-    layer = 2 * h * (h + _key_width(arguments)) + 3 * h * m.intermediate_size + 2 * h
-    outside = parameters - m.num_hidden_layers * layer
+    """What is outside of the layers, from the first forward to the last backward, and two layers."""
+    layers = block_sizes(model_config(arguments.model, arguments.mixture.sequence_length))
     # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
-    return (2 if arguments.training.bf16 else 4) * (outside + min(2, m.num_hidden_layers) * layer)
+    return (2 if arguments.training.bf16 else 4) * (parameters - sum(layers) + sum(sorted(layers)[-2:]))

@@ -1,49 +1,136 @@
-"""The Llama of the `model` section of a configuration."""
+"""The model of the `model` section of a configuration: any causal language model of transformers."""
 
+import copy
+import dataclasses
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..files import nearest
 from ..mixture.isolation import choose_isolation, isolation_problem
-from .fields import ModelArguments, PretrainArguments
+from .fields import SHAPE, ModelArguments, PretrainArguments
 
-__all__ = ["attention_of", "build_model", "count_parameters", "joined_documents", "model_config"]
+__all__ = [
+    "attention_of",
+    "block_sizes",
+    "build_model",
+    "config_of",
+    "count_parameters",
+    "joined_documents",
+    "model_config",
+    "shape_fields",
+]
+
+
+def shape_fields(section: Mapping[str, Any]) -> list[str] | None:
+    """
+    The fields of the configuration class of a `model` section; `None` for a model to continue, which the Hub may have.
+
+    Raises:
+        ValueError: a type that is not one of a causal language model.
+    """
+    path = section.get("path")
+    if path is None:
+        return _fields(_class_of(section.get("model_type") or "llama", "model_type"))
+    return _fields(type(_saved_config(str(path), None))) if str(path).endswith(".json") else None
+
+
+def _fields(cls: type[PreTrainedConfig]) -> list[str]:
+    names = [*(f.name for f in dataclasses.fields(cls)), *cls.attribute_map]  # type: ignore[arg-type]
+    # Models read these whether or not their classes declare them.
+    implied = {"rope_parameters": "rope_theta", "num_attention_heads": "head_dim"}
+    return names + [field for name, field in implied.items() if name in names and field not in names]
+
+
+def _class_of(kind: Any, key: str) -> type[PreTrainedConfig]:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
+        hint = nearest(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ValueError(f"{key}: {kind!r} is not a causal language model of transformers.{hint}")
+    return CONFIG_MAPPING[kind]
+
+
+@cache
+def _saved_config(path: str, revision: str | None) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    _class_of(config.model_type, "path")
+    return config
 
 
 def model_config(
     model: ModelArguments, sequence_length: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> LlamaConfig:
-    """The `LlamaConfig` of a `model` section, with the special tokens of the tokenizer if one is given."""
-    special = {}
-    if tokenizer is not None:
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        max_position_embeddings=model.max_position_embeddings or sequence_length,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        rms_norm_eps=model.rms_norm_eps,
-        tie_word_embeddings=model.tie_word_embeddings,
-        **special,
-    )
+) -> PreTrainedConfig:
+    """
+    The configuration of a `model` section. A new model has the special tokens of the tokenizer if one is given. Of a
+    `path` on the Hub, `config.json` is downloaded.
+
+    Raises:
+        ValueError: a field that the configuration class does not have or allow, or a context that is too short.
+    """
+    shape = {name: value for name in SHAPE if (value := getattr(model, name)) is not None}
+    shape |= model.config_fields or {}
+    config = None if model.path is None else copy.deepcopy(_saved_config(model.path, model.revision))
+    known = _fields(_class_of(model.model_type or "llama", "model_type") if config is None else type(config))
+    for name in shape:
+        if name not in known:
+            raise ValueError(f"{name}: the configuration of this model has no such field.{nearest(name, known)}")
+    if "rope_theta" in shape:
+        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
+    if tokenizer is not None and not model.continues:
+        shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        if config is None:
+            if "max_position_embeddings" in known:
+                shape.setdefault("max_position_embeddings", sequence_length)
+            return AutoConfig.for_model(model.model_type or "llama", **shape)
+        for name, value in shape.items():
+            setattr(config, name, value)
+    except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length
+    if longest < sequence_length:
+        raise ValueError(
+            f"max_position_embeddings: the model has {longest}, and sequence_length is {sequence_length}. Lower "
+            "sequence_length, or raise max_position_embeddings if the positions are rotary."
+        )
+    return config
 
 
-def build_model(config: LlamaConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """A randomly initialized model with float32 weights."""
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=False
-    )
+def config_of(arguments: PretrainArguments) -> Any:
+    """The configuration of the language model of a run."""
+    return model_config(arguments.model, arguments.mixture.sequence_length).get_text_config()
 
 
-def count_parameters(config: LlamaConfig) -> int:
+def build_model(config: PreTrainedConfig, attn_implementation: str | None = None, **saved: Any) -> PreTrainedModel:
+    """A model with float32 weights, which are random, or those of a `pretrained_model_name_or_path`."""
+    options: Any = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    if saved:
+        return AutoModelForCausalLM.from_pretrained(config=config, trust_remote_code=False, **saved, **options)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+
+
+def count_parameters(config: PreTrainedConfig, attn_implementation: str | None = None) -> int:
     """Number of parameters, with tied ones counted once, on the meta device."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config).parameters())
+        return sum(p.numel() for p in build_model(config, attn_implementation).parameters())
+
+
+def block_sizes(config: PreTrainedConfig) -> list[int]:
+    """Parameters of each layer, which FSDP2 gathers as a whole."""
+    with torch.device("meta"):
+        layers = next(module for module in build_model(config).modules() if isinstance(module, torch.nn.ModuleList))
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers]
 
 
 def attention_of(arguments: PretrainArguments) -> str:
@@ -61,6 +148,8 @@ def joined_documents(arguments: PretrainArguments) -> str | None:
     wanted = arguments.mixture.isolate_documents
     if wanted is False:
         return "isolate_documents is off"
+    if config_of(arguments).model_type != "llama":
+        return "unless a probe of the model shows that it keeps them apart"
     problem = _isolation_problem(attention_of(arguments))
     choose_isolation(wanted, problem)
     return problem

@@ -16,7 +16,8 @@ from ..mixture.stages import weight_stages
 from ..schema import help_of
 from ..strict import check, field_types, from_text, load_yaml, options
 from .checks import check_run
-from .fields import SECTIONS, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
+from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
+from .model import model_config, shape_fields
 from .starter import starter_training
 
 __all__ = ["check_section", "load_config", "parse_arguments"]
@@ -63,13 +64,25 @@ def check_section(section: str, values: Mapping[str, Any], where: str = "") -> d
         ValueError: an unknown key or a value of the wrong type. The message starts with `where`, such as the file.
     """
     kinds, found = field_types(SECTIONS[section]), {}
-    for key, value in values.items():
+    for key, value in (_fold(values) if section == "model" else values).items():
         if key not in kinds:
             home = next((name for name, cls in SECTIONS.items() if key in field_types(cls)), None)
-            hint = f" It belongs to the section {home!r}." if home else nearest(key, kinds)
+            known = [*kinds, *((shape_fields(values) or []) if section == "model" else [])]
+            hint = f" It belongs to the section {home!r}." if home else nearest(key, known)
             raise ValueError(f"{where}{section}.{key}: unknown key.{hint}")
         found[key] = check(value, kinds[key], f"{where}{section}.{key}")
     return found
+
+
+def _fold(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model` section in terms of its fields, and without the defaults of a Llama for another model."""
+    known, others = shape_fields(values), {key for cls in SECTIONS.values() for key in field_types(cls)}
+    more = {key: value for key, value in values.items() if key not in others and (known is None or key in known)}
+    found = {key: value for key, value in values.items() if key not in more}
+    if more:
+        found["config_fields"] = {**check(values.get("config_fields") or {}, dict, "config_fields"), **more}
+    llama = values.get("path") is None and values.get("model_type") in (None, "llama")
+    return found if llama else {**dict.fromkeys(SHAPE), **found}
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
@@ -93,6 +106,8 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     flags = {cls: _values_of_flags(cls, given) for cls in (HardwareArguments, *SECTIONS.values())}
     config = load_config(name)
     plain = {section: {**config.get(section, {}), **flags[cls]} for section, cls in SECTIONS.items()}
+    with _naming(name, "model.", {}):
+        plain["model"] = _fold(plain["model"])
     # The values of flags have their types already.
     values = {section: check_section(section, content, f"{name}: ") for section, content in plain.items()}
     resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
@@ -100,6 +115,9 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         model = ModelArguments(**values["model"])
     with _naming(name, "data.", flags[MixtureConfig]):
         mixture = MixtureConfig(**values["data"])
+    with _naming(name, "model.", flags[ModelArguments]):
+        if not model.continues:
+            model_config(model, mixture.sequence_length)
     if dry_run:
         values["training"]["use_cpu"] = True
     elif model.accelerators > 0 and not torch.accelerator.is_available():
@@ -171,7 +189,7 @@ def _given_flags(argv: list[str]) -> dict[str, Any]:
     parser = _Parser(
         allow_abbrev=False,  # abbreviations would accept a misspelt flag as another one
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Pretrain a Llama on a mixture of sources with the Nexus update.",
+        description="Pretrain a model on a mixture of sources with the Nexus update.",
     )
     parser.add_argument(
         "--config", default=_DEFAULT_CONFIG, help="Name of a configuration in the package, or a YAML file."

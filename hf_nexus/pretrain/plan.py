@@ -60,7 +60,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     """
     t, length = arguments.training, arguments.mixture.sequence_length
     joined_documents(arguments)
-    parameters = count_parameters(model_config(arguments.model, length))
+    parameters = count_parameters(model_config(arguments.model, length), arguments.model.attn_implementation)
     rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources
     sizes = dict(tokens) if tokens else {name: source.known_tokens for name, source in sources.items()}

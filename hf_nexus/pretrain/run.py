@@ -23,7 +23,7 @@ from ..trainer.mixin import NexusTrainer
 from .console import RunLog, print_plan, write_report
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
-from .model import build_model, model_config
+from .model import build_model, config_of, model_config
 from .parsing import parse_arguments
 from .plan import plan_run
 
@@ -84,7 +84,7 @@ def dry_run(arguments: PretrainArguments) -> None:
 
 def pretrain(arguments: PretrainArguments) -> NexusTrainer:
     """
-    Train a model from scratch.
+    Train a new model, or continue one.
 
     `output_dir` then holds the model (float32) and its tokenizer, `trainer_state.json`, `training.png`, `README.md`,
     and `pretrain.yaml`, which repeats the run if given as `--config`. With several processes, delete the trainer
@@ -173,6 +173,7 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
     set_seed(args.seed)
     with args.main_process_first(desc="tokenizer and datasets"):
         tokenizer = load_tokenizer(arguments, checkpoint)
+        config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
     planned = arguments.model.accelerators
@@ -182,15 +183,17 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
             f"has {args.world_size / planned:g} of the tokens that it was tuned for. Change max_steps, "
             "gradient_accumulation_steps or per_device_train_batch_size to compensate."
         )
-    config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
+    saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
+    new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
     trainer = NexusTrainer(
-        model=build_model(config, arguments.model.attn_implementation),
+        model=build_model(config, arguments.model.attn_implementation, **({} if new else saved)),
         args=args,
         train_dataset=mixture,
         processing_class=tokenizer,
     )
     trainer.wait_after_training = False  # an evaluation and a report follow
-    trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
+    if not arguments.model.continues:
+        trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(RunLog(console))
@@ -203,17 +206,26 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
 
 
 def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, that of the configuration, or one trained on the training sources."""
-    name, size = arguments.model.tokenizer, arguments.model.vocab_size
+    """
+    The tokenizer of the checkpoint, that of the configuration, or one trained on the training sources.
+
+    Raises:
+        ValueError: the model has no embeddings for some of its tokens.
+    """
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    model, name = arguments.model, arguments.model.tokenizer or arguments.model.path
+    size = config_of(arguments).vocab_size
     tokenizer: PreTrainedTokenizerBase
-    if name != "train":
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    else:
+    if name == "train":
         tokenizer = tokenizer_of_sources(arguments.mixture, size)
-    if len(tokenizer) > size:
+    else:
+        revision = model.revision if model.tokenizer is None else None
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    entries = max(tokenizer.get_vocab().values()) + 1
+    if entries > size:
         raise ValueError(
-            f"The tokenizer {name!r} has {len(tokenizer)} entries, more than vocab_size={size}. Raise vocab_size."
+            f"The tokenizer {name!r} has {entries} entries, more than vocab_size={size}. Raise vocab_size, or choose "
+            "the tokenizer of the model."
         )
     return tokenizer

@@ -81,6 +81,7 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     rows = max(1, min(rows, least // (4 * length)))
     total, threads = sum(tokens.values()), None if accelerator else _fastest_threads()
     model, steps, speed = _fit(len(loaded), total, length, rows)
+    assert model.hidden_size is not None
     seen = steps * _K * rows * length
     fields = {
         **asdict(model),
@@ -152,6 +153,7 @@ def _fastest_threads() -> int:
 def _tokens_per_second(model: ModelArguments, length: int, rows: int) -> float:
     """Tokens of a micro-batch over the time of a whole step with it alone."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    assert model.vocab_size is not None
     network: torch.nn.Module = build_model(model_config(model, length))
     network.to(device)
     nexus, optimizer = Nexus(network.parameters(), inner_lr=0.05), torch.optim.AdamW(network.parameters())

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..files import hidden, printable, write_atomic
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
-from ..hub.weights import convert_weights, name_dtype
+from ..hub.weights import convert_weights
 from ..mixture.isolation import (
     PackedRowCollator,
     attention_of,
@@ -45,7 +45,7 @@ from .evaluation import Evaluation, held_back, metric_of_set, without_speed_of_s
 from .feed import Feed
 from .meter import TrainingMeter
 from .optimizers import create_muon_with_adamw
-from .precision import is_partly_narrow, precision_is_chosen, widen_weights
+from .precision import precision_is_chosen, widen_weights
 from .publishing import Publishing, card_fields
 from .support import (
     SAME_ON_RANKS,
@@ -163,30 +163,27 @@ class NexusTrainerMixin(_Base):
         choose_direction(self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, which computes in a type that fits the weights, once there is a model."""
-        self._awaits_model = self.model is None
-        if self._awaits_model:
-            return
-        self._widen_weights(self.model)
-        self._create_accelerator()
+        """Create the accelerator once there is a model, whose weights decide in which type it computes."""
+        self._awaits_model = self.model is None  # that of `model_init`
+        if not self._awaits_model:
+            self._widen_weights()
+            if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.args.mixed_precision:
+                AcceleratorState._reset_state()  # of another trainer with the same arguments
+            super().create_accelerator_and_postprocess()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model of `model_init`, in float32."""
-        model = super().call_model_init(trial)
-        self._widen_weights(model)
+        self.model = super().call_model_init(trial)
         if self._awaits_model:
-            self._awaits_model = False
-            self._create_accelerator()
-        return model
+            self.create_accelerator_and_postprocess()
+        self._widen_weights()
+        return self.model
 
-    def _widen_weights(self, model: nn.Module) -> None:
+    def _widen_weights(self) -> None:
         if self.args.nexus:
-            widen_weights(model, self.args, self._precision_is_chosen)
-
-    def _create_accelerator(self) -> None:
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.args.mixed_precision:
-            AcceleratorState._reset_state()  # of another trainer with the same arguments
-        super().create_accelerator_and_postprocess()
+            # Later than the accelerator, the type in which it computes is chosen.
+            widen_weights(self.model, self.args, self._precision_is_chosen)
+            self._precision_is_chosen = True
 
     def _check(self) -> None:
         """Refuse what is not supported."""
@@ -380,8 +377,7 @@ class NexusTrainerMixin(_Base):
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step
         self._walker.reset()  # the wrapped model and its parameters may be new
-        if self.args.nexus:
-            widen_weights(self.model, self.args, chosen=True)  # weights that were unfrozen after the construction
+        self._widen_weights()  # those that were unfrozen since
         if not self._plain:
             self._check_start(max_steps)
         if self.args.world_size > 1 and not is_wrapped(self.model_wrapped):
@@ -748,10 +744,9 @@ class NexusTrainerMixin(_Base):
         with changed(self.args, hub_token=None, **private):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            if self.args.nexus and is_partly_narrow(self.model):
-                name_dtype(Path(output_dir), Path(output_dir), "float32")
-            if self.args.save_dtype is not None and not self._checkpoints.staging:
-                convert_weights(Path(output_dir), Path(output_dir), self.args.save_dtype)
+            dtype = None if self._checkpoints.staging else self.args.save_dtype
+            if dtype is not None or self.args.nexus:
+                convert_weights(Path(output_dir), Path(output_dir), dtype)
         if self.args.should_save and not self._plain:
             path = Path(output_dir, SETTINGS_NAME)
             write_atomic(path, yaml.safe_dump(self.nexus_settings(), sort_keys=False))

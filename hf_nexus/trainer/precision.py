@@ -8,11 +8,9 @@ from torch import nn
 from transformers.trainer_utils import _is_peft_model
 from transformers.utils import logging
 
-__all__ = ["is_partly_narrow", "precision_is_chosen", "widen_weights"]
+__all__ = ["precision_is_chosen", "widen_weights"]
 
 logger = logging.get_logger(__name__)
-
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 def precision_is_chosen(args: Any) -> bool:
@@ -32,7 +30,7 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
     Raises:
         ValueError: there are such weights, and `upcast_weights` is off.
     """
-    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in _NARROW]
+    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if not narrow:
         return
     dtype, size = narrow[0].dtype, sum(p.numel() for p in narrow)
@@ -55,9 +53,3 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
         "for their gradients and for each moment of the optimizer: 69 to 99.7 % of an inner step is lost in bfloat16. "
         f"The model computes in {'bfloat16 (autocast)' if args.mixed_precision == 'bf16' else 'float32'}."
     )
-
-
-def is_partly_narrow(model: nn.Module) -> bool:
-    """Whether a model without adapters has trained weights wider than the type in which it would be loaded."""
-    wide = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    return wide and not _is_peft_model(model) and getattr(model, "dtype", None) in _NARROW

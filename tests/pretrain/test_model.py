@@ -1,0 +1,208 @@
+"""Any causal language model from a YAML: new ones of each type, and checkpoints that are continued."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, constants
+from transformers import AutoModelForCausalLM
+
+from hf_nexus.pretrain.model import block_sizes, model_config
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.plan import plan_run
+from hf_nexus.pretrain.run import dry_run, pretrain
+from tests.support.hub.server import ALICE, HubServer
+from tests.support.saved_weights import saved_weights
+from tests.support.tiny import tiny_llama
+
+WIDTH = {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 2}
+DENSE = {**WIDTH, "intermediate_size": 64, "num_attention_heads": 4}
+GROUPED = {**DENSE, "num_key_value_heads": 2, "head_dim": 8}
+TYPES: dict[str, dict[str, Any]] = {
+    "qwen3": GROUPED,
+    "gemma": GROUPED,
+    "olmo2": {**DENSE, "num_key_value_heads": 2},
+    "gpt_neox": DENSE,
+    "gpt2": {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mamba": {**WIDTH, "state_size": 4},
+}
+QUICK = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "warmup_steps": 0}
+QUICK |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "logging_steps": 1}
+
+
+@pytest.fixture
+def write(config: Path, tmp_path: Path) -> Any:
+    """`write(**model)`: the path of the tiny configuration with another `model` section and two steps."""
+
+    def write(**model: Any) -> str:
+        content = yaml.safe_load(config.read_text())
+        content["model"] = {"tokenizer": content["model"]["tokenizer"], **model}
+        content["training"] |= {**QUICK, "output_dir": str(tmp_path / "out")}
+        path = tmp_path / "model.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+def words_of(printed: str) -> str:
+    """The text of tables, whose cells are wrapped."""
+    return " ".join(printed.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_model_of_any_type_trains_from_a_yaml(write, tmp_path, kind, capsys):
+    arguments = parse_arguments(["--config", write(model_type=kind, **TYPES[kind])])
+    trainer = pretrain(arguments)
+    model, printed = trainer.model, capsys.readouterr().out
+    assert model.config.model_type == kind and trainer.state.global_step == 2
+    assert all(model.config.to_dict()[name] == value for name, value in TYPES[kind].items() if name != "num_experts")
+    assert trainer.meter.inner_steps_skipped == 0
+    size = sum(p.numel() for p in model.parameters())
+    assert f"{size:,}" in printed and f"not known for a model of the type {kind}" in words_of(printed)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    saved = str(tmp_path / "out/pretrain.yaml")
+    assert parse_arguments(["--config", saved]).resolved == arguments.resolved
+
+
+def test_the_plan_says_what_it_does_not_know(write, capsys):
+    path = write(model_type="mixtral", accelerators=1, **TYPES["mixtral"])
+    dry_run(parse_arguments(["--config", path, "--dry_run"]))
+    printed = words_of(capsys.readouterr().out)
+    for words in (
+        "mixtral, 2 layers of width 32, vocabulary 304",
+        "activations of a micro-batch",
+        "peak without activations",
+        "an upper bound, since a token passes only some of the experts",
+        "unless a probe of the model shows that it keeps them apart",
+    ):
+        assert words in printed
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_fsdp2_gathers_what_is_outside_of_the_layers(write, kind):
+    arguments = parse_arguments(["--config", write(model_type=kind, **TYPES[kind]), "--sharding", "fsdp2"])
+    plan, layers = plan_run(arguments, 2), block_sizes(model_config(arguments.model, 32))
+    assert len(layers) == 2 and plan.memory.gathered == 4 * plan.parameters  # two layers, and the rest
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"model_type": "mixtrl"}, r"model\.model_type: 'mixtrl' is not a causal language model.*'mixtral'"),
+        ({"model_type": "t5"}, r"model\.model_type: 't5' is not a causal language model"),
+        ({"model_type": "mixtral", "num_local_expert": 4}, r"num_local_expert: unknown key.*'num_local_experts'"),
+        ({"model_type": "mamba", "num_attention_heads": 4}, r"model\.num_attention_heads: .*no such field"),
+        (
+            {"model_type": "mamba", "config_fields": {"stat_size": 4}},
+            r"model\.stat_size: .*no such field.*'state_size'",
+        ),
+        ({"model_type": "qwen3", "num_experts": 4}, r"model\.num_experts: unknown key"),
+        ({"hidden_act": 3}, r"hidden_act.*expected str"),
+        ({"model_type": "qwen3", "path": "x"}, r"model\.model_type: path has a type already"),
+        ({"hidden_size": 32, "path": "x"}, r"model\.hidden_size: it is that of path"),
+        ({"revision": "main"}, r"model\.revision: it is that of path"),
+        ({"model_type": "gpt2", "attn_implementation": "spda"}, "spda"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(write, model, words):
+    with pytest.raises(ValueError, match=words) as error:
+        parse_arguments(["--config", write(**model)])
+    assert "model.yaml: " in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- Shapes and checkpoints of others ----
+
+
+@pytest.fixture
+def saved(config: Path, tmp_path: Path) -> Path:
+    """A checkpoint in bfloat16 with its tokenizer."""
+    folder = tmp_path / "base"
+    tiny_llama(vocab_size=304, tie_word_embeddings=True, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in (config.parent / "tok").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_config_file_gives_the_shape_of_a_new_model(write, saved, tmp_path, config):
+    file, tokenizer = str(saved / "config.json"), str(config.parent / "tok")
+    arguments = parse_arguments(["--config", write(path=file, tokenizer=tokenizer, attention_dropout=0.1)])
+    trainer = pretrain(arguments)
+    expected = json.loads(Path(file).read_text()) | {"attention_dropout": 0.1, "dtype": "float32", "use_cache": False}
+    found = trainer.model.config.to_diff_dict()
+    changed = {name for name in found | expected if found.get(name) != expected.get(name)}
+    assert changed <= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_name_or_path"}
+    assert json.loads((tmp_path / "out/run_summary.json").read_text())["base_model"] is None
+
+
+def test_a_checkpoint_is_continued_and_resumed(write, saved, tmp_path, monkeypatch):
+    path = write(path=str(saved), tokenizer=None)
+    flags = ["--config", path, "--learning_rate", "1e-12", "--save_strategy", "steps", "--save_steps", "1"]
+    trainer = pretrain(parse_arguments(flags))
+    base = AutoModelForCausalLM.from_pretrained(saved)
+    for p, before in zip(trainer.model.parameters(), base.parameters(), strict=True):
+        assert p.dtype == torch.float32 and torch.allclose(p, before.float(), atol=1e-9)
+    assert trainer.accelerator.mixed_precision == "no"  # the configuration decides
+    assert json.loads((tmp_path / "out/run_summary.json").read_text())["base_model"] == "./base"
+
+    def unexpected(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the checkpoint has all weights")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unexpected)
+    checkpoint = str(tmp_path / "out/checkpoint-1")
+    again = pretrain(
+        parse_arguments([*flags, "--output_dir", f"{path}.again", "--resume_from_checkpoint", checkpoint])
+    )
+    assert all(map(torch.equal, again.model.parameters(), trainer.model.parameters()))
+
+
+def test_a_context_may_be_longer_only_if_it_is_said(write, saved):
+    flags = ["--config", write(path=str(saved), tokenizer=None), "--dry_run", "--sequence_length", "128"]
+    with pytest.raises(ValueError, match="max_position_embeddings: the model has 64, and sequence_length is 128"):
+        plan_run(parse_arguments(flags), 1)
+    longer = parse_arguments([*flags, "--max_position_embeddings", "128", "--rope_theta", "5e5"])
+    config = model_config(longer.model, 128)
+    assert config.max_position_embeddings == 128 and config.rope_parameters["rope_theta"] == 5e5
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_first(write, saved, config, monkeypatch):
+    """Before weights are loaded or rows are tokenized."""
+    tiny_llama(vocab_size=280).save_pretrained(saved)
+    for name in ("hf_nexus.pretrain.run.load_mixture", "hf_nexus.pretrain.run.build_model"):
+        monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=r"The tokenizer .*base' has 300 entries, more than vocab_size=280"):
+        pretrain(parse_arguments(["--config", write(path=str(saved), tokenizer=None)]))
+    model = {"model_type": "mamba", **TYPES["mamba"], "vocab_size": 280, "tokenizer": str(config.parent / "tok")}
+    with pytest.raises(ValueError, match=r"The tokenizer .*tok' has 300 entries, more than vocab_size=280"):
+        pretrain(parse_arguments(["--config", write(**model)]))
+
+
+@pytest.mark.slow
+def test_a_revision_of_a_model_on_the_hub_is_continued(write, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HubServer(tmp_path / "hub") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=ALICE)
+        api.create_repo("alice/base")
+        revision = api.upload_folder(repo_id="alice/base", folder_path=saved).oid
+        first = saved_weights(saved)
+        tiny_llama(1, vocab_size=304, dtype=torch.bfloat16).save_pretrained(saved)
+        api.upload_folder(repo_id="alice/base", folder_path=saved)
+        path = write(path="alice/base", revision=revision, tokenizer=None)
+        told = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-m", "hf_nexus.cli", "train", path, "--learning_rate", "1e-12"]
+        done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "continued from alice/base" in words_of(done.stdout)
+    found = saved_weights(tmp_path / "out")
+    assert found.keys() == first.keys()
+    assert all(torch.allclose(found[name], first[name].float(), atol=1e-9) for name in first)
+    assert "base_model: alice/base" in (tmp_path / "out/README.md").read_text()
