@@ -5,6 +5,8 @@ from importlib import import_module
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch.optim.sgd import sgd
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -317,3 +319,15 @@ def test_pipelines_name_the_auto_class_of_each_task():
 
     assert AutoModelForCausalLM in SUPPORTED_TASKS["text-generation"]["pt"]
     assert AutoModelForCausalLM._model_mapping._model_mapping["llama"] == "LlamaForCausalLM"
+
+
+def test_the_precision_of_accelerate_can_be_chosen_again():
+    """Another trainer with the same arguments may need it. The processes stay."""
+    TrainingArguments("out", use_cpu=True)
+    Accelerator(mixed_precision="bf16", cpu=True)
+    with pytest.raises(ValueError, match="already been initialized"):
+        Accelerator(mixed_precision="no", cpu=True)
+    processes = dict(PartialState._shared_state)
+    AcceleratorState._reset_state()
+    assert not AcceleratorState._shared_state and PartialState._shared_state == processes
+    assert Accelerator(mixed_precision="no", cpu=True).mixed_precision == "no"

@@ -55,6 +55,7 @@ class Publisher:
         token (`str`, *optional*): Token with write access; the logged-in user's if `None`. Never written to disk.
         private (`bool`, *optional*): Visibility if the repository must be created.
         revision (`str`, *optional*): Branch, created when missing; the default branch if `None`.
+        dtype (`str`, *optional*): Type of the weights of the model. Whole checkpoints stay as they are.
         endpoint (`str`, *optional*): Address of the Hub; `HF_ENDPOINT` if `None`.
         retry ([`RetryPolicy`], *optional*): Timeouts and waiting times.
 
@@ -78,6 +79,7 @@ class Publisher:
         token: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
+        dtype: str | None = None,
         endpoint: str | None = None,
         retry: RetryPolicy | None = None,
     ):
@@ -88,6 +90,7 @@ class Publisher:
         self.target = Target(repo_id, private, revision)
         self.output_dir = Path(output_dir)
         self.queue = UploadQueue(self.output_dir / QUEUE_NAME)
+        self._dtype = dtype
         self._token = token = hidden(token)
         self._process = UploaderProcess(self.queue.folder, token, endpoint, retry or RetryPolicy())
         self._unqueued: tuple[Callable[[], bool], str] | None = None  # retries the last save, and why it failed
@@ -124,12 +127,7 @@ class Publisher:
     # ---- During training ----
 
     def submit_checkpoint(
-        self,
-        checkpoint: str | os.PathLike[str],
-        step: int,
-        strategy: str,
-        extras: Iterable[str] = (),
-        dtype: str | None = None,
+        self, checkpoint: str | os.PathLike[str], step: int, strategy: str, extras: Iterable[str] = ()
     ) -> bool:
         """
         Queue a checkpoint.
@@ -140,7 +138,6 @@ class Publisher:
             strategy (`str`): `"end"` queues nothing, `"every_save"` the model. `"checkpoint"` also queues the whole
                 checkpoint as `last-checkpoint`, `"all_checkpoints"` under its own name.
             extras (`Iterable[str]`): Files and folders of the output folder to add: card, plots, results.
-            dtype (`str`, *optional*): Type of the weights of the model. Whole checkpoints stay as they are.
 
         Returns:
             `bool`: whether it was queued. If not, `status` has the reason.
@@ -153,8 +150,8 @@ class Publisher:
 
         def collect() -> _FilesAndSlots:
             files, slots = checkpoint_files(folder, strategy)
-            if dtype is not None:
-                files |= convert_weights(folder, converted, dtype)
+            if self._dtype is not None:
+                files |= convert_weights(folder, converted, self._dtype)
             for name in extras:
                 files |= files_below(self.output_dir / name, name)
             return files, slots

@@ -5,8 +5,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .fields import PretrainArguments
-from .model import attention_of, block_sizes, config_of, joined_documents, model_config
+from .model import attention_of, build_model, config_of, joined_documents, model_config
 
 __all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "sharding_of"]
 
@@ -140,6 +142,9 @@ def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
 
 def _gathered(arguments: PretrainArguments, parameters: int) -> int:
     """What is outside of the layers, from the first forward to the last backward, and two layers."""
-    layers = block_sizes(model_config(arguments.model, arguments.mixture.sequence_length))
+    with torch.device("meta"):
+        model = build_model(model_config(arguments.model, arguments.mixture.sequence_length))
+    stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in stack]
     # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
     return (2 if arguments.training.bf16 else 4) * (parameters - sum(layers) + sum(sorted(layers)[-2:]))

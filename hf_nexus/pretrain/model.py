@@ -22,16 +22,8 @@ from ..files import nearest
 from ..mixture.isolation import choose_isolation, isolation_problem
 from .fields import SHAPE, ModelArguments, PretrainArguments
 
-__all__ = [
-    "attention_of",
-    "block_sizes",
-    "build_model",
-    "config_of",
-    "count_parameters",
-    "joined_documents",
-    "model_config",
-    "shape_fields",
-]
+__all__ = ["attention_of", "build_model", "config_of", "count_parameters", "joined_documents", "model_config"]
+__all__ += ["shape_fields"]
 
 
 def shape_fields(section: Mapping[str, Any]) -> list[str] | None:
@@ -84,7 +76,7 @@ def model_config(
     known = _fields(_class_of(model.model_type or "llama", "model_type") if config is None else type(config))
     for name in shape:
         if name not in known:
-            raise ValueError(f"{name}: the configuration of this model has no such field.{nearest(name, known)}")
+            raise ValueError(f"model.{name}: the configuration of this model has no such field.{nearest(name, known)}")
     if "rope_theta" in shape:
         shape["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
     if tokenizer is not None and not model.continues:
@@ -97,11 +89,11 @@ def model_config(
         for name, value in shape.items():
             setattr(config, name, value)
     except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length
     if longest < sequence_length:
         raise ValueError(
-            f"max_position_embeddings: the model has {longest}, and sequence_length is {sequence_length}. Lower "
+            f"model.max_position_embeddings: the model has {longest}, and sequence_length is {sequence_length}. Lower "
             "sequence_length, or raise max_position_embeddings if the positions are rotary."
         )
     return config
@@ -124,13 +116,6 @@ def count_parameters(config: PreTrainedConfig, attn_implementation: str | None =
     """Number of parameters, with tied ones counted once, on the meta device."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(config, attn_implementation).parameters())
-
-
-def block_sizes(config: PreTrainedConfig) -> list[int]:
-    """Parameters of each layer, which FSDP2 gathers as a whole."""
-    with torch.device("meta"):
-        layers = next(module for module in build_model(config).modules() if isinstance(module, torch.nn.ModuleList))
-    return [sum(p.numel() for p in layer.parameters()) for layer in layers]
 
 
 def attention_of(arguments: PretrainArguments) -> str:

@@ -17,7 +17,7 @@ from ..schema import help_of
 from ..strict import check, field_types, from_text, load_yaml, options
 from .checks import check_run
 from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
-from .model import model_config, shape_fields
+from .model import shape_fields
 from .starter import starter_training
 
 __all__ = ["check_section", "load_config", "parse_arguments"]
@@ -115,9 +115,6 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         model = ModelArguments(**values["model"])
     with _naming(name, "data.", flags[MixtureConfig]):
         mixture = MixtureConfig(**values["data"])
-    with _naming(name, "model.", flags[ModelArguments]):
-        if not model.continues:
-            model_config(model, mixture.sequence_length)
     if dry_run:
         values["training"]["use_cpu"] = True
     elif model.accelerators > 0 and not torch.accelerator.is_available():

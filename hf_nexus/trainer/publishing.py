@@ -43,9 +43,8 @@ class Publishing:
         if args.process_index == 0:
             private = args.hub_private_repo if private is None else private
             try:
-                publisher = Publisher(
-                    name, args.output_dir, token=token or args.hub_token, private=private, revision=args.hub_revision
-                )
+                target = {"private": private, "revision": args.hub_revision, "dtype": args.save_dtype}
+                publisher = Publisher(name, args.output_dir, token=token or args.hub_token, **target)
                 name = publisher.check() or name
             except ValueError as error:
                 refusal = error
@@ -65,8 +64,7 @@ class Publishing:
     def push_checkpoint(self, folder: str, step: int, files: tuple[str, ...]) -> None:
         """Queue a complete checkpoint and the files of the card."""
         if self.publisher is not None:
-            strategy, dtype = self._args.hub_strategy.value, self._args.save_dtype
-            self.publisher.submit_checkpoint(folder, step, strategy, files, dtype)
+            self.publisher.submit_checkpoint(folder, step, self._args.hub_strategy.value, files)
 
     def push_run(self, step: int, message: str, revision: str | None = None) -> None:
         """Queue the output folder without its checkpoints."""

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM
 
-from hf_nexus.pretrain.model import block_sizes, model_config
+from hf_nexus.pretrain.model import model_config
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
 from hf_nexus.pretrain.run import dry_run, pretrain
@@ -34,6 +34,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "mamba": {**WIDTH, "state_size": 4},
 }
+FSDP2 = ["--sharding", "fsdp2"]
 QUICK = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "warmup_steps": 0}
 QUICK |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "logging_steps": 1}
 
@@ -90,9 +91,11 @@ def test_the_plan_says_what_it_does_not_know(write, capsys):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_fsdp2_gathers_what_is_outside_of_the_layers(write, kind):
-    arguments = parse_arguments(["--config", write(model_type=kind, **TYPES[kind]), "--sharding", "fsdp2"])
-    plan, layers = plan_run(arguments, 2), block_sizes(model_config(arguments.model, 32))
-    assert len(layers) == 2 and plan.memory.gathered == 4 * plan.parameters  # two layers, and the rest
+    name = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    shapes = [{**TYPES[kind], name: layers} for layers in (2, 3)]
+    plans = [plan_run(parse_arguments(["--config", write(model_type=kind, **s), *FSDP2]), 2) for s in shapes]
+    assert plans[0].parameters < plans[1].parameters
+    assert plans[0].memory.gathered == plans[1].memory.gathered == 4 * plans[0].parameters
 
 
 @pytest.mark.parametrize(
