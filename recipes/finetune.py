@@ -1,7 +1,7 @@
 """
 Train or fine-tune a causal language model on text with the Nexus update.
 
-Only the two lines marked `Nexus` differ from the same script for Trainer.
+Only the two lines marked `Nexus` differ from the same script for Trainer. The Trainer has no `--train_source`.
 
 A small byte-level model from scratch on a text file, in half a minute on one CPU core without a download:
 
@@ -11,6 +11,13 @@ A small byte-level model from scratch on a text file, in half a minute on one CP
 20 more steps, with the same flags and these:
 
     --max_steps 60 --resume_from_checkpoint runs/finetune/checkpoint-40
+
+A mixture, whose sources are files or datasets of the Hub. Each micro-batch holds one source, and each source is
+evaluated. `--mixture_weights '{"hub": 0.7, "mixtures": 0.3}'` sets the shares, which are by size otherwise:
+
+    python recipes/finetune.py --train_source hub=docs/hub.md mixtures=docs/mixtures.md --do_train --do_eval \\
+        --max_steps 40 --block_size 128 --gradient_accumulation_steps 4 --learning_rate 3e-3 --inner_lr 0.1 \\
+        --output_dir runs/finetune-mixture
 
 LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. Use `torchrun` for several GPUs:
 
@@ -22,7 +29,7 @@ LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. U
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -76,6 +83,10 @@ class DataTrainingArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_file: str | None = field(default=None, metadata={"help": "Text, .csv, .json, .jsonl or .parquet file."})
+    train_source: list[str] | None = field(
+        default=None,
+        metadata={"help": "name=path of a source of a mixture: a file or Hub id. Several.", "action": "extend"},
+    )
     validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
     validation_split_percentage: int = field(default=5, metadata={"help": "Held-out part if there is no such file."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of rows to train on."})
@@ -87,8 +98,24 @@ class DataTrainingArguments:
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again."})
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and self.train_file is None:
-            raise ValueError("There is no training data. Pass --dataset_name or --train_file.")
+        given = [self.dataset_name, self.train_file, self.train_source]
+        if not any(given):
+            raise ValueError(
+                "There is no training data. Pass --dataset_name or --train_file, or several --train_source."
+            )
+        if self.train_source and any([self.dataset_name, self.train_file, self.validation_file]):
+            raise ValueError("--train_source names all data. Pass it without --dataset_name and files.")
+
+    def sources(self) -> dict[str, "DataTrainingArguments"]:
+        """The arguments of each source of a mixture; empty for one dataset."""
+        found: dict[str, DataTrainingArguments] = {}
+        for text in self.train_source or []:
+            name, _, path = text.partition("=")
+            if not name or not path or name in found:
+                raise ValueError(f"--train_source {text}: give each source once, as name=path.")
+            data = {"train_file": path} if Path(path).exists() else {"dataset_name": path}
+            found[name] = replace(self, train_source=None, **data)
+        return found
 
 
 def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | IterableDatasetDict:
@@ -169,6 +196,7 @@ def first_rows(rows: Any, count: int | None) -> Any:
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    sources = data_args.sources()
     endless = data_args.streaming and data_args.validation_file is None
     if endless and training_args.do_eval and data_args.max_eval_samples is None:
         raise ValueError("--streaming --do_eval would evaluate on the whole stream. Add --max_eval_samples.")
@@ -176,17 +204,25 @@ def main() -> None:
     set_seed(training_args.seed)
 
     model, tokenizer = load_model(model_args)
+
+    def load(args: DataTrainingArguments) -> tuple[Any, Any]:
+        texts = load_texts(args, cache_dir=model_args.cache_dir, token=model_args.token)
+        rows = tokenize(texts, tokenizer, args)
+        return first_rows(rows["train"], args.max_train_samples), first_rows(rows["validation"], args.max_eval_samples)
+
     with training_args.main_process_first(desc="tokenizing"):
-        rows = tokenize(
-            load_texts(data_args, cache_dir=model_args.cache_dir, token=model_args.token), tokenizer, data_args
-        )
+        if sources:
+            loaded = {name: load(args) for name, args in sources.items()}
+            train, validation = ({name: rows[i] for name, rows in loaded.items()} for i in (0, 1))
+        else:
+            train, validation = load(data_args)
 
     accuracy = NextTokenAccuracy()
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=first_rows(rows["train"], data_args.max_train_samples) if training_args.do_train else None,
-        eval_dataset=first_rows(rows["validation"], data_args.max_eval_samples) if training_args.do_eval else None,
+        train_dataset=train if training_args.do_train else None,
+        eval_dataset=validation if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
         compute_metrics=accuracy.compute_metrics,

@@ -12,6 +12,7 @@ A pretrained model with LoRA on your own files, with one JSON object {"messages"
         --files '{"chat": "chat.jsonl", "code": "code.jsonl"}' --mixture_weights '{"chat": 0.6, "code": 0.4}' \\
         --lora_r 16 --output_dir runs/sft --gradient_accumulation_steps 8 --max_steps 1000
 
+A base model without a chat template learns a plain one (`Q: ... A: ...`), or that of `--chat_template_path`.
 The loss is on the messages of the assistant only, unless you pass `--assistant_only_loss False`. Other TRL trainers
 work in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pass`.
 """
@@ -30,23 +31,15 @@ from transformers import (
 )
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_nexus import NexusConfigMixin, NexusTrainerMixin
 from hf_nexus.files import one_line_errors
 from hf_nexus.mixture.builtin.corpus import builtin_documents
-from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
+from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from hf_nexus.strict import parse_yaml
 
 BUILTIN = ("mathematics", "reasoning")
-# `generation` marks the message of the assistant and the end token.
-TEMPLATE = """{%- for message in messages -%}
-{%- if message.role == "assistant" -%}
-A: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
-{%- else -%}
-Q: {{ message.content }}
-{% endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}A: {% endif -%}"""
 
 
 class NexusSFTTrainer(NexusTrainerMixin, SFTTrainer):
@@ -101,7 +94,7 @@ def tiny_model(sources: dict[str, Dataset]) -> tuple[PreTrainedModel, PreTrained
     """A model from scratch and a tokenizer that is trained on the sources."""
     texts = [message["content"] for rows in sources.values() for chat in rows["messages"] for message in chat]
     tokenizer = train_tokenizer(texts, vocab_size=1024)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -111,6 +104,24 @@ def tiny_model(sources: dict[str, Dataset]) -> tuple[PreTrainedModel, PreTrained
         eos_token_id=tokenizer.eos_token_id,
     )
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer
+
+
+def tokenizer_of(name: str, args: NexusSFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a chat template, which is checked before anything else is loaded."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not tokenizer.chat_template and args.chat_template_path is None:
+        print(f"{name} has no chat template. It learns a plain one; --chat_template_path names another.")
+        tokenizer.chat_template = CHAT_TEMPLATE
+    if args.assistant_only_loss and args.chat_template_path is None:
+        try:
+            if not has_generation_markers(tokenizer.chat_template):
+                get_training_chat_template(tokenizer)  # TRL knows those of common models
+        except ValueError as error:
+            raise ValueError(
+                f"The chat template of {name} does not mark what the assistant writes. Pass "
+                "--assistant_only_loss False to train on all messages, or a marked template as --chat_template_path."
+            ) from error
+    return tokenizer
 
 
 def main() -> None:
@@ -125,7 +136,7 @@ def main() -> None:
         if script.model_name_or_path is None:
             model, tokenizer = tiny_model(sources)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, trust_remote_code=False)
+            tokenizer = tokenizer_of(script.model_name_or_path, args)
             model = AutoModelForCausalLM.from_pretrained(
                 script.model_name_or_path, dtype="float32", trust_remote_code=False
             )

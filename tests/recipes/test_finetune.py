@@ -145,10 +145,33 @@ def test_pushed_adapters_load_on_their_base(run, adapted, hub: HubServer, tmp_pa
     assert not torch.allclose(logits(folder), untrained)
 
 
+def test_several_sources_are_a_mixture(run, tmp_path, monkeypatch):
+    (tmp_path / "digits.txt").write_text("\n".join(documents("1234", 12, 1)))
+    letters, digits = (f"{name}={tmp_path / file}.txt" for name, file in (("letters", "text"), ("digits", "digits")))
+    folder = tmp_path / "mixture"
+    flags = [
+        "--train_source",
+        letters,
+        "--train_source",
+        digits,
+        "--mixture_weights",
+        '{"letters": 0.5, "digits": 0.5}',
+    ]
+    monkeypatch.setattr("sys.argv", ["", *FLAGS, f"--output_dir={folder}", *flags])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    results = json.loads((folder / "all_results.json").read_text())
+    for name in ("letters", "digits"):
+        assert 0 < results[f"eval_{name}_loss"] < 5.95 and 0 <= results[f"eval_{name}_accuracy"] < 1
+    assert (folder / "nexus.yaml").exists() and results["perplexity"] > 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "--dataset_name or --train_file"),
+        (["--train_source", "x"], "--train_source x: give each source once, as name=path"),
+        (["--train_source", "a=x", "a=y"], "--train_source a=y: give each source once"),
+        (["--train_source", "a=x", "--train_file", "y"], "names all data"),
         (["--lora_r", "2"], "--lora_r trains adapters"),
         (["--train_file", "x", "--streaming", "--do_eval", "--use_cpu"], "Add --max_eval_samples"),
     ],
