@@ -1,9 +1,8 @@
-"""Shared parts of the plots: figures without pyplot, colors and markers, matrices, labels."""
+"""Shared parts of the plots: figures without pyplot, colors and markers, axes, matrices."""
 
 import math
 import os
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ __all__ = [
     "MARKERS",
     "draw_matrix",
     "new_plot",
-    "place_labels",
     "save_plot",
     "series_style",
     "shorten",
@@ -49,12 +47,15 @@ def save_plot(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def tidy(axes: "Axes", fontsize: float = 9) -> None:
-    """Draw a faint grid, and hide the frame where there are no ticks."""
+def tidy(axes: "Axes", title: str = "", x: str = "", y: str = "", *, fontsize: float = 9, **title_style: Any) -> None:
+    """Draw a faint grid, hide the frame where there are no ticks, and write the title and the names of the axes."""
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=fontsize)
+    axes.set_xlabel(x, fontsize=fontsize + 1)
+    axes.set_ylabel(y, fontsize=fontsize + 1)
+    axes.set_title(title, fontsize=fontsize, loc="left", **title_style)
 
 
 def series_style(index: int) -> dict[str, Any]:
@@ -103,67 +104,3 @@ def draw_matrix(
     axes.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
     axes.set_yticks(range(len(names)), labels, fontsize=8.5)
     return image
-
-
-def place_labels(axes: "Axes", points: Sequence[tuple[float, float]], labels: Sequence[str], **text: Any) -> None:
-    """
-    Write each label next to its point, where it covers the fewest markers, lines and other labels.
-
-    Call this last: it fixes the layout of the figure.
-    """
-    import numpy as np
-    from matplotlib.text import Text
-
-    figure = axes.figure.figure
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine("none")
-    axes.apply_aspect()
-    pixel = figure.dpi / 72
-    marks = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
-    drawn = np.concatenate([np.repeat(marks, 8, axis=0), *_line_pixels(axes)])
-    taken: list[tuple[Any, Any]] = []
-    for point, mark, label in zip(points, marks, labels, strict=True):
-        style: dict[str, Any] = {"fontsize": 8.5, "zorder": 6, "xytext": (0, 0), "textcoords": "offset points"} | text
-        lead = {"arrowstyle": "-", "color": "0.35", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-        written = axes.annotate(label, point, arrowprops=lead, **style)
-        size = Text.get_window_extent(written)  # without the line that leads to the point
-        corner, reach = _best_corner(axes.get_window_extent(), mark, size, drawn, taken, pixel)
-        taken.append((corner - 2, corner + np.asarray((size.width + 2, size.height + 2))))
-        written.set_position(tuple((corner - mark) / pixel))
-        written.set(ha="left", va="bottom")
-        assert written.arrow_patch is not None
-        written.arrow_patch.set_visible(reach > 15)
-
-
-def _line_pixels(axes: "Axes") -> list[Any]:
-    """Pixels along each piece of each line, (N, 2), at most 4 pixels apart up to 300 of them."""
-    import numpy as np
-
-    lines = [line.get_transform().transform(np.asarray(line.get_xydata(), dtype=float)) for line in axes.lines]
-    pieces = [(a, b) for line in lines for a, b in pairwise(line) if np.isfinite([a, b]).all()]
-    return [np.linspace(a, b, int(min(300, 2 + math.dist(a, b) / 4))) for a, b in pieces]
-
-
-def _best_corner(
-    frame: Any, mark: Any, size: Any, drawn: Any, taken: Sequence[tuple[Any, Any]], pixel: float
-) -> tuple[Any, int]:
-    """Lower left corner of a label of `size` that covers least, in pixels, and its distance from `mark` in points."""
-    import numpy as np
-
-    directions = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)]
-    best: tuple[float, Any, int] = (math.inf, None, 0)
-    for reach in (7, 15, 26, 40, 56):
-        for right, up in directions:
-            step = reach * pixel / math.hypot(right, up)
-            shift = (step * right - size.width * (1 - right) / 2, step * up - size.height * (1 - up) / 2)
-            corner = mark + np.asarray(shift)
-            low, high = corner - 2, corner + np.asarray((size.width + 2, size.height + 2))
-            hidden = float(np.all((drawn > low) & (drawn < high), axis=1).sum())
-            hidden += 200 * sum(bool(np.all((a < high) & (b > low))) for a, b in taken)
-            outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
-            cost = hidden + 300 * outside + reach / 5
-            if cost < best[0]:
-                best = (cost, corner, reach)
-    return best[1:]

@@ -1,4 +1,4 @@
-"""The plot of a training run: its curves, and the logs it can be drawn from."""
+"""The plots of a training run: their curves, and the logs they can be drawn from."""
 
 import math
 import subprocess
@@ -9,9 +9,8 @@ import matplotlib.axes
 import matplotlib.image
 import pytest
 
-from hf_nexus.plots import training
+from hf_nexus.plots import run
 from hf_nexus.plots.run import plot_run
-from hf_nexus.plots.training import plot_training
 
 SOURCES = ("code", "math")
 
@@ -39,11 +38,11 @@ def drawn(monkeypatch):
 
     def draw(log, sources=SOURCES):
         curves.clear()
-        assert plot_training(log, sources, "never.png") is not None
+        assert plot_run(log, sources, "never")
         return dict(curves)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", record)
-    monkeypatch.setattr(training, "save_plot", lambda figure, path: path)
+    monkeypatch.setattr(run, "save_plot", lambda figure, path: path)
     return draw
 
 
@@ -113,15 +112,16 @@ def test_a_value_that_is_not_finite_leaves_a_gap(drawn):
 )
 @pytest.mark.filterwarnings("error")
 def test_logs_of_every_kind_can_be_drawn(tmp_path, log):
-    assert_png(plot_training(log, SOURCES, tmp_path / "new" / "run.png"))
+    (plot,) = plot_run(log, SOURCES, tmp_path / "new")
+    assert_png(plot)
 
 
 @pytest.mark.parametrize("count", [5, 20])
 def test_the_legend_is_right_of_the_curves_and_inside_the_plot(monkeypatch, count):
     figures = []
-    monkeypatch.setattr(training, "save_plot", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(run, "save_plot", lambda figure, path: figures.append(figure))
     sources = [f"{i} a fairly long name of a source" for i in range(count)]
-    plot_training(make_log(train=sources), sources, "never.png")
+    plot_run(make_log(train=sources), sources, "never")
     figure = figures[0]
     figure.get_layout_engine().execute(figure)
     box, axes = figure.axes[0].get_legend().get_window_extent(), figure.axes[0]
@@ -134,6 +134,15 @@ def test_the_legend_is_right_of_the_curves_and_inside_the_plot(monkeypatch, coun
 def test_a_log_without_numbers_draws_nothing(tmp_path, log):
     assert plot_run(log, SOURCES, tmp_path) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_cosines_are_drawn_only_if_the_log_has_finite_ones(tmp_path):
+    log = [{"step": 1, "cosine/a-b-c": 0.5}, {"step": 2, "cosine/a-b-c": math.nan}, {"step": 2, "cosine/x-y": 0.1}]
+    folder = tmp_path / "new"
+    assert plot_run([{"step": 1, "loss/a": 1.0}], ["a-b", "c"], folder) == [] and not folder.exists()
+    assert plot_run(log[1:2], ["a", "b-c"], folder) == []
+    assert plot_run(log[:2], ["a-b", "c", "d"], folder) == [folder / "gradient_cosines.png"]
+    assert_png(folder / "gradient_cosines.png")
 
 
 def test_pyplot_is_never_imported_and_matplotlib_late(tmp_path):
