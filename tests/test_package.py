@@ -115,6 +115,32 @@ print(json.dumps(alone))
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
+def test_a_run_needs_no_plotting_or_statistics(tmp_path):
+    """sklearn cannot be imported either: transformers uses it if it is there, and it needs scipy."""
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(["matplotlib", "scipy", "sklearn"])
+from pathlib import Path
+from hf_nexus.evaluation.statistics import mean
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.run import prepare_run
+from tests.support.tiny_config import write_config
+run = prepare_run(parse_arguments(["--config", str(write_config(Path({str(tmp_path)!r}))), "--max_steps", "2",
+    "--lr_scheduler_type", "constant", "--output_dir", {str(tmp_path / "out")!r}]))
+run.train()
+assert (run.trainer.args.output_dir / Path("README.md")).exists()
+assert "eval_ood_loss" in run.trainer.evaluate()
+try:
+    mean([1.0, 2.0])
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Plots need matplotlib: pip install 'hf-nexus[plots]'") == 1
+    assert done.stdout.splitlines()[-1] == "Statistics of a comparison need scipy: pip install 'hf-nexus[plots]'"
+
+
 def test_public_names_resolve_and_unknown_ones_do_not():
     for name in hf_nexus.__all__:
         assert getattr(hf_nexus, name) is not None

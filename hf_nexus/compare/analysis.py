@@ -9,7 +9,6 @@ from typing import Literal
 from ..evaluation.statistics import (
     Correlation,
     Estimate,
-    PairedDifference,
     correlate,
     holm,
     mean,
@@ -38,7 +37,7 @@ class Row:
     where: Where  # at the end of training, or at matched training loss
     mean: Estimate  # of `arm`, over all seeds with a finite value
     # `arm` minus `versus` over their common seeds, without `p` below `MIN_PAIRS`; `None` if `arm` is `versus`.
-    difference: PairedDifference | None
+    difference: Estimate | None
     # The p-value corrected for all comparisons except the primary one; `None` for the primary one.
     p_holm: float | None = None
 

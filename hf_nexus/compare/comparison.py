@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import AutoTokenizer
 
+from ..evaluation.statistics import require_scipy
 from ..hub.card import save_card
 from ..hub.facts import describe_hardware, installed_versions
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
@@ -73,7 +74,9 @@ class Comparison:
 
         Raises:
             ValueError: an error in the configuration, a folder with other runs, or several processes.
+            ImportError: scipy is not installed.
         """
+        require_scipy()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
         arguments = self._check_settings()
@@ -263,7 +266,7 @@ class Comparison:
         try:
             return plot_comparison(records, self.folder, baseline=self.config.baseline) if records else []
         except Exception as error:  # the report does not depend on its plots
-            self.console.print(f"Plots failed: {error!r}", markup=False)
+            self.console.print(f"Plots failed: {type(error).__name__}: {error}", markup=False)
             return []
 
     def _details(self, records: Sequence[RunRecord], seconds: float) -> dict[str, Any]:

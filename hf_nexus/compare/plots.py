@@ -159,7 +159,13 @@ def _add_legend(figure: "Figure", labels: Mapping[str, Mapping[str, Any]]) -> No
     handles = [Line2D([], [], **{"markersize": 6, "linewidth": 1.5} | dict(style)) for style in labels.values()]
     # The space in front: matplotlib omits labels that start with an underscore from legends.
     columns = max(1, int(figure.get_figwidth() / (0.92 + 0.064 * max(map(len, labels)))))
-    place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9, "handlelength": 4}
+    place: dict[str, Any] = {
+        "loc": "outside lower center",
+        "ncols": columns,
+        "frameon": False,
+        "fontsize": 9,
+        "handlelength": 4,
+    }
     figure.legend(handles, [f" {label}" for label in labels], **place)
 
 
@@ -319,9 +325,9 @@ def _cosines(arms: Sequence[_Arm]) -> "Figure | None":
     panels = {k: curves for k, curves in panels.items() if any(np.isfinite(c[1]).any() for c in curves.values())}
     if not panels:
         return None
+    figure = new_plot(1.5 + 4.7 * len(panels), 4.4)
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_plot(1.5 + 4.7 * len(panels), 4.4)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         tidy(axes, title, "outer step")
         axes.axhline(0.0, color="0.6", linewidth=0.8)
@@ -478,10 +484,10 @@ def _distance_against_ood(arms: Sequence[_Arm]) -> "Figure | None":
         mark: dict[str, Any] = arm.style | {"linestyle": ""}
         if len(found) > 1:
             axes.plot(*zip(*found, strict=True), markersize=4, alpha=0.55, zorder=2, **mark)
-        x, y = (_spread({0: value} for value in values) for values in zip(*found, strict=True))
+        xs, ys = (_spread({0: value} for value in values) for values in zip(*found, strict=True))
         large: dict[str, Any] = {"markersize": 9, "markeredgecolor": "white", "elinewidth": 0.8, "zorder": 4}
-        axes.errorbar(x[1], y[1], xerr=_bars(x), yerr=_bars(y), **mark, **large)
-        means[arm] = (x[1, 0], y[1, 0])
+        axes.errorbar(xs[1], ys[1], xerr=_bars(xs), yerr=_bars(ys), **mark, **large)
+        means[arm] = (float(xs[1, 0]), float(ys[1, 0]))
     axes.margins(0.12)
     losses = [abs(loss) for loss in baseline.values() if math.isfinite(loss)]
     limit = _limit([y for _, y in list(means.values())[1:]], min(losses))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from ..evaluation.statistics import Estimate, PairedDifference
+from ..evaluation.statistics import Estimate
 from ..files import finite_json
 from .analysis import Analysis, Row, Where
 from .conclusions import conclusions, limitations, p_text, rounded
@@ -253,7 +253,7 @@ def _difference(row: Row | None, analysis: Analysis, *, interval: bool = True) -
     return f"**{text}**" if analysis.is_primary(row) else text
 
 
-def _interval(found: PairedDifference) -> str:
+def _interval(found: Estimate) -> str:
     text = rounded(found.mean, found.half, "+")
     if found.low is None or found.high is None:
         return text if found.n == 1 else f"{text} at every seed"

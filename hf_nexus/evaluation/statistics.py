@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise, permutations
 from typing import TypeVar
 
-__all__ = ["Correlation", "Estimate", "PairedDifference", "correlate", "holm", "mean", "paired_difference", "value_at"]
+__all__ = ["Correlation", "Estimate", "correlate", "holm", "mean", "paired_difference", "require_scipy", "value_at"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -22,6 +22,8 @@ class Estimate:
     mean: float
     half: float | None  # None for a single value, or for values that are all the same
     n: int
+    # Of a two-sided t-test against 0: below 0.05 if and only if the interval excludes 0. None without a test.
+    p: float | None = None
 
     @property
     def low(self) -> float | None:
@@ -32,13 +34,6 @@ class Estimate:
     def high(self) -> float | None:
         """Upper end of the interval."""
         return None if self.half is None else self.mean + self.half
-
-
-@dataclass(frozen=True)
-class PairedDifference(Estimate):
-    """Mean of paired differences, with the p-value of a two-sided paired t-test."""
-
-    p: float | None = None  # below 0.05 if and only if the interval excludes 0; None if `half` is
 
 
 @dataclass(frozen=True)
@@ -68,14 +63,14 @@ def mean(values: Sequence[float]) -> Estimate:
         >>> estimate.mean, round(estimate.half, 3), estimate.n
         (2.0, 2.484, 3)
         >>> mean([1.0])
-        Estimate(mean=1.0, half=None, n=1)
+        Estimate(mean=1.0, half=None, n=1, p=None)
     """
     _check(values)
     half, _ = _t_test(values, max(map(abs, values)))
     return Estimate(math.fsum(values) / len(values), half, len(values))
 
 
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """
     Mean of `values - baseline`, paired by position, with its 95 % t-interval and the p-value of a paired t-test.
 
@@ -94,17 +89,12 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Pai
         >>> round(found.mean, 3), round(found.half, 3), round(found.p, 3)
         (-0.133, 0.143, 0.057)
         >>> paired_difference([1.0, 2.0], [1.0, 2.0])
-        PairedDifference(mean=0.0, half=None, n=2, p=None)
+        Estimate(mean=0.0, half=None, n=2, p=None)
     """
-    _check(values)
-    _check(baseline)
-    if len(values) != len(baseline):
-        raise ValueError(
-            f"Paired values must have the same length, got {len(values)} and {len(baseline)}. Keep the common seeds."
-        )
+    _check(values, baseline)
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     half, p = _t_test(differences, max(map(abs, (*values, *baseline))))
-    return PairedDifference(math.fsum(differences) / len(differences), half, len(differences), p)
+    return Estimate(math.fsum(differences) / len(differences), half, len(differences), p)
 
 
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
@@ -194,10 +184,8 @@ def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
         >>> round(found.pearson, 3), round(found.spearman, 3), round(found.spearman_p, 3)
         (0.983, 1.0, 0.083)
     """
-    _check(xs)
-    _check(ys)
-    if len(xs) != len(ys):
-        raise ValueError(f"Pairs need sequences of the same length, got {len(xs)} and {len(ys)}.")
+    _check(xs, ys)
+    require_scipy()
     if len(xs) < 3 or any(_alike(side, max(map(abs, side))) for side in (xs, ys)):
         return None
     import numpy as np
@@ -212,9 +200,25 @@ def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
     return Correlation(float(linear.statistic), float(linear.pvalue), float(ranked.statistic), ranked_p, len(xs))
 
 
-def _check(values: Sequence[float]) -> None:
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"At least one value is needed, and all must be finite. Got {list(values)}.")
+def require_scipy() -> None:
+    """
+    Check that scipy is installed.
+
+    Raises:
+        ImportError: it is not. The message has the pip command.
+    """
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Statistics of a comparison need scipy: pip install 'hf-nexus[plots]'") from error
+
+
+def _check(*sides: Sequence[float]) -> None:
+    for values in sides:
+        if not values or not all(map(math.isfinite, values)):
+            raise ValueError(f"At least one value is needed, and all must be finite. Got {list(values)}.")
+    if len({*map(len, sides)}) > 1:
+        raise ValueError(f"Pairs need as many values on both sides, got {' and '.join(str(len(s)) for s in sides)}.")
 
 
 def _alike(values: Sequence[float], scale: float) -> bool:
@@ -227,6 +231,7 @@ def _t_test(values: Sequence[float], scale: float) -> tuple[float | None, float 
     n = len(values)
     if n < 2 or _alike(values, scale):
         return None, None
+    require_scipy()
     from scipy.stats import t
 
     middle = math.fsum(values) / n

@@ -1,5 +1,6 @@
 """The plots of a training run: its losses and path cosines over the steps, and the gradient cosines of its sources."""
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["COSINES_PLOT", "TRAINING_PLOT", "plot_run"]
 
 TRAINING_PLOT, COSINES_PLOT = "training.png", "gradient_cosines.png"
@@ -24,7 +27,8 @@ _SHORT, _LONG = (0, (1, 1)), (0, (4, 2))  # dashes
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path) -> list[Path]:
     """
-    Draw each plot that the log has data for: `training.png` and `gradient_cosines.png`.
+    Draw each plot that the log has data for: `training.png` and `gradient_cosines.png`. Without matplotlib, a warning
+    says how to install it.
 
     `training.png` shows the held-out losses: training sources solid, OOD sources dashed, means thick. If no evaluation
     set has the name of a source, all are solid. A log without an evaluation shows its training losses instead, labeled
@@ -49,7 +53,11 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], f
         >>> [path.name for path in plot_run(log, ["text"], mkdtemp())]
         ['training.png']
     """
-    plots = {TRAINING_PLOT: _training(log_history, sources), COSINES_PLOT: _cosines(log_history, sources)}
+    try:
+        plots = {TRAINING_PLOT: _training(log_history, sources), COSINES_PLOT: _cosines(log_history, sources)}
+    except ImportError as error:
+        logger.warning(f"The plots of the run are left out. {error}")
+        return []
     return [save_plot(figure, Path(folder, name)) for name, figure in plots.items() if figure is not None]
 
 
@@ -74,10 +82,10 @@ def _training(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figu
         inner_lr = {}
     if not (losses or cosine or inner_lr):
         return None
-    from matplotlib.ticker import MaxNLocator
-
     heights = [max(3.2, 0.9 + 0.19 * len(losses))] * bool(losses) + [1.9] * bool(cosine or inner_lr)
     figure = new_plot(8.0, sum(heights) + 0.4)
+    from matplotlib.ticker import MaxNLocator
+
     panels = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     if losses:
         dashed = any(style["linestyle"] != "-" for _, _, style in losses)
@@ -147,7 +155,12 @@ def _draw_losses(axes: "Axes", curves: list[_Curve]) -> None:
         style = ({"marker": "*", "markersize": 9} if single else {"markevery": (index % every, every)}) | style
         value = f"{last:.3f}" if abs(last) < 1000 else f"{last:.3g}"
         axes.plot(*_xy(points), label=f"{value}  {shorten(name, 28)}", **style)
-    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03), "alignment": "left", "handlelength": 3.8}
+    place: dict[str, Any] = {
+        "loc": "upper left",
+        "bbox_to_anchor": (1.01, 1.03),
+        "alignment": "left",
+        "handlelength": 3.8,
+    }
     axes.legend(title="last loss", fontsize=8.5, title_fontsize=8.5, frameon=False, **place)
 
 
@@ -161,9 +174,9 @@ def _cosines(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figur
             pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
     if not pairs:
         return None
+    figure = new_plot(8.0, 3.6)
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_plot(8.0, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     for points in pairs.values():
         left.plot(*_xy(points), color="0.65", linewidth=1.0, marker=".", markersize=4)

@@ -28,11 +28,17 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.
 
 
 def new_plot(width: float, height: float) -> "Figure":
-    """Empty figure of `width` by `height` inches."""
-    # pyplot would choose a GUI backend and keep the figure in memory.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """
+    Empty figure of `width` by `height` inches.
 
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:  # pyplot would choose a GUI backend and keep the figure in memory
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'hf-nexus[plots]'") from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure

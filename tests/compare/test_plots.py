@@ -250,8 +250,8 @@ def test_the_landscape_marks_and_names_the_minimizers(records, drawn):
     figure.draw_without_rendering()
     plane, minima = figure.axes[0], records[0].minima
     assert [[x[0], y[0]] for x, y in lines(plane)] == minima.plane["points"]
-    handles = figure.legends[0].legend_handles
-    marks = {text.get_text().strip(): h.get_marker() for text, h in zip(figure.legends[0].get_texts(), handles)}
+    named = zip(figure.legends[0].get_texts(), figure.legends[0].legend_handles, strict=True)
+    marks = {text.get_text().strip(): handle.get_marker() for text, handle in named}
     assert list(marks) == [*SOURCES, "end of run"]
     assert list(marks.values()) == [line.get_marker() for line in plane.lines] and len({*marks.values()}) == 4
     segments = next(axes for axes in figure.axes if axes.get_title(loc="left").startswith("loss on segments"))

@@ -22,8 +22,8 @@ from packaging.utils import canonicalize_name
 # Byte tables, packages of other projects, and modules that some distributions of Python leave out.
 _NOT_CODE = "dist-packages distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages"
 _TESTS = "test tests testing idle_test"
-_DOCUMENTED = "numpy torch/nn torch/optim networkx sympy matplotlib transformers huggingface_hub"
-_REQUIRED = "torch transformers accelerate datasets numpy pyyaml matplotlib rich typer"
+_DOCUMENTED = "numpy torch/nn torch/optim networkx sympy pandas transformers huggingface_hub"
+_REQUIRED = "torch transformers accelerate datasets numpy pyyaml rich typer"
 _LICENSE_FILE = re.compile(r"\.dist-info/(.*/)?[^/]*(LICEN[CS]E|COPYING|NOTICE)[^/]*$", re.IGNORECASE)
 
 
