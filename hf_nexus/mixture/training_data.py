@@ -93,6 +93,11 @@ class TrainingData:
         return self.mixture is not None or len(self._streamed()) == len(self.names)
 
     @property
+    def isolate_documents(self) -> bool | None:
+        """The field of a mixture. Rows of other streams of documents are not isolated."""
+        return False if self.mixture is None else self.mixture.config.isolate_documents
+
+    @property
     def masked(self) -> dict[str, int]:
         """Tokens of a row of each source that is trained on a part of its tokens."""
         if self.mixture is not None:

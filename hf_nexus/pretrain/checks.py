@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from ..mixture.config import MixtureConfig
-from ..trainer.support import check_arguments, check_cache, check_cosines, check_loader
+from ..trainer.support import check_arguments, check_fsdp
 from .fields import ModelArguments, PretrainConfig
 from .model import build_model, model_config
 
@@ -30,18 +30,19 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         ValueError: a value that is not allowed, or values that exclude each other.
         ImportError: a package is missing.
     """
-    check_arguments(training)
-    if not str(training.output_dir).strip():
-        raise ValueError("output_dir: '' is not allowed; name a folder.")
     sources = mixture.train_sources
     streams = [name for name, source in sources.items() if source.streaming]
-    if streams and training.max_steps <= 0:
-        raise ValueError(f"max_steps: missing, and the streaming source {streams[0]!r} has no end. Set it.")
-    check_loader(training, bool(streams))
-    unread = [name for name in streams if sources[name].eval_rows is None and sources[name].eval_split is None]
-    check_cosines(training.gradient_cosine_steps, True, bool(training.fsdp), unread)
-    if mixture.isolate_documents is not False:
-        check_cache(training)
+    check_arguments(
+        training,
+        sources=True,
+        streams=bool(streams),
+        unread=[name for name in streams if sources[name].eval_rows is None and sources[name].eval_split is None],
+        isolated=mixture.isolate_documents is not False,
+    )
+    if training.fsdp:
+        check_fsdp(training, version=2)
+    if not str(training.output_dir).strip():
+        raise ValueError("output_dir: '' is not allowed; name a folder.")
     if model.tokenizer == "train" and any(source.tokens_column for source in mixture.sources.values()):
         raise ValueError("tokenizer='train' cannot read a tokens_column. Set model.tokenizer to that of the tokens.")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:

@@ -2,18 +2,33 @@
 
 import os
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import yaml
 from transformers import TrainingArguments
+from transformers.utils import logging
 
-from ..files import hidden
+from ..files import hidden, write_atomic
 from ..mixture.stages import Weight, parse_stages
 from ..schema import documented
-from ..strict import Bound, check, check_fields, parse_data
+from ..strict import Bound, check, check_fields, parse_data, read_yaml
 from .optimizers import muon_options
 
-__all__ = ["NexusConfig", "NexusConfigMixin", "lower_is_better", "nexus_settings"]
+__all__ = [
+    "NexusConfig",
+    "NexusConfigMixin",
+    "lower_is_better",
+    "nexus_settings",
+    "save_settings",
+    "warn_of_changes",
+]
+
+logger = logging.get_logger(__name__)
+
+# The Nexus settings, saved with each model.
+_SETTINGS_NAME = "nexus.yaml"
 
 NonNegative = Annotated[float, Bound(least=0)]
 
@@ -149,3 +164,17 @@ def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
     names = [f.name for f in fields(NexusConfigMixin) if f.name not in left_out]
     settings = {name: getattr(args, name) for name in names}
     return {**settings, "gradient_accumulation_steps": args.gradient_accumulation_steps}
+
+
+def save_settings(settings: dict[str, Any], folder: str) -> None:
+    """Save the Nexus settings next to a model."""
+    write_atomic(Path(folder, _SETTINGS_NAME), yaml.safe_dump(settings, sort_keys=False))
+
+
+def warn_of_changes(settings: dict[str, Any], checkpoint: str) -> None:
+    """Warn of settings that are not those of a checkpoint."""
+    path = Path(checkpoint, _SETTINGS_NAME)
+    saved = read_yaml(path) if path.is_file() else {}
+    for name, value in settings.items():
+        if name in saved and saved[name] != value:
+            logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")

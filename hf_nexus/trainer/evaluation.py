@@ -134,13 +134,27 @@ class Evaluation:
             return inputs, len(labels)
         return {**inputs, **{name: value[: max(real, 1)] for name, value in tensors.items()}}, real
 
-    @staticmethod
-    def summarize(
-        metrics: Mapping[str, float], sets: list[str], weights: Mapping[str, float], prefix: str, tokens: bool
+    def each(
+        self,
+        sets: list[str],
+        evaluate: Callable[[str, str], Mapping[str, float]],
+        weights: Mapping[str, float],
+        prefix: str,
     ) -> dict[str, float]:
-        """The means over the sets, and perplexities if all labels are tokens."""
-        means = mean_losses(metrics, sets, weights, prefix)
-        return means | (perplexities({**metrics, **means}, sets, prefix) if tokens else {})
+        """
+        Evaluate several sets, given a function of the name of a set and the prefix of its metrics.
+
+        Returns:
+            `dict[str, float]`: their metrics, the means over the sets, and perplexities if all labels are tokens.
+        """
+        metrics: dict[str, float] = {}
+        tokens = True
+        for name in sets:
+            of_set = f"{prefix}_{name}"
+            metrics |= {metric_of_set(key, of_set): value for key, value in evaluate(name, of_set).items()}
+            tokens = tokens and self.labels_are_tokens
+        metrics |= mean_losses(metrics, sets, weights, prefix)
+        return metrics | (perplexities(metrics, sets, prefix) if tokens else {})
 
 
 class _RowLengths:  # a class, not a closure: data loader workers may have to pickle it

@@ -6,8 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..mixture.indexed import MixtureDataset, MixtureSampler
+from ..mixture.isolation import (
+    PackedRowCollator,
+    attention_of,
+    choose_isolation,
+    isolation_problem,
+    needs_flat_rows,
+    text_config,
+)
 from ..mixture.plan import mixture_plan
 from ..mixture.schedule import SourceSchedule
 from ..mixture.stages import Windows, stage_borders
@@ -18,7 +27,7 @@ from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
 from .distributed import broadcast, gather, max_over_ranks, sum_over_ranks
-from .support import check_exchange, check_loader, check_same
+from .support import check_arguments, check_exchange, check_same
 from .window import Window
 
 __all__ = ["Feed"]
@@ -60,8 +69,18 @@ class Feed:
         self.data: TrainingData = prepare_data(
             train, evaluation, self._weights, self.dynamic_weights, self._seed, self._whole
         )
-        if self.data.stages:
-            check_loader(self._args, isinstance(self.data.dataset, MixtureStream))
+
+    def check(self, evaluation: Any, optimizer: Any = None) -> None:
+        """Refuse arguments that cannot be combined, with each other, this data or an `optimizer` of the user."""
+        data = self.data
+        check_arguments(
+            self._args,
+            sources=bool(data.stages),
+            streams=isinstance(data.dataset, MixtureStream),
+            unread=[name for name in data.names if data.stages and data.indexable(name, evaluation) is None],
+            isolated=data.eos_token_id is not None and data.isolate_documents is not False,
+            optimizer=optimizer,
+        )
 
     def refresh(self) -> None:
         """Follow arguments that were changed since they were read, by a hyperparameter search for example."""
@@ -70,8 +89,6 @@ class Feed:
             self.data = self.data.with_weights(self._weights)
         if isinstance(self.data.dataset, MixtureStream):
             self.data.dataset.seed = self._seed
-        if self.data.stages:
-            check_loader(self._args, isinstance(self.data.dataset, MixtureStream))
 
     @property
     def _seed(self) -> int:
@@ -128,6 +145,24 @@ class Feed:
 
     def _shares_of_first_rank(self, shares: np.ndarray) -> np.ndarray:
         return broadcast(torch.from_numpy(shares), self._args.device).cpu().numpy()
+
+    def isolating(
+        self, collate: Callable[[list], Any], others: Callable[[list], Any], model: nn.Module
+    ) -> Callable[[list], Any]:
+        """
+        A collator that keeps the documents of packed rows apart, if the mixture says so or the model allows it.
+        `collate` is the collator of packed rows, and `others` of any other rows.
+        """
+        eos_token_id, wanted, problem = self.data.eos_token_id, self.data.isolate_documents, None
+        assert eos_token_id is not None
+        if wanted is not False:
+            text_config(model).use_cache = False  # the Trainer sets that of the outer configuration only
+            problem = gather(isolation_problem(model))[0]  # that of the first rank
+        isolate = choose_isolation(wanted, problem)
+        if wanted is None and problem is not None:
+            logger.warning("The documents of a packed row attend to each other: %s.", problem)
+        flatten = isolate and needs_flat_rows(attention_of(model))
+        return PackedRowCollator(collate, eos_token_id, isolate, flatten, others)
 
     def tagged(self, collate: Callable[[list], Any]) -> Callable[[Any], Any]:
         """The collator of the training data, whose micro-batches are tagged with their source."""
@@ -258,10 +293,11 @@ class Feed:
 
     # ---- Rows at any time ----
 
-    def first_rows(self, source: str, count: int, evaluation: Any) -> list[Any]:
-        """The first rows of a source's evaluation set, or of its training rows if it has no evaluation set."""
-        dataset = self.data.indexable(source, evaluation)
-        return [dataset[i] for i in range(min(len(dataset), count))]
+    def first_rows(self, count: int, evaluation: Any) -> dict[str, list[Any]]:
+        """The first rows of each source's evaluation set, or of its training rows. Streams have none."""
+        data = self.data
+        sets = [(name, data.indexable(name, evaluation)) for name in data.names if data.stages]
+        return {name: [rows[i] for i in range(min(len(rows), count))] for name, rows in sets if rows is not None}
 
 
 def _size(dataset: Any) -> int | None:

@@ -3,17 +3,23 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+from ..nexus import Nexus
 from .distributed import sum_over_ranks
+from .window import Window
 
 __all__ = ["TrainingMeter", "peak_flops"]
+
+logger = logging.get_logger(__name__)
 
 # Dense bfloat16 peak in FLOP/s, from the makers' data sheets, by the start of the device's name.
 _PEAK_FLOPS = {
@@ -126,6 +132,20 @@ class TrainingMeter:
         """Add a trained micro-batch: `loss` is the sum over its loss tokens on this rank; both are 0-d."""
         self._window.append(partial(self._count_micro_batch, source, loss, tokens, rows))
 
+    def add_walk(self, window: Window, losses: Tensor, nexus: Nexus) -> None:
+        """Add a window that was walked: its path, and its micro-batches with their mean losses, (k,)."""
+        cosine = nexus.path_cosine if nexus.steps_taken > 1 else None
+        skipped = len(losses) - nexus.steps_taken
+        self.add_path(nexus.pseudo_gradient_norm, cosine, skipped, losses.isfinite().any())
+        if not nexus.steps_taken:
+            logger.warning_once(
+                f"Step {self._step}: no inner step had a usable gradient (zero or not finite), so the weights stay as "
+                "they are. Further steps like this show up in inner_steps_skipped only."
+            )
+        for i, taken in enumerate(nexus.taken):
+            if taken:
+                self.add_micro_batch(*window.summed(i, losses[i]))
+
     def add_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
         """
         Add the path of a window: the norm of its pseudo-gradient, its path cosine, the number of skipped inner steps,
@@ -148,9 +168,12 @@ class TrainingMeter:
         if cosine is not None:
             self._interval.cosines.append(cosine)
 
-    def pause(self, seconds: float) -> None:
-        """Leave wall time (evaluation, saving) out of the throughput."""
-        self._interval.paused += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the wall time inside the context (evaluation, saving) out of the throughput."""
+        started = time.perf_counter()
+        yield
+        self._interval.paused += time.perf_counter() - started
 
     # ---- Reading ----
 

@@ -6,42 +6,31 @@ collaborator that knows plain data and not the trainer: `Feed` (which rows come 
 step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, default_data_collator
+from transformers import Trainer, default_data_collator
 from transformers.utils import logging
 
-from ..files import hidden, printable, write_atomic
+from ..files import hidden, printable
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..hub.weights import convert_weights
-from ..mixture.isolation import (
-    PackedRowCollator,
-    attention_of,
-    choose_isolation,
-    isolation_problem,
-    needs_flat_rows,
-    text_config,
-)
 from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData
-from ..strict import read_yaml
 from .arguments import adopt, arguments_by_name, changed, own_arguments, samples_sources
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
-from .config import nexus_settings
+from .config import nexus_settings, save_settings, warn_of_changes
 from .cosines import source_cosines
-from .distributed import gather, is_wrapped
-from .evaluation import Evaluation, held_back, metric_of_set, without_speed_of_sets
+from .distributed import is_wrapped
+from .evaluation import Evaluation, held_back, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
 from .optimizers import create_muon_with_adamw
@@ -50,29 +39,21 @@ from .publishing import Publishing, card_fields
 from .support import (
     SAME_ON_RANKS,
     Launch,
-    check_arguments,
-    check_cache,
-    check_cosines,
     check_launch,
-    check_optimizer,
     check_set_names,
     check_trainable,
     check_trl_arguments,
     check_vocabulary,
-    check_windows,
     choose_direction,
     warn_of_one_inner_step,
 )
 from .trackers import send_plots
 from .trl import SourcePreparation, for_parent, is_of_trl, naming_a_missing_template, trl_parent
-from .window import Walker, Window, has_token_labels, inner_lr_scale
+from .window import Walker, Window, has_token_labels
 
-__all__ = ["SETTINGS_NAME", "NexusTrainer", "NexusTrainerMixin"]
+__all__ = ["NexusTrainer", "NexusTrainerMixin"]
 
 logger = logging.get_logger(__name__)
-
-# The Nexus settings, saved with each model.
-SETTINGS_NAME = "nexus.yaml"
 
 if TYPE_CHECKING:  # the mixin is joined with any Trainer
     _Base = Trainer
@@ -130,7 +111,6 @@ class NexusTrainerMixin(_Base):
         self._own_args = settings = own_arguments(users, converted)
         if users is not None:
             given["args"] = for_parent(settings) if converted else settings
-        check_arguments(settings)
         self._precision_is_chosen = precision_is_chosen(settings)
         whole = samples_sources(type(self), NexusTrainerMixin)
         self._feed = Feed(
@@ -146,19 +126,23 @@ class NexusTrainerMixin(_Base):
         self.wait_after_training = True
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
-        self._trl = None if parent is None else SourcePreparation(self.data)
-        given |= {"train_dataset": self.data.dataset, "eval_dataset": self.data.evaluation}
-        if self._trl is not None and self._trl.shown is not None:
-            given["train_dataset"] = self._trl.shown
+        self._trl = SourcePreparation(self._feed, parent)
+        optimizer = (given.get("optimizers") or (None,))[0] or given.get("optimizer_cls_and_kwargs")
+        self._feed.check(self.data.evaluation, optimizer)
+        shown = self.data.dataset if self._trl.shown is None else self._trl.shown
+        given |= {"train_dataset": shown, "eval_dataset": self.data.evaluation}
         # Packed rows are full. The Trainer's collator would ask the tokenizer for a padding token.
         collate_packed = given.get("data_collator") or default_data_collator
         if self.data.all_packed:
             given["data_collator"] = collate_packed
         super().__init__(**given)
-        if self._trl is not None and self._trl.shown is not None:
+        if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
         self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked)
-        self._isolate_documents(collate_packed)
+        if self.data.eos_token_id is not None:
+            self._isolate_documents(collate_packed)
+        if self.data.mixture is not None:
+            check_vocabulary(self._feed.first_rows(1, self.eval_dataset), self.model)
         self._check()
         choose_direction(self.args)
 
@@ -186,20 +170,9 @@ class NexusTrainerMixin(_Base):
             self._precision_is_chosen = True
 
     def _check(self) -> None:
-        """Refuse what is not supported."""
-        args, data = self.args, self.data
+        """Refuse launches and names that are not supported."""
         if not self._plain:
-            check_set_names(data.names, self.eval_dataset)
-        names = data.names if data.stages else []
-        unread = [name for name in names if data.indexable(name, self.eval_dataset) is None]
-        if data.mixture is not None and isinstance(self.model, PreTrainedModel):
-            readable = [name for name in names if name not in unread]
-            rows = [row for name in readable for row in self._feed.first_rows(name, 1, self.eval_dataset)]
-            check_vocabulary(rows, self.model.get_input_embeddings())
-        check_cosines(args.gradient_cosine_steps, bool(data.stages), self.is_fsdp_enabled, unread)
-        check_optimizer(args, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
-        if not args.nexus:
-            return
+            check_set_names(self.data.names, self.eval_dataset)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         launch = Launch(
             kind=self.accelerator.distributed_type,
@@ -207,28 +180,16 @@ class NexusTrainerMixin(_Base):
             spread_at_load=self.is_model_parallel or getattr(self, "is_distributed_loading_by_transformers", False),
             parallel_sizes=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
         )
-        check_launch(args, launch)
-        # The filter would wait for the device at each of the window's zero losses, and a NaN would replace them all.
-        args.logging_nan_inf_filter = False
-        warn_of_one_inner_step(args)
+        check_launch(self.args, launch)
+        if self.args.nexus:
+            # The filter would wait for the device at each of the window's zero losses, and a NaN would replace all.
+            self.args.logging_nan_inf_filter = False
+            warn_of_one_inner_step(self.args)
 
     def _isolate_documents(self, collate: Any) -> None:
         """Keep the documents of packed rows apart, in training and evaluation. `collate` is their collator."""
-        mixture, eos_token_id = self.data.mixture, self.data.eos_token_id
-        if eos_token_id is None:
-            return
-        wanted, problem = False if mixture is None else mixture.config.isolate_documents, None
-        if wanted is not False:
-            check_cache(self.args)
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            text_config(model).use_cache = False  # the Trainer sets that of the outer configuration only
-            problem = gather(isolation_problem(model))[0]  # that of the first rank
-        isolate = choose_isolation(wanted, problem)
-        if wanted is None and problem is not None:
-            logger.warning(f"The documents of a packed row attend to each other: {problem}.")
-        flatten = isolate and needs_flat_rows(attention_of(self.model))
-        others = self.data_collator
-        self.data_collator = PackedRowCollator(collate, eos_token_id, isolate, flatten, others)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.data_collator = self._feed.isolating(collate, self.data_collator, model)
         self._set_signature_columns_if_needed()  # the collator takes the positions that a model does not know
         self._signature_columns.append("position_ids")
 
@@ -278,27 +239,13 @@ class NexusTrainerMixin(_Base):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's preparation of a dataset. For the first source, prepare all sources."""
-        base_prepare = super()._prepare_dataset  # type: ignore[misc]  # of TRL's trainers
-
-        def prepare(source: Any) -> Any:
-            with naming_a_missing_template():
-                return base_prepare(source, *args, **kwargs)
-
-        if self._trl is None or self._trl.shown is None or dataset is not self._trl.shown:
-            return prepare(dataset)
-        return self._prepare_sources(prepare)
+        prepare = naming_a_missing_template()(super()._prepare_dataset)  # type: ignore[misc]  # of TRL's trainers
+        return self._trl.apply(dataset, lambda source: prepare(source, *args, **kwargs))
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's log-probabilities of the reference model, for each source."""
         compute = super()._precompute_ref_logps  # type: ignore[misc]  # of TRL's trainers
-        if self._trl is None or dataset is not self.data.dataset or not self.data.stages:
-            return compute(dataset, *args, **kwargs)
-        return self._prepare_sources(lambda source: compute(source, *args, **kwargs))
-
-    def _prepare_sources(self, function: Any) -> Any:
-        assert self._trl is not None
-        self._feed.set_data(self._trl.prepare(function), self.data.evaluation)
-        return self.data.dataset
+        return self._trl.apply(dataset, lambda source: compute(source, *args, **kwargs))
 
     # ---- Before the first step ----
 
@@ -333,11 +280,7 @@ class NexusTrainerMixin(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, and warn of settings that have changed."""
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        path = Path(resume_from_checkpoint, SETTINGS_NAME)
-        saved = read_yaml(path) if path.is_file() else {}
-        for name, value in self.nexus_settings().items():
-            if name in saved and saved[name] != value:
-                logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")
+        warn_of_changes(self.nexus_settings(), resume_from_checkpoint)
 
     def check_data(self, checkpoint: str) -> None:
         """Raise `ValueError` unless the data is that of a checkpoint, or `allow_mixture_change` is on."""
@@ -365,6 +308,7 @@ class NexusTrainerMixin(_Base):
 
     def _check_start(self, max_steps: int) -> None:
         """Refuse what is not supported, with the arguments of this moment, and ranks that differ."""
+        self._feed.check(self.eval_dataset)
         self._check()
         check_trainable(self.model)
         settings = nexus_settings(self.args) | {name: getattr(self.args, name) for name in SAME_ON_RANKS}
@@ -390,7 +334,8 @@ class NexusTrainerMixin(_Base):
         self._feed.begin(step)
         self._random_states.begin()
         self._checkpoints.find_best(self.state)
-        self.meter.begin(self._saved_states().get("TrainingMeter") if step else None)
+        saved: Any = self.state.stateful_callbacks
+        self.meter.begin(saved.get("TrainingMeter") if step else None)
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -420,23 +365,19 @@ class NexusTrainerMixin(_Base):
         finally:
             window.fetching = False
         if batches:
-            counted = window.tokens is not None and has_token_labels(batches[0])
-            window.unit = self.meter.unit = "tokens" if counted else "rows"
+            self.meter.unit = window.unit
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count the loss tokens of the window, and of each of its micro-batches."""
-        count = super()._get_num_items_in_batch
+        count: Any = super()._get_num_items_in_batch
         if not self._window.fetching:  # a batch of an evaluation
             return count(batch_samples, device)
         self._feed.agree(self._window, self.state.global_step)
-        average = self.args.average_tokens_across_devices
+        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         with changed(self.args, average_tokens_across_devices=False):  # local counts first, then one reduction of all
-            counts = [count([batch], device) for batch in batch_samples]
-        counted = [n for n in counts if isinstance(n, Tensor)]
-        if not counted or len(counted) < len(counts):
-            return count(batch_samples, device)
-        return self._window.count(torch.stack(counted), self.args.world_size if average else 1)
+            total = self._window.count(batch_samples, lambda batch: count([batch], device), ranks)
+        return count(batch_samples, device) if total is None else total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
@@ -495,40 +436,15 @@ class NexusTrainerMixin(_Base):
 
         # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
         self.optimizer.train()
-        scale = inner_lr_scale(self.args.inner_lr_schedule, self.optimizer, self.args.learning_rate)
-        losses = self._walker.walk(
-            model,
-            window,
-            micro_step,
-            optimizer=self.optimizer,
-            step=self.state.global_step,
-            inner_lr=self.args.inner_lr * scale,
-            autocast=self.accelerator.mixed_precision == "bf16",
-        )
-        if window.same is not None and not window.same:
-            check_windows(gather(window.sources))
-        self._count_path(losses)
+        step, autocast = self.state.global_step, self.accelerator.mixed_precision == "bf16"
+        losses = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step, autocast=autocast)
+        assert self._walker.nexus is not None
+        self.meter.add_walk(window, losses, self._walker.nexus)
         self._walker.average_over_ranks()
         # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.
-        running = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        running = self._tr_loss / (1 + step - self._globalstep_last_logged)
         return window.mean_loss(losses, otherwise=running)
-
-    def _count_path(self, losses: Tensor) -> None:
-        """Count the micro-batches of a path whose steps were taken."""
-        nexus = self._walker.nexus
-        assert nexus is not None
-        skipped = len(losses) - nexus.steps_taken
-        cosine = nexus.path_cosine if nexus.steps_taken > 1 else None
-        self.meter.add_path(nexus.pseudo_gradient_norm, cosine, skipped, losses.isfinite().any())
-        if not nexus.steps_taken:
-            logger.warning_once(
-                f"Step {self.state.global_step}: no inner step had a usable gradient (zero or not finite), so the "
-                "weights stay as they are. Further steps like this show up in inner_steps_skipped only."
-            )
-        for i, taken in enumerate(nexus.taken):
-            if taken:
-                self.meter.add_micro_batch(*self._window.summed(i, losses[i]))
 
     def source_cosines(self) -> dict[tuple[str, str], float]:
         """
@@ -538,11 +454,8 @@ class NexusTrainerMixin(_Base):
         its training rows if it has none: the same on every rank.
         """
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        rows = self.args.per_device_train_batch_size
-        batches = {
-            name: self._prepare_inputs(collate(self._feed.first_rows(name, rows, self.eval_dataset)))
-            for name in self.data.names
-        }
+        rows = self._feed.first_rows(self.args.per_device_train_batch_size, self.eval_dataset)
+        batches = {name: self._prepare_inputs(collate(of_source)) for name, of_source in rows.items()}
 
         def loss(batch: Any) -> Tensor:
             with self.compute_loss_context_manager():
@@ -554,10 +467,8 @@ class NexusTrainerMixin(_Base):
         every = self.args.gradient_cosine_steps
         if not every or self.state.global_step % every:
             return
-        started = time.perf_counter()
-        cosines = self.source_cosines()
-        self.log({f"cosine/{a}-{b}": value for (a, b), value in cosines.items()})
-        self.meter.pause(time.perf_counter() - started)
+        with self.meter.paused():
+            self.log({f"cosine/{a}-{b}": value for (a, b), value in self.source_cosines().items()})
 
     # ---- Logging ----
 
@@ -618,31 +529,23 @@ class NexusTrainerMixin(_Base):
         Returns:
             `dict[str, float]`: the metrics of all sets.
         """
-        started = time.perf_counter()
-        sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        evaluate = super().evaluate
-        with self._walker.at_start():
+        sets: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        evaluate: Any = super().evaluate
+
+        def evaluate_set(name: str, prefix: str) -> dict[str, float]:
+            return evaluate(name if eval_dataset is None else sets[name], ignore_keys, prefix, **kwargs)
+
+        with self.meter.paused(), self._walker.at_start():
             if self._plain or not isinstance(sets, Mapping):
-                metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-            else:
-                check_set_names((), sets)
-                metrics = {}
-                tokens = True
-                with held_back(self.callback_handler, self.state.log_history):
-                    for name, dataset in sets.items():
-                        chosen: Any = name if eval_dataset is None else dataset
-                        prefix = f"{metric_key_prefix}_{name}"
-                        of_set = evaluate(chosen, ignore_keys, prefix, **kwargs)
-                        metrics |= {metric_of_set(key, prefix): value for key, value in of_set.items()}
-                        tokens = tokens and self._evaluation.labels_are_tokens
-                names = list(sets)
+                return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+            check_set_names((), sets)
+            with held_back(self.callback_handler, self.state.log_history):
                 weights = self.mixture_weights or {}
-                metrics |= self._evaluation.summarize(metrics, names, weights, metric_key_prefix, tokens)
-                self.log(metrics)
-                shown = without_speed_of_sets(metrics, names, metric_key_prefix)
-                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, shown)
-        self.meter.pause(time.perf_counter() - started)
-        return metrics
+                metrics = self._evaluation.each(list(sets), evaluate_set, weights, metric_key_prefix)
+            self.log(metrics)
+            shown = without_speed_of_sets(metrics, list(sets), metric_key_prefix)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, shown)
+            return metrics
 
     def evaluation_loop(
         self,
@@ -698,27 +601,22 @@ class NexusTrainerMixin(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint of the restored weights, complete or not at all, then push it."""
-        started = time.perf_counter()
-        self.meter.update_totals(self.state.global_step)
-        self._record_status()
-        run_dir = self._get_output_dir(trial)
-        with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as checkpoint:
-            super()._save_checkpoint(model, trial)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(checkpoint)
-        self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
-        self.meter.pause(time.perf_counter() - started)
-
-    def _saved_states(self) -> dict[str, Any]:
-        """The part of `trainer_state.json` for states of collaborators."""
-        states: Any = self.state.stateful_callbacks
-        return states
+        with self.meter.paused():
+            self.meter.update_totals(self.state.global_step)
+            self._record_status()
+            run_dir = self._get_output_dir(trial)
+            with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as checkpoint:
+                super()._save_checkpoint(model, trial)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(checkpoint)
+            self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
 
     def _record_status(self) -> None:
-        """Put the totals and the status of publishing into the state that is saved."""
+        """Put the totals and the status of publishing into the part of the saved state for collaborators."""
+        states: Any = self.state.stateful_callbacks
         if not self._plain:
-            self._saved_states()["TrainingMeter"] = self.meter.state()
-        self._publishing.record(self._saved_states())
+            states["TrainingMeter"] = self.meter.state()
+        self._publishing.record(states)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random states and the positions of the data from which the checkpoint is resumed."""
@@ -748,8 +646,7 @@ class NexusTrainerMixin(_Base):
             if dtype is not None or self.args.nexus:
                 convert_weights(Path(output_dir), Path(output_dir), dtype)
         if self.args.should_save and not self._plain:
-            path = Path(output_dir, SETTINGS_NAME)
-            write_atomic(path, yaml.safe_dump(self.nexus_settings(), sort_keys=False))
+            save_settings(self.nexus_settings(), output_dir)
 
     def nexus_settings(self) -> dict[str, Any]:
         """The resolved Nexus fields with the mixture weights, as plain data."""

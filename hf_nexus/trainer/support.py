@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled, logging
@@ -22,26 +22,22 @@ from ..evaluation.losses import OOD
 from ..nexus import Nexus
 from ..strict import Bound
 from .config import NexusConfigMixin, lower_is_better
+from .distributed import is_wrapped
 
 __all__ = [
     "SAME_ON_RANKS",
     "Launch",
     "check_arguments",
-    "check_cache",
-    "check_cosines",
     "check_exchange",
+    "check_fsdp",
     "check_launch",
-    "check_loader",
-    "check_optimizer",
     "check_same",
     "check_set_names",
     "check_trainable",
     "check_trained",
     "check_trl_arguments",
-    "check_unchanged",
     "check_vocabulary",
     "check_windows",
-    "check_wrapped",
     "choose_direction",
     "warn_of_buffers",
     "warn_of_one_inner_step",
@@ -96,18 +92,22 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_wrapped(wrapped: bool, ranks: int) -> None:
-    """Refuse a model whose gradients are not reduced over the ranks."""
-    if ranks > 1 and not wrapped:
+def check_trained(model: nn.Module, trained: Iterable[Tensor], ranks: int, changed: bool) -> None:
+    """
+    Refuse a wrapped model whose trainable parameters are not those of the optimizer, are not reduced over the ranks,
+    or have `changed` since it was wrapped.
+    """
+    known, own = set(map(id, trained)), set(map(id, model.parameters()))
+    if changed and ranks > 1:
+        raise ValueError(
+            "The trainable parameters changed after training began. On several ranks, DDP and FSDP2 reduce the "
+            "gradients of those that were trainable at the start. Change them before, in a new trainer for each stage."
+        )
+    if ranks > 1 and not is_wrapped(model):
         raise ValueError(
             f"The model is not wrapped by DDP or FSDP2, so each of {ranks} ranks would train alone. Leave wrapping to "
             "the Trainer, and pass the bare model."
         )
-
-
-def check_trained(model: nn.Module, trained: Iterable[Tensor], ranks: int) -> None:
-    """Refuse an optimizer whose parameters are not those of the model that are trainable."""
-    known, own = set(map(id, trained)), set(map(id, model.parameters()))
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in known:
             raise ValueError(
@@ -118,15 +118,6 @@ def check_trained(model: nn.Module, trained: Iterable[Tensor], ranks: int) -> No
         raise ValueError(
             "The optimizer trains parameters that are not the model's (those of a loss function, for example). Nexus "
             "supports this on one rank only."
-        )
-
-
-def check_unchanged(ranks: int) -> None:
-    """Refuse parameters that are frozen or unfrozen on several ranks once the model is wrapped."""
-    if ranks > 1:
-        raise ValueError(
-            "The trainable parameters changed after training began. On several ranks, DDP and FSDP2 reduce the "
-            "gradients of those that were trainable at the start. Change them before, in a new trainer for each stage."
         )
 
 
@@ -159,24 +150,97 @@ def warn_of_buffers(changed: Iterable[str]) -> None:
         )
 
 
-def check_arguments(args: Any) -> None:
-    """Refuse training arguments with which no trainer of this package can start. Plans are checked by it, too."""
+def check_arguments(
+    args: Any,
+    *,
+    sources: bool,
+    streams: bool,
+    unread: Iterable[str] = (),
+    isolated: bool = False,
+    optimizer: Any = None,
+) -> None:
+    """
+    Refuse training arguments that cannot be combined with each other or with the data. Plans are checked by it, too.
+
+    Args:
+        args (`TrainingArguments`):
+            With the Nexus fields.
+        sources (`bool`), streams (`bool`):
+            Whether the data has sources, and whether it is read as a stream.
+        unread (`Iterable[str]`, *optional*):
+            Sources without rows that can be read at any time.
+        isolated (`bool`, *optional*, defaults to `False`):
+            Whether documents of packed rows are kept apart.
+        optimizer (`Any`, *optional*):
+            An optimizer that was given to the trainer.
+    """
     for name, bound in _RANGES.items():
         if not bound.holds(getattr(args, name)):
             raise ValueError(f"{name}: {getattr(args, name)} is not allowed; it must be a number {bound}.")
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
-    check_optimizer(args, given=False)
-    if not args.nexus:
-        return
-    if args.fp16:
+    if args.matrix_optimizer is not None and (optimizer is not None or args.optim not in _ADAMW):
+        given = (
+            f"optim={OptimizerNames(args.optim).value!r}" if optimizer is None else "an optimizer given to the trainer"
+        )
+        raise ValueError(
+            f"matrix_optimizer={args.matrix_optimizer!r} and {given} exclude each other: it extends "
+            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
+        )
+    if args.nexus and args.fp16:
         raise ValueError(
             "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
             "bf16=True over float32 weights."
         )
-    if args.optim in _LAYERWISE | _FUSED_BACKWARD:
+    if args.nexus and args.optim in _LAYERWISE | _FUSED_BACKWARD:
         raise ValueError(
             f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
             "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
+        )
+    if sources:
+        _check_loader(args, streams)
+    if isolated and args.use_cache:
+        raise ValueError(
+            "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or set "
+            "isolate_documents to false."
+        )
+    if (steps := args.gradient_cosine_steps) and not sources:
+        raise ValueError(
+            f"gradient_cosine_steps={steps} needs a train_dataset of several sources. Pass a dict of them, or set it "
+            "to 0."
+        )
+    for name in unread if steps else ():
+        raise ValueError(
+            f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {name!r} is a stream. "
+            "Give it a map-style evaluation set (eval_split or eval_rows), or set it to 0."
+        )
+
+
+def _check_loader(args: Any, streams: bool) -> None:
+    """Refuse settings under which micro-batches would mix sources, or streams could not be resumed."""
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, "
+                "or pass one plain dataset."
+            )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
+            "set by source_schedule. Leave it at 'random', or pass one plain dataset."
+        )
+    if not streams:
+        return
+    if args.max_steps <= 0:
+        raise ValueError(
+            "max_steps: missing. A mixture with streaming sources, or with weights decided while training, has no "
+            "end. Set it."
+        )
+    if not args.dataloader_in_order:
+        raise ValueError("dataloader_in_order=False is not possible for streaming sources: leave it at True.")
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True is not possible for streaming sources, and not needed: they go on from their "
+            "position without reading anything again. Leave it out."
         )
 
 
@@ -203,7 +267,11 @@ class Launch:
 
 
 def check_launch(args: Any, launch: Launch) -> None:
-    """Refuse launches and settings that would not train with the Nexus update."""
+    """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
+    if launch.fsdp_version is not None:
+        check_fsdp(args, launch.fsdp_version)
+    if not args.nexus:
+        return
     if args.n_gpu > 1:
         raise ValueError(
             f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
@@ -226,9 +294,7 @@ def check_launch(args: Any, launch: Launch) -> None:
             "Nexus does not support SageMaker model parallelism. Use DDP (`torchrun --nproc_per_node <GPUs> "
             "your_script.py ...`) or FSDP2."
         )
-    if launch.fsdp_version is not None:
-        _check_fsdp(args, launch.fsdp_version)
-    elif launch.kind not in _DDP | {DistributedType.NO}:
+    if launch.fsdp_version is None and launch.kind not in _DDP | {DistributedType.NO}:
         raise ValueError(
             f"Nexus does not support {launch.kind.value}. Use DDP (`torchrun --nproc_per_node <GPUs> your_script.py "
             "...`) or FSDP2 (add `--fsdp True --fsdp_config '{\"fsdp_version\": 2}'`)."
@@ -237,7 +303,12 @@ def check_launch(args: Any, launch: Launch) -> None:
         raise ValueError("Nexus does not support tensor, context or sequence parallelism. Use DDP (torchrun) instead.")
 
 
-def _check_fsdp(args: Any, version: int) -> None:
+def check_fsdp(args: Any, version: int) -> None:
+    """Refuse FSDP1, and settings that need whole parameters or gradients on a rank."""
+    if steps := args.gradient_cosine_steps:
+        raise ValueError(f"gradient_cosine_steps={steps} is not possible under FSDP. Set it to 0.")
+    if not args.nexus:
+        return
     if version != 2:
         raise ValueError(
             "Nexus does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: set fsdp_version to 2 "
@@ -267,49 +338,7 @@ def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:
         )
 
 
-# ---- Optimizer ----
-
-
-def check_optimizer(args: Any, given: bool) -> None:
-    """Refuse `matrix_optimizer`, which extends the Trainer's AdamW, with another optimizer."""
-    other = "an optimizer given to the trainer" if given else f"optim={OptimizerNames(args.optim).value!r}"
-    if args.matrix_optimizer is not None and (given or args.optim not in _ADAMW):
-        raise ValueError(
-            f"matrix_optimizer={args.matrix_optimizer!r} and {other} exclude each other: it extends "
-            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
-        )
-
-
 # ---- Data ----
-
-
-def check_loader(args: Any, streams: bool) -> None:
-    """Refuse settings under which micro-batches would mix sources, or streams could not be resumed."""
-    for name in ("dispatch_batches", "split_batches"):
-        if getattr(args.accelerator_config, name):
-            raise ValueError(
-                f"accelerator_config.{name}=True would mix sources inside a micro-batch. Leave it out for a mixture, "
-                "or pass one plain dataset."
-            )
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
-            "set by source_schedule. Leave it at 'random', or pass one plain dataset."
-        )
-    if not streams:
-        return
-    if args.max_steps <= 0:
-        raise ValueError(
-            "max_steps is needed: a mixture with streaming sources, or with weights decided while training, has no "
-            "end."
-        )
-    if not args.dataloader_in_order:
-        raise ValueError("dataloader_in_order=False is not possible for streaming sources: leave it at True.")
-    if args.ignore_data_skip:
-        raise ValueError(
-            "ignore_data_skip=True is not possible for streaming sources, and not needed: they go on from their "
-            "position without reading anything again. Leave it out."
-        )
 
 
 def check_exchange(dataset: Any) -> None:
@@ -330,15 +359,6 @@ def choose_direction(args: Any) -> None:
         logger.warning(f"metric_for_best_model={metric!r}: the lowest is taken as the best (greater_is_better=False).")
 
 
-def check_cache(args: Any) -> None:
-    """Refuse `use_cache` with isolated documents."""
-    if args.use_cache:
-        raise ValueError(
-            "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or set "
-            "isolate_documents to false."
-        )
-
-
 def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
     """Refuse the reserved name `ood` for a source or an evaluation set."""
     if isinstance(evaluation, Mapping) and OOD in evaluation:
@@ -349,30 +369,17 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
         raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
 
 
-def check_vocabulary(rows: Iterable[Mapping[str, Any]], embeddings: Any) -> None:
-    """Refuse tokens of some rows of a mixture that a model has no embeddings for."""
-    size, token = (
-        len(embeddings.weight),
-        max((int(torch.as_tensor(row["input_ids"]).max()) for row in rows), default=0),
-    )
-    if token >= size:
+def check_vocabulary(rows: Mapping[str, list[Any]], model: nn.Module) -> None:
+    """Refuse tokens of some rows of each source that a model has no embeddings for."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    embeddings: Any = model.get_input_embeddings()
+    size = len(embeddings.weight)
+    tokens = (int(torch.as_tensor(row["input_ids"]).max()) for of_source in rows.values() for row in of_source)
+    if (token := max(tokens, default=0)) >= size:
         raise ValueError(
             f"The mixture holds the token {token}, but the model has embeddings for {size} tokens only. Load the "
             "mixture with the model's tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
-        )
-
-
-def check_cosines(steps: int, sources: bool, sharded: bool, unread: Iterable[str]) -> None:
-    """Refuse `gradient_cosine_steps` without sources, under FSDP, or if a source cannot be indexed (`unread`)."""
-    if steps and (sharded or not sources):
-        raise ValueError(
-            f"gradient_cosine_steps={steps} needs a train_dataset of several sources, and is not possible under FSDP. "
-            "Set it to 0."
-        )
-    for name in unread if steps else ():
-        raise ValueError(
-            f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {name!r} is a stream. "
-            "Give it a map-style evaluation set (eval_split or eval_rows), or set it to 0."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..mixture.training_data import TrainingData
+from .feed import Feed
 
 __all__ = ["SourcePreparation", "for_parent", "is_of_trl", "naming_a_missing_template", "trl_parent"]
 
@@ -41,28 +42,31 @@ def for_parent(args: Any) -> Any:
 
 class SourcePreparation:
     """
-    Passes the first source to a trainer of TRL, and prepares all sources when TRL prepares the first.
+    Passes the first source to a trainer of TRL (`parent`), and prepares all sources when TRL prepares the first.
 
     Attributes:
-        shown (`Dataset`, *optional*): The `train_dataset` for TRL; `None` for a plain dataset.
+        shown (`Dataset`, *optional*): The `train_dataset` for TRL; `None` for a plain dataset and without TRL.
 
     Raises:
         ValueError: a `Mixture`, or sources of several formats.
     """
 
-    def __init__(self, data: TrainingData):
+    def __init__(self, feed: Feed, parent: type | None):
+        self._feed = feed
         self.shown: Any = None
-        self._prepared: dict[str, Any] = {}
-        if data.stages:
-            _check_formats(data)
-            self._prepared = dict(data.dataset.sources)
+        if parent is not None and feed.data.stages:
+            _check_formats(feed.data)
             # A copy, which TRL does not mistake for an evaluation set.
-            self.shown = copy.copy(self._prepared[data.names[0]])
+            self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])
 
-    def prepare(self, function: Callable[[Any], Any]) -> dict[str, Any]:
-        """The sources after a further step of TRL's preparation."""
-        self._prepared = {name: function(source) for name, source in self._prepared.items()}
-        return self._prepared
+    def apply(self, dataset: Any, function: Callable[[Any], Any]) -> Any:
+        """A step of TRL's preparation of a dataset, or of each source if the dataset stands for all of them."""
+        data = self._feed.data
+        if self.shown is None or not (dataset is self.shown or dataset is data.dataset):
+            return function(dataset)
+        sources = {name: function(source) for name, source in data.dataset.sources.items()}
+        self._feed.set_data(sources, data.evaluation)
+        return self._feed.data.dataset
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import StreamState, pop_tag
 from ..nexus import Nexus
-from .distributed import PathGroups, Shards, is_wrapped, reduce_by, reshard, sum_over_ranks
-from .support import check_trained, check_unchanged, check_wrapped, warn_of_buffers, warn_of_short_steps
+from .distributed import PathGroups, Shards, gather, reduce_by, reshard, sum_over_ranks
+from .support import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
 
 __all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
 
@@ -69,15 +69,19 @@ class Window:
         """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
 
-    def count(self, tokens: Tensor, ranks: int) -> Tensor:
+    def count(self, batches: Sequence[Any], count: Callable[[Any], Tensor | None], ranks: int) -> Tensor | None:
         """
-        Note the loss tokens of each micro-batch, (k,). Their mean over `ranks` divides the losses. All of these ranks
-        must call it, and their sources are compared in the same collective.
+        Count the loss tokens of each micro-batch. Their mean over `ranks` divides the losses. All of these ranks must
+        call it, and their sources are compared in the same collective.
 
         Returns:
-            `Tensor`: the loss tokens of the window over the ranks, 0-d.
+            `Tensor`, *optional*: the loss tokens of the window over the ranks, 0-d; `None` if `count` gives none.
         """
-        self.tokens = total = tokens
+        counted = [n for n in map(count, batches) if isinstance(n, Tensor)]
+        if not counted or len(counted) < len(batches):
+            return None
+        self.unit = "tokens" if has_token_labels(batches[0]) else "rows"
+        self.tokens = total = tokens = torch.stack(counted)
         if ranks > 1:
             mark = zlib.crc32("\n".join(self.sources).encode()) % 61  # float32 holds sums of its square exactly
             *_, marks, squares = shared = sum_over_ranks(torch.cat([tokens, tokens.new_tensor([mark, mark**2])]))
@@ -178,22 +182,35 @@ class Walker:
         self._hooked: Any = None  # the wrapped model whose reductions are ours
         self.nexus: Nexus | None = None
 
-    def walk(self, model: nn.Module, window: Window, micro_step: Callable[[int], Tensor], **settings: Any) -> Tensor:
+    def walk(
+        self,
+        model: nn.Module,
+        window: Window,
+        micro_step: Callable[[int], Tensor],
+        *,
+        optimizer: Any,
+        step: int,
+        autocast: bool,
+    ) -> Tensor:
         """
-        Walk a complete window, and leave the pseudo-gradient in `.grad`.
+        Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`.
 
         Args:
-            model (`nn.Module`), window ([`Window`]):
-                The wrapped model, and the window.
+            model (`nn.Module`), window ([`Window`]), optimizer (`Optimizer`), step (`int`), autocast (`bool`):
+                The wrapped model, the window, and as for [`~Walker.begin`].
             micro_step (`Callable[[int], Tensor]`):
                 Forward and backward pass of a micro-batch, given its index. Returns its mean loss.
-            **settings:
-                As for `_prepare`.
 
         Returns:
             `Tensor`: the losses, (k,).
         """
-        nexus = self._prepare(model, **settings)
+        # What is trained may have changed on a single rank.
+        if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
+            self.begin(model, optimizer, autocast)
+        nexus, args = self.nexus, self._args
+        assert nexus is not None
+        nexus.outer_step = step
+        nexus.inner_lr = args.inner_lr * inner_lr_scale(args.inner_lr_schedule, optimizer, args.learning_rate)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if self._new else {}
         losses: list[Tensor] = []
         try:
@@ -210,6 +227,8 @@ class Walker:
             now = dict(model.named_buffers())
             warn_of_buffers(name for name, buffer in buffers.items() if name in now and not buffer.equal(now[name]))
         self._new = False
+        if window.same is not None and not window.same:
+            check_windows(gather(window.sources))
         return torch.stack(losses)
 
     def begin(self, model: nn.Module, optimizer: Any, autocast: bool) -> None:
@@ -222,13 +241,11 @@ class Walker:
         """
         args = self._args
         before, sets = self._begun, _parameter_sets(model, optimizer)
-        if before[0] == (wrapped := weakref.ref(model)) and before[1] != sets:
-            check_unchanged(args.world_size)
-        self._begun = wrapped, sets
-        check_wrapped(is_wrapped(model), args.world_size)
-        reshard(model)  # an evaluation leaves some parameters of FSDP2 gathered
+        changed = before[0] == (wrapped := weakref.ref(model)) and before[1] != sets
         trained = _trained(optimizer)
-        check_trained(model, trained, args.world_size)
+        check_trained(model, trained, args.world_size, changed)
+        self._begun = wrapped, sets
+        reshard(model)  # an evaluation leaves some parameters of FSDP2 gathered
         # A loss function can have parameters as well.
         params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
         shards = Shards(params)
@@ -248,15 +265,6 @@ class Walker:
             key=(args.seed, path),
         )
         warn_of_short_steps(self.nexus, autocast)
-
-    def _prepare(self, model: nn.Module, optimizer: Any, step: int, inner_lr: float, autocast: bool) -> Nexus:
-        """The update with the settings of an outer step. What is trained may have changed on a single rank."""
-        if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
-            self.begin(model, optimizer, autocast)
-        assert self.nexus is not None
-        self.nexus.outer_step = step
-        self.nexus.inner_lr = inner_lr
-        return self.nexus
 
     def average_over_ranks(self) -> None:
         """Replace the pseudo-gradient in `.grad` by the average over the paths that moved, if there are several."""

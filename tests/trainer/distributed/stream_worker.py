@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hf_nexus.mixture.stream.reader import SourceError
-from hf_nexus.trainer import mixin
+from hf_nexus.trainer import feed
 from hf_nexus.trainer.checkpoints import last_checkpoint
 from tests.support.faults import AtEvents, weights
 from tests.support.stream_documents import documents_of
@@ -154,7 +154,7 @@ def isolation(out: Path) -> list[bool]:
     found = []
     for able in (0, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mixin, "isolation_problem", lambda model, able=able: None if able == RANK else "it leaks")
+            patch.setattr(feed, "isolation_problem", lambda model, able=able: None if able == RANK else "it leaks")
             data = mixture({"a": documents_of(texts(20).to_iterable_dataset(3), LENGTH)})
             data.config.isolate_documents = None
             found.append(make(out / str(able), data).data_collator.isolate)
