@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from hf_nexus import NexusConfig, NexusConfigMixin, NexusTrainerMixin
+from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE
 from tests.support.saved_weights import same, saved_weights
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_config import documents
@@ -28,7 +29,6 @@ from tests.support.tiny_tokenizer import EOS, tiny_tokenizer
 from tests.trainer.test_interplay import Recorded, adamw, by_hand, distance, plain_loss
 
 RECIPE = Path(__file__).parents[2] / "recipes/sft_with_trl.py"
-TEMPLATE = runpy.run_path(str(RECIPE))["TEMPLATE"]
 
 
 class NexusSFTTrainer(Recorded, SFTTrainer):
@@ -52,7 +52,7 @@ class NexusDPOConfig(NexusConfigMixin, DPOConfig):
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
