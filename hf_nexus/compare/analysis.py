@@ -24,7 +24,7 @@ MIN_PAIRS = 3
 
 Where = Literal["end", "matched"]
 # arm, metric, where -> seed -> finite value
-_Finite = dict[tuple[str, str, Where], dict[int, float]]
+_Finite = dict[tuple[str, str, str], dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ class Analysis:
     arms: list[str]  # planned or found, the baseline first
     seeds: list[int]
     metrics: list[str]  # in the order of the report
-    values: list[tuple[str, int, str, Where, float]]  # arm, seed, metric, where, and the value, finite or not
+    # Arm, seed, metric, "end" or "matched with <arm>", and the value, finite or not.
+    values: list[tuple[str, int, str, str, float]]
     rows: list[Row]  # all arms against the baseline, and the primary arm against each control
     controls: dict[str, str]  # arm -> "gamma 0" or "random direction"
     missing: dict[str, list[int]]  # arm -> seeds without a run
     # Arm, seed, and metrics that are not finite. These are in no mean; with `train_loss`, no metric of the run is.
     non_finite: list[tuple[str, int, list[str]]]
-    targets: dict[int, tuple[str, float]]  # seed -> arm with the highest final training loss, and this loss
-    unmatched: list[tuple[str, int]]  # arm and seed of runs whose training loss never fell to the target
+    pairs: int  # compared pairs of runs of a seed, without diverged ones
+    unmatched: list[tuple[str, str, int]]  # arms and seed of pairs that have no training loss in common
     unconverged: tuple[int, int]  # minima searches that did not converge, and all searches
     # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0,
     # and over the runs of the other arms.
@@ -92,8 +93,9 @@ def compare_arms(
     """
     Compare arms over seeds, at the end of training and at matched training loss.
 
-    The matched training loss of a seed is the highest final training loss of its runs, which all runs reach. The
-    other losses are interpolated where a run first reaches it. Metrics without a curve are compared at the end only.
+    The matched training loss of two runs of a seed is the higher one of their final training losses, which both
+    reach. The other losses are interpolated where a run first reaches it. Metrics without a curve are compared at the
+    end only.
 
     Args:
         records (`Sequence[RunRecord]`):
@@ -126,22 +128,30 @@ def compare_arms(
     names = list(dict.fromkeys([baseline, *arms, primary[0], *(record.arm for record in records)]))
     runs = {(record.arm, record.seed): record for record in records if record.curve}
     planned = sorted({*seeds, *(seed for _, seed in runs)})
-    targets = _matched_losses(runs)
-    values: list[tuple[str, int, str, Where, float]] = []
-    unmatched = []
+    values: list[tuple[str, int, str, str, float]] = []
     for (arm, seed), run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
         values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
-        matched = _losses_at(run, targets[seed][1]) if seed in targets else {}
-        values += [(arm, seed, metric, "matched", value) for metric, value in matched.items()]
-        if not matched and not run.diverged:
-            unmatched.append((arm, seed))
+    kinds = {arm: _control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
+    controls = {arm: kind for arm, kind in kinds.items() if kind is not None}
+    versus = [(arm, baseline) for arm in names if arm != baseline] + [(primary[0], control) for control in controls]
+    pairs, unmatched = 0, []
+    for a, b, seed in ((a, b, seed) for a, b in versus for seed in planned):
+        one, other = runs.get((a, seed)), runs.get((b, seed))
+        if one is None or other is None or one.diverged or other.diverged:
+            continue
+        pairs += 1
+        target = max(one.end.train_loss, other.end.train_loss)
+        matched = {(a, b): _losses_at(one, target), (b, a): _losses_at(other, target)}
+        if not all(matched.values()):
+            unmatched.append((a, b, seed))
+            continue
+        for (arm, against), losses in matched.items():
+            values += [(arm, seed, metric, f"matched with {against}", loss) for metric, loss in losses.items()]
     finite: _Finite = {}
     for arm, seed, metric, where, value in values:
         # Even finite values of a diverged run mean nothing, such as an exact match of 0.
         if math.isfinite(value) and not runs[arm, seed].diverged:
             finite.setdefault((arm, metric, where), {})[seed] = value
-    kinds = {arm: _control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
-    controls = {arm: kind for arm, kind in kinds.items() if kind is not None}
     searches = [done for run in runs.values() if run.minima for done in run.minima.converged.values()]
     across_arms, across_runs = _correlations(finite, names, baseline)
     return Analysis(
@@ -155,7 +165,7 @@ def compare_arms(
         controls=controls,
         missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
         non_finite=[(*key, metrics) for key, run in sorted(runs.items()) if (metrics := _non_finite(run))],
-        targets=targets,
+        pairs=pairs,
         unmatched=unmatched,
         unconverged=(searches.count(False), len(searches)),
         across_arms=across_arms,
@@ -180,20 +190,8 @@ def _non_finite(record: RunRecord) -> list[str]:
     return found
 
 
-def _matched_losses(runs: Mapping[tuple[str, int], RunRecord]) -> dict[int, tuple[str, float]]:
-    """For each seed the highest final training loss, and its arm."""
-    highest: dict[int, tuple[str, float]] = {}
-    for (arm, seed), run in sorted(runs.items()):
-        loss = run.end.train_loss
-        if not run.diverged and (seed not in highest or loss > highest[seed][1]):
-            highest[seed] = (arm, loss)
-    return dict(sorted(highest.items()))
-
-
 def _losses_at(record: RunRecord, train_loss: float) -> dict[str, float]:
     """Held-out losses where the training loss first reaches `train_loss`; empty if it never does."""
-    if record.diverged:
-        return {}
     train = [point.train_loss for point in record.curve]
     curves = [point.metrics() for point in record.curve]
     ends = [metric for metric, loss in curves[-1].items() if metric != "train_loss" and math.isfinite(loss)]
@@ -211,7 +209,8 @@ def _rows(
     rows: list[Row] = []
     p_values: dict[int, float | None] = {}
     for arm, versus, metric, where in wanted:
-        own, other = (finite.get((name, metric, where), {}) for name in (arm, versus))
+        at = ("end", "end") if where == "end" else (f"matched with {versus}", f"matched with {arm}")
+        own, other = (finite.get((a, metric, kind), {}) for a, kind in zip((arm, versus), at, strict=True))
         if not own:
             continue
         difference = None

@@ -90,9 +90,7 @@ def _primary(analysis: Analysis) -> str:
         favour = f", {'in favour of' if found.mean < 0 else 'against'} {arm}" if _is_loss(metric) else ""
         verdict = f"This **supports a difference**{favour}."
     else:
-        verdict = (
-            f"**No effect was found.** These runs cannot show a difference below {rounded(found.half, found.half)}."
-        )
+        verdict = f"**Inconclusive**: differences below {rounded(found.half, found.half)} could not have been seen."
     return f"Primary comparison. {measured} {verdict}{_left_out(analysis)}"
 
 
@@ -128,7 +126,7 @@ def _controls(analysis: Analysis) -> Iterable[str]:
             if compared is not None and compared.difference is not None:
                 text.append(f"{_sentence(compared)} {_verdict(compared, analysis)}")
         if row.difference.p is None or row.difference.p >= _LEVEL:
-            text.append("There is no significant effect to explain.")
+            text.append("The primary comparison is inconclusive, so there is no effect to explain yet.")
         elif direct is not None and direct.difference is not None:
             text.append(_explanation(kind, direct, row.difference.mean, analysis))
         yield " ".join(text)
@@ -196,11 +194,11 @@ def _sentence(row: Row) -> str:
     details = []
     if found.low is not None and found.high is not None:
         low, high = (rounded(end, found.half, "+") for end in (found.low, found.high))
-        details.append(f"95 % interval {low} to {high}")
+        details.append(f"95 % interval{', not corrected,' * (row.p_holm is not None)} {low} to {high}")
     if found.p is not None:
         details.append(p_text(found.p))
     if row.p_holm is not None:
-        details.append(f"corrected {p_text(row.p_holm)}")
+        details.append(f"Holm-corrected {p_text(row.p_holm)}")
     details.append(_count(found.n, "paired seed"))
     label = label[:1].upper() + label[1:]
     return f"{label}: {row.arm} {change if found.mean else 'equals'} {row.versus} ({', '.join(details)})."

@@ -143,12 +143,13 @@ def _metrics(analysis: Analysis, records: Sequence[RunRecord]) -> list[str]:
     paragraphs = [
         "## End of training",
         "Mean over seeds ± half of the 95 % interval; losses in nats per token, lower is better. Then the difference "
-        f"to {analysis.baseline}, paired by seed, with its 95 % interval. The primary comparison is bold; all other "
-        "p-values are corrected together by Holm's method.",
-        *_means_and_differences(analysis, end, "end"),
+        f"to {analysis.baseline}, paired by seed, with its 95 % interval. The primary comparison is bold, and its "
+        "p-value is not corrected. A Holm p is corrected for all other comparisons together; the interval next to it "
+        "is not.",
+        *_differences(analysis, end, "end"),
         "## Matched training loss",
         _matching(analysis, records),
-        *(_means_and_differences(analysis, matched, "matched") if matched else []),
+        *(_differences(analysis, matched, "matched") if matched else []),
     ]
     for where, title in (("end", "end of training"), ("matched", "matched training loss")):
         if rows := [row for row in analysis.rows if row.where == where]:
@@ -163,26 +164,24 @@ def _main_metrics(analysis: Analysis) -> list[str]:
 
 
 def _matching(analysis: Analysis, records: Sequence[RunRecord]) -> str:
-    reached = {(arm, seed) for arm, seed, _, where, _ in analysis.values if where == "matched"}
     points = [len(record.curve) for record in records if record.curve]
-    targets = "; ".join(f"seed {seed}: {loss:.4f} ({arm})" for seed, (arm, loss) in analysis.targets.items())
-    text = (
-        "Losses of each arm where its training loss first reaches the highest final training loss of its seed "
-        f"({targets or 'none'}), interpolated on its curve of {min(points)} or more points. An arm that gets there "
-        "before its end has not completed its learning-rate decay. Metrics without a curve are not listed. "
-        f"{len(reached)} of {len(points)} runs reach it."
-    )
-    if analysis.unmatched:
-        text += " Not: " + ", ".join(f"{arm} seed {seed}" for arm, seed in analysis.unmatched) + "."
-    return text
+    lost = "; ".join(f"{arm} and {versus}, seed {seed}" for arm, versus, seed in analysis.unmatched)
+    return (
+        "Differences of two arms at one training loss. Each pair of runs of a seed is read at the higher of its own "
+        "two final training losses, where each run first reaches it, interpolated on a curve of "
+        f"{min(points)} or more points. The run that gets there before its end has not completed its learning-rate "
+        "decay. Metrics without a curve are not listed. "
+        f"{analysis.pairs - len(analysis.unmatched)} of {analysis.pairs} pairs reach it."
+    ) + f" Not: {lost}." * bool(lost)
 
 
-def _means_and_differences(analysis: Analysis, metrics: Sequence[str], where: Where) -> list[str]:
-    """Two tables of arms by metrics, or several of about the same width."""
+def _differences(analysis: Analysis, metrics: Sequence[str], where: Where) -> list[str]:
+    """Tables of arms by metrics, of about the same width: means at the end, then differences to the baseline."""
     others = [arm for arm in analysis.arms if arm != analysis.baseline]
     columns = math.ceil(len(metrics) / math.ceil(len(metrics) / _COLUMNS))
     tables = []
-    for title, arms, cell in (("mean", analysis.arms, _mean), (f"minus {analysis.baseline}", others, _difference)):
+    kinds = [("mean", analysis.arms, _mean), (f"minus {analysis.baseline}", others, _difference)]
+    for title, arms, cell in kinds if where == "end" else kinds[1:]:
         for start in range(0, len(metrics), columns):
             shown = metrics[start : start + columns]
             lines = [[arm, *(cell(analysis.row(arm, metric, where), analysis) for metric in shown)] for arm in arms]
@@ -249,8 +248,9 @@ def _difference(row: Row | None, analysis: Analysis, *, interval: bool = True) -
         return "-" if interval else ""
     found, p = row.difference, analysis.p_value(row)
     text = _interval(found) if interval else rounded(found.mean, found.half, "+")
-    text += "" if p is None else f", p {_p_cell(p)}"
-    return f"**{text}**" if analysis.is_primary(row) else text
+    primary = analysis.is_primary(row)
+    text += "" if p is None else f", {'p' if primary else 'Holm p'} {_p_cell(p)}"
+    return f"**{text}**" if primary else text
 
 
 def _interval(found: Estimate) -> str:

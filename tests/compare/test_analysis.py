@@ -46,8 +46,7 @@ def test_a_diverged_run_is_in_no_mean():
     analysis = analyse(records)
     assert analysis.row(*PRIMARY) == without.row(*PRIMARY) and analysis.row(*PRIMARY).difference.n == 3
     assert [(arm, seed) for arm, seed, _ in analysis.non_finite] == [("nexus-0.05", 2)]
-    assert analysis.targets[2][0] == "adamw"
-    assert not [v for v in analysis.values if v[:2] == ("nexus-0.05", 2) and v[3] == "matched"]
+    assert analysis.pairs == 3 and not [v for v in analysis.values if v[:2] == ("nexus-0.05", 2) and v[3] != "end"]
     assert analysis.row("nexus-0.05", "downstream/sums/exact_match").mean.n == 3
 
 
@@ -66,19 +65,22 @@ def test_faster_training_alone_has_no_effect_when_matched():
     for record in slow:
         record.curve = record.curve[:-2]
     analysis = analyse(fast + slow)
-    assert {arm for arm, _ in analysis.targets.values()} == {"adamw"}
     assert analysis.row(*PRIMARY).difference.mean == pytest.approx(-(4.0 * 0.4**3 - 4.0 * 0.4**5))
     assert analysis.row(*PRIMARY, "matched").difference.mean == pytest.approx(0.0, abs=1e-12)
     assert analysis.row("nexus-0.05", "train_loss", "matched") is None
-    assert not analysis.unmatched
+    assert not analysis.unmatched and analysis.pairs == 3
 
 
-def test_each_seed_has_its_own_matched_training_loss():
-    records = make_records({"adamw": 0.0})
-    records += [make_record("nexus-0.05", seed, train=0.01 * (-1) ** seed) for seed in range(4)]
-    ends = {(r.arm, r.seed): r.end.train_loss for r in records}
-    targets = analyse(records).targets
-    assert targets == {s: (a, ends[a, s]) for s, a in enumerate(["nexus-0.05", "adamw"] * 2)}
+def test_a_bad_arm_does_not_move_the_match_of_the_others():
+    """Each pair and seed is matched at the higher of its own two final training losses."""
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.03})
+    alone = analyse(records).row(*PRIMARY, "matched")
+    bad = [make_record("bad", seed, train=0.5) for seed in range(4)]
+    analysis = analyse([*records, *bad])
+    assert analysis.row(*PRIMARY, "matched").difference == alone.difference
+    ends = {r.seed: r.end.ood_loss for r in bad}
+    read = {v[1]: v[4] for v in analysis.values if v[:1] + v[2:4] == ("bad", "ood_loss", "matched with adamw")}
+    assert read == pytest.approx(ends)  # the higher of the two is that of the bad arm, at its end
 
 
 def test_a_run_that_never_reaches_the_target_is_unmatched():
@@ -86,7 +88,7 @@ def test_a_run_that_never_reaches_the_target_is_unmatched():
     records[0].curve = records[0].curve[-1:]  # measured at its end only, which is not the highest
     for record in records[4:]:
         record.curve = record.curve[:-1]
-    assert analyse(records).unmatched == [("adamw", 0)]
+    assert analyse(records).unmatched == [("nexus-0.05", "adamw", 0)]
 
 
 def test_the_correlation_of_distance_and_gain_has_the_right_sign():

@@ -35,12 +35,14 @@ def test_a_known_harm_is_found():
     assert "higher than adamw" in first and "**supports a difference**, against nexus-0.05" in first
 
 
-def test_no_effect_comes_with_the_smallest_visible_difference():
+def test_an_inconclusive_comparison_names_what_it_could_see():
     records = make_records({"adamw": 0.0, "gamma-0": 0.0, "nexus-0.05": 0.0}, noise=0.02)
     text = concluded(records)
-    smallest = re.search(r"\*\*No effect was found.\*\* These runs cannot show a difference below ([\d.]+)\.", text)
+    smallest = re.search(r"\*\*Inconclusive\*\*: differences below ([\d.]+) could not have been seen\.", text)
     assert float(smallest[1]) == pytest.approx(analyse(records).row(*PRIMARY).difference.half, abs=1e-3)
-    assert "There is no significant effect to explain." in text
+    assert "so there is no effect to explain yet" in text
+    assert "no effect was" not in text.lower()
+    assert re.search(r"at matched .*95 % interval, not corrected, .*, p = [\d.]+, Holm-corrected p = ", text)
     assert "None is significant." in text and "supports a difference" not in text
     assert "No control by random direction was run." in text
 
@@ -109,7 +111,7 @@ def test_without_ood_sources_other_metrics_can_decide():
     records = make_records(PLAIN, ood=False)
     assert "**No conclusion** on the primary comparison: no seed has the OOD loss" in concluded(records)
     text = concluded(records, primary=("nexus-0.05", "validation_loss"))
-    assert "**No effect was found.**" in text and "OOD loss:" not in text
+    assert "**Inconclusive**: differences below" in text and "OOD loss:" not in text
 
 
 def test_the_correlation_says_what_it_lacks():

@@ -54,7 +54,7 @@ def test_the_report_names_diverged_and_unmatched_runs(tmp_path):
     records[0].curve = records[0].curve[-1:]  # measured at its end only, which is not the highest
     for record in records[4:]:
         record.curve = record.curve[:-1]
-    assert "7 of 8 runs reach it. Not: adamw seed 0." in write(records, tmp_path)
+    assert "3 of 4 pairs reach it. Not: nexus-0.05 and adamw, seed 0." in write(records, tmp_path)
 
 
 @pytest.mark.parametrize("gains", [{}, {"adamw": 0.0}], ids=["no run", "only the baseline"])
@@ -79,7 +79,7 @@ def test_results_csv_holds_the_values_of_the_records(tmp_path):
         expected |= {"downstream/sums/exact_match": 0.0, "gradient_cosine": record.cosines[-1][1][0][2]}
         expected |= {"minima_distance": record.minima.pairwise[0][2] / 10.0}
         assert {name: found[record.arm, record.seed, name] for name in expected} == expected
-    assert {line["where"] for line in lines} == {"end", "matched"}
+    assert {line["where"] for line in lines} == {"end", "matched with adamw", "matched with nexus-0.05"}
 
 
 def test_results_json_holds_the_statistics(tmp_path):
@@ -108,4 +108,5 @@ def test_the_console_table_shows_every_arm_and_its_difference():
     text = console.export_text()
     assert all(arm in text for arm in ("adamw", "nexus-0.05", "never-run"))
     difference = analysis.row(*PRIMARY).difference
+    assert "Holm p " in text
     assert f"{difference.mean:+.4f}" in text and f"p {difference.p:.3f}" in text.replace("p < 0.001", "p 0.000")
