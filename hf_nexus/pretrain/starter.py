@@ -97,7 +97,7 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         "bf16": str(is_torch_bf16_gpu_available()).lower(),
         "threads": threads or "null",
     }
-    return Template(_FILE).substitute(fields)
+    return Template(_FILE).substitute(fields).replace("sources: \n", "sources:\n")
 
 
 def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> str:

@@ -111,7 +111,8 @@ def test_two_processes_train_and_a_failure_is_kept(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_reaches_the_processes_and_saves_a_checkpoint(tmp_path):
-    run = start(write_config(tmp_path), tmp_path / "out", "--devices", "2", "--max_steps", "100000")
+    flags = ["--devices", "2", "--max_steps", "100000", "--enable_jit_checkpoint", "True"]
+    run = start(write_config(tmp_path), tmp_path / "out", *flags)
     deadline = time.monotonic() + 300
     while not (tmp_path / "out/checkpoint-3").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
