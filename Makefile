@@ -66,7 +66,8 @@ docs-test: $(READY)
 recipes: $(READY)
 	$(PYTEST) -n 2 tests/recipes
 
-# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one.
+# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one;
+# ARGS='3b --folder runs/rehearsal' keeps its runs and its Hub.
 rehearsal: $(READY)
 	$(BIN)/python -m tests.rehearsal $(ARGS)
 
