@@ -3,13 +3,13 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 
 from .parameter_space import Point, distance, inner, moving, norm
 
-__all__ = ["PlaneLosses", "minima_landscape"]
+__all__ = ["minima_landscape"]
 
 # Computes a loss at the current parameters.
 Measure = Callable[[], float | Tensor]
@@ -18,18 +18,6 @@ _POSITIONS = tuple(i / 10 for i in range(11))
 
 # A flatter triangle counts as a line: float32 does not determine its plane.
 _FLAT = 1e-6
-
-
-class PlaneLosses(TypedDict):
-    """
-    Losses on a grid. `x` and `y` are its coordinates in units of L2 distance. `points` has the coordinates of the
-    corners, then those of the other points. `loss` has a row for each of `y` and a column for each of `x`.
-    """
-
-    x: list[float]
-    y: list[float]
-    points: list[tuple[float, float]]
-    loss: list[list[float]]
 
 
 def segment_losses(params: Point, a: Point, b: Point, positions: Sequence[float], loss: Measure) -> list[float]:
@@ -71,9 +59,11 @@ def plane_losses(
     others: Sequence[Point] = (),
     resolution: int = 11,
     margin: float = 0.25,
-) -> PlaneLosses | None:
+) -> dict[str, Any] | None:
     """
     Losses on the plane through three points, on `resolution ** 2` grid points; `None` if the points lie on a line.
+    `x` and `y` are the coordinates of the grid in units of L2 distance, `points` those of the corners, then of the
+    others. `loss` has a row for each of `y` and a column for each of `x`.
 
     The first corner is the origin, the x axis points to the second, and the y axis is the orthogonal part of the third
     (Gram-Schmidt). Other points are projected onto the plane. `margin` is a fraction of the extent of all points along
@@ -137,7 +127,8 @@ def minima_landscape(
     Returns:
         `dict[str, Any]`: `start_loss`, `end_loss` and `to_start` (distance) of each source, `parameter_norm` (of the
         start), `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of
-        the two)`), `barriers` (`(source, source, height)`), and `plane`: [`PlaneLosses`] and `sources`, or `None`.
+        the two)`), `barriers` (`(source, source, height)`), and `plane`: its `sources`, `x`, `y`, `points` and
+        `loss`, or `None`.
 
     Raises:
         ValueError: a source without a minimizer or a loss, different names or shapes, or a plane of other than three

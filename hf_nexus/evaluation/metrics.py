@@ -12,7 +12,25 @@ from .answers import ANSWER_MARK, final_answer
 __all__ = ["AnswerExactMatch", "NextTokenAccuracy"]
 
 
-class NextTokenAccuracy(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+class _LocalMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """A metric whose predictions and references are features of one kind, and which keeps them in memory."""
+
+    feature: Any
+    inputs: str
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"keep_in_memory": True, **kwargs})  # evaluate's default are files that processes share
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=str(self.__doc__).strip().partition("\n")[0],
+            citation="",
+            inputs_description=self.inputs,
+            features=datasets.Features(dict.fromkeys(("predictions", "references"), self.feature)),
+        )
+
+
+class NextTokenAccuracy(_LocalMetric):
     """
     Fraction of tokens that the model predicted as the most probable next token.
 
@@ -43,17 +61,8 @@ class NextTokenAccuracy(evaluate.Metric):  # type: ignore[misc]  # evaluate has 
     ```
     """
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**{"keep_in_memory": True, **kwargs})  # evaluate's default are files that processes share
-
-    def _info(self) -> evaluate.MetricInfo:
-        tokens = datasets.Sequence(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description="Fraction of tokens that the model predicted as the most probable next token.",
-            citation="",
-            inputs_description="predictions: token ids, (N, T); references: labels, (N, T), -100 if not counted",
-            features=datasets.Features({"predictions": tokens, "references": tokens}),
-        )
+    feature = datasets.Sequence(datasets.Value("int64"))
+    inputs = "predictions: token ids, (N, T); references: labels, (N, T), -100 if not counted"
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         right = count = 0
@@ -91,7 +100,7 @@ class NextTokenAccuracy(evaluate.Metric):  # type: ignore[misc]  # evaluate has 
         return result
 
 
-class AnswerExactMatch(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+class AnswerExactMatch(_LocalMetric):
     r"""
     Fraction of solutions with the [`final_answer`] of the reference, by the convention of GSM8K.
 
@@ -108,17 +117,8 @@ class AnswerExactMatch(evaluate.Metric):  # type: ignore[misc]  # evaluate has n
         {'exact_match': 0.5}
     """
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**{"keep_in_memory": True, **kwargs})
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="Fraction of solutions with the final answer of the reference.",
-            citation="",
-            inputs_description=f"predictions, references: solutions, each ending in a line '{ANSWER_MARK}<answer>'",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+    feature = datasets.Value("string")
+    inputs = f"predictions, references: solutions, each ending in a line '{ANSWER_MARK}<answer>'"
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         expected = [final_answer(text) for text in references]
