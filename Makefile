@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more threads would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards schema rehearsal test test-all test-lowest test-newest test-wheel docs-test recipes build lint format lock clean
+.PHONY: demo compare cards schema rehearsal test test-all test-lowest test-newest test-wheel docs docs-test recipes build lint format lock clean
 
 # PUSH=1 starts a Hub on this machine, pushes to it during training, and loads the pushed model.
 demo: $(READY)
@@ -62,12 +62,20 @@ docs-test: $(READY)
 	$(PYTEST) tests/test_docs.py
 	$(PYTEST) tests/pretrain/test_cost.py -k page
 
+# Run the notebooks, and build the site into build/site. A warning fails the build, as does a link to a page or heading that does not exist.
+docs: .venv/.docs
+	PATH=$(CURDIR)/$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W -E --keep-going -b html docs build/site
+	@echo "build/site/index.html"
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
 # Every command in the headers of recipes/, including those that take minutes.
 recipes: $(READY)
 	$(PYTEST) -n 2 tests/recipes
 
-# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one;
-# ARGS='3b --folder runs/rehearsal' keeps its runs and its Hub.
+# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one.
 rehearsal: $(READY)
 	$(BIN)/python -m tests.rehearsal $(ARGS)
 

@@ -24,7 +24,11 @@ from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import MARKING, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-MIXTURES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "mixtures.md").read_text(), re.S)
+MIXTURES = [
+    block
+    for page in ("mixtures", "files", "streaming")
+    for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
+]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PACKAGE = Path(hf_nexus.__file__).parent
 MODULES = sorted(
@@ -139,6 +143,13 @@ def test_commands_name_files_and_flags_that_exist(line):
     elif words[0] == "hf-nexus" and words[1] not in ("train", "compare"):
         command = typer.main.get_command(cli.app).commands[words[1]]
         command.make_context(words[1], words[2:])  # raises for an unknown option
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
+    assert sorted(names) == sorted(set(hf_nexus.__all__) - {"__version__"})
+    assert all(getattr(hf_nexus, name).__doc__ for name in names)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

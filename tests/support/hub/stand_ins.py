@@ -1,17 +1,15 @@
 """
 Stand-ins for the repositories that the large configurations name: card, files, columns and tokenizer settings.
 
-The shapes are those of the public repositories; only the texts and their number differ. Where they are described:
+The shapes are those of the public repositories; only the texts and their number differ:
 
 - `HuggingFaceFW/fineweb-edu`: dataset card, sections `configs` and "Data fields"
-- `HuggingFaceTB/finemath`: dataset card, `dataset_info`
-- `allenai/olmo-mix-1124`: dataset card, `configs`; folders and fields as in scripts on GitHub that read them; the
-  gzipped JSON lines in github.com/allenai/dolma, docs/data-format.md: `metadata` is any mapping, `attributes` spans
-- `nvidia/OpenMathReasoning`: dataset card, splits and "Dataset fields"; github.com/NVIDIA/NeMo-Skills
-- `EleutherAI/lambada_openai`, `openai/gsm8k`: dataset cards; the configs and splits also in
-  github.com/EleutherAI/lm-evaluation-harness, lm_eval/tasks/lambada_multilingual and lm_eval/tasks/gsm8k
-- `HuggingFaceTB/SmolLM2-1.7B`: `tokenizer_config.json`: 49152 entries, of which 17 are special, no padding token,
-  `model_max_length` 8192
+- `HuggingFaceTB/finemath`: `dataset_info` of its README
+- `allenai/olmo-mix-1124`: gzipped JSON lines of the Dolma toolkit; `metadata` differs from row to row
+- `nvidia/OpenMathReasoning`: dataset card, splits `cot`, `tir`, `genselect`, `additional_problems`
+- `EleutherAI/lambada_openai`: one JSON lines file per language
+- `openai/gsm8k`: Parquet of the configs `main` and `socratic`
+- `HuggingFaceTB/SmolLM2-1.7B`: `tokenizer_config.json`; 49152 entries, no padding token, `model_max_length` 8192
 """
 
 import gzip
@@ -33,8 +31,6 @@ __all__ = ["upload_stand_ins"]
 
 Row = dict[str, Any]
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"]
-_SPECIAL += ["<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<jupyter_text>"]
-_SPECIAL += ["<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>"]
 
 
 def upload_stand_ins(hub: HubServer, scratch: Path) -> None:
@@ -61,17 +57,16 @@ def _upload(hub: HubServer, repo_id: str, kind: str, folder: Path) -> None:
 
 
 def _texts(count: int, words: str, seed: int) -> Iterator[str]:
-    """Different texts of 3 to 12 words, with signs outside of ASCII. Every 200th is longer than a row."""
+    """Different texts of 5 to 60 words, with signs outside of ASCII."""
     chance, vocabulary = random.Random(seed), words.split()
     for number in range(count):
-        size = chance.randrange(3, 13) if number % 200 else 600
-        yield f"№ {number}: " + " ".join(chance.choices(vocabulary, k=size)) + ".\n"
+        yield f"№ {number}: " + " ".join(chance.choices(vocabulary, k=chance.randrange(5, 60))) + ".\n"
 
 
 _PROSE = "the history of science is also — in part — a history of instruments, café talk and chance discoveries which"
 _MATH = "let $x$ be a real number such that f(x) = 0 then we have \\frac{a}{b} \\le 1 and therefore the sum converges"
 _CODE = "def main(argv): \n    return sum(range(10)) if argv else None # TODO naïve \t int *p = &x; } {"
-_ROWS = 3000
+_ROWS = 1500
 
 
 def _parquet(path: Path, rows: list[Row], schema: pa.Schema | None = None) -> None:
@@ -143,38 +138,35 @@ def _finemath(folder: Path) -> Row:
     return {"license": "odc-by", "configs": configs, "dataset_info": infos}
 
 
-_STARCODER = "starcoder/v1-decon-100_to_20k-2star-top_token_030/documents"
-
-
 def _olmo_mix(folder: Path) -> Row:
+    data = folder / "data" / "starcoder"
+    data.mkdir(parents=True)
     texts = list(_texts(_ROWS, _CODE, 3))
-    for shard, language in enumerate(("ada", "python", "zig")):
-        rows = [_starcoder_row(number, text) for number, text in enumerate(texts[shard::3])]
-        _json_lines(folder / "data" / _STARCODER / f"{language}-0000.json.gz", rows)
-    _json_lines(folder / "data/wiki/wiki-0000.json.gz", [{"id": 1, "text": "a wiki page", "revision": 7}])
-    names = ("default", "starcoder", "wiki")
-    files = {name: "data/**/*" if name == "default" else f"data/{name}/**/*" for name in names}
-    configs = [{"config_name": n, "data_files": [{"split": "train", "path": path}]} for n, path in files.items()]
+    for shard in range(3):
+        with gzip.open(data / f"starcoder-{shard:04}.json.gz", "wt", encoding="utf-8") as file:
+            for number, text in enumerate(texts[shard::3]):
+                row: Row = {"id": str(number), "text": text, "added": "2024-01-01", "created": None, "source": "stack"}
+                # The keys and their types differ from row to row.
+                more = {"max_stars_count": number, "ext": "py"} if number % 2 else {"max_stars_count": None}
+                if number > 100:
+                    more |= {
+                        "licenses": ["MIT"] if number % 3 else [],
+                        "span": {"first": 1.5, number % 5 or "a": None},
+                    }
+                file.write(json.dumps(row | {"metadata": more}) + "\n")
+    other = folder / "data" / "wiki"
+    other.mkdir()
+    with gzip.open(other / "wiki-0000.json.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"id": 1, "text": "a wiki page", "revision": 7}) + "\n")
+    configs = [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
+        *(
+            {"config_name": n, "data_files": [{"split": "train", "path": f"data/{n}/*"}]}
+            for n in ("starcoder", "wiki")
+        ),
+    ]
     features = [{"name": name, "dtype": "string"} for name in ("id", "text", "added", "created")]
     return {"license": "odc-by", "configs": configs, "dataset_info": {"features": features}}
-
-
-def _starcoder_row(number: int, text: str) -> Row:
-    """Keys, types and nulls differ from row to row."""
-    row: Row = {"id": str(number), "text": text, "added": "2024-01-01", "created": None, "source": "stack-dedup"}
-    metadata: Row = {"max_stars_count": str(number), "extension": "py"} if number % 2 else {"max_stars_count": None}
-    spans: Row = {"whitespace_tokenizer_v1__length": [[0, len(text), 7 if number % 2 else 7.5]]}
-    if number > 100:
-        metadata |= {"licenses": ["MIT"] if number % 3 else [], "max_stars_repo_name": {"owner": 1.5}}
-        spans |= {"repetitions_v2": [[0, 5, None]] if number % 3 else None, f"top_{number % 5}": []}
-        row |= {"version": "v0", "doc": None if number % 4 else {"count": number}}
-    return row | {"metadata": metadata, "attributes": spans}
-
-
-def _json_lines(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _open_math_reasoning(folder: Path) -> Row:
@@ -205,7 +197,7 @@ def _open_math_reasoning(folder: Path) -> Row:
 def _lambada(folder: Path) -> Row:
     (folder / "data").mkdir(parents=True)
     configs = []
-    for language in ("de", "en", "es", "fr", "it"):
+    for language in ("en", "de"):
         name = f"data/lambada_test_{language}.jsonl"
         lines = (json.dumps({"text": text}) + "\n" for text in _texts(300, _PROSE, 6))
         (folder / name).write_text("".join(lines), encoding="utf-8")
@@ -261,11 +253,6 @@ def write_smollm2(folder: Path, entries: int = 49152) -> None:
     end = "<|endoftext|>"
     settings = {
         "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(number): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "special": True}
-            | {"single_word": False}
-            for number, token in enumerate(_SPECIAL)
-        },
         "additional_special_tokens": _SPECIAL,
         "bos_token": end,
         "clean_up_tokenization_spaces": False,

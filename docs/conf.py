@@ -1,0 +1,69 @@
+"""Build the site: `make docs`. A warning, a broken link or a public name without documentation fails the build."""
+
+import re
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import typer.main
+from sphinx.application import Sphinx
+
+import hf_nexus
+from hf_nexus.cli.app import app as cli
+
+HERE, PACKAGE = Path(__file__).parent, Path(hf_nexus.__file__).parent
+
+project, author, copyright = "hf_nexus", "the hf_nexus authors", "the hf_nexus authors, Apache-2.0"
+version = release = hf_nexus.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+smartquotes = False  # they change the dashes of flags
+html_theme = "furo"
+html_title = "hf_nexus"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+exclude_patterns = ["images/*.py"]
+suppress_warnings = ["misc.highlighting_failure"]  # pseudocode
+
+# The notebooks run for the site, each in a temporary folder.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+default_role = "code"  # docstrings have single backticks, as those of transformers
+autodoc_typehints = "none"  # the docstrings have the types
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+
+
+def markdown_to_rst(*args: Any) -> None:
+    """Convert what doc-builder renders in docstrings: links to classes, and fenced code."""
+    lines: list[str] = args[-1]
+    text = re.sub(r"\[(`{1,2})~?([\w.]+)\1\]", r"``\2``", "\n".join(lines))
+    fences = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    text = fences.sub(lambda code: ".. code-block:: python\n\n" + indent(code[1], "    "), text)
+    lines[:] = text.split("\n")
+
+
+def write_commands(_: Sphinx) -> None:
+    """Write `generated/commands.md` from the help of the commands."""
+    group = typer.main.get_command(cli)
+    text = [f"# Commands\n\n{group.help}\n"]
+    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
+        words = [f"{{{param.name}}}" for param in command.params if param.param_type_name == "argument"]
+        text.append(f"## hf-nexus {name}\n\n```bash\nhf-nexus {' '.join([name, *words])}\n```\n\n{command.help}\n")
+        text.append("| | |\n|---|---|")
+        for param in command.params:
+            names = ", ".join(f"`{option}`" for option in [*param.opts, *param.secondary_opts])
+            text.append(f"| {names} | {' '.join((getattr(param, 'help', None) or '').split())} |")
+        text.append(f"\n{command.epilog or ''}\n".replace(str(PACKAGE), "hf_nexus"))
+    (HERE / "generated").mkdir(exist_ok=True)
+    (HERE / "generated" / "commands.md").write_text("\n".join(text))
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", write_commands)
+    app.connect("autodoc-process-docstring", markdown_to_rst)
