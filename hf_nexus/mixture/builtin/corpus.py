@@ -17,7 +17,7 @@ from .generated import documents
 __all__ = ["BUILTIN_SOURCES", "BuiltinSource", "builtin_documents"]
 
 # The size in bytes of UTF-8 at which a source is complete, and the smallest size that is accepted.
-_SIZES = {"train": (2_000_000, 1_000_000), "ood": (500_000, 200_000)}
+_SIZES = {"train": (2_000_000, 1_000_000), "ood": (500_000, 150_000)}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_five_training_and_four_ood_sources_have_their_size() -> None:
     assert (len(TRAIN), len(OOD)) == (5, 4)
     for name in (*TRAIN, *OOD):
         size = sum(len(text.encode()) for text in builtin_documents(name))
-        least, most = (1_000_000, 2_100_000) if name in TRAIN else (200_000, 600_000)
+        least, most = (1_000_000, 2_100_000) if name in TRAIN else (150_000, 600_000)
         assert least <= size <= most, (name, size)
 
 
@@ -125,7 +125,7 @@ def test_an_unknown_source_is_refused_with_the_names() -> None:
 def test_too_little_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     poor = BuiltinSource("ood", "CC0-1.0", lambda: ["a text of some length\n" * 100])
     monkeypatch.setitem(BUILTIN_SOURCES, "poor", poor)
-    with pytest.raises(RuntimeError, match=r"'poor'.*2200 bytes in this environment and needs 200000.*builtin/poor"):
+    with pytest.raises(RuntimeError, match=r"'poor'.*2200 bytes in this environment and needs 150000.*builtin/poor"):
         builtin_documents("poor")
 
 
