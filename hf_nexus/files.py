@@ -25,11 +25,17 @@ __all__ = [
     "read_plain",
     "require_folder",
     "shown",
+    "without_folders",
     "write_atomic",
 ]
 
-_TOKEN_FLAGS = ("--hub_token", "--hub-token")
+_TOKEN_FLAGS = ("--hub_token", "--hub-token", "--token")
 _LARGEST = 64 << 20  # bytes of a text file that is read whole
+# The folders of an absolute path, which is a whole text, or follows a space, quote or separator in it.
+_ROOT = r"(?:file://)?(?:(?:~[\w.-]*|[a-zA-Z]:)[\\/]+|//?|\\\\)"
+_FOLDERS = re.compile(
+    rf"^{_ROOT}(?:[^\\/\n]+[\\/]+)*(?=[^\s\\/])|(?:(?<=[\s\"'=,;])|(?<=:)(?!//)){_ROOT}(?:[^\\/\s\"'=,;]+[\\/]+)+(?=[^\s\\/])"
+)
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?")
 
 
@@ -152,6 +158,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def without_folders(value: Any) -> Any:
+    """
+    Plain data whose absolute paths, at any depth and also within texts, are reduced to their names.
+
+    Example:
+        >>> from hf_nexus.files import without_folders
+        >>> without_folders({"deepspeed": "/home/alice/ds.json", "optim_args": ["path=/home/alice/a.pt,b=1"]})
+        {'deepspeed': 'ds.json', 'optim_args': ['path=a.pt,b=1']}
+    """
+    if isinstance(value, Mapping):
+        return {without_folders(key): without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [without_folders(item) for item in value]
+    return _FOLDERS.sub("", os.fspath(value)) if isinstance(value, str | os.PathLike) else value
+
+
 def nearest(word: Any, known: Iterable[str]) -> str:
     """
     A sentence for an error message that suggests the nearest known word, empty if none is near.
@@ -189,7 +211,7 @@ def hidden(text: str | None) -> Secret | None:
 
 def hide_token(argv: Iterable[str]) -> list[str]:
     """
-    A command line whose `--hub_token` is a [`Secret`].
+    A command line whose `--hub_token` or `--token` is a [`Secret`].
 
     Example:
         >>> from hf_nexus.files import hide_token

@@ -215,8 +215,20 @@ def from_text(text: str, kind: Any, key: str) -> Any:
         value = _BOOLEANS[text.lower()]
     elif number := next((option for option in (int, float) if option in kinds), None):
         with suppress(ValueError):  # refused below
-            value = number(text)
+            value = _not_rounded_to_zero(number(text), text)
     check(value, kind, key)
+    return value
+
+
+def _not_rounded_to_zero(value: Any, text: str) -> Any:
+    """
+    The value of a text.
+
+    Raises:
+        ValueError: the text is a number too close to zero for a float.
+    """
+    if value == 0 and re.search("[1-9]", re.split("e", text, flags=re.I)[0]):
+        raise ValueError(f"{text} is too close to zero")
     return value
 
 
@@ -410,8 +422,10 @@ def _check_node(loader: _Loader, node: Any, path: tuple[str, ...], where: str, s
     else:
         try:
             value = loader.construct_object(node)
+            if isinstance(value, float | int):
+                _not_rounded_to_zero(value, node.value)
         except (ArithmeticError, LookupError, ValueError):  # such as `!!int ''`, or too many digits for Python
             value = math.inf
         if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
-            raise refused("the value in {line} is not a finite number, or not of its tag.")
+            raise refused("the value in {line} is not a finite number, rounds to zero, or is not of its tag.")
     return size

@@ -29,6 +29,7 @@ LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. U
 
 import logging
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -49,6 +50,7 @@ from transformers import (
 from hf_nexus import NexusConfig as TrainingArguments  # Nexus: was `from transformers import TrainingArguments`
 from hf_nexus import NexusTrainer as Trainer  # Nexus: was `from transformers import Trainer`
 from hf_nexus.evaluation.metrics import NextTokenAccuracy
+from hf_nexus.files import Secret, hide_token, one_line_errors
 
 TINY = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
 
@@ -63,9 +65,7 @@ class ModelArguments:
     config_name: str | None = field(default=None, metadata={"help": "Saved configuration of a model from scratch."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's tokenizer, or bytes."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    token: str | None = field(
-        default=None, repr=False, metadata={"help": "Hub token. Default: that of `hf auth login`."}
-    )
+    token: Secret | None = field(default=None, metadata={"help": "Hub token. Default: that of `hf auth login`."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code in the model's repository."})
     dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights. Trained ones need float32."})
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
@@ -194,40 +194,43 @@ def first_rows(rows: Any, count: int | None) -> Any:
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
-    sources = data_args.sources()
-    endless = data_args.streaming and data_args.validation_file is None
-    if endless and training_args.do_eval and data_args.max_eval_samples is None:
-        raise ValueError("--streaming --do_eval would evaluate on the whole stream. Add --max_eval_samples.")
-    logging.basicConfig(level=training_args.get_process_log_level())
-    set_seed(training_args.seed)
+    with one_line_errors():  # a traceback could show the token
+        parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(hide_token(sys.argv[1:]))
+        sources = data_args.sources()
+        endless = data_args.streaming and data_args.validation_file is None
+        if endless and training_args.do_eval and data_args.max_eval_samples is None:
+            raise ValueError("--streaming --do_eval would evaluate on the whole stream. Add --max_eval_samples.")
+        logging.basicConfig(level=training_args.get_process_log_level())
+        set_seed(training_args.seed)
 
-    model, tokenizer = load_model(model_args)
+        model, tokenizer = load_model(model_args)
 
-    def load(args: DataTrainingArguments) -> tuple[Any, Any]:
-        texts = load_texts(args, cache_dir=model_args.cache_dir, token=model_args.token)
-        rows = tokenize(texts, tokenizer, args)
-        return first_rows(rows["train"], args.max_train_samples), first_rows(rows["validation"], args.max_eval_samples)
+        def load(args: DataTrainingArguments) -> tuple[Any, Any]:
+            texts = load_texts(args, cache_dir=model_args.cache_dir, token=model_args.token)
+            rows = tokenize(texts, tokenizer, args)
+            return first_rows(rows["train"], args.max_train_samples), first_rows(
+                rows["validation"], args.max_eval_samples
+            )
 
-    with training_args.main_process_first(desc="tokenizing"):
-        if sources:
-            loaded = {name: load(args) for name, args in sources.items()}
-            train, validation = ({name: rows[i] for name, rows in loaded.items()} for i in (0, 1))
-        else:
-            train, validation = load(data_args)
+        with training_args.main_process_first(desc="tokenizing"):
+            if sources:
+                loaded = {name: load(args) for name, args in sources.items()}
+                train, validation = ({name: rows[i] for name, rows in loaded.items()} for i in (0, 1))
+            else:
+                train, validation = load(data_args)
 
-    accuracy = NextTokenAccuracy()
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=train if training_args.do_train else None,
-        eval_dataset=validation if training_args.do_eval else None,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        compute_metrics=accuracy.compute_metrics,
-        preprocess_logits_for_metrics=accuracy.argmax,
-    )
+        accuracy = NextTokenAccuracy()
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            train_dataset=train if training_args.do_train else None,
+            eval_dataset=validation if training_args.do_eval else None,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            compute_metrics=accuracy.compute_metrics,
+            preprocess_logits_for_metrics=accuracy.argmax,
+        )
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_nexus.files import delete, finite_json, nearest, one_line_errors, printable, read_plain, write_atomic
+from hf_nexus.files import (
+    delete,
+    finite_json,
+    nearest,
+    one_line_errors,
+    printable,
+    read_plain,
+    without_folders,
+    write_atomic,
+)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,3 +84,16 @@ def test_errors_that_users_can_mend_are_one_line() -> None:
         raise ValueError("two")
     with pytest.raises(ZeroDivisionError), one_line_errors():
         _ = 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *((path, "x.json") for path in ("/a/b/x.json", "~/a/x.json", "~alice/x.json", "file:///a/x.json", "/x.json")),
+        *(("C:\\a\\x.json", "x.json"), ("\\\\host\\a\\x.json", "x.json"), ("/my folder/a/x.json", "x.json")),
+        *(("a=/b/c/x,d=1", "a=x,d=1"), ('{"a": "/b/c/x"}', '{"a": "x"}'), ("see key:/b/c/x", "see key:x")),
+        *((text, text) for text in ("https://a.b/c/d", "hf://datasets/a/b", "user/name", "</s>", "[/INST]", "1 / 2")),
+    ],
+)
+def test_absolute_paths_are_reduced_to_their_names(text: str, name: str) -> None:
+    assert without_folders({"a": [text], text: Path("/a/b")}) == {"a": [name], name: "b"}

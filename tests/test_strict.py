@@ -221,6 +221,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("a: !!map b", "a: the tag in line 1"),
         *((f"a: {value}", "a: the value in line 1") for value in ("!!float ''", "!!int x", "!!bool 7")),
         *((f"a: {value}", "a: the value in line 1") for value in (".inf", "-.inf", ".nan", "1e400", "9" * 400)),
+        *((f"a: {value}", "rounds to zero") for value in ("1e-400", "-0.1E-400", f"0.{'0' * 400}1")),
         *((f"a: {value}", "a: the value in line 1") for value in ("9" * 5000, "0x" + "f" * 5000)),
         *((f"a: {value}", "a: the value in line 1") for value in ("9" + ":59" * 200, "9" + ":59" * 200 + ".5")),
     ],
@@ -257,6 +258,13 @@ def test_a_file_that_is_no_text_is_refused(tmp_path) -> None:
 def test_an_integer_of_too_many_digits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^key: an integer of too many digits is not allowed"):
         check(10**5000, Positive, "key")
+
+
+@pytest.mark.parametrize("text", ["1e-400", "-1e-999"])
+def test_a_number_that_rounds_to_zero_is_refused(text):
+    with pytest.raises(ValueError, match=f"'{text}' is not allowed"):
+        from_text(text, float, "--inner_lr")
+    assert from_text("0e5", float, "--inner_lr") == parse_yaml("a: 0.0e-5", "b")["a"] == 0
 
 
 @pytest.mark.parametrize("text", ["{oops", "[" * 500, '{"a": 1, "a": 2}', '{"a": 1e999}'])

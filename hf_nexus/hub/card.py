@@ -132,7 +132,8 @@ def _merge(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         if key not in owned:
             merged.setdefault(key, value)
     old_tags = [old["tags"]] if isinstance(old.get("tags"), str) else old.get("tags") or []
-    merged["tags"] = list(dict.fromkeys([*new["tags"], *(tag for tag in old_tags if tag not in _ORIGINS)]))
+    kept = [tag for tag in old_tags if tag not in _ORIGINS and not str(tag).startswith("base_model:")]
+    merged["tags"] = list(dict.fromkeys([*new["tags"], *kept]))
     if index := merge_index(new.get("model-index", []), old.get("model-index")):
         merged["model-index"] = index
     return merged

@@ -1,6 +1,7 @@
 """Publishing a training run: files are queued for the Hub. Training never waits for the Hub or fails with it."""
 
 import atexit
+import json
 import logging
 import os
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..files import Secret, delete, hidden, printable
+from ..files import Secret, delete, hidden, printable, without_folders, write_atomic
 from .job import Target, is_repo_path
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
@@ -37,6 +38,8 @@ _RESUME_ONLY = (
 )
 # Begins the name of a file that is sent in place of another, which holds paths of this machine.
 PUBLIC = "_public_"
+# Files of transformers and peft that may hold paths of this machine.
+_NAME_FOLDERS = ("trainer_state.json", "adapter_config.json", "README.md")
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
 _FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]
@@ -91,6 +94,7 @@ class Publisher:
         self.output_dir = Path(output_dir)
         self.queue = UploadQueue(self.output_dir / QUEUE_NAME)
         self._dtype = dtype
+        self._scratch = self.output_dir / "_converted"
         self._token = token = hidden(token)
         self._process = UploaderProcess(self.queue.folder, token, endpoint, retry or RetryPolicy())
         self._unqueued: tuple[Callable[[], bool], str] | None = None  # retries the last save, and why it failed
@@ -151,16 +155,12 @@ class Publisher:
         def collect() -> _FilesAndSlots:
             files, slots = checkpoint_files(folder, strategy)
             if self._dtype is not None:
-                files |= convert_weights(folder, converted, self._dtype)
+                files |= convert_weights(folder, self._scratch, self._dtype)
             for name in extras:
                 files |= files_below(self.output_dir / name, name)
             return files, slots
 
-        converted = self.output_dir / "_converted"
-        try:
-            return self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
-        finally:
-            delete(converted)
+        return self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
 
     def submit(self, step: int, message: str) -> bool:
         """
@@ -201,12 +201,17 @@ class Publisher:
             self._unqueued = (again, printable(f"step {step}: {error}"))
             logger.warning(f"Step {step} could not be queued for the Hub, training continues: {printable(error)}")
             return False
+        finally:
+            delete(self._scratch)
         self._unqueued = None
         self._process.wake()
         return True
 
     def _public(self, files: Mapping[str, Path]) -> dict[str, Path]:
-        """The files without links, names that a repository cannot have, and files with the access token."""
+        """
+        The files without links, names that a repository cannot have, and files with the access token, and copies of
+        those that name folders of this machine.
+        """
         token = Secret(self._token or get_token() or "")
 
         def leaks(path: Path) -> bool:
@@ -220,7 +225,11 @@ class Publisher:
         ):
             if names:
                 logger.warning(f"Not sent to the Hub because they {why}: {printable(', '.join(names))}.")
-        return {name: path for name, path in files.items() if name not in (*links, *leaking)}
+        public = {name: path for name, path in files.items() if name not in (*links, *leaking)}
+        for name, path in public.items():  # the card of a run is made by us and the user
+            if path.name in _NAME_FOLDERS and path != self.output_dir / "README.md":
+                public[name] = _without_folders(path, self._scratch / name)
+        return public
 
     def status(self) -> QueueStatus:
         """What is on the Hub and what is not; logs each new error once. Fast enough for every log line."""
@@ -313,6 +322,20 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
         return files, ("",)
     slot = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
     return files | {f"{slot}/{name}": path for name, path in whole.items()}, ("", slot)
+
+
+def _without_folders(path: Path, copy: Path) -> Path:
+    """A copy of a file without the folders of this machine, or the file if it has none."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else text
+    except (ValueError, RecursionError):
+        return path
+    if (public := without_folders(values)) == values:
+        return path
+    public = public if isinstance(public, str) else json.dumps(public)
+    # A manifest has the size.
+    return write_atomic(copy, public + " " * (path.stat().st_size - len(public.encode())))
 
 
 def files_below(path: Path, name: str) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ..files import read_plain, write_atomic
+from ..files import read_plain, without_folders, write_atomic
 from ..strict import Bound, check, check_fields
 from .results import ROLES, BenchmarkScore, Evaluation
 
@@ -16,8 +16,13 @@ __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
 SUMMARY_NAME = "run_summary.json"
 LANGUAGE_MODEL = "AutoModelForCausalLM"  # loads models whose loss is in nats per token
 _Count = Annotated[int, Bound(least=0, most=1e18)]
-# Hyperparameters that are not published: credentials, and folders of the training machine.
-_PRIVATE = re.compile(r"(.*_)?(hub|api|access|auth)_token|.*_dir|resume_from_checkpoint")
+# Keys that are not published, at any depth of the hyperparameters: credentials, and folders of the training machine.
+_PRIVATE = re.compile(
+    r"token|(.*_)?(hub|api|access|auth)_token|.*(secret|passw|credential|authorization|api_?key|access_?key).*|.*_dir"
+    r"|resume_from_checkpoint",
+    re.I,
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,13 @@ class RunSummary:
         arm (`str`, *optional*): Name of the arm that `arm_loss` and `arm_value` come from, see `against`.
         benchmarks (`list[BenchmarkScore]`, *optional*): Scores on benchmark tasks.
         hyperparameters, changed_hyperparameters (`dict[str, Any]`, *optional*): All training arguments, and those that
-            differ from their defaults. Tokens and local folders are removed.
+            differ from their defaults. Tokens and local folders are removed at any depth.
         numbers (`dict[str, float]`, *optional*): Last logged metrics, such as `path_cosine`.
         repo_id (`str`, *optional*): Repository that the example loads; `None` for the folder of the card.
         prompt (`str`, *optional*, defaults to `"The"`): Text that the example continues.
         base_model (`str`, *optional*): Hub id or path of the model that was trained further; `None` if the model was
-            trained from scratch, or if the base model of an adapter has no name. Of a path, only the text of the card
-            has the last part.
+            trained from scratch, or if the base model of an adapter has no name. Of an absolute path, only the name is
+            kept.
         adapter (`str`, *optional*): Kind of the adapter that was trained, such as `"LoRA"`.
         trainable_parameters (`int`, *optional*): Number of trained parameters; `None` if all were trained.
         license, license_name, license_link (`str`, *optional*): Licence of the model, by the Hub's identifiers.
@@ -145,8 +150,11 @@ class RunSummary:
     auto_class: str | None = LANGUAGE_MODEL
 
     def __post_init__(self) -> None:
-        self.hyperparameters = _public(self.hyperparameters)
-        self.changed_hyperparameters = _public(self.changed_hyperparameters)
+        self.hyperparameters = without_folders(_without_secrets(self.hyperparameters))
+        self.changed_hyperparameters = without_folders(_without_secrets(self.changed_hyperparameters))
+        # "./" marks a local folder, whose name alone could be taken for the id of a repository.
+        if self.base_model and (name := without_folders(self.base_model)) != self.base_model:
+            self.base_model = f"./{name}"
         needed = {"nexus", "inner_lr", "inner_direction", "gradient_accumulation_steps"}
         if missing := sorted(needed - set(self.nexus)):
             raise ValueError(
@@ -246,5 +254,9 @@ class RunSummary:
         return cls(**fields | built | {"stages": [(until, shares) for until, shares in fields["stages"]]})
 
 
-def _public(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if not _PRIVATE.fullmatch(name)}
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items() if not _PRIVATE.fullmatch(str(key))}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(item) for item in value]
+    return _TOKEN.sub("<hidden>", value) if isinstance(value, str) else value

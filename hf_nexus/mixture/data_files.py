@@ -4,7 +4,8 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
@@ -144,14 +145,45 @@ def _find(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     pattern = glob.escape(base) + path[len(base) :]
     if os.path.isdir(path):
         pattern = os.path.join(pattern, "**")
-    found = [file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)]
-    # Each file once, by its shortest path: a link may lead to a folder that is read already, such as its parent.
+    found = [file for file in _glob(pattern) if not os.path.isdir(file)]
+    # Each file once, by its shortest path: a link may lead to a folder that is read already.
     folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, found)}
     shortest = {
         (folders[os.path.dirname(file)], os.path.basename(file)): file for file in sorted(found, key=len, reverse=True)
     }
     stats = {file: os.stat(file) if os.path.isfile(file) else None for file in sorted(shortest.values())}
     return base, {n: (str(s.st_mtime_ns), str(s.st_size)) if s and s.st_size else () for n, s in stats.items()}
+
+
+def _glob(pattern: str) -> list[str]:
+    """What a pattern matches, as of `glob`, which would follow links that lead in a loop."""
+    parts = pattern.replace(os.altsep or os.sep, os.sep).split(os.sep)
+    if "**" not in parts:
+        return glob.glob(pattern)
+    i = parts.index("**")
+    tops = glob.glob(os.path.join(os.sep.join(parts[:i]), "")) if any(parts[:i]) else [os.sep if i else ""]
+    rest = os.path.join("", *parts[i + 1 :]) or "*"
+    found = [os.path.join(glob.escape(folder), rest) for top in tops for folder in _folders(top)]
+    return [file for inner in found for file in _glob(inner)]
+
+
+def _folders(top: str) -> Iterator[str]:
+    """A folder and those below it that are not hidden, each once, and links last."""
+    waiting, seen = deque([top]), set()
+    while waiting:
+        folder = waiting.popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield folder
+        try:
+            names = [name for name in sorted(os.listdir(folder or ".")) if not name.startswith(".")]
+        except OSError:  # not readable
+            continue
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.isdir(path):
+                (waiting.append if os.path.islink(path) else waiting.appendleft)(path)
 
 
 def _suffix(path: str) -> str:

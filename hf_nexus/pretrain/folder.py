@@ -1,12 +1,9 @@
 """The output folder of a run: checkpoints of an earlier run, and the saved configuration."""
 
-import os
-from typing import Any
-
 import yaml
 from rich.console import Console
 
-from ..files import write_atomic
+from ..files import without_folders, write_atomic
 from ..hub.facts import installed_versions
 from ..hub.publisher import PUBLIC
 from ..trainer.checkpoints import checkpoints_of, delete, resolve_checkpoint
@@ -47,16 +44,6 @@ def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: 
     text = yaml.safe_dump(arguments.resolved, sort_keys=False, allow_unicode=True)
     write_atomic(arguments.folder / CONFIG_NAME, f"{header}\n# {versions}\n{text}")
     if arguments.training.push_to_hub:
-        text = yaml.safe_dump(_without_folders(arguments.resolved), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(without_folders(arguments.resolved), sort_keys=False, allow_unicode=True)
         header = "# The resolved configuration of a run, without the folders of its machine."
         write_atomic(arguments.folder / f"{PUBLIC}{CONFIG_NAME}", f"{header}\n# {versions}\n{text}")
-
-
-def _without_folders(value: Any) -> Any:
-    """Plain data whose absolute paths are reduced to their names."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    absolute = isinstance(value, str) and os.path.isabs(os.path.expanduser(value))
-    return os.path.basename(value.rstrip("/")) if absolute else value

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..lock import locked
+from .config import SETTINGS_NAME
 from .distributed import max_over_ranks
 
 __all__ = [
@@ -65,13 +66,17 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """
     The newest complete checkpoint of an output folder; `None` if there is none. A warning names those passed over.
 
+    One of the Trainer has no manifest. It is complete if it has all that a run is resumed from.
+
     Example:
         >>> from hf_nexus.trainer.checkpoints import last_checkpoint
         >>> last_checkpoint("no/such/folder") is None
         True
     """
     for path in reversed(checkpoints_of(folder)):
-        flaw = _flaw(path) or _lacking(path)
+        # With our settings and without a manifest, it is a part of one of ours.
+        of_the_trainer = not (path / MANIFEST_NAME).exists() and not (path / SETTINGS_NAME).exists()
+        flaw = (_unfinished(path) if of_the_trainer else _flaw(path)) or _lacking(path)
         if flaw is None:
             return str(path)
         logger.warning(f"{path} is passed over: {flaw}.")
@@ -81,8 +86,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
     """
     The checkpoint to resume from: a path, or for `True`, `"last"` and `"true"` the newest complete one.
-
-    A path may lead to a checkpoint without a manifest, which the Trainer or an earlier version has written.
 
     Raises:
         ValueError: there is no complete checkpoint, or the given one is not complete.

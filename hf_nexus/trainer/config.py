@@ -17,6 +17,7 @@ from ..strict import Bound, check, check_fields, parse_data, read_yaml
 from .optimizers import muon_options
 
 __all__ = [
+    "SETTINGS_NAME",
     "NexusConfig",
     "NexusConfigMixin",
     "lower_is_better",
@@ -28,7 +29,7 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 # The Nexus settings, saved with each model.
-_SETTINGS_NAME = "nexus.yaml"
+SETTINGS_NAME = "nexus.yaml"
 
 NonNegative = Annotated[float, Bound(least=0)]
 
@@ -168,12 +169,12 @@ def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
 
 def save_settings(settings: dict[str, Any], folder: str) -> None:
     """Save the Nexus settings next to a model."""
-    write_atomic(Path(folder, _SETTINGS_NAME), yaml.safe_dump(settings, sort_keys=False))
+    write_atomic(Path(folder, SETTINGS_NAME), yaml.safe_dump(settings, sort_keys=False))
 
 
 def warn_of_changes(settings: dict[str, Any], checkpoint: str) -> None:
     """Warn of settings that are not those of a checkpoint."""
-    path = Path(checkpoint, _SETTINGS_NAME)
+    path = Path(checkpoint, SETTINGS_NAME)
     saved = read_yaml(path) if path.is_file() else {}
     for name, value in settings.items():
         if name in saved and saved[name] != value:

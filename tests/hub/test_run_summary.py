@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hf_nexus.hub.card import run_card
 from hf_nexus.hub.results import Evaluation
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from tests.support.hub.summaries import full_run, make_run
@@ -23,15 +24,40 @@ def test_unequal_runs_cannot_be_compared(changes, message):
         make_run().against(make_run(**changes), "other")
 
 
-def test_a_saved_summary_is_complete_and_has_no_token(tmp_path):
+def test_a_saved_summary_is_complete(tmp_path):
     run = full_run()
     run.save(tmp_path)
     assert RunSummary.load(tmp_path) == run
     diverged = make_run(evaluations=[Evaluation("a", "train", math.inf, math.nan)], numbers={"a": math.nan})
     diverged.save(tmp_path)
     assert str(RunSummary.load(tmp_path)) == str(diverged)
-    make_run(hyperparameters={"hub_token": "s3cret", "output_dir": "/home/s3cret"}).save(tmp_path)
-    assert "s3cret" not in (tmp_path / "run_summary.json").read_text()
+
+
+SECRETS = {
+    **{"hub_token": "s3cret", "output_dir": "/home/s3cret", "deepspeed": "/home/s3cret/ds.json"},
+    **{
+        "model_init_kwargs": {
+            "token": "s3cret",
+            "quantization": [{"offload_folder": "/tmp/s3cret/a", "api_key": "s3cret"}],
+        }
+    },
+    **{
+        "optim_args": "path=/home/s3cret/a,rank=4",
+        "hub_kwargs": f"hf_{'s3cret' * 6}",
+        "files": {"/s3cret/b/c.jsonl": 1},
+    },
+}
+
+
+def test_neither_summary_nor_card_has_secrets_or_folders(tmp_path):
+    """At any depth."""
+    run = make_run(hyperparameters=SECRETS, changed_hyperparameters=SECRETS, base_model="/home/s3cret/base")
+    run.save(tmp_path)
+    assert "s3cret" not in (tmp_path / "run_summary.json").read_text() + str(run_card(run))
+    kept = {"deepspeed": "ds.json", "model_init_kwargs": {"quantization": [{"offload_folder": "a"}]}}
+    kept |= {"optim_args": "path=a,rank=4", "hub_kwargs": "<hidden>", "files": {"c.jsonl": 1}}
+    assert run.hyperparameters == run.changed_hyperparameters == kept and run.base_model == "./base"
+    assert make_run(hyperparameters={"eos_token": "</s>", "report_to": []}).hyperparameters["eos_token"] == "</s>"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 import re
 import runpy
 import shutil
+import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,7 +64,8 @@ def test_with_two_lines_changed_it_is_a_script_for_trainer(run, tmp_path):
         r"from hf_nexus import Nexus\w+ as (\w+)", r"from transformers import \1", SCRIPT.read_text()
     )
     assert count == 2
-    assert re.findall(r"hf_nexus.*", text.split('"""')[2]) == ["hf_nexus.evaluation.metrics import NextTokenAccuracy"]
+    helpers = ["hf_nexus.evaluation.metrics", "hf_nexus.files"]
+    assert re.findall(r"hf_nexus[.\w]*", text.split('"""')[2]) == helpers
     stock = tmp_path / "stock.py"
     stock.write_text(text)
     nexus, off, plain = run(out="nexus"), run("--nexus", "False", out="off"), run(script=stock, out="plain")
@@ -178,5 +181,17 @@ def test_several_sources_are_a_mixture(run, tmp_path, monkeypatch):
 )
 def test_a_missing_argument_is_named(monkeypatch, flags, message):
     monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "nowhere", *flags])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=message):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize("flags", [["--lora_r", "2"], ["--train_file", "x", "--model_name_or_path", "nowhere/at/all"]])
+def test_no_error_shows_the_token(monkeypatch, flags):
+    """Not even with the values of variables, of an error in the arguments and of one of the Hub."""
+    token = "hf_" + "s3cret" * 6
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "nowhere", f"--token={token}", *flags])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert token not in str(error.value)
+    shown = traceback.TracebackException.from_exception(error.value.__cause__, capture_locals=True)
+    assert token not in "".join(shown.format()).replace(str(sys.argv), "")

@@ -232,13 +232,30 @@ def test_a_run_is_not_resumed_from_the_model_alone(saving, tmp_path, caplog):
         saving().train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
 
 
+@pytest.mark.parametrize("nexus", [False, True])
+def test_the_last_checkpoint_of_the_trainer_is_resumed(saving, tmp_path, nexus):
+    """As the Trainer does, but for what it has not finished. What is left of one of ours is passed over."""
+    run = tmp_path / "run"
+    saving(trainer_class=Trainer, nexus=False).train()
+    assert last_checkpoint(run) == get_last_checkpoint(str(run)) == str(run / "checkpoint-3")
+    (run / "checkpoint-3/trainer_state.json").unlink()
+    whole = saving(nexus=nexus, max_steps=4)
+    whole.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    shutil.rmtree(run / "checkpoint-4")
+    shutil.rmtree(run / "checkpoint-3")
+    again = saving(nexus=nexus, max_steps=4, model=tiny_llama(seed=5))
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(again.model), weights(whole.model))
+    saving(max_steps=5).train(resume_from_checkpoint=True)
+    (run / "checkpoint-5" / MANIFEST_NAME).unlink()
+    assert last_checkpoint(run) == str(run / "checkpoint-4")
+
+
 def test_a_checkpoint_of_the_trainer_is_resumed_by_its_path(saving, tmp_path):
     stock = saving(trainer_class=Trainer, nexus=False)
     stock.train()
     checkpoint = tmp_path / "run/checkpoint-2"
     again = saving(nexus=False, model=tiny_llama(seed=5))
-    with pytest.raises(ValueError, match="pass the path"):
-        again.train(resume_from_checkpoint=True)
     again.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(weights(again.model), weights(stock.model))
     for missing in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):

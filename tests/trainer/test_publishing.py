@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_nexus.hub.publisher import Publisher
 from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus
@@ -28,7 +28,7 @@ from hf_nexus.trainer.publishing import Publishing
 from tests.support.hub.runs import QUICK, REPO, SECONDS, content, digests, until
 from tests.support.hub.server import ALICE, READER, HubServer
 from tests.support.launcher import launch
-from tests.support.tiny import Rows
+from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_config import write_config
 from tests.trainer.test_mixin import weights
 
@@ -136,6 +136,38 @@ def test_each_strategy_leaves_what_its_documentation_says(
     assert all(torch.equal(saved[name], trained[name]) for name in saved) and len(saved) > 10
     assert not holders(ALICE, tmp_path) and trainer.args.hub_token == ALICE
     assert torch.load(out / "checkpoint-4/training_args.bin", weights_only=False).hub_token is None
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_no_folder_of_the_machine_arrives(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, adapters: bool
+) -> None:
+    """The output folder is absolute, and so is that of the base model. Both are known here after a resume."""
+    options: dict[str, Any] = {"hub_strategy": "checkpoint", "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"load_best_model_at_end": True, "trainer_kwargs": {"eval_dataset": Rows(8, 0)}}
+    if adapters:
+        peft = pytest.importorskip("peft")
+        tiny_llama().save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        options["model"] = peft.get_peft_model(
+            base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        )
+    trainer = make(**options)
+    trainer.train()
+    trainer.save_state()
+    trainer.push_to_hub()
+    files = hub.files(REPO)
+    assert "last-checkpoint/trainer_state.json" in files
+    assert [name for name, data in files.items() if str(tmp_path).encode() in data] == []
+    assert json.loads(files["trainer_state.json"])["best_model_checkpoint"].startswith("checkpoint-")
+    again = make(**options, max_steps=6)
+    again.train(resume_from_checkpoint=True)
+    assert Path(again.state.best_model_checkpoint).parent == tmp_path / "out"
+    for name, data in files.items():
+        if name.startswith("last-checkpoint/"):
+            (tmp_path / "downloaded").mkdir(exist_ok=True)
+            (tmp_path / "downloaded" / Path(name).name).write_bytes(data)
+    make(**options, max_steps=6, push_to_hub=False).train(resume_from_checkpoint=str(tmp_path / "downloaded"))
 
 
 def test_last_checkpoint_resumes_bit_for_bit(hub: HubServer, make: Callable[..., Any], tmp_path: Path) -> None:
