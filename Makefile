@@ -32,8 +32,8 @@ test-all: $(READY)
 	@start=$$(date +%s); $(PYTEST) -n 2 --dist loadfile; status=$$?; \
 	echo "test-all took $$(( $$(date +%s) - start )) s"; exit $$status
 
-# The oldest and the newest versions that pyproject.toml allows, each in a separate environment. PIP_INSTALL='...' is
-# passed to pip, for another build of torch. TESTS='tests/test_nexus.py' runs fewer tests.
+# The oldest versions that pyproject.toml allows, and the newest that exist, each in a separate environment.
+# PIP_INSTALL='...' is passed to pip, for another build of torch. TESTS='tests/test_nexus.py' runs fewer tests.
 TESTS ?= -m "not slow"
 EXTRAS ?= test
 test-lowest: .venv-lowest/.ready
@@ -54,7 +54,12 @@ test-newest: .venv-newest/.ready
 
 .venv-newest/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade $(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	$(PYTHON) -c 'import re, tomllib; \
+		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		extras = [w for e in "$(EXTRAS)".split(",") for w in project["optional-dependencies"][e]]; \
+		print("\n".join(re.sub(r",<[0-9.]+", "", w) for w in project["dependencies"] + extras))' > .venv-newest/newest.txt
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade $(PIP_INSTALL) -r .venv-newest/newest.txt
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 # Examples in docstrings, and code, mixtures, numbers and links in the documentation.
