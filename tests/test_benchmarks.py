@@ -81,5 +81,6 @@ def test_each_arm_gets_a_row_and_nexus_holds_one_copy():
 def test_adapters_and_ranks_hold_one_copy_or_a_shard_of_it():
     pytest.importorskip("peft")
     rows = rows_of("lora", "ddp", "fsdp2")
-    assert [float(row[7]) for row in rows if row[7]] == pytest.approx([4, 4, 4, 2], abs=0.01)  # bytes per parameter
+    # Bytes per parameter. The 5 KB of random states are 0.06 of them for 82,000 parameters of adapters.
+    assert [float(row[7]) for row in rows if row[7]] == pytest.approx([4.06, 4, 4, 2], abs=0.01)
     assert all("2 CPU processes" in row[2] for row in rows[2:])
