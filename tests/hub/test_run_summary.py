@@ -38,7 +38,7 @@ SECRETS = {
     **{
         "model_init_kwargs": {
             "token": "s3cret",
-            "quantization": [{"offload_folder": "/tmp/s3cret/a", "api_key": "s3cret"}],
+            "quantization": [{"offload_folder": "/data/s3cret/a", "api_key": "s3cret"}],
         }
     },
     **{
