@@ -96,23 +96,27 @@ def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[s
             "do not end in one of %s.",
             *(name, _listed(left_out), endings),
         )
-    options: dict[str, Any] = {}
-    if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
-        options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
-    if builder == "text":
-        options["sample_by"] = source.sample_by  # by default, each line is a row
-        options["encoding"] = "utf-8-sig"  # a byte order mark is no text
-    elif source.sample_by != "document":
-        raise ValueError(f"sample_by={source.sample_by!r} is for .txt files. Remove it.")
-    if builder == "json":
-        options["parse_agent_traces"] = False  # by default, a file with certain columns is one row
-    elif builder in ("csv", "tsv"):
-        builder, separator = "csv", "\t" if builder == "tsv" else ","
-        options |= {"sep": separator, **_csv_options(formats, separator)}
     # Lists that `datasets` does not take for patterns, with what changes when the files do: the cache depends on it.
     place = str if is_remote(path) else os.path.abspath
     lists = {key: DataFilesList([*map(place, files)], [found[f] for f in files]) for key, files in splits.items()}
-    return {"path": builder, "data_files": lists, **options}
+    options = _options(builder, formats, source)
+    if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
+        options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
+    return {"path": "csv" if builder == "tsv" else builder, "data_files": lists, **options}
+
+
+def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[str, Any]:
+    """What `datasets` needs to know to read files of a format as they are."""
+    if builder == "text":
+        return {"sample_by": source.sample_by, "encoding": "utf-8-sig"}  # a byte order mark is no text
+    if source.sample_by != "document":
+        raise ValueError(f"sample_by={source.sample_by!r} is for .txt files. Remove it.")
+    if builder == "json":
+        return {"parse_agent_traces": False}  # by default, a file with certain columns is one row
+    if builder in ("csv", "tsv"):
+        separator = "\t" if builder == "tsv" else ","
+        return {"sep": separator, **_csv_options(files, separator)}
+    return {}
 
 
 def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
