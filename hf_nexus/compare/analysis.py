@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from ..evaluation.statistics import (
@@ -25,6 +26,7 @@ MIN_PAIRS = 3
 Where = Literal["end", "matched"]
 # arm, metric, where -> seed -> finite value
 _Finite = dict[tuple[str, str, str], dict[int, float]]
+_Value = tuple[str, int, str, str, float]  # arm, seed, metric, where, value
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Analysis:
     seeds: list[int]
     metrics: list[str]  # in the order of the report
     # Arm, seed, metric, "end" or "matched with <arm>", and the value, finite or not.
-    values: list[tuple[str, int, str, str, float]]
+    values: list[_Value]
     rows: list[Row]  # all arms against the baseline, and the primary arm against each control
     controls: dict[str, str]  # arm -> "gamma 0" or "random direction"
     missing: dict[str, list[int]]  # arm -> seeds without a run
@@ -128,25 +130,14 @@ def compare_arms(
     names = list(dict.fromkeys([baseline, *arms, primary[0], *(record.arm for record in records)]))
     runs = {(record.arm, record.seed): record for record in records if record.curve}
     planned = sorted({*seeds, *(seed for _, seed in runs)})
-    values: list[tuple[str, int, str, str, float]] = []
+    values: list[_Value] = []
     for (arm, seed), run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
         values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
     kinds = {arm: _control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
     controls = {arm: kind for arm, kind in kinds.items() if kind is not None}
     versus = [(arm, baseline) for arm in names if arm != baseline] + [(primary[0], control) for control in controls]
-    pairs, unmatched = 0, []
-    for a, b, seed in ((a, b, seed) for a, b in versus for seed in planned):
-        one, other = runs.get((a, seed)), runs.get((b, seed))
-        if one is None or other is None or one.diverged or other.diverged:
-            continue
-        pairs += 1
-        target = max(one.end.train_loss, other.end.train_loss)
-        matched = {(a, b): _losses_at(one, target), (b, a): _losses_at(other, target)}
-        if not all(matched.values()):
-            unmatched.append((a, b, seed))
-            continue
-        for (arm, against), losses in matched.items():
-            values += [(arm, seed, metric, f"matched with {against}", loss) for metric, loss in losses.items()]
+    matched, pairs, unmatched = _matched(runs, versus, planned)
+    values += matched
     finite: _Finite = {}
     for arm, seed, metric, where, value in values:
         # Even finite values of a diverged run mean nothing, such as an exact match of 0.
@@ -171,6 +162,30 @@ def compare_arms(
         across_arms=across_arms,
         across_runs=across_runs,
     )
+
+
+def _matched(
+    runs: Mapping[tuple[str, int], RunRecord], versus: Sequence[tuple[str, str]], seeds: Sequence[int]
+) -> tuple[list[_Value], int, list[tuple[str, str, int]]]:
+    """
+    The losses of each pair of runs where both have the higher one of their final training losses, the number of pairs,
+    and those of which a run does not reach it.
+    """
+    values: list[_Value] = []
+    pairs, unmatched = 0, []
+    for (a, b), seed in product(versus, seeds):
+        one, other = runs.get((a, seed)), runs.get((b, seed))
+        if one is None or other is None or one.diverged or other.diverged:
+            continue
+        pairs += 1
+        target = max(one.end.train_loss, other.end.train_loss)
+        matched = {(a, b): _losses_at(one, target), (b, a): _losses_at(other, target)}
+        if not all(matched.values()):
+            unmatched.append((a, b, seed))
+            continue
+        for (arm, against), losses in matched.items():
+            values += [(arm, seed, metric, f"matched with {against}", loss) for metric, loss in losses.items()]
+    return values, pairs, unmatched
 
 
 def _control_kind(record: RunRecord) -> str | None:
