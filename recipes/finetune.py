@@ -193,44 +193,48 @@ def first_rows(rows: Any, count: int | None) -> Any:
     return rows if count is None else rows.take(count)
 
 
+def build_trainer(
+    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments
+) -> Trainer:
+    sources = data_args.sources()
+    endless = data_args.streaming and data_args.validation_file is None
+    if endless and training_args.do_eval and data_args.max_eval_samples is None:
+        raise ValueError("--streaming --do_eval would evaluate on the whole stream. Add --max_eval_samples.")
+    logging.basicConfig(level=training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    model, tokenizer = load_model(model_args)
+
+    def load(args: DataTrainingArguments) -> tuple[Any, Any]:
+        texts = load_texts(args, cache_dir=model_args.cache_dir, token=model_args.token)
+        rows = tokenize(texts, tokenizer, args)
+        return first_rows(rows["train"], args.max_train_samples), first_rows(rows["validation"], args.max_eval_samples)
+
+    with training_args.main_process_first(desc="tokenizing"):
+        if sources:
+            loaded = {name: load(args) for name, args in sources.items()}
+            train, validation = ({name: rows[i] for name, rows in loaded.items()} for i in (0, 1))
+        else:
+            train, validation = load(data_args)
+
+    accuracy = NextTokenAccuracy()
+    return Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train if training_args.do_train else None,
+        eval_dataset=validation if training_args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        compute_metrics=accuracy.compute_metrics,
+        preprocess_logits_for_metrics=accuracy.argmax,
+    )
+
+
 def main() -> None:
     with one_line_errors():  # a traceback could show the token
         parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(hide_token(sys.argv[1:]))
-        sources = data_args.sources()
-        endless = data_args.streaming and data_args.validation_file is None
-        if endless and training_args.do_eval and data_args.max_eval_samples is None:
-            raise ValueError("--streaming --do_eval would evaluate on the whole stream. Add --max_eval_samples.")
-        logging.basicConfig(level=training_args.get_process_log_level())
-        set_seed(training_args.seed)
-
-        model, tokenizer = load_model(model_args)
-
-        def load(args: DataTrainingArguments) -> tuple[Any, Any]:
-            texts = load_texts(args, cache_dir=model_args.cache_dir, token=model_args.token)
-            rows = tokenize(texts, tokenizer, args)
-            return first_rows(rows["train"], args.max_train_samples), first_rows(
-                rows["validation"], args.max_eval_samples
-            )
-
-        with training_args.main_process_first(desc="tokenizing"):
-            if sources:
-                loaded = {name: load(args) for name, args in sources.items()}
-                train, validation = ({name: rows[i] for name, rows in loaded.items()} for i in (0, 1))
-            else:
-                train, validation = load(data_args)
-
-        accuracy = NextTokenAccuracy()
-        trainer = Trainer(
-            model=model,
-            args=training_args,
-            train_dataset=train if training_args.do_train else None,
-            eval_dataset=validation if training_args.do_eval else None,
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-            compute_metrics=accuracy.compute_metrics,
-            preprocess_logits_for_metrics=accuracy.argmax,
-        )
+        trainer = build_trainer(model_args, data_args, training_args)
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
