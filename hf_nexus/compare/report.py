@@ -167,8 +167,8 @@ def _matching(analysis: Analysis, records: Sequence[RunRecord]) -> str:
     points = [len(record.curve) for record in records if record.curve]
     lost = "; ".join(f"{arm} and {versus}, seed {seed}" for arm, versus, seed in analysis.unmatched)
     return (
-        "Differences of two arms at one training loss. Each pair of runs of a seed is read at the higher of its own "
-        "two final training losses, where each run first reaches it, interpolated on a curve of "
+        "Differences of two arms at one training loss: for each seed, the higher one of their final training losses. "
+        "The losses are interpolated where each run first reaches it, on a curve of "
         f"{min(points)} or more points. The run that gets there before its end has not completed its learning-rate "
         "decay. Metrics without a curve are not listed. "
         f"{analysis.pairs - len(analysis.unmatched)} of {analysis.pairs} pairs reach it."

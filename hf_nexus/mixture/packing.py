@@ -98,7 +98,7 @@ class RowPacker:
         sequence_length (`int`):
             Tokens of a row, L.
         masked (`bool`, *optional*, defaults to `False`):
-            Whether some tokens are not trained on, so rows have labels of their own.
+            Whether some tokens are not trained on. Rows then store their labels.
         end (`int`, *optional*):
             As for [`pack_rows`].
     """

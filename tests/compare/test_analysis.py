@@ -72,7 +72,7 @@ def test_faster_training_alone_has_no_effect_when_matched():
 
 
 def test_a_bad_arm_does_not_move_the_match_of_the_others():
-    """Each pair and seed is matched at the higher of its own two final training losses."""
+    """Two runs of a seed are matched at the higher one of their final training losses."""
     records = make_records({"adamw": 0.0, "nexus-0.05": 0.03})
     alone = analyse(records).row(*PRIMARY, "matched")
     bad = [make_record("bad", seed, train=0.5) for seed in range(4)]
