@@ -180,13 +180,13 @@ class PathGroups:
             params (`Sequence[Tensor]`):
                 The trainable parameters.
             moved (`bool`):
-                Whether this path took any inner step. If not, its gradients are ignored.
+                Whether this path took any inner step. If not, its gradients are None.
 
         Returns:
             `int`: number of paths that moved. With 0, every gradient is None.
         """
         # Different gradients may be None on different paths, but all must send the same shapes.
-        held = torch.tensor([moved, *(moved and p.grad is not None for p in params)], dtype=torch.int32)
+        held = torch.tensor([moved, *(p.grad is not None for p in params)], dtype=torch.int32)
         counts = held.to(params[0].device)
         dist.all_reduce(counts, group=self._across)
         paths_moved, *counted = counts.tolist()
@@ -194,7 +194,7 @@ class PathGroups:
         for p, count in zip(params, counted, strict=True):
             if not count:
                 p.grad = None
-            elif p.grad is None or not moved:
+            elif p.grad is None:
                 p.grad = torch.zeros_like(p)
         for bucket in _buckets([p.grad for p in present]):  # type: ignore[misc]
             flat = torch.cat([g.reshape(-1) for g in bucket])

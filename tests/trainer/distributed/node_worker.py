@@ -10,6 +10,7 @@ from tests.support.tiny import Rows
 from tests.trainer.distributed.worker import WEIGHTS, Switch, Watch, make, poison, sources, weights
 
 NODE = {"inner_sync": "node", "node_size": 2}
+POISONED = {2, 5, 6, 7, 8}  # micro-batches of rank 1, counted from 1: its path takes no step in the second window
 
 
 class ByGroup(Watch):
@@ -76,7 +77,7 @@ def main(out: Path) -> dict[str, Any]:
     found["random"] = run(out / "random", sources(), inner_direction="random")
     found["ragged"] = run(out / "ragged", sources(), max_steps=-1, num_train_epochs=2)
     found["none"] = run(out / "none", Rows(64, 3), Switch(), weight_decay=0.1)
-    found["nan"] = run(out / "nan", sources(), poisoned={2, 5, 6, 7, 8})
+    found["nan"] = run(out / "nan", sources(True, 3), mixture_weights=WEIGHTS, poisoned=POISONED)
     save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
     whole = make(out / "whole", sources(), **NODE, **save)
     whole.train()

@@ -1,8 +1,11 @@
 """`inner_sync="node"` on four CPU processes, as two paths of two ranks."""
 
+from collections.abc import Collection
+
 import pytest
 import torch
 
+from tests.trainer.distributed.node_worker import POISONED
 from tests.trainer.distributed.test_ddp import distance
 from tests.trainer.distributed.worker import WEIGHTS, make, sources
 
@@ -12,28 +15,33 @@ def ranks(four_ranks: list[dict]) -> list[dict]:
     return [rank["node"] for rank in four_ranks]
 
 
-def two_paths(out) -> list[float]:
-    """Walk both paths one after the other in one process: half of each micro-batch for each."""
+def two_paths(out, poisoned: Collection[int] = ()) -> list[float]:
+    """
+    Walk both paths one after the other in one process: half of each micro-batch for each. The first path skips the
+    poisoned micro-batches.
+    """
     trainer = make(out, sources(True, 3), mixture_weights=WEIGHTS, per_device_train_batch_size=8)
     trainer.create_optimizer_and_scheduler(5)
     model, params = trainer.model, list(trainer.model.parameters())
     batches = iter(trainer.get_train_dataloader())
     gamma, k = trainer.args.inner_lr, trainer.args.gradient_accumulation_steps
-    for _ in range(5):
+    for step in range(5):
         window = [next(batches) for _ in range(k)]
-        start, mean = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
-        for rows in (slice(0, 4), slice(4, 8)):
-            for batch in window:
+        start, total, moved = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params], 0
+        for rows, skipped in ((slice(0, 4), poisoned), (slice(4, 8), ())):
+            taken = [batch for m, batch in enumerate(window) if step * k + m + 1 not in skipped]
+            moved += bool(taken)
+            for batch in taken:
                 loss = model(input_ids=batch["input_ids"][rows], labels=batch["labels"][rows]).loss
                 gradients = torch.autograd.grad(loss, params)
                 norm = torch.cat([g.flatten() for g in gradients]).norm()
                 for p, g in zip(params, gradients, strict=True):
                     p.data -= gamma * g / norm
-            for p, origin, m in zip(params, start, mean, strict=True):
-                m += (origin - p.data) / (gamma * k) / 2
+            for p, origin, t in zip(params, start, total, strict=True):
+                t += (origin - p.data) / (gamma * max(1, len(taken)))
                 p.data.copy_(origin)
-        for p, m in zip(params, mean, strict=True):
-            p.grad = m
+        for p, t in zip(params, total, strict=True):
+            p.grad = t / moved
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     return torch.cat([p.detach().flatten() for p in params]).tolist()
@@ -66,10 +74,10 @@ def test_a_parameter_that_no_path_meets_is_left_alone(ranks):
     assert ranks[0]["none"]["never_moved"] == 3.0  # not shrunk by weight decay
 
 
-def test_a_path_skips_the_steps_that_are_not_finite(ranks):
-    """The path of rank 1 skips 1 + 4 steps, the other none."""
+def test_a_path_skips_the_steps_that_are_not_finite(ranks, tmp_path):
+    """The path of rank 1 skips 1 + 4 steps, the other none. The average is over the paths that moved."""
     assert ranks[0]["nan"]["logs"]["inner_steps_skipped"] == 2.5
-    assert torch.tensor(ranks[0]["nan"]["weights"]).isfinite().all()
+    assert distance(ranks[0]["nan"]["weights"], two_paths(tmp_path, POISONED)) < 1e-5
 
 
 def test_resume_on_four_ranks_is_bit_exact(ranks):
