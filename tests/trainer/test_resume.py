@@ -46,6 +46,7 @@ from ..support.streams import (
     texts,
 )
 from ..support.tiny_tokenizer import MARKING, tiny_tokenizer
+from ..support.token_files import write_ds
 
 STAGES = [{"until": 0.5, "weights": {"a": 1, "b": 3, "c": 0}}, {"until": 1.0, "weights": {"a": 1, "b": 0, "c": 3}}]
 Whole = Callable[..., Recorder]
@@ -597,14 +598,15 @@ def test_skipped_rows_are_counted_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A store in memory with prompts, conversations, and tokens that are packed or not."""
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A store in memory with prompts, conversations, and tokens that are packed or not, and a token file on disk."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     chat = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
     rows = pairs(30).map(lambda row: {"messages": [chat[0] | {"content": row["text"]}, chat[1]]})
     rows.to_json("memory://bucket/rows.ndjson.gz", compression="gzip")
     table(20).to_parquet("memory://bucket/tokens/0.parquet")
     table(20, 100).to_parquet("memory://bucket/tokens/1.parquet")
+    write_ds(tmp_path / "documents.ds", table(30, 50)["input_ids"][:])
     yield "memory://bucket"
     fsspec.filesystem("memory").rm("memory://bucket", recursive=True)
 
@@ -615,6 +617,7 @@ def from_files(bucket: str, cache: Path, streaming: bool) -> Any:
         "chats": {"path": f"{bucket}/*.gz", "messages_column": "messages", "loss_on": "assistant"},
         "tokens": {"path": f"{bucket}/tokens", "tokens_column": "input_ids"},
         "packed": {"path": f"{bucket}/tokens/*.parquet", "tokens_column": "input_ids", "packed": True},
+        "indexed": {"path": f"{cache}/documents.ds", "tokens_column": "input_ids"},
     }
     sources = {name: {"weight": 1, "streaming": streaming, **keys} for name, keys in of_each.items()}
     config = {"sequence_length": LENGTH, "buffer_size": 8, "sources": sources}
@@ -624,11 +627,11 @@ def from_files(bucket: str, cache: Path, streaming: bool) -> Any:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_remote_files_of_all_kinds_resume_exactly(bucket: str, tmp_path: Path, streaming: bool) -> None:
+def test_files_of_all_kinds_resume_exactly(bucket: str, tmp_path: Path, streaming: bool) -> None:
     config = {"source_schedule": "stratified", "trainer_kwargs": {"processing_class": tiny_tokenizer()}}
     config["trainer_kwargs"]["processing_class"].chat_template = MARKING
     expected = run(tmp_path / "whole", from_files(bucket, tmp_path, streaming), **config)
-    assert {*expected.sources()} == {"pairs", "chats", "tokens", "packed"}
+    assert {*expected.sources()} == {"pairs", "chats", "tokens", "packed", "indexed"}
     for step in (2, 5):
         data = from_files(bucket, tmp_path, streaming)
         resumed = run(tmp_path / "resumed", data, checkpoint(expected, step), **config)
