@@ -152,7 +152,7 @@ def _fastest_threads() -> int:
 
 def _tokens_per_second(model: ModelArguments, length: int, rows: int) -> float:
     """Tokens of a micro-batch over the time of a whole step with it alone."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     assert model.vocab_size is not None
     network: torch.nn.Module = build_model(model_config(model, length))
     network.to(device)

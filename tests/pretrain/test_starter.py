@@ -88,6 +88,14 @@ def test_a_model_that_needs_too_much_memory_is_not_chosen(monkeypatch):
     assert starter._fit(2048, 10**12, 256, 4)[0].hidden_size == 256
 
 
+def test_torch_built_for_gpus_runs_on_a_cpu(monkeypatch):
+    def built_for(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
+    assert starter._tokens_per_second(starter.ModelArguments(vocab_size=64, num_hidden_layers=1), 8, 1) > 0
+
+
 def test_a_named_tokenizer_is_used(fast):
     starter_file = yaml.safe_load(starter.starter_yaml(FILES))
     assert starter_file["model"]["tokenizer"] == "train" and starter_file["model"]["vocab_size"] <= 1024
