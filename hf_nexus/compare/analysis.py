@@ -18,12 +18,14 @@ from ..evaluation.statistics import (
 )
 from .records import RunRecord, in_order
 
-__all__ = ["MIN_PAIRS", "Analysis", "Row", "Where", "compare_arms"]
+__all__ = ["MIN_PAIRS", "Analysis", "Role", "Row", "Test", "Where", "compare_arms"]
 
 # With fewer paired seeds nothing is tested, and the report draws no conclusion.
 MIN_PAIRS = 3
 
 Where = Literal["end", "matched"]
+Role = Literal["primary", "family", "exploratory"]
+Test = tuple[str, str, str, Where]  # arm, versus, metric, where
 # arm, metric, where -> seed -> finite value
 _Finite = dict[tuple[str, str, str], dict[int, float]]
 _Value = tuple[str, int, str, str, float]  # arm, seed, metric, where, value
@@ -40,8 +42,14 @@ class Row:
     mean: Estimate  # of `arm`, over all seeds with a finite value
     # `arm` minus `versus` over their common seeds, without `p` below `MIN_PAIRS`; `None` if `arm` is `versus`.
     difference: Estimate | None
-    # The p-value corrected for all comparisons except the primary one; `None` for the primary one.
-    p_holm: float | None = None
+    role: Role = "exploratory"
+    p_holm: float | None = None  # corrected for the declared family; `None` outside of it
+    interpolation: float = 0.0  # bound of the error of `difference` by interpolation between evaluations
+
+    @property
+    def p(self) -> float | None:
+        """The p-value that decides: Holm-corrected in the declared family, not corrected otherwise."""
+        return self.p_holm if self.role == "family" or self.difference is None else self.difference.p
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,9 @@ class Analysis:
 
     baseline: str
     primary: tuple[str, str]  # arm and metric of the primary comparison
+    where: Where  # of the primary comparison
+    family: list[Test]  # declared comparisons, whose p-values are corrected together
+    margin: float | None  # of the equivalence test of the primary metric
     arms: list[str]  # planned or found, the baseline first
     seeds: list[int]
     metrics: list[str]  # in the order of the report
@@ -68,20 +79,15 @@ class Analysis:
     across_arms: Correlation | None
     across_runs: Correlation | None
 
+    @property
+    def primary_row(self) -> Row | None:
+        """The primary comparison, if it has values."""
+        return self.row(*self.primary, self.where)
+
     def row(self, arm: str, metric: str, where: Where = "end", versus: str | None = None) -> Row | None:
         """One row if it exists; against the baseline by default."""
         key = (arm, versus or self.baseline, metric, where)
         return next((row for row in self.rows if (row.arm, row.versus, row.metric, row.where) == key), None)
-
-    def is_primary(self, row: Row) -> bool:
-        """Whether a row is the primary comparison."""
-        return (row.arm, row.metric, row.versus, row.where) == (*self.primary, self.baseline, "end")
-
-    def p_value(self, row: Row) -> float | None:
-        """The p-value that decides: Holm-corrected, except for the primary comparison."""
-        if row.difference is None:
-            return None
-        return row.difference.p if self.is_primary(row) else row.p_holm
 
 
 def compare_arms(
@@ -89,6 +95,9 @@ def compare_arms(
     *,
     baseline: str,
     primary: tuple[str, str],
+    where: Where = "end",
+    family: Sequence[Test] | None = None,
+    margin: float | None = None,
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> Analysis:
@@ -106,6 +115,13 @@ def compare_arms(
             The arm to compare with.
         primary (`tuple[str, str]`):
             Arm and metric of the primary comparison.
+        where (`str`, *optional*, defaults to `"end"`):
+            Where the primary comparison is made, `"end"` or `"matched"`.
+        family (`Sequence[tuple]`, *optional*):
+            Arm, versus, metric and where of the comparisons whose p-values are corrected together. By default, the
+            primary metric of the other arms against the baseline, and of the primary arm against each control.
+        margin (`float`, *optional*):
+            Largest difference of the primary metric that does not matter, for the equivalence test.
         arms (`Sequence[str]`, *optional*), seeds (`Sequence[int]`, *optional*):
             The planned runs; those without a record are reported as missing.
 
@@ -135,24 +151,36 @@ def compare_arms(
         values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
     kinds = {arm: _control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
     controls = {arm: kind for arm, kind in kinds.items() if kind is not None}
-    versus = [(arm, baseline) for arm in names if arm != baseline] + [(primary[0], control) for control in controls]
-    matched, pairs, unmatched = _matched(runs, versus, planned)
-    values += matched
+    if family is None:
+        others = [(arm, baseline) for arm in names if arm not in (baseline, primary[0])]
+        others += [(primary[0], control) for control in controls]
+        family = [(arm, versus, primary[1], where) for arm, versus in others]
+    tested = dict.fromkeys((arm, baseline) for arm in names if arm != baseline)
+    tested |= dict.fromkeys((primary[0], control) for control in controls)
+    tested |= dict.fromkeys((arm, versus) for arm, versus, _, _ in family)
+    matched, pairs, unmatched = _matched(runs, list(tested), planned)
+    values += [value for value, _ in matched]
+    bounds: _Finite = {}
+    for (arm, seed, metric, at, _), bound in matched:
+        bounds.setdefault((arm, metric, at), {})[seed] = bound
     finite: _Finite = {}
-    for arm, seed, metric, where, value in values:
+    for arm, seed, metric, at, value in values:
         # Even finite values of a diverged run mean nothing, such as an exact match of 0.
         if math.isfinite(value) and not runs[arm, seed].diverged:
-            finite.setdefault((arm, metric, where), {})[seed] = value
+            finite.setdefault((arm, metric, at), {})[seed] = value
     searches = [done for run in runs.values() if run.minima for done in run.minima.converged.values()]
     across_arms, across_runs = _correlations(finite, names, baseline)
     return Analysis(
         baseline=baseline,
         primary=primary,
+        where=where,
+        family=list(family),
+        margin=margin,
         arms=names,
         seeds=planned,
         metrics=in_order(metric for _, _, metric, _, _ in values),
         values=values,
-        rows=_rows(finite, names, baseline, primary, controls),
+        rows=_rows(finite, bounds, names, (primary[0], baseline, primary[1], where), family, controls),
         controls=controls,
         missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
         non_finite=[(*key, metrics) for key, run in sorted(runs.items()) if (metrics := _non_finite(run))],
@@ -166,12 +194,12 @@ def compare_arms(
 
 def _matched(
     runs: Mapping[tuple[str, int], RunRecord], versus: Sequence[tuple[str, str]], seeds: Sequence[int]
-) -> tuple[list[_Value], int, list[tuple[str, str, int]]]:
+) -> tuple[list[tuple[_Value, float]], int, list[tuple[str, str, int]]]:
     """
-    The losses of each pair of runs where both have the higher one of their final training losses, the number of pairs,
-    and those of which a run does not reach it.
+    The losses of each pair of runs where both have the higher one of their final training losses, each with the bound
+    of its interpolation error, the number of pairs, and those of which a run does not reach it.
     """
-    values: list[_Value] = []
+    values: list[tuple[_Value, float]] = []
     pairs, unmatched = 0, []
     for (a, b), seed in product(versus, seeds):
         one, other = runs.get((a, seed)), runs.get((b, seed))
@@ -184,7 +212,8 @@ def _matched(
             unmatched.append((a, b, seed))
             continue
         for (arm, against), losses in matched.items():
-            values += [(arm, seed, metric, f"matched with {against}", loss) for metric, loss in losses.items()]
+            at = f"matched with {against}"
+            values += [((arm, seed, metric, at, loss), bound) for metric, (loss, bound) in losses.items()]
     return values, pairs, unmatched
 
 
@@ -205,8 +234,11 @@ def _non_finite(record: RunRecord) -> list[str]:
     return found
 
 
-def _losses_at(record: RunRecord, train_loss: float) -> dict[str, float]:
-    """Held-out losses where the training loss first reaches `train_loss`; empty if it never does."""
+def _losses_at(record: RunRecord, train_loss: float) -> dict[str, tuple[float, float]]:
+    """
+    Held-out losses where the training loss first reaches `train_loss`, each with the bound of its interpolation error;
+    empty if it never does.
+    """
     train = [point.train_loss for point in record.curve]
     curves = [point.metrics() for point in record.curve]
     ends = [metric for metric, loss in curves[-1].items() if metric != "train_loss" and math.isfinite(loss)]
@@ -215,28 +247,35 @@ def _losses_at(record: RunRecord, train_loss: float) -> dict[str, float]:
 
 
 def _rows(
-    finite: _Finite, arms: Sequence[str], baseline: str, primary: tuple[str, str], controls: Mapping[str, str]
+    finite: _Finite,
+    bounds: _Finite,
+    arms: Sequence[str],
+    primary: Test,
+    family: Sequence[Test],
+    controls: Mapping[str, str],
 ) -> list[Row]:
     metrics = in_order(metric for _, metric, _ in finite)
     wheres: tuple[Where, ...] = ("end", "matched")
-    wanted = [(arm, baseline, metric, where) for where in wheres for metric in metrics for arm in arms]
-    wanted += [(primary[0], control, primary[1], where) for where in wheres for control in controls]
+    wanted = [(arm, primary[1], metric, where) for where in wheres for metric in metrics for arm in arms]
+    wanted += [(primary[0], control, primary[2], where) for where in wheres for control in controls]
     rows: list[Row] = []
-    p_values: dict[int, float | None] = {}
-    for arm, versus, metric, where in wanted:
+    for arm, versus, metric, where in dict.fromkeys([*wanted, *family]):
         at = ("end", "end") if where == "end" else (f"matched with {versus}", f"matched with {arm}")
-        own, other = (finite.get((a, metric, kind), {}) for a, kind in zip((arm, versus), at, strict=True))
+        sides = [(a, metric, kind) for a, kind in zip((arm, versus), at, strict=True)]
+        own, other = (finite.get(side, {}) for side in sides)
         if not own:
             continue
-        difference = None
+        difference, bound = None, 0.0
         if arm != versus and (shared := sorted(own.keys() & other.keys())):
             difference = paired_difference([own[seed] for seed in shared], [other[seed] for seed in shared])
             if difference.n < MIN_PAIRS:
                 difference = replace(difference, p=None)
-            if (arm, versus, metric, where) != (primary[0], baseline, primary[1], "end"):
-                p_values[len(rows)] = difference.p
-        rows.append(Row(arm, versus, metric, where, mean(list(own.values())), difference))
-    corrected = holm(p_values)
+            bound = math.fsum(bounds.get(side, {}).get(seed, 0.0) for side in sides for seed in shared) / len(shared)
+        test = (arm, versus, metric, where)
+        role: Role = "primary" if test == primary else "family" if test in family else "exploratory"
+        rows.append(Row(arm, versus, metric, where, mean(list(own.values())), difference, role, interpolation=bound))
+    declared = {i: row.difference.p for i, row in enumerate(rows) if row.role == "family" and row.difference}
+    corrected = holm(declared)
     return [replace(row, p_holm=corrected.get(i)) for i, row in enumerate(rows)]
 
 

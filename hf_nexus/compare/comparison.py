@@ -23,7 +23,6 @@ from ..mixture.loading import load_mixture
 from ..pretrain.fields import PretrainArguments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import load_tokenizer
-from .analysis import compare_arms
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
@@ -134,10 +133,13 @@ class Comparison:
     def _check_primary(self) -> None:
         """Keep the primary comparison in the folder, and refuse another one there."""
         path = self.folder / _PRIMARY_NAME
-        declared = {"baseline": self.config.baseline, **asdict(self.config.primary)}
+        config = self.config
+        declared: dict[str, Any] = {"baseline": config.baseline, **asdict(config.primary)}
+        declared |= {"family": config.tests(), "equivalence_margin": config.equivalence_margin}
+        declared = json.loads(json.dumps(declared))  # tuples become lists
         if not path.exists():
             path.write_text(json.dumps(declared) + "\n", encoding="utf-8")
-        elif (before := json.loads(path.read_text(encoding="utf-8"))) != declared:
+        elif declared | (before := json.loads(path.read_text(encoding="utf-8"))) != declared:
             raise ValueError(
                 f"primary: {self.folder} was started with {before}. A primary comparison that is chosen after seeing "
                 "results proves nothing. Restore it, or choose another output_dir."
@@ -239,15 +241,9 @@ class Comparison:
 
     def _report(self, seconds: float) -> Path:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
-        arms, primary = list(self.config.arms), self.config.primary
+        arms = list(self.config.arms)
         records = [record for run in self.runs() if (record := run.record()) is not None]
-        analysis = compare_arms(
-            records,
-            baseline=self.config.baseline,
-            primary=(primary.arm, primary.metric),
-            arms=arms,
-            seeds=self.config.seeds,
-        )
+        analysis = self.config.analyse(records)
         path = write_report(
             analysis,
             records,

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterable
 
-from ..evaluation.statistics import Correlation
-from .analysis import MIN_PAIRS, Analysis, Row
+from ..evaluation.statistics import ALPHA, POWER, Correlation, detectable, equivalence_p
+from .analysis import MIN_PAIRS, Analysis, Row, Where
 from .records import metric_label
 
 __all__ = ["conclusions", "limitations", "p_text", "rounded"]
 
-_LEVEL = 0.05
-# Significant comparisons that are listed; the tables have all.
+# Exploratory comparisons with a low p-value that are listed; the tables have all.
 _LISTED = 12
+# Interpolation may move a difference at matched training loss by this fraction of half its interval. Beyond, the
+# evaluations are too sparse.
+_INTERPOLATION = 0.2
 
 
 def conclusions(analysis: Analysis) -> list[str]:
@@ -30,6 +32,9 @@ def conclusions(analysis: Analysis) -> list[str]:
         *_controls(analysis),
         *_others(analysis),
         _correlation(analysis),
+        f'Differences "that could not have been seen" are those that a paired t-test with as many seeds and this '
+        f"spread finds in less than {POWER:.0%} of all studies (two-sided, alpha {ALPHA}, in the declared family "
+        "divided by its size).",
         "Training loss is measured at restored weights on a fixed sample of training rows, the same for all arms. The "
         "`loss` that training logs is a path loss at displaced weights, and is not compared.",
     ]
@@ -50,6 +55,14 @@ def limitations(analysis: Analysis) -> list[str]:
             f"{unconverged} of {searches} minima searches did not converge within `max_steps`. Their minima distances "
             "depend on `max_steps`."
         )
+    for row in analysis.rows:
+        half = row.difference.half or 0.0 if row.difference is not None else math.inf
+        if row.metric == analysis.primary[1] and row.interpolation > _INTERPOLATION * half:
+            lines.append(
+                f"{row.arm} against {row.versus}: the evaluations are too sparse around the matched training loss. "
+                f"Interpolation may move the difference of the {metric_label(row.metric)} by up to "
+                f"{rounded(row.interpolation, row.interpolation)}. Lower `eval_steps`."
+            )
     return lines
 
 
@@ -74,24 +87,19 @@ def p_text(p: float) -> str:
 
 def _primary(analysis: Analysis) -> str:
     arm, metric = analysis.primary
-    row = analysis.row(arm, metric)
+    row = analysis.primary_row
     nothing = "**No conclusion** on the primary comparison:"
     if row is None or row.difference is None:
-        return f"{nothing} no seed has the {metric_label(metric)} of both {arm} and {analysis.baseline}."
+        return f"{nothing} no seed has the {_label(metric, analysis.where)} of both {arm} and {analysis.baseline}."
     found, measured = row.difference, _sentence(row)
     if found.n < MIN_PAIRS:
         return f"{nothing} {_count(found.n, 'paired seed')}, and a test needs {MIN_PAIRS} or more. {measured}"
-    if found.p is None or found.half is None:
+    if found.p is None:
         return (
             f"{nothing} the difference is the same at all {found.n} seeds, which leaves no spread to test. Check that "
             f"the seed changes these runs. {measured}"
         )
-    if found.p < _LEVEL:
-        favour = f", {'in favour of' if found.mean < 0 else 'against'} {arm}" if _is_loss(metric) else ""
-        verdict = f"This **supports a difference**{favour}."
-    else:
-        verdict = f"**Inconclusive**: differences below {rounded(found.half, found.half)} could not have been seen."
-    return f"Primary comparison. {measured} {verdict}{_left_out(analysis)}"
+    return f"Primary comparison. {measured} {_verdict(row, analysis)}{_left_out(analysis)}"
 
 
 def _left_out(analysis: Analysis) -> str:
@@ -106,38 +114,36 @@ def _left_out(analysis: Analysis) -> str:
 
 
 def _primary_elsewhere(analysis: Analysis) -> Iterable[str]:
-    """The primary arm's training loss, and its primary metric at matched training loss."""
+    """The primary arm's training loss, and its primary metric at matched training loss or at the end."""
     arm, metric = analysis.primary
     train = analysis.row(arm, "train_loss") if metric != "train_loss" else None
-    for row in (train, analysis.row(arm, metric, "matched")):
+    for row in (train, analysis.row(arm, metric, "end" if analysis.where == "matched" else "matched")):
         if row is not None and row.difference is not None:
             yield f"{_sentence(row)} {_verdict(row, analysis)}"
 
 
 def _controls(analysis: Analysis) -> Iterable[str]:
-    arm, metric = analysis.primary
-    row = analysis.row(arm, metric)
+    (arm, metric), where, row = analysis.primary, analysis.where, analysis.primary_row
     if row is None or row.difference is None:
         return
     for control, kind in analysis.controls.items():
         text = [f"Control {control} ({kind})."]
-        direct = analysis.row(arm, metric, versus=control)
-        for compared in (analysis.row(control, metric), direct):
+        direct = analysis.row(arm, metric, where, versus=control)
+        for compared in (analysis.row(control, metric, where), direct):
             if compared is not None and compared.difference is not None:
                 text.append(f"{_sentence(compared)} {_verdict(compared, analysis)}")
-        if row.difference.p is None or row.difference.p >= _LEVEL:
-            text.append("The primary comparison is inconclusive, so there is no effect to explain yet.")
+        if row.p is None or row.p >= ALPHA:
+            text.append("The primary comparison shows no difference that this control could explain.")
         elif direct is not None and direct.difference is not None:
-            text.append(_explanation(kind, direct, row.difference.mean, analysis))
+            text.append(_explanation(kind, direct, row.difference.mean))
         yield " ".join(text)
     if lacking := [kind for kind in ("gamma 0", "random direction") if kind not in analysis.controls.values()]:
         yield f"No control by {' or '.join(lacking)} was run. Whether it would have the same effect is not known."
 
 
-def _explanation(kind: str, direct: Row, effect: float, analysis: Analysis) -> str:
-    p = analysis.p_value(direct)
+def _explanation(kind: str, direct: Row, effect: float) -> str:
     assert direct.difference is not None
-    if p is None or p >= _LEVEL:
+    if direct.p is None or direct.p >= ALPHA:
         return f"Whether {kind} explains the effect is open: the two arms do not differ significantly."
     if direct.difference.mean * effect > 0:
         return f"So {kind} alone does not explain the effect."
@@ -145,18 +151,22 @@ def _explanation(kind: str, direct: Row, effect: float, analysis: Analysis) -> s
 
 
 def _others(analysis: Analysis) -> Iterable[str]:
-    compared = [row for row in analysis.rows if row.difference is not None and not analysis.is_primary(row)]
-    tested = [(row, p) for row in compared if (p := analysis.p_value(row)) is not None]
-    found = [row for row, p in sorted(tested, key=lambda pair: pair[1]) if p < _LEVEL]
+    """The size of the declared family, and the exploratory comparisons with a low p-value."""
+    compared = [row for row in analysis.rows if row.difference is not None]
+    if declared := sum(row.role == "family" and row.p is not None for row in compared):
+        yield f"Declared family: {_count(declared, 'comparison')}, with p-values corrected together by Holm's method."
+    exploratory = [row for row in compared if row.role == "exploratory"]
+    tested = [(row, row.p) for row in exploratory if row.p is not None]
+    found = [row for row, p in sorted(tested, key=lambda pair: pair[1]) if p < ALPHA]
     if tested:
-        text = f"{_count(len(tested), 'other comparison')} tested, with p-values corrected together by Holm's method. "
-        text += f"{len(found)} {'is' if len(found) == 1 else 'are'} significant:" if found else "None is significant."
+        text = f"{_count(len(tested), 'exploratory comparison')}, whose p-values are not corrected: "
+        text += f"{len(found)} below {ALPHA}, and chance alone would give about {ALPHA * len(tested):.1f}."
         items = [f"- {_sentence(row)}" for row in found[:_LISTED]]
         if len(found) > _LISTED:
             items.append(f"- and {len(found) - _LISTED} more, in the tables")
         yield "\n".join([text, *([""] if items else []), *items])
     few = sum(row.difference is not None and row.difference.n < MIN_PAIRS for row in compared)
-    same = len(compared) - len(tested) - few
+    same = sum(row.difference is not None and row.difference.p is None for row in compared) - few
     if few:
         yield f"{_count(few, 'comparison')} not tested: fewer than {MIN_PAIRS} paired seeds."
     if same:
@@ -189,27 +199,49 @@ def _sentence(row: Row) -> str:
     """One comparison with its interval, p-values and pairs."""
     found = row.difference
     assert found is not None
-    label = metric_label(row.metric) + " at matched training loss" * (row.where == "matched")
+    label = _label(row.metric, row.where)
     change = f"is {rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'} than"
     details = []
     if found.low is not None and found.high is not None:
         low, high = (rounded(end, found.half, "+") for end in (found.low, found.high))
-        details.append(f"95 % interval{', not corrected,' * (row.p_holm is not None)} {low} to {high}")
-    if found.p is not None:
-        details.append(p_text(found.p))
-    if row.p_holm is not None:
-        details.append(f"Holm-corrected {p_text(row.p_holm)}")
+        details.append(f"95 % interval{', not corrected,' * (row.role == 'family')} {low} to {high}")
+    if row.p is not None:
+        kind = {"primary": "", "family": "Holm-corrected ", "exploratory": "exploratory, not corrected, "}[row.role]
+        details.append(kind + p_text(row.p))
     details.append(_count(found.n, "paired seed"))
     label = label[:1].upper() + label[1:]
     return f"{label}: {row.arm} {change if found.mean else 'equals'} {row.versus} ({', '.join(details)})."
 
 
 def _verdict(row: Row, analysis: Analysis) -> str:
-    p, found = analysis.p_value(row), row.difference
+    found, p = row.difference, row.p
     assert found is not None
     if p is None:
         return "Not tested: too few seeds." if found.n < MIN_PAIRS else "Not tested: the same at every seed."
-    return "Significant." if p < _LEVEL else "Not significant."
+    margin = analysis.margin if row.metric == analysis.primary[1] else None
+    same = None if margin is None else equivalence_p(found, margin)
+    if same is not None and same < ALPHA:
+        other = " The difference is small, and not 0." * (p < ALPHA and row.role != "exploratory")
+        return f"**Equivalent**: they differ by less than {margin:g} (two one-sided t-tests, {p_text(same)}).{other}"
+    if p >= ALPHA:
+        unseen = _unseen(row, analysis)
+        return f"**Inconclusive**: differences below {rounded(unseen, unseen)} could not have been seen."
+    if row.role == "exploratory":
+        return "This is only a hint."
+    favour = f", {'in favour of' if found.mean < 0 else 'against'} {row.arm}" if _is_loss(row.metric) else ""
+    return f"This **supports a difference**{favour}."
+
+
+def _unseen(row: Row, analysis: Analysis) -> float:
+    """The smallest difference that such a test finds with sufficient power."""
+    found = row.difference
+    assert found is not None and found.deviation is not None
+    tests = len(analysis.family) if row.role == "family" else 1
+    return detectable(found.deviation, found.n, ALPHA / tests)
+
+
+def _label(metric: str, where: Where) -> str:
+    return metric_label(metric) + " at matched training loss" * (where == "matched")
 
 
 def _is_loss(metric: str) -> bool:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -13,9 +13,10 @@ from ..pretrain.fields import SECTIONS, PretrainConfig
 from ..pretrain.parsing import check_section, load_config
 from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, load_yaml, read
-from .records import METRICS
+from .analysis import Analysis, Test, Where, compare_arms
+from .records import METRICS, RunRecord
 
-__all__ = ["RESERVED", "ComparisonConfig", "MinimaSearch", "Primary", "QuestionSet", "Tuning"]
+__all__ = ["RESERVED", "ComparisonConfig", "DeclaredTest", "MinimaSearch", "Primary", "QuestionSet", "Tuning"]
 
 Seed = Annotated[int, Bound(least=0)]
 
@@ -44,10 +45,14 @@ class Primary:
         metric (`str`, *optional*, defaults to `"ood_loss"`):
             A metric at the end of training: `train_loss`, `validation_loss`, `ood_loss`, `validation/<source>`,
             `ood/<source>`, `downstream/<question set>/<score>`, `gradient_cosine` or `minima_distance`.
+        where (`str`, *optional*, defaults to `"end"`):
+            Where the arms are compared: at the `"end"` of training, or at `"matched"` training loss (held-out losses
+            only).
     """
 
     arm: Text
     metric: Text = "ood_loss"
+    where: Where = "end"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -55,6 +60,23 @@ class Primary:
         if kind + slash not in METRICS or bool(slash) != bool(name):
             allowed = [kind + "<name>" * kind.endswith("/") for kind in METRICS]
             raise ValueError(f"metric: {self.metric!r} is not known; use one of {', '.join(allowed)}.")
+        if self.where == "matched" and kind not in ("validation_loss", "ood_loss", "validation", "ood"):
+            raise ValueError(f"where: {self.metric!r} has no value at matched training loss. Use 'end'.")
+
+
+@documented
+@dataclass(frozen=True)
+class DeclaredTest(Primary):
+    """
+    A further comparison that is declared before any run, with the fields of `primary`. The p-values of all of them are
+    corrected together.
+
+    Args:
+        versus (`str`, *optional*):
+            The arm that it is compared with; the baseline if unset.
+    """
+
+    versus: Text | None = None
 
 
 @documented
@@ -170,6 +192,12 @@ class ComparisonConfig:
             Seeds of the runs of each arm. A seed sets the initial weights and the order of the data.
         output_dir (`str`):
             Folder of all results. Finished runs in it are skipped.
+        family (`list[DeclaredTest]`, *optional*):
+            Further comparisons whose p-values are corrected together; all others are exploratory. If unset, the
+            primary metric of the other arms against the baseline, and of the primary arm against each control.
+        equivalence_margin (`float`, *optional*):
+            Largest difference of the primary metric that does not matter. The report calls two arms equivalent only
+            if a test shows that they differ by less.
         model (`dict`, *optional*), data (`dict`, *optional*), training (`dict`, *optional*):
             Fields of the base to change for all runs.
         tuning (`Tuning`, *optional*):
@@ -199,6 +227,8 @@ class ComparisonConfig:
     primary: Primary
     seeds: list[Seed]
     output_dir: Text
+    family: list[DeclaredTest] | None = None
+    equivalence_margin: Positive | None = None
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -243,6 +273,31 @@ class ComparisonConfig:
                 raise ValueError(f"{key}: {arm!r} is not among the arms {', '.join(self.arms)}.")
         if self.primary.arm == self.baseline:
             raise ValueError(f"primary.arm: {self.baseline!r} is the baseline. Choose another arm.")
+        primary = (self.primary.arm, self.baseline, self.primary.metric, self.primary.where)
+        for i, test in enumerate(tests := self.tests() or []):
+            if unknown := {*test[:2]} - {*self.arms}:
+                raise ValueError(f"family: {', '.join(unknown)} is not among the arms {', '.join(self.arms)}.")
+            if test[0] == test[1] or test == primary or test in tests[:i]:
+                raise ValueError(f"family: {test} is the primary comparison, a repetition, or of one arm. Remove it.")
+
+    def tests(self) -> list[Test] | None:
+        """The declared family, as `compare_arms` takes it."""
+        if self.family is None:
+            return None
+        return [(test.arm, test.versus or self.baseline, test.metric, test.where) for test in self.family]
+
+    def analyse(self, records: Sequence[RunRecord]) -> Analysis:
+        """The statistics of the runs, with the declared tests."""
+        return compare_arms(
+            records,
+            baseline=self.baseline,
+            primary=(self.primary.arm, self.primary.metric),
+            where=self.primary.where,
+            family=self.tests(),
+            margin=self.equivalence_margin,
+            arms=list(self.arms),
+            seeds=self.seeds,
+        )
 
     def _own_grid(self, arm: str) -> dict[str, list[Any]] | None:
         return (self.arms[arm] or {}).get("tuning")

@@ -144,8 +144,8 @@ def _metrics(analysis: Analysis, records: Sequence[RunRecord]) -> list[str]:
         "## End of training",
         "Mean over seeds ± half of the 95 % interval; losses in nats per token, lower is better. Then the difference "
         f"to {analysis.baseline}, paired by seed, with its 95 % interval. The primary comparison is bold, and its "
-        "p-value is not corrected. A Holm p is corrected for all other comparisons together; the interval next to it "
-        "is not.",
+        "p-value is not corrected. A Holm p is corrected for the declared family; the interval next to it is not. "
+        "Comparisons without a p-value here are exploratory.",
         *_differences(analysis, end, "end"),
         "## Matched training loss",
         _matching(analysis, records),
@@ -165,12 +165,13 @@ def _main_metrics(analysis: Analysis) -> list[str]:
 
 def _matching(analysis: Analysis, records: Sequence[RunRecord]) -> str:
     points = [len(record.curve) for record in records if record.curve]
+    bound = max((row.interpolation for row in analysis.rows if row.metric in _main_metrics(analysis)), default=0.0)
     lost = "; ".join(f"{arm} and {versus}, seed {seed}" for arm, versus, seed in analysis.unmatched)
     return (
         "Differences of two arms at one training loss: for each seed, the higher one of their final training losses. "
         "The losses are interpolated where each run first reaches it, on a curve of "
-        f"{min(points)} or more points. The run that gets there before its end has not completed its learning-rate "
-        "decay. Metrics without a curve are not listed. "
+        f"{min(points)} or more points. This moves no difference by more than {rounded(bound, bound)}. The run that "
+        "gets there before its end has not completed its learning-rate decay. Metrics without a curve are not listed. "
         f"{analysis.pairs - len(analysis.unmatched)} of {analysis.pairs} pairs reach it."
     ) + f" Not: {lost}." * bool(lost)
 
@@ -194,11 +195,11 @@ def _all_comparisons(analysis: Analysis, rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [metric_label(row.metric), row.arm, _estimate(row.mean), str(row.mean.n)]
         if (found := row.difference) is not None:
-            corrected = "primary" if analysis.is_primary(row) else _p_cell(row.p_holm)
-            cells += [row.versus, _interval(found), str(found.n), _p_cell(found.p), corrected]
+            role = f"Holm p {_p_cell(row.p_holm)}" if row.p_holm is not None else row.role
+            cells += [row.versus, _interval(found), str(found.n), _p_cell(found.p), role]
         lines.append(cells + [""] * (9 - len(cells)))
-    header = ["metric", "arm", "mean", "runs", "against", "difference (95 % interval)", "pairs", "p", "p (Holm)"]
-    return _markdown(header, lines)
+    header = ["metric", "arm", "mean", "runs", "against", "difference (95 % interval)", "pairs"]
+    return _markdown([*header, "p, not corrected", "role"], lines)
 
 
 def _tuning(trials: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -246,11 +247,11 @@ def _estimate(found: Estimate) -> str:
 def _difference(row: Row | None, analysis: Analysis, *, interval: bool = True) -> str:
     if row is None or row.difference is None:
         return "-" if interval else ""
-    found, p = row.difference, analysis.p_value(row)
+    found, p = row.difference, row.p
     text = _interval(found) if interval else rounded(found.mean, found.half, "+")
-    primary = analysis.is_primary(row)
-    text += "" if p is None else f", {'p' if primary else 'Holm p'} {_p_cell(p)}"
-    return f"**{text}**" if primary else text
+    if p is not None and row.role != "exploratory":
+        text += f", {'p' if row.role == 'primary' else 'Holm p'} {_p_cell(p)}"
+    return f"**{text}**" if row.role == "primary" else text
 
 
 def _interval(found: Estimate) -> str:

@@ -1,12 +1,32 @@
-"""Statistics of few seeds: t-intervals, paired differences, Holm's correction, correlations, matched losses."""
+"""Statistics of few seeds: t-intervals, paired differences, power, equivalence, Holm's correction, matched losses."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from typing import TypeVar
 
-__all__ = ["Correlation", "Estimate", "correlate", "holm", "mean", "paired_difference", "require_scipy", "value_at"]
+__all__ = [
+    "ALPHA",
+    "POWER",
+    "Correlation",
+    "Estimate",
+    "correlate",
+    "detectable",
+    "equivalence_p",
+    "highest_deviation",
+    "holm",
+    "mean",
+    "paired_difference",
+    "pairs_needed",
+    "power",
+    "require_scipy",
+    "value_at",
+]
+
+# Of a two-sided test: the false-positive rate, and the rate at which a difference is found that counts as detectable.
+ALPHA, POWER = 0.05, 0.8
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -34,6 +54,15 @@ class Estimate:
     def high(self) -> float | None:
         """Upper end of the interval."""
         return None if self.half is None else self.mean + self.half
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the values."""
+        if self.half is None:
+            return None
+        from scipy.stats import t
+
+        return self.half * math.sqrt(self.n) / float(t.ppf(0.975, self.n - 1))
 
 
 @dataclass(frozen=True)
@@ -97,6 +126,88 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     return Estimate(math.fsum(differences) / len(differences), half, len(differences), p)
 
 
+def power(difference: float, deviation: float, pairs: int, alpha: float = ALPHA) -> float:
+    """
+    Probability that a two-sided paired t-test finds a true difference, from the noncentral t-distribution.
+
+    Args:
+        difference (`float`): True mean difference.
+        deviation (`float`): Standard deviation of the paired differences.
+        pairs (`int`): Number of pairs, at least 2.
+        alpha (`float`, *optional*, defaults to 0.05): Highest p-value that counts as a find.
+
+    Example:
+        >>> from hf_nexus.evaluation.statistics import power
+        >>> round(power(0.5, 1.0, 34), 3), round(power(0.0, 1.0, 34), 3)
+        (0.808, 0.05)
+    """
+    require_scipy()
+    from scipy.stats import nct, t
+
+    border, shift = t.ppf(1 - alpha / 2, pairs - 1), abs(difference) / deviation * math.sqrt(pairs)
+    other_side = float(nct.cdf(-border, pairs - 1, shift))  # scipy gives NaN below about 1e-16
+    return float(nct.sf(border, pairs - 1, shift)) + (0.0 if math.isnan(other_side) else other_side)
+
+
+def pairs_needed(difference: float, deviation: float, alpha: float = ALPHA) -> int:
+    """
+    Smallest number of pairs, at least 3, with a power of 80 %.
+
+    Example:
+        >>> from hf_nexus.evaluation.statistics import pairs_needed
+        >>> pairs_needed(0.5, 1.0)
+        34
+    """
+    high = 4
+    while power(difference, deviation, high, alpha) < POWER:
+        high *= 2
+    return bisect_left(range(high), POWER, lo=3, key=lambda pairs: power(difference, deviation, pairs, alpha))
+
+
+def detectable(deviation: float, pairs: int, alpha: float = ALPHA) -> float:
+    """
+    Smallest true difference that is found with a power of 80 %.
+
+    Example:
+        >>> from hf_nexus.evaluation.statistics import detectable
+        >>> round(detectable(1.0, 34), 3)
+        0.496
+    """
+    require_scipy()
+    from scipy.optimize import brentq
+    from scipy.stats import t
+
+    most = (2 * float(t.ppf(1 - alpha / 2, pairs - 1)) + 5) / math.sqrt(pairs)  # enough for any number of pairs
+    return deviation * float(brentq(lambda size: power(size, 1.0, pairs, alpha) - POWER, 0.0, most))
+
+
+def highest_deviation(deviation: float, pairs: int) -> float:
+    """Upper end of the one-sided 80 % interval of a standard deviation that was measured on so many pairs."""
+    require_scipy()
+    from scipy.stats import chi2
+
+    return deviation * math.sqrt((pairs - 1) / float(chi2.ppf(1 - POWER, pairs - 1)))
+
+
+def equivalence_p(difference: Estimate, margin: float) -> float | None:
+    """
+    p-value of the two one-sided t-tests (TOST) that the true difference lies within `-margin` to `margin`. `None` for
+    an estimate without an interval.
+
+    Example:
+        >>> from hf_nexus.evaluation.statistics import equivalence_p, paired_difference
+        >>> found = paired_difference([2.0, 2.1, 2.3, 2.2], [2.01, 2.1, 2.29, 2.2])
+        >>> round(equivalence_p(found, 0.05), 4), round(equivalence_p(found, 0.01), 2)
+        (0.0008, 0.05)
+    """
+    if difference.deviation is None:
+        return None
+    from scipy.stats import t
+
+    error = difference.deviation / math.sqrt(difference.n)
+    return float(t.sf((margin - abs(difference.mean)) / error, difference.n - 1))
+
+
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
     """
     Holm's correction for multiple comparisons. With the threshold 0.05 after it, the probability of one or more false
@@ -127,9 +238,13 @@ def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
     return corrected
 
 
-def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
+def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> tuple[float, float] | None:
     """
     Value of a metric where the training loss first reaches `x`: the metric at matched training loss.
+
+    The error bound is that of linear interpolation, with the curvature through the next point on either side, the
+    larger one. It holds if the curvature between the neighbors is not larger than on both sides. The bound is at most
+    the difference between the neighbors.
 
     Args:
         xs (`Sequence[float]`): Training losses, in order of training. The first crossing from above counts.
@@ -137,8 +252,8 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None
         x (`float`): Loss to match.
 
     Returns:
-        `float`, *optional*: linear interpolation between the two neighbors; `None` if the loss never falls to `x`, or
-        starts below it.
+        `tuple[float, float]`, *optional*: linear interpolation between the two neighbors, and the bound of its error;
+        `None` if the loss never falls to `x`, or starts below it.
 
     Raises:
         ValueError: different lengths.
@@ -146,7 +261,7 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None
     Example:
         >>> from hf_nexus.evaluation.statistics import value_at
         >>> value_at([4.0, 3.0, 2.0], [5.0, 4.5, 4.0], 2.5)
-        4.25
+        (4.25, 0.0)
         >>> value_at([4.0, 3.0, 2.0], [5.0, 4.5, 4.0], 1.0) is None
         True
     """
@@ -154,11 +269,15 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None
         raise ValueError(f"A curve needs one value per loss, got {len(xs)} losses and {len(ys)} values.")
     points = [(a, b) for a, b in zip(xs, ys, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if points and points[0][0] == x:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in pairwise(points):
+        return points[0][1], 0.0
+    for i, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
         if x0 > x >= x1:
-            between = y0 + (x0 - x) / (x0 - x1) * (y1 - y0)
-            return min(max(between, min(y0, y1)), max(y0, y1))  # not outside them by rounding
+            slope = (y1 - y0) / (x1 - x0)
+            between = min(max(y0 + (x - x0) * slope, min(y0, y1)), max(y0, y1))  # not outside them by rounding
+            third = (*points[max(i - 1, 0) : i], *points[i + 2 : i + 3])
+            curvatures = [abs((b - y1) / (a - x1) - slope) / abs(a - x0) for a, b in third if a not in (x0, x1)]
+            bound = abs((x - x0) * (x - x1)) * max(curvatures, default=math.inf) if x > x1 else 0.0
+            return between, min(bound, abs(y1 - y0))
     return None
 
 

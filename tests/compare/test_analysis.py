@@ -1,8 +1,11 @@
 """Statistics over runs: pairing, correction, matched training loss, correlation, and what counts in none of them."""
 
+from itertools import product
+
 import pytest
 
 from hf_nexus.compare.analysis import compare_arms
+from hf_nexus.compare.records import LossPoint, RunRecord
 from tests.support.comparison import diverge, make_record, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
@@ -13,14 +16,47 @@ def analyse(records, primary=PRIMARY, **options):
     return compare_arms(records, baseline="adamw", primary=primary, **options)
 
 
-def test_the_primary_p_value_is_not_corrected_and_not_counted():
-    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.01, "other": 0.01}))
-    primary = analysis.row(*PRIMARY)
-    assert primary.p_holm is None and analysis.p_value(primary) == primary.difference.p is not None
-    tested = [row for row in analysis.rows if row.p_holm is not None]
-    smallest = min(tested, key=lambda row: row.difference.p)
-    assert smallest.p_holm == pytest.approx(min(1.0, len(tested) * smallest.difference.p))
-    assert analysis.row(*PRIMARY, "matched").p_holm is not None
+@pytest.mark.parametrize("where", ["end", "matched"])
+def test_the_family_is_the_primary_metric_of_the_arms(where):
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.01, "gamma-0": 0.01, "other": 0.02})
+    analysis = analyse(records, where=where)
+    primary = analysis.primary_row
+    assert primary.where == where and primary.role == "primary"
+    assert primary.p_holm is None and primary.p == primary.difference.p is not None
+    family = [row for row in analysis.rows if row.p_holm is not None]
+    assert {(row.arm, row.versus) for row in family} == {
+        ("gamma-0", "adamw"), ("other", "adamw"), ("nexus-0.05", "gamma-0")
+    }  # fmt: skip
+    assert {(row.metric, row.where) for row in family} == {("ood_loss", where)}
+    smallest = min(family, key=lambda row: row.difference.p)
+    assert smallest.p == smallest.p_holm == pytest.approx(min(1.0, 3 * smallest.difference.p))
+    rest = [row for row in analysis.rows if row not in (primary, *family)]
+    assert rest and all(row.role == "exploratory" for row in rest)
+    assert all(row.p == row.difference.p for row in rest if row.difference)
+
+
+def test_a_declared_family_replaces_the_default():
+    family = [("other", "nexus-0.05", "validation_loss", "matched")]
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.01, "other": 0.02})
+    analysis = analyse(records, family=family)
+    (row,) = [row for row in analysis.rows if row.role == "family"]
+    assert (row.arm, row.versus, row.metric, row.where) == family[0] and row.p_holm == row.difference.p
+
+
+def test_a_bound_on_interpolation_shrinks_with_more_points():
+    """Training losses are 4 * 0.4**step, and OOD losses their squares."""
+    found = {}
+    for points in (4, 13):
+        records = []
+        for arm, end, seed in product(("adamw", "nexus-0.05"), (3.0,), range(3)):
+            end += 0.2 * (arm == "adamw") + 0.01 * seed
+            losses = [4.0 * 0.4 ** (end * i / (points - 1)) for i in range(points)]
+            curve = [LossPoint(i, i, {}, {}, {}, x, x, x * x) for i, x in enumerate(losses)]
+            records.append(RunRecord(arm, seed, curve=curve))
+        row = analyse(records).row(*PRIMARY, "matched")
+        found[points] = row.interpolation
+        assert 0 < abs(row.difference.mean) <= row.interpolation  # the true difference is 0
+    assert found[13] < found[4] / 4
 
 
 def test_two_paired_seeds_have_no_p_value():

@@ -103,9 +103,14 @@ def test_errors_are_found_before_any_run(base, tmp_path, changes, message):
 def test_the_primary_comparison_cannot_change(base, tmp_path):
     Comparison(make_comparison(base, tmp_path), Console(quiet=True)).check()
     Comparison(make_comparison(base, tmp_path, seeds=[1, 2, 3, 4]), Console(quiet=True)).check()
-    changed = make_comparison(base, tmp_path, primary={"arm": "nexus", "metric": "validation_loss"})
-    with pytest.raises(ValueError, match="chosen after seeing results"):
-        Comparison(changed, Console(quiet=True)).check()
+    for changes in (
+        {"primary": {"arm": "nexus", "metric": "validation_loss"}},
+        {"primary": {"arm": "nexus", "where": "matched"}},
+        {"equivalence_margin": 0.1},
+        {"family": []},
+    ):
+        with pytest.raises(ValueError, match="chosen after seeing results"):
+            Comparison(make_comparison(base, tmp_path, **changes), Console(quiet=True)).check()
 
 
 def test_a_comparison_tunes_runs_and_searches(finished):

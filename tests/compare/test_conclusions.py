@@ -1,11 +1,13 @@
 """The sentences of a report follow from its numbers, also if some are missing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.conclusions import conclusions, limitations
+from hf_nexus.evaluation.statistics import power
 from tests.support.comparison import diverge, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
@@ -39,11 +41,12 @@ def test_an_inconclusive_comparison_names_what_it_could_see():
     records = make_records({"adamw": 0.0, "gamma-0": 0.0, "nexus-0.05": 0.0}, noise=0.02)
     text = concluded(records)
     smallest = re.search(r"\*\*Inconclusive\*\*: differences below ([\d.]+) could not have been seen\.", text)
-    assert float(smallest[1]) == pytest.approx(analyse(records).row(*PRIMARY).difference.half, abs=1e-3)
-    assert "so there is no effect to explain yet" in text
-    assert "no effect was" not in text.lower()
-    assert re.search(r"at matched .*95 % interval, not corrected, .*, p = [\d.]+, Holm-corrected p = ", text)
-    assert "None is significant." in text and "supports a difference" not in text
+    found = analyse(records).row(*PRIMARY).difference
+    assert power(float(smallest[1]), found.deviation, found.n) == pytest.approx(0.8, abs=0.01)
+    assert "shows no difference that this control could explain" in text
+    assert "no effect" not in text.lower() and "supports a difference" not in text
+    assert re.search(r"Control gamma-0 .*95 % interval, not corrected, .*, Holm-corrected p = ", text)
+    assert re.search(r"at matched .*, exploratory, not corrected, p = ", text)
     assert "No control by random direction was run." in text
 
 
@@ -69,6 +72,26 @@ def test_the_same_difference_at_every_seed_gives_no_conclusion():
     assert "is significant" not in text
 
 
+def test_only_an_equivalence_test_shows_that_arms_are_alike():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.0}, range(8))
+    half = analyse(records).row(*PRIMARY).difference.half
+    alike = "**Equivalent**: they differ by less than 0.01 (two one-sided t-tests, p "
+    assert alike in concluded(records, margin=0.01)
+    assert "**Equivalent**" not in concluded(records, margin=half / 2)
+    shifted = make_records({"adamw": 0.0, "nexus-0.05": 0.012}, range(8))
+    assert "**Equivalent**" not in concluded(shifted, margin=0.01)
+    assert "The difference is small, and not 0." in concluded(shifted, margin=0.1)
+
+
+def test_sparse_evaluations_are_named():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.0}, train=0.0)
+    for record in records[4:]:  # trains faster, with the target between its last two points
+        record.curve[-1] = replace(record.curve[-1], train_loss=record.end.train_loss - 0.5)
+    (line,) = [line for line in limitations(analyse(records)) if "too sparse" in line]
+    assert line.startswith("nexus-0.05 against adamw:") and "Lower `eval_steps`" in line
+    assert not [line for line in limitations(analyse(make_records(PLAIN))) if "too sparse" in line]
+
+
 def test_other_comparisons_need_the_corrected_p_value():
     """30 arms of pure noise: some raw p-values are below 0.05, and none may be called significant."""
     arms = dict.fromkeys(["adamw", *(f"arm-{i}" for i in range(30)), "nexus-0.05"], 0.0)
@@ -77,7 +100,9 @@ def test_other_comparisons_need_the_corrected_p_value():
     assert min(raw) < 0.01
     assert all(row.p_holm is None or row.p_holm >= row.difference.p for row in analysis.rows)
     assert all(row.p_holm >= 0.05 for row in analysis.rows if row.p_holm is not None)
-    assert "None is significant." in "\n".join(conclusions(analysis))
+    text = "\n".join(conclusions(analysis))
+    assert "supports a difference" not in text and "Declared family: 30 comparisons" in text
+    assert re.search(r"exploratory comparisons, whose p-values are not corrected: \d+ below 0.05, and chance", text)
 
 
 def test_a_diverged_run_is_named():

@@ -37,6 +37,15 @@ def make(**changes: Any) -> ComparisonConfig:
         ({"primary": {"arm": "adamw"}}, "primary.arm: 'adamw' is the baseline"),
         ({"primary": {"arm": "nexus", "metric": "odd_loss"}}, "primary.metric: 'odd_loss' is not known"),
         ({"primary": {"arm": "nexus", "metric": "ood/"}}, "primary.metric: 'ood/' is not known"),
+        ({"primary": {"arm": "nexus", "where": "start"}}, "primary.where: 'start' .* 'end' or 'matched'"),
+        (
+            {"primary": {"arm": "nexus", "metric": "train_loss", "where": "matched"}},
+            "primary.where: 'train_loss' has no value at matched",
+        ),
+        ({"family": [{"arm": "nexsu"}]}, "family: nexsu is not among the arms"),
+        ({"family": [{"arm": "nexus", "versus": "a"}]}, "family: a is not among the arms"),
+        ({"family": [{"arm": "nexus"}]}, "family: .* is the primary comparison"),
+        ({"equivalence_margin": 0}, "equivalence_margin: 0 "),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] .* each once"),
         ({"seeds": [1.5]}, r"seeds\[0\]: 1.5 .* a whole number"),
         ({"seeds": []}, "seeds: .* 1 or more"),
@@ -78,6 +87,14 @@ def test_an_error_in_a_file_names_the_file(tmp_path):
         ComparisonConfig.load(str(path))
     with pytest.raises(ValueError, match=r"There is no comparison 'compar'\. Did you mean 'compare'"):
         ComparisonConfig.load("compar")
+
+
+def test_declared_tests_have_the_defaults_of_the_comparison():
+    family = [{"arm": "nexus", "metric": "validation_loss"}, {"arm": "nexus", "where": "matched", "versus": "adamw"}]
+    tests = make(family=family).tests()
+    assert tests == [("nexus", "adamw", "validation_loss", "end"), ("nexus", "adamw", "ood_loss", "matched")]
+    analysis = make(family=family, equivalence_margin=0.01).analyse([])
+    assert (analysis.family, analysis.margin, analysis.where) == (tests, 0.01, "end")
 
 
 def test_every_arm_has_as_many_trials():

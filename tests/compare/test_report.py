@@ -102,7 +102,7 @@ def test_the_report_shows_tuning_details_and_plots(tmp_path):
 
 
 def test_the_console_table_shows_every_arm_and_its_difference():
-    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03}), arms=["never-run"])
+    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03, "other": 0.01}), arms=["never-run"])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(console_table(analysis))
     text = console.export_text()

@@ -8,7 +8,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_nexus.evaluation.statistics import correlate, holm, mean, paired_difference, value_at
+from hf_nexus.evaluation.statistics import (
+    correlate,
+    detectable,
+    equivalence_p,
+    highest_deviation,
+    holm,
+    mean,
+    paired_difference,
+    pairs_needed,
+    power,
+    value_at,
+)
 
 LOSSES = st.floats(0, 20, allow_subnormal=False)
 SEVERAL = st.lists(LOSSES, min_size=2, max_size=8)
@@ -114,6 +125,51 @@ def test_unpaired_values_are_refused():
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
+# ---- Power and equivalence ----
+
+
+def test_power_agrees_with_published_tables():
+    """G*Power, paired t-test, two-sided, alpha 0.05: 34 pairs for d = 0.5, 199 for 0.2, 15 for 0.8 at 80 %."""
+    assert [pairs_needed(d, 1.0) for d in (0.5, 0.2, 0.8)] == [34, 199, 15]
+    assert power(0.5, 1.0, 34) == pytest.approx(0.8077775, abs=1e-6)
+
+
+@given(st.floats(0.01, 1e3), st.integers(2, 500), st.floats(1e-4, 0.1))
+def test_the_detectable_difference_has_80_percent_power(deviation, pairs, alpha):
+    size = detectable(deviation, pairs, alpha)
+    assert power(size, deviation, pairs, alpha) == pytest.approx(0.8, abs=1e-6)
+
+
+@given(st.floats(0.2, 30), st.floats(0.1, 10))
+def test_one_pair_fewer_than_needed_is_too_few(ratio, deviation):
+    pairs = pairs_needed(ratio * deviation, deviation)
+    assert power(ratio * deviation, deviation, pairs) >= 0.8
+    assert pairs == 3 or power(ratio * deviation, deviation, pairs - 1) < 0.8
+
+
+def test_without_a_difference_the_power_is_alpha():
+    assert [power(0.0, 1.0, n, alpha) for n in (2, 30) for alpha in (0.05, 0.001)] == pytest.approx([0.05, 0.001] * 2)
+
+
+@given(SEVERAL, st.floats(0.01, 5))
+def test_equivalence_agrees_with_two_one_sided_tests(values, margin):
+    assume(max(values) - min(values) > 1e-3)
+    found = equivalence_p(paired_difference(values, [2.0] * len(values)), margin)
+    differences = [value - 2.0 for value in values]
+    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    assert found == pytest.approx(max(above, below), rel=1e-6, abs=1e-12)
+
+
+def test_the_highest_deviation_holds_in_80_percent_of_samples():
+    import random
+
+    chance = random.Random(0)
+    samples = [[chance.gauss(0.0, 1.0) for _ in range(5)] for _ in range(2000)]
+    held = sum(highest_deviation(mean(sample).deviation, 5) >= 1.0 for sample in samples)
+    assert 0.78 < held / 2000 < 0.82
+
+
 # ---- Holm ----
 
 
@@ -158,14 +214,28 @@ CURVES = st.lists(st.tuples(LOSSES, LOSSES), min_size=1, max_size=10)
 
 
 def test_between_two_points():
-    assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 2.25) == 5.5
-    assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 3.0) == 7.0
-    assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 4.0) == 8.0
+    """At 2.25, linear interpolation is off by 0.25 * 0.75 times the second divided difference, -0.5."""
+    assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 2.25) == (5.5, 0.09375)
+    assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 3.0) == (7.0, 0.0)
+    assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 4.0) == (8.0, 0.0)
+
+
+def test_without_a_third_point_the_bound_is_the_gap():
+    assert value_at([4.0, 2.0], [8.0, 7.0], 3.0) == (7.5, 1.0)
+
+
+@given(st.floats(0.3, 0.9), st.integers(3, 20), st.floats(0.01, 0.99))
+def test_the_bound_holds_for_a_smooth_curve(decay, points, place):
+    """OOD loss 2 + x**2 + x for the training losses x = decay**i: the curvature changes in no direction."""
+    xs = [4.0 * decay**i for i in range(points)]
+    target = xs[-1] + place * (xs[0] - xs[-1])
+    found, bound = value_at(xs, [2 + x**2 + x for x in xs], target)
+    assert abs(found - (2 + target**2 + target)) <= bound + 1e-12
 
 
 def test_the_first_passage_counts_and_only_from_above():
-    assert value_at([4.0, 2.0, 4.0, 2.0], [1.0, 2.0, 3.0, 4.0], 3.0) == 1.5
-    assert value_at([2.0, 4.0, 2.0], [1.0, 2.0, 3.0], 3.0) == 2.5
+    assert value_at([4.0, 2.0, 4.0, 2.0], [1.0, 2.0, 3.0, 4.0], 3.0)[0] == 1.5
+    assert value_at([2.0, 4.0, 2.0], [1.0, 2.0, 3.0], 3.0)[0] == 2.5
     assert value_at([2.0, 4.0], [1.0, 2.0], 3.0) is None
 
 
@@ -176,8 +246,8 @@ def test_what_is_never_reached_has_no_value():
 
 
 def test_points_that_are_not_finite_are_passed_over():
-    assert value_at([4.0, math.inf, math.nan, 2.0], [8.0, 1.0, 1.0, 6.0], 3.0) == 7.0
-    assert value_at([4.0, 3.0, 2.0], [8.0, math.nan, 6.0], 3.0) == 7.0
+    assert value_at([4.0, math.inf, math.nan, 2.0], [8.0, 1.0, 1.0, 6.0], 3.0)[0] == 7.0
+    assert value_at([4.0, 3.0, 2.0], [8.0, math.nan, 6.0], 3.0)[0] == 7.0
     assert value_at([4.0, math.nan], [8.0, math.nan], 3.0) is None
 
 
@@ -191,12 +261,12 @@ def test_a_matched_value_lies_between_its_neighbours(curve, target):
     found = value_at([x for x, _ in curve], [y for _, y in curve], target)
     passed = [(a, b) for a, b in itertools.pairwise(curve) if a[0] > target >= b[0]]
     if curve[0][0] == target:
-        assert found == curve[0][1]
+        assert found == (curve[0][1], 0.0)
     elif not passed:
         assert found is None
     else:
         (_, before), (_, after) = passed[0]
-        assert min(before, after) <= found <= max(before, after)
+        assert min(before, after) <= found[0] <= max(before, after) and 0 <= found[1] <= abs(after - before)
 
 
 @given(CURVES, st.integers(0, 9))
@@ -204,7 +274,7 @@ def test_the_loss_matched_with_itself_is_the_target(curve, index):
     xs = [x for x, _ in curve]
     target = xs[index % len(xs)]
     found = value_at(xs, xs, target)
-    assert found is None or found == pytest.approx(target, rel=1e-12, abs=1e-12)
+    assert found is None or found[0] == pytest.approx(target, rel=1e-12, abs=1e-12)
     assert found is not None or xs[0] < target
 
 
