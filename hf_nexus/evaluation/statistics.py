@@ -171,7 +171,7 @@ def detectable(deviation: float, pairs: int, alpha: float = ALPHA) -> float:
     Example:
         >>> from hf_nexus.evaluation.statistics import detectable
         >>> round(detectable(1.0, 34), 3)
-        0.496
+        0.495
     """
     require_scipy()
     from scipy.optimize import brentq
@@ -198,7 +198,7 @@ def equivalence_p(difference: Estimate, margin: float) -> float | None:
         >>> from hf_nexus.evaluation.statistics import equivalence_p, paired_difference
         >>> found = paired_difference([2.0, 2.1, 2.3, 2.2], [2.01, 2.1, 2.29, 2.2])
         >>> round(equivalence_p(found, 0.05), 4), round(equivalence_p(found, 0.01), 2)
-        (0.0008, 0.05)
+        (0.0006, 0.05)
     """
     if difference.deviation is None:
         return None
