@@ -1,14 +1,14 @@
 """Map-style mixtures: several sources as one dataset, and the order of their rows."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from .schedule import SourceSchedule
-from .tags import TaggedRows
+from .tags import TaggedRows, take_rows
 
 __all__ = ["MixtureDataset", "MixtureSampler", "check_sources", "holds_datasets"]
 
@@ -89,15 +89,17 @@ class MixtureDataset(torch.utils.data.Dataset):
         source = int(np.searchsorted(self.offsets, index, side="right")) - 1
         return self.sources[self.names[source]][int(index - self.offsets[source])]
 
-    def __getitems__(self, indices: list[int]) -> list:
-        """The rows of one micro-batch, tagged with their source if they share one, as in training."""
-        source = int(np.searchsorted(self.offsets, indices[0], side="right")) - 1
-        offset, end = self.offsets[source], self.offsets[source + 1]
-        if not all(offset <= i < end for i in indices):
-            return [self[i] for i in indices]  # in evaluation, for example
-        dataset, local = self.sources[self.names[source]], [int(i - offset) for i in indices]
-        fetch = getattr(dataset, "__getitems__", None)
-        return TaggedRows(fetch(local) if fetch is not None else (dataset[i] for i in local), self.names[source])
+    def __getitems__(self, indices: list[int]) -> TaggedRows:
+        """The rows of one micro-batch, tagged with their sources."""
+        sources = np.searchsorted(self.offsets, indices, side="right") - 1
+
+        def take(name: str, where: list[int]) -> Iterable[Any]:
+            dataset, offset = self.sources[name], self.offsets[self.names.index(name)]
+            local = [int(indices[i] - offset) for i in where]
+            fetch = getattr(dataset, "__getitems__", None)
+            return fetch(local) if fetch is not None else (dataset[i] for i in local)
+
+        return take_rows([self.names[source] for source in sources], take)
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch to the sampler, which Accelerate does not reach when it skips batches on resume."""
@@ -107,7 +109,7 @@ class MixtureDataset(torch.utils.data.Dataset):
 
 class MixtureSampler(torch.utils.data.Sampler[int]):
     """
-    Row indices of a [`MixtureDataset`]. Each group of `rows` indices is one micro-batch of one source.
+    Row indices of a [`MixtureDataset`]. Each group of `rows` indices is one micro-batch, of one source or mixed.
 
     The run is one sequence of micro-batches. Epoch e is the e-th part of `total rows // rows` micro-batches, for any
     weights. Each source is read in an order drawn from (seed, source, pass): each pass has another order, and holds
@@ -117,7 +119,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         dataset (`MixtureDataset`):
             The rows.
         schedule (`SourceSchedule`):
-            The source of each micro-batch.
+            The source of each micro-batch, or of each of its rows.
         rows (`int`):
             Rows of one micro-batch over all ranks: batch size per device * number of ranks.
         seed (`int`, *optional*, defaults to 0):
@@ -155,10 +157,11 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.micro_batches_per_epoch()
-        before = np.bincount(self.schedule.sources(0, start), minlength=len(self.dataset.names))
-        readers = [self._read(source, int(count) * self.rows) for source, count in enumerate(before)]
-        for source in self.schedule.sources(start, start + self.micro_batches_per_epoch()):
-            for _ in range(self.rows):
+        before = self.schedule.sources(0, start)
+        rows = np.bincount(before.ravel(), minlength=len(self.dataset.names)) * (self.rows if before.ndim == 1 else 1)
+        readers = [self._read(source, int(count)) for source, count in enumerate(rows)]
+        for sources in self.schedule.sources(start, start + self.micro_batches_per_epoch()):
+            for source in np.broadcast_to(sources, self.rows):
                 yield next(readers[source])
 
     def _read(self, source: int, skip: int) -> Iterator[int]:

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from .stages import Windows
+
 __all__ = ["DynamicSchedule", "SourceSchedule", "normalized"]
 
 # Draws per random stream. Any range of draws can be made without the ones before its block.
 _BLOCK = 4096
+_KINDS = ("random", "stratified", "mixed", "blocked")
 
 
 class SourceSchedule:
@@ -27,7 +30,13 @@ class SourceSchedule:
         kind (`str`, *optional*, defaults to `"random"`):
             `"random"`: independent draws from the weights, as in the paper. `"stratified"`: always the source furthest
             below its target share, which keeps every prefix as balanced as possible. A source that is below its
-            target at the end of a stage stays so in the next, if it has a weight there.
+            target at the end of a stage stays so in the next, if it has a weight there. Two are controls. `"mixed"`:
+            each micro-batch has rows of all sources, the product of rows and share of each, rounded up or down.
+            `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
+        windows ([`Windows`], *optional*):
+            The windows of micro-batches, for `"blocked"`.
+        rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
+            For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
 
     Attributes:
         names (`list[str]`), shares (`np.ndarray`):
@@ -35,7 +44,7 @@ class SourceSchedule:
 
     Raises:
         ValueError: Weights are negative or sum to zero, stages do not start at 0 and rise or name different sources,
-            or the kind is unknown.
+            or the kind is unknown, or mixes micro-batches of one row.
 
     Example:
         >>> from hf_nexus.mixture import SourceSchedule
@@ -45,6 +54,8 @@ class SourceSchedule:
         >>> staged = SourceSchedule([(0, {"text": 1, "code": 0}), (3, {"text": 0, "code": 1})])
         >>> [staged.names[s] for s in staged.sources(0, 5)]
         ['text', 'text', 'text', 'code', 'code']
+        >>> SourceSchedule({"text": 0.5, "code": 0.5}, kind="mixed", rows=4).sources(0, 2).tolist()
+        [[0, 0, 1, 1], [0, 0, 1, 1]]
     """
 
     def __init__(
@@ -52,6 +63,9 @@ class SourceSchedule:
         weights: Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]],
         seed: int = 0,
         kind: str = "random",
+        windows: Windows | None = None,
+        rows: int = 1,
+        ranks: int = 1,
     ):
         stages = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
         first = [start for start, _ in stages]
@@ -64,22 +78,25 @@ class SourceSchedule:
         self.seed = seed
         self.kind = kind
         self._stratified = np.empty(0, dtype=np.int64)
-        self._balanced = DynamicSchedule(self.names, seed, kind)
+        self._dynamic = DynamicSchedule(self.names, seed, kind, windows, rows, ranks)
 
     def sources(self, start: int, stop: int) -> np.ndarray:
-        """Positions in `names` for the micro-batches `start <= i < stop`, shape `(stop - start,)`, int64."""
+        """
+        Positions in `names` for the micro-batches `start <= i < stop`, shape `(stop - start,)`, int64. Those of
+        `"mixed"` have the shape `(stop - start, rows)`.
+        """
         if self.kind == "stratified":
             done = len(self._stratified)
             if stop > done:
                 shares = list(self.stage_shares)  # the same arrays at each micro-batch of a stage
                 coming = self._stages(done, max(stop, done + _BLOCK))
-                more = [self._balanced.source(i, shares[stage]) for i, stage in enumerate(coming, done)]
+                more = [self._dynamic.source(i, shares[stage]) for i, stage in enumerate(coming, done)]
                 self._stratified = np.append(self._stratified, more)
             return self._stratified[start:stop]
-        uniform, stages = _uniform(self.seed, start, stop), self._stages(start, stop)
-        drawn = np.empty(stop - start, dtype=np.int64)
+        points, stages = self._dynamic.points(start, stop), self._stages(start, stop)
+        drawn = np.empty(points.shape, dtype=np.int64)
         for stage in np.unique(stages):
-            drawn[stages == stage] = _pick(self.stage_shares[stage], uniform[stages == stage])
+            drawn[stages == stage] = _pick(self.stage_shares[stage], points[stages == stage])
         return drawn
 
     def _stages(self, start: int, stop: int) -> np.ndarray:
@@ -94,11 +111,13 @@ class DynamicSchedule:
     Args:
         names (`Sequence[str]`):
             The sources.
-        seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`):
+        seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`), \
+        windows ([`Windows`], *optional*), rows (`int`, *optional*, defaults to 1), \
+        ranks (`int`, *optional*, defaults to 1):
             As in [`SourceSchedule`].
 
     Raises:
-        ValueError: The kind is unknown.
+        ValueError: The kind is unknown, or mixes micro-batches of one row.
 
     Example:
         >>> from hf_nexus.mixture.schedule import DynamicSchedule
@@ -107,21 +126,47 @@ class DynamicSchedule:
         [0, 1, 0, 1]
     """
 
-    def __init__(self, names: Sequence[str], seed: int = 0, kind: str = "random"):
-        if kind not in ("random", "stratified"):
-            raise ValueError(f"source_schedule={kind!r} is not known; use 'random' or 'stratified'.")
+    def __init__(
+        self,
+        names: Sequence[str],
+        seed: int = 0,
+        kind: str = "random",
+        windows: Windows | None = None,
+        rows: int = 1,
+        ranks: int = 1,
+    ):
+        if kind not in _KINDS:
+            raise ValueError(f"source_schedule={kind!r} is not known; use one of {', '.join(map(repr, _KINDS))}.")
+        if kind == "mixed" and rows < 2:
+            raise ValueError(
+                "source_schedule='mixed' needs micro-batches of 2 rows or more. Raise per_device_train_batch_size."
+            )
         self.names = list(names)
         self.seed = seed
         self.kind = kind
+        self._windows = windows
+        # Equally spaced points put each source into a micro-batch as often as its share asks for. Each rank gets every
+        # `ranks`-th point, and so the same mix.
+        self._order = np.arange(rows).reshape(-1, ranks).T.ravel()
         # How far each source is below its target: the sum of its shares so far, less the times that it was taken.
         # Constant shares are multiplied instead of summed. After three steps of a third, the target is exactly one,
         # and ties stay ties.
         none = np.zeros(len(self.names))
         self._balance: dict[str, Any] = {"taken": 0, "since": 0, "before": none, "counts": none.copy(), "shares": none}
 
-    def source(self, i: int, shares: Sequence[float] | np.ndarray) -> int:
+    def points(self, start: int, stop: int) -> np.ndarray:
+        """Where the micro-batches `start <= i < stop` fall between 0 and 1, as in [`SourceSchedule.sources`]."""
+        if self.kind == "blocked":
+            assert self._windows is not None
+            first, last = self._windows.numbers(np.array([start, stop])).tolist()
+            return _uniform(self.seed, first, last + 1)[self._windows.numbers(np.arange(start, stop)) - first]
+        uniform = _uniform(self.seed, start, stop)
+        return (uniform[:, None] + self._order) / len(self._order) if self.kind == "mixed" else uniform
+
+    def source(self, i: int, shares: Sequence[float] | np.ndarray) -> Any:
         """
-        Position in `names` for micro-batch `i`. A stratified schedule must be asked for each micro-batch in order.
+        Position in `names` for micro-batch `i`, or for each of its rows, `(rows,)`, if it is mixed. A stratified
+        schedule must be asked for each micro-batch in order.
 
         Args:
             i (`int`):
@@ -130,8 +175,8 @@ class DynamicSchedule:
                 Current share of each source, (S,), >= 0. They sum to one, as those of [`normalized`].
         """
         current, balance = np.asarray(shares), self._balance
-        if self.kind == "random":
-            return int(_pick(current, _uniform(self.seed, i, i + 1))[0])
+        if self.kind != "stratified":
+            return _pick(current, self.points(i, i + 1))[0]
         assert i == balance["taken"], f"micro-batch {balance['taken']} is next, not {i}"
         if current is not balance["shares"] and not np.array_equal(current, balance["shares"]):
             before = balance["before"] + balance["shares"] * (i - balance["since"])  # targets until now
@@ -144,8 +189,8 @@ class DynamicSchedule:
         return source
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as JSON types, a few numbers per source. Draws of the random kind need none."""
-        if self.kind == "random":
+        """The state as JSON types, a few numbers per source. Draws need none."""
+        if self.kind != "stratified":
             return {}
         return {n: value.tolist() if isinstance(value, np.ndarray) else value for n, value in self._balance.items()}
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
+
 from ..schema import documented
 from ..strict import Bound, check, check_fields
 
@@ -124,6 +126,13 @@ class Windows:
             return steps * self.inner_steps
         epochs, rest = divmod(steps, self._per_epoch())
         return epochs * self.epoch + rest * self.inner_steps
+
+    def numbers(self, micro_batches: np.ndarray) -> np.ndarray:
+        """The outer step of each micro-batch, by its number."""
+        if self.epoch is None:
+            return micro_batches // self.inner_steps
+        epochs, rest = np.divmod(micro_batches, self.epoch)
+        return epochs * self._per_epoch() + rest // self.inner_steps
 
     def _per_epoch(self) -> int:
         assert self.epoch is not None, "data without an end needs max_steps"

@@ -1,10 +1,10 @@
-"""Tags that carry the source of a micro-batch from the dataset through the collator to the trainer."""
+"""Tags that carry the sources of a micro-batch from the dataset through the collator to the trainer."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "TaggingCollator", "pop_tag"]
+__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "TaggingCollator", "pop_tag", "take_rows"]
 
 # The key of the tag in a collated micro-batch.
 _KEY = "nexus_tag"
@@ -31,17 +31,31 @@ class StreamState:
 class MicroBatchTag:
     """Facts about a micro-batch that its tensors do not show: collators may pair rows or concatenate them."""
 
-    source: str
-    rows: int
-    state: StreamState | None = None
+    rows: Mapping[str, int]  # by source
+    states: tuple[StreamState, ...] = ()  # of streams, by source
 
 
 class TaggedRows(list):
-    """The rows of one micro-batch, all of one source, with their tag."""
+    """The rows of one micro-batch with their tag."""
 
-    def __init__(self, rows: Any, source: str, state: StreamState | None = None):
+    def __init__(self, rows: Iterable[Any], tag: MicroBatchTag):
         super().__init__(rows)
-        self.tag = MicroBatchTag(source, len(self), state)
+        self.tag = tag
+
+
+def take_rows(sources: Sequence[str], take: Callable[[str, list[int]], Iterable[Any]]) -> TaggedRows:
+    """
+    A micro-batch with a row of each of `sources`, (B,). `take` gets a source and the positions of its rows, and
+    returns these rows.
+    """
+    positions: dict[str, list[int]] = {}
+    for i, source in enumerate(sources):
+        positions.setdefault(source, []).append(i)
+    rows: list[Any] = [None] * len(sources)
+    for source, where in positions.items():
+        for i, row in zip(where, take(source, where), strict=True):
+            rows[i] = row
+    return TaggedRows(rows, MicroBatchTag({source: len(where) for source, where in positions.items()}))
 
 
 class TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it
@@ -51,7 +65,7 @@ class TaggingCollator:  # a class, not a closure: data loader workers may have t
         self.collate = collate
 
     def __call__(self, rows: TaggedRows) -> Any:
-        assert isinstance(rows, TaggedRows), "a training micro-batch crosses sources"
+        assert isinstance(rows, TaggedRows), "a training micro-batch has no tag"
         batch = self.collate(list(rows))
         if not isinstance(batch, MutableMapping):
             raise ValueError(

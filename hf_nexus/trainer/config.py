@@ -70,7 +70,9 @@ class NexusConfigMixin:
             of the mixture, or if there are none, to the numbers of rows.
         source_schedule (`str`, *optional*, defaults to `"random"`):
             How the source of each inner step is chosen: `"random"` draws it from the weights, as in the paper;
-            `"stratified"` takes the source that is furthest below its target share.
+            `"stratified"` takes the source that is furthest below its target share. Two controls: `"mixed"` puts rows
+            of all sources into each micro-batch, by their weights (each `loss/<source>` is then not logged);
+            `"blocked"` draws one source for all inner steps of an outer step.
         gradient_cosine_steps (`int`, *optional*, defaults to 0):
             Log the gradient cosine of each pair of sources at the restored weights every this many outer steps
             (0: never). One measurement costs about S^2/2 backward passes for S sources.
@@ -99,7 +101,7 @@ class NexusConfigMixin:
     reduce_dtype: Literal["bfloat16"] | None = None
     snapshot_device: Literal["cpu"] | None = None
     mixture_weights: dict | str | list | None = None  # `str` second: the argument parser takes that one
-    source_schedule: Literal["random", "stratified"] = "random"
+    source_schedule: Literal["random", "stratified", "mixed", "blocked"] = "random"
     gradient_cosine_steps: Annotated[int, Bound(least=0)] = 0
     matrix_optimizer: Literal["muon"] | None = None
     upcast_weights: bool = True

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 class Feed:
     """
-    Feeds a Trainer with micro-batches of one source each. `weights_function` decides mixture weights while training.
+    Feeds a Trainer with micro-batches of one source each, or mixed ones. `weights_function` decides mixture weights
+    while training.
 
     With `whole`, the training data is one dataset even if it is a dict: the base class samples its sets.
 
@@ -78,6 +79,7 @@ class Feed:
             sources=bool(data.stages),
             streams=isinstance(data.dataset, MixtureStream),
             unread=[name for name in data.names if data.stages and data.indexable(name, evaluation) is None],
+            unlike=data.eos_token_id is not None and not data.all_packed,
             isolated=data.eos_token_id is not None and data.isolate_documents is not False,
             optimizer=optimizer,
         )
@@ -119,6 +121,7 @@ class Feed:
                 k,
                 self._seed,
                 args.source_schedule,
+                rows,
                 self.data.max_epochs,
                 self._shares_of_first_rank if several else None,
             )
@@ -126,9 +129,9 @@ class Feed:
         if isinstance(dataset, MixtureDataset):
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
-            sampler = MixtureSampler(
-                dataset, SourceSchedule(borders, self._seed, args.source_schedule), rows, self._seed
-            )
+            kind, ranks = args.source_schedule, args.world_size
+            schedule = SourceSchedule(borders, self._seed, kind, windows, rows, ranks)
+            sampler = MixtureSampler(dataset, schedule, rows, self._seed)
             if (mixture := self.data.mixture) is not None:
                 tokens = rows * mixture.config.sequence_length
                 in_tokens = [(first * tokens, shares) for first, shares in borders]

@@ -46,8 +46,9 @@ def peak_flops(device: torch.device) -> float | None:
 class _Interval:
     """Sums since the last log line. Tensors stay on the device until then."""
 
-    loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))
-    tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))
+    loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))  # of micro-batches of one source
+    tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # as well
+    mixed_tokens: Any = 0  # of all other micro-batches
     new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
     new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # as well
     cosines: list[Tensor] = field(default_factory=list)
@@ -128,9 +129,12 @@ class TrainingMeter:
                 count()
             self._window.clear()
 
-    def add_micro_batch(self, source: str, loss: Tensor, tokens: Tensor, rows: int) -> None:
-        """Add a trained micro-batch: `loss` is the sum over its loss tokens on this rank; both are 0-d."""
-        self._window.append(partial(self._count_micro_batch, source, loss, tokens, rows))
+    def add_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
+        """
+        Add a trained micro-batch: its rows by source, the sum of its loss over its loss tokens on this rank, and their
+        number, both 0-d. The loss of a mixed one counts for no source, and its tokens in proportion to the rows.
+        """
+        self._window.append(partial(self._count_micro_batch, rows, loss, tokens))
 
     def add_walk(self, window: Window, losses: Tensor, nexus: Nexus) -> None:
         """Add a window that was walked: its path, and its micro-batches with their mean losses, (k,)."""
@@ -153,12 +157,17 @@ class TrainingMeter:
         """
         self._window.append(partial(self._count_path, norm, cosine, skipped, finite))
 
-    def _count_micro_batch(self, source: str, loss: Tensor, tokens: Tensor, rows: int) -> None:
+    def _count_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
-        interval.loss[source] = interval.loss[source] + loss
-        interval.tokens[source] = interval.tokens[source] + tokens
-        interval.new_tokens[source] = interval.new_tokens[source] + tokens
-        interval.new_rows[source] += rows
+        for source, count in rows.items():
+            share = tokens if len(rows) == 1 else tokens * (count / sum(rows.values()))
+            interval.new_tokens[source] = interval.new_tokens[source] + share
+            interval.new_rows[source] += count
+        if len(rows) == 1:
+            interval.loss[source] = interval.loss[source] + loss
+            interval.tokens[source] = interval.tokens[source] + tokens
+        else:
+            interval.mixed_tokens = interval.mixed_tokens + tokens
 
     def _count_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
         self._interval.skipped += skipped
@@ -196,10 +205,11 @@ class TrainingMeter:
         Update the totals, and return what is logged since the last call. All ranks must call it.
 
         Returns:
-            `dict[str, float]`: `loss/<source>` for the sources since the last call, `tokens/<source>` for all (since
-            the beginning), `tokens_read/<source>` for those that are trained on a part of their tokens, `path_cosine`,
-            `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning), `tokens_per_second` (or rows), and
-            `mfu` if the device's peak is known. `loss` is NaN if windows ran and none of their losses was finite.
+            `dict[str, float]`: `loss/<source>` for the sources since the last call (not of mixed micro-batches),
+            `tokens/<source>` for all (since the beginning), `tokens_read/<source>` for those that are trained on a
+            part of their tokens, `path_cosine`, `pseudo_gradient_norm`, `inner_steps_skipped` (since the beginning),
+            `tokens_per_second` (or rows), and `mfu` if the device's peak is known. `loss` is NaN if windows ran and
+            none of their losses was finite.
         """
         self.update_totals(step)
         interval, self._interval = self._interval, _Interval()
@@ -207,8 +217,9 @@ class TrainingMeter:
         sums = [interval.loss[s] for s in self.sources] + [interval.tokens[s] for s in self.sources]
         # A rank may have windows without a step. Sums and counts can be added over ranks, but means cannot.
         lists = [interval.cosines, interval.norms, interval.finite]
-        sums += [x for values in lists for x in (sum(values), len(values))]
-        *sums, cosine, cosines, norm, norms, finite, windows, ranks = sum_over_ranks(self._stack([*sums, 1])).tolist()
+        sums += [interval.mixed_tokens, *(x for values in lists for x in (sum(values), len(values)))]
+        summed = sum_over_ranks(self._stack([*sums, 1])).tolist()
+        *sums, mixed, cosine, cosines, norm, norms, finite, windows, ranks = summed
         losses, tokens = sums[: len(self.sources)], sums[len(self.sources) :]
         logs = {f"loss/{s}": x / n for s, x, n in zip(self.sources, losses, tokens, strict=True) if s and n}
         logs |= {f"tokens/{s}": count for s, count in self.trained_tokens.items() if s}
@@ -221,8 +232,8 @@ class TrainingMeter:
             logs["inner_steps_skipped"] = self.inner_steps_skipped
             if not finite:
                 logs["loss"] = math.nan
-        if sum(tokens):
-            logs["tokens_per_second"] = sum(tokens) / seconds
+        if total := sum(tokens) + mixed:
+            logs["tokens_per_second"] = total / seconds
         if (peak := peak_flops(self._device)) and interval.flos is not None:
             logs["mfu"] = (total_flos - interval.flos) / seconds / (peak * ranks)
         self._interval.flos = total_flos

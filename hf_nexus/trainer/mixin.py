@@ -66,8 +66,8 @@ class NexusTrainerMixin(_Base):
     Trains any [`~transformers.Trainer`] subclass with the Nexus update: `class MyTrainer(NexusTrainerMixin, Base)`.
 
     `train_dataset` may also be a dict or `DatasetDict` of sources, a [`Mixture`], or a dataset with a `source` column.
-    Every micro-batch then holds one source, the same on all ranks. A plain dataset is loaded as usual, and its
-    micro-batches take the place of sources.
+    Every micro-batch then holds one source, the same on all ranks, unless `source_schedule` mixes them. A plain
+    dataset is loaded as usual, and its micro-batches take the place of sources.
 
     The whole window of k = `gradient_accumulation_steps` micro-batches runs inside its last `training_step`: no
     displaced weight exists outside that call. The logged `loss` is a *path loss*: micro-batch m is evaluated at
@@ -357,7 +357,7 @@ class NexusTrainerMixin(_Base):
         """Fetch the micro-batches of one window, and note their sources."""
         if self._plain:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = window = Window(fetching=True)
+        self._window = window = Window(fetching=True, mixed=self.args.source_schedule == "mixed")
         self.meter.begin_window(self.state.global_step)
         untagged = window.take(epoch_iterator, tagged=bool(self.data.stages))
         try:

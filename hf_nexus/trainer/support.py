@@ -156,6 +156,7 @@ def check_arguments(
     sources: bool,
     streams: bool,
     unread: Iterable[str] = (),
+    unlike: bool = False,
     isolated: bool = False,
     optimizer: Any = None,
 ) -> None:
@@ -169,6 +170,8 @@ def check_arguments(
             Whether the data has sources, and whether it is read as a stream.
         unread (`Iterable[str]`, *optional*):
             Sources without rows that can be read at any time.
+        unlike (`bool`, *optional*, defaults to `False`):
+            Whether the rows of some sources are packed here, and others are not.
         isolated (`bool`, *optional*, defaults to `False`):
             Whether documents of packed rows are kept apart.
         optimizer (`Any`, *optional*):
@@ -198,6 +201,11 @@ def check_arguments(
         )
     if sources:
         _check_loader(args, streams)
+    if unlike and args.source_schedule == "mixed":
+        raise ValueError(
+            "source_schedule='mixed' puts rows of all sources into one micro-batch, and some of these sources are "
+            "streams of documents. Pass all of them as StreamedDocuments, or none."
+        )
     if isolated and args.use_cache:
         raise ValueError(
             "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or set "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..mixture.stream.reader import SourceError
-from ..mixture.tags import StreamState, pop_tag
+from ..mixture.tags import MicroBatchTag, StreamState, pop_tag
 from ..nexus import Nexus
 from .distributed import PathGroups, Shards, gather, reduce_by, reshard, sum_over_ranks
 from .support import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
@@ -30,8 +30,8 @@ def has_token_labels(inputs: Any) -> bool:
 class Window:
     """The micro-batches of one outer step on this rank: k of them, or fewer at the end of the data."""
 
-    sources: list[str] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    rows: list[Mapping[str, int]] = field(default_factory=list)  # of each micro-batch, by source
+    mixed: bool = False  # whether a micro-batch may hold several sources, and others on each rank
     states: list[StreamState] = field(default_factory=list)  # positions of the streams after the micro-batches
     error: SourceError | None = None  # why no more micro-batches could be read
     fetching: bool = False
@@ -52,17 +52,23 @@ class Window:
                         "mixture's, or drops the tag. Leave get_train_dataloader() and get_batch_samples() to "
                         "NexusTrainer, or pass train_dataset as one plain dataset."
                     )
-                self.sources.append("" if tag is None else tag.source)
-                self.rows.append((find_batch_size(batch) or 1) if tag is None else tag.rows)
-                if tag is not None and tag.state is not None:
-                    self.states.append(tag.state)
+                if tag is None:
+                    tag = MicroBatchTag({"": find_batch_size(batch) or 1})
+                assert self.mixed or len(tag.rows) == 1, "a micro-batch holds several sources"
+                self.rows.append(tag.rows)
+                self.states += tag.states
                 yield batch
         except SourceError as error:
             # The message of an error from a worker is a traceback, which ends in the original message.
             self.error = SourceError(str(error).rpartition("SourceError: ")[2].strip())
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.rows)
+
+    @property
+    def sources(self) -> list[str]:
+        """The source of each micro-batch; the empty name for mixed ones."""
+        return ["" if self.mixed else next(iter(rows)) for rows in self.rows]
 
     @property
     def complete(self) -> bool:
@@ -103,12 +109,15 @@ class Window:
         """The mean loss of micro-batch `i`, given its part of the window's loss."""
         return part * len(self) if self.items is None else part * self.items.sum() / self.items[i].clamp(min=1e-9)
 
-    def summed(self, i: int, mean_loss: Tensor) -> tuple[str, Tensor, Tensor, int]:
-        """Source, summed loss, loss tokens (or rows) and rows of micro-batch `i` on this rank, given its mean loss."""
-        source, rows = self.sources[i], self.rows[i]
+    def summed(self, i: int, mean_loss: Tensor) -> tuple[Mapping[str, int], Tensor, Tensor]:
+        """
+        Rows by source, summed loss and loss tokens (or rows) of micro-batch `i` on this rank, given its mean loss.
+        """
+        rows = self.rows[i]
         if self.unit == "rows" or self.tokens is None or self.items is None:
-            return source, mean_loss * rows, torch.full_like(mean_loss, rows), rows
-        return source, mean_loss * self.items[i], self.tokens[i], rows
+            count = sum(rows.values())
+            return rows, mean_loss * count, torch.full_like(mean_loss, count)
+        return rows, mean_loss * self.items[i], self.tokens[i]
 
     def mean_loss(self, losses: Tensor, otherwise: Tensor) -> Tensor:
         """Token-weighted mean of the finite losses (k,); `otherwise` if there is none."""

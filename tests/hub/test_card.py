@@ -151,6 +151,8 @@ def test_a_base_model_is_named():
         ({"inner_lr": 0.0}, "at the same weights"),
         ({"inner_direction": "random"}, "random directions"),
         ({"gradient_accumulation_steps": 1}, "cannot align"),
+        ({"source_schedule": "mixed"}, "Each micro-batch mixes all sources"),
+        ({"source_schedule": "blocked"}, "an outer step hold one source"),
     ],
 )
 def test_the_text_follows_the_settings(settings, said):

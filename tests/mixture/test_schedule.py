@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, normalized
+from hf_nexus.mixture.stages import Windows
 from hf_nexus.mixture.tags import MicroBatchTag, TaggingCollator, pop_tag
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
@@ -51,7 +52,7 @@ def test_bad_weights_are_refused(weights):
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'random' or 'stratified'"):
+    with pytest.raises(ValueError, match="use one of 'random', 'stratified'"):
         SourceSchedule(WEIGHTS, kind="rando")
 
 
@@ -152,17 +153,58 @@ def test_shares_are_not_changed_by_normalizing_them_again(weights):
     assert shares.sum() == pytest.approx(1, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["mixed", "blocked"])
+def test_controls_draw_the_same_with_weights_decided_in_training(kind):
+    settings = {"kind": kind, "windows": Windows(4), "rows": 6, "ranks": 2}
+    schedule, names = SourceSchedule(STAGES, 1, **settings), ["a", "b", "c"]
+    dynamic, shares = DynamicSchedule(names, 1, **settings), {start: normalized(w, names) for start, w in STAGES}
+    current, drawn = shares[0], []
+    for i in range(12_000):
+        current = shares.get(i, current)
+        drawn.append(dynamic.source(i, current).tolist())
+    whole = schedule.sources(0, 12_000)
+    assert drawn == whole.tolist()
+    for start, stop in [(0, 0), (0, 1), (3999, 4001), (4095, 4103), (11_999, 12_000)]:
+        assert np.array_equal(schedule.sources(start, stop), whole[start:stop])
+
+
+@given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=6), each=st.integers(2, 5), ranks=st.integers(1, 4))
+def test_a_mixed_micro_batch_has_all_sources_by_their_shares(weights, each, ranks):
+    given = {str(i): weight for i, weight in enumerate(weights)}
+    schedule = SourceSchedule(given, 3, "mixed", rows=each * ranks, ranks=ranks)
+    drawn = schedule.sources(0, 400)
+    for part in (*np.split(drawn, ranks, axis=1), drawn):  # of each rank, and of all
+        counts = np.stack([(part == source).sum(1) for source in range(len(weights))], axis=1)
+        assert (np.abs(counts - part.shape[1] * schedule.shares) < 1 + 1e-9).all()
+    assert np.abs(counts.mean(0) - each * ranks * schedule.shares).max() < 0.1
+
+
+def test_a_blocked_window_has_one_source_and_windows_differ():
+    windows = Windows(4, epoch=10)  # windows of 4, 4 and 2 micro-batches
+    drawn = SourceSchedule(WEIGHTS, 1, "blocked", windows).sources(0, 30_000).reshape(-1, 10)
+    assert (drawn[:, :4] == drawn[:, :1]).all() and (drawn[:, 4:8] == drawn[:, 4:5]).all()
+    assert (drawn[:, 8] == drawn[:, 9]).all()
+    heads = drawn[:, [0, 4, 8]].ravel()
+    assert np.abs(np.bincount(heads, minlength=3) / len(heads) - list(WEIGHTS.values())).max() < 0.02
+    assert (heads[1:] == heads[:-1]).mean() == pytest.approx(0.38, abs=0.02)  # of independent draws
+
+
+def test_micro_batches_of_one_row_cannot_be_mixed():
+    with pytest.raises(ValueError, match="Raise per_device_train_batch_size"):
+        SourceSchedule(WEIGHTS, kind="mixed", rows=1)
+
+
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'random' or 'stratified'"):
+    with pytest.raises(ValueError, match="use one of 'random', 'stratified'"):
         DynamicSchedule(["a"], kind="rando")
 
 
 # ---- The order of rows ----
 
 
-def build(sizes: dict[str, int], rows: int, seed: int = 0, weights=None) -> MixtureSampler:
+def build(sizes: dict[str, int], rows: int, seed: int = 0, weights=None, kind="random") -> MixtureSampler:
     dataset = MixtureDataset({name: [{"row": (name, i)} for i in range(n)] for name, n in sizes.items()})
-    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed), rows, seed)
+    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed, kind, rows=rows), rows, seed)
 
 
 def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, int]]]:
@@ -193,6 +235,15 @@ def test_micro_batches_hold_one_source_and_passes_each_row_once(sizes, rows, see
             assert sorted(order[start : start + size]) == list(range(size))
 
 
+def test_mixed_micro_batches_hold_each_row_of_a_pass_once():
+    sampler = build({"a": 12, "b": 6}, 6, kind="mixed")
+    batches = [batch for epoch in range(4) for batch in micro_batches(sampler, epoch)]
+    assert [sorted(name for name, _ in batch) for batch in batches] == [list("aaaabb")] * 12
+    assert batches[9:] == micro_batches(build({"a": 12, "b": 6}, 6, kind="mixed"), 3)
+    read = [i for batch in batches for name, i in batch if name == "a"]
+    assert all(sorted(read[start : start + 12]) == list(range(12)) for start in range(0, 48, 12))
+
+
 def test_each_pass_over_a_source_has_its_own_order():
     sampler = build({"only": 50}, 1)
     assert micro_batches(sampler, 0) != micro_batches(sampler, 1)
@@ -215,8 +266,13 @@ def test_a_source_smaller_than_one_micro_batch_is_refused():
 def test_a_micro_batch_carries_its_source_and_number_of_rows():
     dataset = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]})
     batch = TaggingCollator(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
-    assert pop_tag(batch) == MicroBatchTag("b", rows=2) and batch == {"x": [4, 3]}
+    assert pop_tag(batch) == MicroBatchTag({"b": 2}) and batch == {"x": [4, 3]}
     assert pop_tag(batch) is None and pop_tag(torch.zeros(2)) is None
+
+
+def test_rows_of_several_sources_keep_their_order():
+    rows = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]}).__getitems__([3, 0, 2])
+    assert [row["x"] for row in rows] == [4, 1, 3] and rows.tag == MicroBatchTag({"b": 2, "a": 1})
 
 
 def test_a_collator_that_returns_no_mapping_is_refused():

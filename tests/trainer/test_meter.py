@@ -20,7 +20,7 @@ def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> i
     """Count one window with one micro-batch, and return the next step."""
     step = meter._step + 1
     meter.begin_window(step)
-    meter.add_micro_batch(source, torch.tensor(mean_loss * tokens), torch.tensor(tokens), 1)
+    meter.add_micro_batch({source: 1}, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
     return step + 1
 
 
@@ -67,13 +67,22 @@ def test_totals_of_a_checkpoint_are_not_counted_twice():
 def test_a_window_counts_once_its_step_is_over():
     meter = meter_of("text")
     meter.begin_window(0)
-    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10), 2)
+    meter.add_micro_batch({"text": 2}, torch.tensor(20.0), torch.tensor(10))
     meter.update_totals(0)
     assert meter.trained_tokens == {"text": 0}
     meter.begin_window(0)  # interrupted, and repeated
-    meter.add_micro_batch("text", torch.tensor(20.0), torch.tensor(10), 2)
+    meter.add_micro_batch({"text": 2}, torch.tensor(20.0), torch.tensor(10))
     meter.update_totals(1)
     assert meter.trained_tokens == {"text": 10} and meter.rows == {"text": 2}
+
+
+def test_a_mixed_micro_batch_has_tokens_of_each_source_but_no_loss():
+    meter = meter_of("text", "code")
+    count(meter, "text", 2.0, 10)
+    meter.add_micro_batch({"text": 1, "code": 3}, torch.tensor(80.0), torch.tensor(8))
+    logs = meter.read(1)
+    assert (logs["loss/text"], logs["tokens/text"], logs["tokens/code"]) == (2.0, 12, 6)
+    assert "loss/code" not in logs and meter.rows == {"text": 2, "code": 3}
 
 
 def test_a_resumed_run_continues_the_totals_of_its_sources():

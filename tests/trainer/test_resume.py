@@ -102,6 +102,35 @@ def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
         assert differences(resumed, expected, step) == [], step
 
 
+@pytest.mark.parametrize("kind", ["map-style", "rows"])
+@pytest.mark.parametrize("schedule", ["mixed", "blocked"])
+def test_controls_resume_to_the_bit_over_files_and_streams(
+    whole: Whole, tmp_path: Path, kind: str, schedule: str
+) -> None:
+    expected = whole(kind, schedule)
+    for step in (1, 4):
+        data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
+        assert differences(run(tmp_path, data, checkpoint(expected, step), **config), expected, step) == []
+
+
+def test_controls_read_the_same_sources_from_files_and_streams(whole: Whole) -> None:
+    """Tokens tell the source of each row."""
+
+    def rows(kind: str, schedule: str) -> list[list[list[int]]]:
+        windows = whole(kind, schedule).micro_batches.values()
+        return [[[row[0] // 100 for row in rows] for _, rows in window] for window in windows]
+
+    for schedule in ("mixed", "blocked"):
+        assert rows("map-style", schedule) == rows("rows", schedule)
+    assert all(len({*micro_batch}) > 1 for window in rows("rows", "mixed") for micro_batch in window)
+    assert all(len({str(of) for of in window}) == 1 for window in rows("rows", "blocked"))
+
+
+def test_sources_packed_here_and_elsewhere_cannot_be_mixed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Pass all of them as StreamedDocuments, or none"):
+        make(tmp_path, kinds()["mix"](), source_schedule="mixed", mixture_weights=WEIGHTS)
+
+
 @pytest.mark.parametrize("kind", ["mix", *(pytest.param(k, marks=pytest.mark.slow) for k in kinds() if k != "mix")])
 def test_resumed_after_each_step_of_a_resumed_run(whole: Whole, tmp_path: Path, kind: str) -> None:
     expected = whole(kind)

@@ -7,32 +7,43 @@ import pytest
 import torch
 
 from hf_nexus.mixture.stream.reader import SourceError
-from hf_nexus.mixture.tags import TaggedRows, TaggingCollator
+from hf_nexus.mixture.tags import MicroBatchTag, TaggedRows, TaggingCollator
 from hf_nexus.trainer.window import Window, inner_lr_scale
 
 TOKENS = torch.tensor([3, 1])
 
 
 def tagged(source: str, rows: int = 2) -> dict:
-    return TaggingCollator(lambda rows: {"x": torch.zeros(1, 6)})(TaggedRows([0] * rows, source))
+    collate = TaggingCollator(lambda rows: {"x": torch.zeros(1, 6)})
+    return collate(TaggedRows([0] * rows, MicroBatchTag({source: rows})))
 
 
 def test_tags_are_taken_out_and_noted() -> None:
     window = Window()
     batches = list(window.take([tagged("text"), tagged("code", 3)], tagged=True))
     assert [list(batch) for batch in batches] == [["x"], ["x"]]
-    assert (window.sources, window.rows, len(window)) == (["text", "code"], [2, 3], 2)
+    assert (window.sources, window.rows) == (["text", "code"], [{"text": 2}, {"code": 3}])
 
 
 def test_a_plain_micro_batch_counts_its_rows() -> None:
     window = Window()
     list(window.take([{"x": torch.zeros(5, 2)}], tagged=False))
-    assert (window.sources, window.rows) == ([""], [5])
+    assert window.rows == [{"": 5}]
 
 
 def test_a_missing_tag_is_an_error() -> None:
     with pytest.raises(ValueError, match="does not say which source it holds"):
         list(Window().take([{"x": torch.zeros(1)}], tagged=True))
+
+
+def test_only_a_mixed_window_holds_several_sources() -> None:
+    def mixed() -> dict:
+        return TaggingCollator(lambda rows: {"x": rows})(TaggedRows([0] * 3, MicroBatchTag({"text": 1, "code": 2})))
+
+    window = Window(mixed=True)
+    assert len(list(window.take([mixed()], tagged=True))) == 1 and window.sources == [""]
+    with pytest.raises(AssertionError, match="several sources"):
+        list(Window().take([mixed()], tagged=True))
 
 
 def test_an_unreadable_source_ends_the_window() -> None:
@@ -46,7 +57,7 @@ def test_an_unreadable_source_ends_the_window() -> None:
 
 
 def test_a_window_is_complete_once_all_of_it_was_seen() -> None:
-    window = Window(sources=["a", "b"])
+    window = Window([{"a": 2}, {"b": 2}])
     assert Window().complete and not window.complete
     window.inputs += [1, 2]
     assert window.complete
@@ -55,9 +66,9 @@ def test_a_window_is_complete_once_all_of_it_was_seen() -> None:
 @pytest.mark.parametrize(("items", "summed"), [(TOKENS, 6.0), (torch.tensor([2.5, 4.5]), 5.0)])
 def test_a_mean_loss_is_summed_over_this_ranks_tokens(items: torch.Tensor, summed: float) -> None:
     """The divisor of the loss is the mean of the counts of the ranks."""
-    window = Window(["a", "b"], [2, 2], unit="tokens", tokens=TOKENS, items=items)
-    source, loss, count, rows = window.summed(0, torch.tensor(2.0))
-    assert (source, float(loss), int(count), rows) == ("a", summed, 3, 2)
+    window = Window([{"a": 2}, {"b": 2}], unit="tokens", tokens=TOKENS, items=items)
+    rows, loss, count = window.summed(0, torch.tensor(2.0))
+    assert (rows, float(loss), int(count)) == ({"a": 2}, summed, 3)
 
 
 # What a loss function does with the count `n` and the number of micro-batches `k` of a window, given sum and mean of
@@ -74,7 +85,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_loss_is_divided_by_the_count_once(kind: str, whole: bool) -> None:
     tokens, items = torch.tensor([3, 1]), torch.tensor([2.5, 4.5])  # the other rank has 2 and 8
-    window = Window(["a", "b"], [2, 2], unit="tokens", tokens=tokens, items=items)
+    window = Window([{"a": 2}, {"b": 2}], unit="tokens", tokens=tokens, items=items)
     divisors = window.divisors(0, measured=True, whole=whole)
     weight = torch.tensor(1.0, requires_grad=True)
     loss = LOSSES[kind](6.0 * weight, 2.0 * weight, divisors.items, divisors.steps)
@@ -87,7 +98,7 @@ def test_a_loss_is_divided_by_the_count_once(kind: str, whole: bool) -> None:
 
 @pytest.mark.parametrize("divided", [False, True])
 def test_a_loss_without_a_count_is_a_mean(divided: bool) -> None:
-    window = Window(["a", "b"], [2, 2])
+    window = Window([{"a": 2}, {"b": 2}])
     divisors = window.divisors(0, measured=True, whole=True)
     weight = torch.tensor(2.0, requires_grad=True)
     loss = weight / divisors.steps if divided else weight * 1
@@ -98,7 +109,7 @@ def test_a_loss_without_a_count_is_a_mean(divided: bool) -> None:
 
 def test_a_part_that_is_not_divided_is_a_mean() -> None:
     """The losses of mixtures of experts have such a part."""
-    divisors = Window(["a"], [2], tokens=torch.tensor([4]), items=torch.tensor([2.0])).divisors(0, measured=True)
+    divisors = Window([{"a": 2}], tokens=torch.tensor([4]), items=torch.tensor([2.0])).divisors(0, measured=True)
     weight = torch.tensor(1.0, requires_grad=True)
     loss = 6.0 * weight / divisors.items + 0.5 * weight
     loss.backward()
@@ -106,12 +117,12 @@ def test_a_part_that_is_not_divided_is_a_mean() -> None:
 
 
 def test_without_token_labels_rows_are_counted() -> None:
-    source, loss, count, rows = Window(["a"], [4]).summed(0, torch.tensor(2.0))
-    assert (source, float(loss), int(count), rows) == ("a", 8.0, 4, 4)
+    rows, loss, count = Window([{"a": 3, "b": 1}], mixed=True).summed(0, torch.tensor(2.0))
+    assert (rows, float(loss), int(count)) == ({"a": 3, "b": 1}, 8.0, 4)
 
 
 def test_the_loss_of_a_window_weighs_tokens_of_finite_losses() -> None:
-    window = Window(["a", "b"], tokens=TOKENS, items=TOKENS)
+    window = Window([{"a": 2}, {"b": 2}], tokens=TOKENS, items=TOKENS)
     other = torch.tensor(7.0)
     assert float(window.mean_loss(torch.tensor([1.0, 5.0]), other)) == 2.0
     assert float(window.mean_loss(torch.tensor([math.nan, 5.0]), other)) == 5.0

@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..indexed import check_sources
-from ..tags import StreamState, TaggedRows
+from ..tags import MicroBatchTag, StreamState, TaggedRows, take_rows
 from .documents import PackedRowReader, StreamedDocuments
 from .reader import RowReader
 from .sources import Partition, open_source
@@ -17,8 +18,8 @@ __all__ = ["MicroBatchSampler", "MixtureStream"]
 
 class MixtureStream(torch.utils.data.Dataset):
     """
-    Sources, streaming or map-style, as a dataset of *micro-batches*. The index is `(number of the micro-batch,
-    position of its source)`, and each request returns the next rows of that source.
+    Sources, streaming or map-style, as a dataset of *micro-batches*. The index of a row is `(number of the
+    micro-batch, position of its source)`, and each request returns the next rows of these sources.
 
     Each data loader worker of each rank reads its own [`Partition`] of every source.
 
@@ -44,7 +45,7 @@ class MixtureStream(torch.utils.data.Dataset):
         >>> rows = [stream.__getitems__([(i, 0)] * 5) for i in range(2)]
         >>> sorted(row["digit"] for five in rows for row in five)
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-        >>> stream.begin({"0": {"digits": rows[0].tag.state.state}})
+        >>> stream.begin({"0": {"digits": rows[0].tag.states[0].state}})
         >>> stream.__getitems__([(1, 0)] * 5) == rows[1]
         True
     """
@@ -89,24 +90,31 @@ class MixtureStream(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> TaggedRows:
         """
-        The rows of one micro-batch: B rows for B equal indices.
+        The rows of one micro-batch: B rows for B indices.
 
         Raises:
-            SourceError: The source cannot be read, or is smaller than a micro-batch of all ranks.
+            SourceError: A source cannot be read, or is smaller than its part of a micro-batch of all ranks.
         """
-        number, position = indices[0]
-        assert all(index == indices[0] for index in indices), "a micro-batch crosses sources"
-        name = self.names[position]
+        number = indices[0][0]
+        assert all(index[0] == number for index in indices), "indices of several micro-batches"
         partition = self.rank * self.workers + number % self.workers
-        reader = self._reader(partition, name)
-        rows = reader.take(len(indices))
-        size, needed = reader.source_rows(), len(indices) * self.ranks
-        if size is not None and size < needed:  # rows would repeat within a micro-batch
-            raise reader.error(
-                f"it has about {size} rows, fewer than one micro-batch of {needed} (batch size per device times "
-                "ranks). Lower per_device_train_batch_size, or add rows to the source."
-            )
-        return TaggedRows(rows, name, StreamState(partition, name, reader.state(), reader.source.mark))
+        states = []
+
+        def take(name: str, where: list[int]) -> list[Any]:
+            reader = self._reader(partition, name)
+            rows = reader.take(len(where))
+            size, needed = reader.source_rows(), len(where) * self.ranks
+            if size is not None and size < needed:  # rows would repeat within a micro-batch
+                raise reader.error(
+                    f"it has about {size} rows, fewer than one micro-batch of {needed} (batch size per device times "
+                    "ranks). Lower per_device_train_batch_size, or add rows to the source."
+                )
+            states.append(StreamState(partition, name, reader.state(), reader.source.mark))
+            return rows
+
+        rows = take_rows([self.names[position] for _, position in indices], take)
+        rows.tag = MicroBatchTag(rows.tag.rows, tuple(states))
+        return rows
 
     def _reader(self, index: int, name: str) -> RowReader:
         if (index, name) not in self._readers:
@@ -130,16 +138,16 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
     ranks.
 
     Args:
-        source_of (`Callable[[int], int]`):
-            Returns the position of a micro-batch's source. It is called in order, when the loader requests the
-            micro-batch.
+        source_of (`Callable[[int], Any]`):
+            Returns the position of a micro-batch's source, or of that of each of its rows. It is called in order, when
+            the loader requests the micro-batch.
         micro_batches (`int`):
             Number of micro-batches of the run.
         rows (`int`):
             Rows of one micro-batch over all ranks: batch size per device * number of ranks.
     """
 
-    def __init__(self, source_of: Callable[[int], int], micro_batches: int, rows: int):
+    def __init__(self, source_of: Callable[[int], Any], micro_batches: int, rows: int):
         self.source_of = source_of
         self.micro_batches = micro_batches
         self.rows = rows
@@ -149,9 +157,8 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for number in range(self.micro_batches):
-            source = int(self.source_of(number))
-            for _ in range(self.rows):
-                yield number, source
+            for source in np.broadcast_to(self.source_of(number), self.rows):
+                yield number, int(source)
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: the run is one sequence of micro-batches."""

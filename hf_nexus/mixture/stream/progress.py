@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..schedule import DynamicSchedule, normalized
+from ..stages import Windows
 from ..tags import StreamState
 from .dataset import MixtureStream
 from .reader import SourceError
@@ -42,7 +43,8 @@ class StreamProgress:
             Weights of the sources at an outer step. Called once for each step, in order.
         inner_steps (`int`):
             Micro-batches of an outer step, k.
-        seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`):
+        seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`), \
+        rows (`int`, *optional*, defaults to 1):
             As in [`SourceSchedule`].
         max_epochs (`Mapping[str, float | None]`, *optional*):
             Largest number of passes over a source. The others then get its share in proportion.
@@ -57,6 +59,7 @@ class StreamProgress:
         inner_steps: int,
         seed: int = 0,
         kind: str = "random",
+        rows: int = 1,
         max_epochs: Mapping[str, float | None] | None = None,
         broadcast: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
@@ -65,7 +68,7 @@ class StreamProgress:
         self._weights: Any = weights
         self._broadcast = broadcast
         self._k = inner_steps
-        self._schedule_settings = seed, kind
+        self._schedule_settings = seed, kind, Windows(inner_steps), rows, stream.ranks
         self.begin(0, None)
 
     def begin(self, step: int, saved: Mapping[str, Any] | None) -> None:
@@ -96,10 +99,10 @@ class StreamProgress:
         self._window: tuple[int, list[StreamState]] = (step, [])
         self.stream.begin(self._positions)
 
-    def source_of(self, number: int) -> int:
+    def source_of(self, number: int) -> Any:
         """
-        Index of the source of a micro-batch. Micro-batches are requested in order. Those before the first step of a
-        resumed run are skipped by the loader, so 0 is returned for them.
+        Index of the source of a micro-batch, or of that of each of its rows. Micro-batches are requested in order.
+        Those before the first step of a resumed run are skipped by the loader, so 0 is returned for them.
 
         Raises:
             SourceError: every source that has a weight was read `max_epochs` times.

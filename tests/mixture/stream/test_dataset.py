@@ -49,7 +49,7 @@ class Replayed(torch.utils.data.IterableDataset):
 def read(stream: MixtureStream, numbers: range, batch: int = 1, source: int = 0) -> list[tuple[list[int], Any]]:
     """The rows of micro-batches and the states after them, as a checkpoint restores them."""
     batches = [stream.__getitems__([(i, source)] * batch) for i in numbers]
-    return [([int(row["x"]) for row in rows], json.loads(json.dumps(vars(rows.tag.state)))) for rows in batches]
+    return [([int(row["x"]) for row in rows], json.loads(json.dumps(vars(rows.tag.states[0])))) for rows in batches]
 
 
 def start(dataset: Any, rank: int = 0, ranks: int = 1, workers: int = 1, states: Any = None, **options: Any) -> Any:
@@ -236,11 +236,11 @@ def test_loader_workers_resume_as_accelerate_skips(tmp_path: Path, workers: int)
         return skip_first_batches(whole, first)
 
     expected = list(loader(None, 0))
-    assert len(expected) == 50 and expected[0][_KEY].source == "a"
+    assert len(expected) == 50 and expected[0][_KEY].rows == {"a": 4}
     for first in (1, 24):
         states: dict[str, Any] = {}
         for batch in expected[:first]:
-            batch[_KEY].state.store(states)
+            batch[_KEY].states[0].store(states)
         assert [b["x"] for b in loader(states, first)] == [b["x"] for b in expected[first:]]
 
 
@@ -263,10 +263,10 @@ def test_a_late_resume_reads_no_more_than_buffer_and_batch(kind: str) -> None:
         rows = stream.__getitems__([(i, 0)] * batch)
         if i in (10, 4000):
             read_rows.clear()
-            resumed = start(source, states={"0": {"a": rows.tag.state.state}}, buffer_size=200)
+            resumed = start(source, states={"0": {"a": rows.tag.states[0].state}}, buffer_size=200)
             resumed.__getitems__([(i + 1, 0)] * batch)
             assert 0 < len(read_rows) <= 200 + batch
-            assert len(json.dumps(rows.tag.state.state)) < 1000
+            assert len(json.dumps(rows.tag.states[0].state)) < 1000
 
 
 # --- errors
@@ -396,7 +396,7 @@ def test_states_pass_through_collators_and_devices_untouched() -> None:
 
     rows = start(sharded([9])).__getitems__([(0, 0)] * 2)
     batch = TaggingCollator(lambda rows: {"x": torch.tensor([row["x"] for row in rows])})(rows)
-    assert batch[_KEY] is rows.tag and rows.tag.source == "a"
+    assert batch[_KEY] is rows.tag and rows.tag.rows == {"a": 2}
     assert send_to_device(batch, "cpu")[_KEY] is rows.tag
     assert pickle.loads(pickle.dumps(batch))[_KEY] == rows.tag
     if torch.cuda.is_available():

@@ -45,7 +45,7 @@ def start(
 
 def read(stream: MixtureStream, micro_batches: int, batch: int = 2) -> tuple[list[torch.Tensor], list[Any]]:
     rows = [stream.__getitems__([(0, 0)] * batch) for _ in range(micro_batches)]
-    return [default_collate(list(r))["input_ids"] for r in rows], [r.tag.state.state for r in rows]
+    return [default_collate(list(r))["input_ids"] for r in rows], [r.tag.states[0].state for r in rows]
 
 
 def first_pass(stream: MixtureStream, source: StreamedDocuments) -> list[str]:

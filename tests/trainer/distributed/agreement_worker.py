@@ -88,8 +88,8 @@ def other_windows(out: Path) -> str:
     """The second rank draws other sources, although it was given the same."""
     schedule = feed.SourceSchedule
 
-    def other(borders: Any, seed: int, kind: str) -> Any:
-        return schedule(borders, seed + dist.get_rank(), kind)
+    def other(borders: Any, seed: int, *settings: Any) -> Any:
+        return schedule(borders, seed + dist.get_rank(), *settings)
 
     with patch.object(feed, "SourceSchedule", other):
         trainer = make(out, sources())

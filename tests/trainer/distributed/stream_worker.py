@@ -49,6 +49,12 @@ def ending() -> Any:
     return mixture(sources, {"a": 2, "b": 1, "c": 1}, a=1)
 
 
+def rows_only() -> Any:
+    """Sources whose rows can share a micro-batch."""
+    sources = {"a": sharded([7, 4], 0), "b": table(9, 100), "c": table(12, 200).to_iterable_dataset(2)}
+    return mixture(sources)
+
+
 class BrokenHere:
     """Raises an error at some row on rank 1, as its disk may."""
 
@@ -169,6 +175,8 @@ def main(out: Path) -> dict[str, Any]:
         "ending": scenario(out / "ending", ending, (2, 4), max_steps=7, save_steps=2),
         "dynamic": scenario(out / "dynamic", small, (3,), **dynamic),
         "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
+        "mixed": scenario(out / "mixed", rows_only, (3,), source_schedule="mixed"),
+        "blocked": scenario(out / "blocked", rows_only, (3,), source_schedule="blocked"),
         "isolation": isolation(out / "isolation"),
         "splitting": splitting(out / "splitting"),
         "failing": failure(out / "failing", 14),

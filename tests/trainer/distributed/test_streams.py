@@ -12,6 +12,7 @@ resumes = pytest.mark.skipif(
     not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all"
 )
 SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
+CONTROLS = ["mixed", "blocked"]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,14 @@ def test_ranks_agree_on_sources_and_weights(ranks: list[dict], scenario: str) ->
     assert len(first["agree"]) >= STEPS and all(first["agree"])
 
 
+@pytest.mark.parametrize("scenario", CONTROLS)
+def test_ranks_agree_on_the_weights_of_the_controls(ranks: list[dict], scenario: str) -> None:
+    first, second = (rank[scenario] for rank in ranks)
+    assert first["sources"] == second["sources"] and first["weights"] == second["weights"] and all(first["agree"])
+    if scenario == "blocked":
+        assert all(len(set(first["sources"][i : i + K])) == 1 for i in range(0, STEPS * K, K))
+
+
 @pytest.mark.parametrize("source", FIRST)
 def test_ranks_read_other_rows_whatever_the_shards(ranks: list[dict], source: str) -> None:
     first, second = ([tuple(row) for row in rank["uneven"]["rows"][source]] for rank in ranks)
@@ -35,7 +44,7 @@ def test_ranks_read_other_rows_whatever_the_shards(ranks: list[dict], source: st
 
 
 @resumes
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *CONTROLS])
 def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: str) -> None:
     assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
 
