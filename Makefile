@@ -5,7 +5,7 @@ READY := .venv/.ready
 # One BLAS thread per test worker: more threads would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards schema rehearsal test test-all test-lowest test-newest test-wheel docs docs-test recipes build lint format lock clean
+.PHONY: demo compare cards schema rehearsal test test-all test-lowest test-newest test-wheel docs docs-test recipes build lint format lock gpu-report clean
 
 # PUSH=1 starts a Hub on this machine, pushes to it during training, and loads the pushed model.
 demo: $(READY)
@@ -83,6 +83,10 @@ recipes: $(READY)
 # Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one.
 rehearsal: $(READY)
 	$(BIN)/python -m tests.rehearsal $(ARGS)
+
+# Measure on a machine with one GPU what a CPU cannot show, in ten minutes. ARGS=--tiny runs on a CPU.
+gpu-report: $(READY)
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
 # Test the installed wheel with the tests of the source distribution, outside of the repository.
 test-wheel: build

@@ -87,6 +87,7 @@ def _allocated_on_cpu(train: Callable[[Callable[[], None]], None]) -> tuple[int,
 def _allocated_on_gpu(train: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
     train(lambda: None)  # allocates the workspaces of the libraries
     gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, held = torch.cuda.memory_allocated(), []
     train(lambda: held.append(torch.cuda.memory_allocated() - before))

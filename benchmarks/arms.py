@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,19 @@ from transformers.trainer_callback import PrinterCallback
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture import MixtureDataset, MixtureSampler, SourceSchedule
 
-__all__ = ["ARMS", "CUDA", "GROUPS", "LENGTH", "MODELS", "PLAIN", "Arm", "Case", "RandomRows"]
+__all__ = ["ARMS", "CHECKPOINTING", "CUDA", "GROUPS", "LENGTH", "MODELS", "NEXUS", "NEXUS_FSDP2", "OFFLOAD", "PLAIN"]
+__all__ += ["Arm", "Case", "RandomRows"]
 
 CUDA = torch.cuda.is_available()
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 LENGTH = 2048 if CUDA else 256  # tokens per row, at most
 SOURCES = ("text", "code", "mathematics")
 SEED = 42
-PLAIN = "plain accumulation"
+PLAIN, NEXUS, NEXUS_FSDP2 = "plain accumulation", "Nexus, gamma 0.05", "Nexus, FSDP2"
+OFFLOAD = "Nexus, snapshot_device='cpu'"
+# The name that transformers has had since 5.23, or the one before.
+_NEW = "activation_checkpointing"
+CHECKPOINTING = _NEW if hasattr(TrainingArguments, _NEW) else "gradient_checkpointing"
 
 _SHAPE = (
     "vocab_size",
@@ -61,10 +66,10 @@ _FSDP2 = {
 _PLAIN_LORA, _PLAIN_DDP, _PLAIN_FSDP2 = (f"{PLAIN}, {how}" for how in ("LoRA", "DDP", "FSDP2"))
 ARMS = {
     PLAIN: Arm(),
-    "Nexus, gamma 0.05": Arm(NexusTrainer),
+    NEXUS: Arm(NexusTrainer),
     "gamma 0": Arm(NexusTrainer, {"inner_lr": 0.0}),
     "random direction": Arm(NexusTrainer, {"inner_direction": "random"}),
-    "Nexus, snapshot_device='cpu'": Arm(NexusTrainer, {"snapshot_device": "cpu"}),
+    OFFLOAD: Arm(NexusTrainer, {"snapshot_device": "cpu"}),
     "naive deep copies": Arm(NaiveNexus),
     "SAM": Arm(SharpnessAware),
     "UPGrad (TorchJD)": Arm(UPGradDescent, needs=("torchjd", "qpsolvers", "quadprog")),
@@ -75,18 +80,18 @@ ARMS = {
     "Nexus, DDP local": Arm(NexusTrainer, {**_DDP, "inner_sync": "local"}, _PLAIN_DDP, launch="ddp"),
     "Nexus, DDP node": Arm(NexusTrainer, {**_DDP, "inner_sync": "node"}, _PLAIN_DDP, launch="ddp"),
     _PLAIN_FSDP2: Arm(Trainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
-    "Nexus, FSDP2": Arm(NexusTrainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
+    NEXUS_FSDP2: Arm(NexusTrainer, _FSDP2, _PLAIN_FSDP2, launch="fsdp2"),
 }
 # Arms that are measured together. The first is the baseline.
 GROUPS = {
-    "nexus": [PLAIN, "Nexus, gamma 0.05"],
+    "nexus": [PLAIN, NEXUS],
     "controls": [PLAIN, "gamma 0", "random direction"],
-    **({"offload": [PLAIN, "Nexus, snapshot_device='cpu'"]} if CUDA else {}),
+    **({"offload": [PLAIN, OFFLOAD]} if CUDA else {}),
     "peers": [PLAIN, "naive deep copies", "SAM", "UPGrad (TorchJD)"],
     "lora": [_PLAIN_LORA, "Nexus, LoRA"],
     "ddp": [_PLAIN_DDP, "Nexus, DDP global", "Nexus, DDP local"],
     "machines": [_PLAIN_DDP, "Nexus, DDP global", "Nexus, DDP node", "Nexus, DDP local"],
-    "fsdp2": [_PLAIN_FSDP2, "Nexus, FSDP2"],
+    "fsdp2": [_PLAIN_FSDP2, NEXUS_FSDP2],
 }
 
 
@@ -110,6 +115,8 @@ class Case:
     model: str  # a key of `MODELS`
     tokens: int  # per micro-batch and rank: at most `LENGTH` (one row), or a multiple of it
     k: int  # micro-batches per outer step
+    settings: dict[str, Any] = field(default_factory=dict)  # training arguments of all its arms
+    attention: str = "sdpa"
 
     @property
     def rows(self) -> int:
@@ -119,6 +126,7 @@ class Case:
     def build_model(self, arm: str, device: str) -> PreTrainedModel:
         torch.manual_seed(SEED)
         config = LlamaConfig(**MODELS[self.model], tie_word_embeddings=True, use_cache=False)
+        config._attn_implementation = self.attention
         with torch.device(device):
             model = LlamaForCausalLM(config)
             if ARMS[arm].lora:
@@ -129,7 +137,8 @@ class Case:
 
     def parameters(self, arm: str) -> tuple[int, int]:
         """Number of parameters, and number of trainable parameters."""
-        parameters = list(self.build_model(arm, "meta").parameters())
+        model = replace(self, attention="sdpa").build_model(arm, "meta")  # needs no package
+        parameters = list(model.parameters())
         return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
     def sources(self, steps: int) -> dict[str, RandomRows]:
@@ -154,6 +163,7 @@ class Case:
             "use_cpu": not CUDA,
             "bf16": CUDA,
             "seed": SEED,
+            **self.settings,
             **spec.settings,
         }
         dataset: Any = sources

@@ -33,6 +33,7 @@ import datasets
 import torch
 from datasets import concatenate_datasets
 from quartiles import quartiles
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -138,11 +139,9 @@ def measure(batches: Iterator[Any], seconds: float, clock: Callable[[], float]) 
     return tokens / (now - started)
 
 
-def show(rounds: list[dict[str, float]], options: argparse.Namespace) -> Table:
+def show(rounds: list[dict[str, float]]) -> Table:
     """Table of the tokens per second of each arm and their ratio to the bare loader."""
-    table = Table(
-        title=f"{options.rows} rows x {options.length} tokens, {options.workers} workers, {options.clock} time"
-    )
+    table = Table(box=box.MARKDOWN)
     for column in ("", "million tokens/s", "ratio to the bare loader"):
         table.add_column(column, justify="right" if column else "left")
     for arm in rounds[0]:
@@ -178,7 +177,8 @@ def main() -> None:
             order = random.sample(list(arms), len(arms))
             rates = {arm: measure(arms[arm], options.seconds, clock) for arm in order}
             rounds.append({arm: rates[arm] for arm in arms})
-        Console(width=120).print(show(rounds, options))
+        print(f"{options.rows} rows x {options.length} tokens, {options.workers} workers, {options.clock} time")
+        Console(width=120).print(show(rounds))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 from arms import ARMS, CUDA, GROUPS, LENGTH, MODELS, Case
-from measuring import RANKS, Measurement, measure, ranks_on_gpu
+from measuring import RANKS, Measurement, measure, on_gpu
 from quartiles import quartiles
 from rich import box
 from rich.console import Console
@@ -63,7 +63,7 @@ GPU_PLAN: Plan = [
     # Two models with their optimizers fill a GPU of 141 GB.
     ("3B", 4096, ["nexus"]),
     ("3B", 4096, ["offload"]),
-    *[("130M", 8192, [group]) if ranks_on_gpu() else ("1M", 512, [group]) for group in ("ddp", "fsdp2")],
+    *[("130M", 8192, [group]) if on_gpu(RANKS) else ("1M", 512, [group]) for group in ("ddp", "fsdp2")],
 ]
 
 
@@ -102,7 +102,7 @@ def add_rows(table: Table, case: Case, arms: list[str], measurement: Measurement
     clocks = range(1 if CUDA else 2)
     for arm in arms:
         spec, (parameters, trained) = ARMS[arm], case.parameters(arm)
-        where = f", {RANKS} {'GPUs' if ranks_on_gpu() else 'CPU processes'}" if spec.launch else ""
+        where = f", {RANKS} {'GPUs' if on_gpu(RANKS) else 'CPU processes'}" if spec.launch else ""
         typical = statistics.median(times[arm][0] for times in rounds)
         row = [f"{parameters / 1e6:.1f}M", str(case.tokens), arm + where, f"{typical * 1e3:,.0f} ms"]
         if arm == spec.baseline:
@@ -114,12 +114,17 @@ def add_rows(table: Table, case: Case, arms: list[str], measurement: Measurement
             bytes_each = ["" if a is None or b is None else f"{(a - b) / trained:+.3f}" for a, b in pairs]
             row += [f"{extra * 1e3:+,.0f} ms", *ratios, *bytes_each]
         speed = case.k * case.tokens / typical  # of one rank
-        flops = peak_flops(torch.device("cuda" if CUDA else "cpu"))
-        mfu = [f"{6 * parameters * speed / flops:.1%}" if flops and not where else ""] if CUDA else []
+        mfu = ["" if where else utilization(parameters, speed)] if CUDA else []
         speed *= RANKS if spec.launch else 1
         peak_bytes = memory[arm][1]
         gib = f"{peak_bytes / 2**30:.2f}" if peak_bytes else ""
         table.add_row(*row, f"{speed:,.0f}", gib, *mfu, str(len(rounds)))
+
+
+def utilization(parameters: int, tokens_per_second: float) -> str:
+    """MFU of one GPU, if its peak is known: 6 FLOP per parameter and token, without attention."""
+    flops = peak_flops(torch.device("cuda" if CUDA else "cpu"))
+    return f"{6 * parameters * tokens_per_second / flops:.1%}" if flops else ""
 
 
 def describe_machine(threads: int) -> str:
