@@ -1,7 +1,11 @@
 """Settings and fixtures of all tests: CPU, offline, one thread."""
 
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +65,34 @@ def make_trainer(tmp_path: Path) -> Callable[..., Any]:
         )
 
     return make
+
+
+_HOLD = """
+import os, sys, time
+from hf_nexus.lock import locked
+with locked(sys.argv[1]):
+    if len(sys.argv) > 2 and os.fork() == 0:  # like the worker of a data loader
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a process that holds a folder, in a new process group."""
+    started = []
+
+    def start(folder: Path, *options: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", _HOLD, str(folder), *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()

@@ -116,11 +116,16 @@ def compare(
         str | None,
         typer.Option("--output_dir", help="Folder of all results, instead of the file's. Finished runs are skipped."),
     ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Make only this run (nexus/seed-2). Other machines may make others at the same time."),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report on the finished runs.")] = False,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
     from .compare import compare
 
-    compare(config, output_dir)
+    compare(config, output_dir, run, report)
 
 
 app.command(cls=_Command)(benchmark)

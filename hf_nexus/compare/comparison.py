@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluation.statistics import require_scipy
+from ..files import nearest, write_atomic
 from ..hub.card import save_card
 from ..hub.facts import describe_hardware, installed_versions
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
@@ -28,7 +32,7 @@ from .minima import search_minima
 from .plots import plot_comparison
 from .records import RunRecord
 from .report import console_table, write_report
-from .runs import MINIMA_NAME, Run, read_questions, train_sample
+from .runs import MINIMA_NAME, Run, read_questions
 from .workers import Call, CallResult, call_in_workers, worker_count
 
 if TYPE_CHECKING:
@@ -61,7 +65,6 @@ class Comparison:
     def __init__(self, config: ComparisonConfig, console: "Console"):
         self.config, self.console = config, console
         self.folder = Path(config.output_dir)
-        self.workers = worker_count(config.workers)
         self.failed: list[CallResult] = []  # runs and minima searches
         self._tokenizer = str(self.folder / "tokenizer")
         self._trials = self._plan_trials()
@@ -72,28 +75,25 @@ class Comparison:
         Find errors before anything runs: read all configurations, load and cache the data, and look into the folder.
 
         Raises:
-            ValueError: an error in the configuration, a folder with other runs, or several processes.
+            ValueError: an error in the configuration, a folder with other runs, several processes, or too few
+                devices.
             ImportError: scipy is not installed.
         """
         require_scipy()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
         arguments = self._check_settings()
+        here = torch.accelerator.device_count() if not arguments.training.use_cpu else self.config.devices_per_run
+        if self.config.devices_per_run > max(1, here):
+            raise ValueError(
+                f"devices_per_run: {self.config.devices_per_run}, but this machine has {here} devices. Lower it, or "
+                "set training.use_cpu for processes without devices."
+            )
         for questions in self.config.question_sets.values():
             read_questions(questions)
         tokenizer = load_tokenizer(arguments, None)
-        if not Path(self._tokenizer).exists():
-            tokenizer.save_pretrained(self._tokenizer)
-        elif (
-            AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False).get_vocab()
-            != tokenizer.get_vocab()
-        ):
-            raise ValueError(
-                f"{self._tokenizer} differs from the configuration's tokenizer. Choose another output_dir, or restore "
-                "the tokenizer."
-            )
+        self._keep_tokenizer(tokenizer)
         mixture = load_mixture(arguments.mixture, tokenizer)
-        train_sample(mixture, self.config.train_sample_rows)
         if self.config.minima is not None:
             names = list(mixture.train)
             searched = set(self.config.minima.sources or names)
@@ -102,10 +102,26 @@ class Comparison:
             if lacking := sorted(searched - set(mixture.eval)):
                 raise ValueError(f"minima.sources: {lacking} have no held-out rows. Give them eval_rows.")
         self._check_primary()
-        for run in [run for trial in self._trials for run in trial.runs] or self.runs():
+        for run in self._trial_runs() or self.runs():
             run.check()
         for run in self.runs():
             run.check([MINIMA_NAME])
+
+    def _keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Save the tokenizer of all runs, which other machines may do at the same time, or compare it."""
+        if not Path(self._tokenizer).exists():
+            scratch = tempfile.mkdtemp(dir=self.folder)
+            tokenizer.save_pretrained(scratch)
+            try:
+                os.rename(scratch, self._tokenizer)
+            except OSError:  # another machine was faster
+                shutil.rmtree(scratch)
+        kept = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
+        if kept.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{self._tokenizer} differs from the configuration's tokenizer. Choose another output_dir, or restore "
+                "the tokenizer."
+            )
 
     def _check_settings(self) -> PretrainArguments:
         """Parse the configuration of every arm and trial, and return one: all have the same model and data."""
@@ -114,9 +130,8 @@ class Comparison:
             for number, trial in enumerate(list(self.config.trials(arm)) or [{}]):
                 settings = {**self.config.settings(arm), **trial, "output_dir": str(self.folder)}
                 path = self.folder / "configs" / f"{arm}-{number}.yaml"
-                path.parent.mkdir(parents=True, exist_ok=True)
                 text = yaml.safe_dump(self.config.run_config(settings), sort_keys=False, allow_unicode=True)
-                path.write_text(text, encoding="utf-8")
+                write_atomic(path, text)
                 try:
                     arguments = parse_arguments(["--config", str(path)])
                 except ValueError as error:  # name the arm, not this file, which the user did not write
@@ -160,6 +175,9 @@ class Comparison:
                 trials.append(_Trial(arm, chosen, runs))
         return trials
 
+    def _trial_runs(self) -> list[Run]:
+        return [run for trial in self._trials for run in trial.runs]
+
     def runs(self) -> list[Run]:
         """The runs of all arms, seed by seed. An interrupted comparison then has as many runs of each arm."""
         return [
@@ -183,26 +201,57 @@ class Comparison:
             `Path`: path of `report.md`.
         """
         started = time.monotonic()
-        self._tune()
+        self._train("tuning", self._trial_runs())
+        self._choose()
         self._train("runs", self.runs())
-        self._search_minima()
+        self._search_minima(self.runs())
         return self._report(time.monotonic() - started)
 
-    def _tune(self) -> None:
-        """Choose the trial with the lowest validation loss for each arm."""
-        if not self._trials:
+    def run_one(self, name: str) -> None:
+        """
+        Make one run, or one trial of the tuning, unless it has finished. Other machines that share the folder may make
+        others at the same time.
+
+        Raises:
+            ValueError: there is no such run, or the tuning of its settings has not finished.
+        """
+        trials, names = {run.name: run for run in self._trial_runs()}, [run.name for run in self.runs()]
+        if name not in (*trials, *names):
+            raise ValueError(f"--run: {name!r} is not a run.{nearest(name, [*trials, *names])}")
+        if name in trials:
+            self._train("run", [trials[name]])
             return
-        self._train("tuning", [run for trial in self._trials for run in trial.runs])
+        self._choose()
+        runs = [run for run in self.runs() if run.name == name]
+        self._train("run", runs)
+        self._search_minima(runs)
+
+    def report(self) -> Path:
+        """
+        Write the report on the runs that have finished.
+
+        Raises:
+            ValueError: the tuning has not finished, or the folder holds runs with other settings.
+        """
+        require_scipy()
+        self._check_primary()
+        self._choose()
+        return self._report()
+
+    def _choose(self) -> None:
+        """Choose the trial with the lowest validation loss for each arm, once all have been tried."""
+        failed = {result.call.name for result in self.failed}
+        if missing := [r.name for r in self._trial_runs() if r.record() is None and str(r) not in failed]:
+            raise ValueError(f"tuning: {len(missing)} runs are missing, the first is {missing[0]!r}. Run them first.")
         for trial in self._trials:
             records = [run.record() for run in trial.runs]
             losses = [math.inf if record is None else record.end.validation_loss for record in records]
             trial.loss = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.inf
-        for arm in self.config.arms:
+        for arm in self.config.arms if self._trials else ():
             best = min((trial for trial in self._trials if trial.arm == arm), key=lambda trial: trial.loss)
             if best.loss == math.inf:
                 raise SystemExit(f"All trials of {arm} failed; see {self.folder / 'tuning' / arm}.")
             self._chosen[arm] = best.settings
-        (self.folder / _TUNING_NAME).write_text(json.dumps(self._tuning_table(), indent=1) + "\n", encoding="utf-8")
 
     def _tuning_table(self) -> list[dict[str, Any]]:
         return [
@@ -216,34 +265,40 @@ class Comparison:
         ]
 
     def _train(self, stage: str, runs: Sequence[Run]) -> None:
-        self._call(stage, [Call(str(run), run.train, _log(run)) for run in runs if run.record() is None])
+        missing = [run for run in runs if run.record() is None]
+        for run in missing:
+            run.write()
+        self._call(stage, [Call(str(run), run.train, _log(run), self.config.devices_per_run) for run in missing])
 
-    def _search_minima(self) -> None:
+    def _search_minima(self, runs: Sequence[Run]) -> None:
         if self.config.minima is None:
             return
         calls = []
-        for run in self.runs():
+        for run in runs:
             record = run.record()
             if record and record.minima is None and run.seed in (self.config.minima.seeds or self.config.seeds):
-                calls.append(Call(f"minima of {run}", partial(search_minima, run), _log(run)))
+                calls.append(Call(f"minima of {run}", partial(run.alone, search_minima), _log(run)))
         self._call("minima", calls)
 
     def _call(self, stage: str, calls: Sequence[Call]) -> None:
         if not calls:
             return
-        self.console.print(f"[bold]{stage}: {len(calls)} to do, {min(self.workers, len(calls))} at a time[/bold]")
-        for number, result in enumerate(call_in_workers(calls, self.workers), 1):
+        workers = min(worker_count(self.config.workers, calls[0].devices), len(calls))
+        self.console.print(f"[bold]{stage}: {len(calls)} to do, {workers} at a time[/bold]")
+        for number, result in enumerate(call_in_workers(calls, workers), 1):
             text = _losses(result.value) if result.error is None else f"FAILED: {result.error}"
             self.console.print(f"  {number}/{len(calls)}  {result.call.name}: {text}", highlight=False)
             if result.error is not None:
                 self.failed.append(result)
                 self.console.print(f"    log: {result.call.log}", highlight=False)
 
-    def _report(self, seconds: float) -> Path:
+    def _report(self, seconds: float | None = None) -> Path:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
         arms = list(self.config.arms)
         records = [record for run in self.runs() if (record := run.record()) is not None]
         analysis = self.config.analyse(records)
+        if self._trials:
+            write_atomic(self.folder / _TUNING_NAME, json.dumps(self._tuning_table(), indent=1) + "\n")
         path = write_report(
             analysis,
             records,
@@ -265,13 +320,15 @@ class Comparison:
             self.console.print(f"Plots failed: {type(error).__name__}: {error}", markup=False)
             return []
 
-    def _details(self, records: Sequence[RunRecord], seconds: float) -> dict[str, Any]:
+    def _details(self, records: Sequence[RunRecord], seconds: float | None) -> dict[str, Any]:
         details: dict[str, Any] = {
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "machine": f"{describe_hardware()}, {self.workers} runs at a time",
+            "machine": describe_hardware(),
+            "devices per run": self.config.devices_per_run,
             "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
-            "minutes of this command": f"{seconds / 60:.1f}",
         }
+        if seconds is not None:
+            details["minutes of this command"] = f"{seconds / 60:.1f}"
         if records:
             details["tokens per run"] = f"{records[0].end.tokens:,}"
             details["minutes of training in all runs"] = f"{sum(record.seconds for record in records) / 60:.1f}"

@@ -209,7 +209,10 @@ class ComparisonConfig:
         train_sample_rows (`int`, *optional*, defaults to 32):
             Rows of each training source on which the training loss is measured.
         workers (`int`, *optional*):
-            Number of runs at a time; one per device if unset, or per core without devices.
+            Number of runs at a time; as many as there are devices for if unset, or cores without devices.
+        devices_per_run (`int`, *optional*, defaults to 1):
+            Devices of one run, with one process on each: under FSDP2 if the training fields of the base say so, else
+            under DDP.
 
     Raises:
         ValueError: an unknown key, a value that is not allowed, or values that contradict each other. The message
@@ -237,6 +240,7 @@ class ComparisonConfig:
     question_sets: dict[str, QuestionSet] = field(default_factory=dict)
     train_sample_rows: Count = 32
     workers: Count | None = None
+    devices_per_run: Count = 1
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,9 @@ import yaml
 from transformers import TrainerCallback
 
 from ..evaluation.questions import answer_scores
+from ..files import write_atomic
+from ..lock import locked
+from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.documents import StreamedDocuments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
@@ -23,8 +28,6 @@ from .config import ComparisonConfig, QuestionSet
 from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..mixture.loading import Mixture
 
 __all__ = ["CONFIG_NAME", "MEASURED_NAME", "MINIMA_NAME", "Run", "read_questions", "train_sample"]
@@ -67,13 +70,16 @@ class Run:
                 files[MINIMA_NAME] = asdict(replace(self.config.minima, seeds=None))
         return files
 
-    def write(self, names: Iterable[str]) -> None:
-        """Write some of `files` into the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    @property
+    def name(self) -> str:
+        """The folder in that of the comparison, as in `nexus/seed-2` or `tuning/nexus/trial-0/seed-0`."""
+        return self.folder.relative_to(self.config.output_dir).as_posix().removeprefix("arms/")
+
+    def write(self, names: Iterable[str] = (CONFIG_NAME, MEASURED_NAME)) -> None:
+        """Write some of `files` into the folder: by default those that `train` needs."""
         files = self.files()
-        for name in names:
-            text = yaml.safe_dump(files[name], sort_keys=False, allow_unicode=True)
-            (self.folder / name).write_text(text, encoding="utf-8")
+        for name in (name for name in names if name in files):
+            write_atomic(self.folder / name, yaml.safe_dump(files[name], sort_keys=False, allow_unicode=True))
 
     def check(self, names: Iterable[str] = (CONFIG_NAME, MEASURED_NAME, MINIMA_NAME)) -> None:
         """
@@ -101,21 +107,42 @@ class Run:
         return RunRecord.load(self.folder) if (self.folder / RECORD_NAME).exists() else None
 
     def train(self) -> RunRecord:
-        """Train from the last checkpoint if there is one, measure, and save the record."""
-        self.write(name for name in self.files() if name != MINIMA_NAME)
+        """
+        Train from the last checkpoint if there is one, measure, and save the record. A finished run has its record
+        already. The folder must hold its configuration (see `write`). All ranks of the run must call it.
+
+        Raises:
+            ValueError: another process trains the run.
+        """
+        with locked(self.folder) if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+            return self.record() or self._train()
+
+    def alone(self, measure: "Callable[[Run], RunRecord]") -> RunRecord:
+        """
+        Add a measurement to the record while no other process does.
+
+        Raises:
+            ValueError: another process trains or measures the run.
+        """
+        with locked(self.folder):
+            return measure(self)
+
+    def _train(self) -> RunRecord:
         resume = ["--resume_from_checkpoint", "last"] if last_checkpoint(self.folder) else []
         run = prepare_run(parse_arguments(["--config", str(self.folder / CONFIG_NAME), *resume]))
         if not self.trial:
-            sample = train_sample(run.mixture, self.config.train_sample_rows)
+            sample = train_sample(run, self.config.train_sample_rows)
             run.trainer.add_callback(_EvaluateSample(run.trainer, sample))
         run.train()
         record = self._measure(run)
-        record.save(self.folder)
+        if run.trainer.is_world_process_zero():
+            record.save(self.folder)
+        run.trainer.accelerator.wait_for_everyone()  # no rank leaves while another still communicates
         return record
 
     def _measure(self, run: PretrainRun) -> RunRecord:
-        log, names = run.trainer.state.log_history, run.trainer.data.names
-        window = run.trainer.args.train_batch_size * run.trainer.args.gradient_accumulation_steps
+        log, names, args = run.trainer.state.log_history, run.trainer.data.names, run.trainer.args
+        window = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         record = RunRecord(
             arm=self.arm,
             seed=self.seed,
@@ -130,8 +157,9 @@ class Run:
             for entry in log
             if "loss" in entry
         ]
-        last = run.trainer.state.global_step
-        record.cosines = [*_logged_cosines(log, names), (last, _pairs(run.trainer.source_cosines()))]
+        if not run.trainer.is_fsdp_enabled:  # whose ranks hold parts of the gradients
+            last = run.trainer.state.global_step, _pairs(run.trainer.source_cosines())
+            record.cosines = [*_logged_cosines(log, names), last]
         for name, questions in self.config.question_sets.items():
             scores = answer_scores(
                 run.trainer.model,
@@ -139,28 +167,34 @@ class Run:
                 read_questions(questions),
                 prompt=questions.prompt,
                 max_new_tokens=questions.max_new_tokens,
-                batch_size=run.trainer.args.per_device_eval_batch_size,
+                batch_size=args.per_device_eval_batch_size,
             )
             record.downstream |= {f"{name}/{key}": value for key, value in scores.items() if key in _SCORES}
         return record
 
 
-def train_sample(mixture: "Mixture", rows: int) -> "dict[str, Dataset]":
+def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:
     """
-    The rows of each training source on which the training loss is measured, the same for all seeds.
+    The rows of each training source on which the training loss is measured. Those of a stream are the first that the
+    first data loader worker of the first rank reads: all arms of a seed train on them. Those of another source are the
+    same for all seeds.
 
     Raises:
-        ValueError: a source is streamed, and has no fixed rows.
+        SourceError: a stream cannot be read.
     """
-    sample = {}
-    for name, dataset in mixture.train.items():
-        if isinstance(dataset, StreamedDocuments):
-            raise ValueError(
-                f"sources.{name}.streaming: a comparison measures the training loss on fixed rows, and a stream has "
-                "none. Remove it, and limit the source with max_tokens."
-            )
-        order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(dataset))
-        sample[name] = dataset.select(sorted(order[:rows].tolist()))
+    args, streams = run.trainer.args, run.trainer.data.dataset
+    if isinstance(streams, MixtureStream):  # read apart from the training, which keeps its position
+        streams = MixtureStream(streams.sources, seed=streams.seed, buffer_size=streams.buffer_size)
+        streams.place(0, args.world_size, max(1, args.dataloader_num_workers))
+    sample: dict[str, Any] = {}
+    for number, (name, dataset) in enumerate(run.mixture.train.items()):
+        if not isinstance(dataset, StreamedDocuments):
+            order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(dataset))
+            sample[name] = dataset.select(sorted(order[:rows].tolist()))
+        else:
+            batch = args.train_batch_size
+            read = (streams.__getitems__([(0, number)] * batch) for _ in range(-(-rows // batch)))
+            sample[name] = list(itertools.islice(itertools.chain.from_iterable(read), rows))
     return sample
 
 
@@ -188,7 +222,7 @@ def read_questions(questions: QuestionSet) -> list[dict[str, Any]]:
 class _EvaluateSample(TrainerCallback):
     """Measures the loss on the sample of training rows after each evaluation of the held-out losses."""
 
-    def __init__(self, trainer: Any, sample: "dict[str, Dataset]"):
+    def __init__(self, trainer: Any, sample: dict[str, Any]):
         self.trainer, self.sample = trainer, sample
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:

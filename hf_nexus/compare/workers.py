@@ -1,4 +1,4 @@
-"""Function calls in worker processes, each bound to one device."""
+"""Function calls in worker processes, each bound to its devices."""
 
 import multiprocessing
 import os
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from uuid import uuid4
 
 from ..files import printable
 
-__all__ = ["Call", "CallResult", "call_in_workers", "worker_count"]
+__all__ = ["Call", "CallResult", "call_in_workers", "call_on_rank", "worker_count"]
 
 _PARENT_CHECK_SECONDS = 1.0
 
@@ -27,6 +28,7 @@ class Call:
     name: str
     function: Callable[[], Any]  # can be pickled
     log: Path  # its output is appended here
+    devices: int = 1  # processes that make it together, one on each device
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class CallResult:
     error: str | None = None
 
 
-def worker_count(wanted: int | None) -> int:
-    """Number of workers: `wanted` if given, else one per device, else one per core."""
+def worker_count(wanted: int | None, devices: int = 1) -> int:
+    """Number of workers of so many devices: `wanted` if given, else as many as there are devices, or cores."""
     import torch
 
     if wanted is not None:
         return wanted
-    return max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else (os.cpu_count() or 1))
+    here = torch.accelerator.device_count() if torch.accelerator.is_available() else (os.cpu_count() or 1)
+    return max(1, here // devices)
 
 
 def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
@@ -53,9 +56,9 @@ def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
 
     Args:
         calls (`Sequence[Call]`):
-            The calls, started in this order.
+            The calls, started in this order, each on as many devices.
         workers (`int`):
-            Number of processes. Each uses one accelerator, or an equal number of cores.
+            Number of calls at a time. Each uses its own accelerators, or an equal number of cores.
 
     Example:
         >>> from functools import partial
@@ -84,12 +87,13 @@ def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
 def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
     # Not "fork": a forked process cannot use CUDA, and threads of the parent may hold locks.
     context = multiprocessing.get_context("spawn")
-    devices = context.Queue()
-    for device in _devices(workers):
+    devices, processes = context.Queue(), calls[0].devices
+    for device in _devices(workers, processes):
         devices.put(device)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, workers))
+    threads = max(1, (os.cpu_count() or 1) // (workers * processes))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads))
     try:
-        futures = {pool.submit(_call_logged, call): call for call in calls}
+        futures = {pool.submit(_call_on_devices, call): call for call in calls}
         for future in as_completed(futures):
             error = future.exception()
             if isinstance(error, BrokenProcessPool):
@@ -103,25 +107,28 @@ def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _devices(workers: int) -> list[str | None]:
-    """The accelerator of each worker, by its id in `CUDA_VISIBLE_DEVICES`; `None` without accelerators."""
+def _devices(workers: int, each: int) -> list[str | None]:
+    """The accelerators of each worker, by their ids in `CUDA_VISIBLE_DEVICES`; `None` without accelerators."""
     import torch
 
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = visible.split(",") if visible else [str(i) for i in range(count)]
-    return [ids[i % count] if count else None for i in range(workers)]
+    return [
+        ",".join(ids[(worker * each + i) % count] for i in range(each)) if count else None for worker in range(workers)
+    ]
 
 
-def _start_worker(devices: Any, workers: int) -> None:
-    """Choose the device before anything initializes it."""
+def _start_worker(devices: Any, threads: int) -> None:
+    """Choose the devices before anything initializes them."""
     Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that this one starts
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads)
 
 
 def _exit_without(parent: int) -> None:
@@ -129,6 +136,32 @@ def _exit_without(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_SECONDS)
     os._exit(1)
+
+
+def _call_on_devices(call: Call) -> Any:
+    """Make a call here, or as `torchrun --standalone` does in a new process on each device."""
+    if call.devices == 1:
+        return _call_logged(call)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launched: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    config = LaunchConfig(1, 1, call.devices, run_id=uuid4().hex, max_restarts=0, **launched)
+    try:
+        return elastic_launch(config, call_on_rank)(call)[0]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message: Any = failure.message
+        reason = message["message"] if isinstance(message, dict) else message
+        raise RuntimeError(f"rank {rank}: {reason}") from None
+
+
+def call_on_rank(call: Call) -> Any:
+    """Make a call in one of the processes that make it together, and leave their group."""
+    from ..pretrain.run import leaving_process_group
+
+    with leaving_process_group():
+        return _call_logged(call)
 
 
 def _call_logged(call: Call) -> Any:

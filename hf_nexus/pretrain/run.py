@@ -4,7 +4,8 @@ import gc
 import signal
 import sys
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .model import build_model, config_of, model_config
 from .parsing import parse_arguments
 from .plan import plan_run
 
-__all__ = ["PretrainRun", "dry_run", "load_tokenizer", "main", "prepare_run", "pretrain"]
+__all__ = ["PretrainRun", "dry_run", "leaving_process_group", "load_tokenizer", "main", "prepare_run", "pretrain"]
 
 
 def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
@@ -47,29 +48,41 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
         >>> from hf_nexus.pretrain.run import main
         >>> main(["--config", "3b", "--dry_run"])  # doctest: +SKIP
     """
-    run = None
     try:
-        with one_line_errors(debug=debug):
-            arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-            if arguments.dry_run:
-                dry_run(arguments)
-            else:
-                run = prepare_run(arguments)
-        if run is not None:
-            disable_progress_bar()  # of writing shards
-            run.train()
-            run.trainer.accelerator.wait_for_everyone()  # no process leaves while another still communicates
+        with leaving_process_group():
+            _main(sys.argv[1:] if argv is None else argv, debug)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _main(argv: list[str], debug: bool) -> None:
+    with one_line_errors(debug=debug):
+        arguments = parse_arguments(argv)
+        run = None if arguments.dry_run else prepare_run(arguments)
+        if run is None:
+            dry_run(arguments)
+    if run is not None:
+        disable_progress_bar()  # of writing shards
+        run.train()
+        run.trainer.accelerator.wait_for_everyone()  # no process leaves while another still communicates
+
+
+@contextmanager
+def leaving_process_group() -> Iterator[None]:
+    """
+    Destroy the process group, if there is one, at the end of the context, after which no trainer may be left.
+
+    As the last owner of the group, DDP would join the threads of the group while it holds Python's lock, and wait
+    forever for a thread that waits for that lock.
+    """
+    try:
+        yield
     except BaseException as error:
         if torch.distributed.is_initialized():
             traceback.clear_frames(error.__traceback__)  # they hold the model; the traceback can still be printed
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(130) from None
         raise
     finally:
         if torch.distributed.is_initialized():
-            # Delete the model first. As the last owner of the group, DDP would join the threads of the group while it
-            # holds Python's lock, and wait forever for a thread that waits for that lock.
-            del run
             gc.collect()
             torch.distributed.destroy_process_group()
 

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,40 @@ def test_only_missing_runs_are_run_again(copied, in_process, monkeypatch):
     assert "runs: 1 to do" in printed and "1/1  nexus seed 2" in printed
     assert "tuning:" not in printed and "minima:" not in printed
     assert json.loads((lost / RECORD_NAME).read_text())["curve"] == kept["curve"]
+
+
+def test_runs_are_made_one_at_a_time(copied, in_process, monkeypatch):
+    """As on several machines: each has its own comparison in the same folder."""
+    monkeypatch.setattr(module, "plot_comparison", lambda *args, **kwargs: [])
+    output = Path(copied.output_dir)
+    results = (output / "results.csv").read_text()
+    for name in ("arms/nexus/seed-2", "tuning/nexus/trial-0"):
+        shutil.rmtree(output / name)
+    (output / "results.csv").unlink()
+    made = []
+    for name in ("tuning/nexus/trial-0/seed-0", "nexus/seed-2", "nexus/seed-2"):
+        comparison = Comparison(copied, console := Console(width=200, record=True, file=io.StringIO()))
+        if not made:
+            with pytest.raises(ValueError, match=r"'nexus/seed-22' is not a run\. Did you mean 'nexus/seed-2'"):
+                comparison.run_one("nexus/seed-22")
+            for call in (comparison.report, partial(comparison.run_one, "nexus/seed-2")):
+                with pytest.raises(ValueError, match="tuning: 1 runs are missing, the first is 'tuning/nexus/trial-0"):
+                    call()
+        comparison.run_one(name)
+        made.append(console.export_text().count("run: 1 to do"))
+    assert made == [1, 1, 0]
+    comparison.report()
+    assert (output / "results.csv").read_text() == results
+
+
+def test_a_run_that_another_process_trains_is_refused(copied, hold):
+    (Path(copied.output_dir, "arms", "nexus", "seed-2") / RECORD_NAME).unlink()
+    comparison = Comparison(copied, Console(quiet=True))
+    comparison._choose()
+    run = next(run for run in comparison.runs() if run.name == "nexus/seed-2")
+    process = hold(run.folder)
+    with pytest.raises(ValueError, match=f"is used by process {process.pid} "):
+        run.train()
 
 
 def test_failed_runs_are_named_and_the_rest_is_reported(copied, in_process, monkeypatch):

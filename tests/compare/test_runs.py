@@ -29,7 +29,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def one_run(config: ComparisonConfig, folder: Path, arm: str = "nexus", seed: int = 1) -> Run:
     base = yaml.safe_load(Path(config.base).read_text())
-    return Run(config, arm, seed, config.settings(arm), folder, base["model"]["tokenizer"])
+    run = Run(config, arm, seed, config.settings(arm), folder, base["model"]["tokenizer"])
+    run.write()
+    return run
 
 
 def prepare(config: Path, output: Path, *flags: str) -> PretrainRun:
@@ -70,7 +72,7 @@ def test_the_training_loss_is_that_of_the_saved_weights(finished, tmp_path):
     run, record = finished
     again = prepare(run.folder / "run.yaml", tmp_path)
     again.trainer.model.load_state_dict(AutoModelForCausalLM.from_pretrained(run.folder).state_dict())
-    sample = train_sample(again.mixture, 4)
+    sample = train_sample(again, 4)
     metrics = again.trainer.evaluate(sample, metric_key_prefix="x")
     assert metrics["x_loss"] == pytest.approx(record.end.train_loss, abs=1e-6)
     assert all(len(rows) == 4 for rows in sample.values())
@@ -79,7 +81,7 @@ def test_the_training_loss_is_that_of_the_saved_weights(finished, tmp_path):
 def test_the_sample_does_not_depend_on_the_seed(base, tmp_path):
     samples = []
     for seed in ("1", "2"):
-        rows = train_sample(prepare(base, tmp_path / seed, "--seed", seed).mixture, 4)
+        rows = train_sample(prepare(base, tmp_path / seed, "--seed", seed), 4)
         samples.append({name: [list(row["input_ids"]) for row in part] for name, part in rows.items()})
     assert samples[0] == samples[1]
 

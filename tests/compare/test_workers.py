@@ -4,6 +4,8 @@
 import os
 from functools import partial
 
+import pytest
+
 from hf_nexus.compare.workers import Call, call_in_workers
 
 
@@ -28,3 +30,21 @@ def test_failed_and_killed_calls_do_not_stop_others(tmp_path):
     assert results["good"].value == 3 and results["good"].error is None
     log = (tmp_path / "bad" / "log.txt").read_text()
     assert log.startswith("before the error") and "Traceback" in log
+
+
+def _rank_of_two() -> int:
+    rank = int(os.environ["RANK"])
+    assert os.environ["WORLD_SIZE"] == "2"
+    if os.environ.get("FAIL"):
+        raise ValueError("no\nluck") if rank else SystemExit(0)
+    return 10 + rank
+
+
+@pytest.mark.slow
+def test_a_call_on_two_devices_is_made_by_two_ranks(tmp_path, monkeypatch):
+    call = Call("two", _rank_of_two, tmp_path / "log.txt", devices=2)
+    assert [result.value for result in call_in_workers([call], 1)] == [10]
+    monkeypatch.setenv("FAIL", "1")
+    (result,) = call_in_workers([call], 1)
+    assert str(result.error).startswith("RuntimeError: rank 1: ValueError: no")
+    assert "Traceback" in call.log.read_text()
