@@ -16,6 +16,7 @@ from ..evaluation.statistics import (
     paired_difference,
     value_at,
 )
+from .controls import find_controls
 from .records import RunRecord, in_order
 
 __all__ = ["MIN_PAIRS", "Analysis", "Role", "Row", "Test", "Where", "compare_arms"]
@@ -67,7 +68,8 @@ class Analysis:
     # Arm, seed, metric, "end" or "matched with <arm>", and the value, finite or not.
     values: list[_Value]
     rows: list[Row]  # all arms against the baseline, and the primary arm against each control
-    controls: dict[str, str]  # arm -> "gamma 0" or "random direction"
+    controls: dict[str, str]  # arm -> kind, as of `find_controls`
+    unclean: dict[str, list[str]]  # arms that would be controls -> fields in which they differ as well
     missing: dict[str, list[int]]  # arm -> seeds without a run
     # Arm, seed, and metrics that are not finite. These are in no mean; with `train_loss`, no metric of the run is.
     non_finite: list[tuple[str, int, list[str]]]
@@ -98,6 +100,7 @@ def compare_arms(
     where: Where = "end",
     family: Sequence[Test] | None = None,
     margin: float | None = None,
+    tuned: Sequence[str] = (),
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> Analysis:
@@ -122,6 +125,8 @@ def compare_arms(
             primary metric of the other arms against the baseline, and of the primary arm against each control.
         margin (`float`, *optional*):
             Largest difference of the primary metric that does not matter, for the equivalence test.
+        tuned (`Sequence[str]`, *optional*):
+            Training fields that each arm has tuned. A control may differ from the primary arm in them.
         arms (`Sequence[str]`, *optional*), seeds (`Sequence[int]`, *optional*):
             The planned runs; those without a record are reported as missing.
 
@@ -149,8 +154,7 @@ def compare_arms(
     values: list[_Value] = []
     for (arm, seed), run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
         values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
-    kinds = {arm: _control_kind(run) for (arm, _), run in runs.items() if arm not in (baseline, primary[0])}
-    controls = {arm: kind for arm, kind in kinds.items() if kind is not None}
+    controls, unclean = find_controls({arm: run.settings for (arm, _), run in runs.items()}, primary[0], tuned)
     if family is None:
         others = [(arm, baseline) for arm in names if arm not in (baseline, primary[0])]
         others += [(primary[0], control) for control in controls]
@@ -182,6 +186,7 @@ def compare_arms(
         values=values,
         rows=_rows(finite, bounds, names, (primary[0], baseline, primary[1], where), family, controls),
         controls=controls,
+        unclean=unclean,
         missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
         non_finite=[(*key, metrics) for key, run in sorted(runs.items()) if (metrics := _non_finite(run))],
         pairs=pairs,
@@ -215,15 +220,6 @@ def _matched(
             at = f"matched with {against}"
             values += [((arm, seed, metric, at, loss), bound) for metric, (loss, bound) in losses.items()]
     return values, pairs, unmatched
-
-
-def _control_kind(record: RunRecord) -> str | None:
-    """The kind of a control, which shares the Nexus update except its path along the gradients."""
-    if not record.settings.get("nexus", True):
-        return None
-    if record.settings.get("inner_lr") == 0:
-        return "gamma 0"
-    return "random direction" if record.settings.get("inner_direction") == "random" else None
 
 
 def _non_finite(record: RunRecord) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from ..evaluation.statistics import ALPHA, POWER, Correlation, detectable, equivalence_p
 from .analysis import MIN_PAIRS, Analysis, Row, Where
+from .controls import EXPLANATIONS
 from .records import metric_label
 
 __all__ = ["conclusions", "limitations", "p_text", "rounded"]
@@ -49,6 +50,9 @@ def limitations(analysis: Analysis) -> list[str]:
             continue
         more = f" and {len(metrics) - 3} more" if len(metrics) > 3 else ""
         lines.append(f"{arm}, seed {seed}: not finite, and in no mean or test: {', '.join(metrics[:3])}{more}.")
+    for arm, names in analysis.unclean.items():
+        fields = " and ".join(names)
+        lines.append(f"{arm}: no control of {analysis.primary[0]}, since they differ in {fields} as well.")
     unconverged, searches = analysis.unconverged
     if unconverged:
         lines.append(
@@ -127,7 +131,7 @@ def _controls(analysis: Analysis) -> Iterable[str]:
     if row is None or row.difference is None:
         return
     for control, kind in analysis.controls.items():
-        text = [f"Control {control} ({kind})."]
+        text = [f"Control {control} ({kind}) rules out {EXPLANATIONS[kind]} as the cause of an effect that it lacks."]
         direct = analysis.row(arm, metric, where, versus=control)
         for compared in (analysis.row(control, metric, where), direct):
             if compared is not None and compared.difference is not None:
@@ -137,7 +141,8 @@ def _controls(analysis: Analysis) -> Iterable[str]:
         elif direct is not None and direct.difference is not None:
             text.append(_explanation(kind, direct, row.difference.mean))
         yield " ".join(text)
-    if lacking := [kind for kind in ("gamma 0", "random direction") if kind not in analysis.controls.values()]:
+    needed = ("gamma 0", "random direction", "source mixing")
+    if lacking := [kind for kind in needed if kind not in analysis.controls.values()]:
         yield f"No control by {' or '.join(lacking)} was run. Whether it would have the same effect is not known."
 
 

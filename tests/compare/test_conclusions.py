@@ -47,7 +47,7 @@ def test_an_inconclusive_comparison_names_what_it_could_see():
     assert "no effect" not in text.lower() and "supports a difference" not in text
     assert re.search(r"Control gamma-0 .*95 % interval, not corrected, .*, Holm-corrected p = ", text)
     assert re.search(r"at matched .*, exploratory, not corrected, p = ", text)
-    assert "No control by random direction was run." in text
+    assert "No control by random direction or source mixing was run." in text
 
 
 def test_a_control_with_the_same_effect_leaves_the_cause_open():
@@ -58,6 +58,17 @@ def test_a_control_with_the_same_effect_leaves_the_cause_open():
 def test_a_control_with_a_larger_effect_is_named():
     text = concluded(make_records({"adamw": 0.0, "random": 0.09, "nexus-0.05": 0.03}))
     assert "So random direction alone has a larger effect than nexus-0.05." in text
+
+
+def test_a_control_says_what_it_rules_out():
+    records = make_records({"adamw": 0.0, "mixed": 0.0, "nexus-0.05": 0.03})
+    for record in records[4:8]:
+        record.settings = {"inner_lr": 0.05, "source_schedule": "mixed", "learning_rate": 0.1}
+    said = "Control mixed (source mixing) rules out a walk over mixed data as the cause"
+    assert said in concluded(records, tuned=["learning_rate"])
+    assert "Control mixed" not in concluded(records)
+    (line,) = [line for line in limitations(analyse(records)) if line.startswith("mixed: no control")]
+    assert line == "mixed: no control of nexus-0.05, since they differ in learning_rate as well."
 
 
 def test_two_seeds_give_no_conclusion_and_no_p_value():

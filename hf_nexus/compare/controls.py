@@ -1,0 +1,70 @@
+"""Controls: arms that lack one ingredient of the primary arm, and differ from it in nothing else."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..trainer.config import NexusConfigMixin
+
+__all__ = ["EXPLANATIONS", "find_controls"]
+
+# Field and value of each control.
+_KINDS = {
+    ("inner_lr", 0.0): "gamma 0",
+    ("inner_direction", "random"): "random direction",
+    ("source_schedule", "mixed"): "source mixing",
+    ("source_schedule", "blocked"): "source blocking",
+    ("inner_lr_schedule", "follow"): "following gamma",
+}
+EXPLANATIONS = {
+    "gamma 0": "the normalization of gradients",
+    "random direction": "a perturbation of the weights along any path",
+    "source mixing": "a walk over mixed data",
+    "source blocking": "a walk inside a single source",
+    "following gamma": "a path whose length follows the learning rate",
+}
+"""The cause that each kind of control rules out for an effect that it lacks."""
+# Without a path, its direction and the schedule of its length mean nothing.
+_OF_A_PATH = {"inner_direction", "inner_lr_schedule"}
+
+
+def find_controls(
+    settings: Mapping[str, Mapping[str, Any]], primary: str, tuned: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """
+    Find the controls of the primary arm.
+
+    Args:
+        settings (`Mapping[str, Mapping[str, Any]]`):
+            Training fields of each arm.
+        primary (`str`):
+            The primary arm.
+        tuned (`Collection[str]`, *optional*):
+            Fields that each arm has tuned, in which it may differ.
+
+    Returns:
+        `tuple[dict[str, str], dict[str, list[str]]]`: the kind of each control, a key of `EXPLANATIONS`, and of arms
+        that lack an ingredient and are no control, the other fields in which they differ.
+
+    Example:
+        >>> from hf_nexus.compare.controls import find_controls
+        >>> arms = {"nexus": {"inner_lr": 0.2}, "gamma-0": {"inner_lr": 0}, "old": {"inner_lr": 0, "weight_decay": 0}}
+        >>> find_controls(arms, "nexus")
+        ({'gamma-0': 'gamma 0'}, {'old': ['weight_decay']})
+    """
+    defaults = {f.name: f.default for f in fields(NexusConfigMixin)}
+    controls: dict[str, str] = {}
+    unclean: dict[str, list[str]] = {}
+    reference = defaults | dict(settings.get(primary, {}))
+    for arm, given in settings.items():
+        own = defaults | dict(given)
+        differing = {name for name in {**own, **reference} if own.get(name) != reference.get(name)} - {*tuned}
+        for (name, value), kind in _KINDS.items():
+            if own["nexus"] and name in differing and own[name] == value:
+                others = differing - {name} - (_OF_A_PATH if value == 0 else set())
+                if others:
+                    unclean[arm] = sorted(others)
+                else:
+                    controls[arm] = kind
+                break
+    return controls, unclean

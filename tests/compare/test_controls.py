@@ -1,0 +1,50 @@
+"""A control differs from the primary arm in one ingredient and in nothing else."""
+
+import pytest
+
+from hf_nexus.compare.controls import find_controls
+
+PRIMARY = {"inner_lr": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("arm", "kind"),
+    [
+        ({"inner_lr": 0.0}, "gamma 0"),
+        ({"inner_lr": 0.2, "inner_direction": "random"}, "random direction"),
+        ({"inner_lr": 0.2, "source_schedule": "mixed"}, "source mixing"),
+        ({"inner_lr": 0.2, "source_schedule": "blocked"}, "source blocking"),
+        ({"inner_lr": 0.2, "inner_lr_schedule": "follow"}, "following gamma"),
+        ({"inner_lr": 0.2, "source_schedule": "stratified"}, None),
+        ({"inner_lr": 0.05}, None),
+        ({"nexus": False, "source_schedule": "mixed"}, None),
+    ],
+)
+def test_an_arm_without_one_ingredient_is_a_control(arm, kind):
+    controls, unclean = find_controls({"primary": PRIMARY, "arm": arm}, "primary")
+    assert controls == ({} if kind is None else {"arm": kind}) and unclean == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "others"),
+    [
+        ({"inner_lr": 0.05, "inner_direction": "random"}, ["inner_lr"]),
+        ({"inner_lr": 0, "source_schedule": "mixed"}, ["source_schedule"]),
+        ({"inner_lr": 0.2, "source_schedule": "mixed", "optim": "sgd", "seq": 1}, ["optim", "seq"]),
+    ],
+)
+def test_an_arm_that_differs_in_more_is_no_control(arm, others):
+    assert find_controls({"primary": PRIMARY, "arm": arm}, "primary") == ({}, {"arm": others})
+
+
+def test_tuned_fields_and_defaults_do_not_count():
+    arms = {
+        "primary": PRIMARY | {"learning_rate": 0.01},
+        "arm": {"inner_lr": 0.0, "learning_rate": 0.02, "source_schedule": "random"},
+    }
+    assert find_controls(arms, "primary", ["learning_rate"]) == ({"arm": "gamma 0"}, {})
+
+
+def test_without_a_path_its_schedule_does_not_matter():
+    arms = {"primary": PRIMARY | {"inner_lr_schedule": "follow"}, "arm": {"inner_lr": 0.0}}
+    assert find_controls(arms, "primary")[0] == {"arm": "gamma 0"}
