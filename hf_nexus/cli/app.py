@@ -121,11 +121,20 @@ def compare(
         typer.Option(help="Make only this run (nexus/seed-2). Other machines may make others at the same time."),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write the report on the finished runs.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing. Print runs, tokens, device hours and the seeds to use.")
+    ] = False,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Run only the primary arm and the baseline on five other seeds.")
+    ] = False,
+    difference: Annotated[
+        list[float] | None, typer.Option(min=1e-9, help="A difference that the plan is for. May be repeated.")
+    ] = None,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
     from .compare import compare
 
-    compare(config, output_dir, run, report)
+    compare(config, output_dir, run=run, report=report, plan=plan, pilot=pilot, differences=difference or ())
 
 
 app.command(cls=_Command)(benchmark)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable
 
-from ..evaluation.statistics import ALPHA, POWER, Correlation, detectable, equivalence_p
+from ..evaluation.statistics import ALPHA, POWER, Correlation, detectable, equivalence_p, pairs_needed
 from .analysis import MIN_PAIRS, Analysis, Row, Where
 from .controls import EXPLANATIONS
 from .records import metric_label
 
-__all__ = ["conclusions", "limitations", "p_text", "rounded"]
+__all__ = ["conclusions", "limitations", "p_text", "plain_words", "rounded"]
 
 # Exploratory comparisons with a low p-value that are listed; the tables have all.
 _LISTED = 12
@@ -34,11 +34,53 @@ def conclusions(analysis: Analysis) -> list[str]:
         *_others(analysis),
         _correlation(analysis),
         f'Differences "that could not have been seen" are those that a paired t-test with as many seeds and this '
-        f"spread finds in less than {POWER:.0%} of all studies (two-sided, alpha {ALPHA}, in the declared family "
-        "divided by its size).",
+        f"spread finds in less than {100 * POWER:.0f} % of all studies (two-sided, alpha {ALPHA}, in the declared "
+        "family divided by its size).",
         "Training loss is measured at restored weights on a fixed sample of training rows, the same for all arms. The "
         "`loss` that training logs is a path loss at displaced weights, and is not compared.",
     ]
+
+
+def plain_words(analysis: Analysis) -> str:
+    """
+    The question and its answer, for a reader who knows no statistics.
+
+    Example:
+        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.conclusions import plain_words
+        >>> plain_words(compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))).partition(".")[0]
+        'Each of the 2 arms is one way to train the same model'
+    """
+    (arm, metric), row = analysis.primary, analysis.primary_row
+    found = row.difference if row is not None else None
+    label = _label(metric, analysis.where)
+    text = (
+        f"Each of the {len(analysis.arms)} arms is one way to train the same model. An arm is trained several times, "
+        f"each time from another random start (a seed), because a single run may be better by luck. The question was "
+        f"chosen before the runs: how does the {label} of {arm} differ from that of {analysis.baseline}? "
+    )
+    if _is_loss(metric):
+        text += "A loss measures how badly a model predicts text: lower is better. "
+    if metric == "ood_loss":
+        text += "OOD stands for text of kinds that no arm was trained on. "
+    if analysis.where == "matched":
+        text += "The arms are compared where they have learned their training text equally well. "
+    if row is None or found is None or found.p is None or found.deviation is None:
+        return text + "There are too few finished runs for an answer."
+    text += (
+        f"On average over {_count(found.n, 'seed')}, it is {rounded(abs(found.mean), found.half)} "
+        f"{'lower' if found.mean < 0 else 'higher'}. "
+    )
+    if found.p < ALPHA:
+        return f"{text}Luck alone rarely gives so clear a difference (in 5 of 100 studies), so it is probably real."
+    if (same := _equivalence(row, analysis)) is not None and same < ALPHA:
+        return f"{text}The true difference is probably smaller than {analysis.margin:g}, which does not matter."
+    unseen = _unseen(row, analysis)
+    return (
+        f"{text}Luck alone could explain this, so the question stays open. That is not the same as no difference: so "
+        f"few seeds reliably show only differences above {rounded(unseen, unseen)}. To see one half as large, about "
+        f"{pairs_needed(unseen / 2, found.deviation)} seeds are needed."
+    )
 
 
 def limitations(analysis: Analysis) -> list[str]:
@@ -223,11 +265,10 @@ def _verdict(row: Row, analysis: Analysis) -> str:
     assert found is not None
     if p is None:
         return "Not tested: too few seeds." if found.n < MIN_PAIRS else "Not tested: the same at every seed."
-    margin = analysis.margin if row.metric == analysis.primary[1] else None
-    same = None if margin is None else equivalence_p(found, margin)
-    if same is not None and same < ALPHA:
+    if (same := _equivalence(row, analysis)) is not None and same < ALPHA:
         other = " The difference is small, and not 0." * (p < ALPHA and row.role != "exploratory")
-        return f"**Equivalent**: they differ by less than {margin:g} (two one-sided t-tests, {p_text(same)}).{other}"
+        tests = f"(two one-sided t-tests, {p_text(same)})"
+        return f"**Equivalent**: they differ by less than {analysis.margin:g} {tests}.{other}"
     if p >= ALPHA:
         unseen = _unseen(row, analysis)
         return f"**Inconclusive**: differences below {rounded(unseen, unseen)} could not have been seen."
@@ -235,6 +276,13 @@ def _verdict(row: Row, analysis: Analysis) -> str:
         return "This is only a hint."
     favour = f", {'in favour of' if found.mean < 0 else 'against'} {row.arm}" if _is_loss(row.metric) else ""
     return f"This **supports a difference**{favour}."
+
+
+def _equivalence(row: Row, analysis: Analysis) -> float | None:
+    """The p-value that the arms differ by less than the declared margin."""
+    if analysis.margin is None or row.metric != analysis.primary[1] or row.difference is None:
+        return None
+    return equivalence_p(row.difference, analysis.margin)
 
 
 def _unseen(row: Row, analysis: Analysis) -> float:

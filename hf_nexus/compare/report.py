@@ -1,4 +1,4 @@
-"""The report of a comparison: `report.md`, the numbers behind it in `results.csv` and `results.json`, and a table."""
+"""The report of a comparison: `report.md` and `report.html`, the numbers behind it, and a table for the console."""
 
 import csv
 import math
@@ -12,7 +12,8 @@ from urllib.parse import quote
 from ..evaluation.statistics import Estimate
 from ..files import finite_json
 from .analysis import Analysis, Row, Where
-from .conclusions import conclusions, limitations, p_text, rounded
+from .conclusions import conclusions, limitations, p_text, plain_words, rounded
+from .page import write_page
 from .records import RunRecord, metric_label
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def write_report(
     plots: Sequence[Path] = (),
 ) -> Path:
     """
-    Write `report.md`, `results.csv` (every metric of every run) and `results.json` (all statistics).
+    Write `report.md`, the same as `report.html`, `results.csv` (every metric of every run) and `results.json` (all
+    statistics).
 
     Args:
         analysis ([`Analysis`]):
@@ -50,7 +52,7 @@ def write_report(
         trials (`Sequence[Mapping[str, Any]]`, *optional*):
             Trials of the tuning, one table line each.
         plots (`Sequence[Path]`, *optional*):
-            Images to show, in this order.
+            PNG files to show, in this order.
 
     Returns:
         `Path`: path of `report.md`.
@@ -81,6 +83,8 @@ def write_report(
     (folder / JSON_NAME).write_text(finite_json(results, indent=1, default=str) + "\n", encoding="utf-8")
     paragraphs = [
         f"# {title}",
+        "## In plain words",
+        plain_words(analysis),
         "## Conclusions",
         *conclusions(analysis),
         *_setup(analysis, records, details),
@@ -88,7 +92,9 @@ def write_report(
         *_tuning(trials),
         *_plots(plots, folder),
     ]
-    (folder / REPORT_NAME).write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    text = "\n\n".join(paragraphs) + "\n"
+    (folder / REPORT_NAME).write_text(text, encoding="utf-8")
+    write_page(text, folder, title)
     return folder / REPORT_NAME
 
 
@@ -273,4 +279,4 @@ def _plain(value: Any) -> str:
         return ", ".join(map(_plain, value))
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
-    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split()).replace("<", "&lt;")

@@ -86,7 +86,8 @@ def test_the_help_names_the_flags():
 
     planning = [f"--{field.name}" for field in dataclasses.fields(HardwareArguments)]
     fields = ["--max_steps", "--inner_lr", "TrainingArguments", "NexusConfig", "configs"]
-    flags = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": ["--output_dir"]}
+    comparing = ["--output_dir", "--plan", "--pilot", "--difference"]
+    flags = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": comparing}
     for command, expected in flags.items():
         result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
         assert result.exit_code == 0

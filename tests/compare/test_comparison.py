@@ -18,6 +18,7 @@ from hf_nexus.compare.comparison import Comparison
 from hf_nexus.compare.config import ComparisonConfig
 from hf_nexus.compare.records import RECORD_NAME, RunRecord
 from hf_nexus.compare.workers import Call, CallResult
+from hf_nexus.plots.style import new_plot, save_plot
 from tests.support.comparison import ARMS, comparison_fields, make_comparison
 from tests.support.tiny_config import write_config
 
@@ -47,6 +48,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "call_in_workers", without_workers)
 
 
+def save_blank(records: Sequence[RunRecord], folder: Path, baseline: str) -> list[Path]:
+    return [save_plot(new_plot(1, 1), folder / "losses.png")]
+
+
 def run(config: ComparisonConfig) -> tuple[Comparison, str]:
     console = Console(width=200, record=True, file=io.StringIO())
     comparison = Comparison(config, console)
@@ -60,7 +65,7 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comp
     """A comparison that was run, and what it printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "call_in_workers", without_workers)
-        patch.setattr(module, "plot_comparison", lambda records, folder, baseline: [folder / "losses.png"])
+        patch.setattr(module, "plot_comparison", save_blank)
         output = tmp_path_factory.mktemp("run") / "out"
         config = make_comparison(base, output, training=SHORT, minima=MINIMA, tuning=TUNING)
         return config, run(config)[1]

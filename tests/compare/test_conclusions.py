@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hf_nexus.compare.analysis import compare_arms
-from hf_nexus.compare.conclusions import conclusions, limitations
+from hf_nexus.compare.conclusions import conclusions, limitations, plain_words
 from hf_nexus.evaluation.statistics import power
 from tests.support.comparison import diverge, make_records
 
@@ -92,6 +92,18 @@ def test_only_an_equivalence_test_shows_that_arms_are_alike():
     shifted = make_records({"adamw": 0.0, "nexus-0.05": 0.012}, range(8))
     assert "**Equivalent**" not in concluded(shifted, margin=0.01)
     assert "The difference is small, and not 0." in concluded(shifted, margin=0.1)
+
+
+def test_plain_words_answer_the_question():
+    def words(gain, **options):
+        records = make_records({"adamw": 0.0, "nexus-0.05": gain}, range(options.pop("seeds", 8)))
+        return plain_words(analyse(records, **options))
+
+    assert "it is 0.0293 lower" in words(0.03) and "probably real" in words(0.03)
+    assert "the question stays open. That is not the same as no difference" in words(0.0)
+    assert "probably smaller than 0.01, which does not matter" in words(0.0, margin=0.01)
+    assert "too few finished runs" in words(0.03, seeds=2)
+    assert "learned their training text equally well" in words(0.03, where="matched")
 
 
 def test_sparse_evaluations_are_named():

@@ -1,5 +1,6 @@
 """The files of a report and the console's table hold the numbers of the records."""
 
+import base64
 import csv
 import io
 import json
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.report import console_table, write_report
+from hf_nexus.plots.style import new_plot, save_plot
 from tests.support.comparison import diverge, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
@@ -94,11 +96,26 @@ def test_results_json_holds_the_statistics(tmp_path):
 
 def test_the_report_shows_tuning_details_and_plots(tmp_path):
     trials = [{"arm": "adamw", "learning_rate": 1e-3, "chosen": True}, {"arm": "a|b", "inner_lr": 0.05}]
-    plots = [tmp_path / "plots" / "ood against train.png"]
+    plots = [save_plot(new_plot(1, 1), tmp_path / "plots" / "ood against train.png")]
     text = write(make_records({"adamw": 0.0, "nexus-0.05": 0.0}), tmp_path, trials=trials, plots=plots)
     assert "| adamw | 0.001 | yes |  |" in text and "| a\\|b |  |  | 0.05 |" in text
     assert "](plots/ood%20against%20train.png)" in text
     assert "- command: hf-nexus compare" in text and "- versions: torch 2.13" in text
+
+
+def test_the_page_holds_the_report_and_needs_no_other_file(tmp_path):
+    plots = [save_plot(new_plot(1, 1), tmp_path / "ood against train.png")]
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.03})
+    write(records, tmp_path, plots=plots, trials=[{"arm": "<b>", "learning_rate": 1e-3}])
+    page = (tmp_path / "report.html").read_text()
+    images = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(image) for image in images] == [plots[0].read_bytes()]
+    assert not re.search(r"https?:|<link|@import|url\(|src=\"(?!data:)", page)
+    text = (tmp_path / "report.md").read_text()
+    assert page.count("<table>") == text.count("\n|---|") and page.count("<details>") == 2
+    (plain,) = re.findall(r"## In plain words\n\n(.*)\n", text)
+    assert plain in page and "lower is better" in plain and "probably real" in plain
+    assert "<td>&lt;b&gt;</td>" in page
 
 
 def test_the_console_table_shows_every_arm_and_its_difference():
