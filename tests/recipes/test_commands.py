@@ -14,8 +14,8 @@ import pytest
 from hf_nexus.pretrain.parsing import load_config
 
 ROOT = Path(__file__).parents[2]
-# Commands that need several accelerators or machines, the Hub, or files of the reader.
-ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "mine.yaml")
+# Commands that need several accelerators or machines, the Hub, files of the reader, or hours.
+ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "mine.yaml", "ladder.py")
 
 
 def header_commands(recipe: Path) -> list[str]:
@@ -60,6 +60,7 @@ def test_every_command_of_the_headers_is_found():
     assert {name: len(commands) for name, commands in COMMANDS.items()} == {
         "compare.py": 1,
         "finetune.py": 3,
+        "ladder.py": 0,
         "plain_accelerate.py": 3,
         "pretrain_3b.py": 2,
         "sft_with_trl.py": 2,
