@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_comparison"]
 
-Spread = np.ndarray  # (4, N): steps, and the mean, lowest and highest value over the runs of an arm at each
+Spread = np.ndarray  # (4, N): steps, and at each the mean over the runs of an arm with the ends of its 95 % interval
 _END = "end of run"
 _PLACES = (*MARKERS[:3], "*")  # markers of three minimizers and the end of the run
 _MARK: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 9, "linestyle": ""}
@@ -28,8 +28,8 @@ def plot_comparison(records: Sequence[RunRecord], folder: str | os.PathLike[str]
     """
     Draw all plots that the records have data for.
 
-    Curves and marks are means over the seeds of an arm, bands and bars the range. The mean is not finite at a step if
-    any run of the arm is not: a mean over the other runs would hide the divergence.
+    Curves and marks are means over the seeds of an arm, bands and bars their 95 % t-intervals. The mean is not finite
+    at a step if any run of the arm is not: a mean over the other runs would hide the divergence.
 
     Args:
         records (`Sequence[RunRecord]`):
@@ -92,8 +92,9 @@ class _Arm:
 
     def spread(self, metric: str, baseline: "_Arm | None" = None) -> Spread:
         """A loss, or its difference to the baseline at the same seed."""
-        curves, theirs = self._curves(metric), None if baseline is None else baseline._curves(metric)
-        if theirs is not None:
+        curves = self._curves(metric)
+        if baseline is not None:
+            theirs = baseline._curves(metric)
             curves = {
                 seed: {step: loss - theirs[seed][step] for step, loss in curve.items() if step in theirs[seed]}
                 for seed, curve in curves.items()
@@ -106,7 +107,7 @@ class _Arm:
         return {seed: {step: m[metric] for step, m in curve.items() if metric in m} for seed, curve in found.items()}
 
     def draw(self, axes: "Axes", spread: Spread, *, band: bool = True, markers: int = 8) -> None:
-        """Draw the mean as a curve, and the range as a band. The arms' markers are at different steps."""
+        """Draw the mean as a curve, and its interval as a band. The arms' markers are at different steps."""
         steps, mean, low, high = spread
         every = max(1, len(steps) // markers)
         axes.plot(steps, mean, linewidth=1.4, markersize=4.5, markevery=(self.index % every, every), **self.style)
@@ -115,20 +116,24 @@ class _Arm:
 
 
 def _spread(runs: Iterable[Mapping[int, float]]) -> Spread:
-    """Mean and range at each step; NaN where a run has no finite value."""
+    """Mean and 95 % interval at each step; NaN where a run has no finite value. One run has no interval."""
     runs = list(runs)
     steps = sorted({step for run in runs for step in run})
     if not steps:
         return np.empty((4, 0))  # `size` is 0
     values = np.array([[run.get(step, math.nan) for step in steps] for run in runs])
     values[~np.isfinite(values)] = math.nan
-    return np.stack([steps, values.mean(0), values.min(0), values.max(0)])
+    mean, half = values.mean(0), 0.0
+    if len(runs) > 1:
+        from scipy.stats import t
+
+        half = t.ppf(0.975, len(runs) - 1) * values.std(0, ddof=1) / math.sqrt(len(runs))
+    return np.stack([steps, mean, mean - half, mean + half])
 
 
-def _bars(spread: Spread) -> np.ndarray:
-    """Lengths of the error bars at the end, below and above the mean, which rounding can move out of the range."""
-    _, mean, low, high = spread[:, -1]
-    return np.maximum([[mean - low], [high - mean]], 0.0)
+def _half(spread: Spread) -> float:
+    """Half of the interval at the end; 0 for a single run."""
+    return np.nan_to_num(spread[3, -1] - spread[1, -1])
 
 
 def _smoothed(spread: Spread, window: int) -> Spread:
@@ -139,17 +144,6 @@ def _smoothed(spread: Spread, window: int) -> Spread:
     near = slice(window // 2, window // 2 + len(finite))  # of a convolution, the points centred on one of the curve
     count, *rows = (np.convolve(row, np.ones(window))[near] for row in (finite, *np.where(finite, spread[1:], 0.0)))
     return np.stack([spread[0], *(np.where(finite, row / np.maximum(count, 1), math.nan) for row in rows)])
-
-
-def _limit(differences: Iterable[float], loss: float) -> float:
-    """
-    Distance from the baseline that a plot shows: that of the farthest arm, except for arms off the scale.
-
-    An arm is off the scale, and would hide the others, beyond both 2 % of the baseline's `loss` and five times the
-    median distance.
-    """
-    sizes = sorted(abs(value) for value in differences if math.isfinite(value))
-    return min(sizes[-1], max(5 * sizes[(len(sizes) - 1) // 2], 0.02 * abs(loss))) if sizes else 0.0
 
 
 def _add_legend(figure: "Figure", labels: Mapping[str, Mapping[str, Any]]) -> None:
@@ -178,16 +172,18 @@ def _add_arms(figure: "Figure", arms: Iterable[_Arm]) -> None:
     _add_legend(figure, labels)
 
 
-def _name_hidden(axes: "Axes", points: Mapping[_Arm, tuple[float, float]]) -> None:
-    """Write in a corner the names and places of arms outside of the axes."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    hidden = [
-        f"{shorten(arm.name, 20)} ({x:.3g}, {y:.3g})"
-        for arm, (x, y) in points.items()
-        if math.isfinite(y) and not (left <= x <= right and bottom <= y <= top)
-    ]
-    if hidden:
-        axes.text(0.01, 0.01, "off scale: " + ", ".join(hidden), transform=axes.transAxes, fontsize=8)
+def _on_scale(axes: "Axes", differences: Mapping[_Arm, float], loss: float) -> list[_Arm]:
+    """
+    Arms with a finite difference to the baseline that would not hide the others; those are named in the plot.
+
+    An arm is off the scale beyond both 2 % of the baseline's `loss` and five times the median distance.
+    """
+    sizes = sorted(abs(value) for value in differences.values() if math.isfinite(value))
+    limit = max(5 * sizes[(len(sizes) - 1) // 2], 0.02 * abs(loss)) if sizes else 0.0
+    if hidden := [f"{shorten(arm.name, 20)} ({d:+.2g})" for arm, d in differences.items() if abs(d) > limit]:
+        text = "off scale, with the difference to the baseline: " + ", ".join(hidden)
+        axes.text(0.01, 0.01, text, transform=axes.transAxes, fontsize=7.5)
+    return [arm for arm, difference in differences.items() if abs(difference) <= limit]
 
 
 def _seeds(runs: Sequence[Any]) -> str:
@@ -203,51 +199,36 @@ def _bands(arms: Sequence[_Arm]) -> bool:
 
 
 def _ood_against_train(arms: Sequence[_Arm]) -> "Figure | None":
-    """The end of training in a large panel, and all of training in a small one."""
+    """The last part of training, on the scale of the ends of the arms."""
     paths: dict[_Arm, tuple[Spread, Spread]] = {}  # training and OOD losses of an arm during training
     for arm in arms:
         train, ood = arm.spread("train_loss"), arm.spread("ood_loss")
         if ood.size:
             paths[arm] = (train[:, np.isin(train[0], ood[0])], ood)
-    if not any(np.isfinite(ood[1]).any() for _, ood in paths.values()):
+    ends = {arm: ood[1, -1] for arm, (_, ood) in paths.items() if math.isfinite(ood[1, -1])}
+    if not ends:
         return None
-    figure = new_plot(10.5, 5.4)
-    late, whole = figure.subplots(1, 2, width_ratios=[2.1, 1])
-    tidy(late, "end of training: mean and range over seeds (thin: single seeds)", "training loss", "OOD loss")
-    tidy(whole, "all of training, from right to left", "training loss")
+    figure = new_plot(8.5, 5.6)
+    axes = figure.subplots()
+    tidy(axes, "marks: mean at the end with its 95 % interval over seeds; thin lines: single seeds")
+    axes.set(xlabel="training loss", ylabel="OOD loss")
     for arm, (x, y) in paths.items():
-        for axes, size in ((late, 8), (whole, 5)):
-            axes.plot(x[1], y[1], linewidth=1.5, **arm.style | {"marker": ""}, zorder=3)
-            mark = arm.style | {"markersize": size, "markeredgecolor": "white", "linewidth": 0.9, "capsize": 3}
-            length = {"xerr": _bars(x), "yerr": _bars(y)} if axes is late else {}
-            axes.errorbar(x[1, -1], y[1, -1], **length, **mark, zorder=4)
+        axes.plot(x[1], y[1], linewidth=1.5, **arm.style | {"marker": ""}, zorder=3)
+        mark = arm.style | {"markersize": 8, "markeredgecolor": "white", "linewidth": 0.9, "capsize": 3}
+        axes.errorbar(x[1, -1], y[1, -1], xerr=_half(x), yerr=_half(y), **mark, zorder=4)
         for run in arm.runs if len(arm.runs) > 1 else []:
             points = [(p.train_loss, math.nan if p.ood_loss is None else p.ood_loss) for p in run.curve]
-            late.plot(*zip(*points, strict=True), color=arm.style["color"], linewidth=0.5, alpha=0.6, zorder=2)
-    figure.suptitle("OOD loss against training loss at restored weights, nats per token", fontsize=10.5)
-    _zoom(late, whole, list(paths.values()))
+            axes.plot(*zip(*points, strict=True), color=arm.style["color"], linewidth=0.5, alpha=0.6, zorder=2)
+    start = next(iter(ends.values()))
+    shown = _on_scale(axes, {arm: end - start for arm, end in ends.items()}, start)
+    for axis, name in enumerate(("xlim", "ylim")):
+        spreads = [paths[arm][axis] for arm in shown]
+        low, high = min(found[2, -1] for found in spreads), max(found[3, -1] for found in spreads)
+        room = max(high - low, np.nan_to_num(np.ptp(spreads[0][1, -2:]))) or 0.01 * abs(low)
+        axes.set(**{name: (low - 0.35 * room, high + 0.7 * room)})
+    figure.suptitle("OOD loss against training loss, nats per token; lower is better", fontsize=10.5)
     _add_arms(figure, paths)
-    _name_hidden(late, {arm: (x[1, -1], y[1, -1]) for arm, (x, y) in paths.items()})
     return figure
-
-
-def _zoom(late: "Axes", whole: "Axes", paths: Sequence[tuple[Spread, Spread]]) -> None:
-    """Limit `late` to the ends of training, without arms off the scale, and mark this area in `whole`."""
-    from matplotlib.patches import Rectangle
-
-    frame = []
-    for spreads in zip(*paths, strict=True):
-        finite = [found for s in spreads if (found := s[1:, np.isfinite(s[1])]).size]
-        start = finite[0][0, -1]
-        far = _limit([found[0, -1] - start for found in finite[1:]], start)
-        ends = np.array([found[:, -1] for found in finite if abs(found[0, -1] - start) <= far])
-        low, high = ends[:, 1].min(), ends[:, 2].max()
-        step = abs(finite[0][0, -2] - start) if finite[0].shape[1] > 1 else 0.0
-        room = max(high - low, step) or 0.01 * abs(start)
-        frame.append((low - 0.35 * room, high + 0.7 * room))
-    (left, right), (bottom, top) = frame
-    late.set(xlim=(left, right), ylim=(bottom, top))
-    whole.add_patch(Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor="0.3", linewidth=0.8))
 
 
 def _losses(arms: Sequence[_Arm]) -> "Figure | None":
@@ -272,9 +253,9 @@ def _losses(arms: Sequence[_Arm]) -> "Figure | None":
     for axes in panels[len(metrics) :].flat:
         axes.set_axis_off()
     figure.suptitle(
-        "Held-out losses, nats per token. Left: mean over seeds. Right: difference to the baseline at the same seed "
-        "(negative is better),\n"
-        f"mean over seeds{' with the range as a band' * _bands(arms)}; on the right, mean and range at the end.",
+        "Held-out losses, nats per token, lower is better. Left: mean over seeds. Right: difference to "
+        f"{shorten(arms[0].name, 20)} at the same seed, below 0 is better:\n"
+        f"mean{' and 95 % interval' * _bands(arms)} over seeds; on its right, mean and 95 % interval at the end.",
         fontsize=10,
     )
     _add_arms(figure, arms)
@@ -287,23 +268,15 @@ def _draw_differences(axes: "Axes", arms: Sequence[_Arm], metric: str) -> None:
     spreads = {arm: found for arm in others if (found := arm.spread(metric, baseline)).size}
     if not spreads:
         return
+    shown = _on_scale(axes, {arm: found[1, -1] for arm, found in spreads.items()}, baseline.spread(metric)[1, -1])
     first, last = (end(end(found[0]) for found in spreads.values()) for end in (min, max))
-    late = [found[1:, found[0] >= first + (last - first) / 4] for found in spreads.values()]
-    final = baseline.spread(metric)[1, -1]
-    peaks = [np.abs(part[np.isfinite(part)]).max(initial=0.0) for part in late]
-    limit = 1.15 * _limit(peaks, final if math.isfinite(final) else 0.0) or 1.0
-    outside = []
-    for place, arm in enumerate(others, start=1):
-        if arm not in spreads:
-            continue
-        arm.draw(axes, spreads[arm], band=_bands(arms), markers=5)
-        end = spreads[arm][1, -1]
-        if abs(end) > limit:
-            outside.append(f"{shorten(arm.name, 18)} ends at {end:+.2g}")
+    late = [np.abs(spreads[arm][1:, spreads[arm][0] >= first + (last - first) / 4]) for arm in shown]
+    for place, (arm, found) in enumerate(spreads.items(), start=1):
+        arm.draw(axes, found, band=_bands(arms), markers=5)
         mark = arm.style | {"markersize": 4.5, "capsize": 2, "linewidth": 1.2, "linestyle": "-"}
-        axes.errorbar(last + place * (last - first or 1) * 0.03, end, yerr=_bars(spreads[arm]), **mark)
+        axes.errorbar(last + place * (last - first or 1) * 0.03, found[1, -1], yerr=_half(found), **mark)
+    limit = 1.15 * max((part[np.isfinite(part)].max(initial=0.0) for part in late), default=0.0) or 1.0
     axes.set_ylim(-limit, limit)
-    axes.text(0.99, 0.98, "\n".join(outside), transform=axes.transAxes, ha="right", va="top", fontsize=7.5)
 
 
 def _cosines(arms: Sequence[_Arm]) -> "Figure | None":
@@ -317,7 +290,7 @@ def _cosines(arms: Sequence[_Arm]) -> "Figure | None":
     window = max(1, max(found.shape[1] // 20 for found in paths.values()))
     window += 1 - window % 2  # odd, for a window that is centred
     panels = {
-        "gradient cosine between sources, mean over pairs": gradients,
+        "gradient cosine between sources, mean over pairs; 1: their gradients agree": gradients,
         "path cosine" + f", moving mean of {window} logged values" * (window > 1): {
             arm: _smoothed(found, window) for arm, found in paths.items()
         },
@@ -335,7 +308,8 @@ def _cosines(arms: Sequence[_Arm]) -> "Figure | None":
             if spread.size:
                 arm.draw(axes, spread, band=_bands(arms))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
-    figure.suptitle("mean over seeds" + ", with the range as a band" * _bands(arms), fontsize=9.5)
+    title = "Cosines during training: mean" + " and 95 % interval" * _bands(arms) + " over seeds"
+    figure.suptitle(title, fontsize=10.5)
     _add_arms(figure, [arm for arm in arms if any(curves[arm].size for curves in panels.values())])
     return figure
 
@@ -367,7 +341,8 @@ def _distances(arms: Mapping[str, Sequence[Minima]]) -> "Figure | None":
         axes.set_title(title, fontsize=9.5, loc="left")
     bar = figure.colorbar(image, ax=panels, shrink=0.6, aspect=30)
     bar.set_label("L2 distance in % of the parameter norm", fontsize=9)
-    figure.suptitle("Distances between the minimizers of the sources, mean over seeds", fontsize=10.5)
+    title = "Distances between the minimizers of the sources, mean over seeds; closer is what Nexus aims at"
+    figure.suptitle(title, fontsize=10.5)
     return figure
 
 
@@ -405,7 +380,8 @@ def _landscapes(arms: Mapping[str, Minima]) -> "Figure | None":
             axes.set_ylim(min(losses) - room, max(losses) + room)
     bar = figure.colorbar(image, ax=panels[:, -1], shrink=0.5, aspect=40, format="%.2f")
     bar.set_label("mean held-out loss of the three sources (nats per token)", fontsize=9)
-    figure.suptitle("Loss on the plane and on the segments between three minimizers (first seed)", fontsize=11)
+    title = "Loss on the plane and on the segments between three minimizers, first seed; lower and flatter is better"
+    figure.suptitle(title, fontsize=11)
     marks = zip([*plane["sources"], _END], _PLACES, strict=True)
     _add_legend(figure, {shorten(name, 16): {"marker": mark, **_MARK} for name, mark in marks})
     return figure
@@ -464,38 +440,29 @@ def _distance_against_ood(arms: Sequence[_Arm]) -> "Figure | None":
     for arm in arms:
         for run in arm.runs if baseline else []:
             end = run.metrics() if run.curve and run.minima else {}
-            x, gain = end.get("minima_distance", math.nan), end.get("ood_loss", math.nan)
-            y = baseline.get(run.seed, math.nan) - gain
+            x, loss = end.get("minima_distance", math.nan), end.get("ood_loss", math.nan)
+            y = baseline.get(run.seed, math.nan) - loss
             if math.isfinite(x) and math.isfinite(y):
                 points.setdefault(arm, []).append((100 * x, y))
     if not points:
         return None
-    figure = new_plot(8.0, 5.0)
+    figure = new_plot(8.5, 5.2)
     axes = figure.subplots()
-    tidy(
-        axes,
-        "large: mean and range of an arm; small: its runs; higher is better",
-        "mean distance between minimizers, % of the parameter norm",
-        f"OOD gain over {shorten(arms[0].name, 20)}\n(nats per token, same seed)",
+    tidy(axes, "large: mean of an arm with its 95 % interval over seeds; small: single runs")
+    axes.set(
+        xlabel="mean distance between minimizers, % of the parameter norm",
+        ylabel=f"OOD gain over {shorten(arms[0].name, 20)} at the same seed\n(nats per token)",
     )
     axes.axhline(0.0, color="0.5", linewidth=0.9)
-    means = {}
-    for arm, found in points.items():
+    means = {arm: -float(np.mean([y for _, y in found])) for arm, found in points.items()}
+    for arm in _on_scale(axes, means, min(abs(loss) for loss in baseline.values() if math.isfinite(loss))):
         mark: dict[str, Any] = arm.style | {"linestyle": ""}
-        if len(found) > 1:
-            axes.plot(*zip(*found, strict=True), markersize=4, alpha=0.55, zorder=2, **mark)
-        xs, ys = (_spread({0: value} for value in values) for values in zip(*found, strict=True))
+        if len(points[arm]) > 1:
+            axes.plot(*zip(*points[arm], strict=True), markersize=4, alpha=0.55, zorder=2, **mark)
+        xs, ys = (_spread({0: value} for value in values) for values in zip(*points[arm], strict=True))
         large: dict[str, Any] = {"markersize": 9, "markeredgecolor": "white", "elinewidth": 0.8, "zorder": 4}
-        axes.errorbar(xs[1], ys[1], xerr=_bars(xs), yerr=_bars(ys), **mark, **large)
-        means[arm] = (float(xs[1, 0]), float(ys[1, 0]))
+        axes.errorbar(xs[1], ys[1], xerr=_half(xs), yerr=_half(ys), **mark, **large)
     axes.margins(0.12)
-    losses = [abs(loss) for loss in baseline.values() if math.isfinite(loss)]
-    limit = _limit([y for _, y in list(means.values())[1:]], min(losses))
-    if any(abs(y) > limit for _, y in means.values()):
-        near = [(x, y) for found in points.values() for x, y in found if abs(y) <= 1.5 * limit]
-        for axis, values in zip("xy", zip(*near, strict=True), strict=True):
-            room = 0.15 * (max(values) - min(values)) or 0.01 * abs(values[0]) or limit
-            axes.set(**{f"{axis}lim": (min(values) - room, max(values) + room)})
+    figure.suptitle("Minima distance and OOD gain: to the left is closer, higher is better", fontsize=10.5)
     _add_arms(figure, points)
-    _name_hidden(axes, means)
     return figure
