@@ -1,7 +1,8 @@
 """A drop-in Hugging Face Trainer for multi-source training with the Nexus update."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -32,10 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .trainer.mixin import NexusTrainerMixin as NexusTrainerMixin
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+__getattr__ = lazily(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ __all__ = [
     "hidden",
     "hide_token",
     "nearest",
-    "one_line_errors",
     "printable",
     "read_plain",
     "require_folder",
@@ -30,6 +28,17 @@ __all__ = [
 ]
 
 _TOKEN_FLAGS = ("--hub_token", "--hub-token", "--token")
+# Names that other programs use for the fields of a configuration.
+_SHORT_NAMES = {
+    **dict.fromkeys(("bs", "batch", "batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("k", "ga", "grad_accum", "accumulation_steps", "inner_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("seq_len", "block_size", "context_length", "max_length", "max_seq_length"), "sequence_length"),
+    **dict.fromkeys(("out", "output", "out_dir", "save_dir"), "output_dir"),
+    **{"lr": "learning_rate", "scheduler": "lr_scheduler_type", "wd": "weight_decay", "warmup": "warmup_steps"},
+    **{"epochs": "num_train_epochs", "steps": "max_steps", "gamma": "inner_lr", "optimizer": "optim"},
+    **{"layers": "num_hidden_layers", "heads": "num_attention_heads", "dim": "hidden_size", "width": "hidden_size"},
+    **{"resume": "resume_from_checkpoint", "repo": "hub_model_id", "gpus": "devices", "wandb": "report_to"},
+}
 _LARGEST = 64 << 20  # bytes of a text file that is read whole
 # The folders of an absolute path, which is a whole text, or follows a space, quote or separator in it.
 _ROOT = r"(?:file://)?(?:(?:~[\w.-]*|[a-zA-Z]:)[\\/]+|//?|\\\\)"
@@ -176,14 +185,19 @@ def without_folders(value: Any) -> Any:
 
 def nearest(word: Any, known: Iterable[str]) -> str:
     """
-    A sentence for an error message that suggests the nearest known word, empty if none is near.
+    A sentence for an error message that suggests the known word that is nearest, or that is meant by a common short
+    name. Empty if there is none.
 
     Example:
         >>> from hf_nexus.files import nearest
         >>> "Unknown key." + nearest("inner_Ir", ["inner_lr", "optim"])
         "Unknown key. Did you mean 'inner_lr'?"
+        >>> nearest("--lr", ["--learning_rate", "--link"])
+        " Did you mean '--learning_rate'?"
     """
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    words, bare = list(known), str(word).lstrip("-").replace("-", "_")
+    meant = str(word)[: len(str(word)) - len(bare)] + _SHORT_NAMES.get(bare, "")
+    close = [meant] if meant in words else difflib.get_close_matches(str(word), words, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -244,27 +258,3 @@ def shown(value: Any) -> str:
     except ValueError:  # an integer of more digits than Python prints
         return "an integer of too many digits"
     return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-@contextmanager
-def one_line_errors(
-    *, debug: bool = False, errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
-) -> Iterator[None]:
-    """
-    End the process with one line for an error that the user can fix.
-
-    Args:
-        debug (`bool`, *optional*, defaults to `False`):
-            Keep the traceback.
-        errors (`tuple[type[Exception], ...]`, *optional*):
-            Errors that end in one line. Any other error keeps its traceback.
-
-    Raises:
-        SystemExit: with the message, which the interpreter prints; the exit status is 1.
-    """
-    try:
-        yield
-    except errors as error:
-        if debug:
-            raise
-        raise SystemExit(f"error: {printable(error)}") from error

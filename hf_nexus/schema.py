@@ -4,17 +4,19 @@ import dataclasses
 import inspect
 import re
 import types
-from typing import Any, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
 from .strict import Bound, choices, field_types, is_subclass, options, required_fields
 
-__all__ = ["documented", "help_of", "json_schema"]
+__all__ = ["documented", "help_of", "json_schema", "kind_of"]
 
 T = TypeVar("T")
 
 # An entry of the section `Args:`, whose header names one field or several, and its indented text.
 _ENTRY = re.compile(r"^    (\w+ \(`[^:]*?\)):\n((?:        .*\n|\n)+)", re.MULTILINE)
 _BARE = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}
+_KINDS: dict[str, Any] = {name: kind for kind, name in _BARE.items()} | {"array": list, "object": dict}
 
 
 def documented(cls: type[T]) -> type[T]:
@@ -86,3 +88,34 @@ def _member(kind: Any, bound: Bound, definitions: dict[str, Any]) -> dict[str, A
     found = {"type": [_BARE[kind]]} | {name: limit for name, limit in limits.items() if limit is not None}
     # 1_000 is a number in YAML 1.1, which this package reads, and a string in YAML 1.2, which editors read.
     return found | {"type": ["integer", "string"], "pattern": "^[0-9]+(_[0-9]+)+$"} if kind is int else found
+
+
+def kind_of(schema: Mapping[str, Any], exact: bool = True) -> Any:
+    """
+    The type that the schema of a field describes, for [`~hf_nexus.strict.check`]. The values of mappings are
+    `Any`, and without `exact` also those of an enumeration.
+
+    Example:
+        >>> from hf_nexus.schema import kind_of
+        >>> kind_of({"type": ["number", "null"]})
+        float | None
+    """
+    kinds: list[Any] = []
+    for member in schema.get("anyOf", [schema]):
+        if "enum" in member:
+            kinds.append(Literal[tuple(member["enum"])] if exact else Any)
+        elif "type" not in member:
+            kinds.append(dict if "$ref" in member else Any)
+        limits = [member.get(key) for key in ("minimum", "exclusiveMinimum", "maximum")]
+        names = [member["type"]] if isinstance(member.get("type"), str) else list(member.get("type", ()))
+        if "pattern" in member:
+            names.remove("string")  # 1_000
+        for name in names:
+            if name == "array" and "items" in member:
+                kinds.append(list[kind_of(member["items"], exact)])  # type: ignore[misc]
+            elif name in ("integer", "number"):
+                kinds.append(Annotated[_KINDS[name], Bound(*limits)])
+            else:
+                least = name == "string" and "minLength" in member
+                kinds.append(Annotated[str, Bound(least=1)] if least else _KINDS[name])
+    return Union[tuple(kinds)]  # noqa: UP007  # the members are known at run time only

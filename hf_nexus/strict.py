@@ -25,6 +25,7 @@ __all__ = [
     "check",
     "check_fields",
     "from_text",
+    "line_of_key",
     "load_yaml",
     "packaged",
     "parse_data",
@@ -129,6 +130,7 @@ def _describe(kind: Any, bound: Bound) -> str:
     bounded = bound != Bound()
     if (values := choices(kind)) is not None:
         names = [str(value).lower() if isinstance(value, bool) else repr(value) for value in values]
+        names[20:] = [f"{len(names) - 20} more"] if len(names) > 20 else []
         return f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
     if dataclasses.is_dataclass(kind):
         return f"a mapping with the keys {', '.join(required_fields(kind))}"  # type: ignore[arg-type]
@@ -373,12 +375,59 @@ def parse_data(text: str, where: str, language: str = "YAML") -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape without a character
         # Only the problem: the whole text shows lines, which may hold a token.
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        line = f", line {error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) else ""
-        raise ValueError(f"{where} is not valid {language}{line}: {problem:.200}.") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        refusal = ValueError(f"{where} is not valid {language}{line}: {problem:.200}.")
+        raise (_pointing(refusal, where, mark) if mark else refusal) from error
     if node is None:
         return None
     _check_node(loader, node, (), where, len(text))
     return loader.construct_document(node)
+
+
+def _pointing(error: ValueError, where: str, mark: yaml.Mark) -> ValueError:
+    """The error with a note that shows the line."""
+    if text := _excerpt(where, mark):
+        error.add_note(text)
+    return error
+
+
+def _excerpt(where: str, mark: yaml.Mark) -> str:
+    """A line of a file with a caret, and where it is. Empty for a line that may hold a token."""
+    snippet = mark.get_snippet()
+    if not snippet or re.search(r"hf_|token\b", snippet):
+        return ""
+    return f"  --> {where}:{mark.line + 1}:{mark.column + 1}\n{snippet}"
+
+
+def line_of_key(path: str, key: str) -> str:
+    """
+    The line of a YAML file with a key, such as `training.max_steps` or `data.stages[0].until`, with a caret. If the
+    file lacks its last parts, the line is that of the first ones, and the first may be missing in the file or in the
+    key. Empty if there is no such line.
+    """
+    try:
+        root = _Loader(Path(path).read_text(encoding="utf-8")).get_single_node()
+    except (yaml.YAMLError, OSError, ValueError, RecursionError):
+        return ""
+    parts = re.findall(r"[^.\[\]]+", key)
+    marks = max(_marks(root, parts), _marks(root, ["training", *parts])[1:], _marks(root, parts[1:]), key=len)
+    return _excerpt(path, marks[-1]) if marks else ""
+
+
+def _marks(node: Any, names: list[str]) -> list[yaml.Mark]:
+    """Where each key or item of a path starts in a tree, up to the first that is missing."""
+    marks: list[yaml.Mark] = []
+    for name in names:
+        if isinstance(node, yaml.SequenceNode):
+            pairs = {str(i): (item, item) for i, item in enumerate(node.value)}
+        else:
+            pairs = {pair[0].value: pair for pair in node.value} if isinstance(node, yaml.MappingNode) else {}
+        if name not in pairs:
+            break
+        start, node = pairs[name]
+        marks.append(start.start_mark)
+    return marks
 
 
 def _too_large(where: str) -> ValueError:
@@ -397,7 +446,8 @@ def _check_node(loader: _Loader, node: Any, path: tuple[str, ...], where: str, s
 
     def refused(problem: str, node: yaml.Node = node, *more: str) -> ValueError:
         key = ".".join((*path, *more)).replace(".[", "[")
-        return ValueError(f"{key or where}: {problem.format(line=f'line {node.start_mark.line + 1} of {where}')}")
+        line = f"line {node.start_mark.line + 1} of {where}"
+        return _pointing(ValueError(f"{key or where}: {problem.format(line=line)}"), where, node.start_mark)
 
     size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
     if size > _LARGEST or len(path) > _DEEPEST:

@@ -49,8 +49,9 @@ from transformers import (
 
 from hf_nexus import NexusConfig as TrainingArguments  # Nexus: was `from transformers import TrainingArguments`
 from hf_nexus import NexusTrainer as Trainer  # Nexus: was `from transformers import Trainer`
+from hf_nexus.errors import one_line_errors
 from hf_nexus.evaluation.metrics import NextTokenAccuracy
-from hf_nexus.files import Secret, hide_token, one_line_errors
+from hf_nexus.files import Secret, hide_token
 
 TINY = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
 

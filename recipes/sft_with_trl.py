@@ -34,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_nexus import NexusConfigMixin, NexusTrainerMixin
-from hf_nexus.files import one_line_errors
+from hf_nexus.errors import one_line_errors
 from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from hf_nexus.strict import parse_yaml

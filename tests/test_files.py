@@ -14,7 +14,6 @@ from hf_nexus.files import (
     delete,
     finite_json,
     nearest,
-    one_line_errors,
     printable,
     read_plain,
     without_folders,
@@ -75,15 +74,6 @@ def test_json_has_null_for_what_is_not_finite() -> None:
 @pytest.mark.parametrize(("word", "hint"), [("wieght", " Did you mean 'weight'?"), ("colour", ""), (7, "")])
 def test_only_a_near_word_is_suggested(word: object, hint: str) -> None:
     assert nearest(word, ["weight", "path"]) == hint
-
-
-def test_errors_that_users_can_mend_are_one_line() -> None:
-    with pytest.raises(SystemExit, match=r"^error: two lines$"), one_line_errors():
-        raise ValueError("two\n \x1b[31m lines")
-    with pytest.raises(ValueError, match="two"), one_line_errors(debug=True):
-        raise ValueError("two")
-    with pytest.raises(ZeroDivisionError), one_line_errors():
-        _ = 1 / 0
 
 
 @pytest.mark.parametrize(

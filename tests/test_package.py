@@ -30,9 +30,11 @@ ROOMS = [
     "controls",
     "tensors",
     "schema",
+    "errors",
     "strict",
     "lock",
     "files",
+    "lazy",
 ]
 
 

@@ -3,47 +3,47 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from .. import __version__
-from ..files import hide_token, one_line_errors, printable
+from ..errors import one_line_errors
+from ..files import hide_token, printable
+from ..pretrain.early import check_early
+from ..strict import load_yaml, packaged
 from .benchmark import benchmark
 from .closeness import closeness
+from .fields import field_options
 from .init import init
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Train language models on a mixture of sources with the Nexus update.",
+    help="Train language models on a mixture of sources with the Nexus update.\n\n"
+    "In a flag, - and _ mean the same. hf-nexus --install-completion completes commands and fields in your shell.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
 )
 
-# `train` and `plan` take the flags that `recipes/pretrain_3b.py` takes, and pass them to the same parser.
+# `train` and `plan` pass the fields of a configuration on, to the parser of `recipes/pretrain_3b.py`.
 _FIELDS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-_Config = Annotated[str, typer.Argument(help="Name of a configuration (demo, 130m, 300m, 1b, 3b), or a YAML file.")]
+_Config = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a configuration (demo, 130m, 300m, 1b, 3b), or a YAML file.",
+        autocompletion=lambda: list(packaged("pretrain")),
+    ),
+]
 
 # An empty line in a help text begins a new line.
-_FIELDS_HELP = (
-    "Any field of the configuration can follow as a flag: of the model (--hidden_size), of the data "
-    "(--sequence_length), of TrainingArguments (--max_steps, --learning_rate, --output_dir, --resume_from_checkpoint) "
-    "and of NexusConfig (--inner_lr, --inner_direction). The configurations of the package are commented: "
-    f"{Path(__file__).parents[1] / 'pretrain' / 'configs'}"
-)
+_FIELDS_HELP = f"Commented configurations: {Path(__file__).parents[1] / 'pretrain' / 'configs'}"
 _TRAIN_HELP = (
     f"For example: hf-nexus train mine.yaml --output_dir runs/mine --resume_from_checkpoint last\n\n{_FIELDS_HELP}"
 )
-_PLAN_HELP = (
-    "For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 0.35 --price_per_hour 3"
-    "\n\nFlags of the plan: --devices, --sharding (ddp or fsdp2), --mfu (fraction of the peak that is reached), "
-    "--peak_tflops (per device), --link (GB/s that a device sends), --devices_per_node, --node_link (GB/s inside a "
-    "machine), --price_per_hour (per device)."
-    f"\n\n{_FIELDS_HELP}"
-)
+_PLAN_HELP = f"For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 0.35\n\n{_FIELDS_HELP}"
 
 
 class _Command(TyperCommand):
@@ -52,6 +52,18 @@ class _Command(TyperCommand):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         with one_line_errors(debug=bool(ctx.obj), errors=(ValueError, RuntimeError, OSError, ImportError)):
             return super().invoke(ctx)
+
+
+class _FieldsCommand(TyperCommand):
+    """A command whose help and completion also have the fields of a configuration, by section."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        self.params += field_options(hardware=self.name == "plan")
+        super().format_help(ctx, formatter)
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:  # type: ignore[override]
+        self.params += field_options(hardware=self.name == "plan")
+        return super().shell_complete(ctx, incomplete)
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,7 +85,7 @@ def _options(
     context.obj = debug
 
 
-@app.command(context_settings=_FIELDS_AS_FLAGS, epilog=_TRAIN_HELP)
+@app.command(cls=_FieldsCommand, context_settings=_FIELDS_AS_FLAGS, epilog=_TRAIN_HELP)
 def train(
     context: typer.Context,
     config: _Config,
@@ -89,7 +101,10 @@ def train(
     if "RANK" not in os.environ:  # at once: heavy packages take seconds to load
         print(f"hf-nexus {__version__} train {printable(config)}", file=sys.stderr, flush=True)
     argv = [config, *context.args]
-    if any(word.startswith(("--dry_run", "--dry-run")) for word in argv):
+    dry_run = any(word.startswith(("--dry_run", "--dry-run")) for word in argv)
+    with one_line_errors(debug=context.obj):
+        check_early(["--config", *argv], here=not dry_run)
+    if dry_run:
         argv += [] if devices is None else ["--devices", str(devices)]
     elif devices is not None or accelerate_config is not None:
         from .launch import launch
@@ -101,9 +116,11 @@ def train(
     pretrain.main(["--config", *argv], debug=context.obj)
 
 
-@app.command(context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
+@app.command(cls=_FieldsCommand, context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
     """Print parameters, tokens, steps, memory and cost of a run, without network or GPU: hf-nexus plan 3b"""
+    with one_line_errors(debug=context.obj):
+        check_early(["--config", config, *context.args], here=False)
     from ..pretrain import run as pretrain
 
     pretrain.main(["--dry_run=True", "--config", config, *context.args], debug=context.obj)
@@ -132,6 +149,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
+    load_yaml(config, "compare", "comparison")  # before heavy packages are imported
     from .compare import compare
 
     compare(config, output_dir, run=run, report=report, plan=plan, pilot=pilot, differences=difference or ())

@@ -77,7 +77,7 @@ def find_mixture(model: str, config: str | None = None) -> "MixtureConfig":
     """
     from ..mixture.config import MixtureConfig
     from ..pretrain.folder import CONFIG_NAME
-    from ..pretrain.parsing import load_config
+    from ..pretrain.sections import load_config
 
     if config is None:
         folder = Path(model).resolve()

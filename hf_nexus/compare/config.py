@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from ..files import nearest
 from ..pretrain.fields import SECTIONS, PretrainConfig
-from ..pretrain.parsing import check_section, load_config
+from ..pretrain.parsing import check_section
+from ..pretrain.sections import load_config
 from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, load_yaml, read
 from .analysis import Analysis, Test, Where, compare_arms

@@ -56,7 +56,7 @@ class Run:
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Settings of training, measurements and minima search, by the file of the folder that holds them."""
-        own = {"output_dir": str(self.folder), "seed": self.seed, "overwrite_output_dir": True}
+        own = {"output_dir": str(self.folder), "seed": self.seed}
         if self.trial:
             own |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gradient_cosine_steps": 0}
         sections = self.config.run_config({**self.settings, **own})

@@ -15,6 +15,7 @@ from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
 from ..trainer.card import CARD_FILES
 from ..trainer.mixin import NexusTrainer
+from .advice import warnings_of
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
@@ -50,6 +51,8 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
         console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
         if plan.sync is not None:
             console.print(f"Fastest inner_sync: {plan.sync}", highlight=False)
+    for warning in warnings_of(arguments, plan):
+        console.print(f"[yellow]{warning}")
 
 
 def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:

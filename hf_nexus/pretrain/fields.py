@@ -172,8 +172,8 @@ class PretrainConfig(NexusConfig):
         cpu_threads (`int`, *optional*):
             Threads that compute on a CPU. Defaults to the choice of torch.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Delete the `checkpoint-*` folders of an earlier run in `output_dir`. When off, a folder with checkpoints is
-            an error unless the run is resumed.
+            Delete the `checkpoint-*` folders of an earlier run if `output_dir` is that of the demo,
+            `runs/nexus-demo`. Any other folder with checkpoints is an error unless the run is resumed.
     """
 
     cpu_threads: Annotated[int, Bound(least=1, most=10_000)] | None = None

@@ -1,5 +1,7 @@
 """The output folder of a run: checkpoints of an earlier run, and the saved configuration."""
 
+from pathlib import Path
+
 import yaml
 from rich.console import Console
 
@@ -8,6 +10,7 @@ from ..hub.facts import installed_versions
 from ..hub.publisher import PUBLIC
 from ..trainer.checkpoints import checkpoints_of, delete, resolve_checkpoint
 from .fields import PretrainArguments
+from .sections import load_config
 
 __all__ = ["CONFIG_NAME", "claim_folder", "find_checkpoint"]
 
@@ -20,15 +23,18 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
     `None` for a new run.
 
     Raises:
-        ValueError: nothing to resume from, or a new run in a folder with checkpoints without `overwrite_output_dir`.
+        ValueError: nothing to resume from, or a new run in a folder with checkpoints that may not be deleted.
     """
     args, folder = arguments.training, arguments.folder
     if (args.resume_from_checkpoint or "false").lower() != "false":
         return resolve_checkpoint(args.resume_from_checkpoint, str(folder))
-    if checkpoints_of(folder) and not args.overwrite_output_dir:
+    demo = Path(load_config("demo")["training"]["output_dir"])
+    overwrite = args.overwrite_output_dir and folder.resolve() == demo.resolve()
+    if checkpoints_of(folder) and not overwrite:
         raise ValueError(
             f"{folder} already holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint last, "
-            "delete them with --overwrite_output_dir, or choose another --output_dir."
+            f"choose another --output_dir, or delete its checkpoint-* folders (--overwrite_output_dir only does so in "
+            f"{demo})."
         )
     return None
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from ..files import one_line_errors
+from ..errors import one_line_errors
 from ..lock import locked
 from ..mixture.loading import Mixture, load_mixture
 from ..mixture.texts import tokenizer_of_sources
@@ -189,13 +189,6 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
         config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
-    planned = arguments.model.accelerators
-    if planned not in (0, args.world_size):
-        console.print(
-            f"[yellow]{arguments.config} is designed for {planned} accelerators and runs on {args.world_size}: a step "
-            f"has {args.world_size / planned:g} of the tokens that it was tuned for. Change max_steps, "
-            "gradient_accumulation_steps or per_device_train_batch_size to compensate."
-        )
     saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
     new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
     trainer = NexusTrainer(

@@ -4,9 +4,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,26 +20,15 @@ from ..mixture.documents import check_tokenizer, load_documents
 from ..mixture.loading import load_mixture
 from ..mixture.texts import guess_source, tokenizer_of_sources
 from ..nexus import Nexus
-from ..strict import parse_yaml
 from .fields import ModelArguments
 from .model import build_model, count_parameters, model_config
+from .sections import STARTER
 
-__all__ = ["starter_training", "starter_yaml"]
+__all__ = ["starter_yaml"]
 
-_FILE = resources.files(__package__).joinpath("starter.yaml").read_text(encoding="utf-8")
 _MINUTES, _EPOCHS, _TOKENS_PER_PARAMETER, _LEAST_STEPS, _K = 5, 4, 20, 100, 4
 _MOST = 20_000_000  # tokens of a source
 _SHAPES = ((128, 4), (192, 6), (256, 8), (384, 8), (512, 12), (768, 12))  # width and layers
-
-
-def starter_training(path: str, sources: Any) -> dict[str, Any]:
-    """The section `training` for a mixture alone, in the file `path`: what the starter has for any data."""
-    found: dict[str, Any] = parse_yaml(_FILE, "starter.yaml")["training"]
-    found = {key: value for key, value in found.items() if not str(value).startswith("$")}
-    fields = {key for source in sources.values() for key in source} if isinstance(sources, Mapping) else set()
-    if not {"eval_rows", "eval_split", "role"} & fields:
-        found |= {"eval_strategy": "no", "eval_on_start": False}
-    return found | {"output_dir": f"runs/{Path(path).stem}", "learning_rate": 5e-3}
 
 
 def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str | None = None) -> str:
@@ -97,7 +85,7 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         "bf16": str(is_torch_bf16_gpu_available()).lower(),
         "threads": threads or "null",
     }
-    return Template(_FILE).substitute(fields).replace("sources: \n", "sources:\n")
+    return Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
 
 
 def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> str:

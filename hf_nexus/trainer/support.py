@@ -25,6 +25,7 @@ from .config import NexusConfigMixin, lower_is_better
 from .distributed import is_wrapped
 
 __all__ = [
+    "ONE_INNER_STEP",
     "SAME_ON_RANKS",
     "Launch",
     "check_arguments",
@@ -48,6 +49,11 @@ logger = logging.get_logger(__name__)
 
 # Root mean square of an inner step below which the noise of bfloat16 autocast hides a third of the path's signal.
 AUTOCAST_FLOOR = 3e-6
+
+ONE_INNER_STEP = (
+    "gradient_accumulation_steps=1: a window of one inner step only normalizes the gradient. Set it to 4 or more (and "
+    "divide per_device_train_batch_size) to use Nexus."
+)
 
 # Arguments that all ranks must share: they decide the steps, and when the ranks wait for each other.
 SAME_ON_RANKS = (
@@ -255,10 +261,7 @@ def _check_loader(args: Any, streams: bool) -> None:
 def warn_of_one_inner_step(args: Any) -> None:
     """Warn if the window has one inner step."""
     if args.gradient_accumulation_steps == 1:
-        logger.warning(
-            "gradient_accumulation_steps=1: a window of one inner step only normalizes the gradient. Set it to 4 or "
-            "more (and divide per_device_train_batch_size) to use Nexus."
-        )
+        logger.warning(ONE_INNER_STEP)
 
 
 # ---- Launch and precision ----

@@ -85,13 +85,51 @@ def test_the_help_names_the_flags():
     from hf_nexus.pretrain.fields import HardwareArguments
 
     planning = [f"--{field.name}" for field in dataclasses.fields(HardwareArguments)]
-    fields = ["--max_steps", "--inner_lr", "TrainingArguments", "NexusConfig", "configs"]
+    fields = ["--max_steps", "--inner_lr", "--hidden_size", "--hub_model_id", "configs"]
+    fields += ["─ model ─", "─ data ─", "─ nexus ─", "─ training ─", "─ Hugging Face Hub Integration ─"]
     comparing = ["--output_dir", "--plan", "--pilot", "--difference"]
     flags = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": comparing}
     for command, expected in flags.items():
         result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
         assert result.exit_code == 0
         assert [word for word in expected if word not in result.output] == []
+
+
+def test_the_fields_can_be_completed():
+    for words, expected in (("train demo --max", "--max_steps"), ("plan demo --mf", "--mfu"), ("train de", "demo")):
+        variables = {"_HF_NEXUS_COMPLETE": "complete_bash", "COMP_WORDS": f"hf-nexus {words}"}
+        variables["COMP_CWORD"] = str(len(words.split()))
+        found = CliRunner().invoke(cli.app, [], prog_name="hf-nexus", env=variables)
+        assert expected in found.output.split(), found.output
+
+
+def test_a_dash_is_an_underscore_in_every_option(monkeypatch):
+    called = []
+    monkeypatch.setattr("hf_nexus.cli.compare.compare", lambda *given: called.append(given))
+    for flag in ("--output_dir", "--output-dir"):
+        assert CliRunner().invoke(cli.app, ["compare", "compare", flag, "x"]).exit_code == 0
+    assert called == [("compare", "x")] * 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "demo", "--max_step", "3"], "error: Unknown argument '--max_step'. Did you mean '--max_steps'?"),
+        (["plan", "demo", "--lr", "3"], "error: Unknown argument '--lr'. Did you mean '--learning_rate'?"),
+        (["plan", "demmo"], "error: There is no configuration 'demmo'. Did you mean 'demo'?"),
+        (["compare", "compair"], "error: There is no comparison 'compair'. Did you mean 'compare'?"),
+        (["train", "no_file.yaml"], "error: no_file.yaml: data.sources.code.path: no file matches 'gone.jsonl'"),
+    ],
+)
+def test_mistakes_are_found_without_torch(tmp_path, argv, message):
+    (tmp_path / "no_file.yaml").write_text("data: {sources: {code: {path: gone.jsonl}}}")
+    code = (
+        f"import sys; from hf_nexus.cli.app import main\ntry: main({argv})\n"
+        "except SystemExit as stop: print(stop.code)\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and message in result.stdout, result.stderr
 
 
 def test_every_command_has_an_example_in_its_help():
@@ -108,7 +146,7 @@ def test_every_command_has_an_example_in_its_help():
     [
         (["plam", "3b"], "Did you mean 'plan'"),
         (["push"], "Missing argument 'DIR'"),
-        (["compare", "x.yaml", "--output-dir", "3"], "--output-dir"),
+        (["compare", "x.yaml", "--out_dir", "3"], "--output_dir"),
         (["compare", "x.yaml", "--output_dir"], "requires an argument"),
         (["benchmark", "x", "--limit", "a"], "--limit"),
     ],

@@ -18,9 +18,10 @@ from hf_nexus.cli.app import app
 from hf_nexus.cli.schema import nexus_schema
 from hf_nexus.mixture.stages import Stage
 from hf_nexus.pretrain.fields import HardwareArguments, ModelArguments, PretrainConfig
-from hf_nexus.pretrain.parsing import load_config, parse_arguments
-from hf_nexus.schema import help_of
-from hf_nexus.strict import describe, field_types, packaged, parse_yaml, required_fields
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.sections import load_config
+from hf_nexus.schema import help_of, json_schema, kind_of
+from hf_nexus.strict import describe, field_types, options, packaged, parse_yaml, required_fields
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(hf_nexus.__file__).parent
@@ -166,6 +167,16 @@ def page_with_tables(text: str) -> str:
 @locked
 def test_the_tables_of_fields_are_current():
     assert page_with_tables(PAGE.read_text()) == PAGE.read_text(), "run python -m tests.cli.test_schema"
+
+
+@pytest.mark.parametrize("cls", [*TABLES.values(), HardwareArguments])
+def test_the_schema_of_a_field_gives_its_type_back(cls):
+    definitions: dict[str, Any] = {}
+    json_schema(cls, definitions)
+    for name, kind in field_types(cls).items():
+        if not any(dataclasses.is_dataclass(option) for option, _ in options(kind)):
+            found = describe(kind_of(definitions[cls.__name__]["properties"][name]))
+            assert set(found.split(" or ")) == set(describe(kind).split(" or ")), name
 
 
 @pytest.mark.parametrize("cls", [*TABLES.values(), HardwareArguments])

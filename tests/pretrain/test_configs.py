@@ -6,8 +6,9 @@ from transformers.optimization import get_scheduler
 
 from hf_nexus.mixture.stages import stage_borders
 from hf_nexus.pretrain.model import count_parameters, model_config
-from hf_nexus.pretrain.parsing import load_config, parse_arguments
+from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
+from hf_nexus.pretrain.sections import load_config
 from hf_nexus.strict import packaged
 from tests.support.tiny_config import planned
 

@@ -114,7 +114,7 @@ def test_tokens_and_resumptions_are_not_saved(write):
         ("training", {"max_step": 3}, ["training.max_step:", "Did you mean 'max_steps'"]),
         ("model", {"inner_lr": 0.1}, ["model.inner_lr:", "belongs to the section 'training'"]),
         ("data", {"sequence_len": 3}, ["data.sequence_len:", "Did you mean 'sequence_length'"]),
-        ("trainig", {"max_steps": 3}, ["'trainig'", "Did you mean 'training'"]),
+        ("trainig", {"max_steps": 3}, ["trainig: unknown section", "Did you mean 'training'"]),
         ("training", {"max_steps": "many"}, ["training.max_steps: 'many'", "a whole number"]),
         ("training", {"max_steps": [1]}, ["training.max_steps: [1]", "a whole number"]),
         ("training", {"max_steps": 1.5}, ["training.max_steps: 1.5", "a whole number"]),

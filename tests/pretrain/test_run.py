@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_nexus
 from hf_nexus.lock import LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
-from hf_nexus.pretrain.parsing import load_config, parse_arguments
+from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import main, pretrain
+from hf_nexus.pretrain.sections import load_config
 from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.tiny_config import STEPS, run
 
@@ -174,10 +175,19 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(config, finished, tmp_path):
     shutil.copytree(finished, folder)
     with pytest.raises(ValueError, match="already holds checkpoints") as error:
         run(config, folder)
-    for way_out in ("--resume_from_checkpoint", "--overwrite_output_dir", "--output_dir"):
+    for way_out in ("--resume_from_checkpoint", "--output_dir", "delete its checkpoint-* folders"):
         assert way_out in str(error.value)
-    run(config, folder, "--overwrite_output_dir", "--max_steps", "2", "--save_steps", "2")
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_only_the_folder_of_the_demo_is_overwritten(config, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/nexus-demo", "runs/mine"):
+        shutil.copytree(finished, folder)
+    with pytest.raises(ValueError, match=r"runs/mine already holds checkpoints .*only does so in runs/nexus-demo"):
+        run(config, Path("runs/mine"), "--overwrite_output_dir")
+    assert (tmp_path / "runs/mine/checkpoint-6").is_dir()
+    run(config, Path("runs/nexus-demo"), "--overwrite_output_dir", "--max_steps", "2", "--save_steps", "2")
+    assert [path.name for path in Path("runs/nexus-demo").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_the_folder_of_another_process_is_left_alone(config, finished, tmp_path, monkeypatch):

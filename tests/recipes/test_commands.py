@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_nexus.pretrain.parsing import load_config
+from hf_nexus.pretrain.sections import load_config
 
 ROOT = Path(__file__).parents[2]
 # Commands that need several accelerators or machines, the Hub, files of the reader, or hours.

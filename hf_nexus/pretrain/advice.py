@@ -1,0 +1,51 @@
+"""Warnings about a plan whose numbers do not fit together."""
+
+from fractions import Fraction
+
+from ..trainer.support import ONE_INNER_STEP
+from .fields import PretrainArguments, PretrainConfig
+from .plan import RunPlan
+from .sections import load_config
+
+__all__ = ["warnings_of"]
+
+
+def warnings_of(arguments: PretrainArguments, plan: RunPlan) -> list[str]:
+    """
+    What does not fit together: one inner step, a warmup as long as the run, and devices, batch size or steps that give
+    another number of tokens than the file of the configuration on its own devices.
+    """
+    t, found = arguments.training, []
+    if t.nexus and t.gradient_accumulation_steps == 1:
+        found.append(ONE_INNER_STEP)
+    if plan.steps is not None and 0 < plan.steps <= (warmup := t.get_warmup_steps(plan.steps)):
+        found.append(f"The learning rate rises for {warmup} of {plan.steps} steps. Lower warmup_steps.")
+    of_step, of_run = _shares(arguments, plan)
+    designed = max(1, arguments.model.accelerators)
+    on = f" on {plan.devices} devices instead of {designed}" if plan.devices != designed else ""
+    if of_run != 1:
+        found.append(f"The run{on} has {_times(of_run)} the configuration's tokens. Change max_steps to compensate.")
+    if of_step != 1:
+        found.append(
+            f"A step{on} has {_times(of_step)} the configuration's tokens, for which the learning rate was chosen. "
+            "Change gradient_accumulation_steps or per_device_train_batch_size to compensate."
+        )
+    return found
+
+
+def _shares(arguments: PretrainArguments, plan: RunPlan) -> tuple[Fraction, Fraction]:
+    """The tokens of a step and of the run, divided by those of the file of the configuration on its own devices."""
+    config = load_config(arguments.config)
+    training = {name: getattr(PretrainConfig, name) for name in _COUNTS} | config.get("training", {})
+    length = config["data"].get("sequence_length", type(arguments.mixture).sequence_length)
+    step = max(1, arguments.model.accelerators) * length * training[_COUNTS[0]] * training[_COUNTS[1]]
+    share = Fraction(plan.tokens_per_step, step)
+    both = plan.steps is not None and training["max_steps"] > 0
+    return share, share * Fraction(plan.steps or 1, training["max_steps"]) if both else share
+
+
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
+
+
+def _times(share: Fraction) -> str:
+    return f"{share.limit_denominator(1000)} of" if share <= 1 else f"{float(share):.4g} times"

@@ -1,0 +1,71 @@
+"""Mistakes of a command line and of its YAML file that are found in less than a second, without torch."""
+
+import importlib.util
+import os
+import re
+from glob import glob
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from ..files import hide_token
+from ..mixture.config import MixtureConfig
+from ..mixture.data_files import is_remote, means_files
+from ..schema import kind_of
+from .flags import described_fields, given_flags, packaged_schema, values_of_flags
+from .sections import check_values, load_config, naming
+
+__all__ = ["check_early"]
+
+_LLAMA = ("configuration_utils.py", "models/llama/configuration_llama.py")
+
+
+def check_early(argv: list[str], here: bool = True) -> None:
+    """
+    Refuse what [`parse_arguments`] would refuse, as far as this is known without torch, and files that are missing.
+
+    The fields of other packages are those of the JSON schema, and those in the source code of what is installed.
+
+    Args:
+        argv (`list[str]`):
+            As for [`parse_arguments`].
+        here (`bool`, *optional*, defaults to `True`):
+            Whether the run starts on this machine, which then needs the files.
+
+    Raises:
+        ValueError: an unknown key or flag, a value that is not allowed, or a missing file, named in the message.
+    """
+    argv = hide_token(argv)
+    # A newer version may have more values of an enumeration.
+    exact = Version(version("transformers")) <= Version(packaged_schema()["$comment"].partition(" ")[2])
+    kinds: dict[str, dict[str, Any]] = {
+        section: {name: kind_of(field, exact) for name, field in fields.items()}
+        for section, fields in described_fields().items()
+    }
+    kinds["training"] = dict.fromkeys(_declared("training_args.py"), Any) | kinds["training"]
+    given = given_flags(argv, kinds)
+    flags = {section: values_of_flags(fields, given) for section, fields in kinds.items()}
+    name = given.get("config", "3b")
+    config = load_config(name)
+    model = {**config.get("model", {}), **flags["model"]}
+    if model.get("path") is None and model.get("model_type") in (None, "llama"):
+        kinds["model"] = dict.fromkeys((n for file in _LLAMA for n in _declared(file)), Any) | kinds["model"]
+    else:  # its configuration class may have any other field
+        config["model"] = {key: value for key, value in config["model"].items() if key in kinds["model"]}
+    for section, values in config.items():
+        check_values(section, values, kinds, f"{name}: ")
+    with naming(name, "data.", flags["data"]):
+        mixture = MixtureConfig(**{**config["data"], **flags["data"]})
+    for source, field in mixture.sources.items() if here else ():
+        if means_files(field.path) and not is_remote(field.path) and not glob(field.path, recursive=True):
+            raise ValueError(f"{name}: data.sources.{source}.path: no file matches {field.path!r} in {os.getcwd()!r}.")
+
+
+def _declared(file: str) -> list[str]:
+    """The fields of the classes in a file of transformers, which is not imported."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.submodule_search_locations is not None
+    text = Path(package.submodule_search_locations[0], file).read_text(encoding="utf-8")
+    return re.findall(r"^    (\w+): ", text, re.MULTILINE)

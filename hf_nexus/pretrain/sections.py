@@ -1,0 +1,94 @@
+"""The sections of a YAML file as plain data, and checks of their keys and values. Nothing here needs torch."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..files import Secret, nearest, shown
+from ..strict import check, load_yaml, parse_yaml
+
+__all__ = ["STARTER", "check_values", "load_config", "naming"]
+
+STARTER = resources.files(__package__).joinpath("starter.yaml").read_text(encoding="utf-8")
+_SECTIONS = ("model", "data", "training")
+
+
+def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """
+    Read a configuration by name (`"demo"`) or path: the fields of its sections as plain data. A mixture alone, with
+    its fields at the top level, gets the training settings of `hf-nexus init`.
+
+    Raises:
+        ValueError: no such configuration, an unknown section, or no sources. The message names the file.
+    """
+    config = load_yaml(name_or_path, "pretrain", "configuration")
+    if "sources" in config:
+        config = {"data": config, "training": _starter_training(name_or_path, config["sources"])}
+    for section, values in config.items():
+        if section not in _SECTIONS:
+            raise ValueError(
+                f"{name_or_path}: {section}: unknown section.{nearest(section, _SECTIONS)} "
+                f"Allowed: {', '.join(_SECTIONS)}."
+            )
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{name_or_path}: {section}: {shown(values)} is not allowed; it must be a mapping of fields."
+            )
+        if isinstance(token := values.get("hub_token"), str):
+            config[section] = {**values, "hub_token": Secret(token)}
+    if not config.get("data", {}).get("sources"):
+        raise ValueError(f"{name_or_path}: data.sources: missing. Name one source or more.")
+    return config
+
+
+def _starter_training(path: str, sources: Any) -> dict[str, Any]:
+    """The section `training` for a mixture alone, in the file `path`: what the starter has for any data."""
+    found: dict[str, Any] = parse_yaml(STARTER, "starter.yaml")["training"]
+    found = {key: value for key, value in found.items() if not str(value).startswith("$")}
+    fields = {key for source in sources.values() for key in source} if isinstance(sources, Mapping) else set()
+    if not {"eval_rows", "eval_split", "role"} & fields:
+        found |= {"eval_strategy": "no", "eval_on_start": False}
+    return found | {"output_dir": f"runs/{Path(path).stem}", "learning_rate": 5e-3}
+
+
+def check_values(
+    section: str,
+    values: Mapping[str, Any],
+    kinds: Mapping[str, Mapping[str, Any]],
+    where: str = "",
+    suggested: Iterable[str] = (),
+) -> dict[str, Any]:
+    """
+    The values of a section by their types: a float in place of a whole number, for example.
+
+    Args:
+        kinds (`Mapping[str, Mapping[str, Any]]`):
+            The type of each field, by section and name.
+        where (`str`, *optional*):
+            Start of the message of an error, such as the file.
+        suggested (`Iterable[str]`, *optional*):
+            More keys to suggest for an unknown one.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    found = {}
+    for key, value in values.items():
+        if key not in kinds[section]:
+            home = next((name for name in _SECTIONS if key in kinds[name]), None)
+            known = [*kinds[section], *suggested]
+            hint = f" It belongs to the section {home!r}." if home else nearest(key, known)
+            raise ValueError(f"{where}{section}.{key}: unknown key.{hint}")
+        found[key] = check(value, kinds[section][key], f"{where}{section}.{key}")
+    return found
+
+
+@contextmanager
+def naming(config: str, section: str, flags: Mapping[str, Any]) -> Iterator[None]:
+    """Name the configuration in an error, unless flags changed the section."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # the Trainer's checks vary
+        raise ValueError(f"{section}{error}" if flags else f"{config}: {section}{error}") from error

@@ -1,0 +1,90 @@
+"""Checks without torch: they find mistakes, and accept whatever the full parser accepts."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from hf_nexus.pretrain.early import check_early
+from hf_nexus.pretrain.flags import described_fields
+from hf_nexus.pretrain.model import shape_fields
+from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.strict import packaged
+
+SOURCES = {"code": {"path": "builtin/code"}}
+
+
+def refusal(*argv: str, here: bool = True) -> str:
+    with pytest.raises(ValueError) as error:
+        check_early([*argv], here)
+    return str(error.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**sections) -> str:
+        (tmp_path / "c.yaml").write_text(json.dumps({"data": {"sources": SOURCES}} | sections))
+        return str(tmp_path / "c.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize("name", packaged("pretrain"))
+def test_what_the_package_has_is_accepted(name):
+    check_early(["--config", name])
+
+
+def test_a_saved_configuration_is_accepted(config, write):
+    check_early(["--config", str(config)])
+    check_early(["--config", write(**parse_arguments(["--config", "demo", "--dry_run"]).resolved)])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"max_step": 3}}, "training.max_step: unknown key. Did you mean 'max_steps'?"),
+        ({"training": {"lr": 3}}, "training.lr: unknown key. Did you mean 'learning_rate'?"),
+        ({"training": {"max_steps": "many"}}, "training.max_steps: 'many' is not allowed"),
+        ({"training": {"hidden_size": 8}}, "training.hidden_size: unknown key. It belongs to the section 'model'."),
+        ({"training": {"optim": "adamw_torhc"}}, "Did you mean 'adamw_torch'?"),
+        ({"model": {"hiden_size": 8}}, "model.hiden_size: unknown key. Did you mean 'hidden_size'?"),
+        ({"model": {"hidden_size": 0}}, "model.hidden_size: 0 is not allowed"),
+        ({"modle": {}}, "modle: unknown section. Did you mean 'model'?"),
+        ({"data": {"sources": {"a": {"weight": 1}}}}, "data.sources.a"),
+        ({"data": {"sources": SOURCES, "temperature": 0}}, "data.temperature: 0"),
+        ({"data": {"sources": {"a": {"path": "gone.jsonl"}}}}, "data.sources.a.path: no file matches 'gone.jsonl'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_found(write, sections, message):
+    path = write(**sections)
+    found = refusal("--config", path)
+    assert found.startswith(f"{path}: ") and message in found
+
+
+def test_a_file_may_be_missing_where_the_run_is_only_planned(write):
+    check_early(["--config", write(data={"sources": {"a": {"path": "gone.jsonl"}}})], here=False)
+
+
+@pytest.mark.parametrize("flags", [["--max-steps=x"], ["--mfu", "2"], ["--temperature", "0"], ["--optim", "x"]])
+def test_the_value_of_a_flag_is_checked(flags):
+    assert refusal("--config", "demo", *flags).startswith(("--max_steps", flags[0], "data.temperature"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--bf16"], ["--no-nexus"], ["--label_names", "a", "b"], ["--fsdp"], ["--lr_scheduler_kwargs", '{"a": 1}']],
+)
+def test_flags_are_accepted_as_by_the_parser(flags):
+    check_early(["--config", "demo", *flags])
+
+
+def test_fields_of_every_model_are_accepted(write):
+    check_early(["--config", write(model=dict.fromkeys(shape_fields({}) or [], None) | {"vocab_size": 64})])
+    check_early(["--config", write(model={"model_type": "mixtral", "num_local_experts": 2})])
+    assert "attention_bias" in LlamaConfig.__dataclass_fields__.keys() - described_fields()["model"].keys()
+
+
+def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch):
+    monkeypatch.setattr("hf_nexus.pretrain.early.version", lambda name: "5.99")
+    check_early(["--config", write(training={"optim": "of_the_future"})])
+    assert "max_steps: 'many'" in refusal("--config", write(training={"max_steps": "many"}))
