@@ -1,5 +1,5 @@
 """
-Fine-tune on conversations of several sources with TRL's SFTTrainer and the Nexus update: pip install 'hf-nexus[trl]'
+Fine-tune on conversations of several sources with TRL's SFTTrainer and the Nexus update: pip install '.[trl]'
 
 A tiny model from scratch on the built-in corpus, in a minute on one CPU core without a download:
 

@@ -139,8 +139,8 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Plots need matplotlib: pip install 'hf-nexus[plots]'") == 1
-    assert done.stdout.splitlines()[-1] == "Statistics of a comparison need scipy: pip install 'hf-nexus[plots]'"
+    assert done.stderr.count("Plots need matplotlib: pip install matplotlib scipy") == 1
+    assert done.stdout.splitlines()[-1] == "Statistics of a comparison need scipy: pip install matplotlib scipy"
 
 
 def test_public_names_resolve_and_unknown_ones_do_not():

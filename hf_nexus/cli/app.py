@@ -164,7 +164,7 @@ app.command(cls=_Command)(init)
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run.")],
     repo_id: Annotated[
-        str | None, typer.Option("--repo_id", help="Repository to push to, instead of the run's.")
+        str | None, typer.Option("--repo", "--repo_id", help="Repository to push to, such as user/model.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to, instead of the run's. It is created if missing.")
@@ -177,16 +177,21 @@ def push(
     ] = False,
 ) -> None:
     """
-    Upload what a run could not upload: hf-nexus push runs/nexus-demo --revision rescued
+    Upload a finished run, or what a run could not upload: hf-nexus push runs/nexus-demo --repo user/model
 
+    What the run has queued is sent. If that is nothing, --repo publishes the folder, also one of a stock Trainer.
     Log in first with `hf auth login`. The exit status is 1 if the upload is not complete.
     """
+    from ..hub.publisher import Publisher
+    from ..hub.queue import QUEUE_NAME, QueueStatus
     from ..hub.uploader import push_queue
 
     def approve(question: str) -> bool:
         print(question, file=sys.stderr)
         return yes or (sys.stdin.isatty() and typer.confirm("Send it?", err=True))
 
+    if repo_id is not None and not QueueStatus.read(Path(folder, QUEUE_NAME)).waiting:
+        Publisher(repo_id, folder, private=private, revision=revision).queue_run()
     status, complete = push_queue(Path(folder), repo_id=repo_id, revision=revision, private=private, approve=approve)
     print(status.line(printable(folder)))
     raise SystemExit(not complete)

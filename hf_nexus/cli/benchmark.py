@@ -88,7 +88,7 @@ def benchmark(
 
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("Benchmarks need lm-eval: pip install 'hf-nexus[eval]'")
+        raise ImportError("Benchmarks need lm-eval: pip install 'lm-eval[math]'")
 
 
 def _describe(result: "TaskResult") -> str:

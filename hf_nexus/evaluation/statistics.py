@@ -329,7 +329,7 @@ def require_scipy() -> None:
     try:
         import scipy.stats  # noqa: F401
     except ImportError as error:
-        raise ImportError("Statistics of a comparison need scipy: pip install 'hf-nexus[plots]'") from error
+        raise ImportError("Statistics of a comparison need scipy: pip install matplotlib scipy") from error
 
 
 def _check(*sides: Sequence[float]) -> None:

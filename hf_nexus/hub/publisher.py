@@ -4,6 +4,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +14,8 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..files import Secret, delete, hidden, printable, without_folders, write_atomic
+from ..files import Secret, delete, hidden, printable, read_plain, without_folders, write_atomic
+from ..lock import locked
 from .job import Target, is_repo_path
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
@@ -38,8 +40,8 @@ _RESUME_ONLY = (
 )
 # Begins the name of a file that is sent in place of another, which holds paths of this machine.
 PUBLIC = "_public_"
-# Files of transformers and peft that may hold paths of this machine.
-_NAME_FOLDERS = ("trainer_state.json", "adapter_config.json", "README.md")
+# Files that may hold paths of this machine.
+_NAME_FOLDERS = ("trainer_state.json", "adapter_config.json", "pretrain.yaml", "README.md")
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
 _FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]
@@ -176,15 +178,34 @@ class Publisher:
         """
 
         def collect() -> _FilesAndSlots:
-            files: dict[str, Path] = {}
-            for path in sorted(self.output_dir.iterdir()):
-                if path.name != QUEUE_NAME and not path.name.startswith(("_", "checkpoint-")):
-                    files |= files_below(path, path.name)
-            for path in self.output_dir.glob(f"{PUBLIC}*"):
-                files[path.name.removeprefix(PUBLIC)] = path
-            return files, ("",)
+            return _sent_files(self.output_dir), ("",)
 
         return self._add(collect, step, message)
+
+    def queue_run(self) -> None:
+        """
+        Queue the folder of a finished run of any trainer, as `submit` does, for [`push_queue`]. If it holds no model,
+        that of the newest checkpoint is sent. Saved arguments stay: they are a pickle, which may hold secrets.
+
+        Raises:
+            ValueError: the folder holds no model, or another process uses it.
+            OSError: the files cannot be queued.
+        """
+        folder = self.output_dir
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+        source = next((path for path in (folder, *reversed(checkpoints)) if _holds_model(path)), None)
+        if source is None:
+            raise ValueError(f"{folder} holds no model: give the output_dir of a finished run.")
+        with locked(folder):
+            files = checkpoint_files(source, "every_save")[0] if source != folder else {}
+            files = _sent_files(folder) | files
+            files.pop("training_args.bin", None)
+            state = source / "trainer_state.json"
+            step = json.loads(read_plain(state)).get("global_step", 0) if state.is_file() else 0
+            try:
+                self.queue.add(self._public(files), ("",), step, "Push a finished run", self.target, folder)
+            finally:
+                delete(self._scratch)
 
     def _add(
         self, collect: Callable[[], _FilesAndSlots], step: int, message: str, write_once: Path | None = None
@@ -322,6 +343,21 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
         return files, ("",)
     slot = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
     return files | {f"{slot}/{name}": path for name, path in whole.items()}, ("", slot)
+
+
+def _sent_files(output_dir: Path) -> dict[str, Path]:
+    """The files of an output folder, without checkpoints and the queue, by their path in the repository."""
+    files: dict[str, Path] = {}
+    for path in sorted(output_dir.iterdir()):
+        if path.name != QUEUE_NAME and not path.name.startswith(("_", "checkpoint-")):
+            files |= files_below(path, path.name)
+    for path in output_dir.glob(f"{PUBLIC}*"):
+        files[path.name.removeprefix(PUBLIC)] = path
+    return files
+
+
+def _holds_model(folder: Path) -> bool:
+    return any(any(folder.glob(name)) for name in ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin"))
 
 
 def _without_folders(path: Path, copy: Path) -> Path:

@@ -196,7 +196,7 @@ class UploadQueue:
         """Why a job may not be sent; `None` if it may."""
         try:
             if self.destination(job) is None:
-                return f"{job.path} names {job.target!r}, which this run has not recorded. Pass --repo_id to send it."
+                return f"{job.path} names {job.target!r}, which this run has not recorded. Pass --repo to send it."
             doubts = self._doubts(job)
         except (OSError, RefusedJobError) as error:
             return str(error)[:500] if job.path.exists() else None  # another process has moved the job

@@ -71,13 +71,13 @@ def push_queue(
         >>> push_queue(Path("no/such/folder"))
         Traceback (most recent call last):
         ...
-        ValueError: no/such/folder holds nothing to push: give the output_dir of a run with push_to_hub.
+        ValueError: no/such/folder holds nothing to push: name a repository with --repo.
 
         ```
     """
     folder, retry, token = output_dir / QUEUE_NAME, retry or RetryPolicy(), hidden(token)
     if not folder.is_dir():
-        raise ValueError(f"{output_dir} holds nothing to push: give the output_dir of a run with push_to_hub.")
+        raise ValueError(f"{output_dir} holds nothing to push: name a repository with --repo.")
     given = {"repo_id": repo_id, "revision": revision, "private": private}
     instead = {name: value for name, value in given.items() if value is not None}
 

@@ -38,7 +38,7 @@ def new_plot(width: float, height: float) -> "Figure":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'hf-nexus[plots]'") from error
+        raise ImportError("Plots need matplotlib: pip install matplotlib scipy") from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,6 +94,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         for _, weights in weight_stages(training.mixture_weights or []):
             normalized(weights, list(mixture.train_sources))
         check_run(model, mixture, training, here=not dry_run)
+    _count_steps(training)
     defaults = _defaults(PretrainConfig)
     return PretrainArguments(
         config=name,
@@ -104,6 +106,16 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         dry_run=dry_run,
         hardware=HardwareArguments(**flags[HardwareArguments]),
     )
+
+
+def _count_steps(training: PretrainConfig) -> None:
+    """
+    Replace fractions of the run by steps. When a run is resumed, transformers compares them with those of the
+    checkpoint, which are steps, and warns of a difference.
+    """
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if training.max_steps > 0 and 0 < (getattr(training, name) or 0) < 1:
+            setattr(training, name, math.ceil(training.max_steps * getattr(training, name)))
 
 
 def _resolve(section: str, plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

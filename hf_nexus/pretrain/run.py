@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import one_line_errors
 from ..lock import locked
+from ..mixture.isolation import choose_isolation, isolation_problem
 from ..mixture.loading import Mixture, load_mixture
 from ..mixture.texts import tokenizer_of_sources
 from ..trainer.checkpoints import last_checkpoint, recover
@@ -186,17 +187,12 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
     set_seed(args.seed)
     with args.main_process_first(desc="tokenizer and datasets"):
         tokenizer = load_tokenizer(arguments, checkpoint)
-        config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
+        model = _build(arguments, tokenizer, checkpoint)
+        if arguments.mixture.isolate_documents:  # before minutes of tokenizing
+            choose_isolation(True, isolation_problem(model, use_cache=False))
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
-    saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
-    new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
-    trainer = NexusTrainer(
-        model=build_model(config, arguments.model.attn_implementation, **({} if new else saved)),
-        args=args,
-        train_dataset=mixture,
-        processing_class=tokenizer,
-    )
+    trainer = NexusTrainer(model=model, args=args, train_dataset=mixture, processing_class=tokenizer)
     trainer.wait_after_training = False  # an evaluation and a report follow
     if not arguments.model.continues:
         trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
@@ -209,6 +205,15 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
         claim_folder(arguments, checkpoint, console)
     trainer.accelerator.wait_for_everyone()
     return PretrainRun(arguments, trainer, mixture, checkpoint, console)
+
+
+def _build(
+    arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None
+) -> PreTrainedModel:
+    config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
+    saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
+    new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
+    return build_model(config, arguments.model.attn_implementation, **({} if new else saved))
 
 
 def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:

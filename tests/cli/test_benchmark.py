@@ -110,7 +110,7 @@ def test_without_lm_eval_one_line_says_what_to_install(model, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest)
     )
-    assert str(run(model).exception) == "error: Benchmarks need lm-eval: pip install 'hf-nexus[eval]'"
+    assert str(run(model).exception) == "error: Benchmarks need lm-eval: pip install 'lm-eval[math]'"
 
 
 # ---- The real lm-eval ----
@@ -123,7 +123,7 @@ COMMON = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "que
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A tiny model, and two tasks on a local file with a path relative to theirs."""
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf-nexus[eval]'")
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
     folder = tmp_path_factory.mktemp("real")
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / MODEL)

@@ -117,6 +117,45 @@ def test_from_pretrained_loads_what_was_pushed(
     assert hub.count("PUT", "/__lfs/") and hub.count("GET", "/xet-write-token/")
 
 
+@pytest.mark.parametrize("saved", ["root", "checkpoints"])
+def test_any_finished_run_can_be_pushed(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str
+) -> None:
+    """That of another trainer, also if it saved checkpoints only. The pickle of its arguments stays."""
+    out = tmp_path / "out"
+    for step in (2, 10):
+        checkpoint = write_checkpoint(out, step)
+    if saved == "root":
+        shutil.copytree(checkpoint, out, dirs_exist_ok=True)
+        for name in ("optimizer.pt", "rng_state.pth"):
+            (out / name).unlink()
+        shutil.rmtree(checkpoint)
+    (out / "training_args.bin").write_bytes(b"hub_token")
+    (out / "pretrain.yaml").write_text("training: {output_dir: /home/alice/out}\n")
+    expected = model_of(checkpoint if saved == "checkpoints" else out)
+    with impatient_client(monkeypatch, xet=False):
+        Publisher(REPO, out).queue_run()
+        status, complete = push_queue(out, repo_id=REPO, token=ALICE, endpoint=hub.endpoint, retry=QUICK)
+    found = hub.files(REPO)
+    assert complete and status.pushed_step == 10
+    assert b"/home" not in found.pop("pretrain.yaml") and digests(found) == digests(expected)
+
+
+def test_a_folder_without_a_model_or_in_use_is_not_pushed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="holds no model: give the output_dir of a finished run"):
+        Publisher(REPO, tmp_path).queue_run()
+    write_checkpoint(tmp_path, 2)
+    code = f"from hf_nexus.lock import locked\nwith locked({str(tmp_path)!r}): print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="is used by process"):
+            Publisher(REPO, tmp_path).queue_run()
+        other.stdin.write("\n")
+    assert not (tmp_path / QUEUE_NAME).exists()
+
+
 def test_the_end_strategy_queues_no_checkpoint(publish: Callable[..., Publisher], tmp_path: Path) -> None:
     """An unknown strategy is an error that names the known ones."""
     publisher = publish()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainerState
 
 from hf_nexus.mixture import SourceConfig
 from hf_nexus.pretrain.parsing import parse_arguments
@@ -72,6 +73,17 @@ def test_the_yaml_and_a_flag_give_the_same_value(write, key):
 def test_whole_numbers_of_float_fields_are_saved_as_floats(write):
     training = planned(write(training={"warmup_steps": 3, "learning_rate": 1})).resolved["training"]
     assert [type(training[key]) for key in ("warmup_steps", "learning_rate", "max_steps")] == [float, float, int]
+
+
+def test_fractions_are_the_steps_that_a_checkpoint_has(write):
+    """transformers warns of every difference when a run is resumed."""
+    fractions = {"logging_steps": 0.05, "eval_steps": 0.25, "save_steps": 7, "eval_strategy": "steps"}
+    arguments = planned(write(training={"max_steps": 30, **fractions}))
+    state = TrainerState()
+    state.compute_steps(arguments.training, 30)
+    for name, steps in {"logging_steps": 2, "eval_steps": 8, "save_steps": 7}.items():
+        assert getattr(state, name) == getattr(arguments.training, name) == steps
+        assert arguments.resolved["training"][name] == fractions[name]
 
 
 def test_lists_and_none_are_read_from_the_yaml(write):

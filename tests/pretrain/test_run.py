@@ -190,6 +190,17 @@ def test_only_the_folder_of_the_demo_is_overwritten(config, finished, tmp_path, 
     assert [path.name for path in Path("runs/nexus-demo").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize("model", [{"attn_implementation": "eager"}, {"model_type": "mamba", "hidden_size": 32}])
+def test_impossible_isolation_is_refused_before_the_data_is_read(config, tmp_path, monkeypatch, model):
+    monkeypatch.setattr("hf_nexus.pretrain.run.load_mixture", lambda *args: pytest.fail("the data was loaded"))
+    monkeypatch.setattr("hf_nexus.mixture.isolation._ROUNDING", -1.0)  # nothing is apart enough
+    content = yaml.safe_load(config.read_text())
+    content["model"] = {"vocab_size": 304, "tokenizer": content["model"]["tokenizer"], **model}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="isolate_documents: the documents of a row cannot be kept apart"):
+        run(tmp_path / "c.yaml", tmp_path / "out", "--isolate_documents")
+
+
 def test_the_folder_of_another_process_is_left_alone(config, finished, tmp_path, monkeypatch):
     def held(*args):
         raise BlockingIOError(errno.EAGAIN, "held")

@@ -56,7 +56,7 @@ def test_tasks_are_read_from_files_and_folders(tmp_path):
             select_tasks([str(tmp_path / bad)])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'hf-nexus[eval]'")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install '.[eval]'")
 def test_the_suite_matches_the_installed_lm_eval():
     """Names, metrics, filters, datasets and code execution in its task files."""
     import lm_eval
