@@ -8,20 +8,7 @@ __all__ = ["lazily"]
 
 
 def lazily(package: str, exports: Mapping[str, str]) -> Callable[[str], Any]:
-    """
-    The `__getattr__` of a package, which imports public names when they are first used.
-
-    Args:
-        package (`str`):
-            Name of the package.
-        exports (`Mapping[str, str]`):
-            Public names, each with its module in the package.
-
-    Example:
-        >>> from hf_nexus.lazy import lazily
-        >>> lazily("json", {"JSONDecoder": "decoder"})("JSONDecoder").__name__
-        'JSONDecoder'
-    """
+    """The `__getattr__` of a package, which finds each of its public names in a module."""
 
     def get(name: str) -> Any:
         if name not in exports:

@@ -5,21 +5,27 @@ from typing import Annotated, Any
 
 import typer
 
-from ..pretrain.flags import HARDWARE, NO_FLAGS, described_fields
+from ..pretrain.flags import NO_FLAGS, described
 
 __all__ = ["field_options"]
+
+# The panels of training fields, by the first word of their names. The others are in the panel `training`.
+_PANELS = {"hub": "hub", "push": "hub", "eval": "evaluation", "save": "saving", "dataloader": "data loader"}
+_PANELS |= dict.fromkeys(("log", "logging", "report", "run", "project", "trackio", "disable"), "logging")
+_PANELS |= dict.fromkeys(("optim", "adam", "weight", "lr", "learning", "warmup"), "optimization")
+_PANELS |= dict.fromkeys(("ddp", "fsdp", "deepspeed", "accelerator", "local"), "distributed")
 
 
 def field_options(hardware: bool) -> list[Any]:
     """Options for all fields of a configuration, in panels by section, and for the `hardware` to plan for."""
     parameters = []
-    for section, fields in described_fields().items():
-        for name, field in sorted(fields.items(), key=lambda pair: pair[1].get("group") != "nexus"):  # nexus first
-            if name in NO_FLAGS or (section == HARDWARE and not hardware):
+    for section in ("model", "data", "nexus", "training", *(["hardware"] if hardware else [])):
+        for name, field in described(section).items():
+            if name in NO_FLAGS or (section == "training" and name in described("nexus")):
                 continue
             text = field.get("description", "").partition(". ")[0].rstrip(".")
             text += f" (default: {field['default']})" if "default" in field else ""
-            panel = field.get("group", section)
+            panel = _PANELS.get(name.partition("_")[0], section) if section == "training" else section
             option = typer.Option(f"--{name}", help=text, show_default=False, metavar="", rich_help_panel=panel)
             kind = Annotated[str | None, option]
             parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))

@@ -1,11 +1,7 @@
 """`hf-nexus schema`: a JSON schema of every YAML file that the package reads."""
 
-import inspect
-import re
 from importlib.metadata import version
 from typing import Any
-
-from transformers import TrainingArguments
 
 from ..compare.config import RESERVED, ComparisonConfig
 from ..mixture.config import MixtureConfig
@@ -21,9 +17,8 @@ def nexus_schema() -> dict[str, Any]:
     """The JSON schema (draft 7) of all configurations: comparisons have `arms`, and mixtures have `sources`."""
     definitions: dict[str, Any] = {}
     sections = {name: json_schema(cls, definitions) for name, cls in SECTIONS.items()}
-    json_schema(HardwareArguments, definitions)
-    for name, group in _groups().items():
-        definitions["PretrainConfig"]["properties"][name]["group"] = group
+    for cls in (HardwareArguments, NexusConfigMixin):  # for the help of the commands
+        json_schema(cls, definitions)
     model = definitions["ModelArguments"]
     del model["additionalProperties"]  # the fields of the configuration class, if it is not that of the defaults
     model["if"] = {"not": {"anyOf": [{"required": ["model_type"]}, {"required": ["path"]}]}}
@@ -48,20 +43,6 @@ def nexus_schema() -> dict[str, Any]:
         "else": {"if": {"required": ["sources"]}, "then": mixture, "else": {"$ref": "#/definitions/Pretraining"}},
         "definitions": definitions,
     }
-
-
-def _groups() -> dict[str, str]:
-    """The group of each training field in a help text: a title in the docstring of transformers, or a section."""
-    found, title = {}, "training"
-    for line in (inspect.getdoc(TrainingArguments) or "").splitlines():
-        if match := re.fullmatch(r"    > ([\w &()]+)", line):
-            title = match[1]
-        elif match := re.match(r"    (\w+) ?\(`", line):
-            found[match[1]] = title
-    nexus = dict.fromkeys(field_types(NexusConfigMixin), "nexus")
-    ours = {"hub_flush_timeout": found["push_to_hub"], "resume_from_checkpoint": found["ignore_data_skip"]}
-    found |= nexus | ours
-    return {name: found.get(name, "training") for name in field_types(PretrainConfig)}
 
 
 def _describe_comparison(definitions: dict[str, Any]) -> None:

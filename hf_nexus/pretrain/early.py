@@ -14,8 +14,8 @@ from ..files import hide_token
 from ..mixture.config import MixtureConfig
 from ..mixture.data_files import is_remote, means_files
 from ..schema import kind_of
-from .flags import described_fields, given_flags, packaged_schema, values_of_flags
-from .sections import check_values, load_config, naming
+from .flags import RUN, described, packaged_schema, read_flags
+from .sections import DEFAULT_CONFIG, check_values, load_config, naming
 
 __all__ = ["check_early"]
 
@@ -24,30 +24,23 @@ _LLAMA = ("configuration_utils.py", "models/llama/configuration_llama.py")
 
 def check_early(argv: list[str], here: bool = True) -> None:
     """
-    Refuse what [`parse_arguments`] would refuse, as far as this is known without torch, and files that are missing.
+    Refuse what [`parse_arguments`] would refuse, as far as this is known without torch. If the run starts `here`, also
+    refuse data files that are missing.
 
     The fields of other packages are those of the JSON schema, and those in the source code of what is installed.
-
-    Args:
-        argv (`list[str]`):
-            As for [`parse_arguments`].
-        here (`bool`, *optional*, defaults to `True`):
-            Whether the run starts on this machine, which then needs the files.
 
     Raises:
         ValueError: an unknown key or flag, a value that is not allowed, or a missing file, named in the message.
     """
-    argv = hide_token(argv)
     # A newer version may have more values of an enumeration.
     exact = Version(version("transformers")) <= Version(packaged_schema()["$comment"].partition(" ")[2])
     kinds: dict[str, dict[str, Any]] = {
-        section: {name: kind_of(field, exact) for name, field in fields.items()}
-        for section, fields in described_fields().items()
+        section: {name: kind_of(field, exact) for name, field in described(section).items()}
+        for section in ("model", "data", "training", "hardware")
     }
     kinds["training"] = dict.fromkeys(_declared("training_args.py"), Any) | kinds["training"]
-    given = given_flags(argv, kinds)
-    flags = {section: values_of_flags(fields, given) for section, fields in kinds.items()}
-    name = given.get("config", "3b")
+    flags = read_flags(hide_token(argv), {"run": RUN, **kinds})
+    name = flags["run"].get("config", DEFAULT_CONFIG)
     config = load_config(name)
     model = {**config.get("model", {}), **flags["model"]}
     if model.get("path") is None and model.get("model_type") in (None, "llama"):

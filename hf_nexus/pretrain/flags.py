@@ -1,27 +1,21 @@
 """The flags of a pretraining run, which are the fields of its sections."""
 
-import argparse
 import json
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Any
 
 from ..files import nearest
 from ..strict import check, choices, from_text, options
 
-__all__ = ["HARDWARE", "NO_FLAGS", "described_fields", "given_flags", "packaged_schema", "values_of_flags"]
+__all__ = ["NO_FLAGS", "RUN", "described", "packaged_schema", "read_flags"]
 
-HARDWARE = "hardware"  # to plan for: fields that only the command line has
-_CLASSES = {
-    HARDWARE: "HardwareArguments",
-    **{"model": "ModelArguments", "data": "MixtureConfig", "training": "PretrainConfig"},
-}
 NO_FLAGS = ("sources", "parallelism_config")
-_UNSET = object()
-
-# The type of each field, by section and name.
-Kinds = Mapping[str, Mapping[str, Any]]
+RUN: dict[str, Any] = {"config": str, "dry_run": bool}  # flags that are no field
+# The definition in the JSON schema of each section. The hardware to plan for is only on the command line.
+_CLASSES = {"model": "ModelArguments", "data": "MixtureConfig", "training": "PretrainConfig"}
+_CLASSES |= {"hardware": "HardwareArguments", "nexus": "NexusConfigMixin"}
 
 
 @cache
@@ -30,78 +24,43 @@ def packaged_schema() -> dict[str, Any]:
     return json.loads(resources.files("hf_nexus").joinpath("nexus.schema.json").read_text(encoding="utf-8"))
 
 
-def described_fields() -> dict[str, dict[str, dict[str, Any]]]:
-    """The fields of each section, as the JSON schema describes them, by name."""
-    return {section: packaged_schema()["definitions"][cls]["properties"] for section, cls in _CLASSES.items()}
+def described(section: str) -> dict[str, dict[str, Any]]:
+    """The fields of a section as the JSON schema describes them, by name."""
+    return packaged_schema()["definitions"][_CLASSES[section]]["properties"]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def given_flags(argv: list[str], kinds: Kinds) -> dict[str, Any]:
+def read_flags(argv: list[str], kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """
-    The flags of a command line by field, as text; `True` or `False` for a flag without a value. `-` in a flag is `_`.
+    The values of the flags of a command line, by section and field. `kinds` has the types of the fields. `-` in a flag
+    is `_`. A flag without a value is true, and `--no_<field>` is false.
 
     Raises:
-        ValueError: an unknown flag, with the nearest one.
+        ValueError: an unknown flag, with the nearest one, or a value that is not of its type.
     """
-    parser = _Parser(
-        allow_abbrev=False,  # abbreviations would accept a misspelt flag as another one
-        description="Pretrain a model on a mixture of sources with the Nexus update.",
-    )
-    parser.add_argument("--config", help="Name of a configuration in the package (by default 3b), or a YAML file.")
-    parser.add_argument("--dry_run", nargs="?", const=True, help="Print the plan, without network or GPU.")
-    for section, fields in kinds.items():
-        group = parser.add_argument_group(section)
-        for name, kind in fields.items():
-            if name not in NO_FLAGS:
-                _add_flag(group, name, kind, described_fields()[section].get(name, {}))
-    unset = argparse.Namespace(**{action.dest: _UNSET for action in parser._actions})
-    found, rest = parser.parse_known_args([_with_underscores(word) for word in argv], unset)
-    if rest:
-        raise ValueError(_describe_unknown(rest, parser))
-    return {key: value for key, value in vars(found).items() if value is not _UNSET}
-
-
-def _with_underscores(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
-
-
-def _add_flag(group: "argparse._ArgumentGroup", name: str, kind: Any, described: Mapping[str, Any]) -> None:
-    kinds = dict(options(kind))
-    default = described.get("default")
-    text = described.get("description", "") + ("" if default is None else f" (default: {default})")
-    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
-    if list[str] in kinds and str not in kinds:
-        settings["nargs"] = "+"
-    elif bool in kinds or any(True in (choices(option) or ()) for option in kinds):
-        settings |= {"nargs": "?", "const": True}
-    group.add_argument(f"--{name}", **settings)
-    if default is True:
-        group.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"Sets {name} to false.")
-
-
-def values_of_flags(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The values of the flags that are fields of a section, as plain data.
-
-    Raises:
-        ValueError: a value that is not of its type.
-    """
-    found = {}
-    for key, kind in kinds.items():
-        if key in given:
-            text = given[key]
-            found[key] = from_text(text, kind, f"--{key}") if isinstance(text, str) else check(text, kind, f"--{key}")
+    homes = {name: section for section, fields in kinds.items() for name in fields if name not in NO_FLAGS}
+    found: dict[str, dict[str, Any]] = {section: {} for section in kinds}
+    words = list(argv)
+    while words:
+        value: Any
+        word, equals, value = words.pop(0).partition("=")
+        name = word[2:].replace("-", "_")
+        negated = name not in homes and name.removeprefix("no_") in homes
+        name = name.removeprefix("no_") if negated else name
+        if not word.startswith("--") or name not in homes:
+            what = f"Unknown argument {word!r}" if word.startswith("-") else f"{word!r} is not a flag"
+            hint = nearest(word, [f"--{known}" for known in homes])
+            raise ValueError(f"{what}.{hint} `hf-nexus train --help` lists all.")
+        kind = kinds[homes[name]][name]
+        types = [option for option, _ in options(kind)]
+        several = list[str] in types and str not in types
+        given = [value] if equals else []
+        while words and not equals and not negated and not words[0].startswith("--") and (several or not given):
+            given.append(words.pop(0))
+        if given:
+            value = check(given, kind, f"--{name}") if several else from_text(given[0], kind, f"--{name}")
+        elif bool in types or any(True in (choices(option) or ()) for option in types):
+            value = not negated
+        else:
+            raise ValueError(f"--{name}: a value is missing.")
+        found[homes[name]][name] = value
     return found
-
-
-def _describe_unknown(rest: list[str], parser: argparse.ArgumentParser) -> str:
-    word = next((argument for argument in rest if argument.startswith("-")), rest[0]).split("=")[0]
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    if word.startswith("-"):
-        return f"Unknown argument {word!r}.{nearest(word, flags)} `hf-nexus train --help` lists all."
-    return f"{word!r} is not a flag.{nearest(word, flags)} `hf-nexus train --help` lists all."

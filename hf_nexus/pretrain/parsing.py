@@ -12,16 +12,15 @@ from ..files import hide_token
 from ..mixture.config import MixtureConfig
 from ..mixture.schedule import normalized
 from ..mixture.stages import weight_stages
-from ..strict import check, field_types, from_text
+from ..strict import check, field_types
 from .checks import check_run
 from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
-from .flags import HARDWARE, given_flags, values_of_flags
+from .flags import RUN, read_flags
 from .model import shape_fields
-from .sections import check_values, load_config, naming
+from .sections import DEFAULT_CONFIG, check_values, load_config, naming
 
 __all__ = ["check_section", "parse_arguments"]
 
-_DEFAULT_CONFIG = "3b"
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
 
@@ -64,22 +63,19 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     Raises:
         ValueError: an unknown key or flag, or a value that is not allowed, named in the message.
     """
-    argv = hide_token(argv)
-    classes = {HARDWARE: HardwareArguments, **SECTIONS}
-    given = given_flags(argv, {section: field_types(cls) for section, cls in classes.items()})
-    name, dry_run = given.pop("config", _DEFAULT_CONFIG), given.pop("dry_run", "false")
-    dry_run = dry_run is True or from_text(dry_run, bool, "--dry_run")
-    flags = {cls: values_of_flags(field_types(cls), given) for cls in classes.values()}
+    kinds = {section: field_types(cls) for section, cls in {"hardware": HardwareArguments, **SECTIONS}.items()}
+    flags = read_flags(hide_token(argv), {"run": RUN, **kinds})
+    name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)
     config = load_config(name)
-    plain = {section: {**config.get(section, {}), **flags[cls]} for section, cls in SECTIONS.items()}
+    plain = {section: {**config.get(section, {}), **flags[section]} for section in SECTIONS}
     with naming(name, "model.", {}):
         plain["model"] = _fold(plain["model"])
     # The values of flags have their types already.
     values = {section: check_section(section, content, f"{name}: ") for section, content in plain.items()}
     resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
-    with naming(name, "model.", flags[ModelArguments]):
+    with naming(name, "model.", flags["model"]):
         model = ModelArguments(**values["model"])
-    with naming(name, "data.", flags[MixtureConfig]):
+    with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**values["data"])
     if dry_run:
         values["training"]["use_cpu"] = True
@@ -89,7 +85,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
             "hf-nexus train demo (in a checkout also accelerate launch recipes/pretrain_3b.py --config demo). "
             "Or plan this one: add --dry_run."
         )
-    with naming(name, "", flags[PretrainConfig]):
+    with naming(name, "", flags["training"]):
         training = PretrainConfig(**values["training"])
         for _, weights in weight_stages(training.mixture_weights or []):
             normalized(weights, list(mixture.train_sources))
@@ -104,7 +100,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         resolved=resolved,
         changed={key: value for key, value in resolved["training"].items() if value != defaults[key]},
         dry_run=dry_run,
-        hardware=HardwareArguments(**flags[HardwareArguments]),
+        hardware=HardwareArguments(**flags["hardware"]),
     )
 
 

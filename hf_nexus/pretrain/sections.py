@@ -9,8 +9,9 @@ from typing import Any
 from ..files import Secret, nearest, shown
 from ..strict import check, load_yaml, parse_yaml
 
-__all__ = ["STARTER", "check_values", "load_config", "naming"]
+__all__ = ["DEFAULT_CONFIG", "STARTER", "check_values", "load_config", "naming"]
 
+DEFAULT_CONFIG = "3b"
 STARTER = resources.files(__package__).joinpath("starter.yaml").read_text(encoding="utf-8")
 _SECTIONS = ("model", "data", "training")
 
@@ -61,15 +62,8 @@ def check_values(
     suggested: Iterable[str] = (),
 ) -> dict[str, Any]:
     """
-    The values of a section by their types: a float in place of a whole number, for example.
-
-    Args:
-        kinds (`Mapping[str, Mapping[str, Any]]`):
-            The type of each field, by section and name.
-        where (`str`, *optional*):
-            Start of the message of an error, such as the file.
-        suggested (`Iterable[str]`, *optional*):
-            More keys to suggest for an unknown one.
+    The values of a section by the types of its fields (`kinds`, by section): a float in place of a whole number, for
+    example. An error starts with `where`, such as the file. For an unknown key, also `suggested` ones are suggested.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type.

@@ -87,7 +87,7 @@ def test_the_help_names_the_flags():
 
     planning = [f"--{field.name}" for field in dataclasses.fields(HardwareArguments)]
     fields = ["--max_steps", "--inner_lr", "--hidden_size", "--hub_model_id", "configs"]
-    fields += ["─ model ─", "─ data ─", "─ nexus ─", "─ training ─", "─ Hugging Face Hub Integration ─"]
+    fields += ["─ model ─", "─ data ─", "─ nexus ─", "─ training ─", "─ hub ─", "─ saving ─"]
     comparing = ["--output_dir", "--plan", "--pilot", "--difference"]
     flags = {"plan": [*planning, "--devices", *fields], "train": fields, "compare": comparing}
     for command, expected in flags.items():
@@ -106,7 +106,7 @@ def test_the_fields_can_be_completed():
 
 def test_a_dash_is_an_underscore_in_every_option(monkeypatch):
     called = []
-    monkeypatch.setattr("hf_nexus.cli.compare.compare", lambda *given: called.append(given))
+    monkeypatch.setattr("hf_nexus.cli.compare.compare", lambda *given, **more: called.append(given))
     for flag in ("--output_dir", "--output-dir"):
         assert CliRunner().invoke(cli.app, ["compare", "compare", flag, "x"]).exit_code == 0
     assert called == [("compare", "x")] * 2

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from hf_nexus.pretrain.early import check_early
-from hf_nexus.pretrain.flags import described_fields
+from hf_nexus.pretrain.flags import described
 from hf_nexus.pretrain.model import shape_fields
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.strict import packaged
@@ -81,7 +81,7 @@ def test_flags_are_accepted_as_by_the_parser(flags):
 def test_fields_of_every_model_are_accepted(write):
     check_early(["--config", write(model=dict.fromkeys(shape_fields({}) or [], None) | {"vocab_size": 64})])
     check_early(["--config", write(model={"model_type": "mixtral", "num_local_experts": 2})])
-    assert "attention_bias" in LlamaConfig.__dataclass_fields__.keys() - described_fields()["model"].keys()
+    assert "attention_bias" in LlamaConfig.__dataclass_fields__.keys() - described("model").keys()
 
 
 def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch):
