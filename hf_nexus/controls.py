@@ -18,6 +18,8 @@ from .tensors import Buffers, Snapshot, add_scaled_, global_norm, shard
 
 __all__ = ["GradientSum", "RandomPath", "Settings", "fill_normal_"]
 
+Norm = Callable[[Sequence[int], Sequence[Tensor]], Tensor]
+
 # Memory on the device at a time while a sum on another device is updated.
 STAGING_BYTES = 64 * 2**20
 
@@ -32,8 +34,8 @@ class Settings:
         *,
         direction: str = "gradient",
         snapshot_device: str | torch.device | None = None,
-        reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
-        key: tuple[int, ...] = (0,),
+        norm: Norm = lambda indices, tensors: global_norm(tensors),
+        key: tuple[int, ...] | list[tuple[int, ...]] = (0,),
     ):
         self.params = list(params)
         if not self.params:
@@ -49,8 +51,8 @@ class Settings:
         self.inner_lr = inner_lr
         self.direction = direction
         self.outer_step = 0  # number of windows so far; set it on resume to repeat the random directions
-        self._reduce_norm = reduce_norm
-        self._key = key
+        self._norm = norm
+        self._keys = [key] * len(self.params) if isinstance(key, tuple) else key
         self._snapshot = Snapshot(self.params, snapshot_device)
         # Without a path there is nothing to restore, and the snapshot's memory holds the sum.
         self._sum = self._snapshot if direction == "gradient" else Buffers(self.params, snapshot_device)
@@ -87,8 +89,8 @@ class Settings:
         if not self.effective_inner_lr:
             return GradientSum(self._sum)
         if self.direction == "random":
-            key = (*self._key, self.outer_step)
-            return RandomPath(self.params, self._snapshot, self.inner_lr, self._sum, self._reduce_norm, key)
+            keys = [(*key, self.outer_step) for key in self._keys]
+            return RandomPath(self.params, self._snapshot, self.inner_lr, self._sum, self._norm, keys)
         return None
 
 
@@ -114,7 +116,7 @@ class GradientSum:
 
 
 class RandomPath(GradientSum):
-    """Mean of the normalized gradients along a path in random directions, which `key` determines."""
+    """Mean of the normalized gradients along a path in random directions, which the `keys` of parameters determine."""
 
     def __init__(
         self,
@@ -122,20 +124,22 @@ class RandomPath(GradientSum):
         snapshot: Snapshot,
         inner_lr: float,
         total: Buffers,
-        reduce_norm: Callable[[Tensor], Tensor],
-        key: tuple[int, ...],
+        norm: Norm,
+        keys: list[tuple[int, ...]],
     ):
         super().__init__(total)
         self._params, self._snapshot, self._inner_lr = params, snapshot, inner_lr
-        self._reduce_norm, self._key, self._steps = reduce_norm, key, 0
+        self._norm, self._keys, self._steps = norm, keys, 0
         snapshot.save()
 
     def step(self, indices: list[int], gradients: list[Tensor], norm: Tensor, usable: Tensor) -> None:
         super().step(indices, gradients, norm, usable)
         directions = gradients  # overwritten to save memory
-        fill_normal_(directions, (*self._key, self._steps))
+        keys = [self._keys[i] for i in indices]
+        for key in set(keys):
+            fill_normal_([d for d, k in zip(directions, keys, strict=True) if k == key], (*key, self._steps))
         self._steps += 1
-        length = self._reduce_norm(global_norm(directions))
+        length = self._norm(indices, directions)
         self._snapshot.wait()
         add_scaled_([shard(self._params[i]) for i in indices], directions, -self._inner_lr / length, usable)
 

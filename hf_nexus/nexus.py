@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .controls import Settings
-from .tensors import Snapshot, add_scaled_, clear_gradients, find_gradients, global_norm, set_gradients, shard
+from .tensors import Snapshot, add_scaled_, clear_gradients, find_gradients, set_gradients, shard
 
 __all__ = ["Nexus"]
 
@@ -58,10 +58,12 @@ class Nexus(Settings):
             `"random"` is a control: the parameters move in random directions instead.
         snapshot_device (`str` or `torch.device`, *optional*):
             Device of the snapshot, for example `"cpu"`. Defaults to the device of the parameters.
-        reduce_norm (`Callable[[Tensor], Tensor]`, *optional*):
-            Function from the norm over the local shards to the norm over all shards, both 0-d.
-        key (`tuple[int, ...]`, *optional*, defaults to `(0,)`):
-            Key of the random directions: a seed, and a shard or rank where directions must differ.
+        norm (`Callable[[Sequence[int], Sequence[Tensor]], Tensor]`, *optional*):
+            Norm (0-d) over all shards, given the indices of parameters and the local shards of their gradients.
+            Defaults to the norm of these tensors.
+        key (`tuple[int, ...]` or a `list` of them, *optional*, defaults to `(0,)`):
+            Key of the random directions: a seed, and a shard or rank where directions must differ. In a list, one for
+            each parameter.
 
     Raises:
         ValueError: negative `inner_lr`, unknown `direction`, no parameters, or a dtype of less than 32 bits.
@@ -117,7 +119,7 @@ class Nexus(Settings):
         if not self._open:
             raise RuntimeError("inner_step() was called outside `with nexus.window():`.")
         indices, gradients = find_gradients(self.params)
-        norm = self._reduce_norm(global_norm(gradients))
+        norm = self._norm(indices, gradients)
         usable = norm.isfinite() & (norm > 0)
         self._path.step(indices, gradients, norm, usable)
         self._usable.append(usable)
@@ -136,7 +138,7 @@ class Nexus(Settings):
         indices = sorted({i for step, taken in zip(self._indices, self.taken, strict=True) if taken for i in step})
         p = self._path.pseudo_gradient(indices, self.steps_taken)
         set_gradients(self.params, indices, p)
-        self.pseudo_gradient_norm = self._reduce_norm(global_norm(p))
+        self.pseudo_gradient_norm = self._norm(indices, p)
 
     def restore(self) -> None:
         """Restore the parameters if they are displaced: needed only if a signal kept a window from being left."""

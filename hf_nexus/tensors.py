@@ -28,12 +28,19 @@ def shard(tensor: Tensor) -> Tensor:
 
 def find_gradients(params: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
     """Return the indices of the parameters that have a gradient, and the local shards of these gradients."""
-    found = [(i, shard(p.grad)) for i, p in enumerate(params) if p.grad is not None]
+    found = [(i, shard(_laid_out(p.grad, p))) for i, p in enumerate(params) if p.grad is not None]
     if not found:
         raise RuntimeError("inner_step() found no gradient; call loss.backward() before it.")
     if any(gradient.is_sparse for _, gradient in found):
         raise ValueError("Nexus does not support sparse gradients; build the embedding with sparse=False.")
     return [i for i, _ in found], [gradient for _, gradient in found]
+
+
+def _laid_out(gradient: Tensor, p: Tensor) -> Tensor:
+    """A gradient in the layout of its parameter. Tensor parallelism leaves some as a part of a sum on each rank."""
+    if isinstance(gradient, DTensor) and isinstance(p, DTensor) and gradient.placements != p.placements:
+        return gradient.redistribute(p.device_mesh, p.placements)
+    return gradient
 
 
 def set_gradients(params: Sequence[Tensor], indices: Sequence[int], gradients: Sequence[Tensor]) -> None:
@@ -53,10 +60,14 @@ def clear_gradients(params: Sequence[Tensor]) -> None:
         p.grad = None
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm (0-d) over all elements of all tensors, at least one, computed in float32 or wider."""
+def global_norm(tensors: Sequence[Tensor], copies: Tensor | None = None) -> Tensor:
+    """
+    L2 norm (0-d) over all elements of all tensors, at least one, computed in float32 or wider. The square of each
+    tensor is divided by its number in `copies`, if given.
+    """
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)))
+    norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+    return torch.linalg.vector_norm(norms if copies is None else norms / copies.to(norms.dtype).sqrt())
 
 
 def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:

@@ -5,14 +5,16 @@ from importlib import import_module
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.optim.sgd import sgd
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import _is_peft_model
 
 from hf_nexus import NexusTrainerMixin
+from hf_nexus.trainer.arguments import changed
 from tests.support.tiny import CHECKPOINTING, Rows, tiny_llama
 
 # Hooks of the Trainer that the mixin overrides, with the parameters that it names. `None`: they are passed on unseen.
@@ -307,6 +309,22 @@ def test_averaging_over_devices_is_read_from_the_arguments():
     """Neither method takes it as an argument, so `changed` sets it temporarily."""
     for method in (Trainer._get_num_items_in_batch, Trainer.compute_loss):
         assert "self.args.average_tokens_across_devices" in inspect.getsource(method)
+
+
+def test_tokens_are_divided_by_the_ranks_with_the_same_rows(make_trainer, monkeypatch):
+    """The mixin multiplies them again, because the Trainer counts on one rank only."""
+    trainer = Trainer(tiny_llama(), make_trainer(Rows(4, 0)).args, train_dataset=Rows(4, 0))
+    batch = {"labels": torch.ones(2, 5, dtype=torch.long)}
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    with changed(trainer.args, average_tokens_across_devices=False):
+        assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) == 2 * 4 / 2
+
+
+def test_fsdp2_shards_over_the_dimensions_that_the_configuration_names():
+    """`parallelism_of` leaves out that of the replicas."""
+    assert "accelerator.parallelism_config.fsdp_dim_names" in inspect.getsource(fsdp2_prepare_model)
+    config = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    assert config.fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
 
 
 def test_states_without_a_callback_are_saved_and_loaded(tmp_path):

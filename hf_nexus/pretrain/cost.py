@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .fields import PretrainArguments
-from .memory import sharding_of
+from .memory import path_of, sharding_of
 from .model import config_of
 
 __all__ = ["CostEstimate", "estimate_cost"]
@@ -61,24 +61,23 @@ def estimate_cost(
     if getattr(config_of(arguments), "num_experts_per_tok", None) is not None:
         again_formula += " (an upper bound, since a token passes only some of the experts that N counts)"
     compute = 6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices)
-    path = t.node_size or hardware.devices_per_node
-    if sync == "node" and devices <= path:
+    path = path_of(arguments, devices)
+    if sync == "node" and devices == path:
         sync = "global"
     reductions = k if sync == "global" else 1
     wire, size = (2 if t.reduce_dtype else 4), 2 if t.bf16 else 4
-    inside = 0.0
+    inside, sharded = 0.0, sharding == "fsdp2"
+    gathered = f"(2 x {k} gathers + {{}} reductions) x {size}N"  # for each micro-batch twice, scattered when reduced
     if devices == 1:
         sharding, copies, sent_formula = "one device", 0.0, "0"
-    elif sharding == "fsdp2":  # gathered twice for each micro-batch, and scattered while it is reduced
-        copies = size * (2 * k + reductions) * (devices - 1) / devices
-        sent_formula = f"(2 x {k} gathers + {reductions} reductions) x {size}N x (W - 1)/W"
     elif sync == "node":
-        inside = (2 * k * wire + 4) * (path - 1) / path
+        near = gathered.format(k) if sharded else f"({k} reductions x 2 x {wire}N + a gather of 4N)"
+        inside = (3 * k * size if sharded else 2 * k * wire + 4) * (path - 1) / path
         copies = 2 * 4 / path * (devices - path) / devices
-        sent_formula = (
-            f"1 reduction x 4N/{path} x 2(W - {path})/W, in a machine ({k} reductions x 2 x {wire}N + a gather of 4N) "
-            f"x {path - 1}/{path}"
-        )
+        sent_formula = f"1 reduction x 4N/{path} x 2(W - {path})/W, in a machine {near} x {path - 1}/{path}"
+    elif sharded:
+        copies = size * (2 * k + reductions) * (devices - 1) / devices
+        sent_formula = f"{gathered.format(reductions)} x (W - 1)/W"
     else:
         wire = 4 if sync == "local" else wire
         copies = 2 * wire * reductions * (devices - 1) / devices
@@ -99,14 +98,12 @@ def estimate_cost(
 def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> str | None:
     """
     A line that names the `inner_sync` with the most ranks per path among those within 5 % of the fastest step, and
-    the time of each. `None` if there is no choice: one device, FSDP2, or no update.
+    the time of each. `None` if there is no choice: one device, or no update.
     """
-    if devices == 1 or sharding_of(arguments) == "fsdp2" or not arguments.training.nexus:
+    if devices == 1 or not arguments.training.nexus:
         return None
-    steps = {
-        sync: estimate_cost(arguments, parameters, tokens_per_step, devices, sync).worst
-        for sync in ("global", "node", "local")
-    }
+    choices = ("global", "node") if sharding_of(arguments) == "fsdp2" else ("global", "node", "local")
+    steps = {sync: estimate_cost(arguments, parameters, tokens_per_step, devices, sync).worst for sync in choices}
     best = next(sync for sync, seconds in steps.items() if seconds <= 1.05 * min(steps.values()))
     times = ", ".join(f"{sync} {seconds:.3g} s" for sync, seconds in steps.items())
     return f"{best} (steps without overlap: {times}; the largest groups of ranks within 5 % of the fastest)"

@@ -10,7 +10,7 @@ import torch
 from .fields import PretrainArguments
 from .model import attention_of, build_model, config_of, joined_documents, model_config
 
-__all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "sharding_of"]
+__all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "path_of", "sharding_of"]
 
 SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, T tokens per row, V vocabulary"
 _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
@@ -68,6 +68,11 @@ def sharding_of(arguments: PretrainArguments) -> str:
     return arguments.hardware.sharding or ("fsdp2" if arguments.training.fsdp or launched else "ddp")
 
 
+def path_of(arguments: PretrainArguments, devices: int) -> int:
+    """Devices per path with `inner_sync="node"`."""
+    return min(arguments.training.node_size or arguments.hardware.devices_per_node, devices)
+
+
 def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int) -> MemoryEstimate:
     """
     Memory per device of a model with that many parameters on that many devices.
@@ -76,14 +81,15 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
     Raises:
-        ValueError: several paths (`inner_sync`) with FSDP2.
+        ValueError: `inner_sync="local"` with FSDP2.
     """
     t, sharded = arguments.training, devices > 1 and sharding_of(arguments) == "fsdp2"
-    if sharded and t.nexus and t.inner_sync != "global":
+    if sharded and t.nexus and t.inner_sync == "local":
         raise ValueError(
-            f"inner_sync={t.inner_sync!r} is not possible with FSDP2, which shards the weights of a path over all "
-            "ranks. Use inner_sync='global', or --sharding ddp."
+            "inner_sync='local' is not possible with FSDP2, which shards the weights of a path over several ranks. "
+            "Use inner_sync='node' or 'global', or --sharding ddp."
         )
+    shards = path_of(arguments, devices) if t.nexus and t.inner_sync == "node" else devices
     random = t.inner_direction == "random" and t.inner_lr > 0
     copies = (2 if random else 1) if t.nexus and t.snapshot_device is None else 0
     per_parameter = {"float32 weights": 4, _GRADIENTS: 4, "AdamW moments": 8}
@@ -106,7 +112,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
         tokens * per_token,
         formula,
         last=max(tokens * layer, embedding if m.tie_word_embeddings else 0),
-        shards=devices if sharded else 1,
+        shards=shards if sharded else 1,
         gathered=_gathered(arguments, parameters) if sharded else 0,
         accumulates=not t.nexus and t.gradient_accumulation_steps > 1,
     )

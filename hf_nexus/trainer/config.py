@@ -53,9 +53,9 @@ class NexusConfigMixin:
         inner_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"`, or `"random"`: move along random directions of the same length (a control).
         inner_sync (`str`, *optional*, defaults to `"global"`):
-            Which ranks walk one path. `"global"`: all of them, and every inner gradient is reduced over all. `"node"`
-            (DDP only): the ranks of each machine, over which the inner gradients are reduced. `"local"` (DDP only):
-            each rank alone. Several paths are averaged once per outer step.
+            Which ranks walk one path. `"global"`: all of them, and every inner gradient is reduced over all. `"node"`:
+            the ranks of each machine, over which the inner gradients are reduced, and over which FSDP2 shards the
+            weights. `"local"` (DDP only): each rank alone. Several paths are averaged once per outer step.
         node_size (`int`, *optional*):
             Number of ranks per path with `inner_sync="node"`. Defaults to the ranks of a machine.
         reduce_dtype (`str`, *optional*):

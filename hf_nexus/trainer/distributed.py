@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_wrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from ..tensors import global_norm, shard
 
 __all__ = [
     "PathGroups",
@@ -19,6 +23,7 @@ __all__ = [
     "gather",
     "is_wrapped",
     "max_over_ranks",
+    "parallelism_of",
     "reduce_by",
     "reshard",
     "sum_over_ranks",
@@ -63,42 +68,115 @@ def gather(value: Any) -> list[Any]:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether the gradients of a model are reduced over the ranks, by DDP or FSDP2."""
-    return any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())
+    """Whether the gradients of a model are reduced over the ranks, by DDP, FSDP2 or tensor parallelism."""
+    wrapped = any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())
+    return wrapped or any(isinstance(p, DTensor) for p in model.parameters())
 
 
 class Shards:
     """
-    How the parameters of a model are sharded over processes.
+    How the parameters of a model are sharded over the ranks of a path: each in its own way, by FSDP2, tensor or expert
+    parallelism.
 
     Args:
-        params (`Sequence[Tensor]`):
-            The trainable parameters, after wrapping.
+        params (`Sequence[Tensor]`), groups ([`PathGroups`]):
+            The trainable parameters, after wrapping, and the ranks of the paths.
+
+    Attributes:
+        parts (`list[int]`):
+            For each parameter, a number that two ranks share if they hold the same shard of it on the same path.
 
     Raises:
-        ValueError: some are sharded and some are not, or they are sharded in different ways.
+        ValueError: the weights are not sharded over the ranks of a path.
     """
 
-    def __init__(self, params: Sequence[Tensor]):
-        layouts = {(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in params}
-        if len(layouts) > 1:
+    def __init__(self, params: Sequence[Tensor], groups: "PathGroups"):
+        layouts = [_layout(p) for p in params]
+        kinds = list(dict.fromkeys(layouts))
+        spread = max((mesh.size() for mesh, _ in kinds if mesh is not None), default=groups.size)
+        if groups.settings[0] == "node" and spread != groups.size:
             raise ValueError(
-                f"The trainable parameters are sharded in {len(layouts)} different ways; Nexus needs one for all. "
-                "Wrap the whole model, adapters included, with FSDP2."
+                f"inner_sync='node' has {groups.size} ranks per path, but the weights are spread over {spread}. Set "
+                "node_size to the ranks that share one copy of the weights, and let Accelerate's FSDP2 shard them."
             )
-        layout = layouts.pop()
-        # Under HSDP, only the sharded dimension: replicas hold the same shards.
-        dims = [] if layout is None else [i for i, placement in enumerate(layout[1]) if placement.is_shard()]
-        self.group = layout[0].get_group(dims[0]) if layout and dims else None
-        self.index = layout[0].get_local_rank(dims[0]) if layout and dims else 0
+        size, index = [1] * len(kinds), [0] * len(kinds)  # of each kind: number of shards, and which this rank holds
+        for i, (mesh, dims) in enumerate(kinds):
+            for dim in dims:
+                size[i], index[i] = size[i] * mesh.size(dim), index[i] * mesh.size(dim) + mesh.get_local_rank(dim)
+        kind_of = [kinds.index(layout) for layout in layouts]
+        self.parts = [(i * groups.size * groups.paths + index[i]) * groups.paths + groups.path for i in kind_of]
+        self._sharded = max(size) > 1
+        self._copies: Tensor | None = None
+        if len(kinds) == 1 and len(kinds[0][1]) <= 1:  # as under FSDP2: only the ranks that hold different shards
+            self._group = kinds[0][0].get_group(kinds[0][1][0]) if self._sharded else None
+        else:  # all ranks of the path
+            self._group = groups.inside
+            self._copies = torch.tensor([groups.size // size[i] for i in kind_of], device=params[0].device)
 
-    def norm(self, norm: Tensor) -> Tensor:
-        """The norm over all shards, given the norm of the local shard (0-d). One scalar reduction if sharded."""
-        if self.group is None:
+    def norm(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+        """
+        The norm (0-d) over all shards, given the indices of parameters and local tensors. One scalar reduction if any
+        parameter is sharded.
+        """
+        copies = self._copies
+        if copies is not None and len(indices) < len(copies):
+            copies = copies[list(indices)]
+        norm = global_norm(tensors, copies)
+        if not self._sharded:
             return norm
         square = norm.square()
-        dist.all_reduce(square, group=self.group)
+        dist.all_reduce(square, group=self._group)
         return square.sqrt()
+
+
+def _layout(p: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The mesh of a parameter, and the dimensions of the mesh over which it is sharded."""
+    if not isinstance(p, DTensor):
+        return None, ()
+    return p.device_mesh, tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
+
+
+class _ShardedPaths(ParallelismConfig):  # type: ignore[misc]  # accelerate has no types
+    """Weights are sharded over the ranks of a path, and FSDP2 does not know of the other paths, which are replicas."""
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        return ["dp_shard_cp"]
+
+
+def parallelism_of(args: Any) -> ParallelismConfig | None:
+    """
+    The `parallelism_config` of training arguments. With `inner_sync="node"` under FSDP2, one that shards the weights
+    inside each path. Its sizes are those of the arguments or of `accelerate launch`, or follow from the paths.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not (args.nexus and args.inner_sync == "node" and args.world_size > 1 and (args.fsdp or launched)):
+        return args.parallelism_config
+    config = args.parallelism_config or ParallelismConfig()
+    sizes = {f.name: getattr(config, f.name) for f in fields(config)}
+    if config.total_size == 1:
+        size = path_size(args.inner_sync, args.node_size)
+        sizes |= {"dp_replicate_size": args.world_size // size, "dp_shard_size": size}
+    return _ShardedPaths(**sizes)
+
+
+def path_size(inner_sync: str, node_size: int | None) -> int:
+    """
+    The number of ranks per path. All ranks must call it.
+
+    Raises:
+        ValueError: the ranks cannot be split into groups of this size.
+    """
+    ranks = dist.get_world_size() if _several_ranks() else 1
+    node = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    size = {"global": ranks, "local": 1, "node": node}[inner_sync]
+    sizes = gather(size)
+    if ranks % size or len(set(sizes)) > 1:
+        raise ValueError(
+            f"inner_sync='node' needs the same number of ranks in each group, but {ranks} ranks were to be split "
+            f"into groups of {', '.join(map(str, sorted(set(sizes))))}. Set node_size to a divisor of {ranks}."
+        )
+    return size
 
 
 def reshard(model: nn.Module) -> None:
@@ -136,7 +214,7 @@ class PathGroups:
 
     Attributes:
         size (`int`): Ranks per path.
-        path (`int`): Number of this rank's path.
+        path, paths (`int`): Number of this rank's path, and number of paths.
         several, alone (`bool`): Whether there are several paths, and whether each is of one rank.
         inside (`ProcessGroup`, *optional*): The ranks of this path, if there are several paths of several ranks.
 
@@ -147,14 +225,7 @@ class PathGroups:
     def __init__(self, inner_sync: str, node_size: int | None = None):
         self.settings = inner_sync, node_size
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if _several_ranks() else (1, 0)
-        node = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        self.size = size = {"global": ranks, "local": 1, "node": node}[inner_sync]
-        sizes = gather(size)
-        if ranks % size or len(set(sizes)) > 1:
-            raise ValueError(
-                f"inner_sync='node' needs the same number of ranks in each group, but {ranks} ranks were to be split "
-                f"into groups of {', '.join(map(str, sorted(set(sizes))))}. Set node_size to a divisor of {ranks}."
-            )
+        self.size = size = path_size(inner_sync, node_size)
         self.path, self._place = divmod(rank, size)
         self.inside: dist.ProcessGroup | None = None
         self._across: dist.ProcessGroup | None = None  # all ranks, if each walks its own path
@@ -163,7 +234,7 @@ class PathGroups:
             across = [list(ranks_at) for ranks_at in zip(*paths, strict=True)]
             self.inside = [dist.new_group(path) for path in paths][self.path]
             self._across = [dist.new_group(ranks_at) for ranks_at in across][self._place]
-        self.several, self.alone = size < ranks, size == 1 < ranks
+        self.paths, self.several, self.alone = ranks // size, size < ranks, size == 1 < ranks
 
     @torch.no_grad()
     def average(self, params: Sequence[Tensor], moved: bool) -> int:
@@ -171,8 +242,9 @@ class PathGroups:
         Replace the pseudo-gradient in `.grad` by its average over the paths that moved. All ranks must call it, with
         the same parameters in the same order.
 
-        The ranks of a path hold the same pseudo-gradient. Each sends an equal part of it to the other paths, and
-        gathers the averaged parts of the others. This happens in buckets, so little memory is needed.
+        Where the ranks of a path hold the same pseudo-gradient, each sends an equal part of it to the other paths, and
+        gathers the averaged parts of the others. Where it is sharded, each sends its shard. This happens in buckets,
+        so little memory is needed.
 
         A gradient that is None on some paths counts as zero there. One that is None on all paths stays None.
 
@@ -196,12 +268,14 @@ class PathGroups:
                 p.grad = None
             elif p.grad is None:
                 p.grad = torch.zeros_like(p)
-        for bucket in _buckets([p.grad for p in present]):  # type: ignore[misc]
+        sharded = isinstance(params[0], DTensor)
+        parts, place = (1, 0) if sharded else (self.size, self._place)
+        for bucket in _buckets([shard(p.grad) for p in present]):  # type: ignore[arg-type]  # not None
             flat = torch.cat([g.reshape(-1) for g in bucket])
-            padded = nn.functional.pad(flat, (0, -len(flat) % self.size))
-            part = padded.chunk(self.size)[self._place]
+            padded = nn.functional.pad(flat, (0, -len(flat) % parts))
+            part = padded.chunk(parts)[place]
             dist.all_reduce(part, group=self._across)
-            if self.inside is not None:
+            if self.inside is not None and not sharded:
                 dist.all_gather_into_tensor(padded, part.clone(), group=self.inside)
             means = padded[: len(flat)].div_(paths_moved).split([g.numel() for g in bucket])
             for gradient, mean in zip(bucket, means, strict=True):

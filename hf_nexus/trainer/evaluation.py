@@ -35,13 +35,14 @@ class Evaluation:
     Attributes:
         mean ([`TokenMean`], *optional*): The token losses so far, while an evaluation is in progress.
         labels_are_tokens (`bool`): Whether the labels of the last evaluated batch were one per token.
+        copies (`int`): Number of ranks that read the same rows, as under tensor parallelism.
     """
 
     def __init__(self, args: Any):
         self._args = args
         self._loader: Any = None
         self.mean: TokenMean | None = None
-        self.labels_are_tokens = False
+        self.labels_are_tokens, self.copies = False, 1
 
     @contextmanager
     def loop(self, loader: Any) -> Iterator[TokenMean]:
@@ -103,7 +104,7 @@ class Evaluation:
         # `remainder` counts the real rows over all ranks in order; -1 if it is not known.
         if not loader.end_of_dataloader or loader.remainder < 1:
             return None
-        return min(max(loader.remainder - rows * self._args.process_index, 0), rows)
+        return min(max(loader.remainder - rows * (self._args.process_index // self.copies), 0), rows)
 
     def _real_tokens(self, inputs: Any, lengths: list[int] | None) -> Any:
         """A batch in which the labels of repeated rows are masked. `lengths` are those of concatenated rows."""

@@ -44,6 +44,7 @@ class Feed:
 
     Attributes:
         data ([`TrainingData`]): What is read.
+        copies (`int`): Number of ranks that read the same rows, as under tensor parallelism.
         first_step (`int`): The outer step at which training began or was resumed.
     """
 
@@ -61,7 +62,7 @@ class Feed:
         self._progress: StreamProgress | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
-        self.first_step = 0
+        self.first_step, self.copies = 0, 1
         self.set_data(train, evaluation)
 
     def set_data(self, train: Any, evaluation: Any) -> None:
@@ -98,6 +99,11 @@ class Feed:
         return args.seed if args.data_seed is None else args.data_seed
 
     @property
+    def _ranks(self) -> int:
+        """Number of ranks that read different rows."""
+        return self._args.world_size // self.copies
+
+    @property
     def dynamic_weights(self) -> bool:
         """Whether the mixture weights are decided while training."""
         return self._weights_function is not None
@@ -110,11 +116,11 @@ class Feed:
         self.refresh()
         args = self._args
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
-        rows, k = batch_size * args.world_size, args.gradient_accumulation_steps
+        rows, k = batch_size * self._ranks, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
             weights = self._weights_function or StageWeights(self.data.stages, args.max_steps)
             several = self.dynamic_weights and args.world_size > 1
-            dataset.place(args.process_index, args.world_size, max(1, args.dataloader_num_workers))
+            dataset.place(args.process_index // self.copies, self._ranks, max(1, args.dataloader_num_workers))
             self._progress = StreamProgress(
                 dataset,
                 weights,
@@ -129,7 +135,7 @@ class Feed:
         if isinstance(dataset, MixtureDataset):
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
-            kind, ranks = args.source_schedule, args.world_size
+            kind, ranks = args.source_schedule, self._ranks
             schedule = SourceSchedule(borders, self._seed, kind, windows, rows, ranks)
             sampler = MixtureSampler(dataset, schedule, rows, self._seed)
             if (mixture := self.data.mixture) is not None:
@@ -142,7 +148,7 @@ class Feed:
     def _windows(self, batch_size: int) -> tuple[Windows, int]:
         """The windows of map-style sources, and their number in the run."""
         args = self._args
-        epoch = max(1, len(self.data.dataset) // (batch_size * args.world_size))
+        epoch = max(1, len(self.data.dataset) // (batch_size * self._ranks))
         windows = Windows(args.gradient_accumulation_steps, epoch)
         return windows, windows.count(args.max_steps, args.num_train_epochs)
 
@@ -241,7 +247,7 @@ class Feed:
             return {}
         counts = torch.tensor(list(self._progress.skipped_rows(step).values()), device=self._args.device)
         counted = zip(self.data.names, sum_over_ranks(counts).tolist(), strict=True)
-        return {f"skipped_rows/{name}": count for name, count in counted if count}
+        return {f"skipped_rows/{name}": count // self.copies for name, count in counted if count}
 
     # ---- Saving and resuming ----
 

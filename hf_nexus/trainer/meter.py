@@ -72,6 +72,8 @@ class TrainingMeter:
             The sources, and the device of the sums.
         masked (`Mapping[str, int]`, *optional*):
             Tokens of a row of each source that is trained on a part of its tokens.
+        copies (`int`, *optional*, defaults to 1):
+            Number of ranks that read the same rows, which count once.
 
     Attributes:
         trained_tokens (`dict[str, int]`):
@@ -86,10 +88,16 @@ class TrainingMeter:
             Windows that the end of the data cut short.
     """
 
-    def __init__(self, sources: Sequence[str], device: torch.device, masked: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        sources: Sequence[str],
+        device: torch.device,
+        masked: Mapping[str, int] | None = None,
+        copies: int = 1,
+    ):
         self.sources = list(sources)
         self._device = device
-        self._masked = masked or {}
+        self._masked, self._copies = masked or {}, copies
         self.begin(None)
 
     def state(self) -> dict[str, Any]:
@@ -193,8 +201,8 @@ class TrainingMeter:
         tokens, rows = ([new[source] for source in self.sources] for new in (interval.new_tokens, interval.new_rows))
         *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, *rows, interval.skipped, 1])).tolist()
         for i, source in enumerate(self.sources):
-            self.trained_tokens[source] += round(counts[i])
-            self.rows[source] += round(counts[len(self.sources) + i])
+            self.trained_tokens[source] += round(counts[i] / self._copies)
+            self.rows[source] += round(counts[len(self.sources) + i] / self._copies)
         self.inner_steps_skipped += skipped / ranks  # ranks may differ in local mode
         interval.new_tokens.clear()
         interval.new_rows.clear()
@@ -233,9 +241,9 @@ class TrainingMeter:
             if not finite:
                 logs["loss"] = math.nan
         if total := sum(tokens) + mixed:
-            logs["tokens_per_second"] = total / seconds
+            logs["tokens_per_second"] = total / self._copies / seconds
         if (peak := peak_flops(self._device)) and interval.flos is not None:
-            logs["mfu"] = (total_flos - interval.flos) / seconds / (peak * ranks)
+            logs["mfu"] = (total_flos - interval.flos) / seconds / (peak * ranks * self._copies)
         self._interval.flos = total_flos
         return logs
 

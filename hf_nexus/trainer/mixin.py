@@ -29,7 +29,7 @@ from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings, save_settings, warn_of_changes
 from .cosines import source_cosines
-from .distributed import is_wrapped
+from .distributed import is_wrapped, parallelism_of
 from .evaluation import Evaluation, held_back, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
@@ -41,6 +41,7 @@ from .support import (
     Launch,
     check_launch,
     check_set_names,
+    check_sharded,
     check_trainable,
     check_trl_arguments,
     check_vocabulary,
@@ -138,7 +139,8 @@ class NexusTrainerMixin(_Base):
         super().__init__(**given)
         if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
-        self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked)
+        copies = self._feed.copies = self._evaluation.copies = self.get_tp_size()  # these ranks read the same rows
+        self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked, copies)
         if self.data.eos_token_id is not None:
             self._isolate_documents(collate_packed)
         if self.data.mixture is not None:
@@ -153,7 +155,8 @@ class NexusTrainerMixin(_Base):
             self._widen_weights()
             if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.args.mixed_precision:
                 AcceleratorState._reset_state()  # of another trainer with the same arguments
-            super().create_accelerator_and_postprocess()
+            with changed(self.args, parallelism_config=parallelism_of(self.args)):
+                super().create_accelerator_and_postprocess()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model of `model_init`, in float32."""
@@ -177,8 +180,11 @@ class NexusTrainerMixin(_Base):
         launch = Launch(
             kind=self.accelerator.distributed_type,
             fsdp_version=None if plugin is None else plugin.fsdp_version,
-            spread_at_load=self.is_model_parallel or getattr(self, "is_distributed_loading_by_transformers", False),
-            parallel_sizes=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+            spread_at_load=self.is_model_parallel,
+            sharded_at_load=self._sharded_at_load,
+            tensor_size=self.get_tp_size(),
+            pipeline_size=self.model.config.distributed_config.pp_size if self._sharded_at_load else 1,
+            sequence_sizes=self.get_cp_size() * self.get_sp_size(),
         )
         check_launch(self.args, launch)
         if self.args.nexus:
@@ -201,6 +207,16 @@ class NexusTrainerMixin(_Base):
     @args.setter
     def args(self, args: Any) -> None:
         adopt(self._own_args, args)
+
+    @property
+    def _sharded_at_load(self) -> bool:
+        """Whether transformers has sharded the model (`distributed_config`), which the Trainer trains since 5.19."""
+        return getattr(self, "is_distributed_loading_by_transformers", False)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether the model is sharded, by transformers or Accelerate."""
+        return self.is_fsdp_enabled or self._sharded_at_load
 
     @property
     def _plain(self) -> bool:
@@ -303,7 +319,7 @@ class NexusTrainerMixin(_Base):
             model = self.model if model is None else model
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
             decaying = self.get_decay_parameter_names(model)
-            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self.is_fsdp_enabled)
+            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self._sharded)
         return super().create_optimizer(model)
 
     def _check_start(self, max_steps: int) -> None:
@@ -330,6 +346,8 @@ class NexusTrainerMixin(_Base):
             bare._is_accelerate_prepared, self.model_wrapped = False, bare
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
         if self.args.nexus:
+            if self.is_fsdp_enabled:
+                check_sharded(prepared[0])
             self._walker.begin(prepared[0], self.optimizer, self.accelerator.mixed_precision == "bf16")
         self._feed.begin(step)
         self._random_states.begin()
@@ -370,7 +388,15 @@ class NexusTrainerMixin(_Base):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count the loss tokens of the window, and of each of its micro-batches."""
-        count: Any = super()._get_num_items_in_batch
+        base_count: Any = super()._get_num_items_in_batch
+
+        def count(batches: list, device: torch.device) -> Any:
+            items = base_count(batches, device)
+            if items is None or self.args.average_tokens_across_devices:
+                return items
+            # The Trainer divides by the number of ranks that read the same rows, even if it counts on one rank only.
+            return items * self._feed.copies
+
         if not self._window.fetching:  # a batch of an evaluation
             return count(batch_samples, device)
         self._feed.agree(self._window, self.state.global_step)
@@ -419,7 +445,7 @@ class NexusTrainerMixin(_Base):
         Returns:
             `Tensor`: the mean loss, 0-d. With `whole`, its part of the window's loss.
         """
-        divisors = self._window.divisors(i, measured=not self.is_fsdp_enabled, whole=whole)
+        divisors = self._window.divisors(i, measured=not self._sharded, whole=whole)
         with (
             changed(self.args, average_tokens_across_devices=False),
             changed(self, current_gradient_accumulation_steps=divisors.steps),

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
@@ -34,6 +35,7 @@ __all__ = [
     "check_launch",
     "check_same",
     "check_set_names",
+    "check_sharded",
     "check_trainable",
     "check_trained",
     "check_trl_arguments",
@@ -273,14 +275,17 @@ class Launch:
 
     kind: DistributedType
     fsdp_version: int | None = None  # if FSDP is on
-    spread_at_load: bool = False  # whether the model was spread over devices when it was loaded
-    parallel_sizes: int = 1  # product of the sizes of tensor, context and sequence parallelism
+    spread_at_load: bool = False  # whether the model was spread over devices by `device_map`
+    sharded_at_load: bool = False  # whether transformers has sharded the model (`distributed_config`)
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    sequence_sizes: int = 1  # product of the sizes of context and sequence parallelism
 
 
 def check_launch(args: Any, launch: Launch) -> None:
     """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
-    if launch.fsdp_version is not None:
-        check_fsdp(args, launch.fsdp_version)
+    if launch.fsdp_version is not None or launch.sharded_at_load:
+        check_fsdp(args, launch.fsdp_version or 2)
     if not args.nexus:
         return
     if args.n_gpu > 1:
@@ -290,9 +295,9 @@ def check_launch(args: Any, launch: Launch) -> None:
         )
     if launch.spread_at_load:
         raise ValueError(
-            "Nexus does not support models that are spread over devices at load time (device_map, tp_plan, "
-            "distributed_config). Load the model without them and start with "
-            "`torchrun --nproc_per_node <GPUs> your_script.py ...`."
+            "Nexus does not support models that are spread over devices by device_map, where one process has all "
+            "layers. Load the model without it and start with `torchrun --nproc_per_node <GPUs> your_script.py ...`, "
+            "or shard it with distributed_config."
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and args.world_size == 1:
@@ -306,18 +311,32 @@ def check_launch(args: Any, launch: Launch) -> None:
             "your_script.py ...`) or FSDP2."
         )
     if launch.fsdp_version is None and launch.kind not in _DDP | {DistributedType.NO}:
+        why = ", whose engine reduces gradients by itself" if launch.kind == DistributedType.DEEPSPEED else ""
         raise ValueError(
-            f"Nexus does not support {launch.kind.value}. Use DDP (`torchrun --nproc_per_node <GPUs> your_script.py "
-            "...`) or FSDP2 (add `--fsdp True --fsdp_config '{\"fsdp_version\": 2}'`)."
+            f"Nexus does not support {launch.kind.value}{why}. Use DDP (`torchrun --nproc_per_node <GPUs> "
+            "your_script.py ...`) or FSDP2 (add `--fsdp True --fsdp_config '{\"fsdp_version\": 2}'`)."
         )
-    if launch.parallel_sizes != 1:
-        raise ValueError("Nexus does not support tensor, context or sequence parallelism. Use DDP (torchrun) instead.")
+    if launch.pipeline_size != 1:
+        raise ValueError(
+            "Nexus does not support pipeline parallelism, under which each rank has other layers and parameters. Load "
+            "the model with tp_size and fsdp_size in place of pp_size."
+        )
+    if launch.tensor_size != 1 and not launch.sharded_at_load:
+        raise ValueError(
+            "Nexus supports tensor parallelism of models that transformers (5.19 or later) shards when it loads them. "
+            "Load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...)."
+        )
+    if launch.sequence_sizes != 1:
+        raise ValueError(
+            "Nexus does not support context or sequence parallelism, which its tests cannot verify: torch's ring "
+            "attention does not run on a CPU. Use FSDP2, or load the model with tp_size in a distributed_config."
+        )
 
 
 def check_fsdp(args: Any, version: int) -> None:
-    """Refuse FSDP1, and settings that need whole parameters or gradients on a rank."""
+    """Refuse FSDP1, and settings of a sharded model that need whole parameters or gradients on a rank."""
     if steps := args.gradient_cosine_steps:
-        raise ValueError(f"gradient_cosine_steps={steps} is not possible under FSDP. Set it to 0.")
+        raise ValueError(f"gradient_cosine_steps={steps} is not possible for a sharded model. Set it to 0.")
     if not args.nexus:
         return
     if version != 2:
@@ -325,11 +344,21 @@ def check_fsdp(args: Any, version: int) -> None:
             "Nexus does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: set fsdp_version to 2 "
             "in fsdp_config or in the accelerate configuration."
         )
-    if args.inner_sync != "global":
+    if args.inner_sync == "local":
         raise ValueError(
-            f"inner_sync={args.inner_sync!r} is not possible under FSDP, which shards the weights of a path over all "
-            "ranks. Use inner_sync='global', or DDP."
+            "inner_sync='local' is not possible for a sharded model, whose weights are spread over the ranks of a "
+            "path. Use inner_sync='node' or 'global', or DDP."
         )
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Refuse trainable parameters that FSDP2 does not shard."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and not isinstance(p, DTensor):
+            raise ValueError(
+                f"Parameter {name!r} is trainable, but FSDP2 does not shard it, so each rank would train its own "
+                "copy. Wrap the whole model, adapters included, with FSDP2, or freeze the parameter."
+            )
 
 
 def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:

@@ -257,21 +257,20 @@ class Walker:
         reshard(model)  # an evaluation leaves some parameters of FSDP2 gathered
         # A loss function can have parameters as well.
         params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
-        shards = Shards(params)
         if before[0] != wrapped or self.groups.settings != (args.inner_sync, args.node_size):
             self.groups = PathGroups(args.inner_sync, args.node_size)
         if (self.groups.inside is not None or args.reduce_dtype) and self._hooked != wrapped and args.world_size > 1:
             self._hooked = wrapped
             reduce_by(model, lambda: (self.groups.inside, args.reduce_dtype is not None))
-        # Ranks that walk one path need the same random directions. Other paths need others.
-        path = self.groups.path if self.groups.several else shards.index
+        shards = Shards(params, self.groups)
         self.nexus = Nexus(
             params,
             args.inner_lr,
             direction=args.inner_direction,
             snapshot_device=args.snapshot_device,
-            reduce_norm=shards.norm,
-            key=(args.seed, path),
+            norm=shards.norm,
+            # Ranks with the same shard of the same path need the same random directions. Others need others.
+            key=[(args.seed, part) for part in shards.parts],
         )
         warn_of_short_steps(self.nexus, autocast)
 

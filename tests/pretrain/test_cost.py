@@ -57,16 +57,24 @@ def test_machines_send_each_other_one_reduction_over_all_their_links():
     assert cost("--reduce_dtype", "bfloat16").sent == cost().sent / 2
 
 
+def test_shards_of_a_machine_are_sent_to_the_others_once():
+    found = cost("--sharding", "fsdp2", "--inner_sync", "node", "--node_link", "400", devices=64)
+    inside, between = 8 * 3 * 2e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
+    assert found.sent == inside + between
+    assert (found.during, found.after) == (pytest.approx(inside / 400e9), pytest.approx(between / 100e9))
+
+
 def test_the_plan_chooses_the_largest_groups_that_are_fast():
-    def choice(link: str, devices: int = 64) -> str:
-        chosen = choose_sync(planned("3b", "--link", link), 10**9, 10**6, devices)
+    def choice(link: str, *flags: str) -> str:
+        chosen = choose_sync(planned("3b", "--link", link, *flags), 10**9, 10**6, 64)
         assert chosen is not None
         return chosen.split()[0]
 
     assert choice("100000") == "global"
     assert choice("50") == "node"
     assert choose_sync(planned("3b"), 10**9, 10**6, 1) is None
-    assert choose_sync(planned("3b", "--sharding", "fsdp2"), 10**9, 10**6, 64) is None
+    assert choice("100000", "--sharding", "fsdp2") == "global"
+    assert choice("50", "--sharding", "fsdp2") == "node"
 
 
 def test_one_device_sends_nothing_and_one_reduction_is_visible():

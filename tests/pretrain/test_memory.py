@@ -180,6 +180,8 @@ def test_fsdp2_shares_the_bytes_per_parameter():
     assert (whole.held, eight.held) == (16 * size, 2 * size)
     assert whole.gathered == 0 < eight.gathered
     assert "DDP gradient buckets" not in eight.per_parameter
+    machines = estimate_memory(planned("3b", "--sharding", "fsdp2", "--inner_sync", "node"), size, 64)
+    assert machines.held == eight.held  # shared inside each machine of 8
 
 
 def test_sharding_is_the_flag_or_the_launchers(monkeypatch):

@@ -1,6 +1,7 @@
 """The constructor rejects unsupported settings and suggests an alternative."""
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
@@ -35,10 +36,16 @@ def test_fsdp1_is_refused(build):
         support.check_launch(build().args, launch(fsdp_version=1))
 
 
-def test_local_mode_is_refused_under_fsdp(build):
-    support.check_launch(build().args, launch(fsdp_version=2))
-    with pytest.raises(ValueError, match="inner_sync='global', or DDP"):
-        support.check_launch(build(inner_sync="local").args, launch(fsdp_version=2))
+@pytest.mark.parametrize("facts", [{"fsdp_version": 2}, {"kind": DistributedType.MULTI_GPU, "sharded_at_load": True}])
+def test_local_mode_is_refused_for_a_sharded_model(build, facts):
+    support.check_launch(build(inner_sync="node").args, launch(**facts))
+    with pytest.raises(ValueError, match="inner_sync='node' or 'global', or DDP"):
+        support.check_launch(build(inner_sync="local").args, launch(**facts))
+
+
+def test_parameters_that_fsdp_leaves_out_are_refused():
+    with pytest.raises(ValueError, match="'weight' is trainable, but FSDP2 does not shard it"):
+        support.check_sharded(torch.nn.Linear(2, 2))
 
 
 def test_sagemaker_model_parallelism_is_refused(build, monkeypatch):
@@ -47,12 +54,24 @@ def test_sagemaker_model_parallelism_is_refused(build, monkeypatch):
         build()
 
 
-@pytest.mark.parametrize("size", ["get_tp_size", "get_cp_size", "get_sp_size"])
-def test_parallelism_inside_the_model_is_refused(build, monkeypatch, size):
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [("get_tp_size", "when it loads them"), ("get_cp_size", "run on a CPU"), ("get_sp_size", "run on a CPU")],
+)
+def test_parallelism_inside_the_model_is_refused(build, monkeypatch, size, why):
+    """Tensor parallelism is supported for models that transformers has sharded."""
     trainer = build()
     monkeypatch.setattr(trainer, size, lambda: 2)
-    with pytest.raises(ValueError, match="tensor, context or sequence parallelism"):
+    with pytest.raises(ValueError, match=why):
         trainer._check()
+
+
+def test_pipeline_parallelism_is_refused(build):
+    support.check_launch(build().args, launch(kind=DistributedType.MULTI_CPU, sharded_at_load=True, tensor_size=2))
+    with pytest.raises(ValueError, match="each rank has other layers"):
+        support.check_launch(
+            build().args, launch(kind=DistributedType.MULTI_GPU, sharded_at_load=True, pipeline_size=2)
+        )
 
 
 @pytest.mark.parametrize(

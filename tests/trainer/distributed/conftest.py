@@ -1,4 +1,4 @@
-"""One launch of two ranks and one of four, also if pytest-xdist runs the tests in several processes."""
+"""Launches of two and of four ranks, each once, also if pytest-xdist runs the tests in several processes."""
 
 import os
 from pathlib import Path
@@ -21,6 +21,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of each rank, by the name of the worker."""
     return launched("four_ranks", 4, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def slow_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of each rank, by the name of the worker."""
+    return launched("four_ranks_slow", 4, tmp_path_factory)
 
 
 def launched(name: str, ranks: int, factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -4,14 +4,18 @@ import sys
 from pathlib import Path
 
 from tests.support.launcher import report
-from tests.trainer.distributed import fsdp_worker, node_worker
+from tests.trainer.distributed import fsdp_worker, layouts_worker, node_worker
+
+# Those with FSDP come last, because they pretend that there are accelerators.
+WORKERS = {"node": node_worker.main, "layouts": layouts_worker.main, "hybrid": fsdp_worker.four_ranks}
 
 
 def main(out: Path) -> None:
-    for name in ("node", "hybrid"):
+    found = {}
+    for name, work in WORKERS.items():
         (out / name).mkdir(exist_ok=True)
-    # FSDP comes last, because it pretends that there are accelerators.
-    report({"node": node_worker.main(out / "node"), "hybrid": fsdp_worker.four_ranks(out / "hybrid")}, out)
+        found[name] = work(out / name)
+    report(found, out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,10 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.tensors import shard
 from tests.support.tiny import Rows, tiny_llama
-from tests.trainer.distributed.worker import sources
+from tests.trainer.distributed.node_worker import NODE, POISONED, ByGroup
+from tests.trainer.distributed.worker import poison, sources
+
+HYBRID = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
 
 
 def make(
@@ -101,8 +105,8 @@ def interrupted(out: Path) -> dict[str, Any]:
     return {"steps": len(before), "restored": same, "loss": loss, "loss_after": trainer.evaluate()["eval_loss"]}
 
 
-def resumed(out: Path, state_dict: str) -> dict[str, Any]:
-    saving = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+def resumed(out: Path, state_dict: str, **config: Any) -> dict[str, Any]:
+    saving = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 3, "max_steps": 5, **config}
     whole = trained(make(out, **saving))
     dist.barrier()
     again = make(out / "again", llama(seed=5), **saving)
@@ -170,7 +174,37 @@ def main(out: Path) -> dict[str, Any]:
 
 
 def four_ranks(out: Path) -> dict[str, Any]:
-    from accelerate import ParallelismConfig
+    return {
+        "ddp": trained(make(out, fsdp=False)),
+        "node": node(out),
+        "hsdp": trained(make(out, parallelism_config=HYBRID)),
+    }
 
-    hybrid = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-    return {"ddp": trained(make(out, fsdp=False)), "hsdp": trained(make(out, parallelism_config=hybrid))}
+
+def node(out: Path) -> dict[str, Any]:
+    """Two paths of two ranks, the first of which takes no step in the second window, under DDP and FSDP2."""
+    found: dict[str, Any] = {}
+    for name, fsdp in (("ddp", False), ("fsdp", True)):
+        watch = ShardsByGroup()
+        trainer = watch.trainer = make(out, fsdp=fsdp, **NODE)
+        trainer.add_callback(watch)
+        poison(trainer, 1, POISONED)
+        try:
+            found[name] = trained(trainer)
+        finally:
+            found[f"{name}_sent"] = watch.found()["between"]
+    try:
+        make(out, inner_sync="node", node_size=1, parallelism_config=HYBRID).train()
+    except ValueError as error:
+        found["other_size"] = str(error)
+    return found
+
+
+def resumed_paths(out: Path) -> dict[str, Any]:
+    """As `resumed`, with two paths of two ranks."""
+    return {kind: resumed(out / kind, kind, **NODE) for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")}
+
+
+class ShardsByGroup(ByGroup):
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        pass  # shards are compared at the end

@@ -1,0 +1,24 @@
+"""Run by torchrun on four CPU processes: the scenarios of slow tests in one launch."""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tests.support.launcher import report
+from tests.trainer.distributed import fsdp_worker, layouts_worker
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    found = {}
+    if layouts_worker.SHARDS_AT_LOAD:
+        found = {
+            name: work(out / name) for name, work in (layouts_worker.SLOW | {"tensor": layouts_worker.tensor}).items()
+        }
+    found["resumed paths"] = fsdp_worker.resumed_paths(out / "resumed")
+    report(found, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
