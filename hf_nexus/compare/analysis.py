@@ -76,10 +76,8 @@ class Analysis:
     pairs: int  # compared pairs of runs of a seed, without diverged ones
     unmatched: list[tuple[str, str, int]]  # arms and seed of pairs that have no training loss in common
     unconverged: tuple[int, int]  # minima searches that did not converge, and all searches
-    # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0,
-    # and over the runs of the other arms.
+    # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0.
     across_arms: Correlation | None
-    across_runs: Correlation | None
 
     @property
     def primary_row(self) -> Row | None:
@@ -173,7 +171,6 @@ def compare_arms(
         if math.isfinite(value) and not runs[arm, seed].diverged:
             finite.setdefault((arm, metric, at), {})[seed] = value
     searches = [done for run in runs.values() if run.minima for done in run.minima.converged.values()]
-    across_arms, across_runs = _correlations(finite, names, baseline)
     return Analysis(
         baseline=baseline,
         primary=primary,
@@ -192,8 +189,7 @@ def compare_arms(
         pairs=pairs,
         unmatched=unmatched,
         unconverged=(searches.count(False), len(searches)),
-        across_arms=across_arms,
-        across_runs=across_runs,
+        across_arms=_correlation(finite, names, baseline),
     )
 
 
@@ -275,23 +271,14 @@ def _rows(
     return [replace(row, p_holm=corrected.get(i)) for i, row in enumerate(rows)]
 
 
-def _correlations(
-    finite: _Finite, arms: Sequence[str], baseline: str
-) -> tuple[Correlation | None, Correlation | None]:
-    """Correlations of minima distance and OOD gain, across arms and across runs."""
+def _correlation(finite: _Finite, arms: Sequence[str], baseline: str) -> Correlation | None:
+    """Correlation of minima distance and OOD gain across arms."""
     reference = finite.get((baseline, "ood_loss", "end"), {})
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: list[list[float]] = []
     for arm in arms:
         distances, losses = (finite.get((arm, metric, "end"), {}) for metric in ("minima_distance", "ood_loss"))
-        if arm == baseline:
-            points[arm] = [(distance, 0.0) for distance in distances.values()]
-        else:
-            shared = sorted(distances.keys() & losses.keys() & reference.keys())
-            points[arm] = [(distances[seed], reference[seed] - losses[seed]) for seed in shared]
-    means = [[mean(side).mean for side in zip(*found, strict=True)] for found in points.values() if found]
-    runs = [pair for arm, found in points.items() if arm != baseline for pair in found]
-    return _correlation(means), _correlation(runs)
-
-
-def _correlation(points: Sequence[Sequence[float]]) -> Correlation | None:
+        shared = sorted(distances.keys() & (distances if arm == baseline else losses.keys() & reference.keys()))
+        gains = [0.0 if arm == baseline else reference[seed] - losses[seed] for seed in shared]
+        if shared:
+            points.append([mean([distances[seed] for seed in shared]).mean, mean(gains).mean])
     return correlate([x for x, _ in points], [y for _, y in points]) if points else None

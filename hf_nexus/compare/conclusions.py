@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from ..evaluation.statistics import ALPHA, POWER, Correlation, detectable, equivalence_p, pairs_needed
+from ..evaluation.statistics import ALPHA, POWER, detectable, equivalence_p, pairs_needed
 from .analysis import MIN_PAIRS, Analysis, Row, Where
 from .controls import EXPLANATIONS
 from .records import metric_label
@@ -59,18 +59,13 @@ def plain_words(analysis: Analysis) -> str:
         f"each time from another random start (a seed), because a single run may be better by luck. The question was "
         f"chosen before the runs: how does the {label} of {arm} differ from that of {analysis.baseline}? "
     )
-    if _is_loss(metric):
-        text += "A loss measures how badly a model predicts text: lower is better. "
-    if metric == "ood_loss":
-        text += "OOD stands for text of kinds that no arm was trained on. "
-    if analysis.where == "matched":
-        text += "The arms are compared where they have learned their training text equally well. "
+    text += "A loss measures how badly a model predicts text: lower is better. " * _is_loss(metric)
+    text += "OOD stands for text of kinds that no arm was trained on. " * (metric == "ood_loss")
+    text += "The arms are compared where they fit their training text equally well. " * (analysis.where == "matched")
     if row is None or found is None or found.p is None or found.deviation is None:
         return text + "There are too few finished runs for an answer."
-    text += (
-        f"On average over {_count(found.n, 'seed')}, it is {rounded(abs(found.mean), found.half)} "
-        f"{'lower' if found.mean < 0 else 'higher'}. "
-    )
+    change = f"{rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'}"
+    text += f"On average over {_count(found.n, 'seed')}, it is {change}. "
     if found.p < ALPHA:
         return f"{text}Luck alone rarely gives so clear a difference (in 5 of 100 studies), so it is probably real."
     if (same := _equivalence(row, analysis)) is not None and same < ALPHA:
@@ -222,24 +217,17 @@ def _others(analysis: Analysis) -> Iterable[str]:
 
 def _correlation(analysis: Analysis) -> str:
     what = f"Correlation of relative minima distance and OOD gain over {analysis.baseline}"
-    arms, runs = analysis.across_arms, analysis.across_runs
+    arms = analysis.across_arms
     if not {"minima_distance", "ood_loss"} <= {*analysis.metrics}:
         return f"{what}: needs minima searches and OOD sources."
     if arms is None:
         return f"{what}: needs at least 3 arms that differ."
-    text = f"{what}, {arms.n} arms ({analysis.baseline} at gain 0): {_coefficients(arms, with_p=True)}."
-    if runs is not None:
-        text += f" {runs.n} runs of the other arms: {_coefficients(runs, with_p=False)}; no p-value, since runs share "
-        text += "seeds and baselines."
     return (
-        f"{text} Negative values mean that closer minima go with a larger gain. The p-values are not corrected, and "
-        "correlation is not causation."
+        f"{what}, {arms.n} arms ({analysis.baseline} at gain 0): Pearson's r {arms.pearson:+.2f} "
+        f"({p_text(arms.pearson_p)}), Spearman's rho {arms.spearman:+.2f} ({p_text(arms.spearman_p)}). Negative "
+        "values mean that closer minima go with a larger gain. The p-values are not corrected, and correlation is not "
+        "causation."
     )
-
-
-def _coefficients(found: Correlation, with_p: bool) -> str:
-    ps = [f" ({p_text(p)})" if with_p else "" for p in (found.pearson_p, found.spearman_p)]
-    return f"Pearson's r {found.pearson:+.2f}{ps[0]}, Spearman's rho {found.spearman:+.2f}{ps[1]}"
 
 
 def _sentence(row: Row) -> str:

@@ -17,7 +17,7 @@ from ..strict import Bound, Count, Positive, Text, check, check_fields, field_ty
 from .analysis import Analysis, Test, Where, compare_arms
 from .records import METRICS, RunRecord
 
-__all__ = ["RESERVED", "ComparisonConfig", "DeclaredTest", "MinimaSearch", "Primary", "QuestionSet", "Tuning"]
+__all__ = ["RESERVED", "ComparisonConfig", "DeclaredTest", "MinimaSearch", "QuestionSet", "Tuning"]
 
 Seed = Annotated[int, Bound(least=0)]
 
@@ -36,24 +36,27 @@ _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @documented
 @dataclass(frozen=True)
-class Primary:
+class DeclaredTest:
     """
-    The comparison that is declared before any run: its p-value needs no correction.
+    A comparison of two arms that is declared before any run.
 
     Args:
         arm (`str`):
-            The arm that is compared with the baseline.
+            The arm that is compared.
         metric (`str`, *optional*, defaults to `"ood_loss"`):
             A metric at the end of training: `train_loss`, `validation_loss`, `ood_loss`, `validation/<source>`,
             `ood/<source>`, `downstream/<question set>/<score>`, `gradient_cosine` or `minima_distance`.
         where (`str`, *optional*, defaults to `"end"`):
             Where the arms are compared: at the `"end"` of training, or at `"matched"` training loss (held-out losses
             only).
+        versus (`str`, *optional*):
+            The arm that it is compared with, in `family`; the baseline if unset.
     """
 
     arm: Text
     metric: Text = "ood_loss"
     where: Where = "end"
+    versus: Text | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -63,21 +66,6 @@ class Primary:
             raise ValueError(f"metric: {self.metric!r} is not known; use one of {', '.join(allowed)}.")
         if self.where == "matched" and kind not in ("validation_loss", "ood_loss", "validation", "ood"):
             raise ValueError(f"where: {self.metric!r} has no value at matched training loss. Use 'end'.")
-
-
-@documented
-@dataclass(frozen=True)
-class DeclaredTest(Primary):
-    """
-    A further comparison that is declared before any run, with the fields of `primary`. The p-values of all of them are
-    corrected together.
-
-    Args:
-        versus (`str`, *optional*):
-            The arm that it is compared with; the baseline if unset.
-    """
-
-    versus: Text | None = None
 
 
 @documented
@@ -187,8 +175,8 @@ class ComparisonConfig:
             Training fields in which each arm differs, by name of the arm, and `tuning` for its own grid.
         baseline (`str`):
             The arm that the others are compared with.
-        primary (`Primary`):
-            The primary comparison.
+        primary (`DeclaredTest`):
+            The primary comparison, of an arm with the baseline. Its p-value needs no correction.
         seeds (`list[int]`):
             Seeds of the runs of each arm. A seed sets the initial weights and the order of the data.
         output_dir (`str`):
@@ -228,7 +216,7 @@ class ComparisonConfig:
     base: Text
     arms: dict[str, dict[str, Any] | None]
     baseline: Text
-    primary: Primary
+    primary: DeclaredTest
     seeds: list[Seed]
     output_dir: Text
     family: list[DeclaredTest] | None = None
@@ -278,6 +266,8 @@ class ComparisonConfig:
                 raise ValueError(f"{key}: {arm!r} is not among the arms {', '.join(self.arms)}.")
         if self.primary.arm == self.baseline:
             raise ValueError(f"primary.arm: {self.baseline!r} is the baseline. Choose another arm.")
+        if self.primary.versus not in (None, self.baseline):
+            raise ValueError("primary.versus: the primary arm is compared with the baseline. Remove it.")
         primary = (self.primary.arm, self.baseline, self.primary.metric, self.primary.where)
         for i, test in enumerate(tests := self.tests() or []):
             if unknown := {*test[:2]} - {*self.arms}:

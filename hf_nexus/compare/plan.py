@@ -61,18 +61,13 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
     """
     from rich.table import Table
 
-    finished = {(record.arm, record.seed): record for record in _records(Path(config.output_dir, _PILOT))}
-    own = {(record.arm, record.seed): record for record in _records(Path(config.output_dir))}
-    done = sum((arm, seed) in own for arm in config.arms for seed in config.seeds)
-    rows = Table(title=f"Plan of {config.output_dir}", show_header=False)
-    for row in _size(config, done, [*finished.values(), *own.values()]).items():
-        rows.add_row(*row)
-    console.print(rows)
-    console.print(
-        f"Test: paired t-test of {config.primary.arm} against {config.baseline}, two-sided, alpha {ALPHA}, power "
-        f"{100 * POWER:.0f} %, on the {metric_label(config.primary.metric)}."
-    )
-    spreads = _spreads(config, list((finished | own).values()))
+    pilot, own = (_finished(Path(config.output_dir, folder)) for folder in (_PILOT, ""))
+    records, left = pilot | own, [(a, s) for a in config.arms for s in config.seeds if (a, s) not in own]
+    size = Table(title=f"Plan of {config.output_dir}", show_header=False)
+    for row in _size(config, len(left), list(records.values())).items():
+        size.add_row(*row)
+    console.print(size)
+    spreads = _spreads(config, list(records.values()))
     if not spreads:
         console.print(
             "Seeds that a difference needs: not known, because no two seeds of both arms have finished. A pilot of "
@@ -80,62 +75,55 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
             markup=False,
         )
         return
-    for where, (deviation, pairs) in spreads.items():
-        seeds = len(config.seeds)
-        unseen = f"{detectable(deviation, seeds):.2g}" if seeds > 1 else "any size"
-        console.print(
-            f"{where}: spread of the paired differences {deviation:.2g} ({pairs} seeds, up to "
-            f"{highest_deviation(deviation, pairs):.2g} with 80 % confidence). With the {seeds} seeds of the file, "
-            f"differences below {unseen} could not be seen.",
-            highlight=False,
-        )
-    table = Table("difference", *spreads, title="Seeds that a difference needs, and up to how many at that spread")
-    for size in sorted({*(differences or _DIFFERENCES), *filter(None, [config.equivalence_margin])}):
-        cells = [
-            f"{pairs_needed(size, spread):,} to {pairs_needed(size, highest_deviation(spread, pairs)):,}"
-            for spread, pairs in spreads.values()
-        ]
-        table.add_row(f"{size:g}", *cells)
+    seeds, higher = len(config.seeds), {key: highest_deviation(*spread) for key, spread in spreads.items()}
+    table = Table(metric_label(config.primary.metric), *spreads)
+    spread_cells = [f"{spread:.2g} to {higher[key]:.2g}, {n} seeds" for key, (spread, n) in spreads.items()]
+    table.add_row("spread of the paired differences", *spread_cells)
+    unseen = [f"{detectable(spread, seeds):.2g}" if seeds > 1 else "any" for spread, _ in spreads.values()]
+    table.add_row(f"cannot be seen with {seeds} seeds: differences below", *unseen, end_section=True)
+    for gap in sorted({*(differences or _DIFFERENCES), *filter(None, [config.equivalence_margin])}):
+        low_high = [(pairs_needed(gap, s), pairs_needed(gap, higher[key])) for key, (s, _) in spreads.items()]
+        needed = [f"{low:,} to {high:,}" for low, high in low_high]
+        table.add_row(f"seeds for a difference of {gap:g}", *needed)
     console.print(table)
-
-
-def _records(folder: Path) -> list[RunRecord]:
-    """The finished runs of a comparison, of which the plan needs no settings."""
-    return [RunRecord.load(path.parent) for path in sorted(folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))]
-
-
-def _size(config: ComparisonConfig, done: int, records: Sequence[RunRecord]) -> dict[str, str]:
-    """Runs, tokens and device hours."""
-    arms, seeds = len(config.arms), len(config.seeds)
-    trials = [trial for arm in config.arms for trial in config.trials(arm)]
-    plan, tokens, left = _plan(config, {}), 0, None
-    rows = {"runs": f"{arms * seeds} ({arms} arms x {seeds} seeds), of which {done} are finished"}
-    if config.tuning is not None:
-        steps = {} if config.tuning.max_steps is None else {"max_steps": config.tuning.max_steps}
-        tokens = (_plan(config, steps).tokens or 0) * len(trials) * len(config.tuning.seeds)
-        rows["tuning"] = f"{len(trials) * len(config.tuning.seeds)} runs, {tokens:,} tokens"
-    if plan.tokens is None:
-        rows["tokens"] = "not known before the data is loaded; set max_steps to know them"
-    else:
-        left = plan.tokens * (arms * seeds - done) + tokens * (done == 0)
-        rows["tokens"] = f"{plan.tokens:,} per run, {plan.tokens * arms * seeds:,} in all runs"
-    return rows | {"device hours": _hours(plan, left, records)}
-
-
-def _hours(plan: RunPlan, tokens: int | None, records: Sequence[RunRecord]) -> str:
-    timed = [record for record in records if record.curve and record.seconds > 0]
-    if tokens is None:
-        return "not known"
-    more = "; without minima searches and question sets"
-    if timed:
-        seconds = sum(record.seconds for record in timed) / sum(record.end.tokens for record in timed)
-        speed = f"measured in {len(timed)} runs, evaluations included: {1 / seconds:,.0f} tokens/s"
-        return f"{tokens * seconds * plan.devices / 3600:.2g} for what is left, {speed}{more}"
-    hours = tokens / plan.tokens_per_step * plan.cost.worst * plan.devices / 3600
-    return (
-        f"not known: no run has finished here. The arithmetic alone takes {hours:.2g} on the accelerator that "
-        f"`hf-nexus plan` assumes (computed, not measured){more}"
+    console.print(
+        f"Paired t-test of {config.primary.arm} against {config.baseline}, two-sided, alpha {ALPHA}, power "
+        f"{100 * POWER:.0f} %. Second numbers are for the upper end of the spread's one-sided 80 % interval.",
+        highlight=False,
     )
+
+
+def _finished(folder: Path) -> dict[tuple[str, int], RunRecord]:
+    """The finished runs of a comparison, of which the plan needs no settings."""
+    records = [RunRecord.load(path.parent) for path in sorted(folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))]
+    return {(record.arm, record.seed): record for record in records}
+
+
+def _size(config: ComparisonConfig, left: int, records: Sequence[RunRecord]) -> dict[str, str]:
+    """Runs, tokens and device hours."""
+    runs, tuning, tokens = len(config.arms) * len(config.seeds), config.tuning, 0
+    rows = {"runs": f"{len(config.arms)} arms x {len(config.seeds)} seeds, {left} not finished"}
+    plan = _plan(config, {})
+    if tuning is not None:
+        trials = len(tuning.seeds) * sum(len(list(config.trials(arm))) for arm in config.arms)
+        shorter = {} if tuning.max_steps is None else {"max_steps": tuning.max_steps}
+        tokens = trials * (_plan(config, shorter).tokens or 0)
+        rows["tuning"] = f"{trials} runs, {tokens:,} tokens"
+    if plan.tokens is None:
+        return rows | {"tokens, device hours": "not known before the data is loaded; set max_steps to know them"}
+    rows["tokens"] = f"{plan.tokens:,} per run, {plan.tokens * runs:,} in all runs"
+    todo = plan.tokens * left + tokens * (left == runs)
+    timed = [record for record in records if record.curve and record.seconds > 0]
+    if timed:
+        speed = sum(record.end.tokens for record in timed) / sum(record.seconds for record in timed)
+        hours = todo / speed * plan.devices / 3600
+        text = f"{hours:.2g} for what is left, at {speed:,.0f} tokens/s in {len(timed)} runs"
+    else:
+        hours = todo / plan.tokens_per_step * plan.cost.worst * plan.devices / 3600
+        text = f"not known: no run has finished here. The arithmetic of what is left takes {hours:.2g} on the "
+        text += "accelerator that `hf-nexus plan` assumes (computed, not measured)"
+    rows["device hours"] = f"{text}; without minima searches and question sets"
+    return rows
 
 
 def _plan(config: ComparisonConfig, settings: Mapping[str, Any]) -> RunPlan:

@@ -132,4 +132,3 @@ def test_the_correlation_of_distance_and_gain_has_the_right_sign():
     analysis = analyse(make_records({"adamw": 0.0, "random": 0.01, "nexus-0.05": 0.02, "nexus-0.2": 0.03}))
     assert analysis.across_arms.n == 4 and analysis.across_arms.pearson < -0.95
     assert analysis.across_arms.spearman == pytest.approx(-1)
-    assert analysis.across_runs.n == 12 and analysis.across_runs.pearson < -0.9

@@ -103,7 +103,7 @@ def test_plain_words_answer_the_question():
     assert "the question stays open. That is not the same as no difference" in words(0.0)
     assert "probably smaller than 0.01, which does not matter" in words(0.0, margin=0.01)
     assert "too few finished runs" in words(0.03, seeds=2)
-    assert "learned their training text equally well" in words(0.03, where="matched")
+    assert "fit their training text equally well" in words(0.03, where="matched")
 
 
 def test_sparse_evaluations_are_named():

@@ -45,6 +45,7 @@ def make(**changes: Any) -> ComparisonConfig:
         ({"family": [{"arm": "nexsu"}]}, "family: nexsu is not among the arms"),
         ({"family": [{"arm": "nexus", "versus": "a"}]}, "family: a is not among the arms"),
         ({"family": [{"arm": "nexus"}]}, "family: .* is the primary comparison"),
+        ({"primary": {"arm": "nexus", "versus": "nexus"}}, "primary.versus: the primary arm is compared with the"),
         ({"equivalence_margin": 0}, "equivalence_margin: 0 "),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] .* each once"),
         ({"seeds": [1.5]}, r"seeds\[0\]: 1.5 .* a whole number"),
