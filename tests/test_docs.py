@@ -99,7 +99,7 @@ def test_the_quickstart_runs(readme, tmp_path, monkeypatch):
     found = trainer.state.log_history[-1]
     assert {"eval_code_loss", "eval_records_loss", "eval_loss", "eval_ood_loss"} <= found.keys()
     assert found["eval_loss"] == pytest.approx((found["eval_code_loss"] + found["eval_records_loss"]) / 2)
-    assert found["eval_ood_loss"] == found["eval_licenses_loss"]
+    assert found["eval_ood_loss"] == found["eval_headers_loss"]
 
 
 def test_the_bare_loop_runs(readme):

@@ -165,8 +165,8 @@ def metric_label(metric: str) -> str:
     A metric's label for readers.
 
     Example:
-        >>> metric_label("ood/readmes"), metric_label("downstream/gsm8k/exact_match")
-        ('OOD loss on readmes', 'gsm8k/exact_match')
+        >>> metric_label("ood/news"), metric_label("downstream/gsm8k/exact_match")
+        ('OOD loss on news', 'gsm8k/exact_match')
     """
     kind = _kind(metric)
     return METRICS[kind] + metric.removeprefix(kind)

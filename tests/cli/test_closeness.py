@@ -24,7 +24,7 @@ def test_the_mixture_is_found_beside_the_model_or_named(run, tmp_path):
     assert find_mixture(str(run / "checkpoint-3")) == saved
     assert find_mixture("org/model", str(run / "pretrain.yaml")) == saved
     assert find_mixture("org/model", str(run.parent / "mixture.yaml")) == saved
-    assert list(find_mixture("org/model", "demo").ood_sources) == ["headers", "licenses", "readmes", "logic"]
+    assert list(find_mixture("org/model", "demo").ood_sources) == ["headers", "news", "logic"]
     for nowhere in ("org/model", str(run / "plots"), str(tmp_path)):
         with pytest.raises(ValueError, match=r"no pretrain.yaml in.*--config"):
             find_mixture(nowhere)
