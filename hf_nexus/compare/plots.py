@@ -370,14 +370,12 @@ def _landscapes(arms: Mapping[str, Minima]) -> "Figure | None":
     for axes in (*above[len(arms) :], *below[len(arms) :]):
         axes.set_axis_off()
     levels = _levels(planes.values())
-    losses = []
     for top, bottom, (arm, plane) in zip(above, below, planes.items(), strict=False):
         image = _draw_plane(top, shorten(arm, 36), plane, levels)
-        losses += [loss for loss in _draw_segments(bottom, arms[arm], plane["sources"]) if math.isfinite(loss)]
-    if losses:
-        room = 0.05 * (max(losses) - min(losses)) or 0.01
-        for axes in below:
-            axes.set_ylim(min(losses) - room, max(losses) + room)
+        _draw_segments(bottom, arms[arm], plane["sources"])
+    limits = [axes.get_ylim() for axes in below[: len(arms)]]
+    for axes in below:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     bar = figure.colorbar(image, ax=panels[:, -1], shrink=0.5, aspect=40, format="%.2f")
     bar.set_label("mean held-out loss of the three sources (nats per token)", fontsize=9)
     title = "Loss on the plane and on the segments between three minimizers, first seed; lower and flatter is better"
@@ -388,17 +386,11 @@ def _landscapes(arms: Mapping[str, Minima]) -> "Figure | None":
 
 
 def _levels(planes: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Contour levels from the lowest loss to a little above the minimizers; the corners of the planes are higher."""
-    low, high = math.inf, -math.inf
-    for plane in planes:
-        loss = np.ma.masked_invalid(np.array(plane["loss"], dtype=float))
-        low = min(low, loss.min()) if loss.count() else low
-        for x, y in plane["points"]:
-            nearest = np.abs(np.array(plane["y"]) - y).argmin(), np.abs(np.array(plane["x"]) - x).argmin()
-            high = max(high, loss.filled(-math.inf)[nearest])
-    if not low < high:
-        low, high = (low, low + 1) if math.isfinite(low) else (0.0, 1.0)
-    return np.linspace(low, low + 1.4 * (high - low), 13)
+    """Contour levels of the lower losses: the corners of the planes are high, and would hide the minima."""
+    losses = np.concatenate([np.ravel(np.array(plane["loss"], dtype=float)) for plane in planes])
+    losses = losses[np.isfinite(losses)]
+    low, high = (losses.min(), np.quantile(losses, 0.9)) if losses.size else (0.0, 1.0)
+    return np.linspace(low, high if low < high else low + 1, 13)
 
 
 def _draw_plane(axes: "Axes", title: str, plane: Mapping[str, Any], levels: np.ndarray) -> Any:
@@ -415,8 +407,8 @@ def _draw_plane(axes: "Axes", title: str, plane: Mapping[str, Any], levels: np.n
     return image
 
 
-def _draw_segments(axes: "Axes", minima: Minima, sources: Sequence[str]) -> list[float]:
-    """Draw the segments between the minimizers of the plane; return their losses."""
+def _draw_segments(axes: "Axes", minima: Minima, sources: Sequence[str]) -> None:
+    """Draw the segments between the minimizers of the plane."""
     barriers = {(a, b): value for a, b, value in minima.barriers}
     drawn = [row for row in minima.segments if {*row[:2]} <= {*sources}]
     for index, (a, b, losses) in enumerate(drawn):
@@ -425,12 +417,8 @@ def _draw_segments(axes: "Axes", minima: Minima, sources: Sequence[str]) -> list
         axes.plot(minima.positions, losses, label=label, linewidth=1.5, markersize=4, markevery=(index, 3), **style)
         axes.plot([0, 1], [losses[0], losses[-1]], color=style["color"], linewidth=0.6)
     title = "loss on segments; a barrier is the height above the thin line"
-    if len(barriers) > len(drawn):
-        (a, b), value = max(barriers.items(), key=lambda item: item[1] if math.isfinite(item[1]) else -math.inf)
-        title += f"\nhighest of all {len(barriers)}: {value:.3g} ({shorten(a, 12)} – {shorten(b, 12)})"  # noqa: RUF001
     tidy(axes, title, "position between the first and the second minimizer", "loss", fontsize=8.5)
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), handlelength=4)
-    return [loss for *_, losses in drawn for loss in losses]
 
 
 def _distance_against_ood(arms: Sequence[_Arm]) -> "Figure | None":
