@@ -113,7 +113,7 @@ format: $(READY)
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5'
-	printf 'hatchling\neditables\n' > .venv-lock/build-requirements.in
+	printf 'hatchling\nhatch-vcs\neditables\n' > .venv-lock/build-requirements.in
 	.venv-lock/bin/pip-compile -q --upgrade --all-extras --strip-extras --no-annotate --no-header --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host -o .venv-lock/constraints.txt pyproject.toml .venv-lock/build-requirements.in
 	sed -E 's/\+[^ ]+//' .venv-lock/constraints.txt | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$' > constraints.txt
@@ -121,11 +121,11 @@ lock:
 clean:
 	rm -rf .venv .venv-lowest .venv-newest .venv-lock .venv-wheel dist
 
-$(READY): pyproject.toml constraints.txt
+$(READY): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "hf_nexus needs Python 3.11 or newer; run 'make PYTHON=/path/to/python3.11 ...'."; exit 1; }
 	@echo "Installing the locked versions into .venv (once; a few minutes) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt hatchling hatch-vcs editables
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@

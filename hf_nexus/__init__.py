@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 from .lazy import lazily
 
-__version__ = "0.1.0"
-
 # Public names and their modules, which are imported on first use. `import hf_nexus` alone stays cheap.
 _EXPORTS = {
     "Mixture": "mixture.loading",
@@ -16,10 +14,11 @@ _EXPORTS = {
     "NexusTrainer": "trainer.mixin",
     "NexusTrainerMixin": "trainer.mixin",
     "SourceConfig": "mixture.config",
+    "__version__": "version",
     "load_mixture": "mixture.loading",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from .mixture.config import MixtureConfig as MixtureConfig
@@ -31,6 +30,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .trainer.config import NexusConfigMixin as NexusConfigMixin
     from .trainer.mixin import NexusTrainer as NexusTrainer
     from .trainer.mixin import NexusTrainerMixin as NexusTrainerMixin
+    from .version import __version__ as __version__
 
 
 __getattr__ = lazily(__name__, _EXPORTS)

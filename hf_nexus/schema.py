@@ -97,8 +97,9 @@ def kind_of(schema: Mapping[str, Any], exact: bool = True) -> Any:
 
     Example:
         >>> from hf_nexus.schema import kind_of
-        >>> kind_of({"type": ["number", "null"]})
-        float | None
+        >>> from hf_nexus.strict import describe
+        >>> describe(kind_of({"type": ["number", "null"], "minimum": 0}))
+        'a finite number of at least 0'
     """
     kinds: list[Any] = []
     for member in schema.get("anyOf", [schema]):

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-nexus[plots]"]
+#
+# [tool.uv.sources]
+# hf-nexus = { path = "..", editable = true }
+# ///
 """
 Compare Nexus with its controls over several seeds: held-out losses, downstream scores and minima distances.
 

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-nexus", "peft>=0.21"]
+#
+# [tool.uv.sources]
+# hf-nexus = { path = "..", editable = true }
+# ///
 """
 Train or fine-tune a causal language model on text with the Nexus update.
 

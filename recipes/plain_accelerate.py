@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-nexus"]
+#
+# [tool.uv.sources]
+# hf-nexus = { path = "..", editable = true }
+# ///
 """
 Train with the Nexus update in a plain `accelerate` loop, without Trainer.
 

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-nexus"]
+#
+# [tool.uv.sources]
+# hf-nexus = { path = "..", editable = true }
+# ///
 """
 Pretrain a language model of 3 billion parameters on text, mathematics, code and reasoning with the Nexus update.
 

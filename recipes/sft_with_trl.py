@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-nexus[trl]"]
+#
+# [tool.uv.sources]
+# hf-nexus = { path = "..", editable = true }
+# ///
 """
 Fine-tune on conversations of several sources with TRL's SFTTrainer and the Nexus update: pip install '.[trl]'
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ ROOMS = [
     "lock",
     "files",
     "lazy",
+    "version",
 ]
 
 
@@ -150,9 +152,8 @@ def test_public_names_resolve_and_unknown_ones_do_not():
         hf_nexus.Nexuss  # noqa: B018
 
 
-def test_the_version_is_the_projects():
-    text = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{hf_nexus.__version__}"' in text
+def test_the_version_is_that_of_the_installed_package():
+    assert hf_nexus.__version__ == version("hf-nexus")
 
 
 def test_constraints_are_names_and_versions_only():
@@ -163,6 +164,7 @@ def test_constraints_are_names_and_versions_only():
 
 @pytest.mark.skipif(PACKAGE.parent != ROOT, reason="there is no source next to the tests to build it from")
 def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
+    pytest.importorskip("hatch_vcs", reason="needs hatch-vcs")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if "No module named hatchling" in done.stderr:
@@ -185,4 +187,4 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
 
 def test_the_citation_is_the_projects():
     citation = (ROOT / "CITATION.cff").read_text()
-    assert f"version: {hf_nexus.__version__}\n" in citation and "2604.09258" in citation
+    assert "2604.09258" in citation
