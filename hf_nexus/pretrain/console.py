@@ -88,10 +88,13 @@ def _run_rows(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | Non
     if plan.tokens is not None:
         rows["tokens"] = f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} per parameter)"
     nexus = f"inner_lr {t.inner_lr}" if t.nexus else "off (plain accumulation)"
+    copy = plan.checkpoint_copy
     return rows | {
         "learning rate": _schedule(arguments, plan),
         "documents": _documents(arguments, loaded),
         "Nexus": nexus,
+        "checkpoint": f"{format_bytes(12 * plan.parameters)}, "
+        + (f"written from a copy of {format_bytes(copy)} in host memory" if copy else "training waits for it"),
     }
 
 

@@ -28,6 +28,8 @@ class RunPlan:
             Tokens and epochs of each training source, `None` if unknown, and the first outer step of each stage.
         memory, cost, sync:
             Computed from the shapes and from the assumed hardware. `sync` is the choice of `inner_sync`, in words.
+        checkpoint_copy:
+            Bytes in the host memory of each process while a checkpoint is written, 0 if training waits for it.
     """
 
     parameters: int
@@ -39,6 +41,7 @@ class RunPlan:
     stages: list[int]
     memory: MemoryEstimate
     cost: CostEstimate
+    checkpoint_copy: int
     sync: str | None = None
 
 
@@ -79,6 +82,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         caps = {name: source.max_epochs for name, source in sources.items()}
         in_tokens = [(windows.micro_batches(first) * rows * length, weights) for first, weights in borders]
         mixture = mixture_plan(sizes, in_tokens, total, caps)
+    memory = estimate_memory(arguments, parameters, devices)
     return RunPlan(
         parameters=parameters,
         devices=devices,
@@ -87,8 +91,9 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         tokens=total,
         mixture=mixture,
         stages=[first for first, _ in borders],
-        memory=estimate_memory(arguments, parameters, devices),
+        memory=memory,
         cost=estimate_cost(arguments, parameters, window * rows * length, devices),
+        checkpoint_copy=12 * parameters // memory.shards if t.checkpoint_async else 0,
         sync=choose_sync(arguments, parameters, window * rows * length, devices),
     )
 

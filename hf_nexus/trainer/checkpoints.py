@@ -6,7 +6,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import PartialState
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..files import printable
 from ..lock import locked
 from .config import SETTINGS_NAME
 from .distributed import max_over_ranks
+from .sharded import ShardedWriter
 
 __all__ = [
     "LAST",
@@ -245,18 +250,36 @@ def _force(path: Path) -> None:
         os.close(descriptor)
 
 
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, CheckpointException):  # of all ranks, with their tracebacks
+        error = next(iter(error.failures.values()))[0]
+    return "another rank failed, see its message" if error is None else printable(error)
+
+
 class StagedCheckpoints:
     """
     Writes each checkpoint to `_incomplete/` in the run's folder and renames it after every rank has finished. A
-    visible folder `checkpoint-<step>` is complete.
+    visible folder `checkpoint-<step>` is complete. With `checkpoint_async`, model and optimizer are written, and the
+    folder is renamed, while training goes on.
+
+    Args:
+        args (`TrainingArguments`):
+            With the Nexus fields.
+        completed (`Callable[[str], None]`):
+            Called with the path of each checkpoint on each rank, in the thread that trains, once it is complete.
 
     Attributes:
-        staging (`bool`): Whether a checkpoint is being written.
+        staging (`bool`): Whether a checkpoint is being written by the Trainer.
         stopped_by_sigterm (`bool`): Whether the Trainer's `enable_jit_checkpoint` has ended training.
     """
 
-    def __init__(self, args: Any):
+    def __init__(self, args: Any, completed: Callable[[str], None]):
         self._args = args
+        self._completed = completed
+        self._writer = ShardedWriter()
+        self._writes: list[Future] = []  # of the checkpoint that is staged
+        self._pending: tuple[str, Future] | None = None  # the checkpoint that is written while training goes on
+        self._reported = False  # whether it was given to `completed`
         self._resumed: str | None = None
         self._new: Path | None = None
         self.staging = False
@@ -280,7 +303,10 @@ class StagedCheckpoints:
                     recover(run_dir)
             with self._together():
                 self._resumed = resolve_checkpoint(resume, self._args.output_dir)
-            yield self._resumed
+            try:
+                yield self._resumed
+            finally:
+                self._end()
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -319,6 +345,11 @@ class StagedCheckpoints:
                 state.best_model_checkpoint = str(best)
                 return
 
+    @property
+    def staging_shards(self) -> bool:
+        """Whether a checkpoint is being written whose model and optimizer follow in sharded files."""
+        return self.staging and self._args.checkpoint_async
+
     def folder(self, run_dir: str) -> str:
         """The folder into which the Trainer writes: the run's, or `_incomplete` in it while one is written."""
         return os.path.join(run_dir, STAGING_DIR) if self.staging else run_dir
@@ -328,7 +359,11 @@ class StagedCheckpoints:
         """
         Write one checkpoint inside the context, which gives its final path. All ranks must enter it. The path of the
         best checkpoint in `state` is corrected.
+
+        Raises:
+            OSError: on all ranks, if the checkpoint before was not written.
         """
+        self.wait()
         processes = PartialState()
         staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         final = os.path.join(run_dir, staged.name)
@@ -337,7 +372,7 @@ class StagedCheckpoints:
         if self._args.should_save:
             shutil.rmtree(staged, ignore_errors=True)  # of an earlier attempt
         processes.wait_for_everyone()
-        self.staging = True
+        self.staging, self._writes = True, []
         try:
             yield final
         finally:
@@ -346,15 +381,72 @@ class StagedCheckpoints:
         self._follow_best(state, run_dir)
         if state.best_model_checkpoint != written and self._args.should_save:
             state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        if not self._args.should_save:  # the others do so with the manifest
+        if not self._args.should_save and not self._writes:  # the others do so with the manifest
             _force_all(staged)
         processes.wait_for_everyone()
+        if self._writes:
+            thread = ThreadPoolExecutor(1)
+            self._reported, self._pending = False, (final, thread.submit(self._finish_later, staged, self._writes))
+            thread.shutdown(wait=False)
+            if self.stopped_by_sigterm:  # the Trainer ends its mark of a checkpoint that is not complete
+                self.wait()
+            return
         if self._args.should_save:
             self._new = Path(final)
             _finish(staged)
         processes.wait_for_everyone()
         if processes.is_local_main_process and staged.exists():  # on a node that does not share the disk
             _finish(staged)
+        self._completed(final)
+
+    def write_later(self, run_dir: str, step: int, model: nn.Module, optimizer: Any) -> None:
+        """
+        Begin to write the model and the optimizer, if it is not `None`, of the checkpoint that is staged, after all
+        its other files. All ranks must call it.
+        """
+        staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if not self._args.should_save:
+            _force_all(staged)
+        self._writes = self._writer.begin(staged, model, optimizer)
+
+    def _finish_later(self, staged: Path, writes: list[Future]) -> None:
+        for write in writes:
+            write.result()
+        if self._args.should_save:
+            _finish(staged)
+
+    def settle(self) -> None:
+        """Report a checkpoint that was completed while training went on, once."""
+        if self._pending is not None and not self._reported:
+            final, written = self._pending
+            if written.done() and written.exception() is None:
+                self._reported = True
+                self._completed(final)
+
+    def wait(self) -> None:
+        """
+        Wait until the last checkpoint is complete. All ranks must call it.
+
+        Raises:
+            OSError: on all ranks, if it was not written.
+        """
+        if self._pending is None:
+            return
+        error = self._pending[1].exception()
+        if max_over_ranks(torch.tensor(int(error is not None), device=self._args.device)).item():
+            final, self._pending = self._pending[0], None
+            raise OSError(
+                f"{final} was not written: {_reason(error)}. Mend the cause, then resume from the last checkpoint."
+            ) from error
+        self.settle()
+        self._pending = None
+
+    def _end(self) -> None:
+        """Wait on this rank, after an interruption."""
+        if self._pending is not None and (error := self._pending[1].exception()) is not None:
+            logger.error(f"{self._pending[0]} was not written: {_reason(error)}.")
+        self.settle()
+        self._pending = None
 
     def _follow_best(self, state: TrainerState, run_dir: str) -> None:
         """

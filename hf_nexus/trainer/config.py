@@ -85,6 +85,9 @@ class NexusConfigMixin:
             is chosen (`bf16`, `fp16`). When off, such weights are an error.
         save_dtype (`str`, *optional*):
             `"bfloat16"` saves and pushes the model with weights of this type. Checkpoints stay float32.
+        checkpoint_async (`bool`, *optional*, defaults to `False`):
+            Write model and optimizer of each checkpoint in sharded files while training goes on, from a copy in host
+            memory. See docs/trainer.md.
         allow_mixture_change (`bool`, *optional*, defaults to `False`):
             Resume although the data is not that of the checkpoint. Streams are then read from their beginning.
         hub_flush_timeout (`float`, *optional*, defaults to 600):
@@ -106,6 +109,7 @@ class NexusConfigMixin:
     matrix_optimizer: Literal["muon"] | None = None
     upcast_weights: bool = True
     save_dtype: Literal["bfloat16"] | None = None
+    checkpoint_async: bool = False
     allow_mixture_change: bool = False
     hub_flush_timeout: NonNegative = 600.0
 
@@ -159,6 +163,7 @@ def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | No
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Nexus fields and k as plain data: saved with a model, and compared when a run is resumed."""
     left_out = (
+        "checkpoint_async",
         "allow_mixture_change",
         "hub_flush_timeout",
         "upcast_weights",

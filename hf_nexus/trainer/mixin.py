@@ -15,7 +15,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import Trainer, default_data_collator
-from transformers.utils import logging
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import _is_peft_model
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..files import hidden, printable
 from ..hub.publisher import Publisher
@@ -36,6 +38,7 @@ from .meter import TrainingMeter
 from .optimizers import create_muon_with_adamw
 from .precision import precision_is_chosen, widen_weights
 from .publishing import Publishing, card_fields
+from .sharded import is_sharded, load_model, load_optimizer
 from .support import (
     SAME_ON_RANKS,
     Launch,
@@ -120,7 +123,7 @@ class NexusTrainerMixin(_Base):
         self._window = Window()
         self._walker = Walker(settings)
         self._evaluation = Evaluation(settings)
-        self._checkpoints = StagedCheckpoints(settings)
+        self._checkpoints = StagedCheckpoints(settings, self._after_save)
         self._random_states = RandomStates()
         self._publishing = Publishing(settings)
         self.card_details: dict[str, Any] = {}
@@ -185,6 +188,7 @@ class NexusTrainerMixin(_Base):
             tensor_size=self.get_tp_size(),
             pipeline_size=self.model.config.distributed_config.pp_size if self._sharded_at_load else 1,
             sequence_sizes=self.get_cp_size() * self.get_sp_size(),
+            adapters=_is_peft_model(self.model),
         )
         check_launch(self.args, launch)
         if self.args.nexus:
@@ -295,8 +299,15 @@ class NexusTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, and warn of settings that have changed."""
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self._reads_shards(resume_from_checkpoint):
+            load_model(args[0] if args else self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         warn_of_changes(self.nexus_settings(), resume_from_checkpoint)
+
+    def _reads_shards(self, checkpoint: str | None) -> bool:
+        """Whether model and optimizer of a checkpoint are in sharded files. The Trainer reads those of adapters."""
+        return checkpoint is not None and is_sharded(checkpoint) and not _is_peft_model(self.model)
 
     def check_data(self, checkpoint: str) -> None:
         """Raise `ValueError` unless the data is that of a checkpoint, or `allow_mixture_change` is on."""
@@ -364,6 +375,15 @@ class NexusTrainerMixin(_Base):
                 return
             self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
         super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer as the base class does, or from sharded files."""
+        if not self._reads_shards(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            assert checkpoint is not None and self.lr_scheduler is not None
+            load_optimizer(self.model, self.optimizer, checkpoint)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -618,6 +638,7 @@ class NexusTrainerMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
+        self._checkpoints.settle()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()
 
@@ -631,11 +652,37 @@ class NexusTrainerMixin(_Base):
             self.meter.update_totals(self.state.global_step)
             self._record_status()
             run_dir = self._get_output_dir(trial)
-            with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as checkpoint:
+            with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state):
                 super()._save_checkpoint(model, trial)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(checkpoint)
-            self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
+                if self.args.checkpoint_async:
+                    optimizer = None if self.args.save_only_model else self.optimizer
+                    self._checkpoints.write_later(run_dir, self.state.global_step, self.model, optimizer)
+
+    def _after_save(self, checkpoint: str) -> None:
+        """Push a checkpoint that is complete, and delete the oldest."""
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both as the base class does, or the scheduler if the optimizer follows in sharded files."""
+        if not self.args.checkpoint_async:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the last checkpoint, then end as the base class does."""
+        self._checkpoints.wait()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._reads_shards(best):
+            load_model(self.model, best)
+        else:
+            super()._load_best_model()
 
     def _record_status(self) -> None:
         """Put the totals and the status of publishing into the part of the saved state for collaborators."""
@@ -654,7 +701,10 @@ class NexusTrainerMixin(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the restored weights. With `push_to_hub`, those of the output folder are queued as well."""
         with self._walker.at_start():
-            super().save_model(output_dir, _internal_call=True)
+            if self._checkpoints.staging_shards:
+                self._save(output_dir, {})  # the weights follow
+            else:
+                super().save_model(output_dir, _internal_call=True)
             if self.args.push_to_hub and not _internal_call:
                 if Path(output_dir or self.args.output_dir) != Path(self.args.output_dir):
                     super().save_model(_internal_call=True)
@@ -668,6 +718,8 @@ class NexusTrainerMixin(_Base):
         with changed(self.args, hub_token=None, **private):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
+            if self._checkpoints.staging_shards:  # an empty file, for models that are not of transformers
+                Path(output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
             dtype = None if self._checkpoints.staging else self.args.save_dtype
             if dtype is not None or self.args.nexus:
                 convert_weights(Path(output_dir), Path(output_dir), dtype)
@@ -740,7 +792,8 @@ class NexusTrainerMixin(_Base):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._try_to_write_card(plots=False)  # drawing would delay training; the last card has the plots
-        self._publishing.push_checkpoint(checkpoint_folder, self.state.global_step, CARD_FILES)
+        step = int(checkpoint_folder.rpartition("-")[2])  # training may have gone on
+        self._publishing.push_checkpoint(checkpoint_folder, step, CARD_FILES)
 
     def push_to_hub(
         self,

@@ -63,6 +63,7 @@ SAME_ON_RANKS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("bf16", "average_tokens_across_devices", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
+    "checkpoint_async",
 )
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
@@ -280,10 +281,13 @@ class Launch:
     tensor_size: int = 1
     pipeline_size: int = 1
     sequence_sizes: int = 1  # product of the sizes of context and sequence parallelism
+    adapters: bool = False  # whether adapters are trained
 
 
 def check_launch(args: Any, launch: Launch) -> None:
     """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
+    if args.checkpoint_async:
+        _check_async(args, launch)
     if launch.fsdp_version is not None or launch.sharded_at_load:
         check_fsdp(args, launch.fsdp_version or 2)
     if not args.nexus:
@@ -331,6 +335,28 @@ def check_launch(args: Any, launch: Launch) -> None:
             "Nexus does not support context or sequence parallelism, which its tests cannot verify: torch's ring "
             "attention does not run on a CPU. Use FSDP2, or load the model with tp_size in a distributed_config."
         )
+
+
+def _check_async(args: Any, launch: Launch) -> None:
+    """Refuse checkpoints that are written while training goes on where their files would not be complete."""
+    reason = None
+    if launch.kind not in _DDP | {DistributedType.NO} and launch.fsdp_version != 2:
+        reason = f"supports DDP, FSDP2 and a single process, but not {launch.kind.value}"
+    elif launch.spread_at_load or launch.sharded_at_load:
+        reason = "does not support models that are spread over devices when they are loaded"
+    elif launch.adapters:
+        reason = "does not support adapters, whose checkpoints are small"
+    elif OptimizerNames(args.optim).value.startswith("schedule_free"):
+        reason = f"does not support optim={OptimizerNames(args.optim).value!r}, whose state is not known at a resume"
+    elif args.save_on_each_node:
+        reason = "needs a folder that all machines share, which save_on_each_node=True excludes"
+    elif args.push_to_hub and args.hub_strategy == "every_save":
+        raise ValueError(
+            "checkpoint_async=True writes no model that hub_strategy='every_save' could push. Set hub_strategy to "
+            "'end', 'checkpoint' or 'all_checkpoints'."
+        )
+    if reason is not None:
+        raise ValueError(f"checkpoint_async=True {reason}. Leave one of the two out.")
 
 
 def check_fsdp(args: Any, version: int) -> None:

@@ -15,6 +15,13 @@ def test_tokens_follow_the_devices_and_the_steps(config):
     assert [row.share for row in one.mixture] == [0.75, 0.25]
 
 
+def test_shards_share_the_copy_of_a_checkpoint(config):
+    sharding = [["--checkpoint_async", "--sharding", kind] for kind in ("ddp", "fsdp2")]
+    waits, whole, shard = (plan_run(planned(config, *flags), 2) for flags in ([], *sharding))
+    assert waits.checkpoint_copy == 0
+    assert whole.checkpoint_copy == 2 * shard.checkpoint_copy == 12 * waits.parameters
+
+
 # Whole epochs are a special case of 2.2, which ends in the middle of one.
 @pytest.mark.parametrize("epochs", ["0.5", "2.2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1", "2", "3"))])
 def test_epochs_are_counted_as_by_the_trainer(config, tmp_path, epochs):

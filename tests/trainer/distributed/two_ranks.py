@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.support.launcher import report
 from tests.trainer.distributed import (
     agreement_worker,
+    async_worker,
     fsdp_worker,
     losses_worker,
     memory_worker,
@@ -23,6 +24,7 @@ WORKERS = {
     "training_losses": training_losses_worker,
     "memory": memory_worker,
     "fsdp": fsdp_worker,
+    "async": async_worker,
 }
 
 
