@@ -10,6 +10,8 @@ All rungs train on 7.2 tokens per parameter, with the arms of recipes/ladder.yam
 """
 
 import argparse
+import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,19 @@ from rich.console import Console
 
 from hf_nexus.compare.comparison import Comparison
 from hf_nexus.compare.config import ComparisonConfig
+from hf_nexus.compare.records import RunRecord
+from hf_nexus.evaluation.statistics import paired_difference
 from hf_nexus.lock import locked
 from hf_nexus.strict import load_yaml, read
 
 FILE = Path(__file__).with_name("ladder.yaml")
-# Shape of the Llama, outer steps, and seeds of each rung above the first. Warm-up, decay and evaluations keep their
-# fractions of the steps.
+# Shape of the Llama, outer steps, seeds and learning rates of each rung. Warm-up, decay and evaluations keep their
+# fractions of the steps. At 0.03M all arms chose the highest of their rates, so 0.1M tries higher ones.
 RUNGS: dict[str, Any] = {
-    "0.03M": {"shape": (24, 64, 2, 2), "steps": 75, "seeds": 16},
-    "0.1M": {"shape": (48, 128, 3, 3), "steps": 300, "seeds": 12},
-    "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": 8},
-    "1M": {"shape": (136, 384, 5, 8), "steps": 3000, "seeds": 5},
+    "0.03M": {"shape": (24, 64, 2, 2), "steps": 75, "seeds": 16, "rates": [5e-3, 1e-2, 2e-2]},
+    "0.1M": {"shape": (48, 128, 3, 3), "steps": 300, "seeds": 12, "rates": [1e-2, 2e-2, 4e-2]},
+    "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": 8, "rates": [5e-3, 1e-2, 2e-2]},
+    "1M": {"shape": (136, 384, 5, 8), "steps": 3000, "seeds": 5, "rates": [4e-3, 8e-3, 1.6e-2]},
 }
 
 
@@ -41,6 +45,7 @@ def comparison(rung: str, workers: int | None) -> ComparisonConfig:
     given["model"] |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     given["model"] |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     training, tuning = given["training"], given["tuning"]
+    tuning["grid"] = {"learning_rate": RUNGS[rung]["rates"]}
     for fields, name in [(training, n) for n in ("max_steps", "warmup_steps", "eval_steps")] + [(tuning, "max_steps")]:
         fields[name] = round(fields[name] * times)
     decay = training["lr_scheduler_kwargs"]
@@ -51,24 +56,30 @@ def comparison(rung: str, workers: int | None) -> ComparisonConfig:
 
 
 def table(rungs: list[str]) -> str:
-    """The difference of each pair of arms that answers a question, by rung."""
-    lines = ["| parameters | arm | against | pairs | OOD loss, matched | OOD loss, end | training loss, end |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """The difference of each pair of arms that answers a question, by rung. Its values are written as CSV."""
+    columns = {"OOD loss, matched": "ood_loss", "OOD loss, end": "ood_loss", "training loss, end": "train_loss"}
+    lines = [f"| rung | arm | against | pairs | {' | '.join(columns)} |", "|" + "---|" * (4 + len(columns))]
     for rung in rungs:
         config = comparison(rung, None)
-        records = [record for run in Comparison(config, Console(quiet=True)).runs() if (record := run.record())]
+        folder = Path(config.output_dir)
+        records = [RunRecord.load(path.parent) for path in folder.glob("arms/*/seed-*/record.json")]
         if not records:
             continue
-        arm, analysis = config.primary.arm, config.analyse(records)
-        pairs = [(other, config.baseline) for other in config.arms if other != config.baseline]
-        for one, other in pairs + [(arm, control) for control in analysis.controls]:
-            rows = [
-                next((r for r in analysis.rows if (r.arm, r.versus, r.metric, r.where) == (one, other, *key)), None)
-                for key in (("ood_loss", "matched"), ("ood_loss", "end"), ("train_loss", "end"))
-            ]
-            found = [row.difference for row in rows if row is not None and row.difference is not None]
-            cells = [f"{d.mean:+.4f} ± {d.half:.4f}" if d.half is not None else f"{d.mean:+.4f}" for d in found]
-            lines.append(f"| {rung} | {one} | {other} | {found[0].n if found else 0} | {' | '.join(cells)} |")
+        analysis, name = config.analyse(records), f"ladder-{rung}"
+        values = {(a, s, m, w): value for a, s, m, w, value in analysis.values if m in columns.values()}
+        with folder.with_name(f"{name}.csv").open("w", newline="") as file:
+            rows = [(*key, value) for key, value in values.items()]
+            csv.writer(file).writerows([("arm", "seed", "metric", "where", "value"), *rows])
+        pairs = [(arm, config.baseline) for arm in config.arms if arm != config.baseline]
+        for arm, versus in pairs + [(config.primary.arm, control) for control in analysis.controls]:
+            both = [{s for a, s, _, _ in values if a == of} for of in (arm, versus)]
+            cells, seeds = [], sorted(set.intersection(*both))
+            for column, metric in columns.items():
+                at = (f"matched with {versus}", f"matched with {arm}") if "matched" in column else ("end", "end")
+                one, other = ([values[a, s, metric, w] for s in seeds] for a, w in zip((arm, versus), at, strict=True))
+                found = paired_difference(one, other)
+                cells.append(f"{found.mean:+.4f} ± {found.half or math.nan:.4f}")
+            lines.append(f"| {name} | {arm} | {versus} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -79,12 +90,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    for rung in options.rungs:
+    for rung in [] if options.table else options.rungs:
         chosen = Comparison(comparison(rung, options.workers), Console())
-        if not options.table:
-            with locked(chosen.folder):
-                chosen.check()
-                chosen.run()
+        with locked(chosen.folder):
+            chosen.check()
+            chosen.run()
     print(table(options.rungs))
 
 
