@@ -18,7 +18,7 @@ from hf_nexus.trainer.distributed import PathGroups, Shards
 from tests.support.tiny import VOCAB, Rows, tiny_llama
 from tests.trainer.distributed.worker import WEIGHTS, sources
 
-# Trainers of earlier versions do not count tokens over replicas of such models.
+# In earlier versions, `DistributedConfig` has no HSDP.
 SHARDS_AT_LOAD = version.parse(transformers.__version__) >= version.parse("5.23")
 
 
