@@ -24,7 +24,12 @@ Train the demo on a laptop, in four minutes:
 Every field of the configuration is also a flag. `--resume_from_checkpoint last` resumes an interrupted run.
 """
 
+import sys
+
+from hf_nexus.cli.app import main as command
 from hf_nexus.pretrain.run import main
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        command(["train", "--help"])
     main()

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,13 @@ def test_the_help_names_the_flags():
         result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
         assert result.exit_code == 0
         assert [word for word in expected if word not in result.output] == []
+
+
+def test_the_recipe_has_the_help_of_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain_3b.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "pretrain_3b.py"), run_name="__main__")
+    assert stop.value.code == 0 and "--inner_lr" in capsys.readouterr().out
 
 
 def test_the_fields_can_be_completed():
