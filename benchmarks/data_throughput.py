@@ -45,8 +45,9 @@ from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 from hf_nexus.mixture.isolation import PackedRowCollator
 from hf_nexus.mixture.loading import Mixture
-from hf_nexus.mixture.schedule import SourceSchedule
 from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
+from hf_nexus.mixture.stream.lanes import Lanes
+from hf_nexus.mixture.stream.progress import StreamProgress
 from hf_nexus.mixture.tags import TaggingCollator
 
 BARE = "bare loader"
@@ -94,10 +95,11 @@ def trainer_arm(kind: type[Trainer], train: Any, collate: Callable, options: arg
 def stream_arm(sources: dict[str, Any], options: argparse.Namespace) -> DataLoader:
     """A loader over streams, as in a run with one process."""
     stream = MixtureStream(sources)
-    stream.place(rank=0, ranks=1, workers=max(1, options.workers))
+    workers = max(1, options.workers)
+    stream.place(0, 1, workers, Lanes.of_run(options.rows, 1, workers))
     stream.begin(None)
-    schedule = SourceSchedule(dict.fromkeys(sources, 1.0))
-    sampler = MicroBatchSampler(lambda i: schedule.sources(i, i + 1)[0], STEPS, options.rows)
+    progress = StreamProgress(stream, lambda step: dict.fromkeys(sources, 1.0), inner_steps=4)
+    sampler = MicroBatchSampler(progress.index_of, STEPS, options.rows, stream.owners, progress.ahead)
     collate = TaggingCollator(default_data_collator)
     return DataLoader(
         stream, batch_size=options.rows, sampler=sampler, collate_fn=collate, num_workers=options.workers

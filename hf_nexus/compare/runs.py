@@ -185,7 +185,6 @@ def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:
     args, streams = run.trainer.args, run.trainer.data.dataset
     if isinstance(streams, MixtureStream):  # read apart from the training, which keeps its position
         streams = MixtureStream(streams.sources, seed=streams.seed, buffer_size=streams.buffer_size)
-        streams.place(0, args.world_size, max(1, args.dataloader_num_workers))
     sample: dict[str, Any] = {}
     for number, (name, dataset) in enumerate(run.mixture.train.items()):
         if not isinstance(dataset, StreamedDocuments):
@@ -193,7 +192,8 @@ def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:
             sample[name] = dataset.select(sorted(order[:rows].tolist()))
         else:
             batch = args.train_batch_size
-            read = (streams.__getitems__([(0, number)] * batch) for _ in range(-(-rows // batch)))
+            numbers = (range(first, first + batch) for first in range(0, rows, batch))
+            read = (streams.__getitems__([(row, number) for row in of_batch]) for of_batch in numbers)
             sample[name] = list(itertools.islice(itertools.chain.from_iterable(read), rows))
     return sample
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,39 @@ def save_data_state(folder: str, rank: int, description: Mapping[str, Any], stre
     _path(folder, rank).write_text(json.dumps(state), encoding="utf-8")
 
 
-def load_data_state(folder: str, rank: int) -> dict[str, Any] | None:
+def load_data_state(folder: str, rank: int, layout: Sequence[int]) -> tuple[dict[str, Any], str | None]:
     """
-    This rank's state in a checkpoint; `None` if there is none. If only the first rank's is there (saved by fewer
-    ranks, or on another disk), its description without the positions.
+    This rank's state in a checkpoint, `{}` if there is none. If it was saved in another layout (number of ranks, and
+    of those that read different rows), it has the positions of all ranks. Also the name of a file of positions that is
+    missing, as if it was saved on another disk; there are no positions then.
     """
-    for path in (_path(folder, rank), _path(folder, 0)):
-        if path.is_file():
-            state = json.loads(path.read_text(encoding="utf-8"))
-            return state if path == _path(folder, rank) else {**state, "stream": None}
-    return None
+    own = _read(folder, rank) or _read(folder, 0)
+    if own is None:
+        return {}, _path(folder, rank).name
+    saved = (own["stream"] or {}).get("layout", list(layout))
+    needed = [rank] if saved == list(layout) else range(saved[0])
+    states = {of: _read(folder, of) for of in needed}
+    if missing := [of for of, state in states.items() if state is None or state["stream"] is None]:
+        return own | {"stream": None}, _path(folder, missing[0]).name
+    own["stream"]["positions"] = _merged([state["stream"]["positions"] for state in states.values() if state])
+    return own, None
+
+
+def _merged(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The positions of all ranks. Of a lane that several ranks share, the furthest: they are after the same step."""
+    found: dict[str, Any] = {}
+    for of_rank in positions:
+        for source, lanes in of_rank.items():
+            for lane, state in lanes.items():
+                known = found.setdefault(source, {}).setdefault(lane, state)
+                if (state.get("taken", 0), state["at"]["first"]) > (known.get("taken", 0), known["at"]["first"]):
+                    found[source][lane] = state
+    return found
+
+
+def _read(folder: str, rank: int) -> dict[str, Any] | None:
+    path = _path(folder, rank)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _path(folder: str, rank: int) -> Path:
@@ -61,9 +84,9 @@ def describe_data(
     """
     facts: dict[str, Any] = {}
     streams = isinstance(data.dataset, MixtureStream)
-    if streams or batch_size is None:
+    if batch_size is None:
         facts |= {"ranks": args.world_size, "per_device_train_batch_size": batch_size}
-    else:  # map-style rows are dealt to the ranks by micro-batch, so their number matters only in total
+    else:  # rows are dealt to the ranks by micro-batch, so their number matters only in total
         facts |= {"rows of a micro-batch over all ranks": batch_size * args.world_size}
     facts |= {
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -73,11 +96,10 @@ def describe_data(
         "weights": weights,
     }
     if streams:
-        workers = args.dataloader_num_workers
-        facts["dataloader_num_workers"] = max(1, workers)
         facts["buffer_size"] = data.dataset.buffer_size
         if any(data.max_epochs.values()):  # a source ends after the micro-batches that were asked for
-            facts["micro-batches read ahead"] = workers * (args.dataloader_prefetch_factor or 2)
+            facts["dataloader_num_workers"] = args.dataloader_num_workers
+            facts["dataloader_prefetch_factor"] = args.dataloader_prefetch_factor
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["isolate_documents"] = data.mixture.config.isolate_documents

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "TaggingCollator", "pop_tag", "take_rows"]
+__all__ = ["MicroBatchTag", "StreamState", "TaggedRows", "TaggingCollator", "pop_tag", "tag_of", "take_rows"]
 
 # The key of the tag in a collated micro-batch.
 _KEY = "nexus_tag"
@@ -13,18 +13,19 @@ _KEY = "nexus_tag"
 @dataclass(frozen=True)
 class StreamState:
     """
-    The position in one partition of a source after a micro-batch, as JSON types. Its `"pass"` counts from 0. `mark` is
-    that of [`~hf_nexus.mixture.stream.sources.Source`]. Loaders and `send_to_device` do not change it.
+    The positions in a source after its micro-batch number `ordinal`: the state of each lane that gave rows, by its
+    number as a string, as JSON types. The `"pass"` of a state counts from 0. `mark` is that of
+    [`~hf_nexus.mixture.stream.sources.Source`]. Loaders and `send_to_device` do not change it.
     """
 
-    partition: int
     source: str
-    state: dict[str, Any]
+    ordinal: int
+    lanes: dict[str, Any]
     mark: int | None = None
 
     def store(self, states: dict[str, Any]) -> None:
-        """Replace the position of the partition in `states`, which [`~MixtureStream.begin`] takes."""
-        states.setdefault(str(self.partition), {})[self.source] = self.state
+        """Replace the positions of the lanes in `states`, which [`~MixtureStream.begin`] takes."""
+        states.setdefault(self.source, {}).update(self.lanes)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class TaggingCollator:  # a class, not a closure: data loader workers may have t
             )
         batch[_KEY] = rows.tag
         return batch
+
+
+def tag_of(batch: Any) -> MicroBatchTag | None:
+    """The tag of a collated micro-batch; `None` if it has none."""
+    return batch.get(_KEY) if isinstance(batch, MutableMapping) else None
 
 
 def pop_tag(batch: Any) -> MicroBatchTag | None:

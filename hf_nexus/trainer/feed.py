@@ -1,7 +1,7 @@
 """The data of a run: the order of the rows, agreement between ranks, and the state in checkpoints."""
 
 import logging
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..mixture.schedule import SourceSchedule
 from ..mixture.stages import Windows, stage_borders
 from ..mixture.state import compare_data, describe_data, load_data_state, save_data_state
 from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
+from ..mixture.stream.lanes import Lanes
 from ..mixture.stream.progress import StreamProgress, WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
@@ -104,6 +105,10 @@ class Feed:
         return self._args.world_size // self.copies
 
     @property
+    def _layout(self) -> list[int]:
+        return [self._args.world_size, self._ranks]
+
+    @property
     def dynamic_weights(self) -> bool:
         """Whether the mixture weights are decided while training."""
         return self._weights_function is not None
@@ -120,7 +125,9 @@ class Feed:
         if isinstance(dataset, MixtureStream):
             weights = self._weights_function or StageWeights(self.data.stages, args.max_steps)
             several = self.dynamic_weights and args.world_size > 1
-            dataset.place(args.process_index // self.copies, self._ranks, max(1, args.dataloader_num_workers))
+            workers, mixed = max(1, args.dataloader_num_workers), args.source_schedule == "mixed"
+            lanes = self._lanes(rows, workers)
+            dataset.place(args.process_index // self.copies, self._ranks, workers, lanes, mixed)
             self._progress = StreamProgress(
                 dataset,
                 weights,
@@ -131,7 +138,8 @@ class Feed:
                 self.data.max_epochs,
                 self._shares_of_first_rank if several else None,
             )
-            return MicroBatchSampler(self._progress.source_of, args.max_steps * k, rows)
+            planned = self._progress
+            return MicroBatchSampler(planned.index_of, args.max_steps * k, rows, dataset.owners, planned.ahead)
         if isinstance(dataset, MixtureDataset):
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
@@ -144,6 +152,30 @@ class Feed:
                 mixture_plan(mixture.tokens, in_tokens, windows.micro_batches(steps) * tokens, self.data.max_epochs)
             return sampler
         return None
+
+    def _lanes(self, rows: int, workers: int) -> Lanes:
+        """The cut of the streams: that of the checkpoint that is resumed, or a new one."""
+        saved = self._resumed if self._resumed_from is not None else None
+        if saved is None:
+            return Lanes.of_run(rows, self._ranks, workers)
+        if saved["rows"] != rows:
+            raise ValueError(
+                f"The checkpoint was saved with {saved['rows']} rows in a micro-batch of all ranks, and now there are "
+                f"{rows}. Set per_device_train_batch_size to {saved['rows']} divided by the number of ranks."
+            )
+        lanes = Lanes(*saved["lanes"])
+        if lanes.turns % workers:
+            logger.warning(
+                "dataloader_num_workers=%d does not divide the %d turns of the checkpoint: each worker tokenizes the "
+                "documents of all. Set a number that divides it.",
+                workers,
+                lanes.turns,
+            )
+        return lanes
+
+    def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Micro-batches of the data loader in the order of training."""
+        return batches if self._progress is None else self._progress.in_order(batches)
 
     def _windows(self, batch_size: int) -> tuple[Windows, int]:
         """The windows of map-style sources, and their number in the run."""
@@ -217,7 +249,7 @@ class Feed:
         progress.note_window(step, window.states)
         if window.error is not None:
             # The other ranks continued: their loaders have requested more, and wait for the first rank's weights.
-            ahead = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+            ahead = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2) + 2 * progress.ahead
             last = step + 1 + ahead // args.gradient_accumulation_steps
             for further in range(step, min(last, args.max_steps - 1) + 1):
                 progress.decide_shares(further)
@@ -263,7 +295,8 @@ class Feed:
     def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
         """Write the description of the data and the positions of this rank's streams into a checkpoint."""
         if self.data.stages:
-            stream = None if self._progress is None else self._progress.state_dict(step)
+            found = {"layout": self._layout, "rows": batch_size * self._ranks}
+            stream = None if self._progress is None else found | self._progress.state_dict(step)
             save_data_state(folder, self._args.process_index, self._describe(batch_size, tokenizer), stream)
 
     def resume(self, checkpoint: str | None, batch_size: int, tokenizer: Any) -> None:
@@ -282,13 +315,10 @@ class Feed:
         """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
         if not self.data.stages:
             return None
-        rank = self._args.process_index
-        saved = load_data_state(checkpoint, rank) or {}
+        saved, missing = load_data_state(checkpoint, self._args.process_index, self._layout)
         differences = compare_data(saved["description"], self._describe(batch_size, tokenizer)) if saved else []
-        if isinstance(self.data.dataset, MixtureStream) and saved.get("stream") is None and not differences:
-            differences = [
-                f"it has no data_state_{rank}.json (was it saved with save_only_model, or on another disk?)"
-            ]
+        if isinstance(self.data.dataset, MixtureStream) and missing and not differences:
+            differences = [f"it has no {missing} (was it saved with save_only_model, or on another disk?)"]
         if not differences:
             return saved.get("stream")
         found = f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}."

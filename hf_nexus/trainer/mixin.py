@@ -397,7 +397,7 @@ class NexusTrainerMixin(_Base):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window = window = Window(fetching=True, mixed=self.args.source_schedule == "mixed")
         self.meter.begin_window(self.state.global_step)
-        untagged = window.take(epoch_iterator, tagged=bool(self.data.stages))
+        untagged = window.take(self._feed.in_order(epoch_iterator), tagged=bool(self.data.stages))
         try:
             batches, items = super().get_batch_samples(untagged, num_batches, device)
         finally:

@@ -95,7 +95,8 @@ def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
 ) -> None:
     expected = whole(kind, schedule)
     if kind != "map-style":  # later passes are resumed as well
-        assert max(s["pass"] for s in saved_state(checkpoint(expected, 4))["stream"]["positions"]["0"].values()) >= 1
+        positions = saved_state(checkpoint(expected, 4))["stream"]["positions"]
+        assert max(lane["pass"] for lanes in positions.values() for lane in lanes.values()) >= 1
     for step in range(1, STEPS):
         data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
         resumed = run(tmp_path, data, checkpoint(expected, step), **config)
@@ -149,6 +150,17 @@ def test_resumed_with_workers(whole: Whole, tmp_path: Path, kind: str, step: int
     assert differences(resumed, expected, step) == []
     last = checkpoint(expected if step == 5 else resumed, 5)
     assert differences(run(tmp_path, mixture(kinds()[kind]()), last, dataloader_num_workers=2), expected, 5) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [("mix", 0, 2), *(pytest.param("documents", *n, marks=pytest.mark.slow) for n in ((2, 0), (0, 3), (3, 2)))],
+)
+def test_resumed_with_other_workers(whole: Whole, tmp_path: Path, kind: str, before: int, after: int) -> None:
+    """Also three workers, which do not divide the turns of a run that began without."""
+    expected = whole(kind, workers=before)
+    resumed = run(tmp_path, mixture(kinds()[kind]()), checkpoint(expected, 2), dataloader_num_workers=after)
+    assert differences(resumed, expected, 2) == []
 
 
 def train_until_killed(out: Path, kind: str, place: str, workers: int) -> None:
@@ -236,7 +248,7 @@ def test_the_first_batch_reads_the_buffer_and_a_batch_at_most(tmp_path: Path, ki
 def test_the_state_in_a_checkpoint_is_small_and_json(whole: Whole) -> None:
     for kind in kinds():
         file = Path(checkpoint(whole(kind), STEPS), "data_state_0.json")
-        assert file.stat().st_size < 3000
+        assert file.stat().st_size < 25_000
         assert set(json.loads(file.read_text())) == {"description", "stream"}
 
 
@@ -258,8 +270,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "sources": (lambda: mixture({k: s for k, s in kinds()["mix"]().items() if k != "b"}), {}, r"source 'b' is gone"),
     "rows": (lambda: mixture(kinds()["mix"]() | {"a": table(12)}), {}, r"source 'a': rows was 11 and is 12"),
     "shards": (lambda: mixture(kinds()["mix"]() | {"b": sharded([8], 100)}), {}, "'b': shards was 2 and is 1"),
-    "workers": (lambda: mixture(kinds()["mix"]()), {"dataloader_num_workers": 2}, "num_workers was 1 and is 2"),
-    "batch": (lambda: mixture(kinds()["mix"]()), {"per_device_train_batch_size": 1}, "batch_size was 2 and is 1"),
+    "batch": (lambda: mixture(kinds()["mix"]()), {"per_device_train_batch_size": 1}, "over all ranks was 2 and is 1"),
     "k": (lambda: mixture(kinds()["mix"]()), {"gradient_accumulation_steps": 2}, "accumulation_steps was 4 and is 2"),
     "seed": (lambda: mixture(kinds()["mix"]()), {"data_seed": 1}, "seed was 42 and is 1"),
     "schedule": (lambda: mixture(kinds()["mix"]()), {"source_schedule": "stratified"}, "was 'random' and is 'strat"),
@@ -321,15 +332,15 @@ def test_a_map_style_run_of_another_length_is_refused_with_stages(tmp_path: Path
     assert run(tmp_path, data, True, mixture_weights=shares).sources() == ["b"] * 2 * K
 
 
-def test_other_ranks_or_a_missing_data_state_are_refused(whole: Whole, tmp_path: Path) -> None:
+def test_a_missing_data_state_is_refused(whole: Whole, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoint(whole("mix"), 2), folder)
     file = folder / "data_state_0.json"
     state = json.loads(file.read_text())
-    state["description"]["ranks"] = 2
+    state["stream"]["layout"] = [2, 2]  # the other rank saved its positions on another disk
     file.write_text(json.dumps(state))
     (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="ranks was 2 and is 1"):
+    with pytest.raises(ValueError, match=r"it has no data_state_1\.json"):
         run(tmp_path, mixture(kinds()["mix"]()), str(folder))
     file.unlink()
     with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
@@ -519,7 +530,8 @@ def test_the_end_of_all_sources_saves_a_checkpoint(tmp_path: Path, workers: int)
         run(tmp_path, data(a=1, b=1), resume=True, **config)
     more = run(tmp_path, data(a=1, b=90), resume=True, **config)
     assert sorted(more.micro_batches) == list(range(step, 20))
-    assert {source for s in range(step + 2, 20) for source, _ in more.micro_batches[s]} == {"b"}
+    planned = 4 if workers else 2  # steps whose sources were decided before
+    assert {source for s in range(step + planned, 20) for source, _ in more.micro_batches[s]} == {"b"}
 
 
 # ---- Sources that fail ----

@@ -1,27 +1,27 @@
 """Mixtures of streams: the rows of each micro-batch, read during training from where each source stands."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..indexed import check_sources
 from ..tags import MicroBatchTag, StreamState, TaggedRows, take_rows
 from .documents import PackedRowReader, StreamedDocuments
+from .lanes import Lanes
 from .reader import RowReader
-from .sources import Partition, open_source
+from .sources import open_source
 
 __all__ = ["MicroBatchSampler", "MixtureStream"]
 
 
 class MixtureStream(torch.utils.data.Dataset):
     """
-    Sources, streaming or map-style, as a dataset of *micro-batches*. The index of a row is `(number of the
-    micro-batch, position of its source)`, and each request returns the next rows of these sources.
-
-    Each data loader worker of each rank reads its own [`Partition`] of every source.
+    Sources, streaming or map-style, as a dataset of *micro-batches*. The index of a row is `(number of the row among
+    those of its source, position of the source)`. A row does not depend on the numbers of ranks and data loader
+    workers: each process reads the [`Lanes`] that its micro-batches need.
 
     Args:
         sources (`Mapping[str, Dataset]`):
@@ -32,7 +32,7 @@ class MixtureStream(torch.utils.data.Dataset):
         seed (`int`, *optional*, defaults to 0):
             Seed of the orders of rows, which differ in each pass.
         buffer_size (`int`, *optional*, defaults to 10000):
-            Streams are shuffled in blocks of half as many rows. A resume reads at most this many rows again.
+            Streams are shuffled in blocks of half as many rows, which all parts of a source share.
 
     Raises:
         ValueError: There is no source, or one is empty or not a dataset.
@@ -42,11 +42,11 @@ class MixtureStream(torch.utils.data.Dataset):
         >>> from hf_nexus.mixture.stream.dataset import MixtureStream
         >>> digits = Dataset.from_dict({"digit": list(range(10))}).to_iterable_dataset(num_shards=2)
         >>> stream = MixtureStream({"digits": digits})
-        >>> rows = [stream.__getitems__([(i, 0)] * 5) for i in range(2)]
+        >>> rows = [stream.__getitems__([(i, 0) for i in five]) for five in (range(5), range(5, 10))]
         >>> sorted(row["digit"] for five in rows for row in five)
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-        >>> stream.begin({"0": {"digits": rows[0].tag.states[0].state}})
-        >>> stream.__getitems__([(1, 0)] * 5) == rows[1]
+        >>> stream.begin({"digits": rows[0].tag.states[0].lanes})
+        >>> stream.__getitems__([(i, 0) for i in range(5, 10)]) == rows[1]
         True
     """
 
@@ -60,21 +60,27 @@ class MixtureStream(torch.utils.data.Dataset):
         self.seed = seed
         self.buffer_size = buffer_size
         self._opened = {name: open_source(name, s, buffer_size // 2) for name, s in documents.items()}
-        self.rank, self.ranks, self.workers = 0, 1, 1
+        self.place(0, 1, 1)
         self.begin(None)
 
-    def place(self, rank: int, ranks: int, workers: int) -> None:
+    def place(self, rank: int, ranks: int, workers: int, lanes: Lanes | None = None, mixed: bool = False) -> None:
         """
-        Set which partitions this rank reads.
+        Set which rows this rank reads.
 
         Args:
             rank (`int`), ranks (`int`):
                 This rank, and the number of ranks.
             workers (`int`):
                 Number of data loader workers, 1 if there are none.
+            lanes ([`Lanes`], *optional*):
+                The cut of the sources. By default one lane for each worker of each rank.
+            mixed (`bool`, *optional*, defaults to `False`):
+                Whether micro-batches hold several sources. All ranks and workers then read all lanes.
         """
         assert 0 <= rank < ranks and workers >= 1
         self.rank, self.ranks, self.workers = rank, ranks, workers
+        self.lanes = lanes or Lanes(ranks, workers)
+        self.mixed = mixed
 
     def begin(self, states: dict[str, Any] | None) -> None:
         """
@@ -82,83 +88,136 @@ class MixtureStream(torch.utils.data.Dataset):
 
         Args:
             states (`dict`, *optional*):
-                Number of each partition, as a string, to source, to the position of a [`StreamState`].
+                Source to number of each lane, as a string, to its state in a [`StreamState`].
         """
         self._states = states or {}
-        self._readers: dict[tuple[int, str], RowReader] = {}
+        self._readers: dict[tuple[str, int], RowReader] = {}
         self._process = os.getpid()
+
+    @property
+    def owners(self) -> int:
+        """How many workers divide the turns among them: worker `c % owners` gets micro-batch c of a source."""
+        return 1 if self.mixed or self.lanes.turns % self.workers else self.workers
+
+    @property
+    def slots(self) -> range:
+        """The slots from which this rank takes rows."""
+        return range(self.lanes.slots) if self.mixed else self.lanes.slots_of(self.rank, self.ranks)
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> TaggedRows:
         """
-        The rows of one micro-batch: B rows for B indices.
+        The rows of one micro-batch: B rows for B indices. Those of a source follow each other.
 
         Raises:
             SourceError: A source cannot be read, or is smaller than its part of a micro-batch of all ranks.
         """
-        number = indices[0][0]
-        assert all(index[0] == number for index in indices), "indices of several micro-batches"
-        partition = self.rank * self.workers + number % self.workers
-        states = []
+        total, states = len(indices) * self.ranks, []
 
         def take(name: str, where: list[int]) -> list[Any]:
-            reader = self._reader(partition, name)
-            rows = reader.take(len(where))
+            first = indices[where[0]][0]
+            ordinal = first // total  # of the micro-batch
+            reader = self._reader(name, ordinal % self.owners)
+            rows, lanes = reader.take(first, len(where), total)
             size, needed = reader.source_rows(), len(where) * self.ranks
             if size is not None and size < needed:  # rows would repeat within a micro-batch
                 raise reader.error(
                     f"it has about {size} rows, fewer than one micro-batch of {needed} (batch size per device times "
                     "ranks). Lower per_device_train_batch_size, or add rows to the source."
                 )
-            states.append(StreamState(partition, name, reader.state(), reader.source.mark))
+            states.append(StreamState(name, ordinal, lanes, reader.source.mark))
             return rows
 
         rows = take_rows([self.names[position] for _, position in indices], take)
         rows.tag = MicroBatchTag(rows.tag.rows, tuple(states))
         return rows
 
-    def _reader(self, index: int, name: str) -> RowReader:
-        if (index, name) not in self._readers:
+    def _reader(self, name: str, owner: int) -> RowReader:
+        """The reader of the lanes that a worker owns."""
+        if (name, owner) not in self._readers:
             if self._process != os.getpid():
                 # A forked worker has the lock of remote file systems, but not the thread that would release it.
                 import fsspec.asyn
 
                 fsspec.asyn.reset_lock()
                 self._process = os.getpid()
-            partition = Partition(name, index, self.ranks * self.workers, self.rank, self.seed)
-            reading = self._opened[name], partition, self._states.get(str(index), {}).get(name)
+            turns = range(owner, self.lanes.turns, self.owners)
+            own = [(slot, turn) for slot in self.slots for turn in turns]
+            reading = name, self._opened[name], self.seed, self.lanes, self.rank, own, self._states.get(name, {})
             source = self.sources[name]
             packed = isinstance(source, StreamedDocuments)
-            self._readers[index, name] = PackedRowReader(source, *reading) if packed else RowReader(*reading)
-        return self._readers[index, name]
+            self._readers[name, owner] = PackedRowReader(source, *reading) if packed else RowReader(*reading)
+        return self._readers[name, owner]
 
 
 class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
     """
-    Indices of a [`MixtureStream`]: the number and the source of each micro-batch, once for each of its rows on all
-    ranks.
+    Indices of a [`MixtureStream`], once for each of the rows of a micro-batch on all ranks.
+
+    A data loader gives its requests to its workers in turn. With workers, micro-batches are requested in an order in
+    which each worker gets those of the lanes that it owns, and the run puts them back in order.
 
     Args:
-        source_of (`Callable[[int], Any]`):
-            Returns the position of a micro-batch's source, or of that of each of its rows. It is called in order, when
-            the loader requests the micro-batch.
+        index_of (`Callable[[int], Any]`):
+            Returns number and source of a micro-batch, or of each of its rows if they are mixed, or `None` if a
+            resumed run skips it. It is called in order, `ahead` micro-batches before the request.
         micro_batches (`int`):
             Number of micro-batches of the run.
         rows (`int`):
             Rows of one micro-batch over all ranks: batch size per device * number of ranks.
+        owners (`int`, *optional*, defaults to 1):
+            Number of workers, if each owns lanes.
+        ahead (`int`, *optional*, defaults to 0):
+            How far micro-batches are planned ahead of requests. With `(owners - 1) * (sources + 1)`, there is always
+            one for the next worker.
     """
 
-    def __init__(self, source_of: Callable[[int], Any], micro_batches: int, rows: int):
-        self.source_of = source_of
+    def __init__(
+        self,
+        index_of: Callable[[int], Any],
+        micro_batches: int,
+        rows: int,
+        owners: int = 1,
+        ahead: int = 0,
+    ):
+        self.index_of = index_of
         self.micro_batches = micro_batches
         self.rows = rows
+        self.owners = owners
+        self.ahead = ahead
 
     def __len__(self) -> int:
         return self.micro_batches * self.rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self._requests():
+            if isinstance(index, list):
+                yield from index
+            else:
+                yield from ((index[0] * self.rows + row, index[1]) for row in range(self.rows))
+
+    def _requests(self) -> Iterator[Any]:
+        planned: list[deque[tuple[int, int]]] = [deque() for _ in range(self.owners)]
+        ends: dict[int, int] = {}  # the number after those of each source
+        source = worker = 0  # of the last request, and the worker that gets the next one
         for number in range(self.micro_batches):
-            for source in np.broadcast_to(self.source_of(number), self.rows):
-                yield number, int(source)
+            index = self.index_of(number)
+            if index is None:
+                yield 0, 0
+                continue
+            if isinstance(index, list):
+                yield index
+                continue
+            planned[index[0] % self.owners].append(index)
+            ends[index[1]] = index[0] + 1
+            if sum(map(len, planned)) > self.ahead:
+                yield (index := planned[worker].popleft())
+                source, worker = index[1], (worker + 1) % self.owners
+        while any(planned):
+            if not planned[worker]:  # it reads what the run does not ask for, because the next worker has more to do
+                ends[source] += (worker - ends[source]) % self.owners + 1
+                planned[worker].append((ends[source] - 1, source))
+            yield (index := planned[worker].popleft())
+            source, worker = index[1], (worker + 1) % self.owners
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: the run is one sequence of micro-batches."""

@@ -1,15 +1,17 @@
 """The progress of a run over streams: the next source, the position of each source, and what a checkpoint holds."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..schedule import DynamicSchedule, normalized
 from ..stages import Windows
-from ..tags import StreamState
+from ..tags import StreamState, tag_of
 from .dataset import MixtureStream
+from .lanes import Lanes
 from .reader import SourceError
 
 __all__ = ["StreamProgress", "WeightsFunction"]
@@ -88,32 +90,82 @@ class StreamProgress:
             self._schedule.load_state_dict(saved["schedule"])
         if isinstance(self._weights, Stateful) and "weights_function" in saved:
             self._weights.load_state_dict(saved["weights_function"])
+        if "lanes" in saved:
+            self.stream.lanes = Lanes(*saved["lanes"])
         # Shares of steps for which the data loader has asked ahead of training.
         self._shares = {int(s): np.array(shares) for s, shares in saved.get("shares", {}).items()}
-        self._schedules: dict[int, dict[str, Any]] = {}
+        # Micro-batches of each source so far; their state and that of the schedule before each step asked for.
+        self._counts: dict[str, int] = dict(saved.get("micro_batches", dict.fromkeys(self.stream.names, 0)))
+        self._starts: dict[int, dict[str, Any]] = {}
+        self._order: deque[tuple[str, int]] = deque()  # source and number of the micro-batches that are to come
+        self._early: dict[tuple[str, int], Any] = {}  # those that came before their turn
         # First step without each ended source. A source with a raised limit is used again.
         left_out = saved.get("left_out", {}).items()
         self.left_out: dict[str, int] = {name: step for name, (limit, step) in left_out if self._limit(name) == limit}
         self.sent = step * self._k - 1  # the last micro-batch that the data loader has asked for
-        self._positions: dict[str, Any] = {index: dict(s) for index, s in saved.get("positions", {}).items()}
+        stream = self.stream
+        self._positions: dict[str, Any] = {
+            name: {lane: state for lane, state in lanes.items() if int(lane) // stream.lanes.turns in stream.slots}
+            for name, lanes in saved.get("positions", {}).items()
+        }
         self._window: tuple[int, list[StreamState]] = (step, [])
         self.stream.begin(self._positions)
 
-    def source_of(self, number: int) -> Any:
+    def index_of(self, number: int) -> Any:
         """
-        Index of the source of a micro-batch, or of that of each of its rows. Micro-batches are requested in order.
-        Those before the first step of a resumed run are skipped by the loader, so 0 is returned for them.
+        Number and source of a micro-batch, or of each of its rows if they are mixed. Micro-batches are requested in
+        order. Those before the first step of a resumed run are skipped by the loader, so `None` is returned for them.
 
         Raises:
             SourceError: every source that has a weight was read `max_epochs` times.
         """
         if number <= self.sent:
-            return 0
+            return None
         step = number // self._k
         if number % self._k == 0:
-            self._schedules[step] = self._schedule.state_dict()
+            self._starts[step] = self._start()
         self.sent = number
-        return self._schedule.source(number - self._first * self._k, self.shares(step))
+        drawn = self._schedule.source(number - self._first * self._k, self.shares(step))
+        if self.stream.mixed:
+            return [self._next(int(position)) for position in drawn]
+        ordinal, position = self._next(int(drawn))
+        if self.ahead:
+            self._order.append((self.stream.names[position], ordinal))
+        return ordinal, position
+
+    def _next(self, position: int) -> tuple[int, int]:
+        """The next micro-batch of a source, or the next row if they are mixed."""
+        name = self.stream.names[position]
+        self._counts[name] += 1
+        return self._counts[name] - 1, position
+
+    def _start(self) -> dict[str, Any]:
+        return {"schedule": self._schedule.state_dict(), "micro_batches": dict(self._counts)}
+
+    @property
+    def ahead(self) -> int:
+        """How many micro-batches are planned before they are requested, and requested before it is their turn."""
+        return (self.stream.owners - 1) * (len(self.stream.names) + 1)
+
+    def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The micro-batches of a data loader, which come in the order of requests, in the order of training."""
+        while self.ahead == 0:
+            if (batch := next(batches, None)) is None:
+                return
+            yield batch  # not `yield from`, which would close the data loader with this generator
+        while True:
+            while len(self._early) <= self.ahead:
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                tag = tag_of(batch)
+                if tag is None or not tag.states:  # from a data loader of the user
+                    yield batch
+                else:
+                    self._early[tag.states[0].source, tag.states[0].ordinal] = batch
+            if not self._order:
+                return
+            yield self._early.pop(self._order.popleft())
 
     def shares(self, step: int) -> np.ndarray:
         """Share of each source at an outer step, (S,)."""
@@ -137,7 +189,8 @@ class StreamProgress:
 
     def exhausted(self) -> list[str]:
         """Sources in use that the last window has read `max_epochs` times on this rank."""
-        finished = {s.source for s in self._window[1] if s.state["pass"] >= self._limit(s.source)}
+        passes = [(s.source, state["pass"]) for s in self._window[1] for state in s.lanes.values()]
+        finished = {source for source, pass_ in passes if pass_ >= self._limit(source)}
         return [name for name in self.stream.names if name in finished and name not in self.left_out]
 
     def leave_out(self, source: str, sent: int) -> None:
@@ -157,8 +210,8 @@ class StreamProgress:
         self._window = (step, list(states))
         for past in [s for s in self._shares if s < step]:
             del self._shares[past]
-        for past in [s for s in self._schedules if s < step]:
-            del self._schedules[past]
+        for past in [s for s in self._starts if s < step]:
+            del self._starts[past]
 
     def _commit(self, step: int) -> None:
         """Add the window to the positions if it belongs to a step before `step`."""
@@ -172,19 +225,22 @@ class StreamProgress:
         """Rows of each source that this rank has skipped before an outer step because they could not be used."""
         self._commit(step)
         counts = dict.fromkeys(self.stream.names, 0)
-        for states in self._positions.values():
-            for name, state in states.items():
-                counts[name] += state.get("skipped", 0)
+        stream, lanes = self.stream, self.stream.lanes
+        for name, states in self._positions.items():
+            for lane, state in states.items():
+                if int(lane) // lanes.turns * stream.ranks // lanes.slots == stream.rank:  # the first of its ranks
+                    counts[name] += state.get("skipped", 0)
         return counts
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """State for [`~StreamProgress.begin`] to continue after `step` outer steps, as JSON types."""
         self._commit(step)
         state = {
+            "lanes": [self.stream.lanes.slots, self.stream.lanes.turns],
             "first": self._first,
             "positions": self._positions,
             "left_out": {name: [self._limit(name), first] for name, first in self.left_out.items()},
-            "schedule": self._schedules.get(step, self._schedule.state_dict()),
+            **self._starts.get(step, self._start()),
             "shares": {str(s): shares.tolist() for s, shares in self._shares.items() if s >= step},
         }
         if isinstance(self._weights, Stateful):

@@ -1,25 +1,39 @@
-"""Reading one partition of a source: row after row and pass after pass, from a position that is a small dict."""
+"""Reading a source: its parts, shared by lanes, block after block and pass after pass, and rows by their numbers."""
 
+import heapq
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ...files import printable
+from .lanes import Lane, Lanes
 from .sources import Block, Partition, Source
 
-__all__ = ["RowReader", "SourceError"]
+__all__ = ["BEGINNING", "PartReader", "RowReader", "SourceError", "Span"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+# A lane, and the numbers of its first row and of the one after its last.
+Span = tuple[Lane, int, int]
 
 # Attempts to read after network errors. Waits in seconds are doubled after each.
 ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0
 # Packages whose network errors are not all an `OSError`.
 _NETWORK_PACKAGES = {"aiohttp", "botocore", "gcsfs", "http", "httpcore", "httpcore2", "httpx", "httpx2", "requests"}
 _NETWORK_PACKAGES |= {"urllib3"}
+# The position before the first row: the pass, the rows before it and before the block, and the block in the source.
+BEGINNING: dict[str, Any] = {"pass": 0, "since": 0, "first": 0, "block": None}
+# With fewer rows of a block for each lane, they are dealt in turn, without regard to their size.
+_FEW = 8
 # Errors that a retry does not solve.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -44,105 +58,107 @@ def wait(failed: int) -> float:
     return min(LONGEST_WAIT, FIRST_WAIT * 2**failed) * random.SystemRandom().uniform(0.5, 1)
 
 
-class RowReader:
+@dataclass
+class Held:
     """
-    Reads the rows of one partition, endlessly, from the beginning or from a former [`~RowReader.state`].
+    A block that was read: its position, and the numbers of its first row and of the one after its last. `rng` makes
+    the generator by which it is dealt to lanes.
+    """
+
+    at: dict[str, Any]
+    block: Block
+    first: int
+    end: int
+    rng: Callable[[], np.random.Generator]
+    owners: dict[int, np.ndarray] = field(default_factory=dict)  # by the number of lanes
+
+    def dealt(self, lane: Lane) -> np.ndarray:
+        """Which rows of the block are those of a lane. Each is dealt to the lane with the least text of the block."""
+        if lane.sharing not in self.owners:
+            self.owners[lane.sharing] = self._owners(lane.sharing)
+        return np.flatnonzero(self.owners[lane.sharing] == lane.place)
+
+    def _owners(self, lanes: int) -> np.ndarray:
+        owners = (self.first + np.arange(len(self.block.order))) % lanes
+        if lanes == 1 or len(owners) < _FEW * lanes or self.block.sizes is None:
+            return owners
+        # Among equal lanes, a random order: the last ones get less text.
+        lightest = [(0, turn, int(lane)) for turn, lane in enumerate(self.rng().permutation(lanes))]
+        for i, size in enumerate(self.block.sizes()[self.block.order].tolist()):
+            load, turn, owners[i] = lightest[0]
+            heapq.heapreplace(lightest, (load + size, turn, int(owners[i])))
+        return owners
+
+
+class PartReader:
+    """
+    Reads the rows of one part of a source, endlessly, from the beginning or from a former position. Rows are numbered
+    over all passes. Blocks are held until [`~PartReader.forget`], for lanes that have not come as far as others.
 
     Raises:
         SourceError: The source cannot be read (all methods that read).
     """
 
-    def __init__(self, source: Source, partition: Partition, state: dict[str, Any] | None = None):
+    def __init__(self, source: Source, partition: Partition, at: dict[str, Any] | None = None):
         self.source = source
         self.partition = partition
-        state = state or {"pass": 0, "block": None, "offset": 0, "rows": 0}
-        self._pass: int = state["pass"]
-        self._position = state["block"]  # the start of the current block, or of the next one
-        self._offset: int = state["offset"]  # rows of that block that were taken
-        self._rows: int = state["rows"]  # rows of this pass that were taken
-        self._last_pass: int | None = None
-        self._block: Block | None = None
+        self.pass_rows: int | None = None  # rows of the last whole pass
+        self._next = at or BEGINNING
+        self._held: deque[Held] = deque()
         self._blocks: Any = None
 
-    def take(self, count: int) -> list[Any]:
-        """The next `count` rows."""
-        rows: list[Any] = []
-        while len(rows) < count:
-            more = self._peek(count - len(rows))
-            self._advance(len(more))
-            rows += more
-        return rows
+    def holding(self, number: int) -> Held:
+        """The block that holds a row."""
+        while not self._held or self._held[-1].end <= number:
+            self._read()
+        held = next(held for held in self._held if held.end > number)
+        assert held.first <= number, "a row was forgotten"
+        return held
 
-    def state(self) -> dict[str, Any]:
-        """
-        The position as JSON types: the pass, the start of the current block, and how many rows were taken from the
-        block and from the pass.
-        """
-        return {"pass": self._pass, "block": self._position, "offset": self._offset, "rows": self._rows}
+    def fetch(self, held: Held, places: np.ndarray) -> list[Any]:
+        """Rows of a block by their places in reading order."""
+        numbers = held.block.order[places].tolist()
+        return self._retried(lambda: held.block.fetch(numbers))
 
-    def source_rows(self) -> int | None:
-        """Rows of the whole source: exact for map-style sources, estimated for others once a pass has ended."""
-        return self.source.size if self.source.size is not None else self._estimated_rows()
+    def position(self, number: int) -> dict[str, Any]:
+        """The last known position before a row, as JSON types."""
+        return next((held.at for held in self._held if held.end > number), self._next)
 
-    def error(self, problem: str) -> SourceError:
-        """An error that names the position."""
-        where = self.source.describe(self.partition, self._pass, self._position)
+    def forget(self, before: int) -> None:
+        """Free the blocks that end before a row."""
+        while self._held and self._held[0].end <= before:
+            self._held.popleft()
+
+    def error(self, problem: str, at: dict[str, Any] | None = None) -> SourceError:
+        """An error that names a position, by default the next one."""
+        at = at or self._next
+        where = self.source.describe(self.partition, at["pass"], at["block"])
         name, rank = self.partition.source, self.partition.rank
-        return SourceError(f"Source {name!r} (rank {rank}, pass {self._pass + 1}, {where}): {printable(problem)}")
+        return SourceError(f"Source {name!r} (rank {rank}, pass {at['pass'] + 1}, {where}): {printable(problem)}")
 
-    def _estimated_rows(self) -> int | None:
-        # With unequal partitions, one of them says nothing about the others.
-        if self._last_pass is None or not self.source.splits_evenly(self.partition):
-            return None
-        return self._last_pass * self.partition.count
-
-    def _peek(self, count: int) -> list[Any]:
-        """The next rows, at least one and at most `count`, without advancing."""
-        block = self._current_block()
-        numbers = block.order[self._offset : self._offset + count].tolist()
-        return self._retried(lambda: block.fetch(numbers))
-
-    def _advance(self, count: int) -> None:
-        """Mark rows of the last peek as taken."""
-        assert self._block is not None
-        self._offset += count
-        self._rows += count
-        if self._offset == len(self._block.order):
-            self._leave(self._block)
-
-    def _leave(self, block: Block) -> None:
-        self._position, self._offset, self._block = block.end, 0, None
-
-    def _current_block(self) -> Block:
-        while self._block is None:
-            block = self._retried(self._next_block)
-            if block is None:
-                self._end_pass()
-            elif self._offset > len(block.order):
-                raise self.error(
-                    f"training resumes at row {self._offset} of a block, which now has only {len(block.order)} rows. "
-                    "Restore the data of the checkpoint."
-                )
-            elif self._offset == len(block.order):  # no row of it is in the partition
-                self._leave(block)
-            else:
-                self._block = block
-        return self._block
+    def _read(self) -> None:
+        block, at = self._retried(self._next_block), self._next
+        if block is None:
+            self._end_pass()
+            return
+        end = at["first"] + len(block.order)
+        if end > at["first"]:
+            rng = partial(self.partition.rng, at["pass"], self.partition.index, at["first"])
+            self._held.append(Held(at, block, at["first"], end, rng))
+        self._next = at | {"first": end, "block": block.end}
 
     def _next_block(self) -> Block | None:
         if self._blocks is None:
-            self._blocks = self.source.blocks(self.partition, self._pass, self._position)
+            self._blocks = self.source.blocks(self.partition, self._next["pass"], self._next["block"])
         return next(self._blocks, None)
 
     def _end_pass(self) -> None:
-        if not self._rows:
-            raise self.error(
-                f"partition {self.partition.index} of {self.partition.count} has no rows. Use fewer data loader "
-                "workers or ranks, or add rows to the source."
-            )
-        self._last_pass, self._rows = self._rows, 0
-        self._pass += 1
-        self._blocks, self._position, self._offset = None, None, 0
+        pass_, since, first = (self._next[name] for name in ("pass", "since", "first"))
+        if first == since:
+            raise self.error(f"part {self.partition.index + 1} of {self.partition.count} of its shards has no rows.")
+        self.pass_rows = first - since
+        self._next = {"pass": pass_ + 1, "since": first, "first": first, "block": None}
+        self._blocks = None
 
     def _retried(self, read: Callable[[], Result]) -> Result:
         for attempt in range(ATTEMPTS):
@@ -159,6 +175,103 @@ class RowReader:
                 logger.warning("%s; trying again in %.1f s.", self.error(cause), seconds)
                 time.sleep(seconds)
         raise AssertionError("attempts is at least 1")
+
+
+class RowReader:
+    """
+    Reads the rows of a source that one process needs, each row by its number.
+
+    Args:
+        name (`str`), source ([`Source`]), seed (`int`):
+            The source, and the seed of its orders.
+        lanes ([`Lanes`]), rank (`int`):
+            The cut of the source, and the rank that reads.
+        own (`Sequence[tuple[int, int]]`):
+            Slot and turn of the lanes that this process may read.
+        states (`Mapping[str, Any]`):
+            The states of lanes in a checkpoint, by their number as a string. A lane without one starts at the
+            beginning.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        seed: int,
+        lanes: Lanes,
+        rank: int,
+        own: Sequence[tuple[int, int]],
+        states: Mapping[str, Any],
+    ):
+        self.source = source
+        self.lanes = lanes
+        self._cut = lanes.parts(source.parts)
+        self._parts: dict[int, PartReader] = {}
+        self._pass: dict[int, int] = {}  # of the last row of each part
+        self._of_part: dict[int, list[Lane]] = {}
+        for slot, turn in own:
+            lane = self.lane(slot, turn)
+            self._of_part.setdefault(lane.part, []).append(lane)
+        for index, members in self._of_part.items():
+            starts = [states.get(str(lane.number), {"at": BEGINNING})["at"] for lane in members]
+            partition = Partition(name, index, self._cut, rank, seed)
+            self._parts[index] = PartReader(source, partition, min(starts, key=lambda at: at["first"]))
+
+    def lane(self, slot: int, turn: int) -> Lane:
+        """A lane of the source."""
+        return self.lanes.lane(slot, turn, self._cut)
+
+    def take(self, first: int, count: int, total: int) -> tuple[list[Any], dict[str, Any]]:
+        """
+        `count` rows of the source from number `first` on, and the state after them of each lane that they come from.
+        Micro-batches have `total` rows over all ranks.
+        """
+        each, number, spans = total // self.lanes.slots, first, list[Span]()  # rows of a slot
+        while number < first + count:
+            ordinal, row = divmod(number, total)
+            visit, turn = divmod(ordinal, self.lanes.turns)
+            length = min(each - row % each, first + count - number)
+            start = visit * each + row % each
+            spans.append((self.lane(row // each, turn), start, start + length))
+            number += length
+        rows = self._take(each, spans)
+        return rows, {str(lane.number): self._state(each, lane, end) for lane, _, end in spans}
+
+    def _take(self, each: int, spans: list[Span]) -> list[Any]:
+        """The rows of some lanes. Lanes of a part take `each` rows in turn: those of neighbors follow each other."""
+        rows: list[Any] = []
+        for part, members in groupby(spans, key=lambda span: self._parts[span[0].part]):
+            numbers = [(_in_part(lane, start, each), end - start) for lane, start, end in members]
+            number, last = numbers[0][0], sum(numbers[-1])
+            while number < last:
+                held = part.holding(number)
+                end = min(last, held.end)
+                rows += part.fetch(held, np.arange(number, end) - held.first)
+                number = end
+                self._pass[part.partition.index] = held.at["pass"]
+            part.forget(last)
+        return rows
+
+    def _state(self, each: int, lane: Lane, end: int) -> dict[str, Any]:
+        """The state of a lane: the pass of its last row, and a position before its next one."""
+        return {"pass": self._pass[lane.part], "at": self._parts[lane.part].position(_in_part(lane, end, each))}
+
+    def source_rows(self) -> int | None:
+        """Rows of the whole source: exact where they are known, and `None` elsewhere until a pass has ended."""
+        return self.source.size if self.source.size is not None else self._rows_of_pass()
+
+    def _rows_of_pass(self) -> int | None:
+        return self._parts[0].pass_rows if self._cut == 1 else None  # one part says nothing about the others
+
+    def error(self, problem: str) -> SourceError:
+        """An error that names the position of a part."""
+        return next(iter(self._parts.values())).error(problem)
+
+
+def _in_part(lane: Lane, row: int, each: int) -> int:
+    """The number of a row of a lane in its part, where lanes take `each` rows in turn."""
+    visit, row = divmod(row, each)
+    return (visit * lane.sharing + lane.place) * each + row
 
 
 def _is_network(error: BaseException | None) -> bool:

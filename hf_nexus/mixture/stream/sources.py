@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,8 +34,8 @@ __all__ = [
 CHUNK = 64
 # A block of large rows ends early.
 BLOCK_BYTES = 128 << 20
-# With few partitions, and few shards for each, every shard is split among all partitions.
-_FEW_PARTITIONS, _FEW_SHARDS = 8, 4
+# Shards of a part at least, because parts are equal to within the size of a shard.
+_SHARDS = 4
 # Layers of a streaming dataset under which each shard holds its own rows, unless they count rows. Under others, such
 # as `skip` and `interleave_datasets`, the rows of a shard depend on the other shards.
 _DIVISIBLE = {
@@ -67,8 +68,8 @@ class ShardSlice(NamedTuple):
 @dataclass(frozen=True)
 class Partition:
     """
-    The slice of a source that one data loader worker of one rank reads. In each pass, every row of the source is in
-    exactly one of its `count` partitions. All orders are drawn from `seed`.
+    A part of a source. In each pass, every row of the source is in exactly one of its `count` parts. All orders are
+    drawn from `seed`. `rank` is the one that reads.
     """
 
     source: str
@@ -81,20 +82,11 @@ class Partition:
         """A generator for the source and `key`. All partitions draw the same unless their index is in `key`."""
         return np.random.default_rng((self.seed, zlib.crc32(self.source.encode()), *key))
 
-    def splits_shards(self, shards: int) -> bool:
-        """Whether every shard is split among all partitions, which makes their sizes equal."""
-        return self.count <= _FEW_PARTITIONS and shards < _FEW_SHARDS * self.count
-
     def slices(self, order: list[int]) -> list[ShardSlice]:
         """
         The slices of shards that make up this partition, for shards in a given order. Each partition takes an equal
-        length of the shards laid end to end, which splits only the shards at its two ends. Few large shards would
-        make very unequal partitions this way, so they are all split.
+        length of the shards laid end to end, which splits only the shards at its two ends.
         """
-        if self.splits_shards(len(order)):
-            # Rotate, because a shard's odd rows go to its first partitions.
-            owned = [(self.index + i) % self.count for i in range(len(order))]
-            return [ShardSlice(shard, row, row + 1) for shard, row in zip(order, owned, strict=True)]
         start, end = self.index * len(order), (self.index + 1) * len(order)  # in units of 1 / count of a shard
         found = []
         for number in range(start // self.count, -(-end // self.count)):
@@ -113,6 +105,7 @@ class Block:
     """
     Rows of a partition that are read together: the positions before and after them, a function that returns rows by
     their numbers in the block, and the partition's numbers in reading order. `first_row` is counted in the shard.
+    `sizes` returns the approximate size of each row.
     """
 
     start: dict[str, Any]
@@ -121,15 +114,18 @@ class Block:
     order: np.ndarray
     first_row: int = 0
     shard: int | None = None
+    sizes: Callable[[], np.ndarray] | None = None
 
 
 class Source(ABC):
     """
-    A dataset as a reader sees it. `size` is its number of rows, where it is known. `mark` is a hash of its first rows,
+    A dataset as a reader sees it. `size` is its number of rows, where it is known. `parts` is the largest number of
+    parts in which it can be read without reading the others. `mark` is a hash of its first rows,
     where each reader must read all rows and has read the first: it is then the same for all readers.
     """
 
     size: int | None = None
+    parts: int = 1
     mark: int | None = None
 
     @abstractmethod
@@ -139,10 +135,6 @@ class Source(ABC):
     @abstractmethod
     def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
         """A position as text, for errors."""
-
-    def splits_evenly(self, partition: Partition) -> bool:
-        """Whether the partitions differ by at most one row."""
-        return True
 
 
 class MapStyleSource(Source):
@@ -176,13 +168,11 @@ class ResumableStream(Source):
     def __init__(self, dataset: Any, block_rows: int):
         self.divisible = all(_is_divisible(layer) for layer in layers(dataset))
         self.shards = dataset.num_shards if self.divisible else 1
+        self.parts = self.shards // _SHARDS
         self.block_rows = block_rows
         self.format = dataset._formatting.format_type if dataset._formatting else None
         # Tables take less memory than rows until rows are asked for.
         self.dataset = dataset.with_format("arrow") if dataset._ex_iterable.iter_arrow is not None else dataset
-
-    def splits_evenly(self, partition: Partition) -> bool:
-        return partition.splits_shards(self.shards)
 
     def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
         slices = self._slices(partition, pass_)
@@ -209,15 +199,17 @@ class ResumableStream(Source):
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
         # `iter`, unlike `__iter__`, does not distribute the shards over data loader workers.
-        chunks, ended = dataset.iter(min(CHUNK, self.block_rows)), False
+        limit = max(1, self.block_rows // partition.count)  # parts share the buffer
+        chunks, ended = dataset.iter(min(CHUNK, limit)), False
         while not ended:
-            held, count, ended = _read_chunks(chunks, self.block_rows)
+            held, count, ended = _read_chunks(chunks, limit, BLOCK_BYTES // partition.count)
             start, number, first = position, position["slice"], position["row"]
             position = {"slice": number, "row": first + count, "state": dataset.state_dict()}
             if count:
                 order = partition.shuffled(part, first, count, pass_, partition.index, number, first)
                 fetch = _fetch_from(held, dataset.features, self.format)
-                yield Block(start, _slice_start(number + 1) if ended else position, fetch, order, first, part.shard)
+                end = _slice_start(number + 1) if ended else position
+                yield Block(start, end, fetch, order, first, part.shard, partial(_sizes, held))
 
 
 def _slice_start(number: int) -> dict[str, Any]:
@@ -227,7 +219,7 @@ def _slice_start(number: int) -> dict[str, Any]:
 class ReplayedStream(Source):
     """
     An iterable that cannot return to a position: a torch `IterableDataset`, or a `datasets.IterableDataset` with a
-    shuffle buffer. Every partition reads all rows and keeps its own. A resume reads the pass again from its start.
+    shuffle buffer. Every process reads all rows and keeps its own. A resume reads the pass again from its start.
     """
 
     def __init__(self, dataset: Any, block_rows: int):
@@ -249,11 +241,12 @@ class ReplayedStream(Source):
             chunks = chain([chunk], chunks)
         part = ShardSlice(0, partition.index, partition.index + 1)
         while not ended:
-            held, count, ended = _read_chunks(chunks, self.block_rows)
+            held, count, ended = _read_chunks(chunks, self.block_rows, BLOCK_BYTES)
             first, row = row, row + count
             if count:
                 order = partition.shuffled(part, first, count, pass_, partition.index, first)
-                yield Block({"row": first}, {"row": row}, _fetch_from(held, None, None), order, first)
+                fetch, sizes = _fetch_from(held, None, None), partial(_sizes, held)
+                yield Block({"row": first}, {"row": row}, fetch, order, first, None, sizes)
 
     def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
         return f"after {position['row'] if position else 0} rows"
@@ -334,11 +327,11 @@ def _rows_of(columns: dict[str, list]) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _read_chunks(chunks: Iterator[Any], limit: int) -> tuple[list[Any], int, bool]:
-    """Chunks of at most `limit` rows or `BLOCK_BYTES` in total, their number of rows, and whether `chunks` ended."""
+def _read_chunks(chunks: Iterator[Any], limit: int, most: int) -> tuple[list[Any], int, bool]:
+    """Chunks of at most `limit` rows or `most` bytes in total, their number of rows, and whether `chunks` ended."""
     held: list[Any] = []  # tables, or lists of rows
     rows = size = 0
-    while rows + min(CHUNK, limit) <= limit and size < BLOCK_BYTES:
+    while rows + min(CHUNK, limit) <= limit and size < most:
         chunk = next(chunks, None)
         if chunk is None:
             return held, rows, True
@@ -361,6 +354,23 @@ def _row_bytes(row: Any) -> int:
     """Approximate memory of a row. Each integer of a list takes a pointer and an object."""
     values = row.values() if isinstance(row, dict) else ()
     return sum(len(v) if isinstance(v, str) else 36 * len(v) for v in values if isinstance(v, str | list))
+
+
+def _sizes(chunks: list[Any]) -> np.ndarray:
+    """The approximate size of each row of the chunks: its text and the lengths of its lists."""
+    if isinstance(chunks[0], list):
+        return np.array([_row_bytes(row) for chunk in chunks for row in chunk])
+    import pyarrow as pa
+    from pyarrow import compute
+
+    table = pa.concat_tables(chunks)
+    sizes = np.zeros(len(table), dtype=np.int64)
+    for column in table.columns:
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if is_list or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            count = compute.list_value_length if is_list else compute.binary_length
+            sizes += count(column).fill_null(0).to_numpy().astype(np.int64)
+    return sizes
 
 
 def _fetch_from(chunks: list[Any], features: Any, format: str | None) -> Callable[[list[int]], list]:

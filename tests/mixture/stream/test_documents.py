@@ -1,6 +1,7 @@
 """Streamed documents are packed once each without gaps, resume within a document, and may skip bad rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hf_nexus.mixture.documents import Document, split_text
 from hf_nexus.mixture.packing import SourcePacker, tokenizer_fingerprint
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
-from hf_nexus.mixture.stream.reader import SourceError
+from hf_nexus.mixture.stream.lanes import Lane
+from hf_nexus.mixture.stream.reader import PartReader, SourceError
 
 from ...support.stream_documents import documents_of
 from ...support.tiny_tokenizer import BOS, EOS, adding_bos
@@ -39,24 +41,42 @@ def start(
 ) -> MixtureStream:
     stream = MixtureStream({"a": source}, **options)
     stream.place(rank, ranks, 1)
-    stream.begin(None if state is None else {str(rank): {"a": json.loads(json.dumps(state))}})
+    stream.begin(None if state is None else {"a": {str(rank): json.loads(json.dumps(state))}})
     return stream
 
 
-def read(stream: MixtureStream, micro_batches: int, batch: int = 2) -> tuple[list[torch.Tensor], list[Any]]:
-    rows = [stream.__getitems__([(0, 0)] * batch) for _ in range(micro_batches)]
-    return [default_collate(list(r))["input_ids"] for r in rows], [r.tag.states[0].state for r in rows]
+def read(
+    stream: MixtureStream, micro_batches: int, batch: int = 2, first: int = 0
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """The rows of micro-batches, and the state of the only lane after each."""
+    numbers = [((first + i) * stream.ranks + stream.rank) * batch for i in range(micro_batches)]
+    rows = [stream.__getitems__([(number + row, 0) for row in range(batch)]) for number in numbers]
+    return [default_collate(list(r))["input_ids"] for r in rows], [
+        *(s for r in rows for s in r.tag.states[0].lanes.values())
+    ]
 
 
-def first_pass(stream: MixtureStream, source: StreamedDocuments) -> list[str]:
-    """The documents of the first pass. The last one may be incomplete."""
+def first_pass(source: StreamedDocuments, rank: int = 0, ranks: int = 1, **options: Any) -> list[str]:
+    """The documents of the first pass of a rank, and an empty string after the last EOS."""
+    stream = start(replace(source, sequence_length=1), None, rank, ranks, **options)
     tokens: list[int] = []
+    count = None
     while True:
-        (rows,), (state,) = read(stream, 1, batch=1)
-        if state["pass"] > 0:
-            tokens += rows.flatten().tolist()[: source.sequence_length - state["tokens"]]
-            return source.encoder.tokenizer.decode(tokens).split(EOS)
+        (rows,), (state,) = read(stream, 1, batch=1, first=len(tokens))
         tokens += rows.flatten().tolist()
+        (lane,) = stream._readers["a", 0]._of_number.values()
+        count = count or documents_of_pass(PartReader(lane.part.source, lane.part.partition), lane.lane)
+        if state["documents"] >= count:
+            return source.encoder.tokenizer.decode(tokens).split(EOS)
+
+
+def documents_of_pass(part: PartReader, lane: Lane) -> int:
+    """The number of documents of a lane in the first pass."""
+    count = number = 0
+    while (held := part.holding(number)).at["pass"] == 0:
+        count += len(held.dealt(lane))
+        number = held.end
+    return count
 
 
 TEXTS = [f"{'fox ' * (i % 13)}number {i} jumps" for i in range(70)]
@@ -65,9 +85,7 @@ TEXTS = [f"{'fox ' * (i % 13)}number {i} jumps" for i in range(70)]
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_pass_holds_each_document_once_and_an_eos_after_each(ranks: int) -> None:
     source = stream_of(TEXTS, shards=2)
-    found = [
-        text for rank in range(ranks) for text in first_pass(start(source, None, rank, ranks, buffer_size=20), source)
-    ]
+    found = [text for rank in range(ranks) for text in first_pass(source, rank, ranks, buffer_size=20)]
     assert sorted(text for text in found if text) == sorted(TEXTS)
     assert found.count("") == ranks  # after the last EOS of each partition
 
@@ -86,7 +104,7 @@ def test_positions_restart_at_documents_not_at_tokens(segment: int, monkeypatch:
     monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", segment)
     source = stream_of([f"{'fox ' * (i % 9)}{EOS} number {i}" for i in range(40)])
     stream = start(source, buffer_size=10)
-    rows = [row for _ in range(20) for row in stream.__getitems__([(0, 0)] * 2)]
+    rows = [row for i in range(20) for row in stream.__getitems__([(2 * i, 0), (2 * i + 1, 0)])]
     tokens, positions = (torch.cat([row[name] for row in rows]) for name in ("input_ids", "position_ids"))
     eos = (tokens[:-1] == source.encoder.tokenizer.eos_token_id).nonzero().flatten().tolist()
     # Every second EOS is that of packing. Rows start again.
@@ -98,7 +116,7 @@ def test_a_bos_starts_each_document_once(segment: int, monkeypatch: pytest.Monke
     monkeypatch.setattr("hf_nexus.mixture.documents.SEGMENT", segment)
     source = stream_of(TEXTS)
     adding_bos(source.encoder.tokenizer)
-    found = first_pass(start(source), source)
+    found = first_pass(source)
     assert sorted(found)[1:] == sorted(BOS + text for text in TEXTS)
 
 
@@ -116,8 +134,8 @@ def test_resume_after_each_micro_batch_gives_the_same_tokens(
     source = stream_of(TEXTS[:30] + more, shards, length, on_error="skip")
     expected, states = read(start(source, buffer_size=buffer_size), 24, batch)
     state = None
-    for rows, after in zip(expected, states, strict=True):  # resume after each micro-batch
-        (got,), (state,) = read(start(source, state, buffer_size=buffer_size), 1, batch)
+    for i, (rows, after) in enumerate(zip(expected, states, strict=True)):  # resume after each micro-batch
+        (got,), (state,) = read(start(source, state, buffer_size=buffer_size), 1, batch, i)
         assert got.equal(rows) and state == after
 
 
@@ -127,12 +145,12 @@ def test_streams_leave_out_documents_by_the_hash_of_packing(tmp_path: Path) -> N
     hashes = packer.hash_documents(Dataset.from_dict({"text": TEXTS[:20]})).tolist()
     assert hashes == [Document(text).hash for text in TEXTS[:20]]
     source = stream_of(TEXTS, held_out=hashes)
-    assert sorted(first_pass(start(source), source))[1:] == sorted(TEXTS[20:])
+    assert sorted(first_pass(source))[1:] == sorted(TEXTS[20:])
 
 
 def test_empty_documents_are_left_out_without_an_eos() -> None:
     source = stream_of(["", *TEXTS, ""], on_error="raise")
-    assert first_pass(start(source), source).count("") == 1
+    assert first_pass(source).count("") == 1
     with pytest.raises(SourceError, match=r"'a' .*a whole pass over the documents gave no token"):
         read(start(stream_of(["", ""])), 1)
 
@@ -144,11 +162,11 @@ BAD = [None, 3, "half a pair \ud800"]
 def test_a_bad_row_is_named_or_skipped_and_counted(bad: Any, caplog: pytest.LogCaptureFixture) -> None:
     texts = [*TEXTS[:40], bad, *TEXTS[40:], bad]
     with pytest.raises(SourceError, match=r"Source 'a': row (40|71) of shard 0 is unusable: .*on_error to 'skip'"):
-        first_pass(start(stream_of(texts)), stream_of(texts))
+        first_pass(stream_of(texts))
     source = stream_of(texts, on_error="skip")
-    stream = start(source)
-    assert sorted(first_pass(stream, source))[1:] == sorted(TEXTS)
-    _, (*_, last) = read(stream, 300)
+    assert sorted(first_pass(source))[1:] == sorted(TEXTS)
+    caplog.clear()
+    _, (*_, last) = read(start(source), 300)
     assert last["pass"] > 2 and 2 * last["pass"] <= last["skipped"] <= 2 * (last["pass"] + 1)
     assert caplog.text.count("It is skipped, like further unusable rows") == 1
 
@@ -162,9 +180,9 @@ def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
     rows = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
     with pytest.raises(SourceError, match="row 33 of shard 0 is unusable"):
         source = documents_of(rows, L)
-        first_pass(start(source), source)
+        first_pass(source)
     source = documents_of(rows, L, on_error="skip")
-    assert sorted(first_pass(start(source), source))[1:] == sorted(TEXTS[:33] + TEXTS[34:])
+    assert sorted(first_pass(source))[1:] == sorted(TEXTS[:33] + TEXTS[34:])
 
 
 # --- long documents
@@ -196,5 +214,5 @@ def test_long_documents_are_tokenized_by_segment_when_needed(monkeypatch: pytest
     assert torch.cat(rows).flatten().equal(whole[: len(whole) // (2 * L) * 2 * L])
     assert max(called) <= 100
     called.clear()
-    again, _ = read(start(source, states[20]), 1)
+    again, _ = read(start(source, states[20]), 1, first=21)
     assert again[0].equal(rows[21]) and sum(called) <= 300

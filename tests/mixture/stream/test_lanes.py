@@ -1,0 +1,151 @@
+"""The rows of each global micro-batch depend on neither ranks nor workers, before or after a resume."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_nexus.mixture.stream.dataset import MicroBatchSampler
+from hf_nexus.mixture.stream.lanes import Lanes
+from hf_nexus.mixture.stream.reader import RowReader
+from hf_nexus.mixture.stream.sources import open_source
+
+from ...support.stream_documents import documents_of
+from ...support.stream_readers import Readers
+from ...support.streams import Replayed, sharded, texts
+
+SOURCES: dict[str, Any] = {
+    "map-style": lambda: [{"x": x} for x in range(90)],
+    "one file": lambda: sharded([97], 0),
+    "few files": lambda: sharded([30, 17, 43], 0),
+    "many files": lambda: sharded([5 + i % 4 for i in range(70)], 0),
+    "tiny": lambda: sharded([7, 8], 0),
+    "replayed": lambda: Replayed(75, 0),
+    "documents": lambda: documents_of(texts(60).to_iterable_dataset(3), 8),
+    "documents of many files": lambda: documents_of(texts(140).to_iterable_dataset(33), 8),
+    "few documents": lambda: documents_of(texts(30).to_iterable_dataset(2), 8),
+}
+NUMBERS = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4))  # ranks that divide 12 rows, and workers
+
+
+@settings(max_examples=8)
+@given(
+    kind=st.sampled_from(list(SOURCES)),
+    before=NUMBERS,
+    after=NUMBERS,
+    at=st.integers(0, 12),
+    buffer=st.integers(2, 90),
+)
+def test_any_ranks_and_workers_read_the_same_micro_batches(
+    kind: str, before: tuple[int, int], after: tuple[int, int], at: int, buffer: int
+) -> None:
+    lanes, source = Lanes.of_run(12, *before), SOURCES[kind]
+    whole = Readers(source(), 1, 1, lanes, buffer_size=buffer).read(at + 9, 12)
+    first = Readers(source(), *before, lanes, buffer_size=buffer)
+    assert first.read(at, 12) == whole[:at]
+    second = Readers(source(), *after, lanes, first.states, at, buffer_size=buffer)
+    assert second.read(4, 12) == whole[at : at + 4]
+    third = Readers(source(), *before, lanes, second.states, at + 4, buffer_size=buffer)
+    assert third.read(5, 12) == whole[at + 4 :]
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.lists(st.integers(12, 20), min_size=1, max_size=24),
+    kind=st.sampled_from(["stream", "map-style", "replayed"]),
+    ranks=st.integers(1, 4),
+    workers=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    buffer=st.integers(2, 60),
+)
+def test_no_row_is_lost_or_repeated(
+    sizes: list[int], kind: str, ranks: int, workers: int, batch: int, buffer: int
+) -> None:
+    """Each pass of the parts holds each row once, and micro-batches take the rows of each part one after the other."""
+    dataset: Any = sharded(sizes, 0)
+    if kind == "map-style":
+        dataset = Dataset.from_list(list(dataset))
+    elif kind == "replayed":
+        dataset = dataset.shuffle(seed=3, buffer_size=7)
+    rows, lanes = ranks * batch, Lanes.of_run(ranks * batch, ranks, workers)
+    own = [(slot, turn) for slot in range(lanes.slots) for turn in range(lanes.turns)]
+    reader = RowReader("a", open_source("a", dataset, buffer // 2), 0, lanes, 0, own, {})
+    visits = 2
+    expected, first_pass = Counter[int](), []
+    for part in reader._parts.values():
+        for number in range(visits * lanes.turns * rows // len(reader._parts)):
+            held = part.holding(number)
+            expected[part.fetch(held, [number - held.first])[0]["x"]] += 1
+        number = 0
+        while (held := part.holding(number)).at["pass"] == 0:
+            first_pass += [row["x"] for row in part.fetch(held, list(range(held.end - held.first)))]
+            number = held.end
+    assert sorted(first_pass) == list(range(sum(sizes)))
+    found = Readers(dataset, ranks, workers, lanes, buffer_size=buffer).read(visits * lanes.turns, rows)
+    assert Counter(x for batch in found for x in batch) == expected
+
+
+@pytest.mark.parametrize(("rows", "ranks", "workers", "lanes"), [
+    (64, 1, 1, Lanes(8, 8)),
+    (64, 8, 8, Lanes(8, 8)),
+    (512, 64, 4, Lanes(64, 8)),
+    (12, 4, 1, Lanes(4, 8)),
+    (2, 1, 3, Lanes(2, 9)),
+    (7, 7, 1, Lanes(7, 8)),
+])  # fmt: skip
+def test_a_new_run_divides_its_lanes_evenly(rows: int, ranks: int, workers: int, lanes: Lanes) -> None:
+    assert Lanes.of_run(rows, ranks, workers) == lanes
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("skipped", [0, 7])
+def test_each_worker_is_asked_for_its_own_turns_only(workers: int, skipped: int) -> None:
+    """A data loader gives its requests to its workers in turn. All micro-batches of the run are among them."""
+    counts: Counter[int] = Counter({0: 5, 1: 2, 2: 11})
+    expected: list[Any] = []
+
+    def index_of(number: int) -> tuple[int, int] | None:
+        if number < skipped:
+            return None
+        source = (0, 0, 1, 0, 2, 0, 1)[number % 7]
+        expected.append((counts[source], source))
+        counts[source] += 1
+        return expected[-1]
+
+    sampler = MicroBatchSampler(index_of, 80 + skipped, 1, workers, (workers - 1) * 4)
+    requests = list(sampler)[skipped:]
+    assert all(ordinal % workers == i % workers for i, (ordinal, _) in enumerate(requests))
+    assert set(expected) < set(requests) or sorted(expected) == sorted(requests)
+    assert len(requests) == len(set(requests)) < 80 + 8 * workers
+    for source in range(3):  # each worker goes forward
+        for worker in range(workers):
+            mine = [ordinal for ordinal, of in requests[worker::workers] if of == source]
+            assert mine == sorted(mine)
+
+
+@pytest.mark.parametrize("kind", ["one file", "documents"])
+def test_lanes_in_one_process_share_one_reading(kind: str) -> None:
+    read: list[int] = []
+
+    def note(row: dict[str, Any]) -> dict[str, Any]:
+        read.append(row["x"])
+        return row
+
+    rows = texts(1500).to_iterable_dataset().map(note)
+    source = documents_of(rows, 8) if kind == "documents" else rows
+    readers = Readers(source, 1, 1, Lanes(8, 8), buffer_size=400)
+    readers.read(60, 8)
+    assert max(Counter(read).values()) == 1
+
+
+def test_documents_are_dealt_by_their_size() -> None:
+    """Lanes then stay close together, although documents differ: what one has not taken yet must be held."""
+    sizes = [1 if x % 7 else 60 for x in range(6000)]
+    rows = Dataset.from_dict({"text": ["fox " * size for size in sizes]}).to_iterable_dataset()
+    readers = Readers(documents_of(rows, 32), 1, 1, Lanes(4, 4), buffer_size=400)
+    readers.read(300, 4)
+    firsts = [state["at"]["first"] for state in readers.states["a"].values()]
+    assert min(firsts) > 1000 and max(firsts) - min(firsts) <= 600
