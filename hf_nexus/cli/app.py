@@ -11,7 +11,6 @@ from typer.core import TyperCommand
 from .. import __version__
 from ..errors import one_line_errors
 from ..files import hide_token, printable
-from ..pretrain.early import check_early
 from ..strict import load_yaml, packaged
 from .benchmark import benchmark
 from .closeness import closeness
@@ -100,6 +99,8 @@ def train(
     """Train a model: hf-nexus train demo --max_steps 20 --inner_lr 0.1"""
     if "RANK" not in os.environ:  # at once: heavy packages take seconds to load
         print(f"hf-nexus {__version__} train {printable(config)}", file=sys.stderr, flush=True)
+    from ..pretrain.early import check_early
+
     argv = [config, *context.args]
     dry_run = any(word.startswith(("--dry_run", "--dry-run")) for word in argv)
     with one_line_errors(debug=context.obj):
@@ -119,6 +120,8 @@ def train(
 @app.command(cls=_FieldsCommand, context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
     """Print parameters, tokens, steps, memory and cost of a run, without network or GPU: hf-nexus plan 3b"""
+    from ..pretrain.early import check_early
+
     with one_line_errors(debug=context.obj):
         check_early(["--config", config, *context.args], here=False)
     from ..pretrain import run as pretrain
