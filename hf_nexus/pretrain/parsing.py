@@ -63,9 +63,6 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     Raises:
         ValueError: an unknown key or flag, or a value that is not allowed, named in the message.
     """
-    if {"-h", "--help"} & {*argv}:
-        print("Each field of a configuration is a flag. `hf-nexus train --help` and `hf-nexus plan --help` list them.")
-        raise SystemExit
     kinds = {section: field_types(cls) for section, cls in {"hardware": HardwareArguments, **SECTIONS}.items()}
     flags = read_flags(hide_token(argv), {"run": RUN, **kinds})
     name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)

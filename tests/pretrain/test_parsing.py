@@ -181,12 +181,6 @@ def test_a_wrong_flag_is_named(write, flags, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_the_help_of_a_recipe_names_the_list_of_flags(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_arguments(["--config", "demo", "--help"])
-    assert not stop.value.code and "hf-nexus train --help" in capsys.readouterr().out
-
-
 def test_a_missing_accelerator_names_the_demo(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"'3b' needs an accelerator.*recipes/pretrain_3b\.py --config demo"):
