@@ -6,8 +6,9 @@ Time for which training stops at a save, with and without `checkpoint_async`.
 
 A round trains twice, in random order: with checkpoints for which training waits, and with checkpoints that are written
 while it goes on. `stop` is the mean time of a save in the thread that trains. It includes the wait for the write
-before, if that has not ended. `loop` is the time from the first step to the end of training, when all checkpoints are
-complete. Ratios are taken within a round. A short first round warms up.
+before, if that has not ended. `CPU` is the part of it that the thread computes, which other programs disturb less, but
+which leaves out the waits for the disk. `loop` is the time from the first step to the end of training, when all
+checkpoints are complete. Ratios are taken within a round. A short first round warms up.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from arms import CUDA, NEXUS, Case
-from push_overhead import Stopwatch
 from quartiles import quartiles
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -36,8 +37,8 @@ class FirstStep(TrainerCallback):
         self.began = self.began or time.perf_counter()
 
 
-def train(folder: str, later: bool, options: argparse.Namespace, steps: int) -> tuple[float, float]:
-    """Seconds of a stop, and of the loop."""
+def train(folder: str, later: bool, options: argparse.Namespace, steps: int) -> tuple[float, float, float]:
+    """Seconds of a stop, of its part on the CPU, and of the loop."""
     case = Case(options.model, options.tokens, 4)
     args = NexusConfig(
         output_dir=folder,
@@ -55,11 +56,18 @@ def train(folder: str, later: bool, options: argparse.Namespace, steps: int) -> 
     )
     trainer = NexusTrainer(case.build_model(NEXUS, "cuda" if CUDA else "cpu"), args, train_dataset=case.sources(steps))
     trainer.remove_callback(PrinterCallback)
-    clock, stopwatch = FirstStep(), Stopwatch()
+    clock, stops, save = FirstStep(), [], trainer._save_checkpoint
     trainer.add_callback(clock)
-    trainer._save_checkpoint = stopwatch(trainer._save_checkpoint)
+
+    def timed(*given: Any) -> None:
+        began = time.perf_counter(), time.thread_time()
+        save(*given)
+        stops.append((time.perf_counter() - began[0], time.thread_time() - began[1]))
+
+    trainer._save_checkpoint = timed
     trainer.train()
-    return stopwatch.seconds / (steps // args.save_steps), time.perf_counter() - clock.began
+    wall, cpu = (sum(seconds) / len(stops) for seconds in zip(*stops, strict=True))
+    return wall, cpu, time.perf_counter() - clock.began
 
 
 def main() -> None:
@@ -79,13 +87,14 @@ def main() -> None:
         for later in order.sample([False, True], 2):
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 pair[later] = train(folder, later, options, options.steps if number else options.save_steps)
-        print(f"round {number}: stop {pair[False][0]:.3f} s, without {pair[True][0]:.3f} s", flush=True)
+        stops = " and ".join(f"{pair[later][0]:.3f} s ({pair[later][1]:.3f} s CPU)" for later in (False, True))
+        print(f"round {number}: {stops} with checkpoint_async", flush=True)
         rounds.append(pair)
-    print("| | stop at a save, s | loop, s |\n|---|---|---|")
+    print("| | stop at a save, s | CPU, s | loop, s |\n|---|---|---|---|")
     measured = rounds[1:]
     for later, name in ((False, "training waits"), (True, "`checkpoint_async`")):
-        print(f"| {name} | {' | '.join(quartiles([pair[later][i] for pair in measured]) for i in (0, 1))} |")
-    ratios = (quartiles([pair[True][i] / pair[False][i] for pair in measured]) for i in (0, 1))
+        print(f"| {name} | {' | '.join(quartiles([pair[later][i] for pair in measured]) for i in range(3))} |")
+    ratios = (quartiles([pair[True][i] / pair[False][i] for pair in measured]) for i in range(3))
     print(f"| ratio | {' | '.join(ratios)} |")
     print(f"{options.model}, {options.save_steps} steps between saves, load {os.getloadavg()[0]:.1f}")
 

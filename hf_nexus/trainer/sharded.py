@@ -49,7 +49,7 @@ class ShardedWriter:
         Raises:
             ValueError: the optimizer trains parameters that the model does not have.
         """
-        states: dict[str, dict[str, Any]] = {_MODEL: {"model": get_model_state_dict(model)}}
+        states: dict[str, dict[str, Any]] = {}
         if optimizer is not None:
             try:
                 states[_OPTIMIZER] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -58,6 +58,8 @@ class ShardedWriter:
                     "checkpoint_async=True needs the name of each parameter that is trained, and the optimizer "
                     "trains some that are not the model's. Leave checkpoint_async out."
                 ) from error
+        # The larger first: the second copy is made while the first is written.
+        states[_MODEL] = {"model": get_model_state_dict(model)}
         if dist.is_initialized() and not self._groups:
             # Groups apart from those of training, so that the threads wait for each other only.
             self._groups = [dist.new_group(backend="gloo") for _ in (_MODEL, _OPTIMIZER)]
