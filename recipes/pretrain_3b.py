@@ -26,10 +26,13 @@ Every field of the configuration is also a flag. `--resume_from_checkpoint last`
 
 import sys
 
-from hf_nexus.cli.app import main as command
-from hf_nexus.pretrain.run import main
+from hf_nexus.quiet import quieten
 
 if __name__ == "__main__":
+    quieten()  # before heavy packages are imported
+    from hf_nexus.cli.app import main as command
+    from hf_nexus.pretrain.run import main
+
     if {"-h", "--help"} & {*sys.argv[1:]}:
         command(["train", "--help"])
     main()

@@ -37,6 +37,7 @@ ROOMS = [
     "files",
     "lazy",
     "version",
+    "quiet",
 ]
 
 

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from .. import __version__
 from ..errors import one_line_errors
 from ..files import hide_token, printable
+from ..quiet import quieten
 from ..strict import load_yaml, packaged
 from .benchmark import benchmark
 from .closeness import closeness
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         >>> main(["plan", "130m"])  # doctest: +SKIP
     """
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which starts the command, may not be installed
+    quieten()
     argv = hide_token(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--debug"]:
         argv = ["--debug", *argv[:-1]]

@@ -158,8 +158,10 @@ class Run:
             if "loss" in entry
         ]
         if not run.trainer.is_fsdp_enabled:  # whose ranks hold parts of the gradients
-            last = run.trainer.state.global_step, _pairs(run.trainer.source_cosines())
-            record.cosines = [*_logged_cosines(log, names), last]
+            last = run.trainer.state.global_step
+            record.cosines = _logged_cosines(log, names)
+            if not record.cosines or record.cosines[-1][0] != last:
+                record.cosines.append((last, _pairs(run.trainer.source_cosines())))
         for name, questions in self.config.question_sets.items():
             scores = answer_scores(
                 run.trainer.model,

@@ -160,6 +160,7 @@ def _body(run: RunSummary) -> str:
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     jinja.filters |= {"cell": _cell, "code": _code, "code_cell": _code_cell, "escaped": _escaped, "line": printable}
     jinja.filters |= {"number": _number, "count": _count, "loss": _loss, "percent": _percent}
+    jinja.filters |= {"yaml": _yaml, "setting": _setting}
     template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
     environment = {
         "Hardware": run.hardware and _cell(run.hardware),
@@ -216,11 +217,27 @@ def _code_cell(value: object) -> str:
     return _code(value).replace("\\|", "\\ |").replace("|", r"\|")
 
 
-def _number(value: float | None) -> str:
-    """Four significant digits, and all digits before the point below a billion."""
+def _number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits by default, and all digits before the point below a billion."""
     if value is None or not math.isfinite(value):
         return _cell(value)
-    return f"{round(value):,}" if isinstance(value, int) or 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    return f"{round(value):,}" if isinstance(value, int) or 999.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
+def _yaml(settings: dict[str, Any]) -> str:
+    """Settings that have a value, as lines of YAML inside a block of code, which no value ends."""
+    lines = [f"{_flow(name)}: {_flow(value)}" for name, value in settings.items() if value is not None]
+    return "\n".join(lines).replace("```", "'''")
+
+
+def _flow(value: object) -> str:
+    """Plain data as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return printable(text.removesuffix("...\n"))
+
+
+def _setting(value: object) -> str:
+    return _cell(_flow(value).strip("{}"))
 
 
 def _count(value: int) -> str:

@@ -22,7 +22,7 @@ from .retries import RetryPolicy
 from .uploader_process import UploaderProcess
 from .weights import convert_weights
 
-__all__ = ["PUBLIC", "STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
+__all__ = ["PUBLIC", "RUN_NAME", "STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _RESUME_ONLY = (
 )
 # Begins the name of a file that is sent in place of another, which holds paths of this machine.
 PUBLIC = "_public_"
+RUN_NAME = "RUN.md"  # quotes held-out rows, which may be private
 # Files that may hold paths of this machine.
 _NAME_FOLDERS = ("trainer_state.json", "adapter_config.json", "pretrain.yaml", "README.md")
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
@@ -166,7 +167,7 @@ class Publisher:
 
     def submit(self, step: int, message: str) -> bool:
         """
-        Queue the output folder without its checkpoints, the queue, and files whose names start with `_`. A file
+        Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. A file
         `_public_<name>` is sent in place of `<name>`.
 
         Args:
@@ -346,10 +347,10 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
 
 
 def _sent_files(output_dir: Path) -> dict[str, Path]:
-    """The files of an output folder, without checkpoints and the queue, by their path in the repository."""
+    """The files of an output folder, without checkpoints, the queue and `RUN.md`, by their path in the repository."""
     files: dict[str, Path] = {}
     for path in sorted(output_dir.iterdir()):
-        if path.name != QUEUE_NAME and not path.name.startswith(("_", "checkpoint-")):
+        if path.name not in (QUEUE_NAME, RUN_NAME) and not path.name.startswith(("_", "checkpoint-")):
             files |= files_below(path, path.name)
     for path in output_dir.glob(f"{PUBLIC}*"):
         files[path.name.removeprefix(PUBLIC)] = path

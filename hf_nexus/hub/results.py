@@ -106,6 +106,11 @@ class BenchmarkScore:
             raise ValueError(f"dataset={self.dataset!r} of {self.name} is not a Hub id. Use 'user/name'.")
 
 
+def _rounded(value: float) -> float:
+    """Three significant digits, and all digits before the point."""
+    return round(value) if value >= 100 else float(f"{value:.3g}")
+
+
 def model_index(
     losses: Iterable[Evaluation],
     scores: Iterable[BenchmarkScore],
@@ -128,10 +133,10 @@ def model_index(
             dataset_split="held-out",
             dataset_args={"role": row.role},
             metric_type=metric,
-            metric_value=value,
+            metric_value=_rounded(value) if metric == "perplexity" else float(value),
         )
         for row in losses
-        for metric, value in (("loss", float(row.last_loss)), ("perplexity", row.perplexity))[: 1 + perplexities]
+        for metric, value in (("loss", round(row.last_loss, 4)), ("perplexity", row.perplexity))[: 1 + perplexities]
         if pipeline_tag is not None and math.isfinite(value)
     ]
     return entries + [

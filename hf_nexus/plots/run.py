@@ -1,10 +1,10 @@
 """The plots of a training run: its losses and path cosines over the steps, and the gradient cosines of its sources."""
 
+import itertools
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ TRAINING_PLOT, COSINES_PLOT = "training.png", "gradient_cosines.png"
 _Points = dict[int, float]  # step -> value; NaN leaves a gap
 _Curve = tuple[str, _Points, dict[str, Any]]  # name, points, style
 _SHORT, _LONG = (0, (1, 1)), (0, (4, 2))  # dashes
+# Cool colors for training sources and warm ones for OOD sources, distinct under color blindness.
+_TRAINED_COLORS = ("#0072B2", "#009E73", "#56B4E9", "#332288", "#117733", "#44AA99")
+_OOD_COLORS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#AA4499", "#999933")
 
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path) -> list[Path]:
@@ -31,9 +34,9 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], f
     says how to install it.
 
     `training.png` shows the held-out losses: training sources solid, OOD sources dashed, means thick. If no evaluation
-    set has the name of a source, all are solid. A log without an evaluation shows its training losses instead, labeled
-    as path losses. The lower panel shows `path_cosine`, and `inner_lr` if it changes. `gradient_cosines.png` shows the
-    cosines of `gradient_cosine_steps` as curves, and the last ones as a matrix.
+    set has the name of a source, all are solid. The training loss, a path loss, is dotted. A log without an evaluation
+    shows the training losses of the sources. The lower panel shows `path_cosine`, and `inner_lr` if it changes.
+    `gradient_cosines.png` shows the cosines of `gradient_cosine_steps` as curves, and the last ones as a matrix.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`):
@@ -88,9 +91,10 @@ def _training(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figu
 
     panels = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     if losses:
-        dashed = any(style["linestyle"] != "-" for _, _, style in losses)
+        dashed = any(style["linestyle"] == _LONG for _, _, style in losses)
         title = "solid: training sources    dashed: OOD sources    thick: means" if dashed else ""
         tidy(panels[0], title, y=axis_label)
+        figure.suptitle(f"{'Held-out' if 'held-out' in axis_label else 'Training'} loss of each source", fontsize=11)
         _draw_losses(panels[0], losses)
     if cosine:
         panels[-1].plot(*_xy(cosine), color="black", linewidth=1.3, marker=".", markersize=4)
@@ -127,15 +131,18 @@ def _loss_curves(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> tu
         means = [("mean", "loss", False)]
         axis_label = "path loss in training (nats per token)"
     curves = []
+    colors = {False: itertools.cycle(_TRAINED_COLORS), True: itertools.cycle(_OOD_COLORS)}
     for index, (name, key, dashed) in enumerate(rows + means):
         style: dict[str, Any] = {"linestyle": _LONG if dashed else "-", "markerfacecolor": "white" if dashed else None}
         if index >= len(rows):  # means are thick and lie below the sources, which stay visible on top
             style |= {"color": "0.6" if dashed else "black", "linewidth": 3.2, "zorder": 2}
         else:
-            style |= {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+            style |= {"color": next(colors[dashed]), "marker": MARKERS[index % len(MARKERS)]}
             style |= {"linewidth": 1.3, "markersize": 5.5, "zorder": 3}
         if points := _series(log, key):
             curves.append((name, points, style))
+    if "held-out" in axis_label and (points := _series(log, "loss")):
+        curves.append(("training (path loss)", points, {"linestyle": _SHORT, "color": "0.3", "linewidth": 1.6}))
     return curves, axis_label
 
 
@@ -144,7 +151,7 @@ def _draw_losses(axes: "Axes", curves: list[_Curve]) -> None:
 
     def order(curve: _Curve) -> tuple[bool, bool, float]:  # training before OOD, mean first, then by last value
         _, points, style = curve
-        return style["linestyle"] != "-", "marker" in style, -_last(points)
+        return style["linestyle"] == _LONG, "marker" in style, -_last(points)
 
     for index, (name, points, style) in enumerate(sorted(curves, key=order)):
         last = _last(points)
@@ -169,7 +176,7 @@ def _draw_losses(axes: "Axes", curves: list[_Curve]) -> None:
 
 def _cosines(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figure | None":
     pairs: dict[tuple[str, str], _Points] = {}  # the finite cosines of each pair that has any
-    for a, b in combinations(sources, 2):
+    for a, b in itertools.combinations(sources, 2):
         if points := _series(log, f"cosine/{a}-{b}") or _series(log, f"cosine/{b}-{a}"):
             pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
     if not pairs:
@@ -189,8 +196,9 @@ def _cosines(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figur
     last = {pair: _last(points) for pair, points in pairs.items()}
     last |= {(b, a): value for (a, b), value in last.items()}
     names = [name for name in sources if any(name in pair for pair in pairs)]
-    rows = [[1.0 if a == b else last.get((a, b), math.nan) for b in names] for a in names]
-    draw_matrix(right, names, rows, cmap="PuOr_r", limits=(-1, 1))
+    rows = [[last.get((a, b), math.nan) for b in names] for a in names]
+    largest = max(0.1, *map(abs, last.values()))
+    draw_matrix(right, names, rows, cmap="PuOr_r", limits=(-largest, largest))
     right.set_title(f"after step {steps[-1]}", fontsize=9, loc="left")
-    figure.suptitle("gradient cosines between sources, at restored weights", fontsize=10)
+    figure.suptitle("Gradient cosines between sources, at restored weights", fontsize=11)
     return figure

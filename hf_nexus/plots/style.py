@@ -94,15 +94,15 @@ def draw_matrix(
     fontsize: float = 8.0,
 ) -> Any:
     """
-    Draw a square matrix with its numbers in the cells; NaN is written as a dash. `limits` are the values at the ends
-    of the color map. Returns the image, for a color bar.
+    Draw a square matrix with its numbers in the cells; NaN is written as a dash, and not at all on the diagonal.
+    `limits` are the values at the ends of the color map. Returns the image, for a color bar.
     """
     import numpy as np
 
     image = axes.imshow(rows, cmap=cmap, vmin=limits[0], vmax=limits[1])
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
-            text = "–" if math.isnan(value) else f"{value:{number}}"  # noqa: RUF001
+            text = "–" * (i != j) if math.isnan(value) else f"{value:{number}}"  # noqa: RUF001
             red, green, blue, _ = (1.0,) * 4 if math.isnan(value) else image.to_rgba(np.asarray(value))
             color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.45 else "black"
             axes.text(j, i, text, ha="center", va="center", fontsize=fontsize, color=color)

@@ -1,19 +1,16 @@
-"""The output of a pretraining run: its plan, a line per log entry, and a table of losses."""
+"""The output of a pretraining run: its plan, and a table of losses."""
 
-import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import SchedulerType, TrainerCallback
+from transformers import SchedulerType
 
+from ..files import printable
 from ..hub.results import Evaluation
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
-from ..trainer.card import CARD_FILES
 from ..trainer.mixin import NexusTrainer
 from .advice import warnings_of
 from .cost import CostEstimate
@@ -21,8 +18,9 @@ from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
 from .model import attention_of, config_of, joined_documents
 from .plan import RunPlan
+from .run_file import write_run_file
 
-__all__ = ["RunLog", "cost_table", "format_bytes", "print_plan", "write_report"]
+__all__ = ["cost_table", "format_bytes", "print_plan", "say", "write_report"]
 
 
 def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, loaded: Mixture | None = None) -> None:
@@ -174,53 +172,27 @@ def format_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-class RunLog(TrainerCallback):
-    """
-    One line per log entry, in place of the Trainer's bars and dictionaries, which are hard to read with many sources.
-
-    Args:
-        console (`rich.console.Console`):
-            Output of the lines. Quiet on all processes except the main one.
-    """
-
-    def __init__(self, console: Console):
-        self.console = console
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.started, self.first_step = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Print a training log or an evaluation."""
-        logs = logs or {}
-        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        if "eval_loss" in logs:
-            ood = f"   OOD {logs['eval_ood_loss']:.3f}" if "eval_ood_loss" in logs else ""
-            self.console.print(f"[bold]{step}   held-out loss   sources {logs['eval_loss']:.3f}{ood}[/bold]")
-        elif "loss" in logs:
-            columns = [step, f"loss {logs['loss']:.3f}"]
-            if "path_cosine" in logs:
-                columns.append(f"path cosine {logs['path_cosine']:+.3f}")
-            if "tokens_per_second" in logs:
-                columns.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-            self.console.print("   ".join([*columns, f"{self._remaining(state)} left"]), highlight=False)
-
-    def _remaining(self, state: Any) -> str:
-        done = max(1, state.global_step - self.first_step)
-        seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-        return str(timedelta(seconds=round(seconds)))
+def say(console: Console, text: str) -> None:
+    """Print text as it is, without breaking its lines."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_report(arguments: PretrainArguments, trainer: NexusTrainer, console: Console) -> None:
-    """Write the card of a run into its output folder, and print the table of losses."""
-    summary = trainer.write_card(arguments.folder)
-    written = ", ".join(name for name in CARD_FILES if (arguments.folder / name).exists())
+def write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: Mixture, console: Console) -> None:
+    """Write the card of a run and `RUN.md` into its output folder, and print the table of losses."""
+    folder = arguments.folder
+    summary = trainer.write_card(folder)
     console.print(_loss_table(summary.evaluations))
-    console.print(f"Saved in {arguments.folder}: the model and its tokenizer, trainer_state.json, {written}")
+    say(console, f"Saved in {folder}: the model, its card and its plots")
+    held_out = {} if trainer.is_fsdp_enabled else mixture.eval  # one process has a part of the weights
+    try:
+        path = write_run_file(folder, trainer.model, trainer.processing_class, held_out)
+        say(console, f"{path} says which file is what, and shows generated text")
+    except Exception as error:  # a model may not be able to generate
+        say(console, f"No text could be generated: {printable(error)}")
 
 
 def _loss_table(rows: Sequence[Evaluation]) -> Table:
-    table = Table(title="Held-out loss at restored weights (nats per token)")
+    table = Table(title="Held-out loss (nats per token)")
     for column in ("", "role", "first", "last", "change"):
         table.add_column(column, justify="left" if column in ("", "role") else "right")
     for row in rows:

@@ -1,18 +1,20 @@
 """A pretraining run, from a configuration to a folder with a model, its plots and its card."""
 
 import gc
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import one_line_errors
@@ -22,12 +24,13 @@ from ..mixture.loading import Mixture, load_mixture
 from ..mixture.texts import tokenizer_of_sources
 from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.mixin import NexusTrainer
-from .console import RunLog, print_plan, write_report
+from .console import print_plan, say, write_report
 from .fields import PretrainArguments
-from .folder import claim_folder, find_checkpoint
+from .folder import CONFIG_NAME, claim_folder, find_checkpoint
 from .model import build_model, config_of, model_config
 from .parsing import parse_arguments
 from .plan import plan_run
+from .progress import SaveOnInterrupt, TrainingProgress
 
 __all__ = ["PretrainRun", "dry_run", "leaving_process_group", "load_tokenizer", "main", "prepare_run", "pretrain"]
 
@@ -136,35 +139,52 @@ class PretrainRun:
     lock: ExitStack = field(default_factory=ExitStack)  # of the output folder
 
     def train(self) -> None:
-        """Train, evaluate the last step if it is not evaluated yet, save, report, and release the output folder."""
+        """
+        Train, evaluate the last step if it is not evaluated yet, save, report, and release the output folder.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, which saves a checkpoint on a single process. A second one does not wait.
+        """
         with self.lock:
-            self._train()
+            try:
+                self._train()
+            except KeyboardInterrupt:
+                self._print_how_to_resume("Interrupted")
+                raise
 
     def _train(self) -> None:
-        trainer = self.trainer
-        try:
+        trainer, progress = self.trainer, TrainingProgress(self.console, bar=not self.trainer.args.disable_tqdm)
+        interrupt = SaveOnInterrupt(self.console)
+        for callback in (progress, interrupt):
+            trainer.add_callback(callback)
+        # On several processes, some would stop a step before the others.
+        with progress.shown(), interrupt.listening() if trainer.args.world_size == 1 else nullcontext():
             trainer.train(resume_from_checkpoint=self.checkpoint)
-        except KeyboardInterrupt:
-            self._print_how_to_resume("Interrupted")
-            raise
+        if interrupt.requested:
+            raise KeyboardInterrupt
         if trainer.stopped_by_sigterm:  # the sender wants the machine, not an evaluation
             self._print_how_to_resume("Terminated")
             raise SystemExit(128 + signal.SIGTERM)
         evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
         if self.mixture.eval and trainer.state.global_step not in evaluated:
-            trainer.evaluate()
+            with progress.shown():
+                trainer.evaluate()
         trainer.save_model(_internal_call=True)  # does not push: the push below includes the card
         trainer.save_state()
         try:
             if trainer.args.should_save:
-                write_report(self.arguments, trainer, self.console)
+                write_report(self.arguments, trainer, self.mixture, self.console)
         finally:
             trainer.publish("End of training")
 
     def _print_how_to_resume(self, event: str) -> None:
-        last = last_checkpoint(self.arguments.folder)
-        hint = f"continue {Path(last).name} with --resume_from_checkpoint last" if last else "nothing was saved yet"
-        self.console.print(f"{event} after step {self.trainer.state.global_step}; {hint}.")
+        folder, processes = self.arguments.folder, self.trainer.args.world_size
+        hint = "nothing was saved yet."
+        if last := last_checkpoint(folder):
+            devices = f" --devices {processes}" if processes > 1 else ""
+            command = f"hf-nexus train {shlex.quote(str(folder / CONFIG_NAME))}{devices} --resume_from_checkpoint last"
+            hint = f"continue {Path(last).name} with:\n{command}"
+        say(self.console, f"{event} after step {self.trainer.state.global_step}; {hint}")
 
 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
@@ -185,6 +205,8 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
     if args.cpu_threads is not None:
         torch.set_num_threads(args.cpu_threads)
     set_seed(args.seed)
+    names = ", ".join(arguments.mixture.sources)
+    say(console, f"Reading the sources: {names}")
     with args.main_process_first(desc="tokenizer and datasets"):
         tokenizer = load_tokenizer(arguments, checkpoint)
         model = _build(arguments, tokenizer, checkpoint)
@@ -192,15 +214,19 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
             choose_isolation(True, isolation_problem(model, use_cache=False))
         mixture = load_mixture(arguments.mixture, tokenizer)
     print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
+    if not args.report_to:
+        curves = f"pip install trackio, add --report_to trackio, and run: trackio show --project {args.project}"
+        say(console, f"Live curves in a browser: {curves}")
     trainer = NexusTrainer(model=model, args=args, train_dataset=mixture, processing_class=tokenizer)
     trainer.wait_after_training = False  # an evaluation and a report follow
     if not arguments.model.continues:
         trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(RunLog(console))
     if checkpoint is not None:
         trainer.check_data(checkpoint)  # before the folder is changed
+        step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+        say(console, f"Resuming after step {step} from {checkpoint}")
     if args.should_save:
         claim_folder(arguments, checkpoint, console)
     trainer.accelerator.wait_for_everyone()

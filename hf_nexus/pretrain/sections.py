@@ -19,7 +19,8 @@ _SECTIONS = ("model", "data", "training")
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
     Read a configuration by name (`"demo"`) or path: the fields of its sections as plain data. A mixture alone, with
-    its fields at the top level, gets the training settings of `hf-nexus init`.
+    its fields at the top level, gets the training settings of `hf-nexus init`. If no steps are named, the run logs
+    every 10, and evaluates 10 times if it has held-out rows. The Trainer would log every 500, and not evaluate.
 
     Raises:
         ValueError: no such configuration, an unknown section, or no sources. The message names the file.
@@ -39,17 +40,23 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
             )
         if isinstance(token := values.get("hub_token"), str):
             config[section] = {**values, "hub_token": Secret(token)}
-    if not config.get("data", {}).get("sources"):
+    sources = config.get("data", {}).get("sources")
+    if not sources:
         raise ValueError(f"{name_or_path}: data.sources: missing. Name one source or more.")
-    return config
+    evaluation = {"eval_strategy": "steps", "eval_steps": 0.1} if _holds_out(sources) else {}
+    return {**config, "training": {"logging_steps": 10, **evaluation, **config.get("training", {})}}
+
+
+def _holds_out(sources: Any) -> bool:
+    fields = {key for source in sources.values() for key in source or ()} if isinstance(sources, Mapping) else set()
+    return bool({"eval_rows", "eval_split", "role"} & fields)
 
 
 def _starter_training(path: str, sources: Any) -> dict[str, Any]:
     """The section `training` for a mixture alone, in the file `path`: what the starter has for any data."""
     found: dict[str, Any] = parse_yaml(STARTER, "starter.yaml")["training"]
     found = {key: value for key, value in found.items() if not str(value).startswith("$")}
-    fields = {key for source in sources.values() for key in source} if isinstance(sources, Mapping) else set()
-    if not {"eval_rows", "eval_split", "role"} & fields:
+    if not _holds_out(sources):
         found |= {"eval_strategy": "no", "eval_on_start": False}
     return found | {"output_dir": f"runs/{Path(path).stem}", "learning_rate": 5e-3}
 

@@ -74,8 +74,8 @@ class NexusConfigMixin:
             of all sources into each micro-batch, by their weights (each `loss/<source>` is then not logged);
             `"blocked"` draws one source for all inner steps of an outer step.
         gradient_cosine_steps (`int`, *optional*, defaults to 0):
-            Log the gradient cosine of each pair of sources at the restored weights every this many outer steps
-            (0: never). One measurement costs about S^2/2 backward passes for S sources.
+            Log the gradient cosine of each pair of sources at the restored weights every this many outer steps, and
+            at the end (0: never). One measurement costs about S^2/2 backward passes for S sources.
         matrix_optimizer (`str`, *optional*):
             `"muon"` trains the matrices between the embeddings and the output layer with torch's Muon, and the other
             parameters with `optim`, which must be AdamW. Muon's options are in `optim_args`, for example

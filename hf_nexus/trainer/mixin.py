@@ -128,6 +128,7 @@ class NexusTrainerMixin(_Base):
         self._publishing = Publishing(settings)
         self.card_details: dict[str, Any] = {}
         self.wait_after_training = True
+        self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
         self._trl = SourcePreparation(self._feed, parent)
@@ -510,9 +511,10 @@ class NexusTrainerMixin(_Base):
         return source_cosines(self.model, batches, loss, self.args.device)
 
     def _log_source_cosines(self) -> None:
-        every = self.args.gradient_cosine_steps
-        if not every or self.state.global_step % every:
+        every, step = self.args.gradient_cosine_steps, self.state.global_step
+        if not every or (step % every and step < self.state.max_steps) or self._cosines_at == step:
             return
+        self._cosines_at = step
         with self.meter.paused():
             self.log({f"cosine/{a}-{b}": value for (a, b), value in self.source_cosines().items()})
 
@@ -639,6 +641,8 @@ class NexusTrainerMixin(_Base):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
         self._checkpoints.settle()
+        if self.state.global_step >= self.state.max_steps and not self._plain:
+            self._log_source_cosines()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()
 

@@ -73,7 +73,7 @@ def test_the_planned_card_follows_its_configuration():
 @given(st.floats(-1e300, 1e300))
 def test_printed_numbers_equal_the_given_ones(value):
     printed = float(card_module._number(value).replace(",", ""))
-    assert math.isclose(printed, value, rel_tol=5.1e-4)
+    assert math.isclose(printed, value, rel_tol=5.1e-3)
     assert math.isclose(float(card_module._loss(value)), value, abs_tol=5.1e-5, rel_tol=1e-15)
 
 
@@ -85,10 +85,11 @@ def test_counts_are_printed_as_they_are_read():
 
 @settings(max_examples=25)
 @given(st.floats(0.0, 50.0))
-def test_model_index_holds_the_floats_themselves(loss):
+def test_model_index_holds_the_numbers_of_the_card(loss):
     card = ModelCard(str(run_card(make_run(evaluations=[Evaluation("a", "ood", None, loss)]))))
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found == {"loss": loss, "perplexity": math.exp(loss)}
+    assert found["loss"] == round(loss, 4) and math.isclose(found["perplexity"], math.exp(loss), rel_tol=5.1e-3)
+    assert found["perplexity"] == float(f"{found['perplexity']:.3g}") or found["perplexity"] % 1 == 0
 
 
 def test_every_loss_is_in_the_table_and_in_the_index():
@@ -97,11 +98,11 @@ def test_every_loss_is_in_the_table_and_in_the_index():
     for row in run.evaluations:
         first, last, perplexity = tables(text)[row.name][-3:]
         assert first == ("-" if row.first_loss is None else f"{row.first_loss:.4f}")
-        assert (last, perplexity) == (f"{row.last_loss:.4f}", f"{math.exp(row.last_loss):.4g}")
+        assert (last, perplexity) == (f"{row.last_loss:.4f}", f"{math.exp(row.last_loss):.3g}")
     index = {(r.dataset_name, r.metric_type): (r.metric_value, r.dataset_args) for r in card.data.eval_results}
     assert len(index) == 2 * len(run.evaluations)
-    assert index["cpp", "loss"] == (4.123456789, {"role": "ood"})
-    assert index["macro", "perplexity"] == (math.exp(2.8004), {"role": "macro"})
+    assert index["cpp", "loss"] == (4.1235, {"role": "ood"})
+    assert index["macro", "perplexity"] == (16.5, {"role": "macro"})
 
 
 def test_sets_of_one_dataset_are_not_merged_in_the_index():
@@ -199,7 +200,7 @@ def test_a_card_has_no_token_and_no_local_folder():
     text = str(
         run_card(make_run(hyperparameters=secrets | {"seed": 7}, changed_hyperparameters=secrets | {"seed": 7}))
     )
-    assert "s3cret" not in text and "`seed`: `7`" in text
+    assert "s3cret" not in text and "\nseed: 7\n" in text
 
 
 def test_a_card_has_no_empty_sections():

@@ -60,7 +60,9 @@ def test_every_set_is_drawn_and_ood_differs_from_training(drawn):
     assert curves["cpp"][1] == [7.0, 6.5, 6.0]
     assert curves["mean"][1] == [5.5, 5.0, 4.5]
     assert curves["OOD mean"][1] == [7.0, 6.5, 6.0]
-    assert {name: style for name, (_, _, style, _) in curves.items() if style != "-"}.keys() == {"cpp", "OOD mean"}
+    dashed = {name for name, (_, _, style, _) in curves.items() if style == run._LONG}
+    assert dashed == {"cpp", "OOD mean"}
+    assert curves["training (path loss)"][:3] == ([0, 10, 20], [4.0, 4.0, 4.0], run._SHORT)
     assert curves["mean"][3] > 2 * curves["code"][3] and curves["OOD mean"][3] > 2 * curves["cpp"][3]
     assert curves["black"][1] == pytest.approx([0.1, 0.2, 0.3])  # the path cosine
     assert "#D55E00" not in curves  # a constant inner learning rate is not drawn

@@ -24,6 +24,7 @@ from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import main, pretrain
 from hf_nexus.pretrain.sections import load_config
+from hf_nexus.pretrain.run_file import continuation
 from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.tiny_config import STEPS, run
 
@@ -103,6 +104,20 @@ def test_the_folder_holds_what_was_promised(finished):
     assert promised <= names
 
 
+def test_the_run_file_names_the_files_and_continues_a_held_out_row(finished):
+    text, names = (finished / "RUN.md").read_text(), {path.name for path in finished.iterdir()}
+    assert {name for name in names if f"`{name}`" not in text} <= {LOCK_NAME}
+    assert not {name for name in re.findall(r"^\| `([^`]+)`", text, re.MULTILINE) if name not in names}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
+    row = {"input_ids": torch.arange(100, 132), "position_ids": torch.tensor([*range(12), *range(20)])}
+    before, after = continuation(model, tokenizer, row)
+    assert before == tokenizer.decode(row["input_ids"][:6])  # half of the first document
+    tokens = model.generate(row["input_ids"][None, :6], max_new_tokens=26, do_sample=False, pad_token_id=0)[0, 6:]
+    assert after == tokenizer.decode(tokens, skip_special_tokens=True)
+    for source in ("letters", "digits", "signs"):
+        assert f"### {source}\n" in text
+
+
 def test_the_model_loads_in_float32_and_generates(finished):
     assert {tensor.dtype for tensor in load_file(finished / "model.safetensors").values()} == {torch.float32}
     model = AutoModelForCausalLM.from_pretrained(finished)
@@ -132,7 +147,7 @@ def test_the_card_says_what_the_state_says(finished):
         assert row is not None, name
         assert row.groups() == (f"{first[key]:.4f}", f"{last[key]:.4f}")
     trained = [entry for entry in log if "path_cosine" in entry][-1]
-    assert f"| `path_cosine` | {trained['path_cosine']:.4f} |" in card
+    assert f"| `path_cosine` | {trained['path_cosine']:.3g} |" in card
     for source in ("letters", "digits"):
         assert f"| {int(trained[f'tokens/{source}']):,} |" in card
 
@@ -297,7 +312,8 @@ def test_after_a_sigterm_there_is_a_checkpoint_and_no_report(config, tmp_path, m
     with pytest.raises(SystemExit) as stop:
         run(config, tmp_path, "--max_steps", "2", "--save_steps", "2")
     assert stop.value.code == 143
-    assert "continue checkpoint-2 with --resume_from_checkpoint last" in " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert "continue checkpoint-2 with:" in text and "--resume_from_checkpoint last" in text
     assert not (tmp_path / "README.md").exists()
 
 

@@ -13,6 +13,7 @@ import yaml
 from hf_nexus.pretrain import starter
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import pretrain
+from hf_nexus.pretrain.sections import load_config
 from tests.support.tiny_config import documents
 
 
@@ -135,3 +136,19 @@ def test_a_mixture_alone_gets_the_same_training_settings():
     Path("mixture.yaml").write_text(yaml.safe_dump({"sources": sources}))
     training = parse_arguments(["--config", "mixture.yaml", "--dry_run"]).training
     assert training.eval_strategy == "no" and not training.eval_on_start
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "expected"),
+    [
+        ({"eval_rows": 4}, {}, {"logging_steps": 10, "eval_strategy": "steps", "eval_steps": 0.1}),
+        ({}, {}, {"logging_steps": 10}),
+        ({"eval_rows": 4}, {"eval_strategy": "no", "logging_steps": 3}, {"logging_steps": 3, "eval_strategy": "no"}),
+    ],
+)
+def test_a_file_that_names_no_steps_logs_and_evaluates(tmp_path, source, named, expected):
+    content = {"data": {"sources": {"web": {"path": "x.jsonl", **source}}}, "training": {"max_steps": 5, **named}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    found = load_config(str(tmp_path / "mine.yaml"))["training"]
+    assert {key: found.get(key) for key in expected} == expected and found["max_steps"] == 5
+    assert ("eval_strategy" in found) == ("eval_strategy" in expected)

@@ -539,7 +539,7 @@ def test_gradient_cosines_on_request(make_trainer, sources):
     trainer = make_trainer(sources, max_steps=4, gradient_cosine_steps=2)
     trainer.train()
     logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
-    assert logged == [0, 2]  # at the weights before the third step
+    assert logged == [0, 2, 4]  # at the weights before the third step, and at the end
     logs = last_log(trainer, "cosine/code-math")
     assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math", "code-math"))
     plain = make_trainer(sources, max_steps=4)
@@ -547,8 +547,10 @@ def test_gradient_cosines_on_request(make_trainer, sources):
     assert torch.equal(weights(trainer), weights(plain))  # the measurement changes no weights
     control = make_trainer(sources, max_steps=1, gradient_cosine_steps=1, nexus=False)
     control.train()
-    first = next(entry for entry in trainer.state.log_history if "cosine/text-code" in entry)
-    assert last_log(control, "cosine/text-code")["cosine/text-code"] == first["cosine/text-code"]
+    first, of_control = (
+        next(entry for entry in run.state.log_history if "cosine/text-code" in entry) for run in (trainer, control)
+    )
+    assert of_control["cosine/text-code"] == first["cosine/text-code"]
 
 
 def test_gradient_cosines_of_one_plain_dataset_are_refused(make_trainer, sources):

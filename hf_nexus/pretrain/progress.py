@@ -1,0 +1,218 @@
+"""The progress of training: a live bar on a terminal, lines elsewhere, and what Ctrl-C does."""
+
+import math
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
+
+from .console import say
+
+__all__ = ["SaveOnInterrupt", "TrainingProgress"]
+
+_REFRESH_SECONDS = 0.2
+
+
+class TrainingProgress(ProgressCallback):
+    """
+    Shows the step, the loss of each source, the path cosine, the speed and the remaining time, in place of the
+    Trainer's bars and dictionaries, which are hard to read with many sources.
+
+    On a terminal, a bar is updated in place, and held-out losses are lines above it. Elsewhere, each log entry is a
+    line.
+
+    Args:
+        console (`rich.console.Console`):
+            Output. Quiet on all processes except the main one.
+        bar (`bool`, *optional*, defaults to `True`):
+            Whether a terminal gets a bar.
+    """
+
+    def __init__(self, console: Console, bar: bool = True):
+        super().__init__()
+        self.console = console
+        self._state: Any = None
+        self._parts: dict[str, str] = {}  # of the last log entry
+        self._losses: dict[str, float] = {}  # the last known ones of each source
+        self._evaluated = 0  # batches of the set that is evaluated now
+        self._batches = 0
+        self._left = ""
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: defaultdict[str, int] = defaultdict(int)
+        self._since = self._drawn = time.monotonic()
+        # Without the thread of automatic refreshes: workers of data loaders would inherit its locks.
+        self._live = Live(get_renderable=self._view, console=console, auto_refresh=False, transient=True)
+        self._on = bar and console.is_terminal and not console.is_dumb_terminal and not console.quiet
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar inside the context, also in an evaluation after training. It leaves no trace."""
+        try:
+            if self._on:
+                self._live.start()
+            yield
+        finally:
+            self._live.stop()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._state, self._since = state, time.monotonic()
+        self._draw()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        self._count("step", args)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Count a batch of an evaluation."""
+        self._evaluated += 1
+        self._batches = len(eval_dataloader) if has_length(eval_dataloader) else 0
+        self._draw()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar, for an evaluation after training."""
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Begin the next set of an evaluation."""
+        self._evaluated = 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count an evaluation."""
+        self._evaluated = 0
+        self._count("evaluation", args)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a checkpoint."""
+        self._count("save", args)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Print an evaluation, and without a bar a training log."""
+        logs = logs or {}
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "eval_loss" in logs:
+            ood = f"   OOD {logs['eval_ood_loss']:.3f}" if "eval_ood_loss" in logs else ""
+            text = f"{step}   held-out loss   sources {logs['eval_loss']:.3f}{ood}"
+            self.console.print(text, style="bold", highlight=False, soft_wrap=True)
+        elif "loss" in logs:
+            prefix = "loss/"
+            self._losses |= {key.removeprefix(prefix): logs[key] for key in logs if key.startswith(prefix)}
+            self._parts = {"loss": f"loss {logs['loss']:.3f}"}
+            if "path_cosine" in logs:
+                self._parts["cosine"] = f"path cosine {logs['path_cosine']:+.3f}"
+            if "tokens_per_second" in logs:
+                self._parts["speed"] = f"{logs['tokens_per_second']:,.0f} tokens/s"
+            if not self._live.is_started:
+                columns = [step, self._parts["loss"], *self._sources(), *list(self._parts.values())[1:], self._left]
+                say(self.console, "   ".join(columns))
+            self._draw()
+
+    def _count(self, event: str, args: Any) -> None:
+        """Add the time since the last event to the time of events of this kind."""
+        now = time.monotonic()
+        self._seconds[event] += now - self._since
+        self._events[event] += 1
+        self._since = now
+        state = self._state
+        if state is not None:
+            left = {
+                "step": state.max_steps - state.global_step,
+                "evaluation": _events_left(args.eval_strategy, state.eval_steps, state),
+                "save": _events_left(args.save_strategy, state.save_steps, state),
+            }
+            seconds = sum(n * self._seconds[kind] / max(1, self._events[kind]) for kind, n in left.items())
+            self._left = f"{timedelta(seconds=round(seconds))} left"
+        self._draw()
+
+    def _sources(self) -> list[str]:
+        return [f"{name} {loss:.3f}" for name, loss in self._losses.items()] if len(self._losses) > 1 else []
+
+    def _draw(self) -> None:
+        now = time.monotonic()
+        if self._live.is_started and now - self._drawn >= _REFRESH_SECONDS:
+            self._live.refresh()
+            self._drawn = now
+
+    def _view(self) -> Group:
+        rows: list[Table | Text] = []
+        state = self._state
+        if state is not None and state.max_steps:
+            step, *more = f"step {state.global_step}/{state.max_steps}", *list(self._parts.values())[1:], self._left
+            rows = [_row(step, state.global_step, state.max_steps, "   ".join(more))]
+        if self._parts:
+            losses = "   ".join([self._parts["loss"], *self._sources()])
+            rows.append(Text(losses, no_wrap=True, overflow="ellipsis"))
+        if self._evaluated:
+            count = f"batch {self._evaluated}" + f"/{self._batches}" * bool(self._batches)
+            rows.append(_row("evaluation", self._evaluated, self._batches or self._evaluated, count))
+        return Group(*rows)
+
+
+def _row(name: str, done: int, total: int, text: str) -> Table:
+    row = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        row.add_column(no_wrap=True)
+    row.add_row(name, ProgressBar(total=total, completed=done, width=24), Text(text))
+    return row
+
+
+def _events_left(strategy: str, every: int, state: Any) -> int:
+    """Evaluations or checkpoints until the end of training, one at its last step included."""
+    if strategy == "steps":
+        return -(-state.max_steps // every) - state.global_step // every
+    return math.ceil(state.num_train_epochs - (state.epoch or 0)) if strategy == "epoch" else 0
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """
+    The first Ctrl-C saves a checkpoint at the end of the outer step and ends training. A second one ends at once.
+
+    Attributes:
+        requested (`bool`): Whether there was a first one.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle Ctrl-C inside the context, unless the process has its own way to handle it."""
+        default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not default or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.requested = True
+        self.console.print("Saving a checkpoint at the end of this step. Press Ctrl-C again to quit at once.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop after this step."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop after this evaluation, unless it is before the first step."""
+        if self.requested and state.global_step:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,34 @@
+"""What other packages print in our commands, without what the user cannot act on."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+
+__all__ = ["quieten"]
+
+# Records of the Trainer that are left out.
+_RECORDS = re.compile(
+    # The checkpoint of a model with tied embeddings has them once. Loading it ties them again.
+    r"There were missing keys in the checkpoint model loaded: \['lm_head\.weight'\]\."
+    # A fraction of the steps is compared with the number of steps that was made of it.
+    r"|Warning: The following arguments do not match .*:( *\n\t\w+_steps: 0\.\d+ \(from args\) != \d+ \(from \S+\))+"
+)
+
+
+def quieten() -> None:
+    """
+    Leave out warnings of other packages that the user cannot act on, and let finished progress bars disappear.
+
+    It is for the process of a command, before tqdm is imported. The library leaves the output of others alone.
+    """
+    # Pinned memory is the default of the Trainer. Without an accelerator, it has no effect.
+    warnings.filterwarnings(
+        "ignore", "'pin_memory' argument is set as true but no accelerator", module=r"torch\.utils"
+    )
+    logging.getLogger("transformers.trainer").addFilter(lambda record: not _RECORDS.fullmatch(record.getMessage()))
+    # Each pass over each source has a bar. Those that end at once do not appear, and in a file, few lines do.
+    first, between = ("0.5", "0.1") if sys.stderr.isatty() else ("10", "30")
+    for option, value in {"LEAVE": "", "DELAY": first, "MININTERVAL": between}.items():
+        os.environ.setdefault(f"TQDM_{option}", value)

@@ -1,0 +1,130 @@
+"""What a run shows while it trains, and what Ctrl-C does."""
+
+import io
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from hf_nexus.pretrain import progress
+from hf_nexus.pretrain.progress import TrainingProgress
+from hf_nexus.pretrain.run import main
+from hf_nexus.trainer.checkpoints import is_complete
+from tests.support.saved_weights import same, saved_weights
+
+ARGS = SimpleNamespace(eval_strategy="steps", save_strategy="steps")
+LOGS = {"loss": 4.5, "loss/code": 4.0, "loss/law": 5.0, "path_cosine": 0.125, "tokens_per_second": 1234.0}
+
+
+def state_at(step: int) -> SimpleNamespace:
+    return SimpleNamespace(global_step=step, max_steps=10, eval_steps=4, save_steps=5, epoch=0.0, num_train_epochs=1)
+
+
+def shown(terminal: bool = True, **options) -> tuple[TrainingProgress, io.StringIO]:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=120, _environ={"TERM": "xterm"})
+    bars = TrainingProgress(console, **options)
+    bars.on_train_begin(ARGS, state_at(0), None)
+    return bars, written
+
+
+def view(bars: TrainingProgress) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(bars._view())
+    return console.file.getvalue()
+
+
+def test_the_bar_has_the_losses_the_cosine_and_the_speed():
+    bars, written = shown()
+    with bars.shown():
+        bars.on_step_end(ARGS, bars._state, None)
+        bars.on_log(ARGS, state_at(3), None, LOGS)
+        bars.on_log(ARGS, state_at(4), None, {"loss": 3.5, "loss/code": 3.5})  # no micro-batch of the other source
+    for words in ("step 0/10", "loss 3.500   code 3.500   law 5.000", " left"):
+        assert words in view(bars)
+    bars.on_log(ARGS, state_at(4), None, LOGS)
+    assert "path cosine +0.125   1,234 tokens/s" in view(bars)
+    assert "step  3/10" not in written.getvalue()  # no line
+
+
+@pytest.mark.parametrize(("terminal", "options"), [(False, {}), (True, {"bar": False})])
+def test_elsewhere_each_log_entry_is_one_line(terminal, options):
+    bars, written = shown(terminal, **options)
+    with bars.shown():
+        bars.on_prediction_step(ARGS, state_at(0), None, eval_dataloader=[1, 2])
+        bars.on_log(ARGS, state_at(3), None, LOGS)
+        bars.on_log(ARGS, state_at(4), None, {"eval_loss": 2.0, "eval_ood_loss": 3.0})
+    first, second, rest = written.getvalue().split("\n")
+    assert first.split("   ")[:5] == ["step  3/10", "loss 4.500", "code 4.000", "law 5.000", "path cosine +0.125"]
+    assert "held-out loss   sources 2.000   OOD 3.000" in second and not rest
+
+
+def test_the_time_left_counts_evaluations_and_checkpoints(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bars, _ = shown()
+    state = bars._state
+
+    def event(name, seconds):
+        now[0] += seconds
+        getattr(bars, f"on_{name}")(ARGS, state, None)
+
+    for step in range(1, 6):
+        state.global_step = step
+        event("step_end", 1)
+        if step == 4:
+            event("evaluate", 20)
+    event("save", 300)
+    # Five steps, evaluations at 8 and 10, and a checkpoint at 10.
+    assert bars._left == "0:05:45 left"
+
+
+def test_each_set_is_counted_from_its_first_batch():
+    bars, _ = shown()
+    for loader in ([0] * 3, [0] * 2):
+        for batch in range(1, len(loader) + 1):
+            bars.on_prediction_step(ARGS, bars._state, None, eval_dataloader=loader)
+            assert f"batch {batch}/{len(loader)}" in view(bars)
+        bars.on_predict(ARGS, bars._state, None, {})
+    bars.on_evaluate(ARGS, bars._state, None)
+    assert "batch" not in view(bars)
+
+
+@pytest.fixture
+def interrupted(config, tmp_path, monkeypatch, capsys):
+    """`interrupted(times)` presses Ctrl-C in step 3 of a run, and returns its folder and what it printed."""
+
+    def run(times):
+        count = TrainingProgress.on_step_end
+
+        def press(self, args, state, control, **kwargs):
+            count(self, args, state, control, **kwargs)
+            for _ in range(times * (state.global_step == 3)):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(TrainingProgress, "on_step_end", press)
+            main(["--config", str(config), "--output_dir", str(tmp_path / "cut"), "--save_steps", "100"])
+        assert stop.value.code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        return tmp_path / "cut", capsys.readouterr().out
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on(interrupted, finished, capsys):
+    folder, text = interrupted(times=1)
+    assert is_complete(folder / "checkpoint-3") and not (folder / "README.md").exists()
+    command = next(line for line in text.splitlines() if line.startswith("hf-nexus train"))
+    main(["--config", *command.split()[2:]])
+    assert f"Resuming after step 3 from {folder / 'checkpoint-3'}" in capsys.readouterr().out
+    assert same(saved_weights(folder), saved_weights(finished))
+
+
+def test_a_second_ctrl_c_does_not_wait(interrupted):
+    folder, text = interrupted(times=2)
+    assert not list(folder.glob("checkpoint-*")) and "nothing was saved yet" in text

@@ -1,0 +1,48 @@
+"""Which warnings of other packages our commands leave out."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+MISSING = "There were missing keys in the checkpoint model loaded: ['{}']."
+CHANGED = "Warning: The following arguments do not match the ones in the `trainer_state.json` within the checkpoint \
+directory: "
+PRINT = """
+import warnings
+from hf_nexus.quiet import quieten
+quieten()
+from tqdm import tqdm
+for step in tqdm(range(3)): pass
+from torch.utils.data import DataLoader
+list(DataLoader([1], pin_memory=True))
+warnings.warn("the user's")
+"""
+
+
+@pytest.mark.parametrize(
+    ("record", "kept"),
+    [
+        (MISSING.format("lm_head.weight"), False),
+        (MISSING.format("model.norm.weight"), True),
+        (f"{CHANGED}\n\teval_steps: 0.1 (from args) != 400 (from trainer_state.json)", False),
+        (f"{CHANGED}\n\teval_steps: 40 (from args) != 20 (from trainer_state.json)", True),
+        (f"{CHANGED}\n\tsave_steps: 0.1 (from args) != 4 (from args)\n\teval_steps: 4 (from args) != 2 (x)", True),
+    ],
+)
+def test_only_what_the_user_cannot_change_is_left_out(monkeypatch, record, kept):
+    from hf_nexus.quiet import quieten
+
+    logger = logging.getLogger("transformers.trainer")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    quieten()
+    made = logger.makeRecord(logger.name, logging.WARNING, "trainer.py", 1, record, (), None)
+    assert bool(logger.filter(made)) is kept
+
+
+def test_bars_that_end_at_once_do_not_appear():
+    found = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, check=True)
+    assert "the user's" in found.stderr and "pin_memory" not in found.stderr and "3/3" not in found.stderr
