@@ -1,6 +1,7 @@
 """The `hf-nexus` commands. Each one imports what it needs when it runs, which keeps `--help` fast."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typer.core import TyperCommand
 
 from .. import __version__
 from ..errors import one_line_errors
-from ..files import hide_token, printable
+from ..files import Secret, hide_token, printable
 from ..quiet import quieten
 from ..strict import load_yaml, packaged
 from .benchmark import benchmark
@@ -47,11 +48,20 @@ _PLAN_HELP = f"For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 
 
 
 class _Command(TyperCommand):
-    """A command whose errors end in one line, or after `--debug` in a traceback."""
+    """A command whose errors end in one line, or after `--debug` in a traceback, and Ctrl-C in status 130."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        _announce(ctx.info_name)
         with one_line_errors(debug=bool(ctx.obj), errors=(ValueError, RuntimeError, OSError, ImportError)):
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+
+
+def _announce(*words: str | None) -> None:
+    """Say at once what begins: heavy packages take seconds to load."""
+    print(f"hf-nexus {__version__}", *map(printable, words), file=sys.stderr, flush=True)
 
 
 class _FieldsCommand(TyperCommand):
@@ -98,8 +108,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model: hf-nexus train demo --max_steps 20 --inner_lr 0.1"""
-    if "RANK" not in os.environ:  # at once: heavy packages take seconds to load
-        print(f"hf-nexus {__version__} train {printable(config)}", file=sys.stderr, flush=True)
+    if "RANK" not in os.environ:
+        _announce("train", config)
     from ..pretrain.early import check_early
 
     argv = [config, *context.args]
@@ -121,6 +131,7 @@ def train(
 @app.command(cls=_FieldsCommand, context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
     """Print parameters, tokens, steps, memory and cost of a run, without network or GPU: hf-nexus plan 3b"""
+    _announce("plan", config)
     from ..pretrain.early import check_early
 
     with one_line_errors(debug=context.obj):
@@ -254,10 +265,19 @@ def main(argv: list[str] | None = None) -> None:
     """
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which starts the command, may not be installed
     quieten()
+    own_process = argv is None
     argv = hide_token(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--debug"]:
         argv = ["--debug", *argv[:-1]]
-    app(args=argv, prog_name="hf-nexus")
+    try:
+        app(args=argv, prog_name="hf-nexus")
+    except SystemExit as stop:
+        if stop.code == 130 and argv[0] != "train":  # which says how to resume
+            words = ["<hidden>" if isinstance(word, Secret) else word for word in argv]
+            print(f"Interrupted. Go on with:\n{shlex.join(['hf-nexus', *words])}", file=sys.stderr, flush=True)
+            if own_process:
+                os._exit(130)  # to end the interpreter with all packages takes seconds
+        raise
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def closeness(
 ) -> None:
     """Measure how close the sources of a model are: hf-nexus closeness runs/nexus-demo --projection 1024"""
     from rich.console import Console
+    from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluation.closeness import measure_closeness
@@ -55,6 +56,7 @@ def closeness(
     if path.is_dir():
         raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
     require_folder(path.parent, "output")
+    console = Console()
     found = measure_closeness(
         model,
         mixture,
@@ -64,9 +66,10 @@ def closeness(
         projection=projection,
         seed=seed,
         minima=parse_minima(minima),
+        track=lambda text, parts: track(parts, text, console=console, transient=True, disable=not console.is_terminal),
     )
     found.save(path)
-    print_closeness(found, Console())
+    print_closeness(found, console)
     print(f"Saved in {path}")
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluation.statistics import require_scipy
@@ -268,29 +269,35 @@ class Comparison:
         missing = [run for run in runs if run.record() is None]
         for run in missing:
             run.write()
-        self._call(stage, [Call(str(run), run.train, _log(run), self.config.devices_per_run) for run in missing])
+        calls = [Call(str(run), run.train, _log(run), self.config.devices_per_run) for run in missing]
+        self._call(stage, calls, done=len(runs) - len(missing))
 
     def _search_minima(self, runs: Sequence[Run]) -> None:
         if self.config.minima is None:
             return
-        calls = []
-        for run in runs:
-            record = run.record()
-            if record and record.minima is None and run.seed in (self.config.minima.seeds or self.config.seeds):
-                calls.append(Call(f"minima of {run}", partial(run.alone, search_minima), _log(run)))
-        self._call("minima", calls)
+        seeds = self.config.minima.seeds or self.config.seeds
+        records = [(run, run.record()) for run in runs if run.seed in seeds]
+        missing = [run for run, record in records if record and record.minima is None]
+        calls = [Call(f"minima of {run}", partial(run.alone, search_minima), _log(run)) for run in missing]
+        self._call("minima", calls, done=len(records) - len(missing))
 
-    def _call(self, stage: str, calls: Sequence[Call]) -> None:
+    def _call(self, stage: str, calls: Sequence[Call], done: int) -> None:
+        """Make the calls that are missing of a stage, with a bar on a terminal."""
         if not calls:
             return
+        total = done + len(calls)
         workers = min(worker_count(self.config.workers, calls[0].devices), len(calls))
-        self.console.print(f"[bold]{stage}: {len(calls)} to do, {workers} at a time[/bold]")
-        for number, result in enumerate(call_in_workers(calls, workers), 1):
-            text = _losses(result.value) if result.error is None else f"FAILED: {result.error}"
-            self.console.print(f"  {number}/{len(calls)}  {result.call.name}: {text}", highlight=False)
-            if result.error is not None:
-                self.failed.append(result)
-                self.console.print(f"    log: {result.call.log}", highlight=False)
+        status = f"{stage}: {done} of {total} done, {len(calls)} to do, {workers} at a time"
+        self.console.print(status, style="bold", highlight=False)
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            bar = progress.add_task(stage, total=total, completed=done)
+            for number, result in enumerate(call_in_workers(calls, workers), done + 1):
+                text = _losses(result.value) if result.error is None else f"FAILED: {result.error}"
+                self.console.print(f"  {number}/{total}  {result.call.name}: {text}", highlight=False)
+                progress.update(bar, completed=number, description=f"{stage}: {number} of {total} done")
+                if result.error is not None:
+                    self.failed.append(result)
+                    self.console.print(f"    log: {result.call.log}", highlight=False)
 
     def _report(self, seconds: float | None = None) -> Path:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""

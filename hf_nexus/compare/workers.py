@@ -2,15 +2,16 @@
 
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 from uuid import uuid4
 
@@ -93,7 +94,8 @@ def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
     threads = max(1, (os.cpu_count() or 1) // (workers * processes))
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads))
     try:
-        futures = {pool.submit(_call_on_devices, call): call for call in calls}
+        with _ignoring_interrupts():
+            futures = {pool.submit(_call_on_devices, call): call for call in calls}
         for future in as_completed(futures):
             error = future.exception()
             if isinstance(error, BrokenProcessPool):
@@ -103,8 +105,25 @@ def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
             else:
                 message = f"{type(error).__name__}: {printable(error)}"
                 yield CallResult(futures[future], error=message)
+    except (KeyboardInterrupt, GeneratorExit):  # a run that has not finished is made again
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Let processes that start in the context ignore Ctrl-C, which a terminal sends to all. This one ends them."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _devices(workers: int, each: int) -> list[str | None]:

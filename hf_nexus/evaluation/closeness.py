@@ -1,6 +1,6 @@
 """How close the sources of a saved model are: held-out losses, gradient cosines, distances between minimizers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def measure_closeness(
     minima: Mapping[str, str] | None = None,
     resolution: int = 7,
     device: str | None = None,
+    track: Callable[[str, Sequence], Iterable] = lambda text, parts: parts,
 ) -> Closeness:
     """
     Measure held-out losses of a model and gradient cosines between its training sources. With models that were
@@ -85,6 +86,8 @@ def measure_closeness(
             first three span the plane.
         resolution (`int`, *optional*, defaults to 7), device (`str`, *optional*):
             Grid points along each axis of the plane, and device, by default a GPU if there is one.
+        track (`Callable[[str, Sequence], Iterable]`, *optional*):
+            Takes what is measured and its parts, and gives the parts one by one, for a progress bar.
 
     Raises:
         ValueError: no held-out rows, unknown sources, or minimizers of another model.
@@ -110,11 +113,16 @@ def measure_closeness(
     sources = [name for name in loaded.train if name in held_out]
     if not sources:
         raise ValueError("No training source has held-out rows. Give them eval_rows or an eval_split.")
-    measured = {name: rows.mean_loss() for name, rows in held_out.items()}
+    measured = {name: held_out[name].mean_loss() for name in track("Held-out losses", list(held_out))}
     losses = {name: loss for name, (loss, _) in measured.items()}
     means = mean_losses({f"eval_{name}_loss": loss for name, loss in losses.items()}, list(losses), loaded.weights)
     sample = {name: held_out[name].first(batches) for name in sources}
-    cosines = gradient_cosines(sample, list(params.values()), projection=projection, seed=seed)
+    reads = {name: 1 if projection else i + (i < len(sources) - 1) for i, name in enumerate(sources)}  # passes over it
+    total = sum(reads[name] * -(-len(rows.rows) // batch_size) for name, rows in sample.items())
+    ticks = iter(track("Gradients", range(total if len(sources) > 1 else 0)))
+    counted = {name: _Counted(rows, ticks) for name, rows in sample.items()}
+    cosines = gradient_cosines(counted, list(params.values()), projection=projection, seed=seed)
+    next(ticks, None)  # the last one is done
     return Closeness(
         model=model,
         base=base,
@@ -130,6 +138,19 @@ def measure_closeness(
         projection=projection,
         minima=_measure_minima(minima, base, params, sample, resolution) if minima else None,
     )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Batches that advance `ticks`, each time that they are read."""
+
+    batches: Iterable
+    ticks: Iterator
+
+    def __iter__(self) -> Iterator:
+        for batch in self.batches:
+            next(self.ticks, None)
+            yield batch
 
 
 def _check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:

@@ -289,3 +289,17 @@ def test_push_passes_its_options_and_asks(monkeypatch, capsys):
     ]
     printed = capsys.readouterr()
     assert "Step 2 to somewhere." in printed.err and "user/other@main" in printed.out
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_nexus.evaluation.closeness.measure_closeness", interrupt)
+    (tmp_path / "my mixture.yaml").write_text("sources: {web: {path: web.jsonl, eval_rows: 2}}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["closeness", str(tmp_path), "--config", str(tmp_path / "my mixture.yaml")])
+    assert stop.value.code == 130
+    first, *_, last = capsys.readouterr().err.strip().splitlines()
+    assert first == f"hf-nexus {__version__} closeness"
+    assert last == f"hf-nexus closeness {tmp_path} --config '{tmp_path / 'my mixture.yaml'}'"

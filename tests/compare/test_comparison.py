@@ -124,7 +124,7 @@ def test_a_comparison_tunes_runs_and_searches(finished):
     output = Path(config.output_dir)
     check_results(output)
     assert "](losses.png)" in (output / "report.md").read_text()
-    for stage in ("tuning: 4 to do", "runs: 6 to do", "minima: 2 to do"):
+    for stage in ("tuning: 0 of 4 done, 4 to do", "runs: 0 of 6 done, 6 to do", "minima: 0 of 2 done, 2 to do"):
         assert stage in printed
 
 
@@ -152,7 +152,7 @@ def test_only_missing_runs_are_run_again(copied, in_process, monkeypatch):
     kept = json.loads((lost / RECORD_NAME).read_text())
     shutil.rmtree(lost)
     _, printed = run(copied)
-    assert "runs: 1 to do" in printed and "1/1  nexus seed 2" in printed
+    assert "runs: 5 of 6 done, 1 to do" in printed and "6/6  nexus seed 2" in printed
     assert "tuning:" not in printed and "minima:" not in printed
     assert json.loads((lost / RECORD_NAME).read_text())["curve"] == kept["curve"]
 
@@ -175,7 +175,7 @@ def test_runs_are_made_one_at_a_time(copied, in_process, monkeypatch):
                 with pytest.raises(ValueError, match="tuning: 1 runs are missing, the first is 'tuning/nexus/trial-0"):
                     call()
         comparison.run_one(name)
-        made.append(console.export_text().count("run: 1 to do"))
+        made.append(console.export_text().count("run: 0 of 1 done"))
     assert made == [1, 1, 0]
     comparison.report()
     assert (output / "results.csv").read_text() == results

@@ -1,8 +1,13 @@
 """Worker processes: a call that fails or dies does not stop the others."""
 
 # Each worker imports this module: only light imports here.
+import multiprocessing
 import os
+import signal
+import time
 from functools import partial
+from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -30,6 +35,29 @@ def test_failed_and_killed_calls_do_not_stop_others(tmp_path):
     assert results["good"].value == 3 and results["good"].error is None
     log = (tmp_path / "bad" / "log.txt").read_text()
     assert log.startswith("before the error") and "Traceback" in log
+
+
+def _wait(started: str) -> None:
+    Path(started).touch()
+    time.sleep(600)
+
+
+def test_an_interrupt_ends_the_calls_in_progress(tmp_path):
+    started = tmp_path / "started"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+
+    def interrupt():
+        while not started.exists():
+            time.sleep(0.05)
+        for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:  # as a terminal
+            os.kill(process, signal.SIGINT)
+
+    Thread(target=interrupt, daemon=True).start()
+    call = Call("wait", partial(_wait, str(started)), tmp_path / "log.txt")
+    with pytest.raises(KeyboardInterrupt):
+        list(call_in_workers([call, call], 1))
+    signal.signal(signal.SIGINT, before)
+    assert not multiprocessing.active_children() and call.log.read_text() == ""
 
 
 def _rank_of_two() -> int:

@@ -201,3 +201,17 @@ def test_the_base_of_an_adapter_can_be_given(run, measure, adapters):
     other = measure(folder / "adapter", base=str(folder / "other"))
     assert other.base == str(folder / "other")
     assert other.losses != measure(folder / "adapter").losses
+
+
+@pytest.mark.parametrize("projection", [None, 64])
+def test_the_progress_ends_with_the_last_gradient(run, measure, projection):
+    left = {}
+
+    def track(text, parts):
+        for number, part in enumerate(parts):
+            left[text] = len(parts) - number
+            yield part
+        left[text] = 0
+
+    measure(run, batches=2, batch_size=2, projection=projection, track=track)
+    assert left == {"Held-out losses": 0, "Gradients": 0}

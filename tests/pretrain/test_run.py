@@ -23,8 +23,8 @@ from hf_nexus.lock import LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import main, pretrain
-from hf_nexus.pretrain.sections import load_config
 from hf_nexus.pretrain.run_file import continuation
+from hf_nexus.pretrain.sections import load_config
 from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.tiny_config import STEPS, run
 
