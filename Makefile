@@ -80,7 +80,7 @@ docs: .venv/.docs
 recipes: $(READY)
 	$(PYTEST) -n 2 tests/recipes
 
-# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one.
+# Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one, ARGS=paper only the comparison.
 rehearsal: $(READY)
 	$(BIN)/python -m tests.rehearsal $(ARGS)
 

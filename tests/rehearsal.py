@@ -1,14 +1,16 @@
 """
 Rehearse the large configurations whole, on stand-ins of the repositories that they name.
 
-    python -m tests.rehearsal [130m 300m 1b 3b]
+    python -m tests.rehearsal [130m 300m 1b 3b paper]
 
 For each configuration, `recipes/pretrain_3b.py` runs as a user would run it, only with a narrow model, 6 steps, one
 row per micro-batch and on the CPU: the plan, training that is killed after a checkpoint, the resumed run, the pushed
-model. `3b` also trains on two processes.
+model. `3b` also trains on two processes. `paper` is the comparison `recipes/paper.yaml`, with all of its arms at one
+seed and short minima searches: tuning, runs, searches, report, and pushed cards that compare.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -18,10 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from tests.support.hub.server import ALICE, HubServer
 from tests.support.hub.stand_ins import upload_stand_ins
 
-CONFIGS = ("130m", "300m", "1b", "3b")
+CONFIGS = ("130m", "300m", "1b", "3b", "paper")
 RECIPE = "recipes/pretrain_3b.py"
 # Width, steps and device. Everything else is the configuration's.
 WIDTH = {
@@ -109,6 +113,38 @@ def rehearse(config: str, hub: HubServer, folder: Path, environment: dict[str, s
     print(f"{config}: {time.monotonic() - started:.0f} s, {loaded.strip()}", flush=True)
 
 
+def rehearse_comparison(hub: HubServer, folder: Path, environment: dict[str, str]) -> None:
+    """Run all arms of the paper's comparison at one seed, with one trial each, and push them."""
+    config = yaml.safe_load(Path("recipes/paper.yaml").read_text(encoding="utf-8"))
+    device = {name: value for name, value in DEVICE.items() if name != "accelerators"}
+    decay = json.loads(str(STEPS["lr_scheduler_kwargs"]))
+    for settings in ({"tuning": config["tuning"]["grid"]}, *config["arms"].values()):
+        for name, values in settings.get("tuning", {}).items():
+            settings["tuning"][name] = values[:1]
+    config |= {
+        "output_dir": str(folder / "paper"),
+        "seeds": [1],
+        "push_to": "alice/paper",
+        "model": {**WIDTH, "accelerators": 0},
+        "data": {"sequence_length": 256},
+        "training": {**STEPS, **device, "lr_scheduler_kwargs": decay},
+        "train_sample_rows": 2,
+    }
+    config["tuning"]["max_steps"] = 3
+    config["minima"] |= {"max_steps": 2, "eval_steps": 1, "eval_rows": 2, "grid": 3}
+    path, started = folder / "paper.yaml", time.monotonic()
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    output = run(["-m", "hf_nexus.cli", "compare", str(path)], environment)
+    assert "runs: 16 to do" in output, output
+    for arm in config["arms"]:
+        files = hub.files(f"alice/paper-{arm}-seed-1")
+        assert {"model.safetensors", "record.json"} <= set(files), sorted(files)
+        compared = arm.removeprefix("nexus-")
+        assert compared == arm or f"compare with {compared}" in files["README.md"].decode(), f"the card of {arm}"
+    loaded = run(["-c", _LOAD, "alice/paper-nexus-muon-cosine-skills-seed-1"], environment)
+    print(f"paper: {time.monotonic() - started:.0f} s, {loaded.strip()}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Rehearse the named configurations, or all."""
     parser = argparse.ArgumentParser(description="Rehearse the large configurations on stand-ins of their data.")
@@ -119,7 +155,10 @@ def main(argv: list[str] | None = None) -> None:
         upload_stand_ins(hub, folder / "stand_ins")
         told = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": ALICE, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
         for config in configs:
-            rehearse(config, hub, folder, {**os.environ, **told})
+            if config == "paper":
+                rehearse_comparison(hub, folder, {**os.environ, **told})
+            else:
+                rehearse(config, hub, folder, {**os.environ, **told})
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 import yaml
@@ -23,11 +23,13 @@ from ..evaluation.statistics import require_scipy
 from ..files import nearest, write_atomic
 from ..hub.card import save_card
 from ..hub.facts import describe_hardware, installed_versions
+from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
 from ..pretrain.fields import PretrainArguments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import load_tokenizer
+from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
@@ -66,7 +68,8 @@ class Comparison:
     def __init__(self, config: ComparisonConfig, console: "Console"):
         self.config, self.console = config, console
         self.folder = Path(config.output_dir)
-        self.failed: list[CallResult] = []  # runs and minima searches
+        self.failed: list[CallResult] = []  # runs, minima searches and benchmarks
+        self._jobs = config.submitit
         self._tokenizer = str(self.folder / "tokenizer")
         self._trials = self._plan_trials()
         self._chosen: dict[str, dict[str, Any]] = {arm: {} for arm in config.arms}
@@ -78,14 +81,17 @@ class Comparison:
         Raises:
             ValueError: an error in the configuration, a folder with other runs, several processes, or too few
                 devices.
-            ImportError: scipy is not installed.
+            ImportError: scipy is not installed, or a package that the configuration needs.
         """
         require_scipy()
+        check_benchmarks(self.config)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
         arguments = self._check_settings()
-        here = torch.accelerator.device_count() if not arguments.training.use_cpu else self.config.devices_per_run
-        if self.config.devices_per_run > max(1, here):
+        here = torch.accelerator.device_count()
+        if self._jobs is not None:
+            self._executor(self.config.devices_per_run)
+        elif self.config.devices_per_run > max(1, here) and self._accelerated:
             raise ValueError(
                 f"devices_per_run: {self.config.devices_per_run}, but this machine has {here} devices. Lower it, or "
                 "set training.use_cpu for processes without devices."
@@ -111,7 +117,7 @@ class Comparison:
     def _keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Save the tokenizer of all runs, which other machines may do at the same time, or compare it."""
         if not Path(self._tokenizer).exists():
-            scratch = tempfile.mkdtemp(dir=self.folder)
+            scratch = f"{self._tokenizer}-{uuid4().hex}"
             tokenizer.save_pretrained(scratch)
             try:
                 os.rename(scratch, self._tokenizer)
@@ -133,8 +139,8 @@ class Comparison:
                 path = self.folder / "configs" / f"{arm}-{number}.yaml"
                 text = yaml.safe_dump(self.config.run_config(settings), sort_keys=False, allow_unicode=True)
                 write_atomic(path, text)
-                try:
-                    arguments = parse_arguments(["--config", str(path)])
+                try:  # jobs run on other machines than this one
+                    arguments = parse_arguments(["--config", str(path), *["--dry_run"] * (self._jobs is not None)])
                 except ValueError as error:  # name the arm, not this file, which the user did not write
                     where = f"arms.{arm}" + f" with {trial}" * bool(trial)
                     raise ValueError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
@@ -205,7 +211,7 @@ class Comparison:
         self._train("tuning", self._trial_runs())
         self._choose()
         self._train("runs", self.runs())
-        self._search_minima(self.runs())
+        self._measure(self.runs())
         return self._report(time.monotonic() - started)
 
     def run_one(self, name: str) -> None:
@@ -216,6 +222,7 @@ class Comparison:
         Raises:
             ValueError: there is no such run, or the tuning of its settings has not finished.
         """
+        self._jobs = None
         trials, names = {run.name: run for run in self._trial_runs()}, [run.name for run in self.runs()]
         if name not in (*trials, *names):
             raise ValueError(f"--run: {name!r} is not a run.{nearest(name, [*trials, *names])}")
@@ -225,7 +232,7 @@ class Comparison:
         self._choose()
         runs = [run for run in self.runs() if run.name == name]
         self._train("run", runs)
-        self._search_minima(runs)
+        self._measure(runs)
 
     def report(self) -> Path:
         """
@@ -272,14 +279,18 @@ class Comparison:
         calls = [Call(str(run), run.train, _log(run), self.config.devices_per_run) for run in missing]
         self._call(stage, calls, done=len(runs) - len(missing))
 
-    def _search_minima(self, runs: Sequence[Run]) -> None:
-        if self.config.minima is None:
-            return
-        seeds = self.config.minima.seeds or self.config.seeds
-        records = [(run, run.record()) for run in runs if run.seed in seeds]
-        missing = [run for run, record in records if record and record.minima is None]
-        calls = [Call(f"minima of {run}", partial(run.alone, search_minima), _log(run)) for run in missing]
-        self._call("minima", calls, done=len(records) - len(missing))
+    def _measure(self, runs: Sequence[Run]) -> None:
+        """Search the minima near the ends of runs, and score the runs on the benchmarks."""
+        finished = [(run, record) for run in runs if (record := run.record()) is not None]
+        wanted = self.config.minima
+        seeds = () if wanted is None else wanted.seeds or self.config.seeds
+        searched = [(run, record) for run, record in finished if run.seed in seeds]
+        missing = [run for run, record in searched if record.minima is None]
+        searches = [Call(f"minima of {run}", partial(run.alone, search_minima), _log(run)) for run in missing]
+        self._call("minima", searches, done=len(searched) - len(missing))
+        missing = [run for run, record in finished if missing_tasks(self.config, record)]
+        scores = [Call(f"benchmarks of {run}", partial(run.alone, score_benchmarks), _log(run)) for run in missing]
+        self._call("benchmarks", scores, done=len(finished) - len(missing))
 
     def _call(self, stage: str, calls: Sequence[Call], done: int) -> None:
         """Make the calls that are missing of a stage, with a bar on a terminal."""
@@ -287,17 +298,35 @@ class Comparison:
             return
         total = done + len(calls)
         workers = min(worker_count(self.config.workers, calls[0].devices), len(calls))
-        status = f"{stage}: {done} of {total} done, {len(calls)} to do, {workers} at a time"
+        how = f"{workers} at a time" if self._jobs is None else "as jobs"
+        status = f"{stage}: {done} of {total} done, {len(calls)} to do, {how}"
         self.console.print(status, style="bold", highlight=False)
+        if self._jobs is None:
+            results = call_in_workers(calls, workers)
+        else:
+            from .cluster import call_in_jobs
+
+            results = call_in_jobs(calls, self._executor(calls[0].devices))
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task(stage, total=total, completed=done)
-            for number, result in enumerate(call_in_workers(calls, workers), done + 1):
-                text = _losses(result.value) if result.error is None else f"FAILED: {result.error}"
+            for number, result in enumerate(results, done + 1):
+                text = f"FAILED: {result.error}" if result.error else _result(result.value, stage)
                 self.console.print(f"  {number}/{total}  {result.call.name}: {text}", highlight=False)
                 progress.update(bar, completed=number, description=f"{stage}: {number} of {total} done")
                 if result.error is not None:
                     self.failed.append(result)
                     self.console.print(f"    log: {result.call.log}", highlight=False)
+
+    @property
+    def _accelerated(self) -> bool:
+        return not self.config.run_config({})["training"].get("use_cpu", False)
+
+    def _executor(self, devices: int) -> Any:
+        try:
+            from .cluster import make_executor
+        except ImportError as error:
+            raise ImportError("submitit: it is not installed: pip install submitit") from error
+        return make_executor(self.folder / "jobs", self._jobs or {}, devices, self._accelerated)
 
     def _report(self, seconds: float | None = None) -> Path:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
@@ -342,24 +371,44 @@ class Comparison:
         return details
 
     def _update_cards(self) -> None:
-        folders = {(run.arm, run.seed): run.folder for run in self.runs() if (run.folder / SUMMARY_NAME).exists()}
-        for (arm, seed), folder in folders.items():
-            other = folders.get((self.config.baseline, seed))
-            if arm == self.config.baseline or other is None:
-                continue
-            summary = RunSummary.load(folder).against(RunSummary.load(other), self.config.baseline)
-            summary = replace(summary, model_name=f"{arm}, seed {seed}")
-            save_card(summary, folder)
-            summary.save(folder)
+        """Compare the card of each run with that of the arm that it is declared to be compared with, and push it."""
+        finished = {(run.arm, run.seed): run for run in self.runs() if (run.folder / SUMMARY_NAME).exists()}
+        others = dict.fromkeys(self.config.arms, self.config.baseline)
+        others |= {test.arm: test.versus for test in reversed(self.config.family or []) if test.versus is not None}
+        for (arm, seed), run in finished.items():
+            other = finished.get((others[arm], seed))
+            before = RunSummary.load(run.folder)
+            summary = before
+            if arm != others[arm] and other is not None:
+                summary = before.against(RunSummary.load(other.folder), others[arm])
+                summary = replace(summary, model_name=f"{arm}, seed {seed}")
+                save_card(summary, run.folder)
+                summary.save(run.folder)
+            if run.repo_id is not None:
+                self._push(run, changed=summary != before)
+
+    def _push(self, run: Run, changed: bool) -> None:
+        """Push a finished run, unless it is on the Hub as it is."""
+        training = self.config.run_config({})["training"]
+        target = {"private": training.get("hub_private_repo"), "revision": training.get("hub_revision")}
+        publisher = Publisher(str(run.repo_id), run.folder, **target)
+        if changed or not publisher.status().commit:
+            record = run.record()
+            assert record is not None
+            publisher.check()
+            publisher.submit(record.end.step, "Compare with other arms")
+        FinalFlush(publisher, training.get("hub_flush_timeout", 600.0)).end()
 
 
 def _log(run: Run) -> Path:
-    return run.folder / "log.txt"
+    return run.folder / "_log.txt"  # has folders of this machine, and is not pushed
 
 
-def _losses(record: RunRecord) -> str:
-    if (minima := record.minima) is not None:
+def _result(record: RunRecord, stage: str) -> str:
+    if stage == "minima" and (minima := record.minima) is not None:
         converged = sum(minima.converged.values())
         return f"distance {minima.mean_distance:.4g}, {converged} of {len(minima.converged)} searches converged"
+    if stage == "benchmarks":
+        return ", ".join(f"{name} {value:.4g}" for name, value in record.downstream.items())
     ood = "" if record.end.ood_loss is None else f", OOD {record.end.ood_loss:.4f}"
     return f"validation {record.end.validation_loss:.4f}{ood} ({record.seconds:.0f} s)"

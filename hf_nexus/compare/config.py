@@ -202,6 +202,14 @@ class ComparisonConfig:
         devices_per_run (`int`, *optional*, defaults to 1):
             Devices of one run, with one process on each: under FSDP2 if the training fields of the base say so, else
             under DDP.
+        benchmarks (`list[str]`, *optional*):
+            Tasks of lm-eval to score each run on, as in `hf-nexus benchmark --tasks`.
+        push_to (`str`, *optional*):
+            Beginning of the repositories to push the runs to. With `org/study`, seed 2 of the arm `nexus` is pushed to
+            `org/study-nexus-seed-2`. Nothing is pushed if unset.
+        submitit (`dict`, *optional*):
+            Start runs as jobs of a cluster: `timeout_min` and other parameters of `submitit.AutoExecutor`, such as
+            `slurm_partition` and `nodes` (of one run). `cluster: local` starts all jobs on this machine at once.
 
     Raises:
         ValueError: an unknown key, a value that is not allowed, or values that contradict each other. The message
@@ -230,6 +238,9 @@ class ComparisonConfig:
     train_sample_rows: Count = 32
     workers: Count | None = None
     devices_per_run: Count = 1
+    benchmarks: list[Text] = field(default_factory=list)
+    push_to: Text | None = None
+    submitit: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -317,7 +328,7 @@ class ComparisonConfig:
         """The pretraining configuration of a run: the base, with the changes for all runs and training `settings`."""
         sections = {name: self._base.get(name, {}) | getattr(self, name) for name in SECTIONS}
         sections["training"] |= settings
-        sections["training"].pop("hub_token", None)  # of the base: runs do not push, and their files must not hold it
+        sections["training"].pop("hub_token", None)  # of the base: the files of the runs must not hold it
         return sections
 
     @classmethod

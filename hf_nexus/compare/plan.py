@@ -45,6 +45,8 @@ def pilot_of(config: ComparisonConfig) -> ComparisonConfig:
         seeds=[*range(first, first + _PILOT_SEEDS)],
         family=[],
         minima=minima if config.primary.metric == "minima_distance" else None,
+        benchmarks=config.benchmarks if config.primary.metric.startswith("downstream/") else [],
+        push_to=None,
         output_dir=str(Path(config.output_dir, _PILOT)),
     )
 

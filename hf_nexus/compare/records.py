@@ -102,7 +102,8 @@ class RunRecord:
     curve: list[LossPoint] = field(default_factory=list)  # the last point is the end of training
     path: list[dict[str, float]] = field(default_factory=list)  # `step` and logged metrics such as `path_cosine`
     cosines: list[tuple[int, Pairs]] = field(default_factory=list)  # outer step, gradient cosines between sources
-    downstream: dict[str, float] = field(default_factory=dict)  # `<question set>/answer_loss` and `.../exact_match`
+    downstream: dict[str, float] = field(default_factory=dict)  # `<question set or benchmark>/<score>`
+    benchmarks: list[str] = field(default_factory=list)  # tasks of lm-eval that are among `downstream`
     seconds: float = 0.0  # training time
     minima: Minima | None = None
 

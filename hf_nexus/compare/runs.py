@@ -34,6 +34,7 @@ __all__ = ["CONFIG_NAME", "MEASURED_NAME", "MINIMA_NAME", "Run", "read_questions
 
 CONFIG_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
+_PUSH = ("push_to_hub", "hub_model_id")
 _SCORES = ("answer_loss", "exact_match")
 _PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
 
@@ -56,7 +57,8 @@ class Run:
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Settings of training, measurements and minima search, by the file of the folder that holds them."""
-        own = {"output_dir": str(self.folder), "seed": self.seed}
+        own: dict[str, Any] = {"output_dir": str(self.folder), "seed": self.seed}
+        own |= {"push_to_hub": self.repo_id is not None, "hub_model_id": self.repo_id}
         if self.trial:
             own |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gradient_cosine_steps": 0}
         sections = self.config.run_config({**self.settings, **own})
@@ -75,6 +77,13 @@ class Run:
         """The folder in that of the comparison, as in `nexus/seed-2` or `tuning/nexus/trial-0/seed-0`."""
         return self.folder.relative_to(self.config.output_dir).as_posix().removeprefix("arms/")
 
+    @property
+    def repo_id(self) -> str | None:
+        """Repository that the run is pushed to."""
+        if self.trial or self.config.push_to is None:
+            return None
+        return f"{self.config.push_to}-{self.arm}-seed-{self.seed}"
+
     def write(self, names: Iterable[str] = (CONFIG_NAME, MEASURED_NAME)) -> None:
         """Write some of `files` into the folder: by default those that `train` needs."""
         files = self.files()
@@ -90,7 +99,7 @@ class Run:
         """
         files = self.files()
         for path in (self.folder / name for name in names if name in files):
-            if path.exists() and read_yaml(path) != files[path.name]:
+            if path.exists() and _computed(read_yaml(path)) != _computed(files[path.name]):
                 raise ValueError(
                     f"{self.folder} holds a run with other settings (see {path.name} there). Choose another "
                     "output_dir for the comparison, or delete that folder."
@@ -173,6 +182,12 @@ class Run:
             )
             record.downstream |= {f"{name}/{key}": value for key, value in scores.items() if key in _SCORES}
         return record
+
+
+def _computed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those of pushes, which change nothing that is computed."""
+    training = settings.get("training", {})
+    return settings | {"training": {key: value for key, value in training.items() if key not in _PUSH}}
 
 
 def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:

@@ -42,7 +42,8 @@ _RESUME_ONLY = (
 PUBLIC = "_public_"
 RUN_NAME = "RUN.md"  # quotes held-out rows, which may be private
 # Files that may hold paths of this machine.
-_NAME_FOLDERS = ("trainer_state.json", "adapter_config.json", "pretrain.yaml", "README.md")
+_NAME_FOLDERS = {"trainer_state.json", "adapter_config.json", "README.md"}
+_NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml"}
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
 _FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import yaml
 from rich.console import Console
 
 from hf_nexus.cli.app import main
+from hf_nexus.compare import benchmarks
 from hf_nexus.compare import comparison as module
 from hf_nexus.compare.comparison import Comparison
 from hf_nexus.compare.config import ComparisonConfig
 from hf_nexus.compare.records import RECORD_NAME, RunRecord
 from hf_nexus.compare.workers import Call, CallResult
 from hf_nexus.plots.style import new_plot, save_plot
-from tests.support.comparison import ARMS, comparison_fields, make_comparison
+from tests.support import lm_eval as support
+from tests.support.comparison import ARMS, comparison_fields, diverge, make_comparison
+from tests.support.hub.server import ALICE, HubServer
 from tests.support.tiny_config import write_config
 
 MINIMA = {"max_steps": 4, "eval_steps": 2, "eval_rows": 2, "grid": 3, "seeds": [1]}
@@ -27,6 +31,7 @@ TUNING = {"grid": {"learning_rate": [1e-5, 1e-2]}, "max_steps": 2}
 # Two evaluations of a short run: what a run measures is tested in test_runs.
 SHORT = {"max_steps": 4, "eval_steps": 2, "eval_on_start": False, "save_strategy": "no"}
 pytestmark = pytest.mark.usefixtures("plots_not_drawn")
+stand_in = support.stand_in  # the fixture
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,11 @@ def without_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
     for call in calls:
         if (call.log.parent / "fail.txt").exists():
             yield CallResult(call, error="RuntimeError: out of luck")
-        else:
+            continue
+        try:
             yield CallResult(call, call.function())
+        except RuntimeError as error:
+            yield CallResult(call, error=f"RuntimeError: {error}")
 
 
 @pytest.fixture
@@ -203,6 +211,67 @@ def test_failed_runs_are_named_and_the_rest_is_reported(copied, in_process, monk
     report = Path(copied.output_dir, "report.md").read_text()
     assert "seed 3" in report
     assert "no conclusion" in report.lower()  # two pairs of seeds are left
+
+
+def test_runs_are_scored_on_benchmarks(copied, in_process, monkeypatch, stand_in, tmp_path):
+    """Scores enter records, statistics and cards. A task that failed is run again."""
+    monkeypatch.setattr(module, "plot_comparison", lambda *args, **kwargs: [])
+    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "sums.yaml").write_text("task: sums")
+    results = json.dumps(support.raw("sums", "acc,none"))
+    code = f"""
+    results, model = json.loads({results!r}), settings["model_args"]["pretrained"]
+    if "seed-3" in model and not os.path.exists({str(tmp_path / "again")!r}):
+        sys.exit("no luck")
+    results["results"]["sums"]["acc,none"] = 0.25 + 0.5 * ("nexus" in model) + 0.01 * int(model[-1])
+    succeed(results)
+    """
+    stand_in(code)
+    config = replace(copied, benchmarks=[str(tmp_path / "sums.yaml")])
+    comparison, printed = run(config)
+    assert "benchmarks: 6 to do" in printed and "sums/acc 76" in printed
+    assert sorted(r.call.name for r in comparison.failed) == [f"benchmarks of {arm} seed 3" for arm in ARMS]
+    (tmp_path / "again").touch()
+    comparison, printed = run(config)
+    assert "benchmarks: 2 to do" in printed and not comparison.failed
+    rows = list(csv.DictReader((Path(config.output_dir) / "results.csv").open()))
+    key = ("nexus", "2", "downstream/sums/acc", "end")
+    (row,) = [row for row in rows if (row["arm"], row["seed"], row["metric"], row["where"]) == key]
+    assert float(row["value"]) == pytest.approx(77)
+    report = Path(config.output_dir, "report.md").read_text()
+    assert "sums/acc" in report and "50" in report
+    assert "sums" in Path(config.output_dir, "arms", "nexus", "seed-1", "README.md").read_text()
+    assert "benchmarks:" not in run(config)[1]
+
+
+def test_a_run_that_diverged_is_not_scored(copied):
+    record = RunRecord.load(Path(copied.output_dir, "arms", "nexus", "seed-1"))
+    config = replace(copied, benchmarks=["gsm8k"])
+    assert [task.name for task in benchmarks.missing_tasks(config, record)] == ["gsm8k"]
+    diverge(record)
+    assert benchmarks.missing_tasks(config, record) == []
+
+
+@pytest.mark.slow
+def test_runs_are_pushed_with_cards_that_compare(base, tmp_path, monkeypatch, capsys):
+    path, output = tmp_path / "mine.yaml", tmp_path / "out"
+    more = {"seeds": [1], "training": SHORT | {"save_strategy": "steps", "save_steps": 2}, "push_to": "alice/tiny"}
+    path.write_text(yaml.safe_dump(comparison_fields(base, output, **more)))
+    with HubServer(tmp_path / "hub") as hub:
+        for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": ALICE, "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            main(["compare", str(path)])
+        assert stop.value.code == 0
+        titles = {arm: [c["title"] for c in hub.history(f"alice/tiny-{arm}-seed-1")] for arm in ARMS}
+        assert "Training in progress, step 2" in titles["adamw"] and "Compare with other arms" not in titles["adamw"]
+        assert titles["nexus"][0] == "Compare with other arms"
+        files = hub.files("alice/tiny-nexus-seed-1")
+        assert b"The last columns compare with adamw" in files["README.md"] and "record.json" in files
+        assert not any(str(tmp_path).encode() in content for content in files.values())
+        with pytest.raises(SystemExit):
+            main(["compare", str(path), "--report"])
+        assert len(hub.history("alice/tiny-nexus-seed-1")) == len(titles["nexus"])  # nothing has changed
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Trainer
 
+from hf_nexus.compare import runs
 from hf_nexus.compare.config import ComparisonConfig, QuestionSet
 from hf_nexus.compare.minima import search_minima
 from hf_nexus.compare.records import RunRecord
@@ -111,8 +112,53 @@ def test_arms_of_a_seed_share_weights_and_rows(base, tmp_path, monkeypatch):
     assert same == [True, False]
 
 
+@pytest.fixture(scope="module")
+def streams(base: Path) -> Path:
+    """The configuration with streaming sources."""
+    content = yaml.safe_load(base.read_text())
+    for source in content["data"]["sources"].values():
+        source |= {"streaming": True, "weight": 1} if "role" not in source else {}
+    path = base.with_name("streams.yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_the_sample_of_a_stream_is_what_all_arms_read_first(streams, tmp_path, monkeypatch):
+    short = {"max_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 1}, "eval_steps": 1, "save_strategy": "no"}
+    minima = {"max_steps": 2, "eval_steps": 1, "eval_rows": 2, "grid": 3}
+    config = make_comparison(streams, tmp_path, training=short, minima=minima)
+    trained: dict[str, list[list[int]]] = {}
+    compute_loss = Trainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            trained.setdefault(arm, []).extend(inputs["input_ids"].tolist())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spy)
+    samples: list[dict[str, Any]] = []
+
+    def keep(run: PretrainRun, rows: int) -> dict[str, Any]:
+        samples.append(train_sample(run, rows))
+        return samples[-1]
+
+    monkeypatch.setattr(runs, "train_sample", keep)
+    for arm in ("adamw", "nexus"):
+        run = one_run(config, tmp_path / arm, arm)
+        record = run.train()
+    assert trained["adamw"] == trained["nexus"] and len(trained["nexus"]) == 2 * 4 * 2
+    first, other = ({n: [r["input_ids"].tolist() for r in rows] for n, rows in of.items()} for of in samples)
+    assert first == other and all(len(rows) == 4 for rows in first.values())
+    for rows in first.values():
+        assert [row for row in trained["nexus"] if row in rows] == rows  # in their order
+    assert record.end.train_loss < record.curve[0].train_loss
+    assert search_minima(run).minima is not None
+
+
 def test_a_folder_with_other_settings_is_refused(finished):
-    run, _ = finished
+    run, record = finished
+    pushed = replace(run, config=replace(run.config, push_to="alice/study"))
+    assert pushed.repo_id == "alice/study-nexus-seed-1" and pushed.record() == record  # only pushes are new
     with pytest.raises(ValueError, match="holds a run with other settings"):
         replace(run, settings=run.settings | {"inner_lr": 0.1}).record()
     with pytest.raises(ValueError, match=r"other settings \(see measured\.yaml"):

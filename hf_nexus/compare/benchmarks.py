@@ -1,0 +1,65 @@
+"""Scores of a finished run on benchmarks of lm-eval."""
+
+import importlib.util
+
+from ..evaluation.lm_eval.model_arguments import model_arguments
+from ..evaluation.lm_eval.runner import run_tasks
+from ..evaluation.lm_eval.tasks import Task, select_tasks
+from ..hub.benchmarks import record_scores
+from ..pretrain.parsing import parse_arguments
+from .config import ComparisonConfig
+from .records import RunRecord
+from .runs import CONFIG_NAME, Run
+
+__all__ = ["check_benchmarks", "missing_tasks", "score_benchmarks"]
+
+
+def check_benchmarks(config: ComparisonConfig) -> None:
+    """
+    Find errors before anything runs.
+
+    Raises:
+        ValueError: a task file that is missing, or a task that executes code.
+        ImportError: lm-eval is not installed.
+    """
+    select_tasks(config.benchmarks)
+    if config.benchmarks and importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("benchmarks: they need lm-eval: pip install 'lm-eval[math]'")
+
+
+def missing_tasks(config: ComparisonConfig, record: RunRecord) -> list[Task]:
+    """The tasks on which a run is not scored yet; none for a run that diverged."""
+    selected, _ = select_tasks(config.benchmarks)
+    return [] if record.diverged else [task for task in selected if task.name not in record.benchmarks]
+
+
+def score_benchmarks(run: Run) -> RunRecord:
+    """
+    Score a run on the tasks that are missing. The scores are saved with its record, and shown on its card.
+
+    Raises:
+        RuntimeError: a task failed. The scores of the others are saved.
+    """
+    record = RunRecord.load(run.folder)
+    training = parse_arguments(["--config", str(run.folder / CONFIG_NAME)]).training
+    results = run_tasks(
+        model_arguments(str(run.folder)),
+        missing_tasks(run.config, record),
+        run.folder,
+        batch_size=training.per_device_eval_batch_size,
+        device="cpu" if training.use_cpu else None,
+    )
+    errors = []
+    for result in results:
+        if result.error is not None:
+            errors.append(result.error)
+            continue
+        for score in result.scores:
+            name = result.task.name if result.task.benchmark else score.name
+            record.downstream.setdefault(f"{name}/{score.metric}", score.value)
+        record.benchmarks.append(result.task.name)
+        record.save(run.folder)
+        record_scores(run.folder, result.scores)
+    if errors:
+        raise RuntimeError("; ".join(errors))
+    return record
