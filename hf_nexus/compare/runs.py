@@ -20,6 +20,7 @@ from ..files import write_atomic
 from ..lock import locked
 from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.documents import StreamedDocuments
+from ..mixture.stream.lanes import Lanes
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
 from ..strict import read_yaml
@@ -193,22 +194,23 @@ def _computed(settings: dict[str, Any]) -> dict[str, Any]:
 def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:
     """
     The rows of each training source on which the training loss is measured. Those of a stream are the first that the
-    first data loader worker of the first rank reads: all arms of a seed train on them. Those of another source are the
-    same for all seeds.
+    run reads: all arms of a seed train on them. Those of another source are the same for all seeds.
 
     Raises:
         SourceError: a stream cannot be read.
     """
     args, streams = run.trainer.args, run.trainer.data.dataset
-    if isinstance(streams, MixtureStream):  # read apart from the training, which keeps its position
+    batch = args.train_batch_size * args.world_size  # rows of a micro-batch of all ranks
+    if isinstance(streams, MixtureStream):  # read apart from the training, by one reader and in the run's order
+        lanes = Lanes.of_run(batch, args.world_size, max(1, args.dataloader_num_workers))
         streams = MixtureStream(streams.sources, seed=streams.seed, buffer_size=streams.buffer_size)
+        streams.place(0, 1, 1, lanes)
     sample: dict[str, Any] = {}
     for number, (name, dataset) in enumerate(run.mixture.train.items()):
         if not isinstance(dataset, StreamedDocuments):
             order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(dataset))
             sample[name] = dataset.select(sorted(order[:rows].tolist()))
         else:
-            batch = args.train_batch_size
             numbers = (range(first, first + batch) for first in range(0, rows, batch))
             read = (streams.__getitems__([(row, number) for row in of_batch]) for of_batch in numbers)
             sample[name] = list(itertools.islice(itertools.chain.from_iterable(read), rows))
