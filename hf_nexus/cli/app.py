@@ -61,7 +61,7 @@ class _Command(TyperCommand):
 
 def _announce(*words: str | None) -> None:
     """Say at once what begins: heavy packages take seconds to load."""
-    print(f"hf-nexus {__version__}", *map(printable, words), file=sys.stderr, flush=True)
+    print(" ".join([f"hf-nexus {__version__}", *map(printable, words)]), file=sys.stderr, flush=True)
 
 
 class _FieldsCommand(TyperCommand):

@@ -641,10 +641,10 @@ class NexusTrainerMixin(_Base):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
         self._checkpoints.settle()
-        if self.state.global_step >= self.state.max_steps and not self._plain:
-            self._log_source_cosines()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()
+        if self.state.global_step >= self.state.max_steps and not self._plain:
+            self._log_source_cosines()  # after the losses: a log line clears `should_log`
 
     def _get_output_dir(self, trial: Any) -> str:
         """The folder of checkpoints, or of incomplete ones while a checkpoint is written."""

@@ -80,6 +80,7 @@ def test_train_prints_before_it_loads_torch():
         "class Stream:\n"
         "    def write(self, text): assert 'torch' not in sys.modules; sys.__stdout__.write(text); raise SystemExit\n"
         "    def flush(self): pass\n"
+        "    def isatty(self): return False\n"
         "sys.stderr = Stream()\n"
         "main(['train', 'demo'])"
     )

@@ -229,11 +229,11 @@ def test_runs_are_scored_on_benchmarks(copied, in_process, monkeypatch, stand_in
     stand_in(code)
     config = replace(copied, benchmarks=[str(tmp_path / "sums.yaml")])
     comparison, printed = run(config)
-    assert "benchmarks: 6 to do" in printed and "sums/acc 76" in printed
+    assert "benchmarks: 0 of 6 done, 6 to do" in printed and "sums/acc 76" in printed
     assert sorted(r.call.name for r in comparison.failed) == [f"benchmarks of {arm} seed 3" for arm in ARMS]
     (tmp_path / "again").touch()
     comparison, printed = run(config)
-    assert "benchmarks: 2 to do" in printed and not comparison.failed
+    assert "benchmarks: 4 of 6 done, 2 to do" in printed and not comparison.failed
     rows = list(csv.DictReader((Path(config.output_dir) / "results.csv").open()))
     key = ("nexus", "2", "downstream/sums/acc", "end")
     (row,) = [row for row in rows if (row["arm"], row["seed"], row["metric"], row["where"]) == key]

@@ -540,6 +540,7 @@ def test_gradient_cosines_on_request(make_trainer, sources):
     trainer.train()
     logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
     assert logged == [0, 2, 4]  # at the weights before the third step, and at the end
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
     logs = last_log(trainer, "cosine/code-math")
     assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math", "code-math"))
     plain = make_trainer(sources, max_steps=4)
