@@ -64,7 +64,7 @@ def test_with_two_lines_changed_it_is_a_script_for_trainer(run, tmp_path):
         r"from hf_nexus import Nexus\w+ as (\w+)", r"from transformers import \1", SCRIPT.read_text()
     )
     assert count == 2
-    helpers = ["hf_nexus.evaluation.metrics", "hf_nexus.files"]
+    helpers = ["hf_nexus.errors", "hf_nexus.evaluation.metrics", "hf_nexus.files"]
     assert re.findall(r"hf_nexus[.\w]*", text.split('"""')[2]) == helpers
     stock = tmp_path / "stock.py"
     stock.write_text(text)
