@@ -215,8 +215,8 @@ class NexusTrainerMixin(_Base):
 
     @property
     def _sharded_at_load(self) -> bool:
-        """Whether transformers has sharded the model (`distributed_config`), which the Trainer trains since 5.19."""
-        return getattr(self, "is_distributed_loading_by_transformers", False)
+        """Whether transformers has sharded the model (`distributed_config`)."""
+        return bool(self.is_distributed_loading_by_transformers)
 
     @property
     def _sharded(self) -> bool:

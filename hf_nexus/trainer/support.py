@@ -327,8 +327,8 @@ def check_launch(args: Any, launch: Launch) -> None:
         )
     if launch.tensor_size != 1 and not launch.sharded_at_load:
         raise ValueError(
-            "Nexus supports tensor parallelism of models that transformers (5.19 or later) shards when it loads them. "
-            "Load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...)."
+            "Nexus supports tensor parallelism of models that transformers shards when it loads them. Load the model "
+            "with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...)."
         )
     if launch.sequence_sizes != 1:
         raise ValueError(
