@@ -53,7 +53,8 @@ def _lines(folder: Path, samples: Mapping[str, tuple[str, str]]) -> Iterator[str
         yield from ("", "## Generated text", "", "The most likely tokens after the start of a held-out document.")
     for name, texts in samples.items():
         for title, text in zip((f"### {name}", "continues:"), texts, strict=True):
-            yield from ("", title, "", *(f"    {line}" for line in text.splitlines()))
+            lines = text.rstrip().splitlines() or ["(white space only)"]
+            yield from ("", title, "", *(f"    {line}" for line in lines))
 
 
 @torch.no_grad()

@@ -372,7 +372,8 @@ def test_a_push_without_a_queue_fails_with_one_line(tmp_path: Path) -> None:
     """The error names the folder and the expected one."""
     done = push(tmp_path / "absent")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*absent holds nothing to push: .*\n", done.stderr)
+    started, error = done.stderr.splitlines()
+    assert started.startswith("hf-nexus") and re.fullmatch(r"error: .*absent holds nothing to push: .*", error)
 
 
 @pytest.mark.parametrize("refused", [True, False])
