@@ -163,9 +163,10 @@ class TrainingProgress(ProgressCallback):
 
 def _row(name: str, done: int, total: int, text: str) -> Table:
     row = Table.grid(padding=(0, 2))
-    for _ in range(3):
-        row.add_column(no_wrap=True)
-    row.add_row(name, ProgressBar(total=total, completed=done, width=24), Text(text))
+    row.add_column(no_wrap=True)
+    row.add_column(max_width=24)  # a narrow terminal takes from the bar, and not from the numbers
+    row.add_column(no_wrap=True)
+    row.add_row(name, ProgressBar(total=total, completed=done), Text(text))
     return row
 
 

@@ -30,8 +30,8 @@ def shown(terminal: bool = True, **options) -> tuple[TrainingProgress, io.String
     return bars, written
 
 
-def view(bars: TrainingProgress) -> str:
-    console = Console(file=io.StringIO(), width=120)
+def view(bars: TrainingProgress, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(bars._view())
     return console.file.getvalue()
 
@@ -46,6 +46,8 @@ def test_the_bar_has_the_losses_the_cosine_and_the_speed():
         assert words in view(bars)
     bars.on_log(ARGS, state_at(4), None, LOGS)
     assert "path cosine +0.125   1,234 tokens/s" in view(bars)
+    for words in ("step 0/10", "path cosine +0.125   1,234 tokens/s", " left"):
+        assert words in view(bars, width=70)
     assert "step  3/10" not in written.getvalue()  # no line
 
 
