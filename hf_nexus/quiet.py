@@ -5,8 +5,9 @@ import os
 import re
 import sys
 import warnings
+from typing import Any
 
-__all__ = ["quieten"]
+__all__ = ["is_live", "quieten"]
 
 # Records of the Trainer that are left out.
 _RECORDS = re.compile(
@@ -15,6 +16,14 @@ _RECORDS = re.compile(
     # A fraction of the steps is compared with the number of steps that was made of it.
     r"|Warning: The following arguments do not match .*:( *\n\t\w+_steps: 0\.\d+ \(from args\) != \d+ \(from \S+\))+"
 )
+
+
+def is_live(console: Any) -> bool:
+    """
+    Whether a `rich.console.Console` can update lines in place. A command that a notebook starts takes its output for a
+    terminal, but the notebook keeps each update.
+    """
+    return console.is_terminal and not console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
 
 
 def quieten() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import require_folder
+from ..quiet import is_live
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +67,7 @@ def closeness(
         projection=projection,
         seed=seed,
         minima=parse_minima(minima),
-        track=lambda text, parts: track(parts, text, console=console, transient=True, disable=not console.is_terminal),
+        track=lambda text, parts: track(parts, text, console=console, transient=True, disable=not is_live(console)),
     )
     found.save(path)
     print_closeness(found, console)

@@ -29,6 +29,7 @@ from ..mixture.loading import load_mixture
 from ..pretrain.fields import PretrainArguments
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import load_tokenizer
+from ..quiet import is_live
 from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
@@ -307,7 +308,7 @@ class Comparison:
             from .cluster import call_in_jobs
 
             results = call_in_jobs(calls, self._executor(calls[0].devices))
-        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+        with Progress(console=self.console, transient=True, disable=not is_live(self.console)) as progress:
             bar = progress.add_task(stage, total=total, completed=done)
             for number, result in enumerate(results, done + 1):
                 text = f"FAILED: {result.error}" if result.error else _result(result.value, stage)

@@ -18,6 +18,7 @@ from rich.text import Text
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from ..quiet import is_live
 from .console import say
 
 __all__ = ["SaveOnInterrupt", "TrainingProgress"]
@@ -54,7 +55,7 @@ class TrainingProgress(ProgressCallback):
         self._since = self._drawn = time.monotonic()
         # Without the thread of automatic refreshes: workers of data loaders would inherit its locks.
         self._live = Live(get_renderable=self._view, console=console, auto_refresh=False, transient=True)
-        self._on = bar and console.is_terminal and not console.is_dumb_terminal and not console.quiet
+        self._on = bar and is_live(console) and not console.quiet
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -51,6 +51,14 @@ def test_the_bar_has_the_losses_the_cosine_and_the_speed():
     assert "step  3/10" not in written.getvalue()  # no line
 
 
+def test_a_notebook_that_starts_the_command_gets_lines(monkeypatch):
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    bars, written = shown()
+    with bars.shown():
+        bars.on_log(ARGS, state_at(3), None, LOGS)
+    assert written.getvalue().count("\n") == 1 and "step  3/10" in written.getvalue()
+
+
 @pytest.mark.parametrize(("terminal", "options"), [(False, {}), (True, {"bar": False})])
 def test_elsewhere_each_log_entry_is_one_line(terminal, options):
     bars, written = shown(terminal, **options)
