@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.mixture import MixtureDataset, MixtureSampler, SourceSchedule
 
-__all__ = ["ARMS", "CHECKPOINTING", "CUDA", "GROUPS", "LENGTH", "MODELS", "NEXUS", "NEXUS_FSDP2", "OFFLOAD", "PLAIN"]
+__all__ = ["ARMS", "CUDA", "GROUPS", "LENGTH", "MODELS", "NEXUS", "NEXUS_FSDP2", "OFFLOAD", "PLAIN"]
 __all__ += ["Arm", "Case", "RandomRows"]
 
 CUDA = torch.cuda.is_available()
@@ -26,9 +26,6 @@ SOURCES = ("text", "code", "mathematics")
 SEED = 42
 PLAIN, NEXUS, NEXUS_FSDP2 = "plain accumulation", "Nexus, gamma 0.05", "Nexus, FSDP2"
 OFFLOAD = "Nexus, snapshot_device='cpu'"
-# The name that transformers has had since 5.23, or the one before.
-_NEW = "activation_checkpointing"
-CHECKPOINTING = _NEW if hasattr(TrainingArguments, _NEW) else "gradient_checkpointing"
 
 _SHAPE = (
     "vocab_size",

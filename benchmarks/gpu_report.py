@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from arms import ARMS, CHECKPOINTING, CUDA, LENGTH, MODELS, NEXUS, NEXUS_FSDP2, OFFLOAD, PLAIN, Case
+from arms import ARMS, CUDA, LENGTH, MODELS, NEXUS, NEXUS_FSDP2, OFFLOAD, PLAIN, Case
 from measuring import Measurement, OutOfMemory, measure_apart
 from quartiles import quartiles
 from step_overhead import describe_machine, utilization
@@ -92,7 +92,7 @@ def plan_memory(case: Case, arm: str) -> MemoryEstimate:
         "gradient_accumulation_steps": case.k,
         "bf16": CUDA,
         "nexus": issubclass(spec.trainer, NexusTrainer),
-        CHECKPOINTING: case.settings.get(CHECKPOINTING, False),
+        "activation_checkpointing": case.settings.get("activation_checkpointing", False),
         **{name: value for name, value in spec.settings.items() if name == "snapshot_device"},
         **MODELS[case.model],
     }
@@ -110,7 +110,7 @@ def arrange(part: Part, memory: float) -> tuple[Case, list[list[str]]]:
     """The case, with activation checkpointing if an arm does not fit without, and its arms in groups that fit."""
     case, arms = part.case, part.arms
     if any(needed(case, [arm]) > memory for arm in arms):
-        case = replace(case, settings={**case.settings, CHECKPOINTING: True})
+        case = replace(case, settings={**case.settings, "activation_checkpointing": True})
     return case, [arms] if needed(case, arms) <= memory else [[arm] for arm in arms]
 
 
@@ -137,7 +137,10 @@ class Report:
 
 def first_cells(case: Case, arm: str) -> list[str]:
     """What was measured."""
-    settings = [case.attention, *(name for name in (CHECKPOINTING, "torch_compile") if case.settings.get(name))]
+    settings = [
+        case.attention,
+        *(name for name in ("activation_checkpointing", "torch_compile") if case.settings.get(name)),
+    ]
     rank = ", one rank" if ARMS[arm].launch else ""
     parameters = case.parameters(arm)[0]
     return [f"{parameters / 1e6:,.0f}M", f"{case.tokens}", ", ".join(settings).replace("_", " "), arm + rank]

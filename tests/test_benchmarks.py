@@ -127,7 +127,7 @@ def test_arms_without_memory_are_rows_and_the_rest_is_measured(gpu_report, arms,
 def test_what_does_not_fit_or_has_no_time_is_left_out(gpu_report, arms, tmp_path):
     part = gpu_report.Part(arms.Case("1M", 512, 4), [arms.PLAIN, arms.NEXUS])
     case, groups = gpu_report.arrange(part, memory=42e6)
-    assert case.settings == {arms.CHECKPOINTING: True} and groups == [[arms.PLAIN], [arms.NEXUS]]
+    assert case.settings == {"activation_checkpointing": True} and groups == [[arms.PLAIN], [arms.NEXUS]]
     part = gpu_report.Part(part.case, [arms.PLAIN])
     (row,) = reported(gpu_report, part, tmp_path, memory=1e6)
     assert row[4].startswith("left out: 0.0")

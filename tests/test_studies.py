@@ -27,7 +27,7 @@ def published(study: str) -> list[tuple[str, str, str, str, str]]:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_table_holds_the_differences_of_its_runs(path):
-    """Statistics are computed here anew, from the values of the runs."""
+    """The test computes the statistics from the values of the runs."""
     with path.open(newline="") as file:
         values = {(r["arm"], r["seed"], r["metric"], r["where"]): float(r["value"]) for r in csv.DictReader(file)}
     seeds = sorted({seed for _, seed, _, _ in values})

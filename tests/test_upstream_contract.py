@@ -15,7 +15,7 @@ from transformers.trainer_utils import _is_peft_model
 
 from hf_nexus import NexusTrainerMixin
 from hf_nexus.trainer.arguments import changed
-from tests.support.tiny import CHECKPOINTING, Rows, tiny_llama
+from tests.support.tiny import Rows, tiny_llama
 
 # Hooks of the Trainer that the mixin overrides, with the parameters that it names. `None`: they are passed on unseen.
 HOOKS = {
@@ -303,10 +303,10 @@ def test_saved_arguments_contain_the_token(tmp_path):
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token == "secret"
 
 
-def test_the_old_name_of_checkpointing_has_the_value_of_the_new(tmp_path):
-    """The plan reads the old name, which all supported versions have."""
-    args = TrainingArguments(str(tmp_path), **{CHECKPOINTING: True})  # type: ignore[arg-type]
-    assert args.gradient_checkpointing and not TrainingArguments(str(tmp_path)).gradient_checkpointing
+def test_the_new_name_of_checkpointing_has_the_value_of_the_old(tmp_path):
+    """The plan reads the new name."""
+    args = TrainingArguments(str(tmp_path), gradient_checkpointing=True)
+    assert args.activation_checkpointing and not TrainingArguments(str(tmp_path)).activation_checkpointing
 
 
 def test_averaging_over_devices_is_read_from_the_arguments():

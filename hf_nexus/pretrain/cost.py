@@ -57,7 +57,7 @@ def estimate_cost(
     """
     t, hardware, sharding = arguments.training, arguments.hardware, sharding_of(arguments)
     k, sync = t.gradient_accumulation_steps, (inner_sync or t.inner_sync) if t.nexus else "plain"
-    again, again_formula = (4 / 3, " x 4/3") if t.gradient_checkpointing else (1.0, "")
+    again, again_formula = (4 / 3, " x 4/3") if t.activation_checkpointing else (1.0, "")
     if getattr(config_of(arguments), "num_experts_per_tok", None) is not None:
         again_formula += " (an upper bound, since a token passes only some of the experts that N counts)"
     compute = 6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices)

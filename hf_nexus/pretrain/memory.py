@@ -140,7 +140,7 @@ def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
         return " + ".join(f"{count}{name}" for name, count in terms.items() if count)
 
     in_backward = bytes_of(layer) + 4 * h + 2 * size * f  # the gradients of saved tensors that exist at once
-    if t.gradient_checkpointing:  # a layer is recomputed when the tensors of the head are gone
+    if t.activation_checkpointing:  # a layer is recomputed when the tensors of the head are gone
         layer = Counter(h=4)
     per_token = m.num_hidden_layers * bytes_of(layer) + bytes_of(head)
     return per_token, in_backward, f"L * ({formula(layer)}) + {formula(head)}"

@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 
 from hf_nexus.pretrain.memory import estimate_memory, sharding_of
 from hf_nexus.pretrain.model import build_model, count_parameters, model_config
-from tests.support.tiny import CHECKPOINTING
 from tests.support.tiny_config import planned
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrain_3b.md"
@@ -67,7 +66,7 @@ def measure(arguments: Any, make_trainer: Any, folder: Path, document: int | Non
     """The result of `allocated` for two outer steps."""
     t, length = arguments.training, arguments.mixture.sequence_length
     rows, k = t.per_device_train_batch_size, t.gradient_accumulation_steps
-    settings = {name: getattr(t, name) for name in ("bf16", CHECKPOINTING, "nexus", "inner_direction")}
+    settings = {name: getattr(t, name) for name in ("bf16", "activation_checkpointing", "nexus", "inner_direction")}
     settings |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": k, "logging_strategy": "no"}
 
     def train(at_the_end: Any) -> None:
@@ -88,7 +87,7 @@ def measure(arguments: Any, make_trainer: Any, folder: Path, document: int | Non
             for flags in (
                 ["--isolate_documents", "false"],
                 ["--bf16"],
-                [f"--{CHECKPOINTING}"],
+                ["--activation_checkpointing"],
                 ["--inner_direction", "random"],
             )
         ),
@@ -106,7 +105,7 @@ def test_memory_is_allocated_as_estimated_within_a_tenth(config, make_trainer, t
     assert estimate.total == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize("flags", [[], ["--bf16"], [f"--{CHECKPOINTING}"]])
+@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--activation_checkpointing"]])
 def test_activations_are_those_saved_for_the_backward_pass(config, flags):
     # The number of tokens (96) is not a dimension of a weight, which identifies copies of weights.
     shape = ["--isolate_documents", "false", "--per_device_train_batch_size", "3", "--hidden_size", "64"]
@@ -124,8 +123,8 @@ def test_activations_are_those_saved_for_the_backward_pass(config, flags):
 def saved_bytes(arguments) -> int:
     """Bytes of distinct storages saved for the backward pass of a micro-batch, copies of weights left out."""
     model = build_model(model_config(arguments.model, arguments.mixture.sequence_length)).train()
-    if getattr(arguments.training, CHECKPOINTING):
-        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    if arguments.training.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(reversed(p.shape)) for p in model.parameters()}
     sizes: dict[int, int] = {}
 

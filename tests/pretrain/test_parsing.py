@@ -9,7 +9,6 @@ from transformers import TrainerState
 
 from hf_nexus.mixture import SourceConfig
 from hf_nexus.pretrain.parsing import parse_arguments
-from tests.support.tiny import CHECKPOINTING
 from tests.support.tiny_config import planned
 
 CODE = {"path": "builtin/code"}
@@ -50,7 +49,7 @@ VALUES = {
     "warmup_steps": (1, "1"),
     "lr_scheduler_type": ("cosine", "cosine"),
     "save_strategy": ("no", "no"),
-    CHECKPOINTING: (True, "true"),
+    "activation_checkpointing": (True, "true"),
     "accelerator_config": ({"even_batches": True}, '{"even_batches": true}'),
     "mixture_weights": ({"code": 3}, '{"code": 3}'),
     "report_to": ("tensorboard", "tensorboard"),

@@ -4,12 +4,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 VOCAB = 64
-# The name that transformers has had since 5.23, or the one before.
-_NEW = "activation_checkpointing"
-CHECKPOINTING = _NEW if hasattr(TrainingArguments, _NEW) else "gradient_checkpointing"
 
 
 class Rows(Dataset):

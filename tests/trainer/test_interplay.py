@@ -32,7 +32,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from hf_nexus import Nexus, NexusConfigMixin, NexusTrainer, NexusTrainerMixin
 from tests.support.faults import AtEvents
-from tests.support.tiny import CHECKPOINTING, VOCAB, Rows, tiny_llama
+from tests.support.tiny import VOCAB, Rows, tiny_llama
 
 Batch = dict[str, torch.Tensor]
 
@@ -593,7 +593,7 @@ def test_gradient_checkpointing_changes_no_bit(make_trainer, sources, reentrant)
         trainer.train()
         return weights(trainer.model), calls[0]
 
-    settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
     plain, calls = train()
     checkpointed, more_calls = train(**settings)
     assert torch.equal(plain, checkpointed)

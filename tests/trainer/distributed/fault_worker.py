@@ -29,7 +29,6 @@ from tests.support.faults import (
     make,
 )
 from tests.support.launcher import report
-from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
 EPOCH = K + 2  # micro-batches of an epoch on each of two ranks: the windows of a run have 4, 2, 4 and 2
 # The points of a window after which the ranks call collectives.
@@ -44,8 +43,6 @@ INTERRUPTED = [
 def resumed(out: Path, steps: list[torch.Tensor], logs: dict[str, float], start: int) -> list[str]:
     """The failures of a run that resumes from step `start`."""
     dist.barrier()
-    if not RESUMES_ON_CPU:
-        return []
     trainer = make(out, faults.model(seed=5), **SAVING)
     began: list[int] = []
     trainer.add_callback(AtEvents(lambda event: began.append(trainer.state.global_step), "on_train_begin"))

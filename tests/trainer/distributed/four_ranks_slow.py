@@ -11,11 +11,8 @@ from tests.trainer.distributed import fsdp_worker, layouts_worker
 
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
-    found = {}
-    if layouts_worker.SHARDS_AT_LOAD:
-        found = {
-            name: work(out / name) for name, work in (layouts_worker.SLOW | {"tensor": layouts_worker.tensor}).items()
-        }
+    works = {**layouts_worker.SLOW, "tensor": layouts_worker.tensor}
+    found = {name: work(out / name) for name, work in works.items()}
     found["resumed paths"] = fsdp_worker.resumed_paths(out / "resumed")
     report(found, out)
 

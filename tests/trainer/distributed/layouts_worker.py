@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from packaging import version
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from transformers import LlamaForCausalLM
 
@@ -17,9 +15,6 @@ from hf_nexus import Nexus, NexusConfig, NexusTrainer
 from hf_nexus.trainer.distributed import PathGroups, Shards
 from tests.support.tiny import VOCAB, Rows, tiny_llama
 from tests.trainer.distributed.worker import WEIGHTS, sources
-
-# In earlier versions, `DistributedConfig` has no HSDP.
-SHARDS_AT_LOAD = version.parse(transformers.__version__) >= version.parse("5.23")
 
 
 def llama() -> torch.nn.Module:

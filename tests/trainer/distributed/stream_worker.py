@@ -15,7 +15,6 @@ from hf_nexus.trainer.checkpoints import last_checkpoint
 from tests.support.faults import AtEvents, weights
 from tests.support.stream_documents import documents_of
 from tests.support.streams import LENGTH, Recorder, Replayed, differences, make, mixture, run, sharded, table, texts
-from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
 RANK = int(os.environ.get("RANK", "0"))
 # Sources of five shards, of two, and of one for both ranks; an iterable one; and a map-style one.
@@ -113,7 +112,7 @@ def scenario(out: Path, data: Any, resumed: tuple[int, ...] = (), **config: Any)
     trainer.train()
     found = facts(trainer, agreement)
     found["differences"] = []
-    for step in resumed if RESUMES_ON_CPU else ():
+    for step in resumed:
         dist.barrier()
         folder = str(out / "whole" / f"checkpoint-{step}")
         again = run(out / "again", data(), folder, **config)
@@ -133,9 +132,7 @@ def failure(out: Path, at: int, **config: Any) -> dict[str, Any]:
     step = found["step"] = trainer.state.global_step
     dist.barrier()
     found["checkpoint"] = last_checkpoint(out / "broken") == str(out / "broken" / f"checkpoint-{step}")
-    found["differences"] = []
-    if RESUMES_ON_CPU:
-        found["differences"] = differences(run(out / "broken", failing(-1), True, **config), whole, step)
+    found["differences"] = differences(run(out / "broken", failing(-1), True, **config), whole, step)
     return found
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.support.tiny import Rows, tiny_llama
-from tests.trainer.distributed.worker import RESUMES_ON_CPU, WEIGHTS, make, sources, weights
+from tests.trainer.distributed.worker import WEIGHTS, make, sources, weights
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,11 @@ def test_not_finite_steps_are_left_out(ranks):
         assert torch.tensor(ranks[0][f"{sync}_nan"]["weights"]).isfinite().all()
 
 
-@pytest.mark.skipif(not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all")
 def test_resume_on_two_ranks_is_bit_exact(ranks):
     for rank in ranks:
         assert rank["resumed"]["weights"] == rank["whole"]["weights"]
 
 
-@pytest.mark.skipif(not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all")
 def test_a_run_goes_on_with_more_or_fewer_ranks(ranks, tmp_path_factory, tmp_path):
     """The rows are the same, and the weights up to the order of the reductions."""
     root = tmp_path_factory.getbasetemp()

@@ -9,7 +9,6 @@ import pytest
 
 from tests.support.launcher import launch
 from tests.trainer.distributed.elastic_worker import ROWS, SAVED, STEPS, noting, trainer
-from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
 
 def hashes(of_ranks: list[dict[str, Any]]) -> dict[int, list[tuple[str, str]]]:
@@ -25,7 +24,6 @@ def hashes(of_ranks: list[dict[str, Any]]) -> dict[int, list[tuple[str, str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all")
 def test_killed_on_four_ranks_and_resumed_on_two_and_one(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         launch("tests.trainer.distributed.elastic_worker", 4, tmp_path)

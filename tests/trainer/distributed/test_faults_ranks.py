@@ -5,11 +5,6 @@ import pytest
 from tests.support.faults import IN_WINDOWS, STEPS, K
 from tests.support.launcher import launch
 from tests.trainer.distributed.fault_worker import INTERRUPTED
-from tests.trainer.distributed.worker import RESUMES_ON_CPU
-
-resumes = pytest.mark.skipif(
-    not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all"
-)
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +32,18 @@ def test_a_window_interrupted_at_its_ends_is_restored(ranks, name):
     assert [rank[name] for rank in ranks] == [[], []]
 
 
-@resumes
 def test_a_run_with_a_killed_rank_restarts_to_the_same_end(launched):
     out, ranks = launched
     assert (out / "killed").exists()
     assert [rank["killed"] for rank in ranks] == [[], []]
 
 
-@resumes
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_window_cut_by_sigterm_is_repeated_on_resume(ranks, window):
     """Window 1 is short, and window 2 starts an epoch."""
     assert [rank[f"terminated_{window}"] for rank in ranks] == [[], []]
 
 
-@resumes
 def test_a_checkpoint_that_fails_is_none(ranks):
     assert [rank["failed_checkpoint"] for rank in ranks] == [[], []]
 

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from tests.support.tiny import Rows
-from tests.trainer.distributed.layouts_worker import SHARDS_AT_LOAD, SLOW, adapters, experts, llama, make, trained
+from tests.trainer.distributed.layouts_worker import SLOW, adapters, experts, llama, make, trained
 from tests.trainer.distributed.test_ddp import distance
-
-at_load = pytest.mark.skipif(not SHARDS_AT_LOAD, reason="needs transformers 5.23")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,6 @@ def test_random_directions_are_equal_on_replicas_only(ranks):
     assert len(moved.unique()) == len(moved)
 
 
-@at_load
 @pytest.mark.slow
 def test_fsdp_with_tensor_parallelism_matches_one_process(slow_four_ranks, tmp_path):
     """The weights, the checkpoint, the logs and an evaluation."""
@@ -47,7 +44,6 @@ def test_fsdp_with_tensor_parallelism_matches_one_process(slow_four_ranks, tmp_p
         assert rank["logs"]["train_loss"] == pytest.approx(logs["train_loss"], rel=1e-5)
 
 
-@at_load
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SLOW)
 def test_models_sharded_at_load_match_one_process(slow_four_ranks, tmp_path, layout):

@@ -6,11 +6,7 @@ from hf_nexus.mixture.schedule import DynamicSchedule
 from tests.support.faults import K
 from tests.support.streams import STEPS
 from tests.trainer.distributed.stream_worker import FIRST
-from tests.trainer.distributed.worker import RESUMES_ON_CPU
 
-resumes = pytest.mark.skipif(
-    not RESUMES_ON_CPU, reason="this transformers cannot resume on several CPU processes at all"
-)
 SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
 CONTROLS = ["mixed", "blocked"]
 
@@ -43,7 +39,6 @@ def test_ranks_read_other_rows_whatever_the_shards(ranks: list[dict], source: st
     assert len(set(first + second)) == len(first + second)  # no row twice: the run is shorter than a pass
 
 
-@resumes
 @pytest.mark.parametrize("scenario", [*SCENARIOS, *CONTROLS])
 def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: str) -> None:
     assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
@@ -82,8 +77,7 @@ def test_a_source_failing_on_one_rank_stops_and_saves_both(ranks: list[dict], sc
     assert first["step"] == second["step"] >= 1
     assert first["checkpoint"] and second["checkpoint"]
     assert f"stopped after step {first['step']}, and a checkpoint was saved" in first["error"]
-    if RESUMES_ON_CPU:
-        assert first["differences"] == second["differences"] == []
+    assert first["differences"] == second["differences"] == []
 
 
 def test_documents_are_isolated_on_both_ranks_or_none(ranks: list[dict]) -> None:
