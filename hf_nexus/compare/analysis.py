@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -154,22 +154,15 @@ def compare_arms(
         values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
     controls, unclean = find_controls({arm: run.settings for (arm, _), run in runs.items()}, primary[0], tuned)
     if family is None:
-        others = [(arm, baseline) for arm in names if arm not in (baseline, primary[0])]
-        others += [(primary[0], control) for control in controls]
-        family = [(arm, versus, primary[1], where) for arm, versus in others]
+        family = _default_family(names, baseline, primary, where, controls)
     tested = dict.fromkeys((arm, baseline) for arm in names if arm != baseline)
     tested |= dict.fromkeys((primary[0], control) for control in controls)
     tested |= dict.fromkeys((arm, versus) for arm, versus, _, _ in family)
     matched, pairs, unmatched = _matched(runs, list(tested), planned)
     values += [value for value, _ in matched]
-    bounds: _Finite = {}
-    for (arm, seed, metric, at, _), bound in matched:
-        bounds.setdefault((arm, metric, at), {})[seed] = bound
-    finite: _Finite = {}
-    for arm, seed, metric, at, value in values:
-        # Even finite values of a diverged run mean nothing, such as an exact match of 0.
-        if math.isfinite(value) and not runs[arm, seed].diverged:
-            finite.setdefault((arm, metric, at), {})[seed] = value
+    bounds = _by_seed((*value[:4], bound) for value, bound in matched)
+    # Even finite values of a diverged run mean nothing, such as an exact match of 0.
+    finite = _by_seed(value for value in values if math.isfinite(value[4]) and not runs[value[:2]].diverged)
     searches = [done for run in runs.values() if run.minima for done in run.minima.converged.values()]
     return Analysis(
         baseline=baseline,
@@ -191,6 +184,22 @@ def compare_arms(
         unconverged=(searches.count(False), len(searches)),
         across_arms=_correlation(finite, names, baseline),
     )
+
+
+def _default_family(
+    arms: Sequence[str], baseline: str, primary: tuple[str, str], where: Where, controls: Iterable[str]
+) -> list[Test]:
+    """The primary metric of the other arms against the baseline, and of the primary arm against each control."""
+    pairs = [(arm, baseline) for arm in arms if arm not in (baseline, primary[0])]
+    pairs += [(primary[0], control) for control in controls]
+    return [(arm, versus, primary[1], where) for arm, versus in pairs]
+
+
+def _by_seed(values: Iterable[_Value]) -> _Finite:
+    found: _Finite = {}
+    for arm, seed, metric, where, value in values:
+        found.setdefault((arm, metric, where), {})[seed] = value
+    return found
 
 
 def _matched(

@@ -117,8 +117,8 @@ def measure_closeness(
     losses = {name: loss for name, (loss, _) in measured.items()}
     means = mean_losses({f"eval_{name}_loss": loss for name, loss in losses.items()}, list(losses), loaded.weights)
     sample = {name: held_out[name].first(batches) for name in sources}
-    reads = {name: 1 if projection else i + (i < len(sources) - 1) for i, name in enumerate(sources)}  # passes over it
-    total = sum(reads[name] * -(-len(rows.rows) // batch_size) for name, rows in sample.items())
+    passes = [1 if projection else i + (i < len(sources) - 1) for i in range(len(sources))]  # over each source
+    total = sum(n * -(-len(rows.rows) // batch_size) for n, rows in zip(passes, sample.values(), strict=True))
     ticks = iter(track("Gradients", range(total if len(sources) > 1 else 0)))
     counted = {name: _Counted(rows, ticks) for name, rows in sample.items()}
     cosines = gradient_cosines(counted, list(params.values()), projection=projection, seed=seed)

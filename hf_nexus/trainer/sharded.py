@@ -61,7 +61,7 @@ class ShardedWriter:
         # The larger first: the second copy is made while the first is written.
         states[_MODEL] = {"model": get_model_state_dict(model)}
         if dist.is_initialized() and not self._groups:
-            # Groups apart from those of training, so that the threads wait for each other only.
+            # With their own groups, the writing threads do not wait for collectives of training.
             self._groups = [dist.new_group(backend="gloo") for _ in (_MODEL, _OPTIMIZER)]
         groups = self._groups or [None, None]
         found: list[Any] = [

@@ -190,24 +190,7 @@ def check_arguments(
         if not bound.holds(getattr(args, name)):
             raise ValueError(f"{name}: {getattr(args, name)} is not allowed; it must be a number {bound}.")
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
-    if args.matrix_optimizer is not None and (optimizer is not None or args.optim not in _ADAMW):
-        given = (
-            f"optim={OptimizerNames(args.optim).value!r}" if optimizer is None else "an optimizer given to the trainer"
-        )
-        raise ValueError(
-            f"matrix_optimizer={args.matrix_optimizer!r} and {given} exclude each other: it extends "
-            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
-        )
-    if args.nexus and args.fp16:
-        raise ValueError(
-            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
-            "bf16=True over float32 weights."
-        )
-    if args.nexus and args.optim in _LAYERWISE | _FUSED_BACKWARD:
-        raise ValueError(
-            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
-            "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
-        )
+    _check_optimizer(args, optimizer)
     if sources:
         _check_loader(args, streams)
     if unlike and args.source_schedule == "mixed":
@@ -229,6 +212,28 @@ def check_arguments(
         raise ValueError(
             f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {name!r} is a stream. "
             "Give it a map-style evaluation set (eval_split or eval_rows), or set it to 0."
+        )
+
+
+def _check_optimizer(args: Any, optimizer: Any) -> None:
+    """Refuse optimizers and precisions that cannot step on the pseudo-gradient of a window."""
+    if args.matrix_optimizer is not None and (optimizer is not None or args.optim not in _ADAMW):
+        given = (
+            f"optim={OptimizerNames(args.optim).value!r}" if optimizer is None else "an optimizer given to the trainer"
+        )
+        raise ValueError(
+            f"matrix_optimizer={args.matrix_optimizer!r} and {given} exclude each other: it extends "
+            "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
+        )
+    if args.nexus and args.fp16:
+        raise ValueError(
+            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
+            "bf16=True over float32 weights."
+        )
+    if args.nexus and args.optim in _LAYERWISE | _FUSED_BACKWARD:
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
+            "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
         )
 
 
