@@ -21,28 +21,36 @@ from tests.trainer.distributed.worker import poison, sources
 HYBRID = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
 
 
+SETTINGS: dict[str, Any] = {
+    "gradient_accumulation_steps": 4,
+    "max_steps": 3,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def launched_as(args: NexusConfig, kind: DistributedType) -> NexusConfig:
+    """
+    The arguments of a launch of this kind. Accelerate shards on accelerators only. On a CPU, it would use DDP without
+    a message.
+    """
+    args.device  # noqa: B018  # sets up the state
+    PartialState._shared_state["distributed_type"] = kind
+    return args
+
+
 def make(
     out: Path, model: Any = None, fsdp: bool = True, state_dict: str = "FULL_STATE_DICT", **config: Any
 ) -> NexusTrainer:
     """A trainer under FSDP2, or under DDP for comparison."""
     wrap = {"fsdp_version": 2, "state_dict_type": state_dict, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    defaults: dict[str, Any] = {
-        "output_dir": str(out),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **({"fsdp": True, "fsdp_config": wrap} if fsdp else {}),
-    }
-    args = NexusConfig(**{**defaults, **config})
-    args.device  # noqa: B018  # sets up the state, which is then told a small lie:
-    # Accelerate shards on accelerators only. On a CPU, it would use DDP without a message.
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
+    own: dict[str, Any] = {"output_dir": str(out), "per_device_train_batch_size": 2, "logging_steps": 1}
+    own |= {"fsdp": True, "fsdp_config": wrap} if fsdp else {}
+    kind = DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
+    args = launched_as(NexusConfig(**{**SETTINGS, **own, **config}), kind)
     return NexusTrainer(model or llama(), args, train_dataset=sources(), eval_dataset={"text": Rows(8, 0)})
 
 

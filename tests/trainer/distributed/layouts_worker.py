@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from transformers import LlamaForCausalLM
@@ -14,6 +13,7 @@ from transformers import LlamaForCausalLM
 from hf_nexus import Nexus, NexusConfig, NexusTrainer
 from hf_nexus.trainer.distributed import PathGroups, Shards
 from tests.support.tiny import VOCAB, Rows, tiny_llama
+from tests.trainer.distributed.fsdp_worker import SETTINGS, launched_as
 from tests.trainer.distributed.worker import WEIGHTS, sources
 
 
@@ -51,24 +51,10 @@ def adapters(model: torch.nn.Module) -> torch.nn.Module:
 
 def make(out: Path, model: torch.nn.Module, rows: int, **config: Any) -> NexusTrainer:
     """A trainer of a global batch of 8 rows, for any number of ranks."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(out),
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": 4,
-        "max_steps": 3,
-        "mixture_weights": WEIGHTS,
-        "logging_steps": 3,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = NexusConfig(**{**defaults, **config})
+    own = {"output_dir": str(out), "per_device_train_batch_size": rows, "mixture_weights": WEIGHTS, "logging_steps": 3}
+    args = NexusConfig(**{**SETTINGS, **own, **config})
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        args.device  # noqa: B018  # sets up the state, which is then told a small lie:
-        # Accelerate allows tensor parallelism on accelerators only.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        args = launched_as(args, DistributedType.MULTI_GPU)
     return NexusTrainer(model, args, train_dataset=sources(True, 3))
 
 
