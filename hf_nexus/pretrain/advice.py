@@ -9,6 +9,9 @@ from .sections import load_config
 
 __all__ = ["warnings_of"]
 
+# The fields that decide how many tokens a run has.
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
+
 
 def warnings_of(arguments: PretrainArguments, plan: RunPlan) -> list[str]:
     """
@@ -42,9 +45,6 @@ def _shares(arguments: PretrainArguments, plan: RunPlan) -> tuple[Fraction, Frac
     share = Fraction(plan.tokens_per_step, step)
     both = plan.steps is not None and training["max_steps"] > 0
     return share, share * Fraction(plan.steps or 1, training["max_steps"]) if both else share
-
-
-_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
 
 
 def _times(share: Fraction) -> str:
