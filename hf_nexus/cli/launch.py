@@ -9,13 +9,17 @@ __all__ = ["launch"]
 
 def launch(argv: list[str], devices: int | None, accelerate_config: str | None) -> NoReturn:
     """
-    Replace this process by torchrun, or by `accelerate launch` if its file is given. The launcher gets the signals of
-    this process, and its exit status is that of the command. Arguments are checked once, before the launch.
+    Run torchrun in this process, or `accelerate launch` if its file is given. The processes that it starts get the
+    signals of this process, and their exit status ends it. Arguments are checked before the launch.
 
     Raises:
         ValueError: a wrong argument, a missing file, or more devices than the machine has.
     """
     import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
 
     from ..pretrain.parsing import parse_arguments
 
@@ -27,10 +31,17 @@ def launch(argv: list[str], devices: int | None, accelerate_config: str | None) 
         raise ValueError(
             f"--accelerate_config: there is no file {accelerate_config!r}. `accelerate config` writes one."
         )
-    if accelerate_config is None:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(devices)]
-    else:
-        number = [] if devices is None else ["--num_processes", str(devices)]
-        launcher = ["accelerate.commands.launch", "--config_file", accelerate_config, *number]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", *launcher, "-m", "hf_nexus.cli", "train", *argv])
+    command = ["-m", "hf_nexus.cli", "train", *argv]
+    try:
+        if accelerate_config is None:
+            torchrun(["--standalone", "--nproc_per_node", str(devices), *command])
+        else:
+            number = [] if devices is None else ["--num_processes", str(devices)]
+            given = ["--config_file", accelerate_config, *number, *command]
+            launch_command(launch_command_parser().parse_args(given))
+    except SignalException as stop:  # the processes have had the same signal, and have ended
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:  # the process has said why
+        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+    raise SystemExit(0)

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from torch.distributed.distributed_c10d import _get_default_store
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
@@ -24,6 +25,7 @@ from .console import say
 __all__ = ["SaveOnInterrupt", "TrainingProgress"]
 
 _REFRESH_SECONDS = 0.2
+_LAST_STEP = "hf_nexus/last_step"  # in the store of all processes
 
 
 class TrainingProgress(ProgressCallback):
@@ -180,10 +182,11 @@ def _events_left(strategy: str, every: int, state: Any) -> int:
 
 class SaveOnInterrupt(TrainerCallback):
     """
-    The first Ctrl-C saves a checkpoint at the end of the outer step and ends training. A second one ends at once.
+    The first Ctrl-C saves a checkpoint at the end of the outer step and ends training. A second one ends at once. On
+    several processes, all save after the same step: the one after the step in which the first of them was asked.
 
     Attributes:
-        requested (`bool`): Whether there was a first one.
+        requested (`bool`): Whether a process was asked.
     """
 
     def __init__(self, console: Console):
@@ -206,15 +209,24 @@ class SaveOnInterrupt(TrainerCallback):
     def _request(self, number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.requested = True
-        self.console.print("Saving a checkpoint at the end of this step. Press Ctrl-C again to quit at once.")
+        self.console.print("Saving a checkpoint once the step is complete. Press Ctrl-C again to quit at once.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop after this step."""
-        if self.requested:
-            control.should_save = control.should_training_stop = True
+        """Save and stop after this step, or on several processes after the one on which they agree."""
+        if state.global_step >= self._last_step(state.global_step, args.world_size):
+            self.requested = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def _last_step(self, step: int, processes: int) -> float:
+        if processes == 1:
+            return step if self.requested else math.inf
+        # No process ends the next step without the others, so all of them see before its end what is stored now.
+        store = _get_default_store()
+        if self.requested:
+            store.compare_set(_LAST_STEP, "", str(step + 1))
+        return int(store.get(_LAST_STEP)) if store.check([_LAST_STEP]) else math.inf
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this evaluation, unless it is before the first step."""
-        if self.requested and state.global_step:
+        if self.requested and state.global_step and args.world_size == 1:
             control.should_save = control.should_training_stop = True

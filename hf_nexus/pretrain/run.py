@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,7 +143,7 @@ class PretrainRun:
         Train, evaluate the last step if it is not evaluated yet, save, report, and release the output folder.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, which saves a checkpoint on a single process. A second one does not wait.
+            KeyboardInterrupt: after Ctrl-C, which saves a checkpoint. A second one does not wait.
         """
         with self.lock:
             try:
@@ -157,8 +157,7 @@ class PretrainRun:
         interrupt = SaveOnInterrupt(self.console)
         for callback in (progress, interrupt):
             trainer.add_callback(callback)
-        # On several processes, some would stop a step before the others.
-        with progress.shown(), interrupt.listening() if trainer.args.world_size == 1 else nullcontext():
+        with progress.shown(), interrupt.listening():
             trainer.train(resume_from_checkpoint=self.checkpoint)
         if interrupt.requested:
             raise KeyboardInterrupt

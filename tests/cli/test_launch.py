@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from hf_nexus.cli import app as cli
+from hf_nexus.trainer.checkpoints import is_complete
 from tests.support.tiny_config import STEPS, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -20,35 +23,45 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The arguments of the launcher, which is not started."""
+    """The arguments of torchrun or `accelerate launch`, which start nothing."""
     found: list[str] = []
-
-    def execv(path: str, argv: list[str]) -> None:
-        found.extend(argv)
-        raise SystemExit(0)
-
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr("torch.distributed.run.main", found.extend)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda args: found.extend(vars(args).items()))
     return found
 
 
 def test_devices_start_torchrun(launched):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         cli.main(["train", "demo", "--devices", "2", "--max_steps", "3", "--use_cpu"])
-    assert " ".join(launched[1:]) == (
-        "-m torch.distributed.run --standalone --nproc_per_node 2 -m hf_nexus.cli train demo --max_steps 3 --use_cpu"
-    )
+    assert stop.value.code == 0
+    assert " ".join(launched) == "--standalone --nproc_per_node 2 -m hf_nexus.cli train demo --max_steps 3 --use_cpu"
 
 
 def test_a_file_of_accelerate_starts_its_launcher(launched, tmp_path):
-    from accelerate.commands.launch import launch_command_parser
-
-    (tmp_path / "two.yaml").write_text("num_processes: 2")
+    file = tmp_path / "two.yaml"
+    file.write_text("num_processes: 2")
     with pytest.raises(SystemExit):
-        cli.main(["train", "demo", "--accelerate_config", str(tmp_path / "two.yaml"), "--max_steps", "3"])
-    assert launched[1:3] == ["-m", "accelerate.commands.launch"]
-    parsed = launch_command_parser().parse_args(launched[3:])
-    assert parsed.module and parsed.training_script == "hf_nexus.cli"
-    assert parsed.training_script_args == ["train", "demo", "--max_steps", "3"]
+        cli.main(["train", "demo", "--accelerate_config", str(file), "--max_steps", "3"])
+    parsed = dict(launched)
+    assert parsed["config_file"] == str(file) and parsed["module"] and parsed["training_script"] == "hf_nexus.cli"
+    assert parsed["training_script_args"] == ["train", "demo", "--max_steps", "3"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (SignalException("stopped", signal.SIGTERM), 143),
+        (ChildFailedError("train", {0: ProcessFailure(0, 1, 3, "<N/A>")}), 3),
+    ],
+)
+def test_the_status_of_the_processes_is_that_of_the_command(monkeypatch, failure, status):
+    def fail(args):
+        raise failure
+
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "demo", "--devices", "2", "--use_cpu"])
+    assert stop.value.code == status
 
 
 @pytest.mark.parametrize(
@@ -107,18 +120,25 @@ def test_two_processes_train_and_a_failure_is_kept(tmp_path):
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == STEPS
     broken = start(config, tmp_path / "out", "--devices", "2", "--resume_from_checkpoint", "last")
     _, stderr = broken.communicate(timeout=600)
-    assert broken.returncode != 0 and "error: " in stderr
+    assert broken.returncode == 1 and "error: " in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.slow
-def test_sigterm_reaches_the_processes_and_saves_a_checkpoint(tmp_path):
-    flags = ["--devices", "2", "--max_steps", "100000", "--enable_jit_checkpoint", "True"]
-    run = start(write_config(tmp_path), tmp_path / "out", *flags)
+@pytest.mark.parametrize(
+    ("number", "flags", "word"),
+    [(signal.SIGTERM, ["--enable_jit_checkpoint", "True"], "Terminated"), (signal.SIGINT, [], "Interrupted")],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_a_signal_reaches_the_processes_which_save_a_checkpoint(tmp_path, number, flags, word):
+    out = tmp_path / "out"
+    run = start(write_config(tmp_path), out, "--devices", "2", "--max_steps", "100000", "--save_steps", "20", *flags)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "out/checkpoint-3").exists() and time.monotonic() < deadline:
+    while not (out / "checkpoint-20").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     stdout, stderr = run.communicate(timeout=300)
-    assert run.returncode != 0
+    assert run.returncode == 128 + number and "Traceback" not in stderr, stderr[-3000:]
     printed = " ".join(stdout.split())
-    assert "Terminated after step" in printed and "--resume_from_checkpoint last" in printed, stderr[-3000:]
+    assert "--resume_from_checkpoint last" in printed
+    step = int(re.search(rf"{word} after step (\d+)", printed)[1])
+    assert is_complete(out / f"checkpoint-{step}")
