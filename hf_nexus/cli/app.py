@@ -113,10 +113,9 @@ def train(
     from ..pretrain.early import check_early
 
     argv = [config, *context.args]
-    dry_run = any(word.startswith(("--dry_run", "--dry-run")) for word in argv)
     with one_line_errors(debug=context.obj):
-        check_early(["--config", *argv], here=not dry_run)
-    if dry_run:
+        planned = check_early(["--config", *argv])
+    if planned:
         argv += [] if devices is None else ["--devices", str(devices)]
     elif devices is not None or accelerate_config is not None:
         from .launch import launch
@@ -134,11 +133,12 @@ def plan(context: typer.Context, config: _Config) -> None:
     _announce("plan", config)
     from ..pretrain.early import check_early
 
+    argv = ["--dry_run", "--config", config, *context.args]
     with one_line_errors(debug=context.obj):
-        check_early(["--config", config, *context.args], here=False)
+        check_early(argv)
     from ..pretrain import run as pretrain
 
-    pretrain.main(["--dry_run=True", "--config", config, *context.args], debug=context.obj)
+    pretrain.main(argv, debug=context.obj)
 
 
 @app.command(cls=_Command)

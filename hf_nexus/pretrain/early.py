@@ -22,10 +22,10 @@ __all__ = ["check_early"]
 _LLAMA = ("configuration_utils.py", "models/llama/configuration_llama.py")
 
 
-def check_early(argv: list[str], here: bool = True) -> None:
+def check_early(argv: list[str]) -> bool:
     """
-    Refuse what [`parse_arguments`] would refuse, as far as this is known without torch. If the run starts `here`, also
-    refuse data files that are missing.
+    Refuse what [`parse_arguments`] would refuse, as far as this is known without torch, and data files that are
+    missing, and return whether the run is only planned (`--dry_run`). Then files may be missing.
 
     The fields of other packages are those of the JSON schema, and those in the source code of what is installed.
 
@@ -46,14 +46,16 @@ def check_early(argv: list[str], here: bool = True) -> None:
     if model.get("path") is None and model.get("model_type") in (None, "llama"):
         kinds["model"] = dict.fromkeys((n for file in _LLAMA for n in _declared(file)), Any) | kinds["model"]
     else:  # its configuration class may have any other field
-        config["model"] = {key: value for key, value in config["model"].items() if key in kinds["model"]}
+        config["model"] = {key: value for key, value in config.get("model", {}).items() if key in kinds["model"]}
     for section, values in config.items():
         check_values(section, values, kinds, f"{name}: ")
     with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})
-    for source, field in mixture.sources.items() if here else ():
+    planned = flags["run"].get("dry_run", False)
+    for source, field in mixture.sources.items() if not planned else ():
         if means_files(field.path) and not is_remote(field.path) and not glob(field.path, recursive=True):
             raise ValueError(f"{name}: data.sources.{source}.path: no file matches {field.path!r} in {os.getcwd()!r}.")
+    return planned
 
 
 def _declared(file: str) -> list[str]:

@@ -195,7 +195,6 @@ class NexusTrainerMixin(_Base):
         if self.args.nexus:
             # The filter would wait for the device at each of the window's zero losses, and a NaN would replace all.
             self.args.logging_nan_inf_filter = False
-            warn_of_one_inner_step(self.args)
 
     def _isolate_documents(self, collate: Any) -> None:
         """Keep the documents of packed rows apart, in training and evaluation. `collate` is their collator."""
@@ -338,6 +337,7 @@ class NexusTrainerMixin(_Base):
         """Refuse what is not supported, with the arguments of this moment, and ranks that differ."""
         self._feed.check(self.eval_dataset)
         self._check()
+        warn_of_one_inner_step(self.args)
         check_trainable(self.model)
         settings = nexus_settings(self.args) | {name: getattr(self.args, name) for name in SAME_ON_RANKS}
         del settings["mixture_weights"]  # their shares are compared

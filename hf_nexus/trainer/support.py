@@ -268,7 +268,7 @@ def _check_loader(args: Any, streams: bool) -> None:
 
 def warn_of_one_inner_step(args: Any) -> None:
     """Warn if the window has one inner step."""
-    if args.gradient_accumulation_steps == 1:
+    if args.nexus and args.gradient_accumulation_steps == 1:
         logger.warning(ONE_INNER_STEP)
 
 

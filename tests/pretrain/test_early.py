@@ -14,9 +14,9 @@ from hf_nexus.strict import packaged
 SOURCES = {"code": {"path": "builtin/code"}}
 
 
-def refusal(*argv: str, here: bool = True) -> str:
+def refusal(*argv: str) -> str:
     with pytest.raises(ValueError) as error:
-        check_early([*argv], here)
+        check_early([*argv])
     return str(error.value)
 
 
@@ -62,7 +62,9 @@ def test_a_mistake_in_the_file_is_found(write, sections, message):
 
 
 def test_a_file_may_be_missing_where_the_run_is_only_planned(write):
-    check_early(["--config", write(data={"sources": {"a": {"path": "gone.jsonl"}}})], here=False)
+    argv = ["--config", write(data={"sources": {"a": {"path": "gone.jsonl"}}})]
+    assert check_early([*argv, "--dry-run"])
+    assert "gone.jsonl" in refusal(*argv, "--dry_run=false")
 
 
 @pytest.mark.parametrize("flags", [["--max-steps=x"], ["--mfu", "2"], ["--temperature", "0"], ["--optim", "x"]])
@@ -81,6 +83,7 @@ def test_flags_are_accepted_as_by_the_parser(flags):
 def test_fields_of_every_model_are_accepted(write):
     check_early(["--config", write(model=dict.fromkeys(shape_fields({}) or [], None) | {"vocab_size": 64})])
     check_early(["--config", write(model={"model_type": "mixtral", "num_local_experts": 2})])
+    check_early(["--config", write(), "--model_type", "mixtral"])
     assert "attention_bias" in LlamaConfig.__dataclass_fields__.keys() - described("model").keys()
 
 
