@@ -30,7 +30,7 @@ FILE = Path(__file__).with_name("ladder.yaml")
 RUNGS: dict[str, Any] = {
     "0.03M": {"shape": (24, 64, 2, 2), "steps": 75, "seeds": 16, "rates": [5e-3, 1e-2, 2e-2]},
     "0.1M": {"shape": (48, 128, 3, 3), "steps": 300, "seeds": 12, "rates": [1e-2, 2e-2, 4e-2]},
-    "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": 8, "rates": [5e-3, 1e-2, 2e-2]},
+    "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": 5, "rates": [5e-3, 1e-2, 2e-2]},
     "1M": {"shape": (136, 384, 5, 8), "steps": 3000, "seeds": 5, "rates": [4e-3, 8e-3, 1.6e-2]},
 }
 
