@@ -97,9 +97,6 @@ def describe_data(
     }
     if streams:
         facts["buffer_size"] = data.dataset.buffer_size
-        if any(data.max_epochs.values()):  # a source ends after the micro-batches that were asked for
-            facts["dataloader_num_workers"] = args.dataloader_num_workers
-            facts["dataloader_prefetch_factor"] = args.dataloader_prefetch_factor
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["isolate_documents"] = data.mixture.config.isolate_documents

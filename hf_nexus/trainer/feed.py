@@ -136,6 +136,7 @@ class Feed:
                 args.source_schedule,
                 rows,
                 self.data.max_epochs,
+                args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2),
                 self._shares_of_first_rank if several else None,
             )
             planned = self._progress
@@ -249,18 +250,16 @@ class Feed:
         progress.note_window(step, window.states)
         if window.error is not None:
             # The other ranks continued: their loaders have requested more, and wait for the first rank's weights.
-            ahead = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2) + 2 * progress.ahead
-            last = step + 1 + ahead // args.gradient_accumulation_steps
-            for further in range(step, min(last, args.max_steps - 1) + 1):
+            for further in range(step, min(step + progress.steps_ahead, args.max_steps - 1) + 1):
                 progress.decide_shares(further)
         ended, names = set(progress.exhausted()), self.data.names
         marks = [[s.mark for s in window.states if s.source == name and s.mark is not None] for name in names]
         highest, lowest = ([max((sign * mark for mark in of), default=-(2**32)) for of in marks] for sign in (1, -1))
-        own = [window.error is not None, progress.sent, *(name in ended for name in names), *highest, *lowest]
+        own = [window.error is not None, *(name in ended for name in names), *highest, *lowest]
         facts = torch.tensor(own)
         if args.world_size > 1:  # on the host: a single rank does not wait for the device
             facts = max_over_ranks(facts.to(args.device))
-        failed, sent, *of_sources = facts.tolist()
+        failed, *of_sources = facts.tolist()
         if failed:
             raise window.error or SourceError("Another rank could not read its data: see its message.")
         for name, has_ended, high, low in zip(names, *np.array(of_sources).reshape(3, -1), strict=True):
@@ -271,7 +270,7 @@ class Feed:
                     "mixture distributes them."
                 )
             if has_ended:
-                progress.leave_out(name, sent)
+                progress.leave_out(name, step)
 
     def skipped_rows(self, step: int) -> dict[str, int]:
         """`skipped_rows/<source>` for each source with rows that could not be used, over all ranks."""

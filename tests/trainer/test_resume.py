@@ -506,12 +506,20 @@ def test_a_map_style_source_over_max_epochs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_source_ends_for_a_loader_that_reads_ahead(tmp_path: Path) -> None:
-    config = {"dataloader_num_workers": 2, "max_steps": 8}
-    trainer = run(tmp_path / "whole", limited(), **config)
-    assert trainer._feed._progress.left_out["a"] < 8
-    for step in (2, 4, 5):
-        resumed = run(tmp_path, limited(), checkpoint(trainer, step), **config)
+    config = {"max_steps": 10}
+    trainer = run(tmp_path / "whole", limited(), dataloader_num_workers=2, **config)
+    assert trainer._feed._progress.left_out["a"] < 9
+    for step, workers in ((2, 2), (2, 0), (5, 1), (7, 2)):
+        resumed = run(tmp_path, limited(), checkpoint(trainer, step), dataloader_num_workers=workers, **config)
         assert differences(resumed, trainer, step) == []
+    resumed = run(tmp_path / "again", limited(), checkpoint(resumed, 8), **config)
+    assert differences(resumed, trainer, 8) == []
+
+
+def test_more_workers_may_not_read_past_the_end_of_a_source(tmp_path: Path) -> None:
+    trainer = run(tmp_path / "whole", limited())
+    with pytest.raises(ValueError, match=r"reads 4 steps ahead, .* with at most 1, .* Lower dataloader_num_workers"):
+        run(tmp_path, limited(), checkpoint(trainer, 2), dataloader_num_workers=2)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

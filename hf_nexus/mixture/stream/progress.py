@@ -50,6 +50,8 @@ class StreamProgress:
             As in [`SourceSchedule`].
         max_epochs (`Mapping[str, float | None]`, *optional*):
             Largest number of passes over a source. The others then get its share in proportion.
+        read_ahead (`int`, *optional*, defaults to 0):
+            Micro-batches that the workers of the data loader are asked for before it is their turn.
         broadcast (`Callable[[np.ndarray], np.ndarray]`, *optional*):
             Returns the shares of the first rank on all ranks.
     """
@@ -63,6 +65,7 @@ class StreamProgress:
         kind: str = "random",
         rows: int = 1,
         max_epochs: Mapping[str, float | None] | None = None,
+        read_ahead: int = 0,
         broadcast: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.stream = stream
@@ -70,6 +73,7 @@ class StreamProgress:
         self._weights: Any = weights
         self._broadcast = broadcast
         self._k = inner_steps
+        self._read_ahead = read_ahead
         self._schedule_settings = seed, kind, Windows(inner_steps), rows, stream.ranks
         self.begin(0, None)
 
@@ -82,6 +86,9 @@ class StreamProgress:
                 Number of the outer step, from 0.
             saved (`Mapping`, *optional*):
                 The [`~StreamProgress.state_dict`] of a checkpoint of the same step.
+
+        Raises:
+            ValueError: the data loader reads further ahead than a source with `max_epochs` allows.
         """
         saved = saved or {}
         self._first: int = saved.get("first", step)  # the step at which the data began
@@ -92,6 +99,14 @@ class StreamProgress:
             self._weights.load_state_dict(saved["weights_function"])
         if "lanes" in saved:
             self.stream.lanes = Lanes(*saved["lanes"])
+        # From the step at which a source ends to the first one without it, the same for all numbers of workers.
+        self._until_left_out: int = saved.get("until_left_out", 1 + self.steps_ahead)
+        if self.max_epochs and self.steps_ahead >= self._until_left_out:
+            raise ValueError(
+                f"The data loader reads {self.steps_ahead} steps ahead, and with max_epochs this run can be resumed "
+                f"with at most {self._until_left_out - 1}, to train on the same rows. Lower dataloader_num_workers or "
+                "dataloader_prefetch_factor."
+            )
         # Shares of steps for which the data loader has asked ahead of training.
         self._shares = {int(s): np.array(shares) for s, shares in saved.get("shares", {}).items()}
         # Micro-batches of each source so far; their state and that of the schedule before each step asked for.
@@ -147,6 +162,11 @@ class StreamProgress:
         """How many micro-batches are planned before they are requested, and requested before it is their turn."""
         return (self.stream.owners - 1) * (len(self.stream.names) + 1)
 
+    @property
+    def steps_ahead(self) -> int:
+        """By how many outer steps the data loader is ahead of training at most. It always holds one batch more."""
+        return 1 + (self._read_ahead + 2 * self.ahead) // self._k
+
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The micro-batches of a data loader, which come in the order of requests, in the order of training."""
         while self.ahead == 0:
@@ -193,9 +213,10 @@ class StreamProgress:
         finished = {source for source, pass_ in passes if pass_ >= self._limit(source)}
         return [name for name in self.stream.names if name in finished and name not in self.left_out]
 
-    def leave_out(self, source: str, sent: int) -> None:
-        """Leave out a source from the first step after `sent`, the last micro-batch that any rank asked for."""
-        first = self.left_out[source] = sent // self._k + 1
+    def leave_out(self, source: str, step: int) -> None:
+        """Leave out a source that has ended at a step, from the first step that no data loader has asked for."""
+        first = self.left_out[source] = step + self._until_left_out
+        assert self.sent < first * self._k, "the data loader is further ahead than planned"
         if self.stream.rank == 0:
             logger.warning(
                 "Source %r has been read %g times (max_epochs). From step %d on, the other sources have its share.",
@@ -238,6 +259,7 @@ class StreamProgress:
         state = {
             "lanes": [self.stream.lanes.slots, self.stream.lanes.turns],
             "first": self._first,
+            "until_left_out": self._until_left_out,
             "positions": self._positions,
             "left_out": {name: [self._limit(name), first] for name, first in self.left_out.items()},
             **self._starts.get(step, self._start()),
