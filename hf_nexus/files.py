@@ -60,13 +60,6 @@ def write_atomic(path: str | Path, text: str) -> Path:
             The file. Missing folders are created.
         text (`str`):
             Its content. Line ends are written as they are.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.files import write_atomic
-        >>> write_atomic(Path(mkdtemp(), "new", "state.json"), "{}").read_text()
-        '{}'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +95,6 @@ def read_plain(path: str | Path) -> str:
     Raises:
         ValueError: a link, not a regular file, too large, or not UTF-8.
         OSError: the file cannot be read.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.files import read_plain, write_atomic
-        >>> read_plain(write_atomic(f"{mkdtemp()}/state.json", "{}"))
-        '{}'
     """
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
     if Path(path).is_symlink():
@@ -150,11 +137,6 @@ def finite_json(value: Any, **options: Any) -> str:
             Plain data.
         options:
             As for `json.dumps`.
-
-    Example:
-        >>> from hf_nexus.files import finite_json
-        >>> finite_json({"loss": float("nan"), "steps": [1, 2]})
-        '{"loss": null, "steps": [1, 2]}'
     """
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **options)
 
@@ -202,14 +184,7 @@ def nearest(word: Any, known: Iterable[str]) -> str:
 
 
 class Secret(str):
-    """
-    Text that `repr` does not show, nor a traceback with the values of variables.
-
-    Example:
-        >>> from hf_nexus.files import Secret
-        >>> [Secret("hf_abc")]
-        [<hidden>]
-    """
+    """Text that `repr` does not show, nor a traceback with the values of variables."""
 
     def __repr__(self) -> str:
         return "<hidden>"
@@ -245,14 +220,7 @@ def hide_token(argv: Iterable[str]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """
-    The `repr` of a value for an error message, shortened to 200 characters.
-
-    Example:
-        >>> from hf_nexus.files import shown
-        >>> len(shown("x" * 10_000))
-        200
-    """
+    """The `repr` of a value for an error message, shortened to 200 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints

@@ -39,12 +39,6 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         ValueError: another process holds the folder, whose number, host and start are in the message, or it cannot be
             written to.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.lock import locked
-        >>> with locked(mkdtemp()):
-        ...     pass
     """
     path = Path(folder).resolve() / LOCK_NAME
     if path in _held:

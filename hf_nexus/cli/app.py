@@ -258,10 +258,6 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (`list[str]`, *optional*):
             Arguments; those of the process by default.
-
-    Example:
-        >>> from hf_nexus.cli.app import main
-        >>> main(["plan", "130m"])  # doctest: +SKIP
     """
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which starts the command, may not be installed
     quieten()

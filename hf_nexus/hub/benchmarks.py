@@ -48,15 +48,6 @@ def record_scores(folder: str | os.PathLike[str], scores: Sequence[Score]) -> No
 
     Raises:
         ValueError: the README is damaged, or the run of the folder is only planned.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.evaluation.lm_eval.scores import Score
-        >>> from hf_nexus.hub.benchmarks import load_scores, record_scores
-        >>> folder = mkdtemp()
-        >>> record_scores(folder, [Score("sums", "sums", "acc", 50.0, 5.0, None, None, "2026-01-31", "0-shot")])
-        >>> load_scores(folder)[0].value
-        50.0
     """
     if not scores:
         return

@@ -47,15 +47,6 @@ def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
 
     Raises:
         ValueError: `existing` has invalid metadata, or damaged comments around the generated part.
-
-    Example:
-        ```python
-        >>> settings = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient"}
-        >>> run = RunSummary("tiny", "llama", 1_000_000, settings | {"gradient_accumulation_steps": 4})
-        >>> "My words." in str(run_card(run, existing=f"{run_card(run)}My words."))
-        True
-
-        ```
     """
     metadata, text = split_card((existing or "").replace("\r\n", "\n"))
     above, below = _user_text(text)
@@ -70,16 +61,6 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: from [`run_card`] or [`check_card`]. The existing file is then unchanged.
-
-    Example:
-        ```python
-        >>> settings = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient"}
-        >>> run = RunSummary("tiny", "llama", 1_000_000, settings | {"gradient_accumulation_steps": 4})
-        >>> from tempfile import mkdtemp
-        >>> save_card(run, mkdtemp()).name
-        'README.md'
-
-        ```
     """
     path = Path(folder, "README.md")
     card = run_card(run, read_plain(path) if path.exists() else None)

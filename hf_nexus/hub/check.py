@@ -36,12 +36,6 @@ def check_card(card: ModelCard | str) -> None:
 
     Raises:
         ValueError: the card is not valid. The message lists all problems.
-
-    Example:
-        ```python
-        >>> check_card("---\\nlicense: mit\\nlanguage: en\\n---\\n# A model")
-
-        ```
     """
     text = str(card)
     metadata, _ = split_card(text)

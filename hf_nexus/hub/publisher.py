@@ -68,14 +68,6 @@ class Publisher:
 
     Raises:
         ValueError: the Hub does not allow the name.
-
-    Example:
-        ```python
-        >>> publisher = Publisher("user/model", "out")
-        >>> publisher.status().waiting
-        ()
-
-        ```
     """
 
     def __init__(

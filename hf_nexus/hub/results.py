@@ -39,13 +39,6 @@ class Evaluation:
         last_loss (`float`): Loss at the last evaluation.
         dataset (`str`, *optional*): Hub id of the data.
         arm_loss (`float`, *optional*): Last loss of the other arm, see [`RunSummary.against`].
-
-    Example:
-        ```python
-        >>> Evaluation("code", "train", first_loss=8.3, last_loss=0.0).perplexity
-        1.0
-
-        ```
     """
 
     name: str
@@ -79,13 +72,6 @@ class BenchmarkScore:
 
     Raises:
         ValueError: the value is not finite, or `dataset` is not a Hub id.
-
-    Example:
-        ```python
-        >>> BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.2, stderr=1.4, task_id="gsm8k").value
-        41.2
-
-        ```
     """
 
     name: str
@@ -178,19 +164,6 @@ def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str
 
     Returns:
         `Path`, *optional*: file; without such scores, `None`, and an earlier file is deleted.
-
-    Example:
-        ```python
-        >>> score = BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.2, task_id="gsm8k")
-        >>> from tempfile import mkdtemp
-        >>> print(save_results([score], mkdtemp()).read_text())
-        - dataset:
-            id: openai/gsm8k
-            task_id: gsm8k
-          value: 41.2
-        <BLANKLINE>
-
-        ```
     """
     entries = [
         EvalResultEntry(

@@ -38,13 +38,6 @@ class MixtureRow:
         tokens (`int`): Trained tokens or rows, see `RunSummary.unit`.
         license (`str`, *optional*): Licence of the data, as free text.
         dataset (`str`, *optional*): Origin of the data: a Hub id, `builtin/<name>` or a file name.
-
-    Example:
-        ```python
-        >>> MixtureRow("code", weight=0.5, share=0.498, epochs=1.2, tokens=1_000_000, license="PSF-2.0").source
-        'code'
-
-        ```
     """
 
     source: str
@@ -102,15 +95,6 @@ class RunSummary:
 
     Raises:
         ValueError: settings are missing, names are repeated, a role is unknown, or a planned run has results.
-
-    Example:
-        ```python
-        >>> settings = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient"}
-        >>> run = RunSummary("tiny", "llama", 1_000_000, settings | {"gradient_accumulation_steps": 4})
-        >>> run.base_model is None  # from scratch
-        True
-
-        ```
     """
 
     model_name: str
@@ -195,16 +179,6 @@ class RunSummary:
 
         Raises:
             ValueError: the numbers of tokens differ by more than 1 %, or the runs have no common evaluation set.
-
-        Example:
-            ```python
-            >>> settings = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient"}
-            >>> run = RunSummary("a", "llama", 10, settings | {"gradient_accumulation_steps": 4})
-            >>> run.evaluations = [Evaluation("code", "ood", None, 2.0)]
-            >>> run.against(run, "itself").evaluations[0].arm_loss
-            2.0
-
-            ```
         """
         losses = {row.name: row.last_loss for row in other.evaluations}
         if not losses.keys() & {row.name for row in self.evaluations}:

@@ -65,15 +65,6 @@ def push_queue(
         ValueError: the folder holds no queue, or its queue is a link.
         QueueBusyError: another process is sending the queue.
         OSError: the queue is not writable.
-
-    Example:
-        ```python
-        >>> push_queue(Path("no/such/folder"))
-        Traceback (most recent call last):
-        ...
-        ValueError: no/such/folder holds nothing to push: name a repository with --repo.
-
-        ```
     """
     folder, retry, token = output_dir / QUEUE_NAME, retry or RetryPolicy(), hidden(token)
     if not folder.is_dir():

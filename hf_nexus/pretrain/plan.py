@@ -53,13 +53,6 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     Raises:
         ValueError: a limit on epochs that the sizes cannot meet, a source smaller than one micro-batch, or documents
             that the model cannot isolate.
-
-    Example:
-        >>> from hf_nexus.pretrain.parsing import parse_arguments
-        >>> from hf_nexus.pretrain.plan import plan_run
-        >>> plan = plan_run(parse_arguments(["--config", "130m", "--dry_run"]), devices=1)
-        >>> round(plan.parameters / 1e6)
-        132
     """
     t, length = arguments.training, arguments.mixture.sequence_length
     joined_documents(arguments)

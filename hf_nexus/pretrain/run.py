@@ -47,10 +47,6 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
             As for [`parse_arguments`]. Defaults to the command line of the process.
         debug (`bool`, *optional*, defaults to `False`):
             Keep every traceback.
-
-    Example:
-        >>> from hf_nexus.pretrain.run import main
-        >>> main(["--config", "3b", "--dry_run"])  # doctest: +SKIP
     """
     try:
         with leaving_process_group():
@@ -116,11 +112,6 @@ def pretrain(arguments: PretrainArguments) -> NexusTrainer:
 
     Raises:
         ValueError: a folder that already holds checkpoints, nothing to resume from, or sources that cannot be loaded.
-
-    Example:
-        >>> from hf_nexus.pretrain.parsing import parse_arguments
-        >>> from hf_nexus.pretrain.run import pretrain
-        >>> trainer = pretrain(parse_arguments(["--config", "demo"]))  # doctest: +SKIP
     """
     run = prepare_run(arguments)
     run.train()

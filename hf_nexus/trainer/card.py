@@ -59,11 +59,6 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     """
     Summarize a run for its card, up to now. `known` are fields of [`RunSummary`] that a trainer
     cannot know (`license`, `languages`, `benchmarks`, ...), or that replace what it knows.
-
-    Example:
-        >>> from hf_nexus.trainer.card import summarize
-        >>> summarize(trainer.run_facts(), license="apache-2.0").parameters  # doctest: +SKIP
-        1049728
     """
     args, log, model, mixture = facts.args, facts.log_history, facts.model, facts.data.mixture
     last = {key: value for entry in log for key, value in entry.items()}
@@ -124,12 +119,6 @@ def evaluations(
     First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
 
     A set that is named like a source holds rows of that source. `paths` are the known paths of the sources.
-
-    Example:
-        >>> from hf_nexus.trainer.card import evaluations
-        >>> log = [{"step": 0, "eval_law_loss": 8.0}, {"step": 9, "eval_law_loss": 3.0}]
-        >>> [(row.role, row.first_loss, row.last_loss) for row in evaluations(log, ["web"], {"law": None}, {})]
-        [('ood', 8.0, 3.0)]
     """
     if not isinstance(eval_sets, Mapping):
         rows: list[tuple[str, str, Any]] = [("held-out rows", "eval_loss", "held_out")]

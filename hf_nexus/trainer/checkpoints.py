@@ -72,11 +72,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
     The newest complete checkpoint of an output folder; `None` if there is none. A warning names those passed over.
 
     One of the Trainer has no manifest. It is complete if it has all that a run is resumed from.
-
-    Example:
-        >>> from hf_nexus.trainer.checkpoints import last_checkpoint
-        >>> last_checkpoint("no/such/folder") is None
-        True
     """
     for path in reversed(checkpoints_of(folder)):
         # With our settings and without a manifest, it is a part of one of ours.

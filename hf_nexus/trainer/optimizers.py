@@ -29,15 +29,6 @@ class MuonWithAdamW(Optimizer):
 
     Raises:
         ValueError: a parameter for Muon is not 2-D, an option is out of range, or there is no parameter at all.
-
-    Example:
-        >>> import torch
-        >>> from hf_nexus.trainer.optimizers import MuonWithAdamW
-        >>> layer = torch.nn.Linear(4, 4)
-        >>> groups = [{"params": [layer.weight]}], [{"params": [layer.bias]}]
-        >>> optimizer = MuonWithAdamW(*groups, muon={"lr": 0.02}, adamw={"lr": 1e-3})
-        >>> [group["lr"] for group in optimizer.param_groups]
-        [0.001, 0.02]
     """
 
     def __init__(
@@ -83,11 +74,6 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
 
     Raises:
         ValueError: names the option that is not understood.
-
-    Example:
-        >>> from hf_nexus.trainer.optimizers import muon_options
-        >>> muon_options("muon_lr=0.01")
-        {'adjust_lr_fn': 'match_rms_adamw', 'lr': 0.01}
     """
     options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
     for part in (optim_args or "").replace(" ", "").split(","):
