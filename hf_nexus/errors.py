@@ -19,13 +19,8 @@ def one_line_errors(
     *, debug: bool = False, errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
 ) -> Iterator[None]:
     """
-    End the process with one line for an error that the user can fix.
-
-    Args:
-        debug (`bool`, *optional*, defaults to `False`):
-            Keep the traceback.
-        errors (`tuple[type[Exception], ...]`, *optional*):
-            Errors that end in one line. Any other error keeps its traceback.
+    End the process with one line for an error that the user can fix, which is one of `errors`. Any other error keeps
+    its traceback, and with `debug` all do.
 
     Raises:
         SystemExit: with the message, which the interpreter prints; the exit status is 1. If it is about a line of a

@@ -53,13 +53,8 @@ def write_atomic(path: str | Path, text: str) -> Path:
     Write a UTF-8 file by renaming: an interrupted process leaves the old file or the new one.
 
     The file is not forced to the disk, because this can wait for a whole checkpoint to be written. A power failure
-    may therefore lose it. A link is replaced and not followed.
-
-    Args:
-        path (`str` or `Path`):
-            The file. Missing folders are created.
-        text (`str`):
-            Its content. Line ends are written as they are.
+    may therefore lose it. A link is replaced and not followed. Missing folders are created, and line ends are written
+    as they are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,13 +125,8 @@ def printable(text: object) -> str:
 
 def finite_json(value: Any, **options: Any) -> str:
     """
-    JSON text with `null` for numbers that are not finite, because the standard has no NaN.
-
-    Args:
-        value (`Any`):
-            Plain data.
-        options:
-            As for `json.dumps`.
+    JSON text with `null` for numbers that are not finite, because the standard has no NaN. `options` are those of
+    `json.dumps`.
     """
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **options)
 

@@ -27,14 +27,11 @@ _held: set[Path] = set()
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
-    Keep other processes out of a folder inside the context. This process may enter it again.
+    Keep other processes out of a folder inside the context. The folder is created if it is missing. This process may
+    enter it again.
 
     The operating system releases the lock when the process ends, also if it is killed. A folder on a file system that
     has no locks is used without.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder, which is created if it is missing.
 
     Raises:
         ValueError: another process holds the folder, whose number, host and start are in the message, or it cannot be

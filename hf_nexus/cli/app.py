@@ -254,10 +254,6 @@ def main(argv: list[str] | None = None) -> None:
     """
     Entry point of the console script. Errors that the user can fix end in one line and exit status 1, and misspelled
     commands and options in exit status 2. `--debug` as the first or last argument shows tracebacks.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process by default.
     """
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which starts the command, may not be installed
     quieten()

@@ -35,16 +35,10 @@ def claim_folder(folder: Path, model: str | None) -> None:
 
 def record_scores(folder: str | os.PathLike[str], scores: Sequence[Score]) -> None:
     """
-    Merge scores into `benchmark_results.json` and update what shows them: `.eval_results`, and in the folder of a run
-    the card and `run_summary.json`.
+    Merge scores into `benchmark_results.json` of a model's folder and update what shows them: `.eval_results`, and in
+    the folder of a run the card and `run_summary.json`.
 
     New scores of a task replace old ones. Scores on a part of the examples never replace those on all.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Folder of the model.
-        scores (`Sequence[Score]`):
-            New scores.
 
     Raises:
         ValueError: the README is damaged, or the run of the folder is only planned.
@@ -67,11 +61,7 @@ def record_scores(folder: str | os.PathLike[str], scores: Sequence[Score]) -> No
 
 def load_scores(folder: str | os.PathLike[str]) -> list[BenchmarkScore]:
     """
-    Scores in `benchmark_results.json`, as a card takes them; empty without that file.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Folder of the model.
+    Scores in `benchmark_results.json` of a model's folder, as a card takes them; empty without that file.
 
     Raises:
         ValueError: the file was not written by [`record_scores`].

@@ -32,18 +32,12 @@ _ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from
 
 
 def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
-    """Render the card of a run.
+    """
+    Render the card of a run, whose `str` is the README.
 
-    The work of users in an existing card is kept: text above and below the generated part, their metadata keys and
-    tags, the licence and language unless the run has its own, and the model-index entries of other tools. An unedited
-    stock card of the Trainer is replaced.
-
-    Args:
-        run ([`RunSummary`]): The run.
-        existing (`str`, *optional*): README to update.
-
-    Returns:
-        `huggingface_hub.ModelCard`: card; `str(card)` is the README.
+    The work of users in the `existing` README is kept: text above and below the generated part, their metadata keys
+    and tags, the licence and language unless the run has its own, and the model-index entries of other tools. An
+    unedited stock card of the Trainer is replaced.
 
     Raises:
         ValueError: `existing` has invalid metadata, or damaged comments around the generated part.

@@ -29,10 +29,8 @@ LICENSES = frozenset(_LICENSE_IDS.split())
 
 
 def check_card(card: ModelCard | str) -> None:
-    """Check a model card without a network: metadata, types, licence, ids, model-index, and that it has no token.
-
-    Args:
-        card (`ModelCard` or `str`): Card, or text of a README.
+    """
+    Check a card without a network: metadata, types, licence, ids, model-index, and that it has no token.
 
     Raises:
         ValueError: the card is not valid. The message lists all problems.

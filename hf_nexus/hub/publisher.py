@@ -102,13 +102,8 @@ class Publisher:
 
     def check(self, seconds: float = 60.0) -> str | None:
         """
-        Create the repository and the branch, and check the write access.
-
-        Args:
-            seconds (`float`, *optional*, defaults to 60): Seconds to retry temporary errors.
-
-        Returns:
-            `str`, *optional*: full id of the repository; `None` if the Hub cannot be reached.
+        Create the repository and the branch, and check the write access. Temporary errors are retried for `seconds`.
+        Returns the full id of the repository; `None` if the Hub cannot be reached.
 
         Raises:
             ValueError: the Hub refuses the token, the access or the name.
@@ -130,17 +125,12 @@ class Publisher:
         self, checkpoint: str | os.PathLike[str], step: int, strategy: str, extras: Iterable[str] = ()
     ) -> bool:
         """
-        Queue a checkpoint.
+        Queue a checkpoint, whose files are never written again. Returns whether it was queued. If not, `status` has
+        the reason.
 
-        Args:
-            checkpoint (`str` or `os.PathLike`): Folder of the checkpoint, whose files are never written again.
-            step (`int`): Training step.
-            strategy (`str`): `"end"` queues nothing, `"every_save"` the model. `"checkpoint"` also queues the whole
-                checkpoint as `last-checkpoint`, `"all_checkpoints"` under its own name.
-            extras (`Iterable[str]`): Files and folders of the output folder to add: card, plots, results.
-
-        Returns:
-            `bool`: whether it was queued. If not, `status` has the reason.
+        The strategy `"end"` queues nothing, `"every_save"` the model. `"checkpoint"` also queues the whole checkpoint
+        as `last-checkpoint`, `"all_checkpoints"` under its own name. `extras` are files and folders of the output
+        folder to add: card, plots, results.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"hub_strategy={strategy!r} is not allowed; use one of {list(STRATEGIES)}.")
@@ -161,14 +151,8 @@ class Publisher:
     def submit(self, step: int, message: str) -> bool:
         """
         Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. A file
-        `_public_<name>` is sent in place of `<name>`.
-
-        Args:
-            step (`int`): Training step.
-            message (`str`): Title of the commit.
-
-        Returns:
-            `bool`: as in `submit_checkpoint`.
+        `_public_<name>` is sent in place of `<name>`. `message` is the title of the commit. Returns whether it was
+        queued, as `submit_checkpoint`.
         """
 
         def collect() -> _FilesAndSlots:

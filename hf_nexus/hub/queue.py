@@ -317,30 +317,17 @@ def _link_or_copy(source: Path, copy: Path, link: bool) -> bool:
 
 @dataclass(frozen=True)
 class QueueStatus:
-    """
-    What is on the Hub and what is not, as plain data.
+    """What is on the Hub and what is not, as plain data."""
 
-    Args:
-        target (`str`): Repository and branch, `"user/name@branch"`.
-        pushed_step (`int`, *optional*): Training step of the model on the Hub.
-        commit (`str`, *optional*): Its commit.
-        waiting (`tuple[int, ...]`): Training steps of the queued jobs, oldest first.
-        error (`str`, *optional*): Last error of the upload.
-        permanent (`bool`): Whether the error stays until a user acts.
-        lost (`tuple[str, ...]`): Jobs whose files were changed before they were sent, with the reason.
-        refused (`tuple[str, ...]`): Folders of the queue that were not sent, with the reason.
-        unqueued (`str`, *optional*): Why the last save could not be queued.
-    """
-
-    target: str
-    pushed_step: int | None
-    commit: str | None
-    waiting: tuple[int, ...]
-    error: str | None
-    permanent: bool
-    lost: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-    unqueued: str | None = None
+    target: str  # repository and branch, "user/name@branch"
+    pushed_step: int | None  # training step of the model on the Hub
+    commit: str | None  # of that model
+    waiting: tuple[int, ...]  # training steps of the queued jobs, oldest first
+    error: str | None  # the last of the upload
+    permanent: bool  # whether the error stays until a user acts
+    lost: tuple[str, ...] = ()  # jobs whose files were changed before they were sent, with the reason
+    refused: tuple[str, ...] = ()  # folders of the queue that were not sent, with the reason
+    unqueued: str | None = None  # why the last save could not be queued
 
     @classmethod
     def read(cls, folder: Path, target: str = "") -> "QueueStatus":

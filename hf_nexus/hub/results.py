@@ -29,24 +29,15 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """First and last held-out loss of an evaluation set at restored weights, for language models in nats per token.
+    """First and last held-out loss of an evaluation set at restored weights, for language models in nats per token."""
 
-    Args:
-        name (`str`): Name of the set, unique within a run.
-        role (`"train"`, `"ood"`, `"macro"` or `"held_out"`): Held-out rows of a training source, an OOD source, a mean
-            over sources, or the evaluation set of a run without sources.
-        first_loss (`float`, *optional*): Loss at the first evaluation.
-        last_loss (`float`): Loss at the last evaluation.
-        dataset (`str`, *optional*): Hub id of the data.
-        arm_loss (`float`, *optional*): Last loss of the other arm, see [`RunSummary.against`].
-    """
-
-    name: str
+    name: str  # unique within a run
+    # Held-out rows of a training source, an OOD source, a mean over sources, or the set of a run without sources.
     role: Literal["train", "ood", "macro", "held_out"]
     first_loss: float | None
     last_loss: float
-    dataset: str | None = None
-    arm_loss: float | None = None
+    dataset: str | None = None  # Hub id of the data
+    arm_loss: float | None = None  # last loss of the other arm, see [`RunSummary.against`]
 
     @property
     def perplexity(self) -> float:
@@ -56,34 +47,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One score on one task.
-
-    Args:
-        name (`str`): Name of the task on the card, such as `"GSM8K"`.
-        dataset (`str`): Hub id of the data, such as `"openai/gsm8k"`.
-        metric (`str`): Name of the metric, such as `"exact_match"`.
-        value (`float`): Score in the unit of the leaderboard, for most tasks percent (41.2, not 0.412).
-        stderr (`float`, *optional*): Standard error over the examples, in the same unit.
-        task_id (`str`, *optional*): Task in the `eval.yaml` of the dataset (`"gsm8k"`), if the Hub has registered the
-            dataset as a benchmark. Only these scores are written to `.eval_results`.
-        revision, date (`str`, *optional*): Commit of the dataset, and ISO date of the evaluation.
-        notes (`str`, *optional*): Setting of the evaluation, such as `"8-shot"`.
-        arm_value (`float`, *optional*): Score of the other arm.
+    """
+    One score on one task.
 
     Raises:
         ValueError: the value is not finite, or `dataset` is not a Hub id.
     """
 
-    name: str
-    dataset: str
-    metric: str
-    value: float
-    stderr: float | None = None
+    name: str  # of the task on the card, such as "GSM8K"
+    dataset: str  # Hub id of the data, such as "openai/gsm8k"
+    metric: str  # such as "exact_match"
+    value: float  # in the unit of the leaderboard, for most tasks percent (41.2, not 0.412)
+    stderr: float | None = None  # over the examples, in the same unit
+    # Task in the `eval.yaml` of the dataset ("gsm8k"), if the Hub has registered the dataset as a benchmark. Only
+    # these scores are written to `.eval_results`.
     task_id: str | None = None
-    revision: str | None = None
-    date: str | None = None
-    notes: str | None = None
-    arm_value: float | None = None
+    revision: str | None = None  # commit of the dataset
+    date: str | None = None  # ISO date of the evaluation
+    notes: str | None = None  # setting of the evaluation, such as "8-shot"
+    arm_value: float | None = None  # score of the other arm
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -156,14 +138,9 @@ def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | N
 
 
 def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str]) -> Path | None:
-    """Write the scores on registered benchmarks to `.eval_results/hf_nexus.yaml`, which leaderboards read.
-
-    Args:
-        scores (`Iterable[BenchmarkScore]`): Scores; those without a `task_id` are left out.
-        folder (`str` or `os.PathLike`): Folder of the model.
-
-    Returns:
-        `Path`, *optional*: file; without such scores, `None`, and an earlier file is deleted.
+    """
+    Write the scores with a `task_id` to `.eval_results/hf_nexus.yaml` in the folder of a model, which leaderboards
+    read. Without such scores, an earlier file is deleted.
     """
     entries = [
         EvalResultEntry(

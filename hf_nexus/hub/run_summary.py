@@ -27,111 +27,67 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 @dataclass(frozen=True)
 class MixtureRow:
-    """One training source.
-
-    Args:
-        source (`str`): Name of the source.
-        weight (`float`, *optional*): Configured share of the tokens, over all stages; `None` if weights were decided
-            during training.
-        share (`float`): Realised share of the tokens.
-        epochs (`float`, *optional*): Passes over the training rows; `None` for a stream of unknown size.
-        tokens (`int`): Trained tokens or rows, see `RunSummary.unit`.
-        license (`str`, *optional*): Licence of the data, as free text.
-        dataset (`str`, *optional*): Origin of the data: a Hub id, `builtin/<name>` or a file name.
-    """
+    """One training source."""
 
     source: str
-    weight: float | None
-    share: float
-    epochs: float | None
-    tokens: _Count
-    license: str | None = None
-    dataset: str | None = None
+    weight: float | None  # configured share of the tokens, over all stages; None if decided during training
+    share: float  # realised share of the tokens
+    epochs: float | None  # passes over the training rows; None for a stream of unknown size
+    tokens: _Count  # trained tokens or rows, see `RunSummary.unit`
+    license: str | None = None  # of the data, as free text
+    dataset: str | None = None  # origin of the data: a Hub id, `builtin/<name>` or a file name
 
 
 @dataclass
 class RunSummary:
-    """Facts about a run, as plain data.
-
-    Args:
-        model_name (`str`): Title of the card and name in the model-index.
-        model_type (`str`): `config.model_type`, such as `"llama"`.
-        parameters (`int`): Number of parameters, including those of an adapter.
-        nexus (`dict[str, Any]`): Nexus settings of the run. `nexus`, `inner_lr`, `inner_direction` and
-            `gradient_accumulation_steps` are required.
-        planned (`bool`, *optional*, defaults to `False`): Whether the run is only planned. Its tokens, shares and
-            epochs are then computed from the configuration, and it has no results.
-        mixture (`list[MixtureRow]`, *optional*): Training sources.
-        unit (`str`, *optional*, defaults to `"tokens"`): What the mixture counts: `"tokens"` with a loss, or `"rows"`
-            for models without a label per token.
-        stages (`list[tuple[float, dict[str, float]]]`, *optional*): For each stage, the fraction of training at which
-            it ends and its mixture weights.
-        evaluations (`list[Evaluation]`, *optional*): Held-out losses.
-        arm (`str`, *optional*): Name of the arm that `arm_loss` and `arm_value` come from, see `against`.
-        benchmarks (`list[BenchmarkScore]`, *optional*): Scores on benchmark tasks.
-        hyperparameters, changed_hyperparameters (`dict[str, Any]`, *optional*): All training arguments, and those that
-            differ from their defaults. Tokens and local folders are removed at any depth.
-        numbers (`dict[str, float]`, *optional*): Last logged metrics, such as `path_cosine`.
-        repo_id (`str`, *optional*): Repository that the example loads; `None` for the folder of the card.
-        prompt (`str`, *optional*, defaults to `"The"`): Text that the example continues.
-        base_model (`str`, *optional*): Hub id or path of the model that was trained further; `None` if the model was
-            trained from scratch, or if the base model of an adapter has no name. Of an absolute path, only the name is
-            kept.
-        adapter (`str`, *optional*): Kind of the adapter that was trained, such as `"LoRA"`.
-        trainable_parameters (`int`, *optional*): Number of trained parameters; `None` if all were trained.
-        license, license_name, license_link (`str`, *optional*): Licence of the model, by the Hub's identifiers.
-            `"other"` needs a name.
-        languages (`list[str]`, *optional*): ISO 639 codes, `"code"` or `"multilingual"`.
-        datasets (`list[str]`, *optional*): Hub ids of the training data.
-        tags, limitations (`list[str]`, *optional*): Additions to those of every card.
-        hardware, commit (`str`, *optional*): Devices, and commit of the training code.
-        seconds, tokens_per_second (`float`, *optional*): Training time and throughput.
-        versions (`dict[str, str]`, *optional*): Versions of the packages by distribution name.
-        plot, cosine_plot (`str`, *optional*): File names of the plots in the folder of the card.
-        pipeline_tag (`str`, *optional*, defaults to `"text-generation"`): Task of the model by the Hub's name; `None`
-            if it is not known.
-        auto_class (`str`, *optional*, defaults to `"AutoModelForCausalLM"`): Class of transformers that loads the
-            model; `None` if there is none. The card then has no example.
+    """
+    Facts about a run, as plain data.
 
     Raises:
         ValueError: settings are missing, names are repeated, a role is unknown, or a planned run has results.
     """
 
-    model_name: str
-    model_type: str
-    parameters: _Count
+    model_name: str  # title of the card and name in the model-index
+    model_type: str  # `config.model_type`, such as "llama"
+    parameters: _Count  # including those of an adapter
+    # The Nexus settings. `nexus`, `inner_lr`, `inner_direction` and `gradient_accumulation_steps` are required.
     nexus: dict[str, Any]
+    # Whether the run is only planned. Tokens, shares and epochs are then computed, and there are no results.
     planned: bool = False
     mixture: list[MixtureRow] = field(default_factory=list)
-    unit: Literal["tokens", "rows"] = "tokens"
+    unit: Literal["tokens", "rows"] = "tokens"  # what the mixture counts: "rows" for models without a label per token
+    # Of each stage, the fraction of training at which it ends and its mixture weights.
     stages: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
-    arm: str | None = None
+    arm: str | None = None  # name of the arm that `arm_loss` and `arm_value` come from, see `against`
     benchmarks: list[BenchmarkScore] = field(default_factory=list)
+    # All training arguments, and those that differ from their defaults, without tokens and local folders.
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     changed_hyperparameters: dict[str, Any] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-    repo_id: str | None = None
-    prompt: str = "The"
+    numbers: dict[str, float] = field(default_factory=dict)  # last logged metrics, such as `path_cosine`
+    repo_id: str | None = None  # the repository that the example loads; None for the folder of the card
+    prompt: str = "The"  # text that the example continues
+    # Hub id or path of the model that was trained further. None if the model was trained from scratch, or if the base
+    # model of an adapter has no name. Of an absolute path, only the name is kept.
     base_model: str | None = None
-    adapter: str | None = None
-    trainable_parameters: _Count | None = None
-    license: str | None = None
+    adapter: str | None = None  # kind of the adapter that was trained, such as "LoRA"
+    trainable_parameters: _Count | None = None  # None if all were trained
+    license: str | None = None  # of the model, by the Hub's identifiers; "other" needs a name
     license_name: str | None = None
     license_link: str | None = None
-    languages: list[str] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
-    limitations: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)  # ISO 639 codes, "code" or "multilingual"
+    datasets: list[str] = field(default_factory=list)  # Hub ids of the training data
+    tags: list[str] = field(default_factory=list)  # in addition to those of every card
+    limitations: list[str] = field(default_factory=list)  # as well
     hardware: str | None = None
-    commit: str | None = None
+    commit: str | None = None  # of the training code
     seconds: Annotated[float, Bound(least=0, most=1e12)] | None = None
     tokens_per_second: float | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    plot: str | None = None
-    cosine_plot: str | None = None
-    pipeline_tag: str | None = "text-generation"
-    auto_class: str | None = LANGUAGE_MODEL
+    versions: dict[str, str] = field(default_factory=dict)  # by distribution name
+    plot: str | None = None  # name of a file in the folder of the card
+    cosine_plot: str | None = None  # as well
+    pipeline_tag: str | None = "text-generation"  # the Hub's name of the model's task; None if it is not known
+    auto_class: str | None = LANGUAGE_MODEL  # class of transformers that loads the model; None: no example on the card
 
     def __post_init__(self) -> None:
         self.hyperparameters = without_folders(_without_secrets(self.hyperparameters))
@@ -171,11 +127,8 @@ class RunSummary:
         return sum(row.tokens for row in self.mixture)
 
     def against(self, other: "RunSummary", name: str) -> "RunSummary":
-        """Copy of this summary with the losses of another arm.
-
-        Args:
-            other ([`RunSummary`]): Other arm, trained on the same number of tokens.
-            name (`str`): Name of the other arm on the card, such as `"plain accumulation"`.
+        """
+        Copy of this summary with the losses of another arm, which the card calls `name`.
 
         Raises:
             ValueError: the numbers of tokens differ by more than 1 %, or the runs have no common evaluation set.

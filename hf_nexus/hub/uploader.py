@@ -47,19 +47,12 @@ def push_queue(
     Send the queue of a run from this process, with progress bars. Afterwards, all requests of `huggingface_hub` in
     this process have timeouts.
 
-    Args:
-        output_dir (`Path`): Output folder of the run.
-        repo_id, revision, private (*optional*): Repository, branch, and visibility if it must be created, instead of
-            the run's.
-        approve (`Callable[[str], bool]`, *optional*): Decides whether to send a job that this user may not have
-            queued, of which it gets a description. By default, such jobs are not sent.
-        token, endpoint (`str`, *optional*): Token and address of the Hub; the client's defaults if `None`.
-        retry ([`RetryPolicy`], *optional*): Timeouts and waiting times.
-        attempts (`int`, *optional*, defaults to 5): Attempts if the errors are temporary.
-        lock_timeout (`float`, *optional*, defaults to 10): Seconds to wait until another sender ends.
+    `repo_id`, `revision` and `private` replace those of the run. `approve` decides whether to send a job that this
+    user may not have queued, of which it gets a description. By default, such jobs are not sent. Temporary errors are
+    retried up to `attempts` times. Another sender has `lock_timeout` seconds to end.
 
     Returns:
-        `tuple[QueueStatus, bool]`: status afterwards, and whether everything that was queued is on the Hub.
+        The status afterwards, and whether everything that was queued is on the Hub.
 
     Raises:
         ValueError: the folder holds no queue, or its queue is a link.

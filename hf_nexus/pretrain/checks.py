@@ -20,11 +20,8 @@ __all__ = ["check_run"]
 
 def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainConfig, here: bool) -> None:
     """
-    Refuse what a run would refuse after its data is tokenized, or in its first step.
-
-    Args:
-        here (`bool`):
-            Whether the run starts on this machine, which then needs the packages.
+    Refuse what a run would refuse after its data is tokenized, or in its first step. A run that starts `here` needs
+    the packages on this machine.
 
     Raises:
         ValueError: a value that is not allowed, or values that exclude each other.

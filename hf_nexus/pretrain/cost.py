@@ -11,31 +11,19 @@ __all__ = ["CostEstimate", "estimate_cost"]
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """
-    Computed time of one outer step.
-
-    Attributes:
-        devices, sharding:
-            Number of devices, and `"ddp"`, `"fsdp2"` or `"one device"`.
-        compute:
-            Seconds of arithmetic: `6 * parameters` operations per token (forward and backward, without the attention
-            scores), a third more with gradient checkpointing, at `mfu * peak_tflops` per device.
-        sent:
-            Bytes that each device sends in ring reductions: over `link`, and with `inner_sync="node"` also over
-            `node_link` to the devices of its machine.
-        during, after:
-            Seconds of sending that the backward passes can hide, and that follow the last one.
-        formula:
-            Formulas of the arithmetic and of the bytes.
-    """
+    """Computed time of one outer step."""
 
     devices: int
-    sharding: str
+    sharding: str  # "ddp", "fsdp2" or "one device"
+    # Seconds of arithmetic: `6 * parameters` operations per token (forward and backward, without the attention
+    # scores), a third more with gradient checkpointing, at `mfu * peak_tflops` per device.
     compute: float
+    # Bytes that each device sends in ring reductions: over `link`, and with `inner_sync="node"` also over `node_link`
+    # to the devices of its machine.
     sent: int
-    during: float
-    after: float
-    formula: str
+    during: float  # seconds of sending that the backward passes can hide
+    after: float  # seconds of sending that follow the last backward pass
+    formula: str  # of the arithmetic and of the bytes
 
     @property
     def best(self) -> float:

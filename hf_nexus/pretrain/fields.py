@@ -190,28 +190,14 @@ SECTIONS: dict[str, type] = {"model": ModelArguments, "data": MixtureConfig, "tr
 
 @dataclass
 class PretrainArguments:
-    """
-    A configuration with the command line applied to it.
+    """A configuration with the command line applied to it."""
 
-    Attributes:
-        config (`str`):
-            Name or path of the configuration.
-        model ([`ModelArguments`]), mixture ([`MixtureConfig`]), training ([`PretrainConfig`]):
-            The sections; `mixture` is the section `data`.
-        resolved (`dict`):
-            All fields with their values as plain data. Saved as `pretrain.yaml`, which is a valid configuration.
-        changed (`dict`):
-            The fields of the section `training` that differ from their defaults.
-        dry_run (`bool`), hardware ([`HardwareArguments`]):
-            From the command line.
-    """
-
-    config: str
+    config: str  # name or path
     model: ModelArguments
-    mixture: MixtureConfig
+    mixture: MixtureConfig  # the section `data`
     training: PretrainConfig
-    resolved: dict[str, dict[str, Any]]
-    changed: dict[str, Any]
+    resolved: dict[str, dict[str, Any]]  # all fields as plain data: saved as `pretrain.yaml`, a valid configuration
+    changed: dict[str, Any]  # the fields of the section `training` that differ from their defaults
     dry_run: bool = False
     hardware: HardwareArguments = field(default_factory=HardwareArguments)
 

@@ -21,30 +21,18 @@ class MemoryEstimate:
     """
     Computed bytes per device. Memory of the libraries (device context, kernels, NCCL buffers, fragmentation) is not
     included: leave a tenth of the device free.
-
-    Attributes:
-        parameters, per_parameter:
-            Trainable parameters of the model, and bytes per parameter by purpose.
-        activations, formula:
-            Bytes kept for the backward pass of one micro-batch, and their formula. They are known for a Llama, and 0
-            for other models.
-        last:
-            Bytes that the end of the backward pass needs in addition to all gradients: for the first layer, or for the
-            second of the two gradients of tied embeddings.
-        shards, gathered:
-            Devices that share the bytes per parameter, and bytes of gathered weights in addition to the shard.
-        accumulates:
-            Whether gradients are kept from one micro-batch to the next. An inner step of Nexus consumes them.
     """
 
-    parameters: int
-    per_parameter: dict[str, int]
-    activations: int
-    formula: str
+    parameters: int  # trainable ones
+    per_parameter: dict[str, int]  # bytes by purpose
+    activations: int  # bytes kept for the backward pass of one micro-batch; 0 if not known, for another than a Llama
+    formula: str  # of the activations
+    # Bytes that the end of the backward pass needs in addition to all gradients: for the first layer, or for the
+    # second of the two gradients of tied embeddings.
     last: int = 0
-    shards: int = 1
-    gathered: int = 0
-    accumulates: bool = False
+    shards: int = 1  # devices that share the bytes per parameter
+    gathered: int = 0  # bytes of gathered weights in addition to the shard
+    accumulates: bool = False  # whether gradients stay for the next micro-batch; an inner step of Nexus consumes them
 
     @property
     def held(self) -> int:

@@ -51,14 +51,11 @@ def _fold(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
     """
-    Parse a command line: the YAML named by `--config`, with every other flag on top of it.
+    Parse a command line, such as `["--config", "demo", "--max_steps", "20"]`: the YAML named by `--config`, with every
+    other flag on top of it.
 
     Nothing is downloaded. With `--dry_run` the training arguments are built for a CPU. This allows to plan a GPU run
     (`bf16`) on any machine.
-
-    Args:
-        argv (`list[str]`):
-            For instance `["--config", "demo", "--max_steps", "20"]`.
 
     Raises:
         ValueError: an unknown key or flag, or a value that is not allowed, named in the message.

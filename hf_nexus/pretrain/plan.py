@@ -15,34 +15,19 @@ __all__ = ["RunPlan", "plan_run"]
 
 @dataclass(frozen=True)
 class RunPlan:
-    """
-    The numbers of a run.
+    """The numbers of a run."""
 
-    Attributes:
-        parameters, devices, tokens_per_step:
-            Parameters of the model, training processes, and tokens per outer step over all of them.
-        steps, tokens:
-            Outer steps and tokens of the run, `None` if they depend on data of unknown size. The tokens may be fewer
-            than `steps * tokens_per_step`, since the last window of an epoch may be short.
-        mixture, stages:
-            Tokens and epochs of each training source, `None` if unknown, and the first outer step of each stage.
-        memory, cost, sync:
-            Computed from the shapes and from the assumed hardware. `sync` is the choice of `inner_sync`, in words.
-        checkpoint_copy:
-            Bytes in the host memory of each process while a checkpoint is written, 0 if training waits for it.
-    """
-
-    parameters: int
-    devices: int
-    tokens_per_step: int
-    steps: int | None
-    tokens: int | None
-    mixture: list[PlanRow] | None
-    stages: list[int]
+    parameters: int  # of the model
+    devices: int  # training processes
+    tokens_per_step: int  # per outer step, over all devices
+    steps: int | None  # outer steps; None if they depend on data of unknown size, as the tokens
+    tokens: int | None  # may be fewer than `steps * tokens_per_step`: the last window of an epoch may be short
+    mixture: list[PlanRow] | None  # tokens and epochs of each training source; None if unknown
+    stages: list[int]  # the first outer step of each
     memory: MemoryEstimate
     cost: CostEstimate
-    checkpoint_copy: int
-    sync: str | None = None
+    checkpoint_copy: int  # bytes in host memory per process while a checkpoint is written; 0 if training waits for it
+    sync: str | None = None  # the choice of `inner_sync`, in words
 
 
 def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, int | None] | None = None) -> RunPlan:

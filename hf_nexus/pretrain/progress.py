@@ -35,12 +35,6 @@ class TrainingProgress(ProgressCallback):
 
     On a terminal, a bar is updated in place, and held-out losses are lines above it. Elsewhere, each log entry is a
     line.
-
-    Args:
-        console (`rich.console.Console`):
-            Output. Quiet on all processes except the main one.
-        bar (`bool`, *optional*, defaults to `True`):
-            Whether a terminal gets a bar.
     """
 
     def __init__(self, console: Console, bar: bool = True):

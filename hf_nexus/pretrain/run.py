@@ -37,16 +37,10 @@ __all__ = ["PretrainRun", "dry_run", "leaving_process_group", "load_tokenizer", 
 
 def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
     """
-    Run a command line: print the plan with `--dry_run`, else train.
+    Run a command line, by default that of the process: print the plan with `--dry_run`, else train.
 
     An error before the first step (in an argument, a source, the folder) ends the process with one line. An error in
-    training keeps its traceback.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            As for [`parse_arguments`]. Defaults to the command line of the process.
-        debug (`bool`, *optional*, defaults to `False`):
-            Keep every traceback.
+    training keeps its traceback, and with `debug` every error does.
     """
     try:
         with leaving_process_group():
@@ -102,13 +96,6 @@ def pretrain(arguments: PretrainArguments) -> NexusTrainer:
     `output_dir` then holds the model (float32) and its tokenizer, `trainer_state.json`, `training.png`, `README.md`,
     and `pretrain.yaml`, which repeats the run if given as `--config`. With several processes, delete the trainer
     before `torch.distributed.destroy_process_group()`, as [`main`] does.
-
-    Args:
-        arguments ([`PretrainArguments`]):
-            From [`parse_arguments`].
-
-    Returns:
-        [`NexusTrainer`]: after training.
 
     Raises:
         ValueError: a folder that already holds checkpoints, nothing to resume from, or sources that cannot be loaded.

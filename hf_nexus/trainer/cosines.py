@@ -18,12 +18,6 @@ def source_cosines(
     """
     Gradient cosine of each pair of sources at the current weights, with dropout off. Neither the random states nor the
     gradients of the run change.
-
-    Args:
-        model (`nn.Module`), device (`torch.device`):
-            The model, whose trainable parameters are differentiated, and its device.
-        batches (`Mapping[str, Any]`), loss (`Callable[[Any], Tensor]`):
-            A batch of each source, and the loss of a batch, 0-d.
     """
     devices = [] if device.type == "cpu" else [device]
     model.eval()

@@ -72,13 +72,8 @@ class Evaluation:
 
         These rows stay in the outputs: the ranks gather outputs of one shape, which the Trainer truncates.
 
-        Args:
-            inputs (`Any`), loss_only (`bool`):
-                The batch, and whether outputs and labels are left out.
-            step (`Callable[[Any, bool], tuple]`):
-                Gives the loss, the outputs and the labels of a batch.
-            count (`Callable[[Any], Tensor]`):
-                Gives the number of loss tokens in a batch; `None` if the model takes none.
+        `step` gives the loss, the outputs and the labels of a batch, without the last two if `loss_only`. `count`
+        gives the number of loss tokens in a batch; `None` if the model takes none.
         """
         assert self.mean is not None
         lengths = None

@@ -99,13 +99,8 @@ def create_muon_with_adamw(
     The optimizer of `matrix_optimizer="muon"`: Muon for trainable 2-D weights of at least two rows and columns that
     are not an embedding or the output layer, AdamW for the other parameters.
 
-    Args:
-        model (`nn.Module`), args ([`NexusConfig`]):
-            The model, and the training arguments.
-        adamw (`dict[str, Any]`), decaying (`Iterable[str]`):
-            Options of AdamW, and names of the parameters with weight decay.
-        sharded (`bool`, *optional*, defaults to `False`):
-            Whether the model will be sharded over the ranks.
+    `adamw` has the options of AdamW, and `decaying` the names of the parameters with weight decay. `sharded` says
+    whether the model will be sharded over the ranks.
 
     Raises:
         ValueError: there is no matrix for Muon, or one with fewer rows than there are ranks to shard it.

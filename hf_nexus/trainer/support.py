@@ -172,19 +172,9 @@ def check_arguments(
     """
     Refuse training arguments that cannot be combined with each other or with the data. Plans are checked by it, too.
 
-    Args:
-        args (`TrainingArguments`):
-            With the Nexus fields.
-        sources (`bool`), streams (`bool`):
-            Whether the data has sources, and whether it is read as a stream.
-        unread (`Iterable[str]`, *optional*):
-            Sources without rows that can be read at any time.
-        unlike (`bool`, *optional*, defaults to `False`):
-            Whether the rows of some sources are packed here, and others are not.
-        isolated (`bool`, *optional*, defaults to `False`):
-            Whether documents of packed rows are kept apart.
-        optimizer (`Any`, *optional*):
-            An optimizer that was given to the trainer.
+    `sources` and `streams` say whether the data has sources, and whether it is read as a stream. `unread` are sources
+    without rows that can be read at any time. `unlike` says whether some sources are packed here and others are not,
+    `isolated` whether documents of packed rows are kept apart. `optimizer` is one that was given to the trainer.
     """
     for name, bound in _RANGES.items():
         if not bound.holds(getattr(args, name)):

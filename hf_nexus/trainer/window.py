@@ -202,13 +202,9 @@ class Walker:
         autocast: bool,
     ) -> Tensor:
         """
-        Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`.
-
-        Args:
-            model (`nn.Module`), window ([`Window`]), optimizer (`Optimizer`), step (`int`), autocast (`bool`):
-                The wrapped model, the window, and as for [`~Walker.begin`].
-            micro_step (`Callable[[int], Tensor]`):
-                Forward and backward pass of a micro-batch, given its index. Returns its mean loss.
+        Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`. `micro_step` runs forward
+        and backward pass of a micro-batch, given its index, and returns its mean loss. `autocast` is as for
+        [`~Walker.begin`].
 
         Returns:
             `Tensor`: the losses, (k,).
