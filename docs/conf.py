@@ -1,5 +1,7 @@
 """Build the site: `make docs`. A warning, a broken link or a public name without documentation fails the build."""
 
+import json
+import os
 import re
 from pathlib import Path
 from textwrap import indent
@@ -64,6 +66,21 @@ def write_commands(_: Sphinx) -> None:
     (HERE / "generated" / "commands.md").write_text("\n".join(text))
 
 
+def add_colab_badge(_: Sphinx, page: str, source: list[str]) -> None:
+    """Link a notebook to Colab where the site is built for a repository, as in its workflow."""
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    if repository is None or not (HERE / f"{page}.ipynb").is_file():
+        return
+    notebook = json.loads(source[0])
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    address = f"https://colab.research.google.com/github/{repository}/blob/main/docs/{page}.ipynb"
+    install = f"There, first run `%pip install git+https://github.com/{repository}`."
+    badge = f"[![Open in Colab]({image})]({address})\n\n{install}"
+    notebook["cells"].insert(1, {"cell_type": "markdown", "id": "colab", "metadata": {}, "source": badge})
+    source[0] = json.dumps(notebook)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_colab_badge)
     app.connect("builder-inited", write_commands)
     app.connect("autodoc-process-docstring", markdown_to_rst)

@@ -149,3 +149,12 @@ def test_documents_are_dealt_by_their_size() -> None:
     readers.read(300, 4)
     firsts = [state["at"]["first"] for state in readers.states["a"].values()]
     assert min(firsts) > 1000 and max(firsts) - min(firsts) <= 600
+
+
+def test_documents_of_small_blocks_are_dealt_in_turn() -> None:
+    """By their size, lanes would drift apart: a block has too few documents to even it out."""
+    rows = Dataset.from_dict({"text": ["fox " * (1 + x * 37 % 11) for x in range(6000)]}).to_iterable_dataset()
+    readers = Readers(documents_of(rows, 32), 1, 1, Lanes(4, 4), buffer_size=4)
+    readers.read(300, 4)
+    firsts = [state["at"]["first"] for state in readers.states["a"].values()]
+    assert min(firsts) > 3000 and max(firsts) - min(firsts) <= 500
