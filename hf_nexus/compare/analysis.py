@@ -109,27 +109,10 @@ def compare_arms(
     reach. The other losses are interpolated where a run first reaches it. Metrics without a curve are compared at the
     end only.
 
-    Args:
-        records (`Sequence[RunRecord]`):
-            The completed runs in any order.
-        baseline (`str`):
-            The arm to compare with.
-        primary (`tuple[str, str]`):
-            Arm and metric of the primary comparison.
-        where (`str`, *optional*, defaults to `"end"`):
-            Where the primary comparison is made, `"end"` or `"matched"`.
-        family (`Sequence[tuple]`, *optional*):
-            Arm, versus, metric and where of the comparisons whose p-values are corrected together. By default, the
-            primary metric of the other arms against the baseline, and of the primary arm against each control.
-        margin (`float`, *optional*):
-            Largest difference of the primary metric that does not matter, for the equivalence test.
-        tuned (`Sequence[str]`, *optional*):
-            Training fields that each arm has tuned. A control may differ from the primary arm in them.
-        arms (`Sequence[str]`, *optional*), seeds (`Sequence[int]`, *optional*):
-            The planned runs; those without a record are reported as missing.
-
-    Raises:
-        ValueError: two records of one arm and seed, or a primary arm that is the baseline.
+    `primary` is an arm and a metric. The p-values of `family` are corrected together: by default, those of the primary
+    metric of the other arms against the baseline, and of the primary arm against each control. A control may differ
+    from the primary arm in the training fields `tuned`. Runs of `arms` and `seeds` without a record are reported as
+    missing.
 
     Example:
         >>> from hf_nexus.compare.analysis import compare_arms

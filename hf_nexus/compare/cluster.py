@@ -31,15 +31,8 @@ def make_executor(
     folder: Path, parameters: Mapping[str, Any], devices: int = 1, accelerators: bool = True
 ) -> submitit.AutoExecutor:
     """
-    An executor of submitit whose jobs have a task for each device.
-
-    Args:
-        folder (`Path`):
-            Folder for the files of submitit, which all machines share.
-        parameters (`Mapping[str, Any]`):
-            As in the field `submitit` of a comparison.
-        devices (`int`, *optional*, defaults to 1), accelerators (`bool`, *optional*, defaults to `True`):
-            Devices of a job, and whether these are accelerators or processes on the CPU.
+    An executor of submitit whose jobs have a task for each device: an accelerator, or a process on the CPU. All
+    machines share `folder`, which has the files of submitit.
 
     Raises:
         ValueError: parameters that submitit does not know, or nodes that cannot share the devices equally.

@@ -56,15 +56,7 @@ class _Trial:
 
 
 class Comparison:
-    """
-    A comparison in its folder.
-
-    Args:
-        config ([`ComparisonConfig`]):
-            The comparison.
-        console (`rich.console.Console`):
-            Console for progress and results.
-    """
+    """A comparison in its folder."""
 
     def __init__(self, config: ComparisonConfig, console: "Console"):
         self.config, self.console = config, console
@@ -202,12 +194,7 @@ class Comparison:
         ]
 
     def run(self) -> Path:
-        """
-        Run everything that has not finished yet, and write the report.
-
-        Returns:
-            `Path`: path of `report.md`.
-        """
+        """Run everything that has not finished yet, and write the report. Returns the path of `report.md`."""
         started = time.monotonic()
         self._train("tuning", self._trial_runs())
         self._choose()

@@ -334,13 +334,7 @@ class ComparisonConfig:
     @classmethod
     def load(cls, name_or_path: str, output_dir: str | None = None) -> "ComparisonConfig":
         """
-        Read a comparison by name (`"compare"`) or path.
-
-        Args:
-            name_or_path (`str`):
-                Name of a comparison of the package, or path of a YAML file.
-            output_dir (`str`, *optional*):
-                Replaces the file's `output_dir`.
+        Read a comparison by name (`"compare"`) or path. `output_dir` replaces that of the file.
 
         Raises:
             ValueError: no such comparison, or an error in it.

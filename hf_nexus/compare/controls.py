@@ -32,19 +32,10 @@ def find_controls(
     settings: Mapping[str, Mapping[str, Any]], primary: str, tuned: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """
-    Find the controls of the primary arm.
+    Find the controls of the primary arm by the training fields of each arm. A control may differ in the `tuned` ones.
 
-    Args:
-        settings (`Mapping[str, Mapping[str, Any]]`):
-            Training fields of each arm.
-        primary (`str`):
-            The primary arm.
-        tuned (`Collection[str]`, *optional*):
-            Fields that each arm has tuned, in which it may differ.
-
-    Returns:
-        `tuple[dict[str, str], dict[str, list[str]]]`: the kind of each control, a key of `EXPLANATIONS`, and of arms
-        that lack an ingredient and are no control, the other fields in which they differ.
+    Returns the kind of each control, a key of `EXPLANATIONS`, and of arms that lack an ingredient and are no control,
+    the other fields in which they differ.
 
     Example:
         >>> from hf_nexus.compare.controls import find_controls

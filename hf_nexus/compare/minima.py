@@ -39,14 +39,7 @@ def search_minima(run: Run) -> RunRecord:
     Search the minimizers of a run's sources, measure distances and losses between them, and add these to its record.
 
     All searches of a comparison use AdamW without weight decay, a constant learning rate, and for each source the same
-    rows in the same order.
-
-    Args:
-        run ([`Run`]):
-            A completed run.
-
-    Returns:
-        [`RunRecord`]: the record with `minima`; without it if the run diverged, since there is no minimum nearby.
+    rows in the same order. The record of a run that diverged has no `minima`, since there is no minimum nearby.
     """
     wanted = run.config.minima
     assert wanted is not None

@@ -12,12 +12,8 @@ PAGE_NAME = "report.html"
 
 def write_page(markdown: str, folder: Path, title: str) -> Path:
     """
-    Write a report in Markdown as `report.html`, with its PNG images inside and tables that a click sorts.
-
-    Args:
-        markdown (`str`): The report. Its images are paths relative to `folder`.
-        folder (`Path`): Where to write.
-        title (`str`): Title of the page.
+    Write a report in Markdown as `report.html`, with its PNG images inside and tables that a click sorts. The paths of
+    the images are relative to `folder`.
     """
     import jinja2
     from markdown_it import MarkdownIt

@@ -53,13 +53,9 @@ def pilot_of(config: ComparisonConfig) -> ComparisonConfig:
 
 def print_plan(config: ComparisonConfig, command: str, differences: Sequence[float], console: "Console") -> None:
     """
-    Print the plan of a comparison, from the runs that are in its folder or in that of its pilot.
-
-    Args:
-        config ([`ComparisonConfig`]): The comparison. Nothing is trained, downloaded or written.
-        command (`str`): The command that runs it, to which `--pilot` may be added.
-        differences (`Sequence[float]`): Differences to find the number of seeds for; some common ones if empty.
-        console (`rich.console.Console`): Where to print.
+    Print the plan of a comparison, from the runs that are in its folder or in that of its pilot. Nothing is trained,
+    downloaded or written. `command` runs the comparison. The numbers of seeds are those for each of `differences`, or
+    for some common ones.
     """
     from rich.table import Table
 

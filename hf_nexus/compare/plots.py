@@ -26,22 +26,10 @@ _MARK: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersi
 
 def plot_comparison(records: Sequence[RunRecord], folder: str | os.PathLike[str], *, baseline: str) -> list[Path]:
     """
-    Draw all plots that the records have data for.
+    Draw all plots that the records have data for, and return their paths.
 
     Curves and marks are means over the seeds of an arm, bands and bars their 95 % t-intervals. The mean is not finite
     at a step if any run of the arm is not: a mean over the other runs would hide the divergence.
-
-    Args:
-        records (`Sequence[RunRecord]`):
-            Records of the runs; arms may lack seeds.
-        folder (`str` or `os.PathLike`):
-            Where to write. Missing folders are created.
-        baseline (`str`):
-            The arm to compare with.
-
-    Returns:
-        `list[Path]`: those of `ood_against_train.png`, `losses.png`, `cosines.png`, `minima_distance.png`,
-        `landscape.png`, `distance_against_ood.png` that were drawn, in this order.
 
     Raises:
         ValueError: there is no record of the baseline.

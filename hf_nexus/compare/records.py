@@ -140,12 +140,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RunRecord":
-        """
-        Read `record.json` from `folder`.
-
-        Raises:
-            FileNotFoundError: `folder` has no record.
-        """
+        """Read `record.json` from `folder`."""
         fields = json.loads(Path(folder, RECORD_NAME).read_text(encoding="utf-8"))
         fields["curve"] = [LossPoint(**point) for point in fields["curve"]]
         fields["cosines"] = [(step, _tuples(pairs)) for step, pairs in fields["cosines"]]

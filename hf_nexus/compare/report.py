@@ -38,24 +38,10 @@ def write_report(
 ) -> Path:
     """
     Write `report.md`, the same as `report.html`, `results.csv` (every metric of every run) and `results.json` (all
-    statistics).
+    statistics). Returns the path of `report.md`.
 
-    Args:
-        analysis ([`Analysis`]):
-            The statistics.
-        records (`Sequence[RunRecord]`):
-            The records behind them.
-        folder (`str` or `os.PathLike`):
-            Where to write. Missing folders are created.
-        title (`str`), details (`Mapping[str, Any]`):
-            Title, and how the results were made, such as `command` and `versions`: plain data, listed as it is.
-        trials (`Sequence[Mapping[str, Any]]`, *optional*):
-            Trials of the tuning, one table line each.
-        plots (`Sequence[Path]`, *optional*):
-            PNG files to show, in this order.
-
-    Returns:
-        `Path`: path of `report.md`.
+    `details` says how the results were made, such as `command` and `versions`. It is listed as it is. The `trials` of
+    the tuning have one line each.
 
     Example:
         >>> from tempfile import mkdtemp

@@ -55,20 +55,8 @@ def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
     """
     Make calls in worker processes and yield each result when it is there. A failed call does not stop the others.
 
-    Args:
-        calls (`Sequence[Call]`):
-            The calls, started in this order, each on as many devices.
-        workers (`int`):
-            Number of calls at a time. Each uses its own accelerators, or an equal number of cores.
-
-    Example:
-        >>> from functools import partial
-        >>> from pathlib import Path
-        >>> from tempfile import mkdtemp
-        >>> from hf_nexus.compare.workers import Call, call_in_workers
-        >>> calls = [Call("sum", partial(sum, [1, 2]), Path(mkdtemp(), "log.txt"))]
-        >>> [result.value for result in call_in_workers(calls, workers=1)]  # doctest: +SKIP
-        [3]
+    All calls need as many devices. There are `workers` at a time, each with its own accelerators or an equal number of
+    cores.
     """
     left = list(calls)
     if not left:

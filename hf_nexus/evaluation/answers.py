@@ -9,14 +9,8 @@ ANSWER_MARK = "#### "
 
 def final_answer(text: str) -> Decimal | str | None:
     r"""
-    The rest of the line after the last `#### `, without commas, dollar signs and trailing dots.
-
-    Args:
-        text (`str`): A solution.
-
-    Returns:
-        `Decimal`, `str` or `None`: a number if it can be read as one, which makes 1 equal to 1.0; `None` if there is
-        no final answer.
+    The rest of the line after the last `#### `, without commas, dollar signs and trailing dots; a number if it can be
+    read as one, which makes 1 equal to 1.0. `None` if a solution has no final answer.
 
     Example:
         >>> from hf_nexus.evaluation.answers import final_answer

@@ -71,35 +71,16 @@ def measure_closeness(
     Of an adapter, only its own parameters are measured. Distances between LoRA matrices depend on how a product is
     split in two, so compare only adapters with the same start.
 
-    Args:
-        model (`str`), base (`str`, *optional*):
-            Folder or Hub id of a model or a PEFT adapter, and base model of an adapter, if not the one that it names.
-        mixture ([`MixtureConfig`]):
-            The sources. Only their held-out rows are used.
-        batches (`int`, *optional*, defaults to 4), batch_size (`int`, *optional*, defaults to 8):
-            Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows
-            of each source. Losses of the model itself are computed on all of them.
-        projection (`int`, *optional*), seed (`int`, *optional*, defaults to 0):
-            As in [`gradient_cosines`]: cheaper cosines with an error.
-        minima (`Mapping[str, str]`, *optional*):
-            For two or more training sources, folder or Hub id of `model` trained further on that source alone. The
-            first three span the plane.
-        resolution (`int`, *optional*, defaults to 7), device (`str`, *optional*):
-            Grid points along each axis of the plane, and device, by default a GPU if there is one.
-        track (`Callable[[str, Sequence], Iterable]`, *optional*):
-            Takes what is measured and its parts, and gives the parts one by one, for a progress bar.
+    Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows of each
+    source. Losses of the model itself are computed on all of them. `projection` and `seed` are those of
+    [`gradient_cosines`]. `minima` has, for two or more training sources, the folder or Hub id of `model` trained
+    further on that source alone. The first three span a plane of `resolution ** 2` points. `track` takes what is
+    measured and its parts, and gives the parts one by one, for a progress bar.
 
     Raises:
         ValueError: no held-out rows, unknown sources, or minimizers of another model.
         OSError: a model that does not exist.
         ImportError: an adapter, and peft is not installed.
-
-    Example:
-        >>> from hf_nexus.evaluation.closeness import measure_closeness
-        >>> from hf_nexus.mixture import MixtureConfig
-        >>> mixture = MixtureConfig.from_yaml("mixture.yaml")  # doctest: +SKIP
-        >>> measure_closeness("runs/nexus-demo", mixture, projection=1024).mean_cosine  # doctest: +SKIP
-        0.31
     """
     for key, value in (("batches", batches), ("batch_size", batch_size)):
         if value < 1:

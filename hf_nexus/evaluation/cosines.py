@@ -31,22 +31,11 @@ def gradient_cosines(
     element is added, with a random sign, to a random number of the sketch. Inner products of sketches equal those of
     the gradients in expectation (Weinberger et al. 2009, "Feature hashing for large scale multitask learning"). The
     error of a cosine c has a standard deviation of about `(1 - c**2) / projection**0.5` at most: 0.03 for 1024
-    numbers.
+    numbers. The same seed on the same kind of device gives the same projection.
 
-    Args:
-        losses (`Mapping[str, Callable[[], Tensor] | Iterable[tuple[Callable[[], Tensor], float]]]`):
-            For each source, a function that computes its loss (0-d) on a fixed batch. For several batches, pairs of
-            such a function and the number of target tokens of the batch, its weight in the mean of the source. Each
-            pass iterates over the pairs again, so an iterable may create its batches as it goes.
-        params (`Sequence[Tensor]`):
-            Parameters to differentiate by.
-        projection (`int`, *optional*):
-            Size of the sketches. If unset, the cosines are exact.
-        seed (`int`, *optional*, defaults to 0):
-            Random seed of the projection. The same seed on the same kind of device gives the same projection.
-
-    Returns:
-        `dict[tuple[str, str], float]`: cosine of each pair, in the order of `losses`; NaN if a gradient is zero.
+    Each source has a function that computes its loss (0-d) on a fixed batch. For several batches, it has pairs of such
+    a function and the number of target tokens of the batch, its weight in the mean of the source. Each pass iterates
+    over the pairs again, so an iterable may create its batches as it goes. The cosine is NaN if a gradient is zero.
 
     Raises:
         ValueError: an iterator instead of an iterable, a weight that is negative or not finite, or a projection

@@ -14,10 +14,8 @@ OOD = "ood"
 
 class TokenMean:
     """
-    Sum of token losses and number of tokens, accumulated from the mean losses of batches.
-
-    Attributes:
-        sums (`Tensor`): Both, (2,) in float64. The sums of several ranks can be added.
+    Sum of token losses and number of tokens, accumulated from the mean losses of batches. `sums` has both, (2,) in
+    float64. The sums of several ranks can be added.
 
     Example:
         >>> import torch
@@ -67,15 +65,10 @@ def mean_losses(
     """
     Macro loss over the sources of a mixture, and mean loss over the other evaluation sets.
 
-    Args:
-        metrics (`Mapping[str, float]`), names (`Sequence[str]`):
-            The metric `<prefix>_<name>_loss` of each evaluation set that has a loss, and the names of all sets.
-        weights (`Mapping[str, float]`):
-            Mixture weight of each training source; 0 for one that is not trained on.
-
-    Returns:
-        `dict[str, float]`: `<prefix>_loss`, the weighted mean over the sets named like a source, or the plain mean
-        over all sets if there are none. `<prefix>_ood_loss`, the plain mean over the other sets, if there are any.
+    `names` are those of all sets; a set may lack the metric `<prefix>_<name>_loss`. The mixture weight of a source
+    that is not trained on is 0. Returns `<prefix>_loss`, the weighted mean over the sets named like a source, or the
+    plain mean over all sets if there are none, and `<prefix>_ood_loss`, the plain mean over the other sets, if there
+    are any.
 
     Example:
         >>> from hf_nexus.evaluation.losses import mean_losses

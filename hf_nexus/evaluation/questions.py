@@ -31,37 +31,15 @@ def answer_scores(
     answer. Generation starts without such spaces. A generated text counts up to the end of its first line with
     `#### `: a model that never learned to stop goes on with further questions.
 
-    Args:
-        model (`torch.nn.Module`):
-            Causal language model of transformers. It is switched to evaluation mode during the call.
-        tokenizer (`PreTrainedTokenizerBase`):
-            If it puts a BOS token before texts, it does so here.
-        rows (`Sequence[Mapping[str, Any]]`):
-            Rows with the strings `question` and `answer`, a solution that ends in `#### <final answer>`.
-        batch_size (`int`, *optional*, defaults to 8):
-            Rows per batch. The scores do not depend on it.
-        max_new_tokens (`int`, *optional*, defaults to 0):
-            Maximum length of a generated answer. With 0, only the loss is computed.
-        prompt (`str`, *optional*, defaults to `"Question: {question}\nAnswer: "`):
-            Text before the answer, with `{question}` in it.
-
-    Returns:
-        `dict[str, float]`: `answer_loss`, nats per token of the answers, prompts masked. With `max_new_tokens`,
-        `exact_match`, as computed by [`AnswerExactMatch`]. `examples`, the number of rows that were scored.
-        `left_out`, the number of rows that do not fit into the context of the model, with the answer or with
-        `max_new_tokens`.
+    Rows have the strings `question` and `answer`, a solution that ends in `#### <final answer>`. The scores do not
+    depend on the batch size. They are `answer_loss`, nats per token of the answers, prompts masked, and with
+    `max_new_tokens` also `exact_match`, as computed by [`AnswerExactMatch`]. `examples` is the number of rows that are
+    scored. `left_out` is the number of rows that do not fit into the context of the model, with the answer or with
+    `max_new_tokens`.
 
     Raises:
         ValueError: no row fits, no answer has a token, `prompt` has no `{question}`, `batch_size` or
             `max_new_tokens` is out of range, or a reference has no final answer to compare with.
-
-    Example:
-
-    ```python
-    rows = [{"question": "What is 6 times 7?", "answer": "6 * 7 = 42\n#### 42"}]
-    scores = answer_scores(model, tokenizer, rows, batch_size=16, max_new_tokens=64)
-    print(f"{scores['answer_loss']:.3f} nats per token, {scores['exact_match']:.0%} correct")
-    ```
     """
     if batch_size < 1 or max_new_tokens < 0 or "{question}" not in prompt:
         raise ValueError(

@@ -78,10 +78,7 @@ class Correlation:
 
 def mean(values: Sequence[float]) -> Estimate:
     """
-    Mean of independent values with its 95 % t-interval.
-
-    Args:
-        values (`Sequence[float]`): One value per seed.
+    Mean of independent values, one per seed, with its 95 % t-interval.
 
     Raises:
         ValueError: no value, or one that is not finite.
@@ -106,9 +103,6 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     Pairing by seed removes what a seed does to both. If all differences are the same up to rounding, there is no
     interval and no p-value: the formula would give 0 for both, a certainty that two or three numbers do not support.
 
-    Args:
-        values (`Sequence[float]`), baseline (`Sequence[float]`): Values of the same seeds in the same order.
-
     Raises:
         ValueError: different lengths, no value, or one that is not finite.
 
@@ -128,13 +122,8 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
 
 def power(difference: float, deviation: float, pairs: int, alpha: float = ALPHA) -> float:
     """
-    Probability that a two-sided paired t-test finds a true difference, from the noncentral t-distribution.
-
-    Args:
-        difference (`float`): True mean difference.
-        deviation (`float`): Standard deviation of the paired differences.
-        pairs (`int`): Number of pairs, at least 2.
-        alpha (`float`, *optional*, defaults to 0.05): Highest p-value that counts as a find.
+    Probability that a two-sided paired t-test finds a true mean difference in `pairs` differences with the standard
+    deviation `deviation`, from the noncentral t-distribution.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import power
@@ -211,13 +200,7 @@ def equivalence_p(difference: Estimate, margin: float) -> float | None:
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
     """
     Holm's correction for multiple comparisons. With the threshold 0.05 after it, the probability of one or more false
-    positives is at most 0.05.
-
-    Args:
-        p_values (`Mapping[Key, float | None]`): p-value of each comparison. `None` was not tested and does not count.
-
-    Returns:
-        `dict[Key, float | None]`: Corrected p-values. They keep the order of the raw ones and are never below them.
+    positives is at most 0.05. A comparison with `None` was not tested and does not count.
 
     Raises:
         ValueError: a value outside 0..1.
@@ -246,14 +229,9 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> tuple[float,
     larger one. It holds if the curvature between the neighbors is not larger than on both sides. The bound is at most
     the difference between the neighbors.
 
-    Args:
-        xs (`Sequence[float]`): Training losses, in order of training. The first crossing from above counts.
-        ys (`Sequence[float]`): Metric at the same points. A point with a value that is not finite is skipped.
-        x (`float`): Loss to match.
-
-    Returns:
-        `tuple[float, float]`, *optional*: linear interpolation between the two neighbors, and the bound of its error;
-        `None` if the loss never falls to `x`, or starts below it.
+    `xs` are training losses in order of training. The first crossing from above counts. `ys` are the metric at the
+    same points. A point with a value that is not finite is skipped. Returns the linear interpolation between the two
+    neighbors and the bound of its error, or `None` if the loss never falls to `x`, or starts below it.
 
     Raises:
         ValueError: different lengths.
@@ -283,16 +261,11 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> tuple[float,
 
 def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
     """
-    Pearson and Spearman correlation, with two-sided p-values.
+    Pearson and Spearman correlation, with two-sided p-values; `None` for fewer than 3 pairs, or if the values of one
+    side are all the same.
 
     The p-value of Spearman is exact up to 8 pairs: the fraction of all orders with at least this correlation. The
     usual approximation gives 0 for any three pairs in order, although a third of all random triples are.
-
-    Args:
-        xs (`Sequence[float]`), ys (`Sequence[float]`): Pairs by position.
-
-    Returns:
-        [`Correlation`], *optional*: `None` for fewer than 3 pairs, or if the values of one side are all the same.
 
     Raises:
         ValueError: different lengths, no value, or one that is not finite.

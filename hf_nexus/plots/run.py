@@ -30,24 +30,13 @@ _OOD_COLORS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#AA4499", "#999933")
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path) -> list[Path]:
     """
-    Draw each plot that the log has data for: `training.png` and `gradient_cosines.png`. Without matplotlib, a warning
-    says how to install it.
+    Draw each plot that the log has data for: `training.png` and `gradient_cosines.png`. Returns their paths. Without
+    matplotlib, a warning says how to install it.
 
     `training.png` shows the held-out losses: training sources solid, OOD sources dashed, means thick. If no evaluation
     set has the name of a source, all are solid. The training loss, a path loss, is dotted. A log without an evaluation
     shows the training losses of the sources. The lower panel shows `path_cosine`, and `inner_lr` if it changes.
     `gradient_cosines.png` shows the cosines of `gradient_cosine_steps` as curves, and the last ones as a matrix.
-
-    Args:
-        log_history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`: one mapping per logging step or evaluation, with `step` among its keys.
-        sources (`Sequence[str]`):
-            Names of the training sources.
-        folder (`str` or `Path`):
-            Folder to write to.
-
-    Returns:
-        `list[Path]`: the files written.
 
     Example:
         >>> from tempfile import mkdtemp

@@ -11,13 +11,8 @@ _PRIVATE = ("pretty_env_info", "git_hash", "upper_git_hash")
 
 def main(settings: dict[str, Any]) -> None:
     """
-    Run a task.
-
-    Args:
-        settings (`dict[str, Any]`):
-            `task`, `model_args`, `limit`, `num_fewshot`, `batch_size`, `device`, `allow_code_execution`, and
-            `results`, the file to write. For a local task file also `folder`, the base of its relative paths, and
-            `defaults`, whether it needs the tasks of lm-eval. Listing those is slow.
+    Run a task and write its `results` to that file. A local task file has a `folder`, the base of its relative paths,
+    and `defaults`, whether it needs the tasks of lm-eval. Listing those is slow.
     """
     import torch
     from lm_eval import simple_evaluate  # type: ignore[import-not-found, unused-ignore]

@@ -11,13 +11,7 @@ __all__ = ["model_arguments"]
 def model_arguments(model: str, revision: str | None = None, dtype: str = "auto") -> dict[str, Any]:
     """
     Arguments of the `hf` model of lm-eval for a folder or Hub id, of a whole model or of a LoRA adapter with its base
-    model.
-
-    Args:
-        model (`str`), revision (`str`, *optional*):
-            Folder or Hub id, and for a Hub id a branch, tag or commit.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights: `"auto"` for that of the checkpoint, or `"bfloat16"`, `"float16"`, `"float32"`.
+    model. A Hub id may have a `revision`: a branch, tag or commit. The dtype `"auto"` is that of the checkpoint.
 
     Raises:
         ValueError: the folder or the Hub has no such model, or `revision` is given with a folder.

@@ -55,15 +55,8 @@ def run_tasks(
     Run tasks one after another, each in a child process, and yield the result of each as soon as it has ended.
 
     Raw results go to `benchmarks/` in `folder`, logs to `_benchmark_logs/`. Starting lm-eval and loading the model
-    takes half a minute per task, more for a large model.
-
-    Args:
-        model_args (`dict[str, Any]`), tasks (`Sequence[Task]`):
-            From [`model_arguments`] and [`select_tasks`].
-        folder (`str` or `os.PathLike`), batch_size, device, allow_code_execution:
-            As in `hf-nexus benchmark`.
-        timeout (`float`, *optional*, defaults to 14400):
-            Seconds after which a task is killed, with all processes that it started.
+    takes half a minute per task, more for a large model. After `timeout` seconds a task is killed, with all processes
+    that it started.
 
     Raises:
         ValueError: `timeout` is not positive.

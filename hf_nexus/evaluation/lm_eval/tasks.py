@@ -60,17 +60,11 @@ def select_tasks(
     names: Sequence[str] = ("paper",), limit: int | None = None, allow_code_execution: bool = False
 ) -> tuple[list[Task], list[str]]:
     """
-    Resolve names to tasks.
+    Resolve names to tasks. Returns the tasks, and the keys left out of the sets because they execute code.
 
-    Args:
-        names (`Sequence[str]`, *optional*, defaults to `("paper",)`):
-            Sets (`"paper"`, `"quick"`), keys of `SUITE`, task files (`path/to/task.yaml`), folders of task files, or
-            other tasks of lm-eval.
-        limit (`int`, *optional*):
-            Maximum number of examples, per subtask. `"quick"` has its own by default.
-
-    Returns:
-        `tuple[list[Task], list[str]]`: the tasks, and the keys left out of the sets because they execute code.
+    A name is that of a set (`"paper"`, `"quick"`), a key of `SUITE`, a task file (`path/to/task.yaml`), a folder of
+    task files, or another task of lm-eval. `limit` is the maximum number of examples, per subtask. `"quick"` has its
+    own by default.
 
     Raises:
         ValueError: a task by name that executes code without permission, a file that defines no task, a repeated
