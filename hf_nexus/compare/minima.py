@@ -69,11 +69,9 @@ def search_minima(run: Run) -> RunRecord:
     rows = held_out_sets(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
     found = minima_landscape(
         parameters,
-        start,
         {name: search.best for name, search in searches.items()},
         {name: partial(_mean, rows[name]) for name in sources},
-        positions=[i / (wanted.grid - 1) for i in range(wanted.grid)],
-        plane=sources[:3] if len(sources) >= 3 else (),
+        positions=wanted.grid,
         resolution=wanted.grid,
     )
     record.minima = Minima(

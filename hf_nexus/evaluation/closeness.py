@@ -13,10 +13,9 @@ from ..mixture.config import MixtureConfig
 from ..mixture.loading import load_mixture
 from .cosines import gradient_cosines
 from .held_out import HeldOutSet, held_out_sets
-from .landscape import minima_landscape
+from .landscape import minima_landscape, norm
 from .losses import OOD, mean_losses
 from .models import load_model, load_tokenizer, trainable_parameters
-from .parameter_space import norm
 
 __all__ = ["Closeness", "measure_closeness"]
 
@@ -59,8 +58,6 @@ def measure_closeness(
     projection: int | None = None,
     seed: int = 0,
     minima: Mapping[str, str] | None = None,
-    resolution: int = 7,
-    device: str | None = None,
     track: Callable[[str, Sequence], Iterable] = lambda text, parts: parts,
 ) -> Closeness:
     """
@@ -74,8 +71,8 @@ def measure_closeness(
     Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows of each
     source. Losses of the model itself are computed on all of them. `projection` and `seed` are those of
     [`gradient_cosines`]. `minima` has, for two or more training sources, the folder or Hub id of `model` trained
-    further on that source alone. The first three span a plane of `resolution ** 2` points. `track` takes what is
-    measured and its parts, and gives the parts one by one, for a progress bar.
+    further on that source alone. `track` takes what is measured and its parts, and gives the parts one by one, for a
+    progress bar.
 
     Raises:
         ValueError: no held-out rows, unknown sources, or minimizers of another model.
@@ -88,7 +85,7 @@ def measure_closeness(
     _check_minima(minima or {}, mixture)
     module, base = load_model(model, base)
     loaded = load_mixture(mixture, load_tokenizer(model, base))
-    module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     held_out = held_out_sets(module, loaded, batch_size)
     params = trainable_parameters(module)
     sources = [name for name in loaded.train if name in held_out]
@@ -108,7 +105,7 @@ def measure_closeness(
         model=model,
         base=base,
         parameters=sum(p.numel() for p in params.values()),
-        parameter_norm=norm(params),
+        parameter_norm=norm(params.values()),
         losses={name: losses[name] for name in sources},
         ood_losses={name: loss for name, loss in losses.items() if name not in sources},
         macro_loss=means["eval_loss"],
@@ -117,7 +114,7 @@ def measure_closeness(
         cosines=[(a, b, value) for (a, b), value in cosines.items()],
         cosine_tokens={name: int(sum(tokens for _, tokens in rows)) for name, rows in sample.items()},
         projection=projection,
-        minima=_measure_minima(minima, base, params, sample, resolution) if minima else None,
+        minima=_measure_minima(minima, base, params, sample) if minima else None,
     )
 
 
@@ -147,7 +144,7 @@ def _check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:
 
 
 def _measure_minima(
-    paths: Mapping[str, str], base: str | None, params: Mapping[str, Tensor], rows: Mapping[str, HeldOutSet], size: int
+    paths: Mapping[str, str], base: str | None, params: Mapping[str, Tensor], rows: Mapping[str, HeldOutSet]
 ) -> dict[str, Any]:
     points = {}
     for name, path in paths.items():
@@ -156,5 +153,4 @@ def _measure_minima(
             raise ValueError(f"The minimizer of {name!r}, {path}, does not have the parameters of the model.")
         points[name] = point
     losses = {name: lambda name=name: rows[name].mean_loss()[0] for name in points}
-    plane = list(points)[:3] if len(points) >= 3 else ()
-    return minima_landscape(params, params, points, losses, plane=plane, resolution=size)
+    return minima_landscape(params, points, losses)

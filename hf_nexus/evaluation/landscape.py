@@ -1,189 +1,163 @@
-"""Losses between minima: along segments and on a plane."""
+"""Points in parameter space: their distances, and losses on segments and on a plane between minima."""
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .parameter_space import Point, distance, inner, moving, norm
+from .cosines import BLOCK
 
-__all__ = ["minima_landscape"]
+__all__ = ["minima_landscape", "norm"]
 
-# Computes a loss at the current parameters.
-Measure = Callable[[], float | Tensor]
-
-_POSITIONS = tuple(i / 10 for i in range(11))
+# All parameters of a model in one order, on any device.
+Point = Sequence[Tensor]
+# A point as a weighted sum of others.
+Place = Sequence[tuple[float, Point]]
 
 # A flatter triangle counts as a line: float32 does not determine its plane.
 _FLAT = 1e-6
+# Of the extent of all points of a plane along each axis.
+_MARGIN = 0.25
 
 
-def segment_losses(params: Point, a: Point, b: Point, positions: Sequence[float], loss: Measure) -> list[float]:
-    """
-    Losses at `a + t (b - a)` for each position t. At 0 and 1 the parameters equal `a` and `b` bit for bit.
+@torch.no_grad()
+def norm(point: Iterable[Tensor]) -> float:
+    """L2 norm, summed in float64."""
+    blocks = (block.double() for tensor in point for block in tensor.reshape(-1).split(BLOCK))
+    return math.sqrt(sum(float(block.square().sum()) for block in blocks))
 
-    The parameters are moved in place and always restored bit for bit. One copy of them is held.
-    """
-    with moving(params, [a, b]) as (move, _):
 
-        def at(t: float) -> float:
-            move([1 - t, t])
-            return float(loss())
+def distance(a: Point, b: Point) -> float:
+    """L2 distance, summed in float64. 8 MB at a time are moved between devices."""
+    return math.sqrt(inner(a, b, a, b))
 
-        return [at(t) for t in positions]
+
+@torch.no_grad()
+def inner(a: Point, b: Point, c: Point, d: Point) -> float:
+    """Inner product of `a - b` with `c - d`, in float64. No difference is held in memory."""
+    total = 0.0
+    for tensors in zip(a, b, c, d, strict=True):
+        for w, x, y, z in zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True):
+            w, x, y, z = (block.to(tensors[0].device, torch.float64) for block in (w, x, y, z))
+            total += float(torch.dot(w - x, y - z))
+    return total
 
 
 def barrier_height(positions: Sequence[float], losses: Sequence[float]) -> float:
     """
-    How far the losses along a segment rise above the straight line between those at its ends; at least 0, and NaN if
-    one of them is. The positions ascend from one end to the other.
+    How far the losses at positions from 0 to 1 rise above the straight line between those at the ends; at least 0, and
+    NaN if one of them is.
     """
-    first, last = (positions[0], positions[-1]) if positions else (0.0, 0.0)
-    if len(positions) != len(losses) or not all(a < b for a, b in itertools.pairwise(positions)) or first == last:
-        raise ValueError(
-            f"A barrier needs as many losses as positions, and at least two positions in ascending order. Given were "
-            f"{len(losses)} losses at {list(positions)}."
-        )
-    fractions = [(t - first) / (last - first) for t in positions]
-    rises = [v - (losses[0] * (1 - s) + losses[-1] * s) for s, v in zip(fractions, losses, strict=True)]
+    rises = [v - (losses[0] * (1 - t) + losses[-1] * t) for t, v in zip(positions, losses, strict=True)]
     return math.nan if any(map(math.isnan, losses)) else max(0.0, *rises)
 
 
-def plane_losses(
-    params: Point,
-    corners: Sequence[Point],
-    loss: Measure,
-    *,
-    others: Sequence[Point] = (),
-    resolution: int = 11,
-    margin: float = 0.25,
-) -> dict[str, Any] | None:
-    """
-    Losses on the plane through three points, on `resolution ** 2` grid points; `None` if the points lie on a line.
-    `x` and `y` are the coordinates of the grid in units of L2 distance, `points` those of the corners, then of the
-    others. `loss` has a row for each of `y` and a column for each of `x`.
-
-    The first corner is the origin, the x axis points to the second, and the y axis is the orthogonal part of the third
-    (Gram-Schmidt). Other points are projected onto the plane. `margin` is a fraction of the extent of all points along
-    each axis. The parameters are moved in place and always restored bit for bit. One copy of them is held.
-    """
-    if len(corners) != 3 or resolution < 2:
-        raise ValueError(
-            f"A plane needs 3 corners and a resolution of at least 2, not {len(corners)} and {resolution}."
-        )
-    with moving(params, [*corners, *others]) as (move, points):
-        a, b, c, *rest = points
-        ab2, ac2 = inner(b, a, b, a), inner(c, a, c, a)
-        length = math.sqrt(ab2)
-        along = inner(b, a, c, a) / length if length else 0.0
-        height = math.sqrt(max(0.0, ac2 - along**2))
-        if not min(length, height) > _FLAT * max(length, math.sqrt(ac2)):  # NaN as well
-            return None
-        places = [(0.0, 0.0), (length, 0.0), (along, height)]
-        for point in rest:
-            x = inner(point, a, b, a) / length
-            places.append((x, (inner(point, a, c, a) - x * along) / height))
-        xs, ys = (_axis([place[i] for place in places], resolution, margin) for i in (0, 1))
-
-        def at(x: float, y: float) -> float:
-            third = y / height
-            second = (x - third * along) / length
-            move([1 - second - third, second, third])
-            return float(loss())
-
-        return {"x": xs, "y": ys, "points": places, "loss": [[at(x, y) for x in xs] for y in ys]}
-
-
+@torch.no_grad()
 def minima_landscape(
-    params: Point,
-    start: Point,
-    minimizers: Mapping[str, Point],
-    losses: Mapping[str, Measure],
+    params: Mapping[str, Tensor],
+    minimizers: Mapping[str, Mapping[str, Tensor]],
+    losses: Mapping[str, Callable[[], float | Tensor]],
     *,
-    positions: Sequence[float] = _POSITIONS,
-    plane: Sequence[str] = (),
-    resolution: int = 11,
+    positions: int = 11,
+    resolution: int = 7,
 ) -> dict[str, Any]:
     """
     Distances, losses and barriers between the minimizers of several sources, as plain data.
 
-    The parameters are moved in place and always restored bit for bit. One copy of them is held. For S sources and P
-    positions, losses are computed S (S - 1) P + 2 S times, and `3 * resolution ** 2` times more for a plane.
+    `params` are the trainable parameters of a model, where the searches for the minimizers began. `losses` compute the
+    held-out loss of each source at the current parameters. These are moved in place and always restored bit for bit
+    from the one copy that is held. For S sources, losses are computed `S (S - 1) positions + 2 S` times, and
+    `3 * resolution ** 2` times more for a plane.
 
-    Args:
-        params (`Mapping[str, Tensor]` or `Sequence[Tensor]`):
-            Parameters that the losses depend on, such as `dict(model.named_parameters())`.
-        start (like `params`), minimizers (`Mapping[str, Point]`):
-            Point where the searches for the minimizers began, which may be `params`, and where each one ended.
-        losses (`Mapping[str, Callable[[], float | Tensor]]`):
-            For each of these sources, a function that computes its held-out loss at the current parameters.
-        positions (`Sequence[float]`, *optional*, defaults to 0, 0.1, ..., 1):
-            Positions along the segment between two minimizers, from 0 to 1.
-        plane (`Sequence[str]`, *optional*), resolution (`int`, *optional*, defaults to 11):
-            Three sources whose minimizers span a plane, and grid points along each of its axes.
-
-    Returns:
-        `dict[str, Any]`: `start_loss`, `end_loss` and `to_start` (distance) of each source, `parameter_norm` (of the
-        start), `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of
-        the two)`), `barriers` (`(source, source, height)`), and `plane`: its `sources`, `x`, `y`, `points` and
-        `loss`, or `None`.
-
-    Raises:
-        ValueError: a source without a minimizer or a loss, different names or shapes, or a plane of other than three
-            sources.
+    Returns `start_loss`, `end_loss` and `to_start` (distance) of each source, `parameter_norm` (of the start),
+    `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of the two)`),
+    `barriers` (`(source, source, height)`), and `plane`, that of the first three sources or `None`.
 
     Example:
         >>> import torch
         >>> from hf_nexus.evaluation.landscape import minima_landscape
         >>> x = torch.zeros(1)
-        >>> minima = {"a": [torch.tensor([-1.0])], "b": [torch.tensor([1.0])]}
-        >>> losses = {name: lambda m=m: (x - m[0]).square().sum() for name, m in minima.items()}
-        >>> found = minima_landscape([x], [torch.tensor([0.0])], minima, losses)
+        >>> minima = {"a": {"x": torch.tensor([-1.0])}, "b": {"x": torch.tensor([1.0])}}
+        >>> losses = {name: lambda m=m: (x - m["x"]).square().sum() for name, m in minima.items()}
+        >>> found = minima_landscape({"x": x}, minima, losses)
         >>> found["pairwise"], found["start_loss"], found["end_loss"]
         ([('a', 'b', 2.0)], {'a': 1.0, 'b': 1.0}, {'a': 0.0, 'b': 0.0})
     """
-    for name in (*minimizers, *plane):
-        if name not in losses or name not in minimizers:
-            raise ValueError(f"Source {name!r} needs a minimizer and a loss; there are {list(minimizers)} with both.")
-    if plane and len(set(plane)) != 3:
-        raise ValueError(f"plane={list(plane)} is not allowed; a plane goes through the minimizers of three sources.")
-    pairs = list(itertools.combinations(minimizers, 2))
+    start = [p.clone() for p in params.values()]
+    ends = {name: [point[key] for key in params] for name, point in minimizers.items()}
+    pairs = list(itertools.combinations(ends, 2))
+    along = [i / (positions - 1) for i in range(positions)]
 
-    def mean_of(names: Sequence[str]) -> Callable[[], float]:
-        return lambda: sum(float(losses[name]()) for name in names) / len(names)
+    def loss_at(place: Place, *sources: str) -> float:
+        """Mean loss of some sources."""
+        _move(params.values(), place)
+        return sum(float(losses[name]()) for name in sources) / len(sources)
 
-    with moving(params, [start, *minimizers.values()]) as (move, (origin, *ends)):
-        start_loss, end_loss = {}, {}
-        for i, name in enumerate(minimizers):
-            move([1.0])
-            start_loss[name] = float(losses[name]())
-            move([0.0] * (i + 1) + [1.0])
-            end_loss[name] = float(losses[name]())
-        at = dict(zip(minimizers, ends, strict=True))
-        pairwise = [(a, b, distance(at[a], at[b])) for a, b in pairs]
-        to_start = {name: distance(end, origin) for name, end in at.items()}
-        parameter_norm = norm(origin)
-    segments = [
-        (a, b, segment_losses(params, minimizers[a], minimizers[b], positions, mean_of((a, b)))) for a, b in pairs
-    ]
-    corners = [minimizers[name] for name in plane]
-    grid = plane_losses(params, corners, mean_of(plane), others=[start], resolution=resolution) if plane else None
+    try:
+        start_loss = {name: loss_at([(1.0, start)], name) for name in ends}
+        end_loss = {name: loss_at([(1.0, end)], name) for name, end in ends.items()}
+        segments = [(a, b, [loss_at([(1 - t, ends[a]), (t, ends[b])], a, b) for t in along]) for a, b in pairs]
+        plane = _plane(start, dict(itertools.islice(ends.items(), 3)), loss_at, resolution) if len(ends) > 2 else None
+    finally:
+        torch._foreach_copy_(list(params.values()), start)
     return {
         "start_loss": start_loss,
         "end_loss": end_loss,
-        "parameter_norm": parameter_norm,
-        "to_start": to_start,
-        "pairwise": pairwise,
-        "positions": list(positions),
+        "parameter_norm": norm(start),
+        "to_start": {name: distance(end, start) for name, end in ends.items()},
+        "pairwise": [(a, b, distance(ends[a], ends[b])) for a, b in pairs],
+        "positions": along,
         "segments": segments,
-        "barriers": [(a, b, barrier_height(positions, values)) for a, b, values in segments],
-        "plane": {"sources": list(plane), **grid} if grid else None,
+        "barriers": [(a, b, barrier_height(along, values)) for a, b, values in segments],
+        "plane": plane,
     }
 
 
-def _axis(values: Sequence[float], resolution: int, margin: float) -> list[float]:
+def _move(params: Iterable[Tensor], place: Place) -> None:
+    """Set parameters to a place. If its only factor that is not 0 is 1, they equal that point bit for bit."""
+    (factor, first), *more = [(c, point) for c, point in place if c]
+    for i, p in enumerate(params):
+        p.copy_(first[i]).mul_(factor)
+        for c, point in more:
+            p.add_(point[i].to(p), alpha=c)
+
+
+def _plane(
+    start: Point, corners: Mapping[str, Point], loss_at: Callable[..., float], resolution: int
+) -> dict[str, Any] | None:
+    """
+    Mean losses of three sources on the plane through their minimizers, on `resolution ** 2` grid points; `None` if the
+    minimizers lie on a line. `x` and `y` are the coordinates of the grid in units of L2 distance, `points` those of
+    the minimizers and of the start. `loss` has a row for each of `y` and a column for each of `x`.
+
+    The first minimizer is the origin, the x axis points to the second, and the y axis is the orthogonal part of the
+    third (Gram-Schmidt). The start is projected onto the plane.
+    """
+    a, b, c = corners.values()
+    ab2, ac2 = inner(b, a, b, a), inner(c, a, c, a)
+    length = math.sqrt(ab2)
+    along = inner(b, a, c, a) / length if length else 0.0
+    height = math.sqrt(max(0.0, ac2 - along**2))
+    if not min(length, height) > _FLAT * max(length, math.sqrt(ac2)):  # NaN as well
+        return None
+    x = inner(start, a, b, a) / length
+    y = (inner(start, a, c, a) - x * along) / height
+    points = [(0.0, 0.0), (length, 0.0), (along, height), (x, y)]
+    xs, ys = (_axis(values, resolution) for values in zip(*points, strict=True))
+
+    def at(x: float, y: float) -> float:
+        third = y / height
+        second = (x - third * along) / length
+        return loss_at([(1 - second - third, a), (second, b), (third, c)], *corners)
+
+    loss = [[at(x, y) for x in xs] for y in ys]
+    return {"sources": list(corners), "x": xs, "y": ys, "points": points, "loss": loss}
+
+
+def _axis(values: Sequence[float], resolution: int) -> list[float]:
     low, high = min(values), max(values)
-    first, step = low - margin * (high - low), (1 + 2 * margin) * (high - low) / (resolution - 1)
+    first, step = low - _MARGIN * (high - low), (1 + 2 * _MARGIN) * (high - low) / (resolution - 1)
     return [first + step * i for i in range(resolution)]

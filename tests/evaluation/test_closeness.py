@@ -97,7 +97,7 @@ def test_dropout_is_off(measure, tmp_path):
 def test_minimizers_from_folders_are_compared(run, found, measure, tmp_path):
     minima = {name: moved(run, tmp_path / name, i) for i, name in enumerate(("code", "math", "web"), 1)}
     paths = {name: str(tmp_path / name) for name in minima}
-    three = measure(run, minima=paths, batches=1, resolution=2).minima
+    three = measure(run, minima=paths, batches=1).minima
     start = dict(load_model(str(run))[0].named_parameters())
 
     def far(a, b):

@@ -1,4 +1,4 @@
-"""Losses between minima: against closed forms, on trained networks, and parameters restored bit for bit."""
+"""Distances and losses between minima: closed forms, trained networks, and parameters restored bit for bit."""
 
 import itertools
 import math
@@ -7,19 +7,38 @@ from functools import partial
 import pytest
 import torch
 
-from hf_nexus.evaluation.landscape import barrier_height, minima_landscape, plane_losses, segment_losses
+from hf_nexus.evaluation.landscape import barrier_height, distance, minima_landscape, norm
 
 
 def bits(tensors):
     return [bytes(t.detach().contiguous().view(torch.uint8).numpy()) for t in tensors]
 
 
-class Tied(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Linear(2, 2, bias=False)
-        self.head = torch.nn.Linear(2, 2, bias=False)
-        self.head.weight = self.embed.weight
+def landscape_of(x, minima, loss, **options):
+    """The landscape for sources that all have the same loss."""
+    points = {name: {"x": point} for name, point in zip("abc", minima, strict=False)}
+    return minima_landscape({"x": x}, points, dict.fromkeys("abc", loss), **options)
+
+
+# ---- Norms and distances ----
+
+
+def test_distances_are_summed_in_float64_over_all_parameters(monkeypatch):
+    small = torch.full((100_000,), 1e-3)  # float32 loses what it adds to the large one
+    far = [torch.cat([torch.tensor([1e4]), small]), small[:7].clone()]
+    near = [torch.zeros_like(t) for t in far]
+    expected = math.sqrt(1e8 + 100_007 * float(small[0]) ** 2)
+    for size in (30_000, 10**6):
+        monkeypatch.setattr("hf_nexus.evaluation.landscape.BLOCK", size)
+        assert norm(far) == pytest.approx(expected, rel=1e-12)
+        assert distance(near, far) == pytest.approx(expected, rel=1e-12)
+
+
+def test_parameters_are_matched_by_name():
+    params = {"x": torch.tensor([1.0]), "y": torch.tensor([5.0])}
+    same = {"y": params["y"].clone(), "x": params["x"].clone()}
+    found = minima_landscape(params, {"a": same}, {"a": lambda: params["x"] - params["y"]})
+    assert found["to_start"] == {"a": 0.0} and found["end_loss"] == {"a": -4.0}
 
 
 # ---- Segments, barriers, planes ----
@@ -28,58 +47,57 @@ class Tied(torch.nn.Module):
 def test_a_segment_between_quadratic_minima_has_its_closed_form():
     a, b = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([-1.0, 1.0, 2.0])
     x = torch.zeros(3)
-    positions = [i / 8 for i in range(9)]
-    curvature_a, curvature_b, far = 3.0, 0.5, float((a - b).square().sum())
-
-    def mean():
-        return (curvature_a / 2 * (x - a).square().sum() + curvature_b / 2 * (x - b).square().sum()) / 2
-
-    losses = segment_losses([x], [a], [b], positions, mean)
-    expected = [far / 4 * (curvature_a * t**2 + curvature_b * (1 - t) ** 2) for t in positions]
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert barrier_height(positions, losses) == 0.0  # between minima of convex losses there is none
+    curvatures, far = {"a": 3.0, "b": 0.5}, float((a - b).square().sum())
+    minima = {"a": {"x": a}, "b": {"x": b}}
+    wells = {name: lambda n=name: curvatures[n] / 2 * (x - minima[n]["x"]).square().sum() for name in minima}
+    found = minima_landscape({"x": x}, minima, wells, positions=9)
+    assert found["positions"] == [i / 8 for i in range(9)]
+    expected = [far / 4 * (curvatures["a"] * t**2 + curvatures["b"] * (1 - t) ** 2) for t in found["positions"]]
+    assert found["segments"] == [("a", "b", pytest.approx(expected, rel=1e-5))]
+    assert found["barriers"] == [("a", "b", 0.0)]  # between minima of convex losses there is none
 
     def two_wells():
-        return curvature_a / 2 * torch.minimum((x - a).square().sum(), (x - b).square().sum()) + 7
+        return 1.5 * torch.minimum((x - a).square().sum(), (x - b).square().sum()) + 7
 
-    wells = segment_losses([x], [a], [b], positions, two_wells)
-    assert barrier_height(positions, wells) == pytest.approx(curvature_a * far / 8, rel=1e-5)
+    assert landscape_of(x, [a, b], two_wells)["barriers"][0][2] == pytest.approx(3 * far / 8, rel=1e-5)
 
 
 def test_ends_are_exact_and_barriers_rise_above_their_line():
-    a, b = [torch.randn(50)], [torch.randn(50) * 1e6]
-    x = torch.zeros(50)
+    a, b, x = torch.randn(50), torch.randn(50) * 1e6, torch.zeros(50)
     seen = []
-    segment_losses([x], a, b, [0, 1], lambda: seen.append(x.clone()) or 0.0)
-    assert bits(seen) == bits([*a, *b])
+    landscape_of(x, [a, b], lambda: seen.append(x.clone()) or 0.0, positions=2)
+    start = torch.zeros(50)
+    # At the start and at the ends for each source, then on the segment for both of its sources.
+    assert bits(seen) == bits([start, start, a, b, a, a, b, b])
     assert barrier_height([0, 0.25, 1], [0.0, 3.0, 4.0]) == 2.0
     assert barrier_height([0, 0.5, 1], [0.0, math.inf, 4.0]) == math.inf
     assert math.isnan(barrier_height([0, 0.5, 1], [0.0, math.nan, 4.0]))
-    for positions, losses in (([0, 1], [1.0]), ([], []), ([0.5], [1.0]), ([0, 1, 1], [1.0] * 3)):
-        with pytest.raises(ValueError, match="as many losses as positions"):
-            barrier_height(positions, losses)
 
 
 def test_a_plane_through_three_points_has_its_closed_form():
     generator = torch.Generator().manual_seed(1)
-    corners, others = (torch.randn(n, 20, generator=generator, dtype=torch.float64) for n in (3, 2))
+    points = torch.randn(4, 20, generator=generator, dtype=torch.float64)
     target = torch.randn(20, generator=generator, dtype=torch.float64)
-    x = {"w": torch.zeros(12, dtype=torch.float64), "b": torch.zeros(2, 4, dtype=torch.float64)}
+    *corners, start = points
 
-    def point(v):
+    def split(v):
         return {"w": v[:12].clone(), "b": v[12:].view(2, 4).clone()}
+
+    x = split(start)
 
     def loss():
         return (torch.cat([x["w"], x["b"].reshape(-1)]) - target).square().sum()
 
-    plane = plane_losses(x, list(map(point, corners)), loss, others=list(map(point, others)), resolution=5, margin=0.1)
-    basis = torch.linalg.qr((corners[1:] - corners[0]).T)[0]  # Gram-Schmidt, up to signs
-    basis *= torch.sign(torch.einsum("ij,ji->i", (corners[1:] - corners[0]), basis))
-    expected = (torch.cat([corners, others]) - corners[0]) @ basis
+    minima = dict(zip("abc", map(split, corners), strict=True))
+    plane = minima_landscape(x, minima, dict.fromkeys("abc", loss), resolution=5)["plane"]
+    sides = torch.stack(corners[1:]) - corners[0]
+    basis = torch.linalg.qr(sides.T)[0]  # Gram-Schmidt, up to signs
+    basis *= torch.sign(torch.einsum("ij,ji->i", sides, basis))
+    expected = (points - corners[0]) @ basis
     assert torch.tensor(plane["points"], dtype=torch.float64).allclose(expected)
     for axis, name in enumerate("xy"):
         low, high = float(expected[:, axis].min()), float(expected[:, axis].max())
-        room = 0.1 * (high - low)
+        room = 0.25 * (high - low)
         assert plane[name] == pytest.approx(torch.linspace(low - room, high + room, 5).tolist(), abs=1e-5)
     for i, j in itertools.product(range(5), range(5)):
         place = corners[0] + plane["x"][j] * basis[:, 0] + plane["y"][i] * basis[:, 1]
@@ -88,71 +106,52 @@ def test_a_plane_through_three_points_has_its_closed_form():
 
 @pytest.mark.parametrize("third", [[0.0, 0.0], [5.0, 0.0], [2.0, 0.0], [math.nan, 1.0]])
 def test_there_is_no_plane_through_a_line(third):
-    x = torch.zeros(2)
-    corners = [[torch.tensor(p)] for p in ([0.0, 0.0], [2.0, 0.0], third)]
-    assert plane_losses([x], corners, lambda: 0.0) is None
-    assert plane_losses([x], corners[::-1], lambda: 0.0) is None
-    with pytest.raises(ValueError, match="3 corners"):
-        plane_losses([x], corners[:2], lambda: 0.0)
+    corners = [torch.tensor(p) for p in ([0.0, 0.0], [2.0, 0.0], third)]
+    for minima in (corners, corners[::-1]):
+        assert landscape_of(torch.zeros(2), minima, lambda: 0.0)["plane"] is None
 
 
 # ---- Restoring ----
 
 
-@pytest.mark.parametrize("failing", [None, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("what", ["segment", "plane", "minima"])
-def test_parameters_are_restored_bit_for_bit(failing, what):
-    model = Tied()
+@pytest.mark.parametrize(("failing", "at"), [(None, 0), (ValueError, 5), (ValueError, 11), (KeyboardInterrupt, 40)])
+def test_parameters_are_restored_bit_for_bit(failing, at):
+    """Also after an exception at the ends, on a segment and on the plane."""
     odd = torch.nn.Parameter(torch.tensor([math.nan, -0.0, 1e-45, math.inf, 1 / 3]))
-    params = {**model.state_dict(keep_vars=True), "odd": odd}
-    a, b, c = ({name: torch.randn_like(p) for name, p in params.items()} for _ in range(3))
-    before, given = bits(params.values()), bits([*a.values(), *b.values(), *c.values()])
+    params = {**dict(torch.nn.Linear(2, 2).named_parameters()), "odd": odd}
+    minima = {name: {key: torch.randn_like(p) for key, p in params.items()} for name in "abc"}
+    given = [t for point in minima.values() for t in point.values()]
+    before, points = bits(params.values()), bits(given)
     calls = []
 
     def loss():
         assert not torch.is_grad_enabled()
         calls.append(odd.detach().clone())
-        if failing and len(calls) == 5:
+        if failing and len(calls) == at:
             raise failing
         return float(len(calls))
 
-    def measure():
-        if what == "segment":
-            segment_losses(params, a, params, [i / 9 for i in range(10)], loss)
-        elif what == "plane":
-            plane_losses(params, [a, b, c], loss, others=[c], resolution=4)
-        else:
-            minima_landscape(params, params, {"a": a, "b": b}, {"a": loss, "b": loss})
-
+    losses = dict.fromkeys("abc", loss)
     if failing:
         with pytest.raises(failing):
-            measure()
-        assert len(calls) == 5
+            minima_landscape(params, minima, losses, positions=3, resolution=3)
+        assert len(calls) == at
     else:
-        measure()
+        minima_landscape(params, minima, losses, positions=3, resolution=3)
+        assert len(calls) == 3 * 2 * 3 + 2 * 3 + 3 * 3**2
     assert any(not torch.equal(seen, calls[0]) for seen in calls)  # it did move
-    assert bits(params.values()) == before and bits([*a.values(), *b.values(), *c.values()]) == given
-    assert model.head.weight is model.embed.weight and odd.grad is None
-
-
-def test_the_parameters_themselves_may_be_the_start():
-    x = torch.tensor([3.0], requires_grad=True)
-    minima = {"a": [torch.tensor([1.0])], "b": [torch.tensor([7.0])]}
-    losses = {name: lambda m=m: (x - m[0]).square().sum() for name, m in minima.items()}
-    found = minima_landscape([x], [x], minima, losses)
-    assert found["start_loss"] == {"a": 4.0, "b": 16.0} and found["to_start"] == {"a": 2.0, "b": 4.0}
-    assert segment_losses([x], [x], minima["b"], [0, 0.5, 1], lambda: x.sum()) == [3.0, 5.0, 7.0]
+    assert bits(params.values()) == before and bits(given) == points and odd.grad is None
 
 
 # ---- Minima ----
 
 
 def test_the_landscape_of_quadratic_minima_is_exact():
-    x = torch.zeros(2)
-    start = [torch.tensor([3.0, 4.0])]
-    minima = {"a": [torch.tensor([0.0, 0.0])], "b": [torch.tensor([4.0, 0.0])], "c": [torch.tensor([4.0, 3.0])]}
-    losses = {name: lambda m=m: (x - m[0]).square().sum() + 1 for name, m in minima.items()}
-    found = minima_landscape([x], start, minima, losses, positions=[0, 0.5, 1], plane="abc", resolution=3)
+    x = torch.tensor([3.0, 4.0], requires_grad=True)
+    ends = {"a": torch.tensor([0.0, 0.0]), "b": torch.tensor([4.0, 0.0]), "c": torch.tensor([4.0, 3.0])}
+    minima = {name: {"x": end} for name, end in ends.items()}
+    losses = {name: lambda m=m: (x - m).square().sum() + 1 for name, m in ends.items()}
+    found = minima_landscape({"x": x}, minima, losses, positions=3, resolution=3)
     assert found["parameter_norm"] == 5.0
     assert found["to_start"] == pytest.approx({"a": 5.0, "b": 17**0.5, "c": 2**0.5})
     assert found["start_loss"] == pytest.approx({"a": 26.0, "b": 18.0, "c": 3.0})
@@ -166,13 +165,14 @@ def test_the_landscape_of_quadratic_minima_is_exact():
     assert plane["loss"][1][1] == pytest.approx((8 + 8 + 5) / 3 + 1)
 
 
-def test_missing_losses_and_planes_of_two_are_refused():
-    x = torch.zeros(1)
-    minima = {"a": [torch.zeros(1)], "b": [torch.ones(1)]}
-    with pytest.raises(ValueError, match="'b' needs a minimizer and a loss"):
-        minima_landscape([x], [x], minima, {"a": x.sum})
-    with pytest.raises(ValueError, match="three sources"):
-        minima_landscape([x], [x], minima, {"a": x.sum, "b": x.sum}, plane="ab")
+def test_three_sources_span_a_plane_and_two_do_not():
+    points = [torch.tensor([float(i), float(i**2)]) for i in range(4)]
+    minima = {name: {"x": point} for name, point in zip("abcd", points, strict=True)}
+    x = torch.zeros(2)
+    for names, spanned in (("ab", None), ("dbca", ["d", "b", "c"])):
+        chosen = {name: minima[name] for name in names}
+        plane = minima_landscape({"x": x}, chosen, dict.fromkeys(names, x.sum), resolution=2)["plane"]
+        assert (plane and plane["sources"]) == spanned
 
 
 def teacher_problem(spread):
@@ -203,7 +203,7 @@ def trained_minima(spread):
             optimizer.step()
         minimizers[name] = {key: p.detach().clone() for key, p in params.items()}
     student.load_state_dict(start)
-    return minima_landscape(params, start, minimizers, losses, plane="abc", resolution=3)
+    return minima_landscape(params, minimizers, losses, resolution=3)
 
 
 def test_closer_sources_have_closer_minima():
