@@ -1,5 +1,0 @@
-"""The `hf-nexus` command."""
-
-from .app import main
-
-__all__ = ["main"]

@@ -270,7 +270,3 @@ def main(argv: list[str] | None = None) -> None:
             if own_process:
                 os._exit(130)  # to end the interpreter with all packages takes seconds
         raise
-
-
-if __name__ == "__main__":
-    main()

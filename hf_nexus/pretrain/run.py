@@ -52,13 +52,13 @@ def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
 def _main(argv: list[str], debug: bool) -> None:
     with one_line_errors(debug=debug):
         arguments = parse_arguments(argv)
-        run = None if arguments.dry_run else prepare_run(arguments)
-        if run is None:
+        if arguments.dry_run:
             dry_run(arguments)
-    if run is not None:
-        disable_progress_bar()  # of writing shards
-        run.train()
-        run.trainer.accelerator.wait_for_everyone()  # no process leaves while another still communicates
+            return
+        run = prepare_run(arguments)
+    disable_progress_bar()  # of writing shards
+    run.train()
+    run.trainer.accelerator.wait_for_everyone()  # no process leaves while another still communicates
 
 
 @contextmanager

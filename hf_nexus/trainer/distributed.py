@@ -237,7 +237,7 @@ class PathGroups:
         self.paths, self.several, self.alone = ranks // size, size < ranks, size == 1 < ranks
 
     @torch.no_grad()
-    def average(self, params: Sequence[Tensor], moved: bool) -> int:
+    def average(self, params: Sequence[Tensor], moved: bool) -> None:
         """
         Replace the pseudo-gradient in `.grad` by its average over the paths that moved. All ranks must call it, with
         the same parameters in the same order.
@@ -246,16 +246,8 @@ class PathGroups:
         gathers the averaged parts of the others. Where it is sharded, each sends its shard. This happens in buckets,
         so little memory is needed.
 
-        A gradient that is None on some paths counts as zero there. One that is None on all paths stays None.
-
-        Args:
-            params (`Sequence[Tensor]`):
-                The trainable parameters.
-            moved (`bool`):
-                Whether this path took any inner step. If not, its gradients are None.
-
-        Returns:
-            `int`: number of paths that moved. With 0, every gradient is None.
+        A gradient that is None on some paths counts as zero there. One that is None on all paths stays None. `moved`
+        says whether this path took any inner step. If not, its gradients are None.
         """
         # Different gradients may be None on different paths, but all must send the same shapes.
         held = torch.tensor([moved, *(p.grad is not None for p in params)], dtype=torch.int32)
@@ -280,7 +272,6 @@ class PathGroups:
             means = padded[: len(flat)].div_(paths_moved).split([g.numel() for g in bucket])
             for gradient, mean in zip(bucket, means, strict=True):
                 gradient.copy_(mean.view_as(gradient))
-        return paths_moved
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
