@@ -36,6 +36,8 @@ def quieten() -> None:
     warnings.filterwarnings(
         "ignore", "'pin_memory' argument is set as true but no accelerator", module=r"torch\.utils"
     )
+    # A single process says it at each save and load of a checkpoint in sharded files.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
     logging.getLogger("transformers.trainer").addFilter(lambda record: not _RECORDS.fullmatch(record.getMessage()))
     # Each pass over each source has a bar. Those that end at once do not appear, and in a file, few lines do.
     first, between = ("0.5", "0.1") if sys.stderr.isatty() else ("10", "30")

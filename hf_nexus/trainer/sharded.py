@@ -5,7 +5,6 @@ The folders are those of accelerate for FSDP: `pytorch_model_fsdp_0` and `optimi
 `torch.distributed.checkpoint` with parameters by name.
 """
 
-import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 __all__ = ["ShardedWriter", "is_sharded", "load_model", "load_optimizer"]
-
-# Said at each save and load of a single process.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _MODEL, _OPTIMIZER = f"{FSDP_MODEL_NAME}_0", f"{OPTIMIZER_NAME}_0"
 
