@@ -8,6 +8,7 @@ step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` 
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import _is_peft_model
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from ..evaluation.cosines import gradient_cosines
 from ..files import hidden, printable
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
@@ -30,7 +32,6 @@ from .arguments import adopt, arguments_by_name, changed, own_arguments, samples
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings, save_settings, warn_of_changes
-from .cosines import source_cosines
 from .distributed import is_wrapped, parallelism_of
 from .evaluation import Evaluation, held_back, without_speed_of_sets
 from .feed import Feed
@@ -495,20 +496,27 @@ class NexusTrainerMixin(_Base):
 
     def source_cosines(self) -> dict[tuple[str, str], float]:
         """
-        Gradient cosine of each pair of sources at the current weights.
+        Gradient cosine of each pair of sources at the current weights, with dropout off. Neither the random states nor
+        the gradients of the run change.
 
         Each gradient is taken on the first `per_device_train_batch_size` rows of the source's evaluation set, or of
         its training rows if it has none: the same on every rank.
         """
         collate = self._get_collator_with_removed_columns(self.data_collator)
         rows = self._feed.first_rows(self.args.per_device_train_batch_size, self.eval_dataset)
-        batches = {name: self._prepare_inputs(collate(of_source)) for name, of_source in rows.items()}
+        trained, device = [p for p in self.model.parameters() if p.requires_grad], self.args.device
 
         def loss(batch: Any) -> Tensor:
             with self.compute_loss_context_manager():
                 return self.compute_loss(self.model, dict(batch))  # type: ignore[return-value]  # no outputs
 
-        return source_cosines(self.model, batches, loss, self.args.device)
+        losses = {name: partial(loss, self._prepare_inputs(collate(of_source))) for name, of_source in rows.items()}
+        self.model.eval()
+        on_cpu = device.type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+            cosines = gradient_cosines(losses, trained)
+        self.model.train()
+        return cosines
 
     def _log_source_cosines(self) -> None:
         every, step = self.args.gradient_cosine_steps, self.state.global_step
