@@ -349,7 +349,7 @@ def test_k_1_warns(make_trainer, sources, caplog):
 
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
-        make_trainer(sources, gradient_accumulation_steps=1)
+        make_trainer(sources, gradient_accumulation_steps=1, max_steps=1).train()
     assert "only normalizes the gradient" in caplog.text
 
 
