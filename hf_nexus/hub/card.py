@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import printable, read_plain, write_atomic
 from .check import check_card, is_repo_id, split_card
-from .results import ROLES, BenchmarkScore, Evaluation, merge_index, model_index
-from .run_summary import MixtureRow, RunSummary
+from .results import ROLES, merge_index, model_index
+from .run_summary import RunSummary
 
-__all__ = ["BenchmarkScore", "Evaluation", "MixtureRow", "RunSummary", "check_card", "run_card", "save_card"]
+__all__ = ["run_card", "save_card"]
 
 BEGIN = "<!-- hf-nexus: start of the generated part. Your text above this line and below the last one is kept. -->"
 END = "<!-- hf-nexus: end of the generated part -->"

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from ..files import write_atomic
 from .check import is_repo_id
 
-__all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "Evaluation", "merge_index", "model_index", "save_results"]
+__all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "HeldOutLoss", "merge_index", "model_index", "save_results"]
 
 RESULTS_NAME = ".eval_results/hf_nexus.yaml"  # other tools have other files in this folder
 # These names identify our entries: losses of language models, losses of other models, and scores.
@@ -28,7 +28,7 @@ ROLES = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutLoss:
     """First and last held-out loss of an evaluation set at restored weights, for language models in nats per token."""
 
     name: str  # unique within a run
@@ -80,7 +80,7 @@ def _rounded(value: float) -> float:
 
 
 def model_index(
-    losses: Iterable[Evaluation],
+    losses: Iterable[HeldOutLoss],
     scores: Iterable[BenchmarkScore],
     pipeline_tag: str | None = "text-generation",
     perplexities: bool = True,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from ..files import read_plain, without_folders, write_atomic
 from ..strict import Bound, check, check_fields
-from .results import ROLES, BenchmarkScore, Evaluation
+from .results import ROLES, BenchmarkScore, HeldOutLoss
 
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
 
@@ -58,7 +58,7 @@ class RunSummary:
     unit: Literal["tokens", "rows"] = "tokens"  # what the mixture counts: "rows" for models without a label per token
     # Of each stage, the fraction of training at which it ends and its mixture weights.
     stages: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[HeldOutLoss] = field(default_factory=list)
     arm: str | None = None  # name of the arm that `arm_loss` and `arm_value` come from, see `against`
     benchmarks: list[BenchmarkScore] = field(default_factory=list)
     # All training arguments, and those that differ from their defaults, without tokens and local folders.
@@ -176,7 +176,7 @@ class RunSummary:
 
     @classmethod
     def _build(cls, fields: dict[str, Any]) -> "RunSummary":
-        rows = {"mixture": MixtureRow, "evaluations": Evaluation, "benchmarks": BenchmarkScore}
+        rows = {"mixture": MixtureRow, "evaluations": HeldOutLoss, "benchmarks": BenchmarkScore}
         built = {name: [kind(**row) for row in fields[name]] for name, kind in rows.items()}
         return cls(**fields | built | {"stages": [(until, shares) for until, shares in fields["stages"]]})
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from transformers import SchedulerType
 
 from ..files import printable
-from ..hub.results import Evaluation
+from ..hub.results import HeldOutLoss
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
@@ -16,7 +16,7 @@ from .advice import warnings_of
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
-from .model import attention_of, config_of, joined_documents
+from .model import config_of, joined_documents, planned_attention
 from .plan import RunPlan
 from .run_file import write_run_file
 
@@ -106,7 +106,7 @@ def _documents(arguments: PretrainArguments, loaded: Mixture | None) -> str:
     if bos is None:
         ends += ", and a BOS starts it if the tokenizer adds one"
     if why is None:
-        return f"{ends}; no attention from one to another ({attention_of(arguments)}, as a probe shows)"
+        return f"{ends}; no attention from one to another ({planned_attention(arguments)}, as a probe shows)"
     return f"{ends}; attention reaches across them in a row ({why})"
 
 
@@ -191,7 +191,7 @@ def write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: M
         say(console, f"No text could be generated: {printable(error)}")
 
 
-def _loss_table(rows: Sequence[Evaluation]) -> Table:
+def _loss_table(rows: Sequence[HeldOutLoss]) -> Table:
     table = Table(title="Held-out loss (nats per token)")
     for column in ("", "role", "first", "last", "change"):
         table.add_column(column, justify="left" if column in ("", "role") else "right")

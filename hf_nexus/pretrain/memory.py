@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .fields import PretrainArguments
-from .model import attention_of, build_model, config_of, joined_documents, model_config
+from .model import build_model, config_of, joined_documents, model_config, planned_attention
 
 __all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "path_of", "sharding_of"]
 
@@ -115,7 +115,7 @@ def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
     values["T"] = arguments.mixture.sequence_length
     layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
     head = Counter(h=12, V=12)
-    if attention_of(arguments) == "sdpa" and joined_documents(arguments) is None:
+    if planned_attention(arguments) == "sdpa" and joined_documents(arguments) is None:
         # Each layer keeps the mask of documents in the dtype of the queries, and the keys and values repeated for all
         # heads, which sdpa does not repeat itself under a mask. The rotary angles are no longer those of every row.
         layer.update({"T": size, "h": 2 * size, "kv": -2 * size})

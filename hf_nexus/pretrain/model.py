@@ -22,7 +22,7 @@ from ..files import nearest
 from ..mixture.isolation import choose_isolation, isolation_problem
 from .fields import SHAPE, ModelArguments, PretrainArguments
 
-__all__ = ["attention_of", "build_model", "config_of", "count_parameters", "joined_documents", "model_config"]
+__all__ = ["build_model", "config_of", "count_parameters", "joined_documents", "model_config", "planned_attention"]
 __all__ += ["shape_fields"]
 
 
@@ -118,7 +118,7 @@ def count_parameters(config: PreTrainedConfig, attn_implementation: str | None =
         return sum(p.numel() for p in build_model(config, attn_implementation).parameters())
 
 
-def attention_of(arguments: PretrainArguments) -> str:
+def planned_attention(arguments: PretrainArguments) -> str:
     """Attention implementation of the run."""
     return arguments.model.attn_implementation or "sdpa"  # the default of a Llama
 
@@ -135,7 +135,7 @@ def joined_documents(arguments: PretrainArguments) -> str | None:
         return "isolate_documents is off"
     if config_of(arguments).model_type != "llama":
         return "unless a probe of the model shows that it keeps them apart"
-    problem = _isolation_problem(attention_of(arguments))
+    problem = _isolation_problem(planned_attention(arguments))
     choose_isolation(wanted, problem)
     return problem
 

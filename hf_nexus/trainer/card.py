@@ -21,7 +21,7 @@ from ..hub.facts import (
     installed_versions,
     public_path,
 )
-from ..hub.results import RESULTS_NAME, Evaluation, save_results
+from ..hub.results import RESULTS_NAME, HeldOutLoss, save_results
 from ..hub.run_summary import LANGUAGE_MODEL, SUMMARY_NAME, MixtureRow, RunSummary
 from ..mixture.training_data import TrainingData
 from ..plots.run import COSINES_PLOT, TRAINING_PLOT, plot_run
@@ -114,7 +114,7 @@ def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **kno
 
 def evaluations(
     log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], eval_sets: Any, paths: Mapping[str, str]
-) -> list[Evaluation]:
+) -> list[HeldOutLoss]:
     """
     First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
 
@@ -134,7 +134,7 @@ def evaluations(
         losses = [entry[key] for entry in sorted(log_history, key=lambda e: e.get("step", 0)) if key in entry]
         if losses:
             first = losses[0] if len(losses) > 1 else None
-            found.append(Evaluation(name, role, first, losses[-1], hub_id(paths.get(name))))
+            found.append(HeldOutLoss(name, role, first, losses[-1], hub_id(paths.get(name))))
     return found
 
 

@@ -304,7 +304,7 @@ class NexusTrainerMixin(_Base):
             load_model(args[0] if args else self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        warn_of_changes(self.nexus_settings(), resume_from_checkpoint)
+        warn_of_changes(self.resolved_settings(), resume_from_checkpoint)
 
     def _reads_shards(self, checkpoint: str | None) -> bool:
         """Whether model and optimizer of a checkpoint are in sharded files. The Trainer reads those of adapters."""
@@ -314,37 +314,24 @@ class NexusTrainerMixin(_Base):
         """Raise `ValueError` unless the data is that of a checkpoint, or `allow_mixture_change` is on."""
         self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """The order of the sources and their rows."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = self._feed.sampler(dataset, self._train_batch_size)
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
+        collate = self.data_collator
+        if description != "Training" and not self._plain:
+            collate = self._evaluation.counting(collate, dataset)
+        with changed(self, data_collator=collate):
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The base class's collator. Training micro-batches are tagged with their source."""
         collate = super()._get_collator_with_removed_columns(data_collator, description)
         return self._feed.tagged(collate) if description == "Training" else collate
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with Muon."""
-        if self.optimizer is None and self.args.matrix_optimizer is not None:
-            model = self.model if model is None else model
-            _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
-            decaying = self.get_decay_parameter_names(model)
-            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self._sharded)
-        return super().create_optimizer(model)
-
-    def _check_start(self, max_steps: int) -> None:
-        """Refuse what is not supported, with the arguments of this moment, and ranks that differ."""
-        self._feed.check(self.eval_dataset)
-        self._check()
-        warn_of_one_inner_step(self.args)
-        check_trainable(self.model)
-        settings = nexus_settings(self.args) | {name: getattr(self.args, name) for name in SAME_ON_RANKS}
-        del settings["mixture_weights"]  # their shares are compared
-        trainable = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
-        settings |= {"steps": max_steps, "step": self.state.global_step, "trainable parameters": trainable}
-        self._feed.check_ranks(self._train_batch_size, self.processing_class, self.eval_dataset, settings)
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """The order of the sources and their rows."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = self._feed.sampler(dataset, self._train_batch_size)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
@@ -369,14 +356,26 @@ class NexusTrainerMixin(_Base):
         self.meter.begin(saved.get("TrainingMeter") if step else None)
         return prepared
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The base class's epoch. A run that is resumed after its last step trains no further."""
-        if not self._plain:
-            if self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True
-                return
-            self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
-        super()._run_epoch(*args, **kwargs)
+    def _check_start(self, max_steps: int) -> None:
+        """Refuse what is not supported, with the arguments of this moment, and ranks that differ."""
+        self._feed.check(self.eval_dataset)
+        self._check()
+        warn_of_one_inner_step(self.args)
+        check_trainable(self.model)
+        settings = nexus_settings(self.args) | {name: getattr(self.args, name) for name in SAME_ON_RANKS}
+        del settings["mixture_weights"]  # their shares are compared
+        trainable = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        settings |= {"steps": max_steps, "step": self.state.global_step, "trainable parameters": trainable}
+        self._feed.check_ranks(self._train_batch_size, self.processing_class, self.eval_dataset, settings)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with Muon."""
+        if self.optimizer is None and self.args.matrix_optimizer is not None:
+            model = self.model if model is None else model
+            _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
+            decaying = self.get_decay_parameter_names(model)
+            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self._sharded)
+        return super().create_optimizer(model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the optimizer as the base class does, or from sharded files."""
@@ -386,6 +385,15 @@ class NexusTrainerMixin(_Base):
             assert checkpoint is not None and self.lr_scheduler is not None
             load_optimizer(self.model, self.optimizer, checkpoint)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's epoch. A run that is resumed after its last step trains no further."""
+        if not self._plain:
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+                return
+            self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
+        super()._run_epoch(*args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -494,6 +502,14 @@ class NexusTrainerMixin(_Base):
         running = self._tr_loss / (1 + step - self._globalstep_last_logged)
         return window.mean_loss(losses, otherwise=running)
 
+    def _log_source_cosines(self) -> None:
+        every, step = self.args.gradient_cosine_steps, self.state.global_step
+        if not every or (step % every and step < self.state.max_steps) or self._cosines_at == step:
+            return
+        self._cosines_at = step
+        with self.meter.paused():
+            self.log({f"cosine/{a}-{b}": value for (a, b), value in self.source_cosines().items()})
+
     def source_cosines(self) -> dict[tuple[str, str], float]:
         """
         Gradient cosine of each pair of sources at the current weights, with dropout off. Neither the random states nor
@@ -518,15 +534,15 @@ class NexusTrainerMixin(_Base):
         self.model.train()
         return cosines
 
-    def _log_source_cosines(self) -> None:
-        every, step = self.args.gradient_cosine_steps, self.state.global_step
-        if not every or (step % every and step < self.state.max_steps) or self._cosines_at == step:
-            return
-        self._cosines_at = step
-        with self.meter.paused():
-            self.log({f"cosine/{a}-{b}": value for (a, b), value in self.source_cosines().items()})
+    # ---- After an outer step ----
 
-    # ---- Logging ----
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
+        self._checkpoints.settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._checkpoints.seal_again()
+        if self.state.global_step >= self.state.max_steps and not self._plain:
+            self._log_source_cosines()  # after the losses: a log line clears `should_log`
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""
@@ -545,14 +561,6 @@ class NexusTrainerMixin(_Base):
             send_plots(self.callback_handler.callbacks, self.state, self.data.names)
 
     # ---- Evaluation ----
-
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
-        collate = self.data_collator
-        if description != "Training" and not self._plain:
-            collate = self._evaluation.counting(collate, dataset)
-        with changed(self, data_collator=collate):
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def evaluate(
         self,
@@ -646,18 +654,6 @@ class NexusTrainerMixin(_Base):
 
     # ---- Saving ----
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
-        self._checkpoints.settle()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._checkpoints.seal_again()
-        if self.state.global_step >= self.state.max_steps and not self._plain:
-            self._log_source_cosines()  # after the losses: a log line clears `should_log`
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """The folder of checkpoints, or of incomplete ones while a checkpoint is written."""
-        return self._checkpoints.folder(super()._get_output_dir(trial))
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint of the restored weights, complete or not at all, then push it."""
         with self.meter.paused():
@@ -670,32 +666,6 @@ class NexusTrainerMixin(_Base):
                     optimizer = None if self.args.save_only_model else self.optimizer
                     self._checkpoints.write_later(run_dir, self.state.global_step, self.model, optimizer)
 
-    def _after_save(self, checkpoint: str) -> None:
-        """Push a checkpoint that is complete, and delete the oldest."""
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(checkpoint)
-        self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save both as the base class does, or the scheduler if the optimizer follows in sharded files."""
-        if not self.args.checkpoint_async:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for the last checkpoint, then end as the base class does."""
-        self._checkpoints.wait()
-        return super()._finalize_training(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and self._reads_shards(best):
-            load_model(self.model, best)
-        else:
-            super()._load_best_model()
-
     def _record_status(self) -> None:
         """Put the totals and the status of publishing into the part of the saved state for collaborators."""
         states: Any = self.state.stateful_callbacks
@@ -703,12 +673,9 @@ class NexusTrainerMixin(_Base):
             states["TrainingMeter"] = self.meter.state()
         self._publishing.record(states)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random states and the positions of the data from which the checkpoint is resumed."""
-        step = self.state.global_step
-        with self._random_states.to_save(step):
-            super()._save_rng_state(output_dir)
-        self._feed.save(output_dir, step, self._train_batch_size, self.processing_class)
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder of checkpoints, or of incomplete ones while a checkpoint is written."""
+        return self._checkpoints.folder(super()._get_output_dir(trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the restored weights. With `push_to_hub`, those of the output folder are queued as well."""
@@ -736,16 +703,57 @@ class NexusTrainerMixin(_Base):
             if dtype is not None or self.args.nexus:
                 convert_weights(Path(output_dir), Path(output_dir), dtype)
         if self.args.should_save and not self._plain:
-            save_settings(self.nexus_settings(), output_dir)
+            save_settings(self.resolved_settings(), output_dir)
 
-    def nexus_settings(self) -> dict[str, Any]:
+    def resolved_settings(self) -> dict[str, Any]:
         """The resolved Nexus fields with the mixture weights, as plain data."""
         return {**nexus_settings(self.args), "mixture_weights": self.mixture_weights}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both as the base class does, or the scheduler if the optimizer follows in sharded files."""
+        if not self.args.checkpoint_async:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random states and the positions of the data from which the checkpoint is resumed."""
+        step = self.state.global_step
+        with self._random_states.to_save(step):
+            super()._save_rng_state(output_dir)
+        self._feed.save(output_dir, step, self._train_batch_size, self.processing_class)
+
+    def _after_save(self, checkpoint: str) -> None:
+        """Push a checkpoint that is complete, and delete the oldest."""
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
 
     def save_state(self) -> None:
         """Save `trainer_state.json`, with the totals and the status of publishing at this moment."""
         self._record_status()
         super().save_state()
+
+    # ---- The end of training ----
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the last checkpoint, then end as the base class does."""
+        self._checkpoints.wait()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._reads_shards(best):
+            load_model(self.model, best)
+        else:
+            super()._load_best_model()
+
+    def _finish_current_push(self) -> None:
+        """Wait for the Hub after training, on a single process."""
+        alone = self.args.world_size == 1  # the other ranks would wait at the next collective
+        if self.wait_after_training and alone and self.args.hub_strategy != "end":
+            self._publishing.wait("End of training")
 
     # ---- Cards and the Hub ----
 
@@ -760,7 +768,7 @@ class NexusTrainerMixin(_Base):
             trained_tokens=self.meter.trained_tokens,
             rows=self.meter.rows,
             unit=self.meter.unit,
-            nexus=self.nexus_settings(),
+            nexus=self.resolved_settings(),
             dynamic_weights=self._feed.dynamic_weights,
         )
 
@@ -849,12 +857,6 @@ class NexusTrainerMixin(_Base):
     def publish(self, commit_message: str, revision: str | None = None) -> None:
         """Queue the output folder as it is, without its checkpoints."""
         self._publishing.push_run(self.state.global_step, commit_message, revision)
-
-    def _finish_current_push(self) -> None:
-        """Wait for the Hub after training, on a single process."""
-        alone = self.args.world_size == 1  # the other ranks would wait at the next collective
-        if self.wait_after_training and alone and self.args.hub_strategy != "end":
-            self._publishing.wait("End of training")
 
 
 class NexusTrainer(NexusTrainerMixin, Trainer):

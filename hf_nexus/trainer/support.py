@@ -77,7 +77,6 @@ _DDP = {
     DistributedType.MULTI_XPU,
 }
 
-
 # Of arguments that the Trainer counts or divides with, and does not check.
 _RANGES = {
     "gradient_accumulation_steps": Bound(least=1, most=10**6),
@@ -90,7 +89,7 @@ _RANGES = {
 }
 
 
-# ---- Arguments ----
+# ---- The model and the ranks ----
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -157,6 +156,9 @@ def warn_of_buffers(changed: Iterable[str]) -> None:
             "statistics such as those of BatchNorm come from displaced weights. Use a layer without running "
             "statistics, such as LayerNorm or GroupNorm, or keep the layer in evaluation mode."
         )
+
+
+# ---- Arguments ----
 
 
 def check_arguments(

@@ -21,7 +21,7 @@ from hf_nexus.files import printable
 from hf_nexus.hub import card as card_module
 from hf_nexus.hub.card import run_card, save_card
 from hf_nexus.hub.check import check_card, split_card
-from hf_nexus.hub.results import Evaluation, save_results
+from hf_nexus.hub.results import HeldOutLoss, save_results
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from hf_nexus.pretrain.card import planned_summary
 from hf_nexus.pretrain.parsing import parse_arguments
@@ -86,7 +86,7 @@ def test_counts_are_printed_as_they_are_read():
 @settings(max_examples=25)
 @given(st.floats(0.0, 50.0))
 def test_model_index_holds_the_numbers_of_the_card(loss):
-    card = ModelCard(str(run_card(make_run(evaluations=[Evaluation("a", "ood", None, loss)]))))
+    card = ModelCard(str(run_card(make_run(evaluations=[HeldOutLoss("a", "ood", None, loss)]))))
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["loss"] == round(loss, 4) and math.isclose(found["perplexity"], math.exp(loss), rel_tol=5.1e-3)
     assert found["perplexity"] == float(f"{found['perplexity']:.3g}") or found["perplexity"] % 1 == 0
@@ -106,18 +106,22 @@ def test_every_loss_is_in_the_table_and_in_the_index():
 
 
 def test_sets_of_one_dataset_are_not_merged_in_the_index():
-    rows = [Evaluation("a", "train", None, 1.0, "org/data"), Evaluation("b", "train", None, 2.0, "org/data")]
+    rows = [HeldOutLoss("a", "train", None, 1.0, "org/data"), HeldOutLoss("b", "train", None, 2.0, "org/data")]
     (model,) = front_matter(run_card(make_run(evaluations=rows)))["model-index"]
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in model["results"]] == [("a", 1.0), ("b", 2.0)]
 
 
 def test_the_card_of_a_diverged_run_is_valid():
-    card = run_card(make_run(evaluations=[Evaluation("a", "train", 8.0, math.nan), Evaluation("b", "ood", 8.0, 1e4)]))
+    card = run_card(
+        make_run(evaluations=[HeldOutLoss("a", "train", 8.0, math.nan), HeldOutLoss("b", "ood", 8.0, 1e4)])
+    )
     check_card(card)
     assert tables(str(card))["a"][-2:] == ["nan", "nan"] and tables(str(card))["b"][-1] == "inf"
     (model,) = front_matter(card)["model-index"]
     assert [metric for r in model["results"] for metric in r["metrics"]] == [{"type": "loss", "value": 1e4}]
-    assert "model-index" not in front_matter(run_card(make_run(evaluations=[Evaluation("a", "train", 8.0, math.nan)])))
+    assert "model-index" not in front_matter(
+        run_card(make_run(evaluations=[HeldOutLoss("a", "train", 8.0, math.nan)]))
+    )
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def test_the_usage_code_runs_from_the_card(tmp_path, monkeypatch, capsys):
 
 def test_names_do_not_break_the_tables():
     mixture = [MixtureRow("a|b\nc", 1.0, 1.0, 1.0, 10, license="see | LICENSE")]
-    text = str(run_card(make_run(mixture=mixture, evaluations=[Evaluation("x|y", "train", 1.0, 1.0)])))
+    text = str(run_card(make_run(mixture=mixture, evaluations=[HeldOutLoss("x|y", "train", 1.0, 1.0)])))
     assert tables(text)[r"a\|b c"][1:3] == [r"see \| LICENSE", "100.0 %"]
     assert len(tables(text)[r"x\|y"]) == 4
 
@@ -360,7 +364,7 @@ def test_a_stock_trainer_card_is_replaced():
 
 
 def test_only_results_of_other_tools_are_kept():
-    old = run_card(make_run(evaluations=[Evaluation("gone", "ood", 9.0, 8.0)]))
+    old = run_card(make_run(evaluations=[HeldOutLoss("gone", "ood", 9.0, 8.0)]))
     head = front_matter(old)
     benchmark = {
         "task": {"type": "text-generation", "name": "Benchmark"},

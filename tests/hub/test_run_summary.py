@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hf_nexus.hub.card import run_card
-from hf_nexus.hub.results import Evaluation
+from hf_nexus.hub.results import HeldOutLoss
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from tests.support.hub.summaries import full_run, make_run
 
@@ -15,7 +15,7 @@ from tests.support.hub.summaries import full_run, make_run
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluations": [Evaluation("else", "ood", None, 1.0)]}, "no common evaluation set"),
+        ({"evaluations": [HeldOutLoss("else", "ood", None, 1.0)]}, "no common evaluation set"),
         ({"mixture": [MixtureRow("code", 1.0, 1.0, 1.0, 1_000)]}, "equal numbers"),
     ],
 )
@@ -28,7 +28,7 @@ def test_a_saved_summary_is_complete(tmp_path):
     run = full_run()
     run.save(tmp_path)
     assert RunSummary.load(tmp_path) == run
-    diverged = make_run(evaluations=[Evaluation("a", "train", math.inf, math.nan)], numbers={"a": math.nan})
+    diverged = make_run(evaluations=[HeldOutLoss("a", "train", math.inf, math.nan)], numbers={"a": math.nan})
     diverged.save(tmp_path)
     assert str(RunSummary.load(tmp_path)) == str(diverged)
 
@@ -72,8 +72,8 @@ def test_an_impossible_score_is_an_error(change, message):
     ("changes", "message"),
     [
         ({"nexus": {"nexus": True}}, "lacks.*inner_lr"),
-        ({"evaluations": [Evaluation("a", "train", None, 1.0)] * 2}, "different names"),
-        ({"evaluations": [Evaluation("a", "test", None, 1.0)]}, "roles.*test.*Use one of"),
+        ({"evaluations": [HeldOutLoss("a", "train", None, 1.0)] * 2}, "different names"),
+        ({"evaluations": [HeldOutLoss("a", "test", None, 1.0)]}, "roles.*test.*Use one of"),
     ],
 )
 def test_an_impossible_summary_is_an_error(changes, message):

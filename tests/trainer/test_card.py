@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from hf_nexus.hub.card import BenchmarkScore
 from hf_nexus.hub.check import check_card
+from hf_nexus.hub.results import BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
 from hf_nexus.trainer.card import CARD_FILES, summarize
 from hf_nexus.trainer.publishing import card_fields

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from hf_nexus.hub.results import BenchmarkScore, Evaluation
+from hf_nexus.hub.results import BenchmarkScore, HeldOutLoss
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 
 NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradient_accumulation_steps": 4}
@@ -21,10 +21,10 @@ def make_run(**changes: Any) -> RunSummary:
             MixtureRow("maths", 0.4, 0.40625, 0.5, 800_000),
         ],
         evaluations=[
-            Evaluation("code", "train", 8.318742113, 3.00061234, "org/code"),
-            Evaluation("maths", "train", 8.31, 2.5),
-            Evaluation("cpp", "ood", None, 4.123456789),
-            Evaluation("macro", "macro", 8.3152, 2.8004),
+            HeldOutLoss("code", "train", 8.318742113, 3.00061234, "org/code"),
+            HeldOutLoss("maths", "train", 8.31, 2.5),
+            HeldOutLoss("cpp", "ood", None, 4.123456789),
+            HeldOutLoss("macro", "macro", 8.3152, 2.8004),
         ],
         hyperparameters={"learning_rate": 2e-3, "weight_decay": 0.0, "report_to": ["none"]},
         changed_hyperparameters={"learning_rate": 2e-3},
@@ -58,5 +58,5 @@ def full_run() -> RunSummary:
         cosine_plot="gradient_cosines.png",
     )
     run.mixture.append(MixtureRow("web", None, 0.0, None, 0, "odc-by", "org/web"))
-    other = replace(run, evaluations=[Evaluation("code", "train", 8.3, 3.1), Evaluation("cpp", "ood", None, 4.0)])
+    other = replace(run, evaluations=[HeldOutLoss("code", "train", 8.3, 3.1), HeldOutLoss("cpp", "ood", None, 4.0)])
     return run.against(other, "plain accumulation")
