@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ..evaluation.statistics import ALPHA, POWER, detectable, equivalence_p, pairs_needed
 from .analysis import MIN_PAIRS, Analysis, Row, Where
-from .controls import EXPLANATIONS
+from .controls import CONTROLS
 from .records import metric_label
 
 __all__ = ["conclusions", "limitations", "p_text", "plain_words", "rounded"]
@@ -168,7 +168,7 @@ def _controls(analysis: Analysis) -> Iterable[str]:
     if row is None or row.difference is None:
         return
     for control, kind in analysis.controls.items():
-        text = [f"Control {control} ({kind}) rules out {EXPLANATIONS[kind]} as the cause of an effect that it lacks."]
+        text = [f"Control {control} ({kind}) shows the effect that {CONTROLS[kind].remains} has alone."]
         direct = analysis.row(arm, metric, where, versus=control)
         for compared in (analysis.row(control, metric, where), direct):
             if compared is not None and compared.difference is not None:

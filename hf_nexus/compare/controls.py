@@ -2,28 +2,28 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..trainer.config import NexusConfigMixin
 
-__all__ = ["EXPLANATIONS", "find_controls"]
+__all__ = ["CONTROLS", "Control", "find_controls"]
 
-# Field and value of each control.
-_KINDS = {
-    ("inner_lr", 0.0): "gamma 0",
-    ("inner_direction", "random"): "random direction",
-    ("source_schedule", "mixed"): "source mixing",
-    ("source_schedule", "blocked"): "source blocking",
-    ("inner_lr_schedule", "follow"): "following gamma",
+
+class Control(NamedTuple):
+    """A kind of control: a field, its value, and what remains of the primary arm with it."""
+
+    field: str
+    value: Any
+    remains: str
+
+
+CONTROLS = {
+    "gamma 0": Control("inner_lr", 0.0, "the normalization of gradients"),
+    "random direction": Control("inner_direction", "random", "a perturbation of the weights along any path"),
+    "source mixing": Control("source_schedule", "mixed", "a walk over mixed data"),
+    "source blocking": Control("source_schedule", "blocked", "a walk inside a single source"),
+    "following gamma": Control("inner_lr_schedule", "follow", "a path whose length follows the learning rate"),
 }
-EXPLANATIONS = {
-    "gamma 0": "the normalization of gradients",
-    "random direction": "a perturbation of the weights along any path",
-    "source mixing": "a walk over mixed data",
-    "source blocking": "a walk inside a single source",
-    "following gamma": "a path whose length follows the learning rate",
-}
-"""The cause that each kind of control rules out for an effect that it lacks."""
 # Without a path, its direction and the schedule of its length mean nothing.
 _OF_A_PATH = {"inner_direction", "inner_lr_schedule"}
 
@@ -34,7 +34,7 @@ def find_controls(
     """
     Find the controls of the primary arm by the training fields of each arm. A control may differ in the `tuned` ones.
 
-    Returns the kind of each control, a key of `EXPLANATIONS`, and of arms that lack an ingredient and are no control,
+    Returns the kind of each control, a key of `CONTROLS`, and of arms that lack an ingredient and are no control,
     the other fields in which they differ.
 
     Example:
@@ -50,7 +50,7 @@ def find_controls(
     for arm, given in settings.items():
         own = defaults | dict(given)
         differing = {name for name in {**own, **reference} if own.get(name) != reference.get(name)} - {*tuned}
-        for (name, value), kind in _KINDS.items():
+        for kind, (name, value, _) in CONTROLS.items():
             if own["nexus"] and name in differing and own[name] == value:
                 others = differing - {name} - (_OF_A_PATH if value == 0 else set())
                 if others:
