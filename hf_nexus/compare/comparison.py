@@ -19,7 +19,7 @@ import yaml
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..evaluation.statistics import require_scipy
+from ..evaluation.statistics import scipy_stats
 from ..files import nearest, write_atomic
 from ..hub.card import save_card
 from ..hub.facts import describe_hardware, installed_versions
@@ -76,7 +76,7 @@ class Comparison:
                 devices.
             ImportError: scipy is not installed, or a package that the configuration needs.
         """
-        require_scipy()
+        scipy_stats()  # is installed
         check_benchmarks(self.config)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
@@ -229,7 +229,7 @@ class Comparison:
         Raises:
             ValueError: the tuning has not finished, or the folder holds runs with other settings.
         """
-        require_scipy()
+        scipy_stats()  # is installed
         self._check_primary()
         self._choose()
         return self._report()

@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -82,8 +82,7 @@ def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
     threads = max(1, (os.cpu_count() or 1) // (workers * processes))
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads))
     try:
-        with _ignoring_interrupts():
-            futures = {pool.submit(_call_on_devices, call): call for call in calls}
+        futures = {pool.submit(_call_on_devices, call): call for call in calls}
         for future in as_completed(futures):
             error = future.exception()
             if isinstance(error, BrokenProcessPool):
@@ -101,19 +100,6 @@ def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Let processes that start in the context ignore Ctrl-C, which a terminal sends to all. This one ends them."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _devices(workers: int, each: int) -> list[str | None]:
     """The accelerators of each worker, by their ids in `CUDA_VISIBLE_DEVICES`; `None` without accelerators."""
     import torch
@@ -127,7 +113,8 @@ def _devices(workers: int, each: int) -> list[str | None]:
 
 
 def _start_worker(devices: Any, threads: int) -> None:
-    """Choose the devices before anything initializes them."""
+    """Choose the devices before anything initializes them, and ignore Ctrl-C: the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
     device = devices.get()
     if device is not None:

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = [
     "ALPHA",
@@ -21,7 +21,7 @@ __all__ = [
     "paired_difference",
     "pairs_needed",
     "power",
-    "require_scipy",
+    "scipy_stats",
     "value_at",
 ]
 
@@ -60,9 +60,7 @@ class Estimate:
         """Standard deviation of the values."""
         if self.half is None:
             return None
-        from scipy.stats import t
-
-        return self.half * math.sqrt(self.n) / float(t.ppf(0.975, self.n - 1))
+        return self.half * math.sqrt(self.n) / float(scipy_stats().t.ppf(0.975, self.n - 1))
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,10 @@ def power(difference: float, deviation: float, pairs: int, alpha: float = ALPHA)
         >>> round(power(0.5, 1.0, 34), 3), round(power(0.0, 1.0, 34), 3)
         (0.808, 0.05)
     """
-    require_scipy()
-    from scipy.stats import nct, t
-
-    border, shift = t.ppf(1 - alpha / 2, pairs - 1), abs(difference) / deviation * math.sqrt(pairs)
-    other_side = float(nct.cdf(-border, pairs - 1, shift))  # scipy gives NaN below about 1e-16
-    return float(nct.sf(border, pairs - 1, shift)) + (0.0 if math.isnan(other_side) else other_side)
+    stats, shift = scipy_stats(), abs(difference) / deviation * math.sqrt(pairs)
+    border = stats.t.ppf(1 - alpha / 2, pairs - 1)
+    other_side = float(stats.nct.cdf(-border, pairs - 1, shift))  # scipy gives NaN below about 1e-16
+    return float(stats.nct.sf(border, pairs - 1, shift)) + (0.0 if math.isnan(other_side) else other_side)
 
 
 def pairs_needed(difference: float, deviation: float, alpha: float = ALPHA) -> int:
@@ -162,20 +158,16 @@ def detectable(deviation: float, pairs: int, alpha: float = ALPHA) -> float:
         >>> round(detectable(1.0, 34), 3)
         0.495
     """
-    require_scipy()
+    border = float(scipy_stats().t.ppf(1 - alpha / 2, pairs - 1))
     from scipy.optimize import brentq
-    from scipy.stats import t
 
-    most = (2 * float(t.ppf(1 - alpha / 2, pairs - 1)) + 5) / math.sqrt(pairs)  # enough for any number of pairs
+    most = (2 * border + 5) / math.sqrt(pairs)  # enough for any number of pairs
     return deviation * float(brentq(lambda size: power(size, 1.0, pairs, alpha) - POWER, 0.0, most))
 
 
 def highest_deviation(deviation: float, pairs: int) -> float:
     """Upper end of the one-sided 80 % interval of a standard deviation that was measured on so many pairs."""
-    require_scipy()
-    from scipy.stats import chi2
-
-    return deviation * math.sqrt((pairs - 1) / float(chi2.ppf(1 - POWER, pairs - 1)))
+    return deviation * math.sqrt((pairs - 1) / float(scipy_stats().chi2.ppf(1 - POWER, pairs - 1)))
 
 
 def equivalence_p(difference: Estimate, margin: float) -> float | None:
@@ -191,10 +183,8 @@ def equivalence_p(difference: Estimate, margin: float) -> float | None:
     """
     if difference.deviation is None:
         return None
-    from scipy.stats import t
-
     error = difference.deviation / math.sqrt(difference.n)
-    return float(t.sf((margin - abs(difference.mean)) / error, difference.n - 1))
+    return float(scipy_stats().t.sf((margin - abs(difference.mean)) / error, difference.n - 1))
 
 
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
@@ -277,32 +267,27 @@ def correlate(xs: Sequence[float], ys: Sequence[float]) -> Correlation | None:
         (0.983, 1.0, 0.083)
     """
     _check(xs, ys)
-    require_scipy()
     if len(xs) < 3 or any(_alike(side, max(map(abs, side))) for side in (xs, ys)):
         return None
     import numpy as np
-    from scipy.stats import pearsonr, rankdata, spearmanr
 
-    linear, ranked = pearsonr(xs, ys), spearmanr(xs, ys)
+    stats = scipy_stats()
+    linear, ranked = stats.pearsonr(xs, ys), stats.spearmanr(xs, ys)
     ranked_p = float(ranked.pvalue)
     if len(xs) <= _EXACT_SPEARMAN:
-        a, b = (rankdata(side) - (len(xs) + 1) / 2 for side in (xs, ys))
+        a, b = (stats.rankdata(side) - (len(xs) + 1) / 2 for side in (xs, ys))
         orders = a[np.array(list(permutations(range(len(xs)))))] @ b
         ranked_p = float(np.mean(np.abs(orders) >= abs(a @ b) - 1e-9))
     return Correlation(float(linear.statistic), float(linear.pvalue), float(ranked.statistic), ranked_p, len(xs))
 
 
-def require_scipy() -> None:
-    """
-    Check that scipy is installed.
-
-    Raises:
-        ImportError: it is not. The message has the pip command.
-    """
+def scipy_stats() -> Any:
+    """The module `scipy.stats`, which takes a second to import. It is not among the required packages."""
     try:
-        import scipy.stats  # noqa: F401
+        import scipy.stats
     except ImportError as error:
         raise ImportError("Statistics of a comparison need scipy: pip install matplotlib scipy") from error
+    return scipy.stats
 
 
 def _check(*sides: Sequence[float]) -> None:
@@ -323,10 +308,8 @@ def _t_test(values: Sequence[float], scale: float) -> tuple[float | None, float 
     n = len(values)
     if n < 2 or _alike(values, scale):
         return None, None
-    require_scipy()
-    from scipy.stats import t
-
     middle = math.fsum(values) / n
     # `dist` rescales its input; squares of tiny differences would underflow.
     error = math.dist(values, [middle] * n) / math.sqrt((n - 1) * n)
+    t = scipy_stats().t
     return float(t.ppf(0.975, n - 1)) * error, float(2 * t.sf(abs(middle) / error, n - 1))
