@@ -58,7 +58,7 @@ def comparison(rung: str, workers: int | None) -> ComparisonConfig:
 def table(rungs: list[str]) -> str:
     """The difference of each pair of arms that answers a question, by rung. Its values are written as CSV."""
     columns = {"OOD loss, matched": "ood_loss", "OOD loss, end": "ood_loss", "training loss, end": "train_loss"}
-    lines = [f"| rung | arm | against | pairs | {' | '.join(columns)} |", "|" + "---|" * (4 + len(columns))]
+    notes, lines = [], [f"| rung | arm | against | pairs | {' | '.join(columns)} |", "|" + "---|" * (4 + len(columns))]
     for rung in rungs:
         config = comparison(rung, None)
         folder = Path(config.output_dir)
@@ -73,14 +73,21 @@ def table(rungs: list[str]) -> str:
         pairs = [(arm, config.baseline) for arm in config.arms if arm != config.baseline]
         for arm, versus in pairs + [(config.primary.arm, control) for control in analysis.controls]:
             both = [{s for a, s, _, _ in values if a == of} for of in (arm, versus)]
-            cells, seeds = [], sorted(set.intersection(*both))
+            matched = {(arm, f"matched with {versus}"), (versus, f"matched with {arm}")}
+            reached = [{s for a, s, m, w in values if (a, m, w) == (of, "ood_loss", at)} for of, at in matched]
+            cells, seeds = [], sorted(set.intersection(*reached))
+            if lost := set.intersection(*both) - {*seeds}:
+                why = "one run diverged, or does not reach the training loss of the other"
+                notes.append(f"{name}: {arm} against {versus} without the seeds {sorted(lost)}: {why}.")
+            if not seeds:
+                continue
             for column, metric in columns.items():
                 at = (f"matched with {versus}", f"matched with {arm}") if "matched" in column else ("end", "end")
                 one, other = ([values[a, s, metric, w] for s in seeds] for a, w in zip((arm, versus), at, strict=True))
                 found = paired_difference(one, other)
                 cells.append(f"{found.mean:+.4f} ± {found.half or math.nan:.4f}")
             lines.append(f"| {name} | {arm} | {versus} | {len(seeds)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def main() -> None:

@@ -30,12 +30,14 @@ def benchmark(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Maximum number of examples per task or subtask. Never replaces a score on all examples."),
+        typer.Option(
+            min=1, help="Maximum number of examples per task or subtask. Never replaces a score on all examples."
+        ),
     ] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto for the largest that fits.")] = "8",
     dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda:1, cpu, ... By default the first accelerator.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a task is killed.")] = 4 * 3600,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a task is killed.")] = 4 * 3600,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Let HumanEval and MBPP execute code that the model writes.")
     ] = False,

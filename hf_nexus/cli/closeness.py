@@ -31,10 +31,11 @@ def closeness(
         ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one that it names.")] = None,
-    batches: Annotated[int, typer.Option(help="Held-out batches per source to compute gradients on.")] = 4,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Held-out batches per source to compute gradients on.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
     projection: Annotated[
-        int | None, typer.Option(help="Size of gradient sketches, for cheaper cosines. 1024 has an error of 0.03.")
+        int | None,
+        typer.Option(min=1, help="Size of gradient sketches, for cheaper cosines. 1024 has an error of 0.03."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the projection.")] = 0,
     minima: Annotated[

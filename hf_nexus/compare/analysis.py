@@ -125,8 +125,6 @@ def compare_arms(
         >>> round(found.row("nexus", "validation_loss").difference.mean, 3)
         -0.1
     """
-    if primary[0] == baseline:
-        raise ValueError(f"The primary arm and the baseline are both {baseline!r}. Choose another primary arm.")
     if twice := [key for key, count in Counter((record.arm, record.seed) for record in records).items() if count > 1]:
         raise ValueError(f"Several records for {sorted(twice)}; each arm has one record for each seed.")
     names = list(dict.fromkeys([baseline, *arms, primary[0], *(record.arm for record in records)]))

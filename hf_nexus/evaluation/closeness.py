@@ -79,9 +79,6 @@ def measure_closeness(
         OSError: a model that does not exist.
         ImportError: an adapter, and peft is not installed.
     """
-    for key, value in (("batches", batches), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{key}={value} is not allowed; it must be 1 or more.")
     _check_minima(minima or {}, mixture)
     module, base = load_model(model, base)
     loaded = load_mixture(mixture, load_tokenizer(model, base))

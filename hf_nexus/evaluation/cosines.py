@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -37,10 +36,6 @@ def gradient_cosines(
     a function and the number of target tokens of the batch, its weight in the mean of the source. Each pass iterates
     over the pairs again, so an iterable may create its batches as it goes. The cosine is NaN if a gradient is zero.
 
-    Raises:
-        ValueError: an iterator instead of an iterable, a weight that is negative or not finite, or a projection
-            below 1.
-
     Example:
         >>> import torch
         >>> from hf_nexus.evaluation.cosines import gradient_cosines
@@ -48,11 +43,6 @@ def gradient_cosines(
         >>> gradient_cosines({"a": lambda: x.sum(), "b": [(lambda: -x.sum(), 3.0), (lambda: x.sum(), 1.0)]}, [x])
         {('a', 'b'): -1.0}
     """
-    if projection is not None and projection < 1:
-        raise ValueError(f"projection={projection} is not allowed; it must be at least 1, or None for exact cosines.")
-    for name, batches in losses.items():
-        if not callable(batches) and iter(batches) is batches:
-            raise ValueError(f"The batches of source {name!r} can be read only once. Pass a list, not an iterator.")
     products = _exact(losses, params) if projection is None else _projected(losses, params, projection, seed)
     return {(a, b): _cosine(products, a, b) for a, b in itertools.combinations(losses, 2)}
 
@@ -66,10 +56,10 @@ def _exact(losses: Mapping[str, Batches], params: Sequence[Tensor]) -> _Products
     names = list(losses)
     products: _Products = {}
     for i, a in enumerate(names[:-1]):
-        first = _mean_gradient(a, losses[a], params)
+        first = _mean_gradient(losses[a], params)
         products[a, a] = _dot(first, first)
         for b in names[i + 1 :]:
-            second = _mean_gradient(b, losses[b], params)
+            second = _mean_gradient(losses[b], params)
             products[a, b] = _dot(first, second)
             products[b, b] = _dot(second, second)
             del second
@@ -81,7 +71,7 @@ def _projected(losses: Mapping[str, Batches], params: Sequence[Tensor], size: in
     sketches = {}
     for name, batches in losses.items():
         sketch = torch.zeros(size, dtype=torch.float64, device=params[0].device)
-        for gradient, weight in _gradients(name, batches, params):
+        for gradient, weight in _gradients(batches, params):
             sketch += weight * count_sketch(gradient, size, seed)  # linear, so no mean gradient is needed
             del gradient
         sketches[name] = sketch
@@ -89,10 +79,10 @@ def _projected(losses: Mapping[str, Batches], params: Sequence[Tensor], size: in
     return {(a, b): float(torch.dot(sketches[a], sketches[b])) for a, b in pairs}
 
 
-def _mean_gradient(name: str, batches: Batches, params: Sequence[Tensor]) -> list[Tensor]:
+def _mean_gradient(batches: Batches, params: Sequence[Tensor]) -> list[Tensor]:
     """Weighted sum of the gradients. It has the direction of the mean, which is all a cosine depends on."""
     total: list[Tensor] | None = None
-    for gradient, weight in _gradients(name, batches, params):
+    for gradient, weight in _gradients(batches, params):
         if callable(batches):
             return gradient
         if total is None:
@@ -103,11 +93,9 @@ def _mean_gradient(name: str, batches: Batches, params: Sequence[Tensor]) -> lis
     return [torch.zeros_like(p) for p in params] if total is None else total
 
 
-def _gradients(name: str, batches: Batches, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], float]]:
+def _gradients(batches: Batches, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], float]]:
     """Gradient and weight of each batch. The generator holds no gradient while the next one is computed."""
     for loss, weight in [(batches, 1.0)] if callable(batches) else batches:
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"A batch of source {name!r} has weight {weight}; it must be finite and not negative.")
         if weight:  # the mean loss over no tokens is NaN, and so is zero times NaN
             grads = torch.autograd.grad(loss(), params, allow_unused=True)
             yield [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)], float(weight)

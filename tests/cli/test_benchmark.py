@@ -101,7 +101,9 @@ def test_scores_of_a_hub_model_go_to_a_new_folder(tmp_path, monkeypatch, benchma
 def test_mistakes_are_found_before_anything_runs(model, benchmark, stand_in):
     stand_in("succeed()")
     assert "--allow-code-execution" in str(benchmark(model, "--tasks", "gsm8k,humaneval").exception)
-    assert "timeout=0" in str(benchmark(model, "--tasks", "gsm8k", "--timeout", "0").exception)
+    for flag in ("--timeout", "--limit"):
+        result = benchmark(model, "--tasks", "gsm8k", flag, "0")
+        assert result.exit_code == 2 and flag in result.output
     assert sorted(path.name for path in model.iterdir()) == ["config.json"]
 
 

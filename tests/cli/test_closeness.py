@@ -40,6 +40,12 @@ def test_minima_are_parsed():
             parse_minima(wrong)
 
 
+@pytest.mark.parametrize("flag", ["--batches", "--batch_size", "--projection"])
+def test_numbers_below_1_are_refused(flag):
+    result = CliRunner().invoke(app, ["closeness", "org/model", flag, "0"])
+    assert result.exit_code == 2 and flag in result.output
+
+
 def test_the_command_prints_and_saves_the_same_numbers(run, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "rows"))
     argv = ["closeness", str(run), "--batches", "1", "--minima", f"code={run},math={run}"]

@@ -90,8 +90,6 @@ def test_a_second_record_of_a_run_is_an_error():
     records = make_records(PLAIN)
     with pytest.raises(ValueError, match=r"Several records for \[\('adamw', 0\)\]"):
         analyse([*records, records[0]])
-    with pytest.raises(ValueError, match="are both 'adamw'"):
-        analyse(records, primary=("adamw", "ood_loss"))
 
 
 def test_faster_training_alone_has_no_effect_when_matched():

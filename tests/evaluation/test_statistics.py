@@ -112,19 +112,6 @@ def test_small_differences_are_not_taken_for_rounding():
     assert paired_difference([1 + 1e-9, 1 + 2e-9, 1 + 3e-9], [1.0, 1.0, 1.0]).p == pytest.approx(0.0742, abs=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [[], [1.0, math.nan], [math.inf]])
-def test_what_is_not_finite_is_refused(wrong):
-    with pytest.raises(ValueError, match="all must be finite"):
-        mean(wrong)
-    with pytest.raises(ValueError, match="all must be finite"):
-        paired_difference([1.0] * len(wrong), wrong)
-
-
-def test_unpaired_values_are_refused():
-    with pytest.raises(ValueError, match="got 2 and 3"):
-        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
-
-
 # ---- Power and equivalence ----
 
 
@@ -182,11 +169,6 @@ def test_holm_by_hand():
 def test_what_was_not_tested_does_not_count():
     assert holm({"a": 0.02, "b": None, "c": 0.01}) == {"a": 0.02, "b": None, "c": 0.02}
     assert holm({}) == {}
-
-
-def test_no_p_value_is_refused():
-    with pytest.raises(ValueError, match=r"0\.\.1, got \{'b': 1\.5\}"):
-        holm({"a": 0.5, "b": 1.5})
 
 
 @given(P_VALUES)
@@ -249,11 +231,6 @@ def test_points_that_are_not_finite_are_passed_over():
     assert value_at([4.0, math.inf, math.nan, 2.0], [8.0, 1.0, 1.0, 6.0], 3.0)[0] == 7.0
     assert value_at([4.0, 3.0, 2.0], [8.0, math.nan, 6.0], 3.0)[0] == 7.0
     assert value_at([4.0, math.nan], [8.0, math.nan], 3.0) is None
-
-
-def test_curves_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="2 losses and 1 values"):
-        value_at([1.0, 2.0], [1.0], 1.5)
 
 
 @given(CURVES, LOSSES)
@@ -319,5 +296,3 @@ def test_the_exact_p_value_is_that_of_a_permutation_test(ys):
 def test_too_little_has_no_correlation():
     assert correlate([1.0, 2.0], [1.0, 2.0]) is None
     assert correlate([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
-    with pytest.raises(ValueError, match="got 3 and 2"):
-        correlate([1.0, 2.0, 3.0], [1.0, 2.0])

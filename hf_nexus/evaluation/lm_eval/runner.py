@@ -57,12 +57,7 @@ def run_tasks(
     Raw results go to `benchmarks/` in `folder`, logs to `_benchmark_logs/`. Starting lm-eval and loading the model
     takes half a minute per task, more for a large model. After `timeout` seconds a task is killed, with all processes
     that it started.
-
-    Raises:
-        ValueError: `timeout` is not positive.
     """
-    if not timeout > 0:
-        raise ValueError(f"timeout={timeout} is not allowed; it must be a positive number of seconds.")
     raw, logs = Path(folder, RAW_FOLDER).resolve(), Path(folder, LOG_FOLDER).resolve()
     raw.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)

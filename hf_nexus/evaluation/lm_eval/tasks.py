@@ -67,16 +67,14 @@ def select_tasks(
     own by default.
 
     Raises:
-        ValueError: a task by name that executes code without permission, a file that defines no task, a repeated
-            task, or a `limit` below 1.
+        ValueError: a task by name that executes code without permission, a file that defines no task, or a repeated
+            task.
 
     Example:
         >>> from hf_nexus.evaluation.lm_eval.tasks import select_tasks
         >>> [task.name for task in select_tasks(["quick"])[0]]
         ['gsm8k', 'mmlu', 'minerva_math']
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is not allowed; it must be at least 1. Leave it out for all examples.")
     tasks, left_out = [], []
     for name in names:
         if name in ("paper", "quick"):
