@@ -40,7 +40,7 @@ def test_minima_are_parsed():
             parse_minima(wrong)
 
 
-@pytest.mark.parametrize("flag", ["--batches", "--batch_size", "--projection"])
+@pytest.mark.parametrize("flag", ["--batches", "--batch-size", "--projection"])
 def test_numbers_below_1_are_refused(flag):
     result = CliRunner().invoke(app, ["closeness", "org/model", flag, "0"])
     assert result.exit_code == 2 and flag in result.output
