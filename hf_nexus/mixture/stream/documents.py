@@ -2,7 +2,9 @@
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ __all__ = ["PackedRowReader", "StreamedDocuments"]
 
 logger = logging.getLogger(__name__)
 
-# Documents per tokenizer call at most. One for the next row is enough, and lanes are many.
+# Documents that a lane reads at once at most. Those of one row are enough, and lanes are many.
 DOCUMENTS = 64
 # Documents or rows that a lane reads at least before it reports that none of them is of use.
 PATIENCE = 64
@@ -75,11 +77,14 @@ class PackedRowReader(RowReader):
                 self._of_number[lane.number] = packed
 
     def _take(self, each: int, spans: list[Span]) -> list[Any]:
-        rows = []
-        for lane, start, end in spans:
-            packed = self._of_number[lane.number]
-            rows += packed.take(end - packed.taken)[start - end :]  # other readers have taken the rows before
-            self._parts[lane.part].forget(min(other.first for other in self._packed[lane.part]))
+        wanted = [(self._of_number[lane.number], start, end) for lane, start, end in spans]
+        while lacking := [lane for lane, _, end in wanted if lane.lacks(end)]:
+            _read_documents(lacking)
+        rows: list[Any] = []
+        for lane, start, end in wanted:
+            rows += lane.take(end)[start - end :]  # other readers have taken the rows before
+        for part in {lane.part for lane, _, _ in spans}:
+            self._parts[part].forget(min(other.first for other in self._packed[part]))
         return rows
 
     def _state(self, each: int, lane: Lane, end: int) -> dict[str, Any]:
@@ -115,17 +120,17 @@ class PackedLane:
         self._pass: int = state.get("pass", 0)  # of the last token
         self._token_at = self._row_at = self._read  # documents at the last token, and at the last row
         self._warned = False
-        self._held: Held | None = None
-        self._numbers = np.empty(0, dtype=np.int64)  # of its documents in the block
-        # The next documents as segments of text or tokens, `None` for an unusable row.
-        self._documents: deque[list[Document | np.ndarray] | None] = deque()
+        # The next documents, each with its block, as segments of text or tokens, `None` for an unusable row.
+        self.documents: deque[tuple[Held, list[Document | np.ndarray] | None]] = deque()
+        self._held: Held | None = None  # the block of the next document to read
+        self._places = np.empty(0, dtype=np.int64)  # of its documents that are not read
 
-    def take(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """The next `count` rows: `input_ids`, `labels` and [`document_positions`], all `(L,)` int64."""
+    def take(self, end: int) -> list[dict[str, torch.Tensor]]:
+        """The rows before number `end`: `input_ids`, `labels` and [`document_positions`], all `(L,)` int64."""
         rows: list[dict[str, torch.Tensor]] = []
         dropped = 0
-        while len(rows) < count:
-            more = self._pack(count - len(rows))
+        while self.taken < end:
+            more = self._pack(end - self.taken)
             rows += more
             self.taken += len(more)
             dropped = 0 if more else dropped + 1
@@ -153,7 +158,7 @@ class PackedLane:
             length += len(more)
             self._token += len(more)
             self._tokens += len(more)
-            self._pass, self._token_at = self._current().at["pass"], self._read
+            self._pass, self._token_at = self.documents[0][0].at["pass"], self._read
             if self._document_ended:
                 starts[length] = True
                 self._next_document()
@@ -164,7 +169,7 @@ class PackedLane:
     @property
     def _document_ended(self) -> bool:
         """Whether all tokens of the current document are taken."""
-        segments = self._documents[0] or []
+        segments = self.documents[0][1] or []
         ends = self._segment == len(segments) - 1
         return ends and isinstance(segments[-1], np.ndarray) and self._token == len(segments[-1])
 
@@ -191,12 +196,24 @@ class PackedLane:
         """The number of rows that documents give, estimated from those of this lane."""
         return documents * self._tokens // max(1, self._read) // self.packing.sequence_length
 
+    def lacks(self, end: int) -> bool:
+        """Whether more documents have to be read for the rows before number `end`."""
+        missing = (end - self.taken) * self.packing.sequence_length + self._token
+        for _, segments in self.documents:
+            for segment in segments or ():
+                if isinstance(segment, Document):  # a long text suffices
+                    return False
+                missing -= len(segment)
+        return missing > 0 and len(self.documents) < DOCUMENTS
+
     def _next_tokens(self) -> np.ndarray:
         """The rest of the current segment, or the next segment that has tokens."""
         while True:
-            if not self._documents:
-                self._documents.extend(self._read_documents())
-            segments = self._documents[0] or []
+            if not self.documents:
+                _read_documents([self])
+            held, segments = self.documents[0][0], self.documents[0][1] or []
+            if held.first != self.first:
+                self.first, self._offset = held.first, 0
             while self._segment < len(segments):
                 tokens = self._tokens_of(segments, self._segment)
                 if self._token < len(tokens):
@@ -207,45 +224,35 @@ class PackedLane:
                 raise self.part.error("a whole pass over the documents gave no token. Check the text columns.")
 
     def _next_document(self) -> None:
-        self._skipped += self._documents.popleft() is None
+        self._skipped += self.documents.popleft()[1] is None
         self._segment = self._token = 0
         self._offset += 1
         self._read += 1
 
-    def _read_documents(self) -> list[list[Document | np.ndarray] | None]:
-        held_out, held = self.packing.held_out, self._current()
-        of_a_row = 1 + self.packing.sequence_length * self._read // max(1, self._tokens)
-        numbers = self._numbers[self._offset : self._offset + min(DOCUMENTS, of_a_row)]
-        documents: list[list[Document | np.ndarray] | None] = []
-        short: dict[int, Document] = {}
-        for i, row in enumerate(self.part.fetch(held, numbers)):
-            document = self._document(row, held.block, numbers[i])
-            if document is None:
-                documents.append(None)
-            elif held_out and document.hash in held_out:
-                documents.append([])
-            else:
-                documents.append([*document.segments()])
-                if len(documents[i] or ()) == 1:
-                    short[i] = document
-        for i, tokens in zip(short, self.packing.encoder.encode(list(short.values())), strict=True):
-            documents[i] = [tokens]
-        return documents
-
-    def _current(self) -> Held:
-        """The block of the current document, or of the next one."""
-        while self._held is None or (self._offset == len(self._numbers)):
-            if self._held is not None:
-                self.first, self._offset = self._held.end, 0
-            self._held = held = self.part.holding(self.first)
-            self._numbers = held.dealt(self.lane)
-            if self._offset > len(self._numbers):
+    def to_read(self) -> tuple[Held, np.ndarray]:
+        """The places in a block of the next documents to read, about those of a row."""
+        while self._held is None or not len(self._places):
+            first, offset = (self.first, self._offset) if self._held is None else (self._held.end, 0)
+            self._held = held = self.part.holding(first)
+            self._places = held.dealt(self.lane)
+            if offset > len(self._places):
                 raise self.part.error(
-                    f"training resumes at document {self._offset} of a block, which now has only "
-                    f"{len(self._numbers)} for this lane. Restore the data of the checkpoint.",
+                    f"training resumes at document {offset} of a block, which now has only {len(self._places)} for "
+                    "this lane. Restore the data of the checkpoint.",
                     held.at,
                 )
-        return self._held
+            self._places = self._places[offset:]
+        of_a_row = min(DOCUMENTS, 1 + self.packing.sequence_length * self._read // max(1, self._tokens))
+        places, self._places = self._places[:of_a_row], self._places[of_a_row:]
+        return self._held, places
+
+    def segments(self, row: Any, block: Block, place: int) -> list[Document | np.ndarray] | None:
+        """The document of a row, which has none if it is held out; `None` if it is skipped."""
+        document = self._document(row, block, place)
+        if document is None:
+            return None
+        held_out = self.packing.held_out
+        return [] if held_out and document.hash in held_out else [*document.segments()]
 
     def _document(self, row: Any, block: Block, place: int) -> Document | None:
         """The document of a row, `None` if it is skipped."""
@@ -270,3 +277,22 @@ class PackedLane:
             segments[i] = segment
             segments[:i] = [Document("")] * i
         return segment
+
+
+def _read_documents(lanes: Sequence[PackedLane]) -> None:
+    """Read the next documents of some lanes, with one read of each block and one call of the tokenizer."""
+    short: list[list[Any]] = []  # the documents of one segment
+    to_read = [(lane, *lane.to_read()) for lane in lanes]
+    for (part, _), group in groupby(to_read, key=lambda of: (of[0].part, of[1].first)):
+        members = list(group)
+        held = members[0][1]
+        rows = iter(part.fetch(held, np.concatenate([places for *_, places in members])))
+        for lane, _, places in members:
+            for place in places:
+                segments = lane.segments(next(rows), held.block, place)
+                lane.documents.append((held, segments))
+                if segments is not None and len(segments) == 1:
+                    short.append(segments)
+    encoded = lanes[0].packing.encoder.encode([document for (document,) in short])
+    for segments, tokens in zip(short, encoded, strict=True):
+        segments[0] = tokens

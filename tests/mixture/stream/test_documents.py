@@ -19,7 +19,7 @@ from hf_nexus.mixture.documents import Document, split_text
 from hf_nexus.mixture.packing import SourcePacker, tokenizer_fingerprint
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.documents import StreamedDocuments
-from hf_nexus.mixture.stream.lanes import Lane
+from hf_nexus.mixture.stream.lanes import Lane, Lanes
 from hf_nexus.mixture.stream.reader import PartReader, SourceError
 
 from ...support.stream_documents import documents_of
@@ -183,6 +183,21 @@ def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
         first_pass(source)
     source = documents_of(rows, L, on_error="skip")
     assert sorted(first_pass(source))[1:] == sorted(TEXTS[:33] + TEXTS[34:])
+
+
+def test_lanes_share_reads_and_calls_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    call, fetch = PreTrainedTokenizerFast.__call__, PartReader.fetch
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda *a, **k: called.append(0) or call(*a, **k))
+    monkeypatch.setattr(PartReader, "fetch", lambda *a: called.append(1) or fetch(*a))
+    stream = MixtureStream({"a": stream_of(TEXTS * 9, sequence_length=30)})
+    stream.place(0, 1, 1, Lanes(slots=8, turns=1))
+    stream.begin(None)
+    for i in range(40):
+        if i == 20:
+            called.clear()
+        stream.__getitems__([(8 * i + row, 0) for row in range(8)])
+    assert called.count(0) <= 30 and called.count(1) <= 30  # for 20 micro-batches of 8 lanes
 
 
 # --- long documents
