@@ -237,6 +237,11 @@ class DocumentEncoder:
         add = self.tokenizer.encode("a")[:1] == [bos] if self.add_bos_token is None else self.add_bos_token
         return bos if add else None
 
+    @cached_property
+    def eos_token_id(self) -> int:
+        """The token that ends each document. Asking the tokenizer takes several microseconds."""
+        return self.tokenizer.eos_token_id
+
     @property
     def masked(self) -> bool:
         """Whether some tokens may not be trained on."""
@@ -245,7 +250,7 @@ class DocumentEncoder:
     @property
     def end(self) -> int | None:
         """The token that ends each document inside of packed rows, `None` if rows are not packed yet."""
-        return self.tokenizer.eos_token_id if self.source.packed else None
+        return self.eos_token_id if self.source.packed else None
 
     def documents(self, batch: Mapping[str, list], first_row: int) -> list[Document]:
         """
@@ -323,7 +328,7 @@ class DocumentEncoder:
         """Add a BOS and an EOS. A chat template may have written the BOS, and given tokens may have both."""
         if (first and last and not len(tokens)) or self.source.packed:
             return tokens
-        bos, eos = self.bos_token_id, self.tokenizer.eos_token_id
+        bos, eos = self.bos_token_id, self.eos_token_id
         if first and bos is not None and unmarked(tokens[:1]).tolist() != [bos]:
             tokens = np.insert(tokens, 0, ~bos if self.masked else bos)
         given = self.source.loss_on == "assistant" or self.source.tokens_column
