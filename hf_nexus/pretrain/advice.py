@@ -5,7 +5,6 @@ from fractions import Fraction
 from ..trainer.support import ONE_INNER_STEP
 from .fields import PretrainArguments, PretrainConfig
 from .plan import RunPlan
-from .sections import load_config
 
 __all__ = ["warnings_of"]
 
@@ -38,7 +37,7 @@ def warnings_of(arguments: PretrainArguments, plan: RunPlan) -> list[str]:
 
 def _shares(arguments: PretrainArguments, plan: RunPlan) -> tuple[Fraction, Fraction]:
     """The tokens of a step and of the run, divided by those of the file of the configuration on its own devices."""
-    config = load_config(arguments.config)
+    config = arguments.sections
     training = {name: getattr(PretrainConfig, name) for name in _COUNTS} | config.get("training", {})
     length = config["data"].get("sequence_length", type(arguments.mixture).sequence_length)
     step = max(1, arguments.model.accelerators) * length * training[_COUNTS[0]] * training[_COUNTS[1]]

@@ -193,6 +193,7 @@ class PretrainArguments:
     """A configuration with the command line applied to it."""
 
     config: str  # name or path
+    sections: dict[str, dict[str, Any]]  # of the configuration, without the command line
     model: ModelArguments
     mixture: MixtureConfig  # the section `data`
     training: PretrainConfig

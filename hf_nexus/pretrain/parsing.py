@@ -91,6 +91,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     defaults = _defaults(PretrainConfig)
     return PretrainArguments(
         config=name,
+        sections=config,
         model=model,
         mixture=mixture,
         training=training,
