@@ -4,7 +4,6 @@ import math
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,9 +45,8 @@ class TrainingProgress(ProgressCallback):
         self._evaluated = 0  # batches of the set that is evaluated now
         self._batches = 0
         self._left = ""
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._events: defaultdict[str, int] = defaultdict(int)
-        self._since = self._drawn = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first step ended, and its number
+        self._drawn = time.monotonic()
         # Without the thread of automatic refreshes: workers of data loaders would inherit its locks.
         self._live = Live(get_renderable=self._view, console=console, auto_refresh=False, transient=True)
         self._on = bar and is_live(console) and not console.quiet
@@ -64,13 +62,13 @@ class TrainingProgress(ProgressCallback):
             self._live.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._state, self._since = state, time.monotonic()
+        """Show the run. Its first step, which starts workers and may compile, does not count for the time left."""
+        self._state, self._first = state, None
         self._draw()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step."""
-        self._count("step", args)
+        self._estimate()
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -90,11 +88,11 @@ class TrainingProgress(ProgressCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an evaluation."""
         self._evaluated = 0
-        self._count("evaluation", args)
+        self._estimate()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a checkpoint."""
-        self._count("save", args)
+        self._estimate()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Print an evaluation, and without a bar a training log."""
@@ -114,24 +112,17 @@ class TrainingProgress(ProgressCallback):
                 self._parts["speed"] = f"{logs['tokens_per_second']:,.0f} tokens/s"
             if not self._live.is_started:
                 columns = [step, self._parts["loss"], *self._sources(), *list(self._parts.values())[1:], self._left]
-                say(self.console, "   ".join(columns))
+                say(self.console, "   ".join(filter(None, columns)))
             self._draw()
 
-    def _count(self, event: str, args: Any) -> None:
-        """Add the time since the last event to the time of events of this kind."""
-        now = time.monotonic()
-        self._seconds[event] += now - self._since
-        self._events[event] += 1
-        self._since = now
-        state = self._state
-        if state is not None:
-            left = {
-                "step": state.max_steps - state.global_step,
-                "evaluation": _events_left(args.eval_strategy, state.eval_steps, state),
-                "save": _events_left(args.save_strategy, state.save_steps, state),
-            }
-            seconds = sum(n * self._seconds[kind] / max(1, self._events[kind]) for kind, n in left.items())
-            self._left = f"{timedelta(seconds=round(seconds))} left"
+    def _estimate(self) -> None:
+        """Estimate the time left from the average time of a step, evaluations and checkpoints included."""
+        now, state = time.monotonic(), self._state
+        if state is not None and state.global_step:
+            began, first = self._first = self._first or (now, state.global_step)
+            if steps := state.global_step - first:
+                seconds = (now - began) / steps * (state.max_steps - state.global_step)
+                self._left = f"{timedelta(seconds=round(seconds))} left"
         self._draw()
 
     def _sources(self) -> list[str]:
@@ -165,13 +156,6 @@ def _row(name: str, done: int, total: int, text: str) -> Table:
     row.add_column(no_wrap=True)
     row.add_row(name, ProgressBar(total=total, completed=done), Text(text))
     return row
-
-
-def _events_left(strategy: str, every: int, state: Any) -> int:
-    """Evaluations or checkpoints until the end of training, one at its last step included."""
-    if strategy == "steps":
-        return -(-state.max_steps // every) - state.global_step // every
-    return math.ceil(state.num_train_epochs - (state.epoch or 0)) if strategy == "epoch" else 0
 
 
 class SaveOnInterrupt(TrainerCallback):

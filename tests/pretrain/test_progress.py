@@ -14,12 +14,12 @@ from hf_nexus.pretrain.run import main
 from hf_nexus.trainer.checkpoints import is_complete
 from tests.support.saved_weights import same, saved_weights
 
-ARGS = SimpleNamespace(eval_strategy="steps", save_strategy="steps")
+ARGS = SimpleNamespace()
 LOGS = {"loss": 4.5, "loss/code": 4.0, "loss/law": 5.0, "path_cosine": 0.125, "tokens_per_second": 1234.0}
 
 
 def state_at(step: int) -> SimpleNamespace:
-    return SimpleNamespace(global_step=step, max_steps=10, eval_steps=4, save_steps=5, epoch=0.0, num_train_epochs=1)
+    return SimpleNamespace(global_step=step, max_steps=10)
 
 
 def shown(terminal: bool = True, **options) -> tuple[TrainingProgress, io.StringIO]:
@@ -39,14 +39,15 @@ def view(bars: TrainingProgress, width: int = 120) -> str:
 def test_the_bar_has_the_losses_the_cosine_and_the_speed():
     bars, written = shown()
     with bars.shown():
-        bars.on_step_end(ARGS, bars._state, None)
+        for bars._state.global_step in (2, 3):
+            bars.on_step_end(ARGS, bars._state, None)
         bars.on_log(ARGS, state_at(3), None, LOGS)
         bars.on_log(ARGS, state_at(4), None, {"loss": 3.5, "loss/code": 3.5})  # no micro-batch of the other source
-    for words in ("step 0/10", "loss 3.500   code 3.500   law 5.000", " left"):
+    for words in ("step 3/10", "loss 3.500   code 3.500   law 5.000", " left"):
         assert words in view(bars)
     bars.on_log(ARGS, state_at(4), None, LOGS)
     assert "path cosine +0.125   1,234 tokens/s" in view(bars)
-    for words in ("step 0/10", "path cosine +0.125   1,234 tokens/s", " left"):
+    for words in ("step 3/10", "path cosine +0.125   1,234 tokens/s", " left"):
         assert words in view(bars, width=70)
     assert "step  3/10" not in written.getvalue()  # no line
 
@@ -81,14 +82,15 @@ def test_the_time_left_counts_evaluations_and_checkpoints(monkeypatch):
         now[0] += seconds
         getattr(bars, f"on_{name}")(ARGS, state, None)
 
+    event("evaluate", 50)  # before the first step
     for step in range(1, 6):
         state.global_step = step
-        event("step_end", 1)
+        event("step_end", 1 if step > 1 else 100)
         if step == 4:
             event("evaluate", 20)
     event("save", 300)
-    # Five steps, evaluations at 8 and 10, and a checkpoint at 10.
-    assert bars._left == "0:05:45 left"
+    # The four steps after the first took 324 seconds, and five are left.
+    assert bars._left == "0:06:45 left"
 
 
 def test_each_set_is_counted_from_its_first_batch():
