@@ -22,11 +22,10 @@ from .retries import RetryPolicy
 from .uploader_process import UploaderProcess
 from .weights import convert_weights
 
-__all__ = ["PUBLIC", "RUN_NAME", "STRATEGIES", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
+__all__ = ["PUBLIC", "RUN_NAME", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 # Files that only a resumed run needs. The root of the repository is for users who load the model.
 _RESUME_ONLY = (
     "optimizer",
@@ -93,7 +92,7 @@ class Publisher:
         self._scratch = self.output_dir / "_converted"
         self._token = token = hidden(token)
         self._process = UploaderProcess(self.queue.folder, token, endpoint, retry or RetryPolicy())
-        self._unqueued: tuple[Callable[[], bool], str] | None = None  # retries the last save, and why it failed
+        self._unqueued: tuple[Callable[[], None], str] | None = None  # retries the last save, and why it failed
         self._reported: str | None = None
         for scratch in self.queue.folder.glob("new-*"):
             delete(scratch)  # of a run that was killed during a save
@@ -123,19 +122,14 @@ class Publisher:
 
     def submit_checkpoint(
         self, checkpoint: str | os.PathLike[str], step: int, strategy: str, extras: Iterable[str] = ()
-    ) -> bool:
+    ) -> None:
         """
-        Queue a checkpoint, whose files are never written again. Returns whether it was queued. If not, `status` has
-        the reason.
+        Queue a checkpoint, whose files are never written again. If it cannot be queued, `status` has the reason.
 
-        The strategy `"end"` queues nothing, `"every_save"` the model. `"checkpoint"` also queues the whole checkpoint
-        as `last-checkpoint`, `"all_checkpoints"` under its own name. `extras` are files and folders of the output
-        folder to add: card, plots, results.
+        The strategy `"every_save"` queues the model. `"checkpoint"` also queues the whole checkpoint as
+        `last-checkpoint`, `"all_checkpoints"` under its own name. `extras` are files and folders of the output folder
+        to add: card, plots, results.
         """
-        if strategy not in STRATEGIES:
-            raise ValueError(f"hub_strategy={strategy!r} is not allowed; use one of {list(STRATEGIES)}.")
-        if strategy == "end":
-            return False
         folder = Path(checkpoint)
 
         def collect() -> _FilesAndSlots:
@@ -146,19 +140,18 @@ class Publisher:
                 files |= files_below(self.output_dir / name, name)
             return files, slots
 
-        return self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
+        self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
 
-    def submit(self, step: int, message: str) -> bool:
+    def submit(self, step: int, message: str) -> None:
         """
         Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. A file
-        `_public_<name>` is sent in place of `<name>`. `message` is the title of the commit. Returns whether it was
-        queued, as `submit_checkpoint`.
+        `_public_<name>` is sent in place of `<name>`. `message` is the title of the commit.
         """
 
         def collect() -> _FilesAndSlots:
             return _sent_files(self.output_dir), ("",)
 
-        return self._add(collect, step, message)
+        self._add(collect, step, message)
 
     def queue_run(self) -> None:
         """
@@ -187,7 +180,7 @@ class Publisher:
 
     def _add(
         self, collect: Callable[[], _FilesAndSlots], step: int, message: str, write_once: Path | None = None
-    ) -> bool:
+    ) -> None:
         try:
             files, slots = collect()
             files = self._public(files)
@@ -199,12 +192,11 @@ class Publisher:
             again = partial(self._add, collect, step, message, write_once)
             self._unqueued = (again, printable(f"step {step}: {error}"))
             logger.warning(f"Step {step} could not be queued for the Hub, training continues: {printable(error)}")
-            return False
+        else:
+            self._unqueued = None
+            self._process.wake()
         finally:
             delete(self._scratch)
-        self._unqueued = None
-        self._process.wake()
-        return True
 
     def _public(self, files: Mapping[str, Path]) -> dict[str, Path]:
         """

@@ -58,7 +58,7 @@ def test_round_trip(
     assert repo is not None and repo["private"] and "dev" in repo["branches"]
     for step in (2, 4):
         checkpoint = write_checkpoint(out, step)
-        assert publisher.submit_checkpoint(checkpoint, step, "checkpoint", ["README.md", "absent.png"])
+        publisher.submit_checkpoint(checkpoint, step, "checkpoint", ["README.md", "absent.png"])
         shutil.rmtree(out / "checkpoint-2", ignore_errors=True)
         assert publisher.flush(SECONDS).complete
     assert digests(hub.files(REPO, "dev")) == digests(
@@ -66,7 +66,7 @@ def test_round_trip(
     )
     (out / "model.safetensors").write_bytes(b"final")
     (out / "_scratch").write_text("not for the Hub")
-    assert publisher.submit(6, "End of training")
+    publisher.submit(6, "End of training")
     status = publisher.flush(SECONDS)
     assert status.logs() == {"hub/pending": 0, "hub/pushed_step": 6}
     assert status.line(out) == "On the Hub (alice/model@dev): step 6."
@@ -156,16 +156,6 @@ def test_a_folder_without_a_model_or_in_use_is_not_pushed(tmp_path: Path) -> Non
     assert not (tmp_path / QUEUE_NAME).exists()
 
 
-def test_the_end_strategy_queues_no_checkpoint(publish: Callable[..., Publisher], tmp_path: Path) -> None:
-    """An unknown strategy is an error that names the known ones."""
-    publisher = publish()
-    checkpoint = write_checkpoint(tmp_path / "out", 2)
-    assert not publisher.submit_checkpoint(checkpoint, 2, "end")
-    assert publisher.status().complete
-    with pytest.raises(ValueError, match=r"hub_strategy='last'.*every_save"):
-        publisher.submit_checkpoint(checkpoint, 2, "last")
-
-
 def test_last_checkpoint_holds_one_checkpoint(
     hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path
 ) -> None:
@@ -189,7 +179,7 @@ def test_a_slow_hub_gets_the_newest_save(hub: HubServer, publish: Callable[..., 
     until(lambda: hub.count("POST", "/commit/"))
     for step in (4, 6, 8):
         checkpoint = write_checkpoint(tmp_path / "out", step)
-        assert publisher.submit_checkpoint(checkpoint, step, "every_save", ["README.md"])
+        publisher.submit_checkpoint(checkpoint, step, "every_save", ["README.md"])
     assert hub.count("POST", "/commit/") == 1 and hub.history(REPO) == [], "it waited for the Hub"
     assert len(publisher.queue.jobs()) <= 2
     hub.heal()
@@ -229,8 +219,8 @@ def test_links_in_an_output_folder_are_not_sent(
     for link in (out / "run_summary.json", out / ".eval_results", checkpoint / "linked", checkpoint / "a\\b"):
         link.symlink_to(elsewhere if link.name != "run_summary.json" else elsewhere / "secret")
     publisher = publish()
-    assert publisher.submit_checkpoint(checkpoint, 2, "checkpoint", ["run_summary.json", ".eval_results", "README.md"])
-    assert publisher.submit(2, "title")
+    publisher.submit_checkpoint(checkpoint, 2, "checkpoint", ["run_summary.json", ".eval_results", "README.md"])
+    publisher.submit(2, "title")
     assert not [name for job in publisher.queue.jobs() for name in job.stamps if "secret" in name or "linked" in name]
     assert b"secret" not in content(publisher.queue.folder).values()
     assert "README.md" in publisher.queue.jobs()[0].stamps
@@ -251,7 +241,7 @@ def test_a_full_disk_does_not_stop_training(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copy2", full)
         patch.setattr(os, "link", full)
-        assert not publisher.submit_checkpoint(checkpoint, 2, "every_save", ["README.md"])
+        publisher.submit_checkpoint(checkpoint, 2, "every_save", ["README.md"])
         status = publisher.flush(SECONDS)
         assert not status.complete and status.logs() == {"hub/pending": 1}
         assert "step 2: [Errno 28] No space left" in status.line("out")

@@ -108,7 +108,7 @@ def test_without_an_upload_process_checkpoints_wait_on_disk(
     monkeypatch.setattr(subprocess, "Popen", refuse)
     publisher = publish()
     assert publisher.check() is None
-    assert publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save")
+    publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save")
     assert publisher.flush(0.1).waiting == (2,)
     assert "could not be started" in caplog.text
 
