@@ -14,7 +14,6 @@ A *window* replaces the gradient accumulation of k micro-batches, each from one 
 An inner step is skipped if its gradient norm is zero or not finite. k counts the steps taken.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -59,11 +58,10 @@ class Nexus(Settings):
         snapshot_device (`str` or `torch.device`, *optional*):
             Device of the snapshot, for example `"cpu"`. Defaults to the device of the parameters.
         norm (`Callable[[Sequence[int], Sequence[Tensor]], Tensor]`, *optional*):
-            Norm (0-d) over all shards, given the indices of parameters and the local shards of their gradients.
-            Defaults to the norm of these tensors.
+            Norm (0-d) over all shards, given the indices of parameters and their local gradients. Defaults to the norm
+            of these gradients.
         key (`tuple[int, ...]` or a `list` of them, *optional*, defaults to `(0,)`):
-            Key of the random directions: a seed, and a shard or rank where directions must differ. In a list, one for
-            each parameter.
+            Key of random directions: a seed, and a shard or rank if they must differ. Or a list: one per parameter.
 
     Raises:
         ValueError: negative `inner_lr`, unknown `direction`, no parameters, or a dtype of less than 32 bits.
@@ -88,7 +86,7 @@ class Nexus(Settings):
     def path_cosine(self) -> Tensor:
         """Mean pairwise cosine of the inner gradients of the last window (0-d). NaN for k < 2."""
         k, norm = self.steps_taken, self.pseudo_gradient_norm
-        return torch.tensor(math.nan) if norm is None or k < 2 else (k * norm**2 - 1) / (k - 1)
+        return torch.tensor(float("nan")) if norm is None or k < 2 else (k * norm**2 - 1) / (k - 1)
 
     @contextmanager
     def window(self) -> Iterator["Nexus"]:
