@@ -16,11 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_nexus.hub.card import save_card
-from hf_nexus.hub.run_summary import RunSummary
-from hf_nexus.pretrain.card import planned_summary
+from hf_nexus.hub.facts import hub_id, public_path
+from hf_nexus.hub.run_summary import MixtureRow, RunSummary
+from hf_nexus.pretrain.model import model_config
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
 from hf_nexus.trainer.card import CARD_FILES
+from hf_nexus.trainer.config import nexus_settings
 
 FOLDER = Path(__file__).resolve().parent
 # Facts that a trainer cannot know. The built-in corpus is English text and code.
@@ -44,9 +46,38 @@ def render() -> None:
 
 
 def plan() -> RunSummary:
-    """The summary of the configuration `3b`."""
+    """The summary of the configuration `3b`, whose run has not been started."""
     arguments = parse_arguments(["--config", "3b", "--dry_run"])
-    return planned_summary(arguments, plan_run(arguments, arguments.model.accelerators), **PUBLISHED)
+    plan, sources = plan_run(arguments, arguments.model.accelerators), arguments.mixture.sources
+    assert plan.mixture is not None and plan.steps is not None
+    rows = [
+        MixtureRow(
+            source=row.source,
+            weight=row.share,
+            share=row.train_tokens / sum(row.train_tokens for row in plan.mixture),
+            epochs=row.epochs,
+            tokens=row.train_tokens,
+            license=sources[row.source].license,
+            dataset=public_path(sources[row.source].path),
+        )
+        for row in plan.mixture
+    ]
+    shares = [{row.source: row.stage_shares[i] for row in plan.mixture} for i in range(len(plan.stages))]
+    ends = [end / plan.steps for end in (*plan.stages[1:], plan.steps)]
+    return RunSummary(
+        model_name=arguments.folder.name,
+        model_type=model_config(arguments.model, arguments.mixture.sequence_length).model_type,
+        parameters=plan.parameters,
+        nexus=nexus_settings(arguments.training),
+        planned=True,
+        mixture=rows,
+        stages=list(zip(ends, shares, strict=True)),
+        hyperparameters=arguments.resolved["training"],
+        changed_hyperparameters=arguments.changed,
+        datasets=[row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
+        hardware=f"planned for {plan.devices} accelerators",
+        **PUBLISHED,
+    )
 
 
 def record(run: Path, name: str) -> None:

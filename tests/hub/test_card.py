@@ -23,9 +23,7 @@ from hf_nexus.hub.card import run_card, save_card
 from hf_nexus.hub.check import check_card, split_card
 from hf_nexus.hub.results import HeldOutLoss, save_results
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
-from hf_nexus.pretrain.card import planned_summary
-from hf_nexus.pretrain.parsing import parse_arguments
-from hf_nexus.pretrain.plan import plan_run
+from model_cards import render
 from tests.support.hub.summaries import NEXUS, full_run, make_run
 
 GOLDEN = Path(__file__).with_name("golden_card.md")
@@ -58,8 +56,7 @@ def test_model_cards_are_rendered_from_their_summaries(folder):
 
 def test_the_planned_card_follows_its_configuration():
     assert [folder.name for folder in MODEL_CARDS] == ["demo", "lora", "pretraining-3b"]
-    arguments = parse_arguments(["--config", "3b", "--dry_run"])
-    plan = planned_summary(arguments, plan_run(arguments, arguments.model.accelerators))
+    plan = render.plan()
     recorded = RunSummary.load(MODEL_CARDS[-1])
     for name in ("planned", "parameters", "mixture", "stages", "nexus", "datasets", "base_model"):
         assert getattr(recorded, name) == getattr(plan, name), f"{name}: see the head of this file"
