@@ -55,15 +55,10 @@ class Publisher:
     Only `check` and `flush` wait for the network, both for a bounded time. Only `check` raises if the Hub or the disk
     fails.
 
-    Args:
-        repo_id (`str`): `"user/name"`, or `"name"` in the namespace of the logged-in user.
-        output_dir (`str` or `os.PathLike`): Output folder of the run. The queue is its subfolder `hub_queue`.
-        token (`str`, *optional*): Token with write access; the logged-in user's if `None`. Never written to disk.
-        private (`bool`, *optional*): Visibility if the repository must be created.
-        revision (`str`, *optional*): Branch, created when missing; the default branch if `None`.
-        dtype (`str`, *optional*): Type of the weights of the model. Whole checkpoints stay as they are.
-        endpoint (`str`, *optional*): Address of the Hub; `HF_ENDPOINT` if `None`.
-        retry ([`RetryPolicy`], *optional*): Timeouts and waiting times.
+    The queue is the folder `hub_queue` of the run's `output_dir`. The `token`, which needs write access, is never
+    written to disk; by default it is that of the logged-in user. `private` and `revision` are as for [`Target`].
+    `dtype` is the type of the weights of the model; whole checkpoints stay as they are. The `endpoint` is that of
+    `HF_ENDPOINT` if it is not given.
 
     Raises:
         ValueError: the Hub does not allow the name.

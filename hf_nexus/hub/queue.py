@@ -45,12 +45,8 @@ class UploadQueue:
     One process adds jobs and one process, the holder of `lock`, sends them. Each may be killed at any time: a single
     rename adds, claims or removes a job. The first `add` creates the folder.
 
-    Another user may have written the folder. `refusal` decides which jobs are sent.
-
-    Args:
-        folder (`Path`): The folder.
-        instead (`Mapping[str, Any]`, *optional*): Fields of [`Target`] that replace those of the jobs.
-        approve (`Callable`, *optional*): Whether to send a job that this user may not have queued, for these reasons.
+    Another user may have written the folder. `refusal` decides which jobs are sent. It calls `approve` for a job that
+    this user may not have queued, with the reasons. `instead` has fields of [`Target`] that replace those of the jobs.
 
     Raises:
         ValueError: the folder, or a file in it that is written in place, is a link or something else.

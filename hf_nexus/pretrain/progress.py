@@ -162,14 +162,11 @@ class SaveOnInterrupt(TrainerCallback):
     """
     The first Ctrl-C saves a checkpoint at the end of the outer step and ends training. A second one ends at once. On
     several processes, all save after the same step: the one after the step in which the first of them was asked.
-
-    Attributes:
-        requested (`bool`): Whether a process was asked.
     """
 
     def __init__(self, console: Console):
         self.console = console
-        self.requested = False
+        self.requested = False  # whether a process was asked
 
     @contextmanager
     def listening(self) -> Iterator[None]:

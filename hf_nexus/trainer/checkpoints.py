@@ -257,15 +257,7 @@ class StagedCheckpoints:
     visible folder `checkpoint-<step>` is complete. With `checkpoint_async`, model and optimizer are written, and the
     folder is renamed, while training goes on.
 
-    Args:
-        args (`TrainingArguments`):
-            With the Nexus fields.
-        completed (`Callable[[str], None]`):
-            Called with the path of each checkpoint on each rank, in the thread that trains, once it is complete.
-
-    Attributes:
-        staging (`bool`): Whether a checkpoint is being written by the Trainer.
-        stopped_by_sigterm (`bool`): Whether the Trainer's `enable_jit_checkpoint` has ended training.
+    Once a checkpoint is complete, `completed` is called with its path on each rank, in the thread that trains.
     """
 
     def __init__(self, args: Any, completed: Callable[[str], None]):
@@ -277,8 +269,8 @@ class StagedCheckpoints:
         self._reported = False  # whether it was given to `completed`
         self._resumed: str | None = None
         self._new: Path | None = None
-        self.staging = False
-        self.stopped_by_sigterm = False
+        self.staging = False  # whether the Trainer writes a checkpoint now
+        self.stopped_by_sigterm = False  # whether the Trainer's `enable_jit_checkpoint` has ended training
 
     @contextmanager
     def run(self, run_dir: str, resume: str | bool | None) -> Iterator[str | None]:

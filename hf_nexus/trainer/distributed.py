@@ -76,15 +76,7 @@ def is_wrapped(model: nn.Module) -> bool:
 class Shards:
     """
     How the parameters of a model are sharded over the ranks of a path: each in its own way, by FSDP2, tensor or expert
-    parallelism.
-
-    Args:
-        params (`Sequence[Tensor]`), groups ([`PathGroups`]):
-            The trainable parameters, after wrapping, and the ranks of the paths.
-
-    Attributes:
-        parts (`list[int]`):
-            For each parameter, a number that two ranks share if they hold the same shard of it on the same path.
+    parallelism. `params` are the trainable parameters, after wrapping.
 
     Raises:
         ValueError: the weights are not sharded over the ranks of a path.
@@ -104,6 +96,7 @@ class Shards:
             for dim in dims:
                 size[i], index[i] = size[i] * mesh.size(dim), index[i] * mesh.size(dim) + mesh.get_local_rank(dim)
         kind_of = [kinds.index(layout) for layout in layouts]
+        # For each parameter, a number that two ranks share if they hold the same shard of it on the same path.
         self.parts = [(i * groups.size * groups.paths + index[i]) * groups.paths + groups.path for i in kind_of]
         self._sharded = max(size) > 1
         self._copies: Tensor | None = None
@@ -206,17 +199,8 @@ class PathGroups:
     """
     The ranks that walk one path together, and the average over the paths.
 
-    Args:
-        inner_sync (`str`):
-            `"global"`: all ranks walk one path. `"node"`: the ranks of each machine do. `"local"`: each rank does.
-        node_size (`int`, *optional*):
-            Ranks per path with `"node"`. Defaults to the ranks of this machine, as torchrun says.
-
-    Attributes:
-        size (`int`): Ranks per path.
-        path, paths (`int`): Number of this rank's path, and number of paths.
-        several, alone (`bool`): Whether there are several paths, and whether each is of one rank.
-        inside (`ProcessGroup`, *optional*): The ranks of this path, if there are several paths of several ranks.
+    With `inner_sync="global"`, all ranks walk one path, and with `"local"` each rank walks its own. With `"node"`, it
+    is `node_size` ranks, by default those of a machine, as torchrun says.
 
     Raises:
         ValueError: the ranks cannot be split into groups of this size.
@@ -225,16 +209,17 @@ class PathGroups:
     def __init__(self, inner_sync: str, node_size: int | None = None):
         self.settings = inner_sync, node_size
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if _several_ranks() else (1, 0)
-        self.size = size = path_size(inner_sync, node_size)
-        self.path, self._place = divmod(rank, size)
-        self.inside: dist.ProcessGroup | None = None
+        self.size = size = path_size(inner_sync, node_size)  # ranks per path
+        self.path, self._place = divmod(rank, size)  # number of this rank's path, and its place there
+        self.inside: dist.ProcessGroup | None = None  # the ranks of this path, if several paths have several ranks
         self._across: dist.ProcessGroup | None = None  # all ranks, if each walks its own path
         if 1 < size < ranks:  # every rank must make every group
             paths = [list(range(first, first + size)) for first in range(0, ranks, size)]
             across = [list(ranks_at) for ranks_at in zip(*paths, strict=True)]
             self.inside = [dist.new_group(path) for path in paths][self.path]
             self._across = [dist.new_group(ranks_at) for ranks_at in across][self._place]
-        self.paths, self.several, self.alone = ranks // size, size < ranks, size == 1 < ranks
+        self.paths, self.several = ranks // size, size < ranks
+        self.alone = size == 1 < ranks  # whether each rank has its own path
 
     @torch.no_grad()
     def average(self, params: Sequence[Tensor], moved: bool) -> None:

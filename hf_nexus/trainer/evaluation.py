@@ -31,18 +31,14 @@ class Evaluation:
     The Trainer averages the mean losses of batches, each weighted by its rows. This depends on the batches if rows
     have different numbers of loss tokens. Its value stays if it does not count loss tokens: with a model that takes no
     `num_items_in_batch`. Labels that are one per row are weighted by rows, also on several ranks.
-
-    Attributes:
-        mean ([`TokenMean`], *optional*): The token losses so far, while an evaluation is in progress.
-        labels_are_tokens (`bool`): Whether the labels of the last evaluated batch were one per token.
-        copies (`int`): Number of ranks that read the same rows, as under tensor parallelism.
     """
 
     def __init__(self, args: Any):
         self._args = args
         self._loader: Any = None
-        self.mean: TokenMean | None = None
-        self.labels_are_tokens, self.copies = False, 1
+        self.mean: TokenMean | None = None  # the token losses so far, while an evaluation is in progress
+        self.labels_are_tokens = False  # whether the labels of the last evaluated batch were one per token
+        self.copies = 1  # number of ranks that read the same rows, as under tensor parallelism
 
     @contextmanager
     def loop(self, loader: Any) -> Iterator[TokenMean]:

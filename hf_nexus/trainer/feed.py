@@ -42,11 +42,6 @@ class Feed:
     while training.
 
     With `whole`, the training data is one dataset even if it is a dict: the base class samples its sets.
-
-    Attributes:
-        data ([`TrainingData`]): What is read.
-        copies (`int`): Number of ranks that read the same rows, as under tensor parallelism.
-        first_step (`int`): The outer step at which training began or was resumed.
     """
 
     def __init__(
@@ -63,7 +58,8 @@ class Feed:
         self._progress: StreamProgress | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
-        self.first_step, self.copies = 0, 1
+        self.first_step = 0  # the outer step at which training began or was resumed
+        self.copies = 1  # number of ranks that read the same rows, as under tensor parallelism
         self.set_data(train, evaluation)
 
     def set_data(self, train: Any, evaluation: Any) -> None:

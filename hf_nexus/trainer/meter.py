@@ -67,25 +67,8 @@ class TrainingMeter:
     A window counts after its optimizer step, when the number of the outer step has increased. A checkpoint that is
     saved before the step repeats the window after a resume.
 
-    Args:
-        sources (`Sequence[str]`), device (`torch.device`):
-            The sources, and the device of the sums.
-        masked (`Mapping[str, int]`, *optional*):
-            Tokens of a row of each source that is trained on a part of its tokens.
-        copies (`int`, *optional*, defaults to 1):
-            Number of ranks that read the same rows, which count once.
-
-    Attributes:
-        trained_tokens (`dict[str, int]`):
-            Loss tokens of each source over all ranks, or rows (see `unit`). A plain dataset has the empty name.
-        rows (`dict[str, int]`):
-            Rows of each source over all ranks.
-        unit (`str`):
-            `"tokens"`, or `"rows"` where labels are not one per token.
-        inner_steps_skipped (`float`):
-            Inner steps without a usable gradient, on average over the ranks.
-        windows_dropped (`int`):
-            Windows that the end of the data cut short.
+    `masked` has the tokens of a row of each source that is trained on a part of its tokens. `copies` is the number of
+    ranks that read the same rows, which count once.
     """
 
     def __init__(
@@ -109,15 +92,16 @@ class TrainingMeter:
         """Start from the [`~TrainingMeter.state`] of a checkpoint, or at zero."""
         totals: Mapping[str, Any] = {} if saved is None else saved["attributes"]
         # A resumed mixture may have more or fewer sources.
-        self.trained_tokens: dict[str, int]
-        self.rows: dict[str, int]
+        self.trained_tokens: dict[str, int]  # loss tokens (or rows, see `unit`) of each source over all ranks
+        self.rows: dict[str, int]  # as well; a plain dataset has the empty name
         self.trained_tokens, self.rows = (
             {source: totals.get(name, {}).get(source, 0) for source in self.sources}
             for name in ("trained_tokens", "rows")
         )
+        # Inner steps without a usable gradient, on average over the ranks.
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
-        self.windows_dropped: int = totals.get("windows_dropped", 0)
-        self.unit: str = totals.get("unit", "tokens")
+        self.windows_dropped: int = totals.get("windows_dropped", 0)  # those that the end of the data cut short
+        self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
         self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
         self._step = -1  # the outer step of that window

@@ -19,13 +19,8 @@ class MuonWithAdamW(Optimizer):
     [`torch.optim.Muon`] and [`torch.optim.AdamW`] behind one set of parameter groups and one state.
     Schedulers, checkpoints and wrappers see an ordinary optimizer. AdamW's groups come first.
 
-    Args:
-        matrices (`Iterable[dict]`):
-            Parameter groups of 2-D weights for Muon, each with its options if they differ from `muon`.
-        others (`Iterable[dict]`):
-            Parameter groups for AdamW. Groups without parameters are left out, here and above.
-        muon (`dict[str, Any]`), adamw (`dict[str, Any]`):
-            The options of [`torch.optim.Muon`] and of [`torch.optim.AdamW`].
+    `matrices` are the parameter groups of 2-D weights for Muon, and `others` those for AdamW. Each has its options if
+    they differ from `muon` and `adamw`. Groups without parameters are left out.
 
     Raises:
         ValueError: a parameter for Muon is not 2-D, an option is out of range, or there is no parameter at all.

@@ -21,11 +21,8 @@ def precision_is_chosen(args: Any) -> bool:
 def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
     """
     Make trainable weights of 16 bits float32: rounding would lose most of an inner step. Frozen weights, which may be
-    quantized, stay as they are where a layer can compute on two types.
-
-    Args:
-        args (`TrainingArguments`):
-            bfloat16 autocast is switched on in them, unless the type to compute in is `chosen`.
+    quantized, stay as they are where a layer can compute on two types. bfloat16 autocast is switched on in the
+    arguments, unless the type to compute in is `chosen`.
 
     Raises:
         ValueError: there are such weights, and `upcast_weights` is off.

@@ -16,17 +16,12 @@ __all__ = ["Publishing", "card_fields"]
 
 
 class Publishing:
-    """
-    Pushes of a run during and after training. See docs/hub.md.
-
-    Attributes:
-        publisher ([`Publisher`], *optional*): On the main process, once there is a repository to push to.
-    """
+    """Pushes of a run during and after training. See docs/hub.md."""
 
     def __init__(self, args: Any):
         self._args = args
         self._final_flush: FinalFlush | None = None
-        self.publisher: Publisher | None = None
+        self.publisher: Publisher | None = None  # on the main process, once there is a repository to push to
 
     def connect(self, token: str | None, private: bool | None) -> str:
         """

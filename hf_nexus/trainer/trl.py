@@ -44,16 +44,13 @@ class SourcePreparation:
     """
     Passes the first source to a trainer of TRL (`parent`), and prepares all sources when TRL prepares the first.
 
-    Attributes:
-        shown (`Dataset`, *optional*): The `train_dataset` for TRL; `None` for a plain dataset and without TRL.
-
     Raises:
         ValueError: a `Mixture`, or sources of several formats.
     """
 
     def __init__(self, feed: Feed, parent: type | None):
         self._feed = feed
-        self.shown: Any = None
+        self.shown: Any = None  # the `train_dataset` for TRL; None for a plain dataset and without TRL
         if parent is not None and feed.data.stages:
             _check_formats(feed.data)
             # A copy, which TRL does not mistake for an evaluation set.

@@ -132,18 +132,11 @@ class Divisors:
     What a loss may be divided by: the count of loss tokens, and the number of micro-batches.
 
     Whether it is depends on the model (BERT and T5 ignore the count) and on `compute_loss`. So it is measured: a loss
-    A / n + B has the derivative -A / n^2 in n.
+    A / n + B has the derivative -A / n^2 in n. Where it is not `measured`, a loss is taken as divided by the count:
+    FSDP2 allows no input that requires a gradient.
 
-    Args:
-        items (`Tensor`, *optional*), tokens (`Tensor`, *optional*):
-            The count to divide by, and the loss tokens of this micro-batch on this rank.
-        steps (`int`):
-            The number of micro-batches.
-        measured (`bool`):
-            If not, a loss is taken as divided by the count. FSDP2 allows no input that requires a gradient.
-
-    Attributes:
-        items (`Tensor`, *optional*), steps (`Tensor` or `int`): What to give to the loss.
+    `items` is the count to divide by, and `tokens` the loss tokens of this micro-batch on this rank. The attributes
+    `items` and `steps` are what to give to the loss.
     """
 
     def __init__(self, items: Tensor | None, tokens: Tensor | None, steps: int, measured: bool):
@@ -174,15 +167,9 @@ def _part(loss: Tensor, divisor: Tensor) -> Tensor:
 
 
 class Walker:
-    """
-    Walks the micro-batches of a window with the Nexus update. Weights are displaced inside [`~Walker.walk`] only.
+    """Walks the micro-batches of a window with the Nexus update. Weights are displaced inside `walk` only."""
 
-    Attributes:
-        nexus ([`Nexus`], *optional*), groups ([`PathGroups`]):
-            The update, and the ranks that walk one path, from [`~Walker.begin`] on.
-    """
-
-    groups: PathGroups
+    groups: PathGroups  # the ranks that walk one path, from `begin` on
 
     def __init__(self, args: Any):
         self._args = args
