@@ -13,9 +13,10 @@ from .. import __version__
 from ..errors import one_line_errors
 from ..files import Secret, hide_token, printable
 from ..quiet import quieten
-from ..strict import load_yaml, packaged
+from ..strict import packaged
 from .benchmark import benchmark
 from .closeness import closeness
+from .compare import compare
 from .fields import field_options
 from .init import init
 
@@ -141,35 +142,7 @@ def plan(context: typer.Context, config: _Config) -> None:
     pretrain.main(argv, debug=context.obj)
 
 
-@app.command(cls=_Command)
-def compare(
-    config: Annotated[str, typer.Argument(help="Name of a comparison (compare), or a YAML file.")] = "compare",
-    output_dir: Annotated[
-        str | None,
-        typer.Option("--output_dir", help="Folder of all results, instead of the file's. Finished runs are skipped."),
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(help="Make only this run (nexus/seed-2). Other machines may make others at the same time."),
-    ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Only write the report on the finished runs.")] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Train nothing. Print runs, tokens, device hours and the seeds to use.")
-    ] = False,
-    pilot: Annotated[
-        bool, typer.Option("--pilot", help="Run only the primary arm and the baseline on five other seeds.")
-    ] = False,
-    difference: Annotated[
-        list[float] | None, typer.Option(min=1e-9, help="A difference that the plan is for. May be repeated.")
-    ] = None,
-) -> None:
-    """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
-    load_yaml(config, "compare", "comparison")  # before heavy packages are imported
-    from .compare import compare
-
-    compare(config, output_dir, run=run, report=report, plan=plan, pilot=pilot, differences=difference or ())
-
-
+app.command(cls=_Command)(compare)
 app.command(cls=_Command)(benchmark)
 app.command(cls=_Command)(closeness)
 app.command(cls=_Command)(init)

@@ -1,61 +1,51 @@
 """The command `hf-nexus compare`."""
 
-from collections.abc import Sequence
+from typing import Annotated
 
-from ..compare.comparison import Comparison
-from ..compare.config import ComparisonConfig
-from ..compare.plan import pilot_of, print_plan
+import typer
+
 from ..files import require_folder
 from ..lock import locked
+from ..strict import load_yaml
 
 __all__ = ["compare"]
 
 
 def compare(
-    name_or_path: str = "compare",
-    output_dir: str | None = None,
-    *,
-    run: str | None = None,
-    report: bool = False,
-    plan: bool = False,
-    pilot: bool = False,
-    differences: Sequence[float] = (),
+    config: Annotated[str, typer.Argument(help="Name of a comparison (compare), or a YAML file.")] = "compare",
+    output_dir: Annotated[
+        str | None,
+        typer.Option("--output_dir", help="Folder of all results, instead of the file's. Finished runs are skipped."),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Make only this run (nexus/seed-2). Other machines may make others at the same time."),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report on the finished runs.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing. Print runs, tokens, device hours and the seeds to use.")
+    ] = False,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Run only the primary arm and the baseline on five other seeds.")
+    ] = False,
+    difference: Annotated[
+        list[float] | None, typer.Option(min=1e-9, help="A difference that the plan is for. May be repeated.")
+    ] = None,
 ) -> None:
-    """
-    Run a comparison and print its results, or print its plan.
-
-    Args:
-        name_or_path (`str`, *optional*, defaults to `"compare"`):
-            Name of a comparison of the package, or path of a YAML file.
-        output_dir (`str`, *optional*):
-            Replaces the file's `output_dir`.
-        run (`str`, *optional*):
-            The only run to make, such as `"nexus/seed-2"`.
-        report (`bool`, *optional*, defaults to `False`):
-            Only write the report on the finished runs.
-        plan (`bool`, *optional*, defaults to `False`):
-            Train nothing. Print runs, tokens, device hours, and the seeds that each of `differences` needs.
-        pilot (`bool`, *optional*, defaults to `False`):
-            Run only the primary arm and the baseline on other seeds, in a subfolder, for the plan.
-        differences (`Sequence[float]`, *optional*):
-            Sizes of the difference in the primary metric to plan for.
-
-    Raises:
-        ValueError: an error in the configuration, or another comparison is running in the same folder.
-        SystemExit: runs failed.
-
-    Example:
-        >>> from hf_nexus.cli.compare import compare
-        >>> compare("compare", output_dir="runs/compare")  # doctest: +SKIP
-    """
+    """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
+    load_yaml(config, "compare", "comparison")  # before heavy packages are imported
     from rich.console import Console
 
-    config = ComparisonConfig.load(name_or_path, output_dir)
-    command = f"hf-nexus compare {name_or_path}" + (f" --output_dir {output_dir}" if output_dir else "")
+    from ..compare.comparison import Comparison
+    from ..compare.config import ComparisonConfig
+    from ..compare.plan import pilot_of, print_plan
+
+    whole, console, differences = ComparisonConfig.load(config, output_dir), Console(), difference or ()
+    command = f"hf-nexus compare {config}" + (f" --output_dir {output_dir}" if output_dir else "")
     if plan:
-        print_plan(config, command, differences, Console())
+        print_plan(whole, command, differences, console)
         return
-    comparison = Comparison(pilot_of(config) if pilot else config, Console())
+    comparison = Comparison(pilot_of(whole) if pilot else whole, console)
     if report:
         comparison.report()
     elif run is not None:  # other machines may make others: the run locks its own folder
@@ -67,6 +57,6 @@ def compare(
             comparison.check()
             comparison.run()
     if pilot:
-        print_plan(config, command, differences, Console())
+        print_plan(whole, command, differences, console)
     if comparison.failed:
         raise SystemExit(f"{len(comparison.failed)} runs failed; the same command runs only what is missing.")

@@ -12,6 +12,6 @@ def test_a_folder_has_one_comparison(tmp_path, monkeypatch):
         raise BlockingIOError(errno.EAGAIN, "held")
 
     monkeypatch.setattr("fcntl.lockf", held)
-    monkeypatch.setattr("hf_nexus.cli.compare.Comparison.run", lambda comparison: pytest.fail("it ran"))
+    monkeypatch.setattr("hf_nexus.compare.comparison.Comparison.run", lambda comparison: pytest.fail("it ran"))
     with pytest.raises(ValueError, match="is used by another process"):
         compare("compare", str(tmp_path))
