@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from transformers import TrainerCallback
 
+from ..evaluation.answers import ANSWER_MARK, final_answer
 from ..evaluation.questions import answer_scores
 from ..files import write_atomic
 from ..lock import locked
@@ -36,7 +37,6 @@ __all__ = ["CONFIG_NAME", "MEASURED_NAME", "MINIMA_NAME", "Run", "read_questions
 CONFIG_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
 _PUSH = ("push_to_hub", "hub_model_id")
-_SCORES = ("answer_loss", "exact_match")
 _PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
 
 
@@ -181,7 +181,7 @@ class Run:
                 max_new_tokens=questions.max_new_tokens,
                 batch_size=args.per_device_eval_batch_size,
             )
-            record.downstream |= {f"{name}/{key}": value for key, value in scores.items() if key in _SCORES}
+            record.downstream |= {f"{name}/{key}": value for key, value in scores.items()}
         return record
 
 
@@ -222,7 +222,8 @@ def read_questions(questions: QuestionSet) -> list[dict[str, Any]]:
     The rows of a question set.
 
     Raises:
-        ValueError: the file is empty, or a line is not a JSON object with `question` and `answer`.
+        ValueError: the file is empty, a line is not a JSON object with `question` and `answer`, or the answers are to
+            be generated and one of the given has no final answer to compare with.
         OSError: the file cannot be read.
     """
     with open(questions.path, encoding="utf-8") as lines:
@@ -235,6 +236,12 @@ def read_questions(questions: QuestionSet) -> list[dict[str, Any]]:
         raise ValueError(
             f"{questions.path}: each line must be a JSON object with the strings `question` and `answer`."
         )
+    for number, row in enumerate(rows, start=1) if questions.max_new_tokens else ():
+        if final_answer(row["answer"]) is None:
+            raise ValueError(
+                f"{questions.path}: `answer` in line {number} must end in a line '{ANSWER_MARK}<answer>', to compare "
+                "generated answers with. Add it, or set max_new_tokens to 0 to measure only the loss."
+            )
     return rows
 
 

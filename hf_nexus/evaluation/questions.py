@@ -1,58 +1,42 @@
 """Scores of a model on questions: loss of the given answers, and exact match of the generated ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .answers import ANSWER_MARK, final_answer
+from .answers import ANSWER_MARK
 
-__all__ = ["PROMPT", "answer_scores"]
-
-PROMPT = "Question: {question}\nAnswer: "
+__all__ = ["answer_scores"]
 
 
+@torch.no_grad()
 def answer_scores(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Mapping[str, Any]],
     *,
-    batch_size: int = 8,
-    max_new_tokens: int = 0,
-    prompt: str = PROMPT,
+    prompt: str,
+    batch_size: int,
+    max_new_tokens: int,
 ) -> dict[str, float]:
-    r"""
+    """
     Loss of the answers given their questions, and fraction of questions answered correctly by greedy generation.
 
     Prompt and answer are tokenized as one text, so a space at the end of the prompt belongs to the first token of the
     answer. Generation starts without such spaces. A generated text counts up to the end of its first line with
     `#### `: a model that never learned to stop goes on with further questions.
 
-    Rows have the strings `question` and `answer`, a solution that ends in `#### <final answer>`. The scores do not
-    depend on the batch size. They are `answer_loss`, nats per token of the answers, prompts masked, and with
-    `max_new_tokens` also `exact_match`, as computed by [`AnswerExactMatch`]. `examples` is the number of rows that are
-    scored. `left_out` is the number of rows that do not fit into the context of the model, with the answer or with
-    `max_new_tokens`.
+    Rows that do not fit into the context of the model, with the answer or with `max_new_tokens`, are left out. The
+    scores do not depend on the batch size. They are `answer_loss`, nats per token of the answers, prompts masked, and
+    with `max_new_tokens` also `exact_match`, as computed by [`AnswerExactMatch`]. The model stays in evaluation mode.
 
     Raises:
-        ValueError: no row fits, no answer has a token, `prompt` has no `{question}`, `batch_size` or
-            `max_new_tokens` is out of range, or a reference has no final answer to compare with.
+        ValueError: no row fits, or no answer has a token.
     """
-    if batch_size < 1 or max_new_tokens < 0 or "{question}" not in prompt:
-        raise ValueError(
-            f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, prompt={prompt!r} is not allowed. batch_size "
-            "must be at least 1, max_new_tokens at least 0, and prompt must contain {question}."
-        )
-    if max_new_tokens:
-        for i, row in enumerate(rows):
-            if final_answer(row["answer"]) is None:
-                raise ValueError(
-                    f"Row {i} has no final answer to compare with. Its `answer` must end in a line "
-                    f"'{ANSWER_MARK}<answer>'. Add it, or pass max_new_tokens=0 to compute only the loss."
-                )
+    model.eval()
     tokenized = [_tokenize(tokenizer, row, prompt) for row in rows]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # some models have no limit
     fitting = [r for r in tokenized if context is None or max(len(r.ids), len(r.question) + max_new_tokens) <= context]
@@ -63,11 +47,10 @@ def answer_scores(
         )
     fitting.sort(key=lambda row: len(row.ids))  # rows of similar length need little padding
     batches = [fitting[i : i + batch_size] for i in range(0, len(fitting), batch_size)]
-    with _evaluating(model):
-        scores = {"answer_loss": _answer_loss(model, batches)}
-        if max_new_tokens:
-            scores |= _exact_match(model, tokenizer, batches, max_new_tokens)
-    return scores | {"examples": len(fitting), "left_out": len(rows) - len(fitting)}
+    scores = {"answer_loss": _answer_loss(model, batches)}
+    if max_new_tokens:
+        scores |= _exact_match(model, tokenizer, batches, max_new_tokens)
+    return scores
 
 
 @dataclass
@@ -89,19 +72,6 @@ def _tokenize(tokenizer: Any, row: Mapping[str, Any], prompt: str) -> _Row:
     # A token with characters of both prompt and answer belongs to the answer.
     shared = next((i for i, (a, b) in enumerate(zip(question, ids, strict=False)) if a != b), len(question))
     return _Row(ids, min(shared, len(ids)), question, row["answer"])
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients. At the end each module has its previous mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _pad(rows: list[list[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:

@@ -217,3 +217,11 @@ def test_a_file_that_is_no_question_set_is_an_error(text, tmp_path):
     (tmp_path / "quiz.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"quiz\.jsonl: each line must be a JSON object"):
         read_questions(QuestionSet(str(tmp_path / "quiz.jsonl")))
+
+
+def test_a_question_without_a_final_answer_is_found_early(tmp_path):
+    rows = [{"question": "6 * 7?", "answer": "#### 42"}, {"question": "7 * 6?", "answer": "42"}]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_questions(QuestionSet(str(tmp_path / "quiz.jsonl")))) == 2
+    with pytest.raises(ValueError, match=r"quiz\.jsonl: `answer` in line 2 must end in a line '#### <answer>'"):
+        read_questions(QuestionSet(str(tmp_path / "quiz.jsonl"), max_new_tokens=4))

@@ -18,6 +18,11 @@ QUESTIONS = [
 ]
 
 
+def scores_of(model: Any, tokenizer: Any, rows: list[dict[str, str]], **options: Any) -> dict[str, float]:
+    defaults = {"prompt": "Question: {question}\nAnswer: ", "batch_size": 8, "max_new_tokens": 0}
+    return answer_scores(model, tokenizer, rows, **defaults | options)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return tiny_tokenizer()
@@ -69,10 +74,10 @@ def by_hand(model: Any, tokenizer: Any, prompt: str = "Question: {question}\nAns
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_the_answer_loss_is_the_mean_over_answer_tokens(tokenizer, batch):
     model = answering()
-    found = answer_scores(model, tokenizer, QUESTIONS, batch_size=batch)
-    assert found == {"answer_loss": pytest.approx(by_hand(model, tokenizer), rel=1e-6), "examples": 5, "left_out": 0}
+    found = scores_of(model, tokenizer, QUESTIONS, batch_size=batch)
+    assert found == {"answer_loss": pytest.approx(by_hand(model, tokenizer), rel=1e-6)}
     prompt = "{question} = "
-    other = answer_scores(model, tokenizer, QUESTIONS, batch_size=batch, prompt=prompt)["answer_loss"]
+    other = scores_of(model, tokenizer, QUESTIONS, batch_size=batch, prompt=prompt)["answer_loss"]
     assert other == pytest.approx(by_hand(model, tokenizer, prompt), rel=1e-6)
     assert abs(other - found["answer_loss"]) > 1e-4
 
@@ -83,7 +88,7 @@ def test_a_generated_text_counts_up_to_its_first_answer(tokenizer, batch):
     answers["Question: how many?"] = "just a thousand\n#### 1000.00"
     answers["Question: x"] = "no idea"
     oracle = Oracle(tokenizer, answers)
-    found = answer_scores(oracle, tokenizer, QUESTIONS, batch_size=batch, max_new_tokens=99)
+    found = scores_of(oracle, tokenizer, QUESTIONS, batch_size=batch, max_new_tokens=99)
     # Of `x`, the first answer is that to the next question: 0.
     assert found["exact_match"] == 4 / 5
     assert oracle.calls[0]["max_new_tokens"] == 99 and oracle.calls[0]["do_sample"] is False
@@ -102,33 +107,20 @@ def test_a_model_that_learned_the_answers_generates_them(tokenizer):
         optimizer.step()
         optimizer.zero_grad()
     for batch in (1, 4):
-        found = answer_scores(model, tokenizer, rows, batch_size=batch, max_new_tokens=12)
+        found = scores_of(model, tokenizer, rows, batch_size=batch, max_new_tokens=12)
         assert found["exact_match"] == 1.0
         assert found["answer_loss"] < 0.1
     wrong = [{**row, "answer": "#### 9"} for row in rows]
-    assert answer_scores(model, tokenizer, wrong, max_new_tokens=12)["exact_match"] == 0.0
+    assert scores_of(model, tokenizer, wrong, max_new_tokens=12)["exact_match"] == 0.0
 
 
 def test_rows_that_do_not_fit_are_left_out(tokenizer):
     long = {"question": "x" * 300, "answer": "#### 1"}
     model = answering(room=128)
-    found = answer_scores(model, tokenizer, [*QUESTIONS, long])
-    assert (found["examples"], found["left_out"]) == (5, 1)
+    found = scores_of(model, tokenizer, [*QUESTIONS, long])
     assert found["answer_loss"] == pytest.approx(by_hand(model, tokenizer), rel=1e-6)
     with pytest.raises(ValueError, match="None of the 5 rows fits into the model's context of 128 tokens"):
-        answer_scores(model, tokenizer, QUESTIONS, max_new_tokens=128)
-
-
-def test_each_module_keeps_its_mode(tokenizer):
-    model = answering().train()
-    model.model.layers[0].eval()
-    before = [module.training for module in model.modules()]
-    answer_scores(model, tokenizer, QUESTIONS)
-    assert [module.training for module in model.modules()] == before
-    model.forward = lambda **inputs: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        answer_scores(model, tokenizer, QUESTIONS)
-    assert [module.training for module in model.modules()] == before
+        scores_of(model, tokenizer, QUESTIONS, max_new_tokens=128)
 
 
 def test_prompts_start_with_bos_if_texts_of_the_tokenizer_do(tokenizer):
@@ -150,7 +142,7 @@ def test_prompts_start_with_bos_if_texts_of_the_tokenizer_do(tokenizer):
     model = Watched(with_bos, {})
     model.llama.resize_token_embeddings(len(with_bos))
     assert with_bos("x")["input_ids"][-1] == with_bos.eos_token_id
-    answer_scores(model, with_bos, QUESTIONS, batch_size=1)
+    scores_of(model, with_bos, QUESTIONS, batch_size=1)
     assert all(ids[0, 0] == bos and bos not in ids[0, 1:] for ids in seen)
     assert not any(with_bos.eos_token_id in ids for ids in seen)
     assert [len(ids[0]) - 1 for ids in seen] == sorted(
@@ -162,13 +154,9 @@ def test_prompts_start_with_bos_if_texts_of_the_tokenizer_do(tokenizer):
     ("rows", "kwargs", "message"),
     [
         ([], {}, "None of the 0 rows"),
-        (QUESTIONS, {"batch_size": 0}, "batch_size=0"),
-        (QUESTIONS, {"prompt": "Question:"}, r"prompt must contain \{question\}"),
-        (QUESTIONS, {"max_new_tokens": -1}, "max_new_tokens=-1"),
-        ([{"question": "x", "answer": "y"}], {"max_new_tokens": 1}, "Row 0 has no final answer"),
         ([{"question": "x", "answer": ""}], {"prompt": "{question}"}, "has a token to compute a loss on"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(tokenizer, rows, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        answer_scores(answering(), tokenizer, rows, **kwargs)
+        scores_of(answering(), tokenizer, rows, **kwargs)
