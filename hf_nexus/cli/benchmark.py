@@ -1,6 +1,5 @@
 """The command `hf-nexus benchmark`."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,13 +47,13 @@ def benchmark(
     Scores are saved after each task, and shown on the card of a run. The exit status is 1 if a task failed.
     """
     from ..evaluation.lm_eval.model_arguments import model_arguments
-    from ..evaluation.lm_eval.runner import run_tasks
+    from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
     from ..evaluation.lm_eval.tasks import select_tasks
     from ..hub.benchmarks import SCORES_NAME, claim_folder, record_scores
     from ..hub.results import RESULTS_NAME
 
     selected, left_out = select_tasks([name.strip() for name in tasks.split(",")], limit, allow_code_execution)
-    _require_lm_eval()
+    require_lm_eval()
     arguments = model_arguments(model, revision, dtype)
     own_folder = Path(model).is_dir() and (output is None or Path(output).resolve() == Path(model).resolve())
     name = model if revision is None else f"{model}@{revision}"
@@ -86,11 +85,6 @@ def benchmark(
     if problem is not None:
         raise problem
     raise SystemExit(failed > 0)
-
-
-def _require_lm_eval() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("Benchmarks need lm-eval: pip install 'lm-eval[math]'")
 
 
 def _describe(result: "TaskResult") -> str:

@@ -51,10 +51,8 @@ def closeness(
     from ..evaluation.closeness import measure_closeness
 
     disable_progress_bar()  # while weights are loaded
-    path, mixture = (
-        Path(output or Path(model if Path(model).is_dir() else "", _OUTPUT_NAME)),
-        find_mixture(model, config),
-    )
+    path = Path(output or Path(model if Path(model).is_dir() else "", _OUTPUT_NAME))
+    mixture = find_mixture(model, config)
     if path.is_dir():
         raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
     require_folder(path.parent, "output")

@@ -1,9 +1,7 @@
 """Scores of a finished run on benchmarks of lm-eval."""
 
-import importlib.util
-
 from ..evaluation.lm_eval.model_arguments import model_arguments
-from ..evaluation.lm_eval.runner import run_tasks
+from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
 from ..evaluation.lm_eval.tasks import Task, select_tasks
 from ..hub.benchmarks import record_scores
 from ..pretrain.parsing import parse_arguments
@@ -23,8 +21,8 @@ def check_benchmarks(config: ComparisonConfig) -> None:
         ImportError: lm-eval is not installed.
     """
     select_tasks(config.benchmarks)
-    if config.benchmarks and importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("benchmarks: they need lm-eval: pip install 'lm-eval[math]'")
+    if config.benchmarks:
+        require_lm_eval()
 
 
 def missing_tasks(config: ComparisonConfig, record: RunRecord) -> list[Task]:

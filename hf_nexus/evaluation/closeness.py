@@ -92,12 +92,7 @@ def measure_closeness(
     losses = {name: loss for name, (loss, _) in measured.items()}
     means = mean_losses({f"eval_{name}_loss": loss for name, loss in losses.items()}, list(losses), loaded.weights)
     sample = {name: held_out[name].first(batches) for name in sources}
-    passes = [1 if projection else i + (i < len(sources) - 1) for i in range(len(sources))]  # over each source
-    total = sum(n * -(-len(rows.rows) // batch_size) for n, rows in zip(passes, sample.values(), strict=True))
-    ticks = iter(track("Gradients", range(total if len(sources) > 1 else 0)))
-    counted = {name: _Counted(rows, ticks) for name, rows in sample.items()}
-    cosines = gradient_cosines(counted, list(params.values()), projection=projection, seed=seed)
-    next(ticks, None)  # the last one is done
+    cosines = _measure_cosines(sample, list(params.values()), projection, seed, track)
     return Closeness(
         model=model,
         base=base,
@@ -108,7 +103,7 @@ def measure_closeness(
         macro_loss=means["eval_loss"],
         ood_loss=means.get(f"eval_{OOD}_loss"),
         tokens={name: tokens for name, (_, tokens) in measured.items()},
-        cosines=[(a, b, value) for (a, b), value in cosines.items()],
+        cosines=cosines,
         cosine_tokens={name: int(sum(tokens for _, tokens in rows)) for name, rows in sample.items()},
         projection=projection,
         minima=_measure_minima(minima, base, params, sample) if minima else None,
@@ -126,6 +121,18 @@ class _Counted:
         for batch in self.batches:
             next(self.ticks, None)
             yield batch
+
+
+def _measure_cosines(
+    sample: Mapping[str, HeldOutSet], params: list[Tensor], projection: int | None, seed: int, track: Callable
+) -> list[tuple[str, str, float]]:
+    passes = [1 if projection else i + (i < len(sample) - 1) for i in range(len(sample))]  # over each source
+    total = sum(n * -(-len(rows.rows) // rows.batch_size) for n, rows in zip(passes, sample.values(), strict=True))
+    ticks = iter(track("Gradients", range(total)))
+    counted = {name: _Counted(rows, ticks) for name, rows in sample.items()}
+    cosines = gradient_cosines(counted, params, projection=projection, seed=seed)
+    next(ticks, None)  # the last one is done
+    return [(a, b, value) for (a, b), value in cosines.items()]
 
 
 def _check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hf_nexus.cli import benchmark as module
 from hf_nexus.cli.app import app
 from hf_nexus.hub.benchmarks import load_scores
 from hf_nexus.hub.run_summary import RunSummary
@@ -28,7 +27,7 @@ NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradie
 @pytest.fixture
 def benchmark(monkeypatch):
     """`benchmark(model, tasks, ...)` runs the command as if lm-eval were installed."""
-    monkeypatch.setattr(module, "_require_lm_eval", lambda: None)
+    monkeypatch.setattr("hf_nexus.evaluation.lm_eval.runner.require_lm_eval", lambda: None)
     return run
 
 
@@ -48,9 +47,9 @@ def test_ctrl_c_kills_the_child_and_keeps_the_scores(model, stand_in):
 import signal
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
-from hf_nexus.cli import app, benchmark
+from hf_nexus.cli import app
 from hf_nexus.evaluation.lm_eval import runner
-benchmark._require_lm_eval = lambda: None
+runner.require_lm_eval = lambda: None
 runner._CHILD = Path({str(child)!r})
 app.main(["benchmark", {str(model)!r}, "--tasks", "gsm8k,bbh"])
 """

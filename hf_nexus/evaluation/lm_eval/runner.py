@@ -1,5 +1,6 @@
 """Runs tasks of lm-eval, each in a child process: a crash, a hang or a lack of memory costs only that task."""
 
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from ...files import printable
 from .scores import Score, read_scores
 from .tasks import Task
 
-__all__ = ["LOG_FOLDER", "RAW_FOLDER", "TaskResult", "run_tasks"]
+__all__ = ["LOG_FOLDER", "RAW_FOLDER", "TaskResult", "require_lm_eval", "run_tasks"]
 
 RAW_FOLDER = "benchmarks"
 # Names with a leading `_` are not uploaded: logs contain local paths.
@@ -39,6 +40,12 @@ class TaskResult:
     seconds: float  # including the start of lm-eval and the loading of the model
     log: Path  # file with all output
     error: str | None = None  # reason of a failure, in one line that names the log
+
+
+def require_lm_eval() -> None:
+    """Check that lm-eval is installed, without importing it, which takes seconds."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("Benchmarks need lm-eval: pip install 'lm-eval[math]'")
 
 
 def run_tasks(
