@@ -103,13 +103,6 @@ def find_pipeline_tag(model: Any) -> dict[str, str | None]:
 
     Returns `pipeline_tag` and `auto_class` of [`RunSummary`] for an unwrapped model or an adapter of peft. Both are
     `None` if transformers does not know the class of the model.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> from hf_nexus.hub.facts import find_pipeline_tag
-        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-        >>> find_pipeline_tag(ViTForImageClassification(config))
-        {'pipeline_tag': 'image-classification', 'auto_class': 'AutoModelForImageClassification'}
     """
     if is_peft_available():
         from peft import PeftModel

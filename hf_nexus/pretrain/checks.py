@@ -1,6 +1,6 @@
 """Checks of a configuration before anything is loaded, the same for a plan and for a run."""
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -46,13 +46,14 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         raise ValueError("max_steps: the run has no steps. Set it above 0, or num_train_epochs.")
     if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:
         raise ValueError("metric_for_best_model: missing, and save_strategy is 'best'. Set it, to loss for example.")
-    with nullcontext() if here else suppress(ImportError):
+    allowed = () if here else (ImportError,)  # a plan needs no packages of the run
+    with suppress(*allowed):
         _try_trackers(training)
-    with nullcontext() if here else suppress(ImportError):
+    with suppress(*allowed):
         if not model.continues:
             with torch.device("meta"):  # an attention that the model does not have is an error
                 build_model(model_config(model, mixture.sequence_length), model.attn_implementation)
-    with nullcontext() if here else suppress(ImportError):
+    with suppress(*allowed):
         _try_optimizer(training)
 
 

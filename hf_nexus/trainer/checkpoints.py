@@ -342,10 +342,10 @@ class StagedCheckpoints:
         return os.path.join(run_dir, STAGING_DIR) if self.staging else run_dir
 
     @contextmanager
-    def stage(self, run_dir: str, state: TrainerState) -> Iterator[str]:
+    def stage(self, run_dir: str, state: TrainerState) -> Iterator[None]:
         """
-        Write one checkpoint inside the context, which gives its final path. All ranks must enter it. The path of the
-        best checkpoint in `state` is corrected.
+        Write one checkpoint inside the context, which all ranks must enter. The path of the best checkpoint in `state`
+        is corrected.
 
         Raises:
             OSError: on all ranks, if the checkpoint before was not written.
@@ -361,7 +361,7 @@ class StagedCheckpoints:
         processes.wait_for_everyone()
         self.staging, self._writes = True, []
         try:
-            yield final
+            yield
         finally:
             self.staging = False
         written = state.best_model_checkpoint
@@ -402,7 +402,7 @@ class StagedCheckpoints:
         if self._args.should_save:
             _finish(staged)
 
-    def settle(self) -> None:
+    def report_completed(self) -> None:
         """Report a checkpoint that was completed while training went on, once."""
         if self._pending is not None and not self._reported:
             final, written = self._pending
@@ -425,14 +425,14 @@ class StagedCheckpoints:
             raise OSError(
                 f"{final} was not written: {_reason(error)}. Mend the cause, then resume from the last checkpoint."
             ) from error
-        self.settle()
+        self.report_completed()
         self._pending = None
 
     def _end(self) -> None:
         """Wait on this rank, after an interruption."""
         if self._pending is not None and (error := self._pending[1].exception()) is not None:
             logger.error(f"{self._pending[0]} was not written: {_reason(error)}.")
-        self.settle()
+        self.report_completed()
         self._pending = None
 
     def _follow_best(self, state: TrainerState, run_dir: str) -> None:

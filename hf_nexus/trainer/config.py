@@ -162,13 +162,8 @@ def _parse_weights(weights: Any) -> dict[str, float] | list[dict[str, Any]] | No
 
 def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Nexus fields and k as plain data: saved with a model, and compared when a run is resumed."""
-    left_out = (
-        "checkpoint_async",
-        "allow_mixture_change",
-        "hub_flush_timeout",
-        "upcast_weights",
-        "save_dtype",
-    )  # they do not change what is trained
+    # Fields that do not change what is trained.
+    left_out = ("checkpoint_async", "allow_mixture_change", "hub_flush_timeout", "upcast_weights", "save_dtype")
     names = [f.name for f in fields(NexusConfigMixin) if f.name not in left_out]
     settings = {name: getattr(args, name) for name in names}
     return {**settings, "gradient_accumulation_steps": args.gradient_accumulation_steps}

@@ -538,7 +538,7 @@ class NexusTrainerMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
-        self._checkpoints.settle()
+        self._checkpoints.report_completed()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()
         if self.state.global_step >= self.state.max_steps and not self._plain:
