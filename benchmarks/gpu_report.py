@@ -1,5 +1,5 @@
 """
-What only a GPU shows, as Markdown for docs/results.md, in less than ten minutes on one GPU.
+What only a GPU shows, as Markdown for docs/results_cost.md, in less than ten minutes on one GPU.
 
     make gpu-report                                  # writes build/gpu_report.md
     make gpu-report ARGS=--tiny                      # on any machine: tiny models that show that the report works
