@@ -87,7 +87,7 @@ class NexusConfigMixin:
             `"bfloat16"` saves and pushes the model with weights of this type. Checkpoints stay float32.
         checkpoint_async (`bool`, *optional*, defaults to `False`):
             Write model and optimizer of each checkpoint in sharded files while training goes on, from a copy in host
-            memory. See docs/trainer.md.
+            memory. See docs/checkpoints.md.
         allow_mixture_change (`bool`, *optional*, defaults to `False`):
             Resume although the data is not that of the checkpoint. Streams are then read from their beginning.
         hub_flush_timeout (`float`, *optional*, defaults to 600):
