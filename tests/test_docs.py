@@ -26,7 +26,7 @@ from tests.support.tiny_tokenizer import MARKING, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 MIXTURES = [
     block
-    for page in ("mixtures", "files", "streaming")
+    for page in ("mixtures", "rows", "schedule", "files", "streaming")
     for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
 ]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
