@@ -17,7 +17,7 @@ from hf_nexus.pretrain.memory import estimate_memory, sharding_of
 from hf_nexus.pretrain.model import build_model, count_parameters, model_config
 from tests.support.tiny_config import planned
 
-PAGE = Path(__file__).parents[2] / "docs" / "pretrain_3b.md"
+PAGE = Path(__file__).parents[2] / "docs" / "cost.md"
 ROWS, LENGTH, K = 3, 128, 2
 
 
