@@ -26,7 +26,7 @@ from hf_nexus.strict import describe, field_types, options, packaged, parse_yaml
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(hf_nexus.__file__).parent
 COMMITTED = PACKAGE / "nexus.schema.json"
-PAGE = ROOT / "docs" / "configuration.md"
+PAGE = ROOT / "docs" / "fields.md"
 TABLES = {
     "model": ModelArguments,
     "data": MixtureConfig,
