@@ -176,6 +176,12 @@ def test_relative_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_prose_is_a_comment(page):
+    """MyST leaves out lines that start with a percent sign, where a paragraph was wrapped before it."""
+    assert re.findall(r"^\s*%.*", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.MULTILINE) == []
+
+
 def test_troubleshooting_quotes_messages_that_exist():
     """Each quote is compared by its longest part between values: quoted names, numbers and dots."""
     trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
