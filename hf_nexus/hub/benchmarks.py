@@ -77,9 +77,9 @@ def load_scores(folder: str | os.PathLike[str]) -> list[BenchmarkScore]:
 
 def _merged(new: list[BenchmarkScore], old: Sequence[BenchmarkScore]) -> list[BenchmarkScore]:
     """The new scores with the compared arm's values of the old ones, after old scores of other benchmarks."""
-    arms = {(score.name, score.metric, score.notes): score.arm_value for score in old}
+    arms = {score.setting: score.arm_value for score in old}
     names = {score.name for score in new}
-    new = [replace(score, arm_value=arms.get((score.name, score.metric, score.notes))) for score in new]
+    new = [replace(score, arm_value=arms.get(score.setting)) for score in new]
     return [score for score in old if score.name not in names] + new
 
 

@@ -65,13 +65,18 @@ class BenchmarkScore:
     revision: str | None = None  # commit of the dataset
     date: str | None = None  # ISO date of the evaluation
     notes: str | None = None  # setting of the evaluation, such as "8-shot"
-    arm_value: float | None = None  # score of the other arm
+    arm_value: float | None = None  # score of the other arm, see [`RunSummary.against`]
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"The score of {self.name} is {self.value}, but must be finite. Leave it out.")
         if not is_repo_id(self.dataset):
             raise ValueError(f"dataset={self.dataset!r} of {self.name} is not a Hub id. Use 'user/name'.")
+
+    @property
+    def setting(self) -> tuple[str, str, str | None]:
+        """What two scores share that can be compared."""
+        return self.name, self.metric, self.notes
 
 
 def _rounded(value: float) -> float:

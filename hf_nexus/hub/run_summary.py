@@ -128,7 +128,7 @@ class RunSummary:
 
     def against(self, other: "RunSummary", name: str) -> "RunSummary":
         """
-        Copy of this summary with the losses of another arm, which the card calls `name`.
+        Copy of this summary with the losses and scores of another arm, which the card calls `name`.
 
         Raises:
             ValueError: the numbers of tokens differ by more than 1 %, or the runs have no common evaluation set.
@@ -143,8 +143,12 @@ class RunSummary:
                 f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}. "
                 "Compare runs with equal numbers."
             )
+        values = {score.setting: score.value for score in other.benchmarks}
         return replace(
-            self, arm=name, evaluations=[replace(row, arm_loss=losses.get(row.name)) for row in self.evaluations]
+            self,
+            arm=name,
+            evaluations=[replace(row, arm_loss=losses.get(row.name)) for row in self.evaluations],
+            benchmarks=[replace(score, arm_value=values.get(score.setting)) for score in self.benchmarks],
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

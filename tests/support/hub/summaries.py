@@ -50,13 +50,12 @@ def full_run() -> RunSummary:
     run = make_run(
         stages=[(0.75, {"code": 0.5, "maths": 0.5}), (1.0, {"code": 0.9, "maths": 0.1})],
         benchmarks=[
-            BenchmarkScore(
-                "GSM8K", "openai/gsm8k", "exact_match", 41.25, 1.4, "gsm8k", "abc", "2026-05-01", "8-shot", 40
-            ),
+            BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.25, 1.4, "gsm8k", "abc", "2026-05-01", "8-shot"),
             BenchmarkScore("LAMBADA", "EleutherAI/lambada_openai", "acc", 12.5),
         ],
         cosine_plot="gradient_cosines.png",
     )
     run.mixture.append(MixtureRow("web", None, 0.0, None, 0, "odc-by", "org/web"))
     other = replace(run, evaluations=[HeldOutLoss("code", "train", 8.3, 3.1), HeldOutLoss("cpp", "ood", None, 4.0)])
+    other.benchmarks = [replace(run.benchmarks[0], value=40), replace(run.benchmarks[1], notes="another setting")]
     return run.against(other, "plain accumulation")
