@@ -1,10 +1,11 @@
 """Documents of a source: loading them, and the text and tokens of each row."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, time, timedelta
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import printable
 from .config import BUILTIN_PREFIX, SourceConfig
 from .data_files import card_lists_files, data_files, means_files
 from .token_files import read_token_files
@@ -27,10 +29,12 @@ __all__ = [
     "check_tokenizer",
     "is_conversation",
     "load_documents",
-    "naming_source",
+    "rows_of",
     "split_text",
     "unmarked",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Characters per call of a tokenizer, which takes about 150 bytes for each. Longer texts are tokenized in segments.
 SEGMENT = 1_000_000
@@ -65,7 +69,7 @@ def load_documents(
     """
     path, named = os.path.expanduser(source.path), {} if every_column else source.columns
     available: list[str] = []
-    with naming_source(name, source, split):
+    with _naming_source(name, source, split):
         if source.path.startswith(BUILTIN_PREFIX):
             documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
         elif any(os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
@@ -116,8 +120,14 @@ def _load_columns(
     return builder.as_streaming_dataset(split), every.column_names
 
 
+def rows_of(name: str, source: SourceConfig, split: str, documents: "IterableDataset") -> Iterator[dict[str, Any]]:
+    """The rows of a stream. Errors of reading it name the source."""
+    with _naming_source(name, source, split):
+        yield from documents
+
+
 @contextmanager
-def naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]:
+def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None]:
     """Raise every error of reading a source as a `ValueError` that names the source."""
     try:
         yield
@@ -204,7 +214,7 @@ class Document:
             start += len(text)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DocumentEncoder:
     """
     Turns rows of a source into documents, and documents into tokens. A token that is not trained on is stored as
@@ -229,6 +239,7 @@ class DocumentEncoder:
     available: Sequence[str]
     add_bos_token: bool | None = None
     packed_length: int | None = None
+    _warned: bool = field(default=False, init=False, repr=False)
 
     @cached_property
     def bos_token_id(self) -> int | None:
@@ -276,14 +287,26 @@ class DocumentEncoder:
                 raise self._not_utf8(number) from error
         return documents
 
-    def document(self, row: Mapping[str, Any], number: int) -> Document:
+    def document(self, row: Mapping[str, Any], number: int, shard: int | None = None) -> Document | None:
         """
-        The document of one row.
+        The document of one row, `None` if it is unusable and skipped. The first such row is named in a warning.
 
         Raises:
-            Exception: The row is unusable. The type depends on the cause.
+            Exception: The row is unusable and not skipped. The type depends on the cause.
         """
-        (document,) = self.documents({column: [row.get(column)] for column in self.source.columns.values()}, number)
+        try:
+            (document,) = self.documents({name: [row.get(name)] for name in self.source.columns.values()}, number)
+        except Exception as error:
+            if not self.source.streaming:
+                raise
+            if self.source.on_error != "skip":
+                raise ValueError(f"{error} To skip such rows, set sources.{self.name}.on_error to 'skip'.") from error
+            if not self._warned:
+                of_shard = "" if shard is None else f" of shard {shard}"
+                message = "Source %r: row %d%s is skipped, like further unusable rows: %s"
+                logger.warning(message, self.name, number, of_shard, printable(error))
+                self._warned = True
+            return None
         return document
 
     def encode(self, documents: Sequence[Document], first: bool = True, last: bool = True) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import MixtureConfig, SourceConfig
-from .documents import DocumentEncoder, check_tokenizer, load_documents, naming_source
+from .documents import DocumentEncoder, check_tokenizer, load_documents, rows_of
 from .packing import SourcePacker, count_targets, tokenizer_fingerprint
 from .stream.documents import StreamedDocuments
 
@@ -191,18 +191,11 @@ def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: 
     """The first `count` different documents of a stream."""
     from datasets import Dataset
 
-    encoder = packer.encoder
-    columns = encoder.source.columns.values()
+    encoder, source = packer.encoder, packer.encoder.source
     found: dict[int, dict[str, Any]] = {}
-    for number, row in enumerate(_rows(encoder, documents, encoder.source.split)):
-        try:
-            document = encoder.document(row, number)
-        except Exception as error:
-            if encoder.source.on_error == "skip":
-                continue
-            raise ValueError(f"{error} To skip such rows, set sources.{encoder.name}.on_error to 'skip'.") from error
-        if len(document):
-            found.setdefault(document.hash, {column: row[column] for column in columns})
+    for number, row in enumerate(rows_of(encoder.name, source, source.split, documents)):
+        if document := encoder.document(row, number):  # neither skipped nor empty
+            found.setdefault(document.hash, {column: row[column] for column in source.columns.values()})
         if len(found) == count:
             return Dataset.from_list(list(found.values()))
     raise _too_few_documents(packer, count, len(found))
@@ -229,13 +222,8 @@ def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> "Dataset":
             "in 'validation[:1000]'."
         )
     documents, _ = load_documents(name, source, match[1], cache_dir, streaming=True)
-    rows = islice(_rows(encoder, documents, split), int(match[2]) if match[2] else None)
+    rows = islice(rows_of(name, source, split, documents), int(match[2]) if match[2] else None)
     return Dataset.from_list([{column: row.get(column) for column in source.columns.values()} for row in rows])
-
-
-def _rows(encoder: DocumentEncoder, documents: "IterableDataset", split: str) -> Iterator[dict[str, Any]]:
-    with naming_source(encoder.name, encoder.source, split):
-        yield from documents
 
 
 # ---- Training rows ----

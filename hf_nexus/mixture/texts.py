@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from .config import MixtureConfig, SourceConfig
-from .documents import DocumentEncoder, is_conversation, load_documents, naming_source
+from .documents import DocumentEncoder, is_conversation, load_documents, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,22 +52,12 @@ def _texts(name: str, source: SourceConfig) -> Iterator[str]:
     blank.chat_template = CHAT_TEMPLATE
     rows, columns = load_documents(name, source, source.split, streaming=source.streaming)
     encoder, characters = DocumentEncoder(name, source, blank, columns), 0
-    for number, row in enumerate(_rows(name, source, rows)):
-        try:
-            text = encoder.document(row, number).text
-        except Exception:
-            if source.on_error == "skip":
-                continue
-            raise
-        yield text
-        characters += len(text)
+    for number, row in enumerate(rows_of(name, source, source.split, rows)):
+        if document := encoder.document(row, number):
+            yield document.text
+            characters += len(document)
         if characters >= _LEARNED_FROM:
             return
-
-
-def _rows(name: str, source: SourceConfig, documents: Any) -> Iterator[dict[str, Any]]:
-    with naming_source(name, source, source.split):
-        yield from documents
 
 
 def guess_source(name: str, path: str, role: str) -> SourceConfig:
@@ -101,7 +91,7 @@ def _first_rows(name: str, known: dict[str, Any]) -> tuple[list[dict[str, Any]],
     """The first rows of a source, and the builder of `datasets` that reads it."""
     source = SourceConfig(**known)
     documents, _ = load_documents(name, source, source.split, streaming=True, every_column=True)
-    return list(islice(_rows(name, source, documents), 100)), documents.info.builder_name
+    return list(islice(rows_of(name, source, source.split, documents), 100)), documents.info.builder_name
 
 
 def _kind(values: list) -> str:

@@ -1,6 +1,5 @@
 """Documents of a stream, tokenized and packed during training."""
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from .reader import BEGINNING, Held, PartReader, RowReader, SourceError, Span
 from .sources import Block
 
 __all__ = ["PackedRowReader", "StreamedDocuments"]
-
-logger = logging.getLogger(__name__)
 
 # Documents that a lane reads at once at most. Those of one row are enough, and lanes are many.
 DOCUMENTS = 64
@@ -119,7 +116,6 @@ class PackedLane:
         self.taken: int = state["taken"]  # rows since the start of the run
         self._pass: int = state.get("pass", 0)  # of the last token
         self._token_at = self._row_at = self._read  # documents at the last token, and at the last row
-        self._warned = False
         # The next documents, each with its block, as segments of text or tokens, `None` for an unusable row.
         self.documents: deque[tuple[Held, list[Document | np.ndarray] | None]] = deque()
         self._held: Held | None = None  # the block of the next document to read
@@ -248,26 +244,15 @@ class PackedLane:
 
     def segments(self, row: Any, block: Block, place: int) -> list[Document | np.ndarray] | None:
         """The document of a row, which has none if it is held out; `None` if it is skipped."""
-        document = self._document(row, block, place)
-        if document is None:
-            return None
-        held_out = self.packing.held_out
-        return [] if held_out and document.hash in held_out else [*document.segments()]
-
-    def _document(self, row: Any, block: Block, place: int) -> Document | None:
-        """The document of a row, `None` if it is skipped."""
-        encoder, number = self.packing.encoder, block.first_row + int(block.order[place])
+        number, held_out = block.first_row + int(block.order[place]), self.packing.held_out
         try:
-            return encoder.document(row, number)
+            document = self.packing.encoder.document(row, number, block.shard)
         except Exception as error:
             name, shard = self.part.partition.source, "" if block.shard is None else f" of shard {block.shard}"
-            problem = f"Source {name!r}: row {number}{shard} is unusable: {printable(error)}"
-            if encoder.source.on_error != "skip":
-                raise SourceError(f"{problem} To skip such rows, set sources.{name}.on_error to 'skip'.") from error
-            if not self._warned:
-                logger.warning("%s It is skipped, like further unusable rows, which are counted.", problem)
-                self._warned = True
+            raise SourceError(f"Source {name!r}: row {number}{shard} is unusable: {printable(error)}") from error
+        if document is None:
             return None
+        return [] if held_out and document.hash in held_out else [*document.segments()]
 
     def _tokens_of(self, segments: list[Document | np.ndarray], i: int) -> np.ndarray:
         """The tokens of a segment. Long documents keep the tokens of only one segment in memory."""

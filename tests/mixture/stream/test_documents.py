@@ -1,6 +1,7 @@
 """Streamed documents are packed once each without gaps, resume within a document, and may skip bad rows."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,17 @@ def test_a_bad_row_is_named_or_skipped_and_counted(bad: Any, caplog: pytest.LogC
         first_pass(stream_of(texts))
     source = stream_of(texts, on_error="skip")
     assert sorted(first_pass(source))[1:] == sorted(TEXTS)
-    caplog.clear()
     _, (*_, last) = read(start(source), 300)
     assert last["pass"] > 2 and 2 * last["pass"] <= last["skipped"] <= 2 * (last["pass"] + 1)
-    assert caplog.text.count("It is skipped, like further unusable rows") == 1
+    assert len(re.findall(r"row (40|71) of shard 0 is skipped, like further unusable rows", caplog.text)) == 1
+
+
+def test_lanes_of_a_process_warn_of_a_skipped_row_once(caplog: pytest.LogCaptureFixture) -> None:
+    stream = MixtureStream({"a": stream_of([*TEXTS, *[None] * 70], on_error="skip")})
+    stream.place(0, 1, 1, Lanes(slots=8, turns=1))
+    rows = stream.__getitems__([(row, 0) for row in range(400)])
+    assert sum(state["skipped"] > 0 for state in rows.tag.states[0].lanes.values()) > 4
+    assert caplog.text.count("is skipped, like further unusable rows") == 1
 
 
 def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
