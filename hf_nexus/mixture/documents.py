@@ -218,19 +218,8 @@ class Document:
 class DocumentEncoder:
     """
     Turns rows of a source into documents, and documents into tokens. A token that is not trained on is stored as
-    `~token`, which is negative.
-
-    Args:
-        name (`str`), source ([`SourceConfig`]):
-            The source.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizes, and renders messages with its chat template.
-        available (`Sequence[str]`):
-            Columns of the source, for errors.
-        add_bos_token (`bool`, *optional*):
-            Whether a BOS starts each document. Defaults to what the tokenizer does by itself.
-        packed_length (`int`, *optional*):
-            Tokens of each row of a packed source.
+    `~token`, which is negative. `available` are the columns of the source, for errors. `packed_length` is the number
+    of tokens of each row of a packed source. By default, a BOS starts each document if the tokenizer adds one.
     """
 
     name: str

@@ -23,12 +23,7 @@ def holds_datasets(value: Any) -> bool:
 
 
 def check_sources(sources: Mapping[str, Any]) -> None:
-    """
-    Check that sources are datasets.
-
-    Raises:
-        ValueError: no source, an empty one, or something else than a dataset, such as a `DatasetDict`.
-    """
+    """Raise `ValueError` for no source, an empty one, or something else than a dataset, such as a `DatasetDict`."""
     if not sources:
         raise ValueError("The mixture has no sources. Pass a dict of at least one dataset.")
     for name, dataset in sources.items():
@@ -59,10 +54,6 @@ def check_sources(sources: Mapping[str, Any]) -> None:
 class MixtureDataset(torch.utils.data.Dataset):
     """
     The rows of several map-style sources under one range of indices: first all of the first source, and so on.
-
-    Args:
-        sources (`Mapping[str, Dataset]`):
-            Map-style datasets (with `__len__` and `__getitem__`) whose rows are mappings.
 
     Raises:
         ValueError: no source, an empty one, or one that is not map-style.
@@ -109,21 +100,12 @@ class MixtureDataset(torch.utils.data.Dataset):
 
 class MixtureSampler(torch.utils.data.Sampler[int]):
     """
-    Row indices of a [`MixtureDataset`]. Each group of `rows` indices is one micro-batch, of one source or mixed.
+    Row indices of a [`MixtureDataset`]. Each group of `rows` indices (batch size per device * number of ranks)
+    is one micro-batch, of one source or mixed.
 
     The run is one sequence of micro-batches. Epoch e is the e-th part of `total rows // rows` micro-batches, for any
     weights. Each source is read in an order drawn from (seed, source, pass): each pass has another order, and holds
     every row once.
-
-    Args:
-        dataset (`MixtureDataset`):
-            The rows.
-        schedule (`SourceSchedule`):
-            The source of each micro-batch, or of each of its rows.
-        rows (`int`):
-            Rows of one micro-batch over all ranks: batch size per device * number of ranks.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the orders of rows.
 
     Raises:
         ValueError: a source of positive weight has fewer rows than one micro-batch.

@@ -44,19 +44,12 @@ def needs_flat_rows(attention: str) -> bool:
 
 def isolation_problem(model: Any, **inputs: Any) -> str | None:
     """
-    Probe whether a model keeps documents of a row apart if their position ids restart.
+    Why a causal language model does not keep documents of a row apart if their position ids restart; `None` if it
+    does.
 
-    The first of two short documents is changed. The logits of the second must not change, as they do without position
-    ids. Neither the model nor a random state is changed. On several ranks, all must call it.
-
-    Args:
-        model (`nn.Module`):
-            A causal language model, before it is wrapped for training.
-        **inputs:
-            Further inputs with which the model will be called.
-
-    Returns:
-        `str` or `None`: why it does not keep them apart; `None` if it does.
+    It is probed before it is wrapped for training, with the further `inputs` of training. The first of two short
+    documents is changed. The logits of the second must not change, as they do without position ids. Neither the model
+    nor a random state is changed. On several ranks, all must call it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,13 +120,8 @@ def _undisturbed(model: Any, attention: str) -> Iterator[torch.device]:
 
 def choose_isolation(wanted: bool | None, problem: str | None) -> bool:
     """
-    Whether a run isolates documents: as wanted, or by default if the model can do it.
-
-    Args:
-        wanted (`bool`, *optional*):
-            [`MixtureConfig`]'s `isolate_documents`.
-        problem (`str`, *optional*):
-            What [`isolation_problem`] found.
+    Whether a run isolates documents: as wanted by `isolate_documents`, or by default if [`isolation_problem`] found
+    none.
 
     Raises:
         ValueError: it is wanted, and the model cannot do it.
@@ -148,24 +136,15 @@ def choose_isolation(wanted: bool | None, problem: str | None) -> bool:
 
 class PackedRowCollator:
     """
-    A collator of packed rows, which have the position of each token in its document.
+    A collator of packed rows, which have the position of each token in its document. `others` collates any other rows.
 
-    Packed rows are full. If the wrapped collator takes the tokens for labels, or ignores each EOS as padding, the
-    labels of the rows replace its own.
+    The wrapped collator gets the rows without their `position_ids`, and returns a mapping with `input_ids` and
+    `labels`, both (B, L), which the model shifts. If it takes the tokens for labels, or ignores each EOS as padding,
+    the labels of the rows replace its own, because packed rows are full.
 
-    Args:
-        collate (`Callable[[list], Any]`):
-            The wrapped collator. It gets the rows without their `position_ids`, and returns a mapping with `input_ids`
-            and `labels`, both (B, L), which the model shifts.
-        eos_token_id (`int`):
-            The token that ends each document.
-        isolate (`bool`):
-            Whether the documents are independent: the batch has `position_ids`, which restart at each document, and
-            the first token of a document is no target.
-        flatten (`bool`, *optional*, defaults to `False`):
-            Lay isolated rows end to end, (1, B * L), for attention implementations that [`needs_flat_rows`].
-        others (`Callable[[list], Any]`, *optional*):
-            The collator of rows that are not packed. Defaults to `collate`.
+    With `isolate`, the batch has `position_ids`, which restart at each document, and the first token of a document is
+    no target. With `flatten`, isolated rows are laid end to end, (1, B * L), for attention implementations that
+    [`needs_flat_rows`].
 
     Raises:
         ValueError: isolated rows are padded, which needs an attention mask.
@@ -173,7 +152,7 @@ class PackedRowCollator:
     Example:
         >>> import torch
         >>> from transformers import default_data_collator
-        >>> from hf_nexus.mixture import PackedRowCollator
+        >>> from hf_nexus.mixture.isolation import PackedRowCollator
         >>> ids = torch.tensor([5, 6, 0, 7, 0, 8])
         >>> row = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([0, 1, 2, 0, 1, 0])}
         >>> batch = PackedRowCollator(default_data_collator, eos_token_id=0, isolate=True)([row])

@@ -92,15 +92,8 @@ def count_targets(rows: "Dataset") -> int:
 
 class RowPacker:
     """
-    Lays documents end to end and cuts them into rows. Tokens that fill no row wait for the next batch.
-
-    Args:
-        sequence_length (`int`):
-            Tokens of a row, L.
-        masked (`bool`, *optional*, defaults to `False`):
-            Whether some tokens are not trained on. Rows then store their labels.
-        end (`int`, *optional*):
-            As for [`pack_rows`].
+    Lays documents end to end and cuts them into rows. Tokens that fill no row wait for the next batch. If some tokens
+    are not trained on (`masked`), rows store their labels. `end` is that of [`pack_rows`].
     """
 
     def __init__(self, sequence_length: int, masked: bool = False, end: int | None = None):
@@ -134,19 +127,7 @@ class RowPacker:
 
 @dataclass
 class SourcePacker:
-    """
-    The passes over one source.
-
-    Args:
-        encoder ([`DocumentEncoder`]):
-            Makes text and tokens of the source's rows.
-        fingerprint (`str`):
-            The [`tokenizer_fingerprint`] of its tokenizer.
-        cache_dir (`Path`):
-            Folder of the cache files.
-        num_proc (`int`, *optional*):
-            Number of processes that hash and tokenize.
-    """
+    """The passes over one source, whose tokenizer has the [`tokenizer_fingerprint`]. `num_proc` processes tokenize."""
 
     encoder: DocumentEncoder
     fingerprint: str

@@ -44,15 +44,8 @@ def mixture_plan(
     """
     The tokens that a run takes from each source: `share * total_tokens`, summed over the stages if there are any.
 
-    Args:
-        tokens (`Mapping[str, int | None]`):
-            Size of each training source, `None` where it is not known.
-        weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
-            Mixture weights of the sources, or the first token and the weights of each stage.
-        total_tokens (`int`):
-            Tokens of the whole run.
-        max_epochs (`Mapping[str, float | None]`, *optional*):
-            Largest number of epochs of each source, `None` for no limit.
+    `tokens` is the size of each training source, `None` where it is not known. `weights` are the mixture weights, or
+    the first token and the weights of each stage.
 
     Raises:
         ValueError: `tokens` and `weights` name different sources, or a source would exceed its `max_epochs`.

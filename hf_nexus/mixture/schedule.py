@@ -106,15 +106,7 @@ class SourceSchedule:
 class DynamicSchedule:
     """
     The source of each micro-batch where the weights are decided during training. With constant weights, it equals
-    [`SourceSchedule`].
-
-    Args:
-        names (`Sequence[str]`):
-            The sources.
-        seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`), \
-        windows ([`Windows`], *optional*), rows (`int`, *optional*, defaults to 1), \
-        ranks (`int`, *optional*, defaults to 1):
-            As in [`SourceSchedule`].
+    [`SourceSchedule`], whose other arguments it takes.
 
     Raises:
         ValueError: The kind is unknown, or mixes micro-batches of one row.
@@ -166,13 +158,8 @@ class DynamicSchedule:
     def source(self, i: int, shares: Sequence[float] | np.ndarray) -> Any:
         """
         Position in `names` for micro-batch `i`, or for each of its rows, `(rows,)`, if it is mixed. A stratified
-        schedule must be asked for each micro-batch in order.
-
-        Args:
-            i (`int`):
-                Number of the micro-batch.
-            shares (`Sequence[float]`):
-                Current share of each source, (S,), >= 0. They sum to one, as those of [`normalized`].
+        schedule must be asked for each micro-batch in order. The current `shares` of the sources, (S,), are those of
+        [`normalized`].
         """
         current, balance = np.asarray(shares), self._balance
         if self.kind != "stratified":

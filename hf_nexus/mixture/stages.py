@@ -103,18 +103,10 @@ def stage_borders(
 
 @dataclass(frozen=True)
 class Windows:
-    """
-    The windows of a run, as the Trainer counts them. The last one of an epoch may be short.
+    """The windows of a run, as the Trainer counts them. The last one of an epoch may be short."""
 
-    Args:
-        inner_steps (`int`):
-            Micro-batches of a window, k.
-        epoch (`int`, *optional*):
-            Micro-batches of an epoch. By default the data has no end.
-    """
-
-    inner_steps: int
-    epoch: int | None = None
+    inner_steps: int  # micro-batches of a window, k
+    epoch: int | None = None  # micro-batches of an epoch; by default the data has no end
 
     def count(self, max_steps: int, epochs: float) -> int:
         """Outer steps of a run of `max_steps`, or of some epochs if it is not positive."""

@@ -22,15 +22,8 @@ _SIZES = {"train": 2_000_000, "ood": 500_000}
 @dataclass(frozen=True)
 class BuiltinSource:
     """
-    One source of the built-in corpus.
-
-    Args:
-        role (`str`):
-            `"train"`, or `"ood"` for a source that is only evaluated.
-        license (`str`):
-            The licence of the text, as an SPDX identifier.
-        texts (`Callable[[], Iterable[str]]`):
-            Returns the texts, in an order that is the same each time.
+    One source of the built-in corpus: its role, the licence of its text as an SPDX identifier, and a function that
+    returns the texts, in an order that is the same each time.
 
     Example:
         >>> from hf_nexus.mixture.builtin.corpus import BUILTIN_SOURCES
@@ -64,19 +57,9 @@ BUILTIN_SOURCES = {
 
 def builtin_documents(name: str) -> list[str]:
     """
-    The documents of one source of the built-in corpus. All are different, and each ends at the end of a line.
-
-    Training sources have 1.2 to 2 MB each, OOD sources 50 to 500 kB. The result is cached in the process.
-
-    Args:
-        name (`str`):
-            A name in [`BUILTIN_SOURCES`].
-
-    Returns:
-        `list[str]`: The documents, in an order that is the same each time.
-
-    Raises:
-        ValueError: If there is no such source.
+    The documents of one of [`BUILTIN_SOURCES`], in an order that is the same each time. All are different, and each
+    ends at the end of a line. Training sources have 1.2 to 2 MB each, OOD sources 50 to 500 kB. The result is cached
+    in the process.
 
     Example:
         >>> from hf_nexus.mixture.builtin.corpus import builtin_documents

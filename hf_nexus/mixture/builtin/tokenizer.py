@@ -29,20 +29,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
     """
     Train a byte-level BPE tokenizer. It encodes any text without unknown tokens and decodes it without loss.
 
-    Each digit is one token, and encoding adds no special tokens. The same documents give the same tokenizer.
+    Each digit is one token, and encoding adds no special tokens. The same documents give the same tokenizer. A million
+    characters take about a second.
 
-    Args:
-        documents (`Iterable[str]`):
-            The text to learn merges from. A million characters take about a second.
-        vocab_size (`int`):
-            Number of tokens, including two special tokens and 256 bytes. The result has fewer tokens if the documents
-            run out of pairs that occur twice, so size a model by `len(tokenizer)`.
-
-    Returns:
-        `PreTrainedTokenizerFast`: With `eos_token` (`"<|endoftext|>"`, id 0) and `pad_token` (`"<|padding|>"`, id 1).
-
-    Raises:
-        ValueError: If `vocab_size` is smaller than the number of special tokens and bytes.
+    `vocab_size` includes 256 bytes, `eos_token` (`"<|endoftext|>"`, id 0) and `pad_token` (`"<|padding|>"`, id 1). The
+    result has fewer tokens if the documents run out of pairs that occur twice, so size a model by `len(tokenizer)`.
 
     Example:
         >>> from hf_nexus.mixture.builtin.tokenizer import train_tokenizer

@@ -23,16 +23,10 @@ class MixtureStream(torch.utils.data.Dataset):
     those of its source, position of the source)`. A row does not depend on the numbers of ranks and data loader
     workers: each process reads the [`Lanes`] that its micro-batches need.
 
-    Args:
-        sources (`Mapping[str, Dataset]`):
-            `datasets.IterableDataset`, [`StreamedDocuments`], map-style or torch iterable datasets. The collator gets
-            rows as the dataset returns them: `with_format("torch")` avoids lists of integers. Torch iterable datasets,
-            and streams after `shuffle`, cannot return to a position: each worker reads all of their rows, and a
-            resume reads the pass again from its start.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the orders of rows, which differ in each pass.
-        buffer_size (`int`, *optional*, defaults to 10000):
-            Streams are shuffled in blocks of half as many rows, which all parts of a source share.
+    The collator gets rows as the dataset returns them: `with_format("torch")` avoids lists of integers. Torch iterable
+    datasets, and streams after `shuffle`, cannot return to a position: each worker reads all of their rows, and a
+    resume reads the pass again from its start. Rows have another order in each pass. Streams are shuffled in blocks of
+    half of `buffer_size` rows, which all parts of a source share.
 
     Raises:
         ValueError: There is no source, or one is empty or not a dataset.
@@ -65,17 +59,9 @@ class MixtureStream(torch.utils.data.Dataset):
 
     def place(self, rank: int, ranks: int, workers: int, lanes: Lanes | None = None, mixed: bool = False) -> None:
         """
-        Set which rows this rank reads.
-
-        Args:
-            rank (`int`), ranks (`int`):
-                This rank, and the number of ranks.
-            workers (`int`):
-                Number of data loader workers, 1 if there are none.
-            lanes ([`Lanes`], *optional*):
-                The cut of the sources. By default one lane for each worker of each rank.
-            mixed (`bool`, *optional*, defaults to `False`):
-                Whether micro-batches hold several sources. All ranks and workers then read all lanes.
+        Set which rows this rank reads with a number of data loader workers, 1 if there are none. By default, sources
+        are cut into one lane for each worker of each rank. If micro-batches are `mixed` from several sources, all
+        ranks and workers read all lanes.
         """
         assert 0 <= rank < ranks and workers >= 1
         self.rank, self.ranks, self.workers = rank, ranks, workers
@@ -84,11 +70,8 @@ class MixtureStream(torch.utils.data.Dataset):
 
     def begin(self, states: dict[str, Any] | None) -> None:
         """
-        Start from the first rows, or from stored positions. Call it before the data loader starts its workers.
-
-        Args:
-            states (`dict`, *optional*):
-                Source to number of each lane, as a string, to its state in a [`StreamState`].
+        Start from the first rows, or from stored positions: source to number of each lane, as a string, to its state
+        in a [`StreamState`]. Call it before the data loader starts its workers.
         """
         self._states = states or {}
         self._readers: dict[tuple[str, int], RowReader] = {}
@@ -156,19 +139,10 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
     A data loader gives its requests to its workers in turn. With workers, micro-batches are requested in an order in
     which each worker gets those of the lanes that it owns, and the run puts them back in order.
 
-    Args:
-        index_of (`Callable[[int], Any]`):
-            Returns number and source of a micro-batch, or of each of its rows if they are mixed, or `None` if a
-            resumed run skips it. It is called in order, `ahead` micro-batches before the request.
-        micro_batches (`int`):
-            Number of micro-batches of the run.
-        rows (`int`):
-            Rows of one micro-batch over all ranks: batch size per device * number of ranks.
-        owners (`int`, *optional*, defaults to 1):
-            Number of workers, if each owns lanes.
-        ahead (`int`, *optional*, defaults to 0):
-            How far micro-batches are planned ahead of requests. With `(owners - 1) * (sources + 1)`, there is always
-            one for the next worker.
+    `index_of` returns number and source of a micro-batch, or of each of its rows if they are mixed, or `None` if a
+    resumed run skips it. It is called in order, `ahead` micro-batches before the request. With
+    `(owners - 1) * (sources + 1)` planned ahead, there is always one for the next worker. `rows` are those of a
+    micro-batch over all ranks.
     """
 
     def __init__(

@@ -28,26 +28,8 @@ PATIENCE = 64
 class StreamedDocuments:
     """
     A source whose documents are tokenized and packed during training: laid end to end, an EOS after each (and a BOS
-    before each, if the tokenizer adds it), and cut into rows of L tokens. Documents without tokens are left out.
-
-    Args:
-        documents (`IterableDataset`):
-            The documents, one per row.
-        encoder ([`DocumentEncoder`]):
-            Makes tokens of the rows.
-        sequence_length (`int`):
-            Tokens per row, L.
-        held_out (`frozenset[int]`, *optional*):
-            The hash of each document to leave out.
-
-    Example:
-        >>> from datasets import load_dataset
-        >>> from hf_nexus.mixture import SourceConfig
-        >>> from hf_nexus.mixture.documents import DocumentEncoder
-        >>> from hf_nexus.mixture.stream.documents import StreamedDocuments
-        >>> web = load_dataset("org/web", split="train", streaming=True)  # doctest: +SKIP
-        >>> encoder = DocumentEncoder("web", SourceConfig("org/web"), tokenizer, ["text"])  # doctest: +SKIP
-        >>> trainer = NexusTrainer(train_dataset={"web": StreamedDocuments(web, encoder, 1024)})  # doctest: +SKIP
+    before each, if the tokenizer adds it), and cut into rows of L tokens. Documents without tokens, and those whose
+    hash is in `held_out`, are left out.
     """
 
     documents: Any

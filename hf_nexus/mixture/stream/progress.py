@@ -38,22 +38,10 @@ class StreamProgress:
     The main process's view of a [`MixtureStream`]. It decides the source of each micro-batch when the data loader asks
     for it, which is ahead of training with workers. It keeps the positions of the rows that were trained on.
 
-    Args:
-        stream ([`MixtureStream`]):
-            The data.
-        weights (`Callable[[int], Mapping[str, float]]`):
-            Weights of the sources at an outer step. Called once for each step, in order.
-        inner_steps (`int`):
-            Micro-batches of an outer step, k.
-        seed (`int`, *optional*, defaults to 0), kind (`str`, *optional*, defaults to `"random"`), \
-        rows (`int`, *optional*, defaults to 1):
-            As in [`SourceSchedule`].
-        max_epochs (`Mapping[str, float | None]`, *optional*):
-            Largest number of passes over a source. The others then get its share in proportion.
-        read_ahead (`int`, *optional*, defaults to 0):
-            Micro-batches that the workers of the data loader are asked for before it is their turn.
-        broadcast (`Callable[[np.ndarray], np.ndarray]`, *optional*):
-            Returns the shares of the first rank on all ranks.
+    `weights` is called once for each outer step, in order. `seed`, `kind` and `rows` are those of [`SourceSchedule`].
+    After `max_epochs` passes over a source, the others get its share in proportion. `read_ahead` micro-batches are
+    asked of the workers of the data loader before it is their turn. `broadcast` returns the shares of the first rank
+    on all ranks.
     """
 
     def __init__(
@@ -79,13 +67,8 @@ class StreamProgress:
 
     def begin(self, step: int, saved: Mapping[str, Any] | None) -> None:
         """
-        Start at an outer step: from the beginning of the data, or from the positions of a checkpoint.
-
-        Args:
-            step (`int`):
-                Number of the outer step, from 0.
-            saved (`Mapping`, *optional*):
-                The [`~StreamProgress.state_dict`] of a checkpoint of the same step.
+        Start at an outer step, from 0: from the beginning of the data, or from the [`~StreamProgress.state_dict`] of a
+        checkpoint of the same step.
 
         Raises:
             ValueError: the data loader reads further ahead than a source with `max_epochs` allows.

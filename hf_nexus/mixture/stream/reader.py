@@ -42,13 +42,6 @@ class SourceError(RuntimeError):
     """
     A source that cannot be read: it raised an error, or has an unusable row, or has too few rows. The message names
     the source, the position and the cause.
-
-    Example:
-        >>> from hf_nexus.mixture.stream.reader import SourceError
-        >>> try:
-        ...     trainer.train()  # doctest: +SKIP
-        ... except SourceError as error:
-        ...     print(error)
     """
 
 
@@ -179,18 +172,9 @@ class PartReader:
 
 class RowReader:
     """
-    Reads the rows of a source that one process needs, each row by its number.
-
-    Args:
-        name (`str`), source ([`Source`]), seed (`int`):
-            The source, and the seed of its orders.
-        lanes ([`Lanes`]), rank (`int`):
-            The cut of the source, and the rank that reads.
-        own (`Sequence[tuple[int, int]]`):
-            Slot and turn of the lanes that this process may read.
-        states (`Mapping[str, Any]`):
-            The states of lanes in a checkpoint, by their number as a string. A lane without one starts at the
-            beginning.
+    Reads the rows of a source that one process needs, each row by its number. `own` has slot and turn of the lanes
+    that the process may read. `states` are those of lanes in a checkpoint, by their number as a string. A lane without
+    one starts at the beginning.
     """
 
     def __init__(
