@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
-from hf_nexus.mixture import MixtureDataset, MixtureSampler, SourceSchedule
+from hf_nexus.mixture import SourceSchedule
+from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler
 
 __all__ = ["ARMS", "CUDA", "GROUPS", "LENGTH", "MODELS", "NEXUS", "NEXUS_FSDP2", "OFFLOAD", "PLAIN"]
 __all__ += ["Arm", "Case", "RandomRows"]

@@ -11,7 +11,8 @@ from transformers import default_data_collator
 
 from hf_nexus.evaluation import closeness
 from hf_nexus.evaluation.models import load_model
-from hf_nexus.mixture import MixtureConfig, PackedRowCollator, load_mixture
+from hf_nexus.mixture import MixtureConfig, load_mixture
+from hf_nexus.mixture.isolation import PackedRowCollator
 from tests.support.closeness import moved, save, write_run
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer

@@ -10,8 +10,10 @@ import torch
 from datasets import Dataset, List, Value, load_dataset
 from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, default_data_collator
 
-from hf_nexus.mixture import Mixture, MixtureConfig, MixtureStream, PackedRowCollator, SourceConfig, load_mixture
+from hf_nexus.mixture import Mixture, MixtureConfig, SourceConfig, load_mixture
 from hf_nexus.mixture.documents import DocumentEncoder, check_tokenizer
+from hf_nexus.mixture.isolation import PackedRowCollator
+from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.reader import SourceError
 
 from ..support.tiny_tokenizer import BOS, EOS, MARKING, adding_bos, tiny_tokenizer

@@ -8,8 +8,9 @@ import fsspec
 import pytest
 import torch
 
-from hf_nexus.mixture import MixtureConfig, MixtureStream, SourceConfig, load_mixture
+from hf_nexus.mixture import MixtureConfig, SourceConfig, load_mixture
 from hf_nexus.mixture.documents import load_documents
+from hf_nexus.mixture.stream.dataset import MixtureStream
 
 from ..support.tiny_tokenizer import tiny_tokenizer
 from ..support.token_files import write_bin, write_ds
