@@ -1,4 +1,18 @@
-"""Lanes: the parts of a source that are dealt to ranks and data loader workers, whatever their numbers are."""
+"""
+Lanes: how the rows of a source are dealt to ranks and data loader workers, whatever their numbers are.
+
+For instance 4 slots x 3 turns of a source whose shards are cut into 2 parts:
+
+             turn 0    turn 1    turn 2
+    slot 0   lane 0    lane 1    lane 2    | part 0: its rows, or documents, are dealt to 6 lanes,
+    slot 1   lane 3    lane 4    lane 5    | each of which has a place among the 6
+    slot 2   lane 6    lane 7    lane 8    | part 1
+    slot 3   lane 9    lane 10   lane 11   |
+
+Micro-batch number c of the source is visit `c // 3` of turn `c % 3`: it has the next rows of the 4 lanes of that
+turn. Of two ranks, one takes the rows of slots 0 and 1. Of three workers, each fetches the micro-batches of one turn.
+What a process takes from one lane for a micro-batch is a span.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,10 +39,9 @@ class Lane:
 @dataclass(frozen=True)
 class Lanes:
     """
-    The cut of each source into `slots * turns` lanes. Micro-batch number c of a source takes its rows from the lanes
-    of turn `c % turns`: equally many from each slot, in order. The cut of a run stays the same when it is resumed by
-    other numbers of ranks and workers, and with it the rows of each micro-batch. Slots are divided among the ranks,
-    and turns among the workers of each.
+    The cut of each source into `slots * turns` lanes. A micro-batch takes equally many rows from each slot, in order.
+    The cut of a run stays the same when it is resumed by other numbers of ranks and workers, and with it the rows of
+    each micro-batch.
 
     Example:
         >>> from hf_nexus.mixture.stream.lanes import Lanes
