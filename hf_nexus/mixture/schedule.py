@@ -17,92 +17,6 @@ _BLOCK = 4096
 _KINDS = ("random", "stratified", "mixed", "blocked")
 
 
-class SourceSchedule:
-    """
-    The source of each micro-batch of a run. Micro-batch `i = outer step * k + inner step` (both from 0) has the same
-    source for any number of ranks, workers or restarts.
-
-    Args:
-        weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
-            Mixture weights, >= 0, normalized to sum to one. For stages: the first micro-batch and the weights of each.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draws.
-        kind (`str`, *optional*, defaults to `"random"`):
-            `"random"`: independent draws from the weights, as in the paper. `"stratified"`: always the source furthest
-            below its target share, which keeps every prefix as balanced as possible. A source that is below its
-            target at the end of a stage stays so in the next, if it has a weight there. Two are controls. `"mixed"`:
-            each micro-batch has rows of all sources, the product of rows and share of each, rounded up or down.
-            `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
-        windows ([`Windows`], *optional*):
-            The windows of micro-batches, for `"blocked"`.
-        rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
-            For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
-
-    Attributes:
-        names (`list[str]`), shares (`np.ndarray`):
-            The sources, and the largest share of each in any stage, both (S,).
-
-    Raises:
-        ValueError: Weights are negative or sum to zero, stages do not start at 0 and rise or name different sources,
-            or the kind is unknown, or mixes micro-batches of one row.
-
-    Example:
-        >>> from hf_nexus.mixture import SourceSchedule
-        >>> schedule = SourceSchedule({"text": 0.5, "code": 0.5}, kind="stratified")
-        >>> [schedule.names[s] for s in schedule.sources(0, 4)]
-        ['text', 'code', 'text', 'code']
-        >>> staged = SourceSchedule([(0, {"text": 1, "code": 0}), (3, {"text": 0, "code": 1})])
-        >>> [staged.names[s] for s in staged.sources(0, 5)]
-        ['text', 'text', 'text', 'code', 'code']
-        >>> SourceSchedule({"text": 0.5, "code": 0.5}, kind="mixed", rows=4).sources(0, 2).tolist()
-        [[0, 0, 1, 1], [0, 0, 1, 1]]
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]],
-        seed: int = 0,
-        kind: str = "random",
-        windows: Windows | None = None,
-        rows: int = 1,
-        ranks: int = 1,
-    ):
-        stages = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
-        first = [start for start, _ in stages]
-        if not stages or first[0] != 0 or any(b <= a for a, b in pairwise(first)):
-            raise ValueError(f"weights: stages start at micro-batches {first}; the first must be 0, and each later.")
-        self.names = list(stages[0][1])
-        self.first = np.array(first)
-        self.stage_shares = np.stack([normalized(weights, self.names) for _, weights in stages])
-        self.shares = self.stage_shares.max(axis=0)
-        self.seed = seed
-        self.kind = kind
-        self._stratified = np.empty(0, dtype=np.int64)
-        self._dynamic = DynamicSchedule(self.names, seed, kind, windows, rows, ranks)
-
-    def sources(self, start: int, stop: int) -> np.ndarray:
-        """
-        Positions in `names` for the micro-batches `start <= i < stop`, shape `(stop - start,)`, int64. Those of
-        `"mixed"` have the shape `(stop - start, rows)`.
-        """
-        if self.kind == "stratified":
-            done = len(self._stratified)
-            if stop > done:
-                shares = list(self.stage_shares)  # the same arrays at each micro-batch of a stage
-                coming = self._stages(done, max(stop, done + _BLOCK))
-                more = [self._dynamic.source(i, shares[stage]) for i, stage in enumerate(coming, done)]
-                self._stratified = np.append(self._stratified, more)
-            return self._stratified[start:stop]
-        points, stages = self._dynamic.points(start, stop), self._stages(start, stop)
-        drawn = np.empty(points.shape, dtype=np.int64)
-        for stage in np.unique(stages):
-            drawn[stages == stage] = _pick(self.stage_shares[stage], points[stages == stage])
-        return drawn
-
-    def _stages(self, start: int, stop: int) -> np.ndarray:
-        return np.searchsorted(self.first, np.arange(start, stop), side="right") - 1
-
-
 class DynamicSchedule:
     """
     The source of each micro-batch where the weights are decided during training. With constant weights, it equals
@@ -185,6 +99,89 @@ class DynamicSchedule:
         """Continue from the result of [`~DynamicSchedule.state_dict`]."""
         if self.kind == "stratified":
             self._balance |= {n: np.array(value) if isinstance(value, list) else value for n, value in state.items()}
+
+
+class SourceSchedule(DynamicSchedule):
+    """
+    The source of each micro-batch of a run. Micro-batch `i = outer step * k + inner step` (both from 0) has the same
+    source for any number of ranks, workers or restarts.
+
+    Args:
+        weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
+            Mixture weights, >= 0, normalized to sum to one. For stages: the first micro-batch and the weights of each.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draws.
+        kind (`str`, *optional*, defaults to `"random"`):
+            `"random"`: independent draws from the weights, as in the paper. `"stratified"`: always the source furthest
+            below its target share, which keeps every prefix as balanced as possible. A source that is below its
+            target at the end of a stage stays so in the next, if it has a weight there. Two are controls. `"mixed"`:
+            each micro-batch has rows of all sources, the product of rows and share of each, rounded up or down.
+            `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
+        windows ([`Windows`], *optional*):
+            The windows of micro-batches, for `"blocked"`.
+        rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
+            For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
+
+    Attributes:
+        names (`list[str]`), shares (`np.ndarray`):
+            The sources, and the largest share of each in any stage, both (S,).
+
+    Raises:
+        ValueError: Weights are negative or sum to zero, stages do not start at 0 and rise or name different sources,
+            or the kind is unknown, or mixes micro-batches of one row.
+
+    Example:
+        >>> from hf_nexus.mixture import SourceSchedule
+        >>> schedule = SourceSchedule({"text": 0.5, "code": 0.5}, kind="stratified")
+        >>> [schedule.names[s] for s in schedule.sources(0, 4)]
+        ['text', 'code', 'text', 'code']
+        >>> staged = SourceSchedule([(0, {"text": 1, "code": 0}), (3, {"text": 0, "code": 1})])
+        >>> [staged.names[s] for s in staged.sources(0, 5)]
+        ['text', 'text', 'text', 'code', 'code']
+        >>> SourceSchedule({"text": 0.5, "code": 0.5}, kind="mixed", rows=4).sources(0, 2).tolist()
+        [[0, 0, 1, 1], [0, 0, 1, 1]]
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]],
+        seed: int = 0,
+        kind: str = "random",
+        windows: Windows | None = None,
+        rows: int = 1,
+        ranks: int = 1,
+    ):
+        stages = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
+        first = [start for start, _ in stages]
+        if not stages or first[0] != 0 or any(b <= a for a, b in pairwise(first)):
+            raise ValueError(f"weights: stages start at micro-batches {first}; the first must be 0, and each later.")
+        super().__init__(list(stages[0][1]), seed, kind, windows, rows, ranks)
+        self.first = np.array(first)
+        self.stage_shares = np.stack([normalized(weights, self.names) for _, weights in stages])
+        self.shares = self.stage_shares.max(axis=0)
+        self._stratified = np.empty(0, dtype=np.int64)
+
+    def sources(self, start: int, stop: int) -> np.ndarray:
+        """
+        Positions in `names` for the micro-batches `start <= i < stop`, shape `(stop - start,)`, int64. Those of
+        `"mixed"` have the shape `(stop - start, rows)`.
+        """
+        if self.kind == "stratified":
+            done = len(self._stratified)
+            if stop > done:
+                shares = list(self.stage_shares)  # the same arrays at each micro-batch of a stage
+                coming = self._stages(done, max(stop, done + _BLOCK))
+                more = [self.source(i, shares[stage]) for i, stage in enumerate(coming, done)]
+                self._stratified = np.append(self._stratified, more)
+            return self._stratified[start:stop]
+        points, stages = self.points(start, stop), self._stages(start, stop)
+        drawn = np.empty(points.shape, dtype=np.int64)
+        for stage in np.unique(stages):
+            drawn[stages == stage] = _pick(self.stage_shares[stage], points[stages == stage])
+        return drawn
+
+    def _stages(self, start: int, stop: int) -> np.ndarray:
+        return np.searchsorted(self.first, np.arange(start, stop), side="right") - 1
 
 
 def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
