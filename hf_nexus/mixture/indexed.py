@@ -56,17 +56,11 @@ class MixtureDataset(torch.utils.data.Dataset):
     The rows of several map-style sources under one range of indices: first all of the first source, and so on.
 
     Raises:
-        ValueError: no source, an empty one, or one that is not map-style.
+        ValueError: no source, or an empty one.
     """
 
     def __init__(self, sources: Mapping[str, Any]):
         check_sources(sources)
-        for name, dataset in sources.items():
-            if isinstance(dataset, torch.utils.data.IterableDataset):
-                raise ValueError(
-                    f"Source {name!r} is a {type(dataset).__name__}, which cannot be indexed. Use a MixtureStream for "
-                    "streaming sources."
-                )
         self.sources = dict(sources)
         self.names = list(sources)
         self.sizes = [len(dataset) for dataset in sources.values()]

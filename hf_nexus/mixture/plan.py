@@ -50,9 +50,6 @@ def mixture_plan(
     Raises:
         ValueError: `tokens` and `weights` name different sources, or a source would exceed its `max_epochs`.
     """
-    for name, size in tokens.items():
-        if size is not None and size <= 0:
-            raise ValueError(f"sources.{name}.tokens: {size} is not allowed; a source must have at least one token.")
     stages = [(0, weights)] if isinstance(weights, Mapping) else weights
     shares = np.stack([normalized(w, list(tokens)) for _, w in stages])  # (stages, S)
     lengths = np.diff(np.minimum([*(first for first, _ in stages), total_tokens], total_tokens))

@@ -63,8 +63,6 @@ def test_max_epochs_reached_exactly_are_allowed() -> None:
 def test_sizes_and_weights_must_be_of_the_same_sources() -> None:
     with pytest.raises(ValueError, match="weights name b, but the training sources are a"):
         mixture_plan({"a": 1}, {"b": 1.0}, 10)
-    with pytest.raises(ValueError, match=r"sources\.a\.tokens"):
-        mixture_plan({"a": 0}, {"a": 1.0}, 10)
 
 
 # ---- Stages ----

@@ -282,15 +282,7 @@ def test_a_collator_that_returns_no_mapping_is_refused():
 
 
 def test_bad_sources_are_refused():
-    import torch
-
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            yield {}
-
     with pytest.raises(ValueError, match="no sources"):
         MixtureDataset({})
     with pytest.raises(ValueError, match="'a' is empty"):
         MixtureDataset({"a": []})
-    with pytest.raises(ValueError, match="'a' is a Stream, which cannot be indexed"):
-        MixtureDataset({"a": Stream()})

@@ -47,8 +47,6 @@ class MixtureStream(torch.utils.data.Dataset):
     def __init__(self, sources: Mapping[str, Any], *, seed: int = 0, buffer_size: int = 10_000):
         documents = {n: s.documents if isinstance(s, StreamedDocuments) else s for n, s in sources.items()}
         check_sources(documents)
-        if buffer_size < 2:
-            raise ValueError(f"buffer_size={buffer_size} is not allowed; it must be at least 2.")
         self.sources = dict(sources)
         self.names = list(sources)
         self.seed = seed
@@ -192,6 +190,3 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
                 planned[worker].append((ends[source] - 1, source))
             yield (index := planned[worker].popleft())
             source, worker = index[1], (worker + 1) % self.owners
-
-    def set_epoch(self, epoch: int) -> None:
-        """Does nothing: the run is one sequence of micro-batches."""
