@@ -100,12 +100,12 @@ def test_every_call_that_loads_says_whether_code_is_trusted():
 
 
 def test_the_core_imports_without_the_optional_packages():
-    """In a process where datasets, evaluate, peft and matplotlib cannot be imported."""
+    """In a process where evaluate, peft and matplotlib cannot be imported."""
     code = """
 import json, sys
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
-hidden = {"datasets", "evaluate", "peft", "matplotlib", "lm_eval", "trl"}
+hidden = {"evaluate", "peft", "matplotlib", "lm_eval", "trl"}
 PathFinder.find_spec = staticmethod(
     lambda name, *args: None if name.split(".")[0] in hidden else find_spec(name, *args)
 )

@@ -11,7 +11,12 @@ from functools import cached_property, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.fingerprint import Hasher
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..files import printable
 from .config import BUILTIN_PREFIX, SourceConfig
@@ -19,8 +24,6 @@ from .data_files import card_lists_files, data_files, means_files
 from .token_files import read_token_files
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -53,7 +56,7 @@ def load_documents(
     cache_dir: str | None = None,
     streaming: bool = False,
     every_column: bool = False,
-) -> "tuple[Dataset | IterableDataset, list[str]]":
+) -> tuple[Dataset | IterableDataset, list[str]]:
     """
     Load one split of a source, one row per document. Slices of splits work, except for folders of `save_to_disk`.
 
@@ -97,16 +100,13 @@ def load_documents(
 
 def _load_columns(
     columns: list[str], split: str, streaming: bool, **files: Any
-) -> "tuple[Dataset | IterableDataset, list[str]]":
+) -> tuple[Dataset | IterableDataset, list[str]]:
     """Documents with these columns of Parquet files (all if none are given), and the names of all columns."""
-    from datasets import load_dataset, load_dataset_builder
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    whole = partial(load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
+    whole = partial(datasets.load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
     if not columns:
         return whole(), []
     try:
-        builder = load_dataset_builder(**files)
+        builder = datasets.load_dataset_builder(**files)
     except ValueError:  # without a network, the columns of an earlier call may be in the cache
         return whole(columns=columns), columns
     if not isinstance(builder, Parquet):
@@ -120,7 +120,7 @@ def _load_columns(
     return builder.as_streaming_dataset(split), every.column_names
 
 
-def rows_of(name: str, source: SourceConfig, split: str, documents: "IterableDataset") -> Iterator[dict[str, Any]]:
+def rows_of(name: str, source: SourceConfig, split: str, documents: IterableDataset) -> Iterator[dict[str, Any]]:
     """The rows of a stream. Errors of reading it name the source."""
     with _naming_source(name, source, split):
         yield from documents
@@ -148,28 +148,22 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
         ) from error
 
 
-def _load_builtin(name: str) -> "Dataset":
-    from datasets import Dataset, DatasetInfo
-
+def _load_builtin(name: str) -> Dataset:
     from .builtin.corpus import BUILTIN_SOURCES, builtin_documents
 
     documents = builtin_documents(name)
-    return Dataset.from_dict({"text": documents}, info=DatasetInfo(license=BUILTIN_SOURCES[name].license))
+    return Dataset.from_dict({"text": documents}, info=datasets.DatasetInfo(license=BUILTIN_SOURCES[name].license))
 
 
-def _load_tokens(splits: Mapping[str, Any], split: str) -> "Dataset":
-    from datasets.fingerprint import Hasher
-
+def _load_tokens(splits: Mapping[str, Any], split: str) -> Dataset:
     if split not in splits:
         raise ValueError(f"the token files have no split {split!r}, only {', '.join(splits)}.")
     files = splits[split]
     return read_token_files(files, Hasher.hash([*files, *files.origin_metadata]))
 
 
-def _load_saved(path: str, split: str) -> "Dataset":
-    from datasets import DatasetDict, load_from_disk
-
-    saved = load_from_disk(path)
+def _load_saved(path: str, split: str) -> Dataset:
+    saved = datasets.load_from_disk(path)
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise ValueError(f"the saved folder has no split {split!r}, only {', '.join(saved)}.")
@@ -462,7 +456,7 @@ def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, list) else value
 
 
-def _first_undecodable(column: "pa.ChunkedArray") -> int:
+def _first_undecodable(column: pa.ChunkedArray) -> int:
     for number, value in enumerate(column):
         try:
             value.as_py()

@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
+from datasets import Dataset, IterableDataset
 
 from .config import MixtureConfig, SourceConfig
 from .documents import DocumentEncoder, check_tokenizer, load_documents, rows_of
@@ -17,7 +19,6 @@ from .packing import SourcePacker, count_targets, tokenizer_fingerprint
 from .stream.documents import StreamedDocuments
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Mixture", "load_mixture"]
@@ -48,8 +49,8 @@ class Mixture:
     """
 
     config: MixtureConfig
-    train: "dict[str, Dataset | StreamedDocuments]"
-    eval: "dict[str, Dataset]"
+    train: dict[str, Dataset | StreamedDocuments]
+    eval: dict[str, Dataset]
     licenses: dict[str, str | None]
     eos_token_id: int
     bos_token_id: int | None = None
@@ -102,7 +103,6 @@ def load_mixture(
 
     Raises:
         ValueError: A source cannot be loaded, holds something other than text, or fills no row.
-        ImportError: `datasets` is not installed.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -116,10 +116,6 @@ def load_mixture(
         >>> mixture.train["logic"][0]["input_ids"].shape
         torch.Size([64])
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Loading a mixture needs the datasets library: pip install datasets") from error
     _check_tokenizer(config, tokenizer)
     files = None if cache_dir is None else str(cache_dir)
     rows_dir = Path(files or datasets.config.HF_DATASETS_CACHE) / "hf_nexus"
@@ -156,7 +152,7 @@ def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase"
         check_tokenizer(name, source, tokenizer)
 
 
-def _text_only(documents: "Dataset | IterableDataset", source: SourceConfig) -> Any:
+def _text_only(documents: Dataset | IterableDataset, source: SourceConfig) -> Any:
     if documents.column_names is not None:  # in a stream, a row may lack a column
         documents = documents.select_columns(list(source.columns.values()))
     # A saved dataset may have a format, such as tensors. Lists of integers would take ten times as long as arrays.
@@ -166,7 +162,7 @@ def _text_only(documents: "Dataset | IterableDataset", source: SourceConfig) -> 
 # ---- Holding out ----
 
 
-def _held_out(packer: SourcePacker, documents: Any, cache_dir: str | None) -> "Dataset | None":
+def _held_out(packer: SourcePacker, documents: Any, cache_dir: str | None) -> Dataset | None:
     """The documents of a source that are evaluated on, `None` if there are none."""
     source = packer.encoder.source
     if source.role == "ood":
@@ -179,7 +175,7 @@ def _held_out(packer: SourcePacker, documents: Any, cache_dir: str | None) -> "D
     return select(packer, documents, source.eval_rows)
 
 
-def _smallest_hashes(packer: SourcePacker, documents: "Dataset", count: int) -> "Dataset":
+def _smallest_hashes(packer: SourcePacker, documents: Dataset, count: int) -> Dataset:
     """The documents with the `count` smallest hashes, each once, independent of the order of documents."""
     distinct, first = np.unique(packer.hash_documents(documents), return_index=True)
     if count >= len(distinct):
@@ -187,10 +183,8 @@ def _smallest_hashes(packer: SourcePacker, documents: "Dataset", count: int) -> 
     return documents.select(first[:count])
 
 
-def _first_documents(packer: SourcePacker, documents: "IterableDataset", count: int) -> "Dataset":
+def _first_documents(packer: SourcePacker, documents: IterableDataset, count: int) -> Dataset:
     """The first `count` different documents of a stream."""
-    from datasets import Dataset
-
     encoder, source = packer.encoder, packer.encoder.source
     found: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(rows_of(encoder.name, source, source.split, documents)):
@@ -208,10 +202,8 @@ def _too_few_documents(packer: SourcePacker, wanted: int, found: int) -> ValueEr
     )
 
 
-def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> "Dataset":
+def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> Dataset:
     """The documents of `eval_split`. For a streaming source, only the needed rows are read."""
-    from datasets import Dataset
-
     name, source, split = encoder.name, encoder.source, str(encoder.source.eval_split)
     if not source.streaming:
         return _text_only(load_documents(name, source, split, cache_dir)[0], source)
@@ -231,7 +223,7 @@ def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> "Dataset":
 
 def _train_rows(
     packer: SourcePacker, documents: Any, held_out: np.ndarray, sequence_length: int
-) -> "Dataset | StreamedDocuments":
+) -> Dataset | StreamedDocuments:
     """The rows of a training source, without documents whose hash is held out."""
     if packer.encoder.source.streaming:
         return StreamedDocuments(documents, packer.encoder, sequence_length, frozenset(held_out.tolist()))

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 
 from .documents import DocumentEncoder, unmarked
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RowPacker", "SourcePacker", "count_targets", "document_positions", "pack_rows", "tokenizer_fingerprint"]
@@ -43,8 +45,6 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     Hash of everything in a tokenizer that affects the tokens of a document. Unlike a hash of the object, it stays the
     same after saving and loading, and across versions of transformers.
     """
-    from datasets.fingerprint import Hasher
-
     if not tokenizer.is_fast:
         return Hasher.hash(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -82,7 +82,7 @@ def pack_rows(tokens: np.ndarray, starts: np.ndarray, end: int | None = None) ->
     return {"input_ids": unmarked(tokens[kept]), "labels": labels, "position_ids": positions[kept]}
 
 
-def count_targets(rows: "Dataset") -> int:
+def count_targets(rows: Dataset) -> int:
     """Tokens of packed rows that are trained on, without the first token of each document."""
     count = 0
     for batch in rows.with_format("numpy").iter(1024):
@@ -105,11 +105,8 @@ class RowPacker:
         if masked:
             self.dtypes["labels"] = "int32"
 
-    def __call__(self, table: "pa.Table") -> "pa.Table":
+    def __call__(self, table: pa.Table) -> pa.Table:
         """Ragged `input_ids` in, columns of shape `(n, L)` out; n may be 0."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         tokens = pc.list_flatten(table["input_ids"]).to_numpy().astype(np.int32, copy=False)
         lengths = pc.list_value_length(table["input_ids"]).to_numpy()
         starts = np.zeros(len(tokens), dtype=bool)
@@ -134,16 +131,14 @@ class SourcePacker:
     cache_dir: Path
     num_proc: int | None = None
 
-    def hash_documents(self, documents: "Dataset") -> np.ndarray:
+    def hash_documents(self, documents: Dataset) -> np.ndarray:
         """The hash of each document, `(len(documents),)` int64."""
-        from datasets import Value
-
         columns = self.encoder.source.columns
         key = [columns, None if "text_column" in columns else self.fingerprint]
         hashed = self._encode("hash", documents, self._hash, {"hash": Value("int64")}, key, with_indices=True)
         return hashed.with_format("numpy")["hash"][:]
 
-    def pack_documents(self, documents: "Dataset", sequence_length: int, held_out: bool = False) -> "Dataset":
+    def pack_documents(self, documents: Dataset, sequence_length: int, held_out: bool = False) -> Dataset:
         """
         The rows of documents: `input_ids`, `labels` and [`document_positions`], all `(L,)` int64 tensors.
 
@@ -152,8 +147,6 @@ class SourcePacker:
         Raises:
             ValueError: The documents do not fill one row.
         """
-        from datasets import List, Value, concatenate_datasets
-
         limit = None if held_out else self.encoder.source.max_tokens
         tokenized = self._tokenize_up_to(documents, limit) if limit else self._tokenize(documents)
         tokens = int(_document_lengths(tokenized).sum()) if len(tokenized) else 0
@@ -173,7 +166,7 @@ class SourcePacker:
             rows = concatenate_datasets([rows, labels], axis=1)
         return rows.with_format("torch")
 
-    def _too_few_tokens(self, documents: "Dataset", tokens: int, length: int, held_out: bool) -> ValueError:
+    def _too_few_tokens(self, documents: Dataset, tokens: int, length: int, held_out: bool) -> ValueError:
         source, what, limit = self.encoder.source, "the documents", ""
         fix = "add documents"
         if held_out:
@@ -186,10 +179,8 @@ class SourcePacker:
             f"sequence_length={length}. Shorten sequence_length, or {fix}."
         )
 
-    def _tokenize_up_to(self, documents: "Dataset", max_tokens: int) -> "Dataset":
+    def _tokenize_up_to(self, documents: Dataset, max_tokens: int) -> Dataset:
         """Whole documents from the start, up to a number of tokens. Tokenizes few more than these."""
-        from datasets import concatenate_datasets
-
         slices, total, start, size = [], 0, 0, 4 * BATCH_SIZE
         while start < len(documents) and total < max_tokens:
             stop = min(start + size, len(documents))
@@ -202,9 +193,7 @@ class SourcePacker:
         keep = np.searchsorted(np.cumsum(_document_lengths(tokenized)), max_tokens, side="right")
         return tokenized.select(range(int(keep)))
 
-    def _tokenize(self, documents: "Dataset") -> "Dataset":
-        from datasets import List, Value
-
+    def _tokenize(self, documents: Dataset) -> Dataset:
         source = self.encoder.source
         key = [source.columns, source.loss_on, self.encoder.packed_length, self.fingerprint, self.encoder.bos_token_id]
         return self._encode("tokenize", documents, self._tokens, {"input_ids": List(Value("int32"))}, key)
@@ -213,13 +202,11 @@ class SourcePacker:
         documents = self.encoder.documents(batch, first_row=rows[0])
         return {"hash": [document.hash for document in documents]}
 
-    def _tokens(self, batch: Mapping[str, list]) -> "pa.Table":
-        import pyarrow as pa
-
+    def _tokens(self, batch: Mapping[str, list]) -> pa.Table:
         tokens = self.encoder.encode(self.encoder.documents(batch, first_row=0))
         return pa.table({"input_ids": pa.array([ids for ids in tokens if len(ids)], pa.list_(pa.int32()))})
 
-    def _encode(self, step: str, documents: "Dataset", *args: Any, **options: Any) -> "Dataset":
+    def _encode(self, step: str, documents: Dataset, *args: Any, **options: Any) -> Dataset:
         num_proc = min(self.num_proc, len(documents)) if self.num_proc else None
         size = max(1, documents.data.nbytes // max(1, documents.data.num_rows))  # mean bytes of a document
         batch_size = min(BATCH_SIZE, max(1, BYTES_PER_BATCH // size))
@@ -228,15 +215,12 @@ class SourcePacker:
     def _map(
         self,
         step: str,
-        documents: "Dataset",
+        documents: Dataset,
         function: Callable,
         features: Mapping[str, Any],
         key: list[Any],
         **options: Any,
-    ) -> "Dataset":
-        from datasets import Features
-        from datasets.fingerprint import Hasher
-
+    ) -> Dataset:
         # The fingerprint of `map` itself would hash the tokenizer object, which changes when it is saved.
         fingerprint = Hasher.hash([CACHE_VERSION, step, Hasher.hash(documents), key])
         mapped = documents.map(
@@ -252,7 +236,5 @@ class SourcePacker:
         return mapped.with_format(None)
 
 
-def _document_lengths(tokenized: "Dataset") -> np.ndarray:
-    import pyarrow.compute as pc
-
+def _document_lengths(tokenized: Dataset) -> np.ndarray:
     return pc.list_value_length(tokenized.with_format("arrow")[:]["input_ids"]).to_numpy().astype(np.int64)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence, Sized
 from hashlib import blake2b
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from .config import SourceConfig
 from .data_files import is_remote
@@ -139,10 +139,9 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
 def _sample(dataset: Any) -> str | None:
     """A hash of some rows as a `datasets.Dataset` stores them, or of their numbers in a `Subset`; otherwise `None`."""
     numbers = np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int).tolist()
-    datasets = sys.modules.get("datasets")
     if isinstance(dataset, torch.utils.data.Subset):
         rows = [*(int(dataset.indices[i]) for i in numbers), _sample(dataset.dataset)]
-    elif datasets is not None and isinstance(dataset, datasets.Dataset):
+    elif isinstance(dataset, Dataset):
         try:
             rows = dataset.with_format("arrow")[numbers].to_pylist()
         except UnicodeDecodeError:

@@ -592,9 +592,3 @@ def test_a_bos_needs_a_bos_token_and_is_noted(tmp_path: Path, monkeypatch: pytes
     config.add_bos_token, tokenizer = None, adding_bos(tiny_tokenizer())
     assert load_mixture(config, tokenizer, cache_dir=tmp_path / "cache").bos_token_id == tokenizer.bos_token_id
     assert load_mixture(config, tiny_tokenizer(), cache_dir=tmp_path / "cache").bos_token_id is None
-
-
-def test_without_datasets_the_error_says_how_to_install_it(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
-        load(a={"path": "a.jsonl"})

@@ -1,7 +1,6 @@
 """Sources of rows: every kind of dataset, read for one partition in shuffled blocks, from which reading can resume."""
 
 import os
-import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -9,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from datasets.table import InMemoryTable
+from pyarrow import compute
 
 __all__ = [
     "Block",
@@ -103,12 +103,11 @@ class Partition:
 @dataclass(frozen=True)
 class Block:
     """
-    Rows of a partition that are read together: the positions before and after them, a function that returns rows by
-    their numbers in the block, and the partition's numbers in reading order. `first_row` is counted in the shard.
-    `sizes` returns the approximate size of each row.
+    Rows of a partition that are read together: the position after them, a function that returns rows by their numbers
+    in the block, and the partition's numbers in reading order. `first_row` is counted in the shard. `sizes` returns
+    the approximate size of each row.
     """
 
-    start: dict[str, Any]
     end: dict[str, Any]
     fetch: Callable[[list[int]], list]
     order: np.ndarray
@@ -148,7 +147,7 @@ class MapStyleSource(Source):
         """One block for the whole pass, whose rows are not read yet."""
         order = partition.rng(pass_).permutation(len(self.dataset))[partition.index :: partition.count]
         if position is None or position["row"] == 0:
-            yield Block({"row": 0}, {"row": len(order)}, self._fetch, order)
+            yield Block({"row": len(order)}, self._fetch, order)
 
     def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
         return f"{len(self.dataset)} rows"
@@ -203,13 +202,13 @@ class ResumableStream(Source):
         chunks, ended = dataset.iter(min(CHUNK, limit)), False
         while not ended:
             held, count, ended = _read_chunks(chunks, limit, BLOCK_BYTES // partition.count)
-            start, number, first = position, position["slice"], position["row"]
+            number, first = position["slice"], position["row"]
             position = {"slice": number, "row": first + count, "state": dataset.state_dict()}
             if count:
                 order = partition.shuffled(part, first, count, pass_, partition.index, number, first)
                 fetch = _fetch_from(held, dataset.features, self.format)
                 end = _slice_start(number + 1) if ended else position
-                yield Block(start, end, fetch, order, first, part.shard, partial(_sizes, held))
+                yield Block(end, fetch, order, first, part.shard, partial(_sizes, held))
 
 
 def _slice_start(number: int) -> dict[str, Any]:
@@ -246,7 +245,7 @@ class ReplayedStream(Source):
             if count:
                 order = partition.shuffled(part, first, count, pass_, partition.index, first)
                 fetch, sizes = _fetch_from(held, None, None), partial(_sizes, held)
-                yield Block({"row": first}, {"row": row}, fetch, order, first, None, sizes)
+                yield Block({"row": row}, fetch, order, first, None, sizes)
 
     def describe(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> str:
         return f"after {position['row'] if position else 0} rows"
@@ -283,9 +282,8 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
 
 
 def is_streaming(dataset: Any) -> bool:
-    """Whether the dataset is a `datasets.IterableDataset`. Does not import `datasets`."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(dataset, datasets.IterableDataset)
+    """Whether the dataset is a `datasets.IterableDataset`."""
+    return isinstance(dataset, datasets.IterableDataset)
 
 
 def layers(dataset: Any) -> list[Any]:
@@ -360,9 +358,6 @@ def _sizes(chunks: list[Any]) -> np.ndarray:
     """The approximate size of each row of the chunks: its text and the lengths of its lists."""
     if isinstance(chunks[0], list):
         return np.array([_row_bytes(row) for chunk in chunks for row in chunk])
-    import pyarrow as pa
-    from pyarrow import compute
-
     table = pa.concat_tables(chunks)
     sizes = np.zeros(len(table), dtype=np.int64)
     for column in table.columns:
@@ -381,14 +376,11 @@ def _fetch_from(chunks: list[Any], features: Any, format: str | None) -> Callabl
     return lambda numbers: [rows[i] for i in numbers]
 
 
-def _fetch_from_tables(tables: "list[pa.Table]", features: Any, format: str | None) -> Callable[[list[int]], list]:
-    import pyarrow as pa
-    from datasets import Dataset, DatasetInfo
-    from datasets.table import InMemoryTable
-
+def _fetch_from_tables(tables: list[pa.Table], features: Any, format: str | None) -> Callable[[list[int]], list]:
     table = pa.concat_tables(tables)
     # A fingerprint is given because computing one hashes the whole table.
-    block = Dataset(InMemoryTable(table), DatasetInfo(features=features), fingerprint="block").with_format(format)
+    info = datasets.DatasetInfo(features=features)
+    block = datasets.Dataset(InMemoryTable(table), info, fingerprint="block").with_format(format)
 
     def fetch(numbers: list[int]) -> list:
         try:
@@ -401,9 +393,7 @@ def _fetch_from_tables(tables: "list[pa.Table]", features: Any, format: str | No
     return fetch
 
 
-def _decoded(value: "pa.Scalar") -> Any:
-    import pyarrow as pa
-
+def _decoded(value: pa.Scalar) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError:  # becomes text that cannot be encoded, which the reader of the text reports
