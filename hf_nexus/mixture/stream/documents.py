@@ -47,13 +47,11 @@ class PackedRowReader(RowReader):
     def __init__(self, packing: StreamedDocuments, *reading: Any):
         super().__init__(*reading)
         states = reading[-1]
-        self._packed: dict[int, list[PackedLane]] = {part: [] for part in self._parts}
-        self._of_number: dict[int, PackedLane] = {}
-        for lanes in self._of_part.values():
-            for lane in lanes:
-                packed = PackedLane(packing, self._parts[lane.part], lane, states.get(str(lane.number)))
-                self._packed[lane.part].append(packed)
-                self._of_number[lane.number] = packed
+        self._of_number = {
+            lane.number: PackedLane(packing, self._parts[lane.part], lane, states.get(str(lane.number)))
+            for lanes in self._of_part.values()
+            for lane in lanes
+        }
 
     def _take(self, each: int, spans: list[Span]) -> list[Any]:
         wanted = [(self._of_number[lane.number], start, end) for lane, start, end in spans]
@@ -63,7 +61,7 @@ class PackedRowReader(RowReader):
         for lane, start, end in wanted:
             rows += lane.take(end)[start - end :]  # other readers have taken the rows before
         for part in {lane.part for lane, _, _ in spans}:
-            self._parts[part].forget(min(other.first for other in self._packed[part]))
+            self._parts[part].forget(min(self._of_number[lane.number].first for lane in self._of_part[part]))
         return rows
 
     def _state(self, each: int, lane: Lane, end: int) -> dict[str, Any]:
@@ -86,7 +84,7 @@ class PackedLane:
         self.packing = packing
         self.part = part
         self.lane = lane
-        start = dict.fromkeys(("offset", "segment", "token", "skipped", "tokens", "documents", "taken"), 0)
+        start = dict.fromkeys(("pass", "offset", "segment", "token", "skipped", "tokens", "documents", "taken"), 0)
         state = state or {"at": BEGINNING, **start}
         self.first: int = state["at"]["first"]  # of the block, the first row that is still needed
         self._offset: int = state["offset"]  # documents of the lane in that block that were taken
@@ -96,7 +94,7 @@ class PackedLane:
         self._tokens: int = state["tokens"]  # tokens and documents since the start of the run
         self._read: int = state["documents"]
         self.taken: int = state["taken"]  # rows since the start of the run
-        self._pass: int = state.get("pass", 0)  # of the last token
+        self._pass: int = state["pass"]  # of the last token
         self._token_at = self._row_at = self._read  # documents at the last token, and at the last row
         # The next documents, each with its block, as segments of text or tokens, `None` for an unusable row.
         self.documents: deque[tuple[Held, list[Document | np.ndarray] | None]] = deque()

@@ -3,9 +3,10 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
+from torch.distributed.checkpoint.stateful import Stateful
 
 from ..schedule import DynamicSchedule, normalized
 from ..stages import Windows
@@ -18,19 +19,9 @@ __all__ = ["StreamProgress", "WeightsFunction"]
 
 logger = logging.getLogger(__name__)
 
-# Weights of the sources at an outer step. An object whose answers depend on more than the step is also `Stateful`.
+# Weights of the sources at an outer step. An object whose answers depend on more than the step is also `Stateful`,
+# and its state has JSON types.
 WeightsFunction = Callable[[int], Mapping[str, float]]
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An object whose state is saved and loaded with a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as JSON types."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state."""
 
 
 class StreamProgress:
