@@ -47,22 +47,19 @@ def worker_count(wanted: int | None, devices: int = 1) -> int:
 
     if wanted is not None:
         return wanted
-    here = torch.accelerator.device_count() if torch.accelerator.is_available() else (os.cpu_count() or 1)
-    return max(1, here // devices)
+    return max(1, (torch.accelerator.device_count() or os.cpu_count() or 1) // devices)
 
 
 def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
     """
     Make calls in worker processes and yield each result when it is there. A failed call does not stop the others.
 
-    All calls need as many devices. There are `workers` at a time, each with its own accelerators or an equal number of
-    cores.
+    All calls have the same number of devices. `workers` calls are made at a time, each with its own accelerators or an
+    equal number of cores.
     """
     left = list(calls)
-    if not left:
-        return
     try:
-        for result in _call_in_pool(left, min(workers, len(left))):
+        for result in _call_in_pool(calls, workers):
             left.remove(result.call)
             yield result
     except BrokenProcessPool:  # a dead worker breaks the whole pool; only a call alone in its pool shows which it was
@@ -104,7 +101,7 @@ def _devices(workers: int, each: int) -> list[str | None]:
     """The accelerators of each worker, by their ids in `CUDA_VISIBLE_DEVICES`; `None` without accelerators."""
     import torch
 
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    count = torch.accelerator.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = visible.split(",") if visible else [str(i) for i in range(count)]
     return [
