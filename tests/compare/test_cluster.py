@@ -69,7 +69,7 @@ def test_a_comparison_of_two_ranks_per_run_in_jobs(tmp_path, capsys):
     path.write_text(yaml.safe_dump(comparison_fields(base, tmp_path / "out", **more)))
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(path)])
-    assert stop.value.code == 0 and "runs: 2 to do, as jobs" in capsys.readouterr().out
+    assert stop.value.code == 0 and "runs: 0 of 2 done, 2 to do, as jobs" in capsys.readouterr().out
     for arm in ARMS:
         assert RunRecord.load(Path(tmp_path, "out", "arms", arm, "seed-1")).end.tokens == 6 * 4 * 2 * 32
     assert len(list((tmp_path / "out" / "jobs").glob("*_1_result.pkl"))) == 2  # of the second ranks
