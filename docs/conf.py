@@ -74,7 +74,7 @@ def add_colab_badge(_: Sphinx, page: str, source: list[str]) -> None:
     notebook = json.loads(source[0])
     image = "https://colab.research.google.com/assets/colab-badge.svg"
     address = f"https://colab.research.google.com/github/{repository}/blob/main/docs/{page}.ipynb"
-    install = f"There, first run `%pip install git+https://github.com/{repository}`."
+    install = f"There, first run `%pip install 'hf_nexus[plots] @ git+https://github.com/{repository}'`."
     badge = f"[![Open in Colab]({image})]({address})\n\n{install}"
     notebook["cells"].insert(1, {"cell_type": "markdown", "id": "colab", "metadata": {}, "source": badge})
     source[0] = json.dumps(notebook)

@@ -6,7 +6,7 @@ each control by model size.
     python recipes/ladder.py --table              # only the table, from the runs that are finished
     python recipes/ladder.py --rungs 0.1M --workers 2
 
-All rungs train on 7.2 tokens per parameter, with the arms of recipes/ladder.yaml. Each has a report in its folder.
+All rungs train on 6 to 7 tokens per parameter, with the arms of recipes/ladder.yaml. Each has a report in its folder.
 """
 
 import argparse

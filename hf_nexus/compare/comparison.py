@@ -153,7 +153,7 @@ class Comparison:
         declared |= {"family": config.tests(), "equivalence_margin": config.equivalence_margin}
         declared = json.loads(json.dumps(declared))  # tuples become lists
         if not path.exists():
-            path.write_text(json.dumps(declared) + "\n", encoding="utf-8")
+            write_atomic(path, json.dumps(declared) + "\n")
         elif declared | (before := json.loads(path.read_text(encoding="utf-8"))) != declared:
             raise ValueError(
                 f"primary: {self.folder} was started with {before}. A primary comparison that is chosen after seeing "

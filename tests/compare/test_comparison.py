@@ -189,6 +189,12 @@ def test_runs_are_made_one_at_a_time(copied, in_process, monkeypatch):
     assert (output / "results.csv").read_text() == results
 
 
+def test_a_report_of_a_folder_that_does_not_exist_names_the_runs(copied, tmp_path):
+    comparison = Comparison(replace(copied, output_dir=str(tmp_path / "none")), Console(quiet=True))
+    with pytest.raises(ValueError, match="tuning: 4 runs are missing"):
+        comparison.report()
+
+
 def test_a_run_that_another_process_trains_is_refused(copied, hold):
     (Path(copied.output_dir, "arms", "nexus", "seed-2") / RECORD_NAME).unlink()
     comparison = Comparison(copied, Console(quiet=True))
