@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim.sgd import sgd
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -359,3 +360,15 @@ def test_the_precision_of_accelerate_can_be_chosen_again():
     AcceleratorState._reset_state()
     assert not AcceleratorState._shared_state and PartialState._shared_state == processes
     assert Accelerator(mixed_precision="no", cpu=True).mixed_precision == "no"
+
+
+def test_the_store_of_all_processes_is_found():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        store = _get_default_store()
+        assert not store.check(["step"])
+        store.compare_set("step", "", "3")
+        store.compare_set("step", "", "4")
+        assert store.check(["step"]) and int(store.get("step")) == 3
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,6 +1,8 @@
 """The launcher of `hf-nexus train` on several devices."""
 
 import os
+import signal
+import subprocess
 import sys
 from typing import NoReturn
 
@@ -9,8 +11,9 @@ __all__ = ["launch"]
 
 def launch(argv: list[str], devices: int | None, accelerate_config: str | None) -> NoReturn:
     """
-    Run torchrun in this process, or `accelerate launch` if its file is given. The processes that it starts get the
-    signals of this process, and their exit status ends it. Arguments are checked before the launch.
+    Run torchrun in this process, or `accelerate launch` if its file is given. The exit status is that of the processes
+    that it starts. They get the signals of this process, but not from `accelerate launch` of a single process.
+    Arguments are checked before the launch.
 
     Raises:
         ValueError: a wrong argument, a missing file, or more devices than the machine has.
@@ -42,6 +45,17 @@ def launch(argv: list[str], devices: int | None, accelerate_config: str | None) 
             launch_command(launch_command_parser().parse_args(given))
     except SignalException as stop:  # the processes have had the same signal, and have ended
         raise SystemExit(128 + stop.sigval) from None
-    except ChildFailedError as error:  # the process has said why
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        _end(failure.exitcode, f"rank {rank}")
+    except subprocess.CalledProcessError as error:
+        _end(error.returncode, "the process")
     raise SystemExit(0)
+
+
+def _end(status: int, what: str) -> NoReturn:
+    """End with the status of a process, which has said why unless a signal has killed it."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        print(f"error: {what} was ended by {name}. SIGKILL is often a lack of memory.", file=sys.stderr)
+    raise SystemExit(status if status >= 0 else 128 - status)

@@ -1,6 +1,8 @@
 """The progress of training: a live bar on a terminal, lines elsewhere, and what Ctrl-C does."""
 
+import itertools
 import math
+import os
 import signal
 import threading
 import time
@@ -21,10 +23,10 @@ from transformers.trainer_utils import has_length
 from ..quiet import is_live
 from .console import say
 
-__all__ = ["SaveOnInterrupt", "TrainingProgress"]
+__all__ = ["SaveOnSignal", "TrainingProgress"]
 
 _REFRESH_SECONDS = 0.2
-_LAST_STEP = "hf_nexus/last_step"  # in the store of all processes
+_RUNS = itertools.count()  # of this process: equal on all of them
 
 
 class TrainingProgress(ProgressCallback):
@@ -158,50 +160,64 @@ def _row(name: str, done: int, total: int, text: str) -> Table:
     return row
 
 
-class SaveOnInterrupt(TrainerCallback):
+class SaveOnSignal(TrainerCallback):
     """
-    The first Ctrl-C saves a checkpoint at the end of the outer step and ends training. A second one ends at once. On
-    several processes, all save after the same step: the one after the step in which the first of them was asked.
+    The first Ctrl-C (SIGINT) saves a checkpoint at the end of the outer step and ends training. A second one ends at
+    once. SIGTERM does the same if it is listened to. On several processes, all save after the same step: the one after
+    the step in which the first of them was asked.
     """
 
     def __init__(self, console: Console):
         self.console = console
-        self.requested = False  # whether a process was asked
+        self.requested: int | None = None  # the signal that a process got
+        self._process = os.getpid()
+        self._key = f"hf_nexus/last_step/{next(_RUNS)}"  # in the store of all processes
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C inside the context, unless the process has its own way to handle it."""
-        default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if not default or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        signal.signal(signal.SIGINT, self._request)
+    def listening(self, sigterm: bool = False) -> Iterator[None]:
+        """Handle signals inside the context, but not Ctrl-C if the process has its own way to handle it."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)[: 1 + sigterm]}
+        if before[signal.SIGINT] is not signal.default_int_handler:
+            del before[signal.SIGINT]
+        if threading.current_thread() is not threading.main_thread():
+            before = {}
+        for number in before:
+            signal.signal(number, self._request)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.requested = True
-        self.console.print("Saving a checkpoint once the step is complete. Press Ctrl-C again to quit at once.")
+        if os.getpid() != self._process:  # a worker of a data loader, which ends with its parent
+            return
+        if self.requested is None:
+            hint = " Press Ctrl-C again to quit at once." if number == signal.SIGINT else ""
+            self.console.print(f"Saving a checkpoint once the step is complete.{hint}")
+        self.requested = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this step, or on several processes after the one on which they agree."""
         if state.global_step >= self._last_step(state.global_step, args.world_size):
-            self.requested = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def _last_step(self, step: int, processes: int) -> float:
         if processes == 1:
-            return step if self.requested else math.inf
+            return math.inf if self.requested is None else step
         # No process ends the next step without the others, so all of them see before its end what is stored now.
         store = _get_default_store()
-        if self.requested:
-            store.compare_set(_LAST_STEP, "", str(step + 1))
-        return int(store.get(_LAST_STEP)) if store.check([_LAST_STEP]) else math.inf
+        if self.requested is not None:
+            store.compare_set(self._key, "", f"{step + 1} {self.requested}")
+        if not store.check([self._key]):
+            return math.inf
+        last, self.requested = map(int, store.get(self._key).split())
+        return last
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this evaluation, unless it is before the first step."""
-        if self.requested and state.global_step and args.world_size == 1:
+        if self.requested is not None and state.global_step and args.world_size == 1:
             control.should_save = control.should_training_stop = True

@@ -30,7 +30,7 @@ from .folder import CONFIG_NAME, claim_folder, find_checkpoint
 from .model import build_model, config_of, model_config
 from .parsing import parse_arguments
 from .plan import plan_run
-from .progress import SaveOnInterrupt, TrainingProgress
+from .progress import SaveOnSignal, TrainingProgress
 
 __all__ = ["PretrainRun", "dry_run", "leaving_process_group", "load_tokenizer", "main", "prepare_run", "pretrain"]
 
@@ -132,14 +132,16 @@ class PretrainRun:
 
     def _train(self) -> None:
         trainer, progress = self.trainer, TrainingProgress(self.console, bar=not self.trainer.args.disable_tqdm)
-        interrupt = SaveOnInterrupt(self.console)
-        for callback in (progress, interrupt):
+        signals = SaveOnSignal(self.console)
+        for callback in (progress, signals):
             trainer.add_callback(callback)
-        with progress.shown(), interrupt.listening():
+        # On one process, the Trainer handles SIGTERM. On several, each would save when it notices the signal.
+        sigterm = trainer.args.enable_jit_checkpoint and trainer.args.world_size > 1
+        with progress.shown(), signals.listening(sigterm):
             trainer.train(resume_from_checkpoint=self.checkpoint)
-        if interrupt.requested:
+        if signals.requested == signal.SIGINT:
             raise KeyboardInterrupt
-        if trainer.stopped_by_sigterm:  # the sender wants the machine, not an evaluation
+        if signals.requested or trainer.stopped_by_sigterm:  # the sender wants the machine, not an evaluation
             self._print_how_to_resume("Terminated")
             raise SystemExit(128 + signal.SIGTERM)
         evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}

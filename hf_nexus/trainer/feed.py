@@ -23,7 +23,7 @@ from ..mixture.stages import Windows, stage_borders
 from ..mixture.state import compare_data, describe_data, load_data_state, save_data_state
 from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from ..mixture.stream.lanes import Lanes
-from ..mixture.stream.progress import StreamProgress, WeightsFunction
+from ..mixture.stream.progress import StreamProgress, WeightsFunction, steps_ahead
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
@@ -132,7 +132,7 @@ class Feed:
                 args.source_schedule,
                 rows,
                 self.data.max_epochs,
-                args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2),
+                self._read_ahead,
                 self._shares_of_first_rank if several else None,
             )
             planned = self._progress
@@ -169,6 +169,11 @@ class Feed:
                 lanes.turns,
             )
         return lanes
+
+    @property
+    def _read_ahead(self) -> int:
+        """Micro-batches that the workers of the data loader are asked for before it is their turn."""
+        return self._args.dataloader_num_workers * (self._args.dataloader_prefetch_factor or 2)
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Micro-batches of the data loader in the order of training."""
@@ -314,6 +319,8 @@ class Feed:
         differences = compare_data(saved["description"], self._describe(batch_size, tokenizer)) if saved else []
         if isinstance(self.data.dataset, MixtureStream) and missing and not differences:
             differences = [f"it has no {missing} (was it saved with save_only_model, or on another disk?)"]
+        elif isinstance(self.data.dataset, MixtureStream) and saved and not differences:
+            differences = self._reads_too_far(saved["stream"])
         if not differences:
             return saved.get("stream")
         found = f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}."
@@ -324,6 +331,18 @@ class Feed:
             )
         logger.warning("%s Training goes on, and the data is read from its beginning.", found)
         return None
+
+    def _reads_too_far(self, saved: Mapping[str, Any]) -> list[str]:
+        """That a source with `max_epochs` would be left out later than in the saved run, in words."""
+        args, workers = self._args, max(1, self._args.dataloader_num_workers)
+        owners = 1 if args.source_schedule == "mixed" else Lanes(*saved["lanes"]).owners(workers)
+        ahead = steps_ahead(owners, len(self.data.names), self._read_ahead, args.gradient_accumulation_steps)
+        if not any(self.data.max_epochs.values()) or ahead < saved["until_left_out"]:
+            return []
+        return [
+            f"with max_epochs, the data loader may read {saved['until_left_out'] - 1} steps ahead, and now reads "
+            f"{ahead} (lower dataloader_num_workers or dataloader_prefetch_factor)"
+        ]
 
     # ---- Rows at any time ----
 

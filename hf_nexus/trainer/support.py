@@ -188,7 +188,7 @@ def check_arguments(
     if unlike and args.source_schedule == "mixed":
         raise ValueError(
             "source_schedule='mixed' puts rows of all sources into one micro-batch, and some of these sources are "
-            "streams of documents. Pass all of them as StreamedDocuments, or none."
+            "streams of documents. Load all of them as one mixture, or tokenize all of them before."
         )
     if isolated and args.use_cache:
         raise ValueError(

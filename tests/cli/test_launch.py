@@ -52,9 +52,11 @@ def test_a_file_of_accelerate_starts_its_launcher(launched, tmp_path):
     [
         (SignalException("stopped", signal.SIGTERM), 143),
         (ChildFailedError("train", {0: ProcessFailure(0, 1, 3, "<N/A>")}), 3),
+        (ChildFailedError("train", {1: ProcessFailure(1, 1, -signal.SIGKILL, "<N/A>")}), 137),
+        (subprocess.CalledProcessError(3, "train"), 3),
     ],
 )
-def test_the_status_of_the_processes_is_that_of_the_command(monkeypatch, failure, status):
+def test_the_status_of_the_processes_is_that_of_the_command(monkeypatch, capsys, failure, status):
     def fail(args):
         raise failure
 
@@ -62,6 +64,7 @@ def test_the_status_of_the_processes_is_that_of_the_command(monkeypatch, failure
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "demo", "--devices", "2", "--use_cpu"])
     assert stop.value.code == status
+    assert ("error: rank 1 was ended by SIGKILL" in capsys.readouterr().err) == (status == 137)
 
 
 @pytest.mark.parametrize(

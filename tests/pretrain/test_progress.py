@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from torch.distributed import HashStore
+from transformers import TrainerControl, TrainerState
 
 from hf_nexus.pretrain import progress
-from hf_nexus.pretrain.progress import TrainingProgress
+from hf_nexus.pretrain.progress import SaveOnSignal, TrainingProgress
 from hf_nexus.pretrain.run import main
 from hf_nexus.trainer.checkpoints import is_complete
 from tests.support.saved_weights import same, saved_weights
@@ -140,3 +142,21 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(interrupted, finished, cap
 def test_a_second_ctrl_c_does_not_wait(interrupted):
     folder, text = interrupted(times=2)
     assert not list(folder.glob("checkpoint-*")) and "nothing was saved yet" in text
+
+
+def test_processes_agree_on_the_step_after_which_they_save(monkeypatch):
+    store = HashStore()
+    monkeypatch.setattr("hf_nexus.pretrain.progress._get_default_store", lambda: store)
+    callbacks = [SaveOnSignal(Console(quiet=True)) for _ in range(3)]
+    first, second, later = callbacks
+    second._key = first._key  # as in the other process of the same run
+
+    def saves(callback, step):
+        control = TrainerControl()
+        callback.on_step_end(SimpleNamespace(world_size=2), TrainerState(global_step=step), control)
+        return control.should_save and control.should_training_stop
+
+    first.requested = signal.SIGTERM
+    assert not saves(first, 3) and not saves(second, 3)
+    assert saves(first, 4) and saves(second, 4) and second.requested == signal.SIGTERM
+    assert not saves(later, 5)  # another run of the same processes

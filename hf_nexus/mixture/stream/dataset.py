@@ -77,8 +77,8 @@ class MixtureStream(torch.utils.data.Dataset):
 
     @property
     def owners(self) -> int:
-        """How many workers divide the turns among them: worker `c % owners` gets micro-batch c of a source."""
-        return 1 if self.mixed or self.lanes.turns % self.workers else self.workers
+        """[`Lanes.owners`] of this run. With mixed micro-batches, each worker reads all lanes."""
+        return 1 if self.mixed else self.lanes.owners(self.workers)
 
     @property
     def slots(self) -> range:

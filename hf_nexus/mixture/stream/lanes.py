@@ -58,6 +58,10 @@ class Lanes:
         slots = max(n for n in range(ranks, max(_LEAST, ranks) + 1, ranks) if rows % n == 0)
         return cls(slots, workers * -(-_LEAST // workers))
 
+    def owners(self, workers: int) -> int:
+        """How many workers divide the turns among them: worker `c % owners` gets micro-batch c of a source."""
+        return 1 if self.turns % workers else workers
+
     def parts(self, most: int) -> int:
         """The number of parts that a source is cut into, at most `most`: each has the same number of lanes."""
         count = self.slots * self.turns

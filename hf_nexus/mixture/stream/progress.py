@@ -15,13 +15,21 @@ from .dataset import MixtureStream
 from .lanes import Lanes
 from .reader import SourceError
 
-__all__ = ["StreamProgress", "WeightsFunction"]
+__all__ = ["StreamProgress", "WeightsFunction", "steps_ahead"]
 
 logger = logging.getLogger(__name__)
 
 # Weights of the sources at an outer step. An object whose answers depend on more than the step is also `Stateful`,
 # and its state has JSON types.
 WeightsFunction = Callable[[int], Mapping[str, float]]
+
+
+def steps_ahead(owners: int, sources: int, read_ahead: int, inner_steps: int) -> int:
+    """
+    By how many outer steps the data loader asks ahead of training at most: for what its workers read ahead, for what
+    is planned before requests and put in order after them, and for the one batch that it always holds.
+    """
+    return 1 + (read_ahead + 2 * (owners - 1) * (sources + 1)) // inner_steps
 
 
 class StreamProgress:
@@ -60,9 +68,6 @@ class StreamProgress:
         """
         Start at an outer step, from 0: from the beginning of the data, or from the [`~StreamProgress.state_dict`] of a
         checkpoint of the same step.
-
-        Raises:
-            ValueError: the data loader reads further ahead than a source with `max_epochs` allows.
         """
         saved = saved or {}
         self._first: int = saved.get("first", step)  # the step at which the data began
@@ -75,12 +80,7 @@ class StreamProgress:
             self.stream.lanes = Lanes(*saved["lanes"])
         # From the step at which a source ends to the first one without it, the same for all numbers of workers.
         self._until_left_out: int = saved.get("until_left_out", 1 + self.steps_ahead)
-        if self.max_epochs and self.steps_ahead >= self._until_left_out:
-            raise ValueError(
-                f"The data loader reads {self.steps_ahead} steps ahead, and with max_epochs this run can be resumed "
-                f"with at most {self._until_left_out - 1}, to train on the same rows. Lower dataloader_num_workers or "
-                "dataloader_prefetch_factor."
-            )
+        assert not self.max_epochs or self.steps_ahead < self._until_left_out, "the feed has checked it"
         # Shares of steps for which the data loader has asked ahead of training.
         self._shares = {int(s): np.array(shares) for s, shares in saved.get("shares", {}).items()}
         # Micro-batches of each source so far; their state and that of the schedule before each step asked for.
@@ -138,8 +138,8 @@ class StreamProgress:
 
     @property
     def steps_ahead(self) -> int:
-        """By how many outer steps the data loader is ahead of training at most. It always holds one batch more."""
-        return 1 + (self._read_ahead + 2 * self.ahead) // self._k
+        """[`steps_ahead`] of this run."""
+        return steps_ahead(self.stream.owners, len(self.stream.names), self._read_ahead, self._k)
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The micro-batches of a data loader, which come in the order of requests, in the order of training."""
