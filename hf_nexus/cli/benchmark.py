@@ -49,17 +49,13 @@ def benchmark(
     from ..evaluation.lm_eval.model_arguments import model_arguments
     from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
     from ..evaluation.lm_eval.tasks import select_tasks
-    from ..hub.benchmarks import SCORES_NAME, claim_folder, record_scores
+    from ..hub.benchmarks import SCORES_NAME, record_scores
     from ..hub.results import RESULTS_NAME
 
     selected, left_out = select_tasks([name.strip() for name in tasks.split(",")], limit, allow_code_execution)
     require_lm_eval()
     arguments = model_arguments(model, revision, dtype)
-    own_folder = Path(model).is_dir() and (output is None or Path(output).resolve() == Path(model).resolve())
-    name = model if revision is None else f"{model}@{revision}"
-    folder = Path(model if own_folder else output or re.sub(r"[^\w.@-]+", "--", name))
-    require_folder(folder, "output")
-    claim_folder(folder, None if own_folder else name)
+    folder = _output_folder(model, revision, output)
     if left_out:
         print(f"Left out because they execute code: {', '.join(left_out)} (see --allow-code-execution)")
     print(f"Running {', '.join(task.name for task in selected)}. Results and logs: {folder}")
@@ -85,6 +81,18 @@ def benchmark(
     if problem is not None:
         raise problem
     raise SystemExit(failed > 0)
+
+
+def _output_folder(model: str, revision: str | None, output: str | None) -> Path:
+    """The folder of the model, or another one that holds scores of this model only."""
+    from ..hub.benchmarks import claim_folder
+
+    own_folder = Path(model).is_dir() and (output is None or Path(output).resolve() == Path(model).resolve())
+    name = model if revision is None else f"{model}@{revision}"
+    folder = Path(model if own_folder else output or re.sub(r"[^\w.@-]+", "--", name))
+    require_folder(folder, "output")
+    claim_folder(folder, None if own_folder else name)
+    return folder
 
 
 def _describe(result: "TaskResult") -> str:

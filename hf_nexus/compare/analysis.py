@@ -131,20 +131,18 @@ def compare_arms(
     runs = {(record.arm, record.seed): record for record in records if record.curve}
     planned = sorted({*seeds, *(seed for _, seed in runs)})
     values: list[_Value] = []
-    for (arm, seed), run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
-        values += [(arm, seed, metric, "end", value) for metric, value in run.metrics().items()]
+    for key, run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
+        values += [(*key, metric, "end", value) for metric, value in run.metrics().items()]
     controls, unclean = find_controls({arm: run.settings for (arm, _), run in runs.items()}, primary[0], tuned)
     if family is None:
         family = _default_family(names, baseline, primary, where, controls)
-    tested = dict.fromkeys((arm, baseline) for arm in names if arm != baseline)
-    tested |= dict.fromkeys((primary[0], control) for control in controls)
-    tested |= dict.fromkeys((arm, versus) for arm, versus, _, _ in family)
-    matched, pairs, unmatched = _matched(runs, list(tested), planned)
+    tested = [(arm, baseline) for arm in names if arm != baseline]
+    tested += [(primary[0], control) for control in controls] + [(arm, versus) for arm, versus, _, _ in family]
+    matched, pairs, unmatched = _matched(runs, list(dict.fromkeys(tested)), planned)
     values += [value for value, _ in matched]
     bounds = _by_seed((*value[:4], bound) for value, bound in matched)
     # Even finite values of a diverged run mean nothing, such as an exact match of 0.
     finite = _by_seed(value for value in values if math.isfinite(value[4]) and not runs[value[:2]].diverged)
-    searches = [done for run in runs.values() if run.minima for done in run.minima.converged.values()]
     return Analysis(
         baseline=baseline,
         primary=primary,
@@ -162,7 +160,7 @@ def compare_arms(
         non_finite=[(*key, metrics) for key, run in sorted(runs.items()) if (metrics := _non_finite(run))],
         pairs=pairs,
         unmatched=unmatched,
-        unconverged=(searches.count(False), len(searches)),
+        unconverged=_unconverged(runs.values()),
         across_arms=_correlation(finite, names, baseline),
     )
 
@@ -206,6 +204,12 @@ def _matched(
             at = f"matched with {against}"
             values += [((arm, seed, metric, at, loss), bound) for metric, (loss, bound) in losses.items()]
     return values, pairs, unmatched
+
+
+def _unconverged(records: Iterable[RunRecord]) -> tuple[int, int]:
+    """Number of minima searches that did not converge, and of all."""
+    searches = [done for run in records if run.minima for done in run.minima.converged.values()]
+    return searches.count(False), len(searches)
 
 
 def _non_finite(record: RunRecord) -> list[str]:
