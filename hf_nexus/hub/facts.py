@@ -52,14 +52,18 @@ def installed_versions(optional: bool = False) -> dict[str, str]:
     return found
 
 
-def describe_hardware(processes: int = 1) -> str:
-    """Number and name of the devices that the processes of a run train on."""
-    if torch.cuda.is_available():
-        return f"{processes} x {torch.cuda.get_device_name()}"
-    if torch.accelerator.is_available():
-        return f"{processes} x {torch.accelerator.current_accelerator()}"
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" + (f", {processes} processes" if processes > 1 else "")
+def describe_hardware(device: str | None = None, processes: int | None = None) -> str:
+    """
+    Number and name of the devices, of a type such as `"cuda"`, on which the processes of a run train; by default, of
+    those of this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = device or (accelerator.type if accelerator else "cpu")
+    if kind != "cpu":
+        name = torch.cuda.get_device_name() if kind == "cuda" else kind
+        return f"{processes or torch.accelerator.device_count()} x {name}"
+    threads, more = torch.get_num_threads(), f", {processes} processes" if processes and processes > 1 else ""
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}{more}"
 
 
 @cache
