@@ -18,7 +18,11 @@ _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 def index_of(file: str) -> str:
     """The file that says where the documents of a token file end."""
-    return file.removesuffix(".bin") + ".idx" if file.endswith(".bin") else f"{file}.index"
+    return f"{file[:-4]}.idx" if _of_megatron(file) else f"{file}.index"
+
+
+def _of_megatron(file: str) -> bool:
+    return file.lower().endswith(".bin")
 
 
 def read_token_files(files: Sequence[str], fingerprint: str) -> "Dataset":
@@ -34,7 +38,7 @@ def read_token_files(files: Sequence[str], fingerprint: str) -> "Dataset":
 
     tables = []
     for file in files:
-        ends, dtype = _read_idx(file) if file.endswith(".bin") else _read_index(file)
+        ends, dtype = _read_idx(file) if _of_megatron(file) else _read_index(file)
         tokens = np.memmap(file, dtype, "r")
         if ends[-1] != len(tokens):
             raise ValueError(f"{index_of(file)!r} ends at {ends[-1]} tokens, but the file has {len(tokens)}")

@@ -79,7 +79,7 @@ class Held:
         lightest = [(0, turn, int(lane)) for turn, lane in enumerate(self.rng().permutation(lanes))]
         for i, size in enumerate(self.block.sizes()[self.block.order].tolist()):
             load, turn, owners[i] = lightest[0]
-            heapq.heapreplace(lightest, (load + size, turn, int(owners[i])))
+            heapq.heapreplace(lightest, (load + max(size, 1), turn, int(owners[i])))
         return owners
 
 

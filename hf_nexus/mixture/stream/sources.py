@@ -351,7 +351,11 @@ def _shown(value: Any) -> Any:
 def _row_bytes(row: Any) -> int:
     """Approximate memory of a row. Each integer of a list takes a pointer and an object."""
     values = row.values() if isinstance(row, dict) else ()
-    return sum(len(v) if isinstance(v, str) else 36 * len(v) for v in values if isinstance(v, str | list))
+    lists = sum(len(v) if isinstance(v, str) else 36 * len(v) for v in values if isinstance(v, str | list))
+    return lists + sum(v.nbytes for v in values if isinstance(v, np.ndarray | torch.Tensor))
+
+
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 def _sizes(chunks: list[Any]) -> np.ndarray:
@@ -361,7 +365,7 @@ def _sizes(chunks: list[Any]) -> np.ndarray:
     table = pa.concat_tables(chunks)
     sizes = np.zeros(len(table), dtype=np.int64)
     for column in table.columns:
-        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        is_list = any(is_kind(column.type) for is_kind in _LISTS)
         if is_list or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             count = compute.list_value_length if is_list else compute.binary_length
             sizes += count(column).fill_null(0).to_numpy().astype(np.int64)

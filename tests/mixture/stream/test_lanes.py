@@ -3,8 +3,9 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +150,21 @@ def test_documents_are_dealt_by_their_size() -> None:
     readers.read(300, 4)
     firsts = [state["at"]["first"] for state in readers.states["a"].values()]
     assert min(firsts) > 1000 and max(firsts) - min(firsts) <= 600
+
+
+@pytest.mark.parametrize("kind", ["arrays", "fixed"])
+def test_tokens_are_dealt_by_their_size(kind: str) -> None:
+    """Without a size, all documents of a block would go to one lane, and the others would read on for theirs."""
+    ids, features = [[5] * 32 for _ in range(6400)], None
+    if kind == "fixed":
+        features = Features(input_ids=List(Value("int64"), 32))
+    rows = Dataset.from_dict({"input_ids": ids}, features).to_iterable_dataset()
+    if kind == "arrays":
+        rows = rows.map(lambda row: {"input_ids": np.asarray(row["input_ids"])})
+    readers = Readers(documents_of(rows, 32, tokens_column="input_ids"), 1, 1, Lanes(4, 4), buffer_size=400)
+    readers.read(300, 4)
+    firsts = [state["at"]["first"] for state in readers.states["a"].values()]
+    assert max(firsts) - min(firsts) <= 600
 
 
 def test_documents_of_small_blocks_are_dealt_in_turn() -> None:
