@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 
+from ..trainer.support import check_fsdp
 from .fields import PretrainArguments
 from .model import build_model, config_of, joined_documents, model_config, planned_attention
 
@@ -69,18 +71,17 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
     Raises:
-        ValueError: `inner_sync="local"` with FSDP2.
+        ValueError: a setting that is not possible with FSDP2.
     """
     t, sharded = arguments.training, devices > 1 and sharding_of(arguments) == "fsdp2"
-    if sharded and t.nexus and t.inner_sync == "local":
-        raise ValueError(
-            "inner_sync='local' is not possible with FSDP2, which shards the weights of a path over several ranks. "
-            "Use inner_sync='node' or 'global', or --sharding ddp."
-        )
+    if sharded:
+        check_fsdp(t, version=2)
     shards = path_of(arguments, devices) if t.nexus and t.inner_sync == "node" else devices
     random = t.inner_direction == "random" and t.inner_lr > 0
     copies = (2 if random else 1) if t.nexus and t.snapshot_device is None else 0
-    per_parameter = {"float32 weights": 4, _GRADIENTS: 4, "AdamW moments": 8}
+    adamw = t.matrix_optimizer is None and t.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+    moments = "AdamW moments" if adamw else "optimizer state, taken as AdamW's"
+    per_parameter = {"float32 weights": 4, _GRADIENTS: 4, moments: 8}
     if copies:
         per_parameter["Nexus snapshot"] = 4 * copies
     if t.bf16 and not sharded:

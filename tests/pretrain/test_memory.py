@@ -163,6 +163,12 @@ def test_memory_per_parameter(config, flags, bytes_per_parameter):
     assert sum(estimate_memory(arguments, 1000, 2).per_parameter.values()) == bytes_per_parameter + 4
 
 
+@pytest.mark.parametrize("flags", [["--optim", "adafactor"], ["--matrix_optimizer", "muon"]], ids=str)
+def test_the_plan_knows_only_the_state_of_adamw(config, flags):
+    assert "AdamW moments" in estimate_memory(planned(config), 1000, 1).per_parameter
+    assert "optimizer state, taken as AdamW's" in estimate_memory(planned(config, *flags), 1000, 1).per_parameter
+
+
 def test_the_mask_of_documents_grows_with_the_row(config):
     short, long = (estimate_memory(planned(config, "--sequence_length", n), 0, 1) for n in ("32", "64"))
     assert long.activations - 2 * short.activations == 2 * 64 * 2 * (4 * 64 - 4 * 32)  # rows, tokens, layers, 4T

@@ -64,9 +64,11 @@ def test_isolation_must_be_possible(config):
         plan_run(planned(config, *flags), 1)
 
 
-def test_local_mode_is_refused_with_fsdp2_as_in_training():
-    with pytest.raises(ValueError, match="inner_sync='local' is not possible with FSDP2"):
-        plan_run(planned("3b", "--sharding", "fsdp2", "--inner_sync", "local"), 8)
+@pytest.mark.parametrize(("field", "value"), [("inner_sync", "local"), ("gradient_cosine_steps", "10")])
+def test_what_fsdp2_cannot_do_is_refused_as_in_training(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.*{value}.* is not possible for a sharded model"):
+        plan_run(planned("3b", "--sharding", "fsdp2", f"--{field}", value), 8)
+    plan_run(planned("3b", "--sharding", "ddp", f"--{field}", value), 8)
 
 
 def test_parameters_are_those_of_the_model(config):
