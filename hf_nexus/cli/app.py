@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, prog_name="hf-nexus")
     except SystemExit as stop:
-        if stop.code == 130 and argv[0] != "train":  # which says how to resume
+        if stop.code == 130 and "train" not in argv[:2]:  # which says how to resume
             words = ["<hidden>" if isinstance(word, Secret) else word for word in argv]
             print(f"Interrupted. Go on with:\n{shlex.join(['hf-nexus', *words])}", file=sys.stderr, flush=True)
             if own_process:
