@@ -342,10 +342,10 @@ class StagedCheckpoints:
         return os.path.join(run_dir, STAGING_DIR) if self.staging else run_dir
 
     @contextmanager
-    def stage(self, run_dir: str, state: TrainerState) -> Iterator[None]:
+    def stage(self, run_dir: str, state: TrainerState) -> Iterator[Path]:
         """
-        Write one checkpoint inside the context, which all ranks must enter. The path of the best checkpoint in `state`
-        is corrected.
+        Write one checkpoint inside the context, which all ranks must enter, into the folder that it gives. The path of
+        the best checkpoint in `state` is corrected.
 
         Raises:
             OSError: on all ranks, if the checkpoint before was not written.
@@ -361,7 +361,7 @@ class StagedCheckpoints:
         processes.wait_for_everyone()
         self.staging, self._writes = True, []
         try:
-            yield
+            yield staged
         finally:
             self.staging = False
         written = state.best_model_checkpoint
@@ -386,12 +386,11 @@ class StagedCheckpoints:
             _finish(staged)
         self._completed(final)
 
-    def write_later(self, run_dir: str, step: int, model: nn.Module, optimizer: Any) -> None:
+    def write_later(self, staged: Path, model: nn.Module, optimizer: Any) -> None:
         """
         Begin to write the model and the optimizer, if it is not `None`, of the checkpoint that is staged, after all
         its other files. All ranks must call it.
         """
-        staged = Path(run_dir, STAGING_DIR, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if not self._args.should_save:
             _force_all(staged)
         self._writes = self._writer.begin(staged, model, optimizer)

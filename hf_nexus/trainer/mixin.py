@@ -660,11 +660,11 @@ class NexusTrainerMixin(_Base):
             self.meter.update_totals(self.state.global_step)
             self._record_status()
             run_dir = self._get_output_dir(trial)
-            with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state):
+            with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as folder:
                 super()._save_checkpoint(model, trial)
                 if self.args.checkpoint_async:
                     optimizer = None if self.args.save_only_model else self.optimizer
-                    self._checkpoints.write_later(run_dir, self.state.global_step, self.model, optimizer)
+                    self._checkpoints.write_later(folder, self.model, optimizer)
 
     def _record_status(self) -> None:
         """Put the totals and the status of publishing into the part of the saved state for collaborators."""
