@@ -15,7 +15,7 @@ from ..pretrain.sections import load_config
 from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, load_yaml, read
 from .analysis import Analysis, Test, Where, compare_arms
-from .records import METRICS, RunRecord
+from .records import METRICS, ON_CURVE, RunRecord
 
 __all__ = ["RESERVED", "ComparisonConfig", "DeclaredTest", "MinimaSearch", "QuestionSet", "Tuning"]
 
@@ -44,8 +44,8 @@ class DeclaredTest:
         arm (`str`):
             The arm that is compared.
         metric (`str`, *optional*, defaults to `"ood_loss"`):
-            A metric at the end of training: `train_loss`, `validation_loss`, `ood_loss`, `validation/<source>`,
-            `ood/<source>`, `downstream/<question set>/<score>`, `gradient_cosine` or `minima_distance`.
+            `train_loss`, `validation_loss`, `ood_loss`, `validation/<source>`, `ood/<source>`,
+            `downstream/<question set>/<score>`, `gradient_cosine` or `minima_distance`.
         where (`str`, *optional*, defaults to `"end"`):
             Where the arms are compared: at the `"end"` of training, or at `"matched"` training loss (held-out losses
             only).
@@ -64,7 +64,7 @@ class DeclaredTest:
         if kind + slash not in METRICS or bool(slash) != bool(name):
             allowed = [kind + "<name>" * kind.endswith("/") for kind in METRICS]
             raise ValueError(f"metric: {self.metric!r} is not known; use one of {', '.join(allowed)}.")
-        if self.where == "matched" and kind not in ("validation_loss", "ood_loss", "validation", "ood"):
+        if self.where == "matched" and kind + slash not in ON_CURVE:
             raise ValueError(f"where: {self.metric!r} has no value at matched training loss. Use 'end'.")
 
 

@@ -10,7 +10,17 @@ from typing import Any
 
 from ..files import write_atomic
 
-__all__ = ["METRICS", "RECORD_NAME", "LossPoint", "Minima", "Pairs", "RunRecord", "in_order", "metric_label"]
+__all__ = [
+    "METRICS",
+    "ON_CURVE",
+    "RECORD_NAME",
+    "LossPoint",
+    "Minima",
+    "Pairs",
+    "RunRecord",
+    "in_order",
+    "metric_label",
+]
 
 RECORD_NAME = "record.json"
 
@@ -28,6 +38,7 @@ METRICS = {
     "validation/": "validation loss on ",
     "ood/": "OOD loss on ",
 }
+ON_CURVE = ("validation_loss", "ood_loss", "validation/", "ood/")  # those with a value at matched training loss
 
 
 @dataclass(frozen=True)
