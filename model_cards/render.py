@@ -18,6 +18,7 @@ from pathlib import Path
 from hf_nexus.hub.card import save_card
 from hf_nexus.hub.facts import hub_id, public_path
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
+from hf_nexus.mixture.stages import Stage
 from hf_nexus.pretrain.model import model_config
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
@@ -71,7 +72,7 @@ def plan() -> RunSummary:
         nexus=nexus_settings(arguments.training),
         planned=True,
         mixture=rows,
-        stages=list(zip(ends, shares, strict=True)),
+        stages=[Stage(*stage) for stage in zip(ends, shares, strict=True)],
         hyperparameters=arguments.resolved["training"],
         changed_hyperparameters=arguments.changed,
         datasets=[row.dataset for row in rows if row.dataset and hub_id(row.dataset)],

@@ -167,9 +167,9 @@ def _body(run: RunSummary) -> str:
 
 def _stage_columns(run: RunSummary) -> dict[str, dict[str, float]]:
     """Mixture weights of each stage, by its title `"0 to 80 %"`; empty for a single stage."""
-    ends = [f"{100 * until:g}" for until, _ in run.stages]
+    ends = [f"{100 * stage.until:g}" for stage in run.stages]
     titles = [f"{start} to {end} %" for start, end in pairwise(["0", *ends])]
-    return dict(zip(titles, (shares for _, shares in run.stages), strict=True)) if len(titles) > 1 else {}
+    return dict(zip(titles, (stage.weights for stage in run.stages), strict=True)) if len(titles) > 1 else {}
 
 
 def _cell(value: object) -> str:

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..files import read_plain, without_folders, write_atomic
-from ..strict import Bound, check, check_fields
+from ..mixture.stages import Stage
+from ..strict import Bound, check_fields
 from .results import ROLES, BenchmarkScore, HeldOutLoss
 
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
@@ -56,8 +58,7 @@ class RunSummary:
     planned: bool = False
     mixture: list[MixtureRow] = field(default_factory=list)
     unit: Literal["tokens", "rows"] = "tokens"  # what the mixture counts: "rows" for models without a label per token
-    # Of each stage, the fraction of training at which it ends and its mixture weights.
-    stages: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     evaluations: list[HeldOutLoss] = field(default_factory=list)
     arm: str | None = None  # name of the arm that `arm_loss` and `arm_value` come from, see `against`
     benchmarks: list[BenchmarkScore] = field(default_factory=list)
@@ -170,9 +171,6 @@ class RunSummary:
             found = cls._build(json.loads(text, parse_constant=lambda nan: 0.0))  # a loss may be NaN
             for part in (found, *found.mixture, *found.evaluations, *found.benchmarks):
                 check_fields(part)
-            for until, shares in found.stages:
-                check(until, float, "stages")
-                check(shares, dict[str, float], "stages")
             return cls._build(json.loads(text))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
@@ -180,9 +178,9 @@ class RunSummary:
 
     @classmethod
     def _build(cls, fields: dict[str, Any]) -> "RunSummary":
-        rows = {"mixture": MixtureRow, "evaluations": HeldOutLoss, "benchmarks": BenchmarkScore}
-        built = {name: [kind(**row) for row in fields[name]] for name, kind in rows.items()}
-        return cls(**fields | built | {"stages": [(until, shares) for until, shares in fields["stages"]]})
+        rows: dict[str, Callable[..., Any]]
+        rows = {"mixture": MixtureRow, "evaluations": HeldOutLoss, "benchmarks": BenchmarkScore, "stages": Stage}
+        return cls(**fields | {name: [kind(**row) for row in fields[name]] for name, kind in rows.items()})
 
 
 def _without_secrets(value: Any) -> Any:

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check_fields, read, read_yaml
-from .schedule import normalized
-from .stages import Stage, parse_stages
+from .stages import Stage, parse_stages, shares_of
 
 __all__ = ["BUILTIN_PREFIX", "MAP_STYLE_LIMIT", "MixtureConfig", "SourceConfig", "refuse_splits"]
 
@@ -341,16 +340,12 @@ class MixtureConfig:
         Raises:
             ValueError: a size that is needed is missing or not positive.
         """
-        weights = self.stage_weights(sizes)[-1][1]
-        return dict(zip(weights, normalized(weights, list(weights)).tolist(), strict=True))
+        return shares_of(self.stage_weights(sizes)[-1].weights)
 
-    def stage_weights(self, sizes: Mapping[str, int]) -> list[tuple[float, dict[str, float]]]:
-        """
-        `(until, weights)` of each stage: the fraction of training at which it ends, and the weights of the training
-        sources. Without stages, a single one until 1.0. Arguments and errors are those of [`~MixtureConfig.weights`].
-        """
+    def stage_weights(self, sizes: Mapping[str, int]) -> list[Stage]:
+        """The stages, by default a single one. Arguments and errors are those of [`~MixtureConfig.weights`]."""
         if self.stages is not None:
-            return [(stage.until, stage.weights) for stage in self.stages]
+            return self.stages
         raw = {}
         for name, source in self.train_sources.items():
             if source.weight is not None:
@@ -362,7 +357,7 @@ class MixtureConfig:
                     f"sources.{name}.weight: missing, and the size of the source is unknown or 0. Give weights to all "
                     f"sources, or state sources.{name}.tokens."
                 )
-        return [(1.0, raw)]
+        return [Stage(1.0, shares_of(raw))]
 
 
 def refuse_splits(names: Iterable[Any]) -> None:

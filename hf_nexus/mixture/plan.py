@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schedule import normalized
+from .stages import normalized
 
 __all__ = ["PlanRow", "mixture_plan"]
 

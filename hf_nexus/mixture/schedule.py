@@ -2,19 +2,50 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from .stages import Windows
+from .stages import normalized
 
-__all__ = ["DynamicSchedule", "SourceSchedule", "normalized"]
+__all__ = ["DynamicSchedule", "SourceSchedule", "Windows"]
 
 # Draws per random stream. Any range of draws can be made without the ones before its block.
 _BLOCK = 4096
 _KINDS = ("random", "stratified", "mixed", "blocked")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a run, as the Trainer counts them. The last one of an epoch may be short."""
+
+    inner_steps: int  # micro-batches of a window, k
+    epoch: int | None = None  # micro-batches of an epoch; by default the data has no end
+
+    def count(self, max_steps: int, epochs: float) -> int:
+        """Outer steps of a run of `max_steps`, or of some epochs if it is not positive."""
+        return max_steps if max_steps > 0 else math.ceil(epochs * self._per_epoch())
+
+    def micro_batches(self, steps: int) -> int:
+        """Micro-batches of the first outer steps."""
+        if self.epoch is None:
+            return steps * self.inner_steps
+        epochs, rest = divmod(steps, self._per_epoch())
+        return epochs * self.epoch + rest * self.inner_steps
+
+    def numbers(self, micro_batches: np.ndarray) -> np.ndarray:
+        """The outer step of each micro-batch, by its number."""
+        if self.epoch is None:
+            return micro_batches // self.inner_steps
+        epochs, rest = np.divmod(micro_batches, self.epoch)
+        return epochs * self._per_epoch() + rest // self.inner_steps
+
+    def _per_epoch(self) -> int:
+        assert self.epoch is not None, "data without an end needs max_steps"
+        return max(1, math.ceil(self.epoch / self.inner_steps))
 
 
 class DynamicSchedule:
@@ -182,25 +213,6 @@ class SourceSchedule(DynamicSchedule):
 
     def _stages(self, start: int, stop: int) -> np.ndarray:
         return np.searchsorted(self.first, np.arange(start, stop), side="right") - 1
-
-
-def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
-    """
-    Weights as shares that sum to one, (S,) float64, in the order of `names`. Shares stay exactly as they are.
-
-    Raises:
-        ValueError: The weights name other sources, are negative or not finite, or sum to zero.
-    """
-    if set(weights) != set(names):
-        raise ValueError(
-            f"mixture_weights name {', '.join(weights)}, but the training sources are {', '.join(names)}. Give each "
-            "of them a weight, and no other name; 0 leaves a source out."
-        )
-    shares = np.array([weights[name] for name in names], dtype=np.float64)
-    if not len(shares) or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
-        raise ValueError(f"weights={dict(weights)} must be finite, >= 0, and sum to more than zero.")
-    total = shares.sum()
-    return shares if math.isclose(total, 1, rel_tol=1e-12) else shares / total
 
 
 @lru_cache(maxsize=2)  # callers often ask for one micro-batch after the other

@@ -1,4 +1,4 @@
-"""Mixture weights that change during training: stages, each up to a fraction of the run."""
+"""Mixture weights, as shares and in stages that each last up to a fraction of the run."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from ..schema import documented
 from ..strict import Bound, check, check_fields
 
-__all__ = ["Stage", "Weight", "Windows", "parse_stages", "stage_borders", "weight_stages"]
+__all__ = ["Stage", "Weight", "normalized", "parse_stages", "shares_of", "stage_borders", "weight_stages"]
 
 
 Weight = Annotated[float, Bound(least=0, most=1e9)]
@@ -78,54 +78,45 @@ def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "sta
     return [Stage(stage.until, {name: stage.weights[name] for name in expected}) for stage in stages]
 
 
-def weight_stages(weights: Mapping[str, float] | Sequence[Any]) -> list[tuple[float, dict[str, float]]]:
-    """`(until, weights)` of each stage of a checked `mixture_weights` value: one mapping, or a list of stages."""
-    if isinstance(weights, Mapping):
-        return [(1.0, dict(weights))]
-    return [(stage["until"], stage["weights"]) for stage in weights]
+def weight_stages(weights: Mapping[str, float] | Sequence[Any]) -> list[Stage]:
+    """The stages of a checked `mixture_weights` value: one mapping, or a list of stages."""
+    return [Stage(1.0, dict(weights))] if isinstance(weights, Mapping) else [Stage(**stage) for stage in weights]
 
 
-def stage_borders(
-    stages: Iterable[tuple[float, Mapping[str, float]]], max_steps: int
-) -> list[tuple[int, dict[str, float]]]:
+def stage_borders(stages: Iterable[Stage], max_steps: int) -> list[tuple[int, dict[str, float]]]:
     """
     First outer step and weights of each stage, which begins at `round(until * max_steps)` of the one before it. A
     stage of zero steps is left out.
     """
     borders, first = [], 0
-    for until, weights in stages:
-        end = round(until * max_steps)
+    for stage in stages:
+        end = round(stage.until * max_steps)
         if end > first:
-            borders.append((first, dict(weights)))
+            borders.append((first, stage.weights))
         first = end
     return borders
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The windows of a run, as the Trainer counts them. The last one of an epoch may be short."""
+def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
+    """
+    Weights as shares that sum to one, (S,) float64, in the order of `names`. Shares stay exactly as they are.
 
-    inner_steps: int  # micro-batches of a window, k
-    epoch: int | None = None  # micro-batches of an epoch; by default the data has no end
+    Raises:
+        ValueError: The weights name other sources, are negative or not finite, or sum to zero.
+    """
+    if set(weights) != set(names):
+        raise ValueError(
+            f"mixture_weights name {', '.join(weights)}, but the training sources are {', '.join(names)}. Give each "
+            "of them a weight, and no other name; 0 leaves a source out."
+        )
+    shares = np.array([weights[name] for name in names], dtype=np.float64)
+    if not len(shares) or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
+        raise ValueError(f"weights={dict(weights)} must be finite, >= 0, and sum to more than zero.")
+    total = shares.sum()
+    return shares if math.isclose(total, 1, rel_tol=1e-12) else shares / total
 
-    def count(self, max_steps: int, epochs: float) -> int:
-        """Outer steps of a run of `max_steps`, or of some epochs if it is not positive."""
-        return max_steps if max_steps > 0 else math.ceil(epochs * self._per_epoch())
 
-    def micro_batches(self, steps: int) -> int:
-        """Micro-batches of the first outer steps."""
-        if self.epoch is None:
-            return steps * self.inner_steps
-        epochs, rest = divmod(steps, self._per_epoch())
-        return epochs * self.epoch + rest * self.inner_steps
-
-    def numbers(self, micro_batches: np.ndarray) -> np.ndarray:
-        """The outer step of each micro-batch, by its number."""
-        if self.epoch is None:
-            return micro_batches // self.inner_steps
-        epochs, rest = np.divmod(micro_batches, self.epoch)
-        return epochs * self._per_epoch() + rest // self.inner_steps
-
-    def _per_epoch(self) -> int:
-        assert self.epoch is not None, "data without an end needs max_steps"
-        return max(1, math.ceil(self.epoch / self.inner_steps))
+def shares_of(weights: Mapping[str, float], names: Sequence[str] | None = None) -> dict[str, float]:
+    """[`normalized`] by name, by default in the order of the weights."""
+    names = list(weights) if names is None else names
+    return dict(zip(names, normalized(weights, names).tolist(), strict=True))

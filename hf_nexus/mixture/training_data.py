@@ -11,16 +11,13 @@ import torch
 from .config import refuse_splits
 from .indexed import MixtureDataset, holds_datasets
 from .loading import Mixture
-from .schedule import normalized
-from .stages import stage_borders, weight_stages
+from .stages import Stage, shares_of, stage_borders, weight_stages
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
 
 __all__ = ["StageWeights", "TrainingData", "prepare_data", "split_sources"]
 
 logger = logging.getLogger(__name__)
-
-Stages = list[tuple[float, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -34,15 +31,15 @@ class TrainingData:
             are decided while training. A plain dataset is kept as it is.
         evaluation (`Dataset` or `dict[str, Dataset]`, *optional*):
             The evaluation sets.
-        stages (`list[tuple[float, dict[str, float]]]`):
-            `(until, shares)` of each stage: one if the weights are constant, none for a plain dataset.
+        stages (`list[Stage]`):
+            The stages, whose weights sum to one: one stage if they are constant, none for a plain dataset.
         mixture ([`Mixture`], *optional*):
             The loaded mixture, if one was given.
     """
 
     dataset: Any
     evaluation: Any = None
-    stages: Stages = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     mixture: Mixture | None = None
 
     @property
@@ -53,7 +50,7 @@ class TrainingData:
     @property
     def weights(self) -> dict[str, float] | None:
         """Shares of the last stage, by which losses are averaged over sources; `None` for a plain dataset."""
-        return self.stages[-1][1] if self.stages else None
+        return self.stages[-1].weights if self.stages else None
 
     @property
     def max_epochs(self) -> dict[str, float | None]:
@@ -71,13 +68,14 @@ class TrainingData:
                 )
             return self
         if weights is not None:
-            given: Any = weight_stages(weights)
+            given = weight_stages(weights)
         elif self.mixture is not None:
             sizes = {name: count for name, count in self.mixture.tokens.items() if count is not None}
             given = self.mixture.config.stage_weights(sizes)
         else:
-            given = [(1.0, _rows(self.dataset.sources))]
-        return replace(self, stages=_shares(given, self.dataset.names))
+            given = [Stage(1.0, shares_of(_rows(self.dataset.sources)))]
+        shares = [replace(stage, weights=shares_of(stage.weights, self.dataset.names)) for stage in given]
+        return replace(self, stages=shares)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -120,7 +118,7 @@ class TrainingData:
 class StageWeights:
     """The weights of stages as a function of the outer step."""
 
-    def __init__(self, stages: Stages, max_steps: int):
+    def __init__(self, stages: list[Stage], max_steps: int):
         self.borders = stage_borders(stages, max_steps)
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -172,11 +170,6 @@ def _rows(sources: Mapping[str, Any]) -> dict[str, float]:
             f"{', '.join(sources)}."
         )
     return {name: len(source) for name, source in sources.items()}
-
-
-def _shares(stages: Stages, names: list[str]) -> Stages:
-    """Stages whose weights are shares in the order of the sources."""
-    return [(until, dict(zip(names, normalized(w, names).tolist(), strict=True))) for until, w in stages]
 
 
 def split_sources(train_dataset: Any) -> dict[str, Any] | None:

@@ -10,8 +10,7 @@ import torch
 
 from ..files import hide_token
 from ..mixture.config import MixtureConfig
-from ..mixture.schedule import normalized
-from ..mixture.stages import weight_stages
+from ..mixture.stages import normalized, weight_stages
 from ..strict import check, field_types
 from .checks import check_run
 from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
@@ -84,8 +83,8 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         )
     with naming(name, "", flags["training"]):
         training = PretrainConfig(**values["training"])
-        for _, weights in weight_stages(training.mixture_weights or []):
-            normalized(weights, list(mixture.train_sources))
+        for stage in weight_stages(training.mixture_weights or []):
+            normalized(stage.weights, list(mixture.train_sources))
         check_run(model, mixture, training, here=not dry_run)
     _count_steps(training)
     defaults = _defaults(PretrainConfig)

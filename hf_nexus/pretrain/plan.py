@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..mixture.plan import PlanRow, mixture_plan
-from ..mixture.stages import Windows, stage_borders, weight_stages
+from ..mixture.schedule import Windows
+from ..mixture.stages import Stage, stage_borders, weight_stages
 from .cost import CostEstimate, choose_sync, estimate_cost
 from .fields import PretrainArguments
 from .memory import MemoryEstimate, estimate_memory
@@ -76,8 +77,8 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     )
 
 
-def _stages(arguments: PretrainArguments, known: Mapping[str, int]) -> list[tuple[float, dict[str, float]]]:
-    """`(until, weights)` of each stage, empty if they depend on unknown sizes."""
+def _stages(arguments: PretrainArguments, known: Mapping[str, int]) -> list[Stage]:
+    """The stages, empty if they depend on unknown sizes."""
     given, config = arguments.training.mixture_weights, arguments.mixture
     if isinstance(given, dict | list):
         return weight_stages(given)

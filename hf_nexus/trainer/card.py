@@ -83,7 +83,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
         "repo_id": args.hub_model_id,
         "trainable_parameters": trainable if trainable < parameters else None,
         "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
-        "hardware": describe_hardware(args.world_size),
+        "hardware": describe_hardware(args.device.type, args.world_size),
         "commit": find_commit(),
         "seconds": last.get("train_runtime"),
         "tokens_per_second": last.get("tokens_per_second"),
@@ -143,13 +143,11 @@ def _mixture_rows(facts: RunFacts) -> list[MixtureRow]:
     if not data.stages:  # one plain dataset
         return []
     tokens = {name: facts.trained_tokens[name] for name in data.names}
-    starts = [0.0, *(until for until, _ in data.stages)]
+    lengths = [end - start for start, end in pairwise([0.0, *(stage.until for stage in data.stages)])]
     weights: dict[str, float | None] = dict.fromkeys(data.names)
     if not facts.dynamic_weights:
-        stages = [
-            (end - start, shares) for (start, end), (_, shares) in zip(pairwise(starts), data.stages, strict=True)
-        ]
-        weights |= {name: fsum(length * shares[name] for length, shares in stages) for name in data.names}
+        stages = list(zip(lengths, data.stages, strict=True))
+        weights |= {name: fsum(length * stage.weights[name] for length, stage in stages) for name in data.names}
     paths = _paths(mixture)
     return [
         MixtureRow(

@@ -18,8 +18,8 @@ from ..mixture.isolation import (
     text_config,
 )
 from ..mixture.plan import mixture_plan
-from ..mixture.schedule import SourceSchedule
-from ..mixture.stages import Windows, stage_borders
+from ..mixture.schedule import SourceSchedule, Windows
+from ..mixture.stages import stage_borders
 from ..mixture.state import compare_data, describe_data, load_data_state, save_data_state
 from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from ..mixture.stream.lanes import Lanes
@@ -285,7 +285,7 @@ class Feed:
 
     def _describe(self, batch_size: int, tokenizer: Any) -> dict[str, Any]:
         size = None if self._args.auto_find_batch_size else batch_size
-        weights: Any = self.data.stages
+        weights: Any = [(stage.until, stage.weights) for stage in self.data.stages]
         if self.dynamic_weights:
             weights = "decided during training"
         elif size is not None and isinstance(self.data.dataset, MixtureDataset):

@@ -23,6 +23,7 @@ from hf_nexus.hub.card import run_card, save_card
 from hf_nexus.hub.check import check_card, split_card
 from hf_nexus.hub.results import HeldOutLoss, save_results
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
+from hf_nexus.mixture.stages import Stage
 from model_cards import render
 from tests.support.hub.summaries import NEXUS, full_run, make_run
 
@@ -231,7 +232,7 @@ def test_several_stages_are_a_table():
     text = str(run_card(full_run())).partition("Weights by stage")[2].partition("## Results")[0]
     assert tables(text)["Source"] == ["0 to 75 %", "75 to 100 %"]
     assert tables(text)["maths"] == ["50.0 %", "10.0 %"]
-    one = make_run(stages=[(1.0, {"code": 0.6, "maths": 0.4})])
+    one = make_run(stages=[Stage(1.0, {"code": 0.6, "maths": 0.4})])
     assert str(run_card(one)) == str(run_card(make_run()))
 
 
@@ -448,7 +449,7 @@ def hostile_run(text: str) -> RunSummary:
         run,
         **dict.fromkeys(("model_name", "model_type", "license_name", "license_link", "hardware", "commit"), text),
         mixture=[replace(row, source=names[row.source], license=text, dataset=text) for row in run.mixture],
-        stages=[(end, {names[name]: share for name, share in shares.items()}) for end, shares in run.stages],
+        stages=[Stage(s.until, {names[name]: share for name, share in s.weights.items()}) for s in run.stages],
         evaluations=[replace(row, name=f"{row.name} {text}") for row in run.evaluations],
         benchmarks=[
             replace(score, name=f"{i} {text}", metric="a" + text, notes=text) for i, score in enumerate(run.benchmarks)

@@ -86,7 +86,13 @@ def test_an_impossible_summary_is_an_error(changes, message):
     [
         *({"parameters": "many"}, {"parameters": 10**400}, {"seconds": 1e300}, {"unit": "# words"}, {"tags": "one"}),
         *({"plot": "//elsewhere/pixel.png"}, {"plot": "a/b.png"}, {"auto_class": "os\nimport sys"}, {"nexus": []}),
-        *({"stages": [[1.0, "all"]]}, {"stages": 3}, {"mixture": [{"source": "a"}]}, {"numbers": {"a": "b"}}),
+        *(
+            {"stages": [{"until": 1.0, "weights": "all"}]},
+            {"stages": [{"until": 2.0, "weights": {"a": 1}}]},
+            {"stages": 3},
+            {"mixture": [{"source": "a"}]},
+            {"numbers": {"a": "b"}},
+        ),
         *({"evaluations": [{"name": "a", "role": "ood", "first_loss": None, "last_loss": "low"}]}, {"versions": [1]}),
     ],
     ids=str,

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from hf_nexus.mixture import MixtureConfig, SourceConfig
 from hf_nexus.mixture.config import MAP_STYLE_LIMIT
-from hf_nexus.mixture.stages import Windows, stage_borders
 
 VALID: dict[str, Any] = {
     "sequence_length": 16,
@@ -203,68 +202,3 @@ def test_a_source_too_large_to_load_whole_is_refused() -> None:
     stated_size()
     with pytest.raises(ValueError, match=r"sources\.web"):
         stated_size(max_tokens=MAP_STYLE_LIMIT + 1)
-
-
-# ---- Stages ----
-
-
-def staged(*stages: Any, **more: Any) -> MixtureConfig:
-    sources = {name: {"path": name, **more.pop(name, {})} for name in ("a", "b")}
-    sources["c"] = {"path": "c", "role": "ood"}
-    return MixtureConfig.from_dict({"sources": sources, "sequence_length": 8, "stages": list(stages), **more})
-
-
-LAST = {"until": 1.0, "weights": {"a": 1, "b": 4}}
-
-
-def test_the_last_stage_gives_the_weights() -> None:
-    config = staged({"until": 0.8, "weights": {"b": 0, "a": 2}}, LAST)
-    assert config.stage_weights({}) == [(0.8, {"a": 2.0, "b": 0.0}), (1.0, {"a": 1.0, "b": 4.0})]
-    assert config.weights({}) == {"a": 0.2, "b": 0.8}
-    assert sized(1.0, a=3, b=1).weights({}) == {"a": 0.75, "b": 0.25}
-    assert MixtureConfig(config.sources, 8, stages=config.stages) == config
-
-
-@pytest.mark.parametrize(
-    ("stages", "error"),
-    [
-        ([], r"stages: \[\] is not a list"),
-        ([{"until": 0.5, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: 0\.5.*at 1\.0"),
-        ([{"until": 1, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 1\.0 .*only the last"),
-        ([{"until": 0, "weights": {"a": 1, "b": 1}}, LAST], r"stages\[0\]\.until: 0 .*above"),
-        ([{"until": 0.5, "weights": {"a": 1, "b": 1}}] * 2 + [LAST], r"stages\[1\]\.until: 0\.5 .*\(0\.5 here\)"),
-        ([{"until": "1", "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: '1'"),
-        ([{"until": True, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.until: True"),
-        ([{"untill": 1.0, "weights": {"a": 1, "b": 1}}], r"stages\[0\]\.untill: unknown key.*'until'"),
-        ([{"until": 1.0}], r"stages\[0\]\.weights: missing"),
-        ([{"until": 1.0, "weights": {"a": 1}}], r"stages\[0\]\.weights: .*sources are a, b"),
-        ([{"until": 1.0, "weights": {"a": 1, "b": 1, "c": 1}}], r"stages\[0\]\.weights: .*sources are a, b"),
-        ([{"until": 1.0, "weights": {"a": 1, "b": -1}}], r"stages\[0\]\.weights\.b: -1 "),
-        ([{"until": 1.0, "weights": {"a": 0, "b": 0}}], r"stages\[0\]\.weights: all weights are 0"),
-        ([{"until": 1.0, "weights": {"a": 1, "b": 0}}], r"stages: the source 'b' has no weight in any stage"),
-    ],
-)
-def test_stages_that_make_no_sense_are_refused_by_name(stages: list, error: str) -> None:
-    with pytest.raises(ValueError, match=error):
-        staged(*stages)
-
-
-def test_stages_stand_in_for_weights_and_temperature() -> None:
-    with pytest.raises(ValueError, match=r"sources\.b\.weight: it has no effect with stages"):
-        staged(LAST, b={"weight": 1.0})
-    with pytest.raises(ValueError, match="temperature: it has no effect"):
-        staged(LAST, temperature=2.0)
-
-
-def test_stages_begin_at_whole_outer_steps() -> None:
-    stages = [(0.1, {"a": 1.0}), (0.8, {"a": 2.0}), (1.0, {"a": 3.0})]
-    assert stage_borders(stages, 44_000) == [(0, {"a": 1.0}), (4_400, {"a": 2.0}), (35_200, {"a": 3.0})]
-    assert stage_borders(stages, 4) == [(0, {"a": 2.0}), (3, {"a": 3.0})]
-    assert stage_borders([(1.0, {"a": 1.0})], 1) == [(0, {"a": 1.0})]
-
-
-def test_windows_are_counted_as_the_trainer_does() -> None:
-    windows = Windows(4, epoch=10)  # of 4, 4 and 2 micro-batches
-    assert [windows.micro_batches(step) for step in range(6)] == [0, 4, 8, 10, 14, 18]
-    assert windows.count(-1, 1.5) == 5 and windows.count(7, 1.5) == 7
-    assert Windows(4).micro_batches(5) == 20

@@ -1,15 +1,14 @@
+"""The schedule is a pure function of the seed, the weights and the number of the micro-batch."""
+
 import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_nexus.mixture.indexed import MixtureDataset, MixtureSampler
-from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, normalized
-from hf_nexus.mixture.stages import Windows
-from hf_nexus.mixture.tags import MicroBatchTag, TaggingCollator, pop_tag
+from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, Windows
+from hf_nexus.mixture.stages import normalized
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
@@ -146,13 +145,6 @@ def test_bad_stages_are_refused(stages, error):
         SourceSchedule(stages)
 
 
-@given(st.dictionaries(st.text(), st.floats(0, 1e6), min_size=1).filter(lambda weights: sum(weights.values()) > 1e-3))
-def test_shares_are_not_changed_by_normalizing_them_again(weights):
-    shares = normalized(weights, list(weights))
-    assert normalized(dict(zip(weights, shares, strict=True)), list(weights)).tolist() == shares.tolist()
-    assert shares.sum() == pytest.approx(1, rel=1e-12)
-
-
 @pytest.mark.parametrize("kind", ["mixed", "blocked"])
 def test_controls_draw_the_same_with_weights_decided_in_training(kind):
     settings = {"kind": kind, "windows": Windows(4), "rows": 6, "ranks": 2}
@@ -199,90 +191,11 @@ def test_an_unknown_kind_is_refused():
         DynamicSchedule(["a"], kind="rando")
 
 
-# ---- The order of rows ----
+# ---- Windows ----
 
 
-def build(sizes: dict[str, int], rows: int, seed: int = 0, weights=None, kind="random") -> MixtureSampler:
-    dataset = MixtureDataset({name: [{"row": (name, i)} for i in range(n)] for name, n in sizes.items()})
-    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed, kind, rows=rows), rows, seed)
-
-
-def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, int]]]:
-    sampler.set_epoch(epoch)
-    indices = list(sampler)
-    rows = [sampler.dataset[i]["row"] for i in indices]
-    return [rows[i : i + sampler.rows] for i in range(0, len(rows), sampler.rows)]
-
-
-@settings(max_examples=30)
-@given(
-    sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
-    rows=st.integers(1, 4),
-    seed=st.integers(0, 5),
-)
-def test_micro_batches_hold_one_source_and_passes_each_row_once(sizes, rows, seed):
-    sampler = build({f"s{i}": n for i, n in enumerate(sizes)}, rows, seed)
-    read: dict[str, list[int]] = {}
-    for epoch in range(3):
-        batches = micro_batches(sampler, epoch)
-        assert len(batches) == sum(sizes) // rows == len(sampler) // rows
-        for batch in batches:
-            assert len({name for name, _ in batch}) == 1
-            read.setdefault(batch[0][0], []).extend(i for _, i in batch)
-    for name, order in read.items():
-        size = sizes[int(name[1:])]
-        for start in range(0, len(order) - size + 1, size):
-            assert sorted(order[start : start + size]) == list(range(size))
-
-
-def test_mixed_micro_batches_hold_each_row_of_a_pass_once():
-    sampler = build({"a": 12, "b": 6}, 6, kind="mixed")
-    batches = [batch for epoch in range(4) for batch in micro_batches(sampler, epoch)]
-    assert [sorted(name for name, _ in batch) for batch in batches] == [list("aaaabb")] * 12
-    assert batches[9:] == micro_batches(build({"a": 12, "b": 6}, 6, kind="mixed"), 3)
-    read = [i for batch in batches for name, i in batch if name == "a"]
-    assert all(sorted(read[start : start + 12]) == list(range(12)) for start in range(0, 48, 12))
-
-
-def test_each_pass_over_a_source_has_its_own_order():
-    sampler = build({"only": 50}, 1)
-    assert micro_batches(sampler, 0) != micro_batches(sampler, 1)
-    assert micro_batches(sampler, 1) == micro_batches(build({"only": 50}, 1), 1)
-
-
-def test_order_of_one_source_does_not_depend_on_the_others():
-    def of(sizes):
-        return [b for b in micro_batches(build(sizes, 2, weights=dict.fromkeys(sizes, 1.0)), 0) if b[0][0] == "a"]
-
-    shared = min(len(of({"a": 30})), len(of({"z": 30, "a": 30})))
-    assert of({"a": 30})[:shared] == of({"z": 30, "a": 30})[:shared]
-
-
-def test_a_source_smaller_than_one_micro_batch_is_refused():
-    with pytest.raises(ValueError, match=r"'small' has 3 rows, fewer than one micro-batch of 4"):
-        build({"big": 40, "small": 3}, 4)
-
-
-def test_a_micro_batch_carries_its_source_and_number_of_rows():
-    dataset = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]})
-    batch = TaggingCollator(lambda rows: {"x": [row["x"] for row in rows]})(dataset.__getitems__([3, 2]))
-    assert pop_tag(batch) == MicroBatchTag({"b": 2}) and batch == {"x": [4, 3]}
-    assert pop_tag(batch) is None and pop_tag(torch.zeros(2)) is None
-
-
-def test_rows_of_several_sources_keep_their_order():
-    rows = MixtureDataset({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}, {"x": 4}]}).__getitems__([3, 0, 2])
-    assert [row["x"] for row in rows] == [4, 1, 3] and rows.tag == MicroBatchTag({"b": 2, "a": 1})
-
-
-def test_a_collator_that_returns_no_mapping_is_refused():
-    dataset = MixtureDataset({"a": [{"x": 1}]})
-    with pytest.raises(ValueError, match="returned a list"):
-        TaggingCollator(lambda rows: rows)(dataset.__getitems__([0]))
-
-
-def test_bad_sources_are_refused():
-    with pytest.raises(ValueError, match="no sources"):
-        MixtureDataset({})
-    with pytest.raises(ValueError, match="'a' is empty"):
-        MixtureDataset({"a": []})
+def test_windows_are_counted_as_the_trainer_does() -> None:
+    windows = Windows(4, epoch=10)  # of 4, 4 and 2 micro-batches
+    assert [windows.micro_batches(step) for step in range(6)] == [0, 4, 8, 10, 14, 18]
+    assert windows.count(-1, 1.5) == 5 and windows.count(7, 1.5) == 7
+    assert Windows(4).micro_batches(5) == 20

@@ -48,7 +48,7 @@ def test_the_summary_holds_what_the_trainer_logged(trained):
     assert {name: row.weight for name, row in mixture.items()} == pytest.approx(
         {"text": 0.375, "code": 0.375, "math": 0.25}
     )
-    assert [until for until, _ in run.stages] == [0.5, 1.0]
+    assert [stage.until for stage in run.stages] == [0.5, 1.0]
     assert run.base_model is None and run.adapter is None and run.trainable_parameters is None
     assert run.parameters == sum(p.numel() for p in trained.model.parameters())
     assert run.changed_hyperparameters["learning_rate"] == 1e-2 and "weight_decay" not in run.changed_hyperparameters

@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
-from hf_nexus.mixture.stages import stage_borders
+from hf_nexus.mixture.stages import Stage, stage_borders, weight_stages
 from hf_nexus.mixture.stream.reader import SourceError
 from hf_nexus.trainer.checkpoints import last_checkpoint
 
@@ -381,7 +381,7 @@ def test_stages_change_sources_and_decide_the_macro_loss(tmp_path: Path, kind: s
     held_out = {"trainer_kwargs": {"eval_dataset": {name: table(4, 9) for name in "abc"}}}
     trainer = run(tmp_path / "whole", mixture(kinds()[kind](), STAGES), source_schedule=schedule, **held_out)
     sources = trainer.sources()
-    assert sources == scheduled([(s["until"], s["weights"]) for s in STAGES], schedule)
+    assert sources == scheduled(weight_stages(STAGES), schedule)
     assert set(sources[: STEPS * K // 2]) == {"a", "b"} and set(sources[STEPS * K // 2 :]) == {"a", "c"}
     for step in (2, 3, 4):
         resumed = run(
@@ -405,7 +405,7 @@ def test_stages_change_on_time_with_short_windows(tmp_path: Path) -> None:
 
 def test_map_style_and_streams_have_the_same_schedule(whole: Whole) -> None:
     for schedule in ("random", "stratified"):
-        expected = scheduled([(1.0, WEIGHTS)], schedule)
+        expected = scheduled([Stage(1.0, WEIGHTS)], schedule)
         assert all(whole(kind, schedule).sources() == expected for kind in kinds())
 
 

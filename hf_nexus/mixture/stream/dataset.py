@@ -3,12 +3,13 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..indexed import check_sources
-from ..tags import MicroBatchTag, StreamState, TaggedRows, take_rows
+from ..tags import StreamState, TaggedRows, take_rows
 from .documents import PackedRowReader, StreamedDocuments
 from .lanes import Lanes
 from .reader import RowReader
@@ -109,7 +110,7 @@ class MixtureStream(torch.utils.data.Dataset):
             return rows
 
         rows = take_rows([self.names[position] for _, position in indices], take)
-        rows.tag = MicroBatchTag(rows.tag.rows, tuple(states))
+        rows.tag = replace(rows.tag, states=tuple(states))
         return rows
 
     def _reader(self, name: str, owner: int) -> RowReader:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ..schedule import DynamicSchedule, normalized
-from ..stages import Windows
+from ..schedule import DynamicSchedule, Windows
+from ..stages import normalized
 from ..tags import StreamState, tag_of
 from .dataset import MixtureStream
 from .lanes import Lanes

@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_nexus.hub.results import BenchmarkScore, HeldOutLoss
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
+from hf_nexus.mixture.stages import Stage
 
 NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradient_accumulation_steps": 4}
 
@@ -48,7 +49,7 @@ def make_run(**changes: Any) -> RunSummary:
 def full_run() -> RunSummary:
     """A run whose card has every section."""
     run = make_run(
-        stages=[(0.75, {"code": 0.5, "maths": 0.5}), (1.0, {"code": 0.9, "maths": 0.1})],
+        stages=[Stage(0.75, {"code": 0.5, "maths": 0.5}), Stage(1.0, {"code": 0.9, "maths": 0.1})],
         benchmarks=[
             BenchmarkScore("GSM8K", "openai/gsm8k", "exact_match", 41.25, 1.4, "gsm8k", "abc", "2026-05-01", "8-shot"),
             BenchmarkScore("LAMBADA", "EleutherAI/lambada_openai", "acc", 12.5),
