@@ -1,6 +1,6 @@
 """
-Run the ladder of docs/results.md from its smallest rung on, and print its table: the effect of the primary arm and of
-each control by model size.
+Run the ladder of docs/results_ladder.md from its smallest rung on, and print its table: the effect of the primary arm
+and of each control by model size.
 
     python recipes/ladder.py                      # finished runs are skipped; the same command resumes
     python recipes/ladder.py --table              # only the table, from the runs that are finished
@@ -93,7 +93,7 @@ def table(rungs: list[str]) -> str:
 def main() -> None:
     """Run the rungs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["0.03M", "0.1M"])
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["0.03M", "0.1M", "0.3M"])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
-RESULTS = (ROOT / "docs" / "results.md").read_text()
+RESULTS = "".join((ROOT / "docs" / name).read_text() for name in ("results.md", "results_ladder.md"))
 STUDIES = sorted((ROOT / "docs" / "studies").glob("*.csv"))
 HEADER = re.compile(r"^\| \w+ \| arm \| against \| pairs \| (.*) \|$")
 
