@@ -126,8 +126,8 @@ def rehearse_comparison(hub: HubServer, folder: Path, environment: dict[str, str
         "seeds": [1],
         "push_to": "alice/paper",
         "model": {**WIDTH, "accelerators": 0},
-        "data": {"sequence_length": 256},
-        "training": {**STEPS, **device, "lr_scheduler_kwargs": decay},
+        "data": {"sequence_length": 64},
+        "training": {**STEPS, **device, "lr_scheduler_kwargs": decay, "per_device_eval_batch_size": 8},
         "train_sample_rows": 2,
     }
     config["tuning"]["max_steps"] = 3
