@@ -8,7 +8,7 @@
 """
 Train or fine-tune a causal language model on text with the Nexus update.
 
-Only the two lines marked `Nexus` differ from the same script for Trainer. The Trainer has no `--train_source`.
+Only the two lines marked `Nexus` differ from the same script for Trainer. `--train_source` needs these lines.
 
 A small byte-level model from scratch on a text file, in half a minute on one CPU core without a download:
 

@@ -130,7 +130,7 @@ def train(
 
 @app.command(cls=_FieldsCommand, context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
-    """Print parameters, tokens, steps, memory and cost of a run, without network or GPU: hf-nexus plan 3b"""
+    """Print parameters, tokens, steps, memory and cost of a run, without training or a GPU: hf-nexus plan 3b"""
     _announce("plan", config)
     from ..pretrain.early import check_early
 
@@ -161,14 +161,15 @@ def push(
         bool | None, typer.Option("--private/--public", help="Visibility of a new repository, instead of the run's.")
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Also send what another user may have queued, without a question.")
+        bool, typer.Option("--yes", help="Send without asking, including what another user may have queued.")
     ] = False,
 ) -> None:
     """
     Upload a finished run, or what a run could not upload: hf-nexus push runs/nexus-demo --repo user/model
 
-    What the run has queued is sent. If that is nothing, --repo publishes the folder, also one of a stock Trainer.
-    Log in first with `hf auth login`. The exit status is 1 if the upload is not complete.
+    The command sends what the run has queued. If nothing is queued, --repo publishes the folder of any finished run,
+    including one of a stock Trainer. Log in first with `hf auth login`. The exit status is 1 if the upload is not
+    complete.
     """
     from ..hub.publisher import Publisher
     from ..hub.queue import QUEUE_NAME, QueueStatus

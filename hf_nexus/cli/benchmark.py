@@ -30,7 +30,8 @@ def benchmark(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Maximum number of examples per task or subtask. Never replaces a score on all examples."
+            min=1,
+            help="Maximum number of examples per task or subtask. The score never replaces one on all examples.",
         ),
     ] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto for the largest that fits.")] = "8",

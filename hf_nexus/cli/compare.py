@@ -19,7 +19,7 @@ def compare(
     ] = None,
     run: Annotated[
         str | None,
-        typer.Option(help="Make only this run (nexus/seed-2). Other machines may make others at the same time."),
+        typer.Option(help="Train only this run (nexus/seed-2). Other machines can train others at the same time."),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write the report on the finished runs.")] = False,
     plan: Annotated[
@@ -29,7 +29,8 @@ def compare(
         bool, typer.Option("--pilot", help="Run only the primary arm and the baseline on five other seeds.")
     ] = False,
     difference: Annotated[
-        list[float] | None, typer.Option(min=1e-9, help="A difference that the plan is for. May be repeated.")
+        list[float] | None,
+        typer.Option(min=1e-9, help="With --plan: print how many seeds would find this difference. Can be repeated."),
     ] = None,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
