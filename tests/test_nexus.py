@@ -233,7 +233,7 @@ class TestThroughTrainer:
         g = same_batches(tiny_llama(dtype=torch.float64), Rows(8, 3))[0]
         torch.testing.assert_close(step(gamma=0.0).pseudo[0], sum(x / x.norm() for x in g) / 4)
 
-    def test_fact_6_switched_off_it_is_the_plain_trainer_bit_for_bit(self, make_trainer, tmp_path):
+    def test_fact_6_switched_off_it_is_the_trainer_bit_for_bit(self, make_trainer, tmp_path):
         ours = make_trainer(Rows(40, 1, pad=True), nexus=False, max_steps=7, weight_decay=0.1)
         stock_args = {k: v for k, v in ours.args.to_dict().items() if k in TrainingArguments.__dataclass_fields__}
         stock_args = TrainingArguments(

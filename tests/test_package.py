@@ -186,6 +186,12 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     assert "License-Expression: Apache-2.0" in metadata and "hf-nexus = hf_nexus.cli.app:main" in entry_points
 
 
+def test_names_of_tests_are_short():
+    files = (ROOT / "tests").rglob("test_*.py")
+    names = [name for path in files for name in re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8"))]
+    assert len(names) > 1000 and [name for name in names if len(name) >= 60] == []
+
+
 def test_the_citation_is_the_projects():
     citation = (ROOT / "CITATION.cff").read_text()
     assert "2604.09258" in citation

@@ -325,7 +325,7 @@ def test_tokens_are_divided_by_the_ranks_with_the_same_rows(make_trainer, monkey
         assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) == 2 * 4 / 2
 
 
-def test_fsdp2_shards_over_the_dimensions_that_the_configuration_names():
+def test_fsdp2_shards_over_the_configured_dimensions():
     """`parallelism_of` leaves out that of the replicas."""
     assert "accelerator.parallelism_config.fsdp_dim_names" in inspect.getsource(fsdp2_prepare_model)
     config = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)

@@ -125,7 +125,7 @@ def test_a_run_that_never_reaches_the_target_is_unmatched():
     assert analyse(records).unmatched == [("nexus-0.05", "adamw", 0)]
 
 
-def test_the_correlation_of_distance_and_gain_has_the_right_sign():
+def test_the_correlation_of_distance_and_gain_has_its_sign():
     """By construction, distance is 2 - 20 gain, relative to a norm of 10."""
     analysis = analyse(make_records({"adamw": 0.0, "random": 0.01, "nexus-0.05": 0.02, "nexus-0.2": 0.03}))
     assert analysis.across_arms.n == 4 and analysis.across_arms.pearson < -0.95

@@ -189,7 +189,7 @@ def test_runs_are_made_one_at_a_time(copied, in_process, monkeypatch):
     assert (output / "results.csv").read_text() == results
 
 
-def test_a_report_of_a_folder_that_does_not_exist_names_the_runs(copied, tmp_path):
+def test_a_report_of_a_missing_folder_names_the_runs(copied, tmp_path):
     comparison = Comparison(replace(copied, output_dir=str(tmp_path / "none")), Console(quiet=True))
     with pytest.raises(ValueError, match="tuning: 4 runs are missing"):
         comparison.report()

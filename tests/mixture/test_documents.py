@@ -63,7 +63,7 @@ def test_an_empty_completion_has_no_target():
     assert text(tokens) == "fox" + EOS and targets(tokens) == ""
 
 
-def test_a_completion_of_messages_begins_after_the_generation_prompt():
+def test_a_completion_begins_after_the_generation_prompt():
     tokens = encode({"prompt": chat("fox"), "completion": chat("", "dog")[1:]}, PAIR)
     assert text(tokens) == f"<user>fox{EOS}<assistant>dog{EOS}" and targets(tokens) == f"dog{EOS}"
 
@@ -77,7 +77,7 @@ def test_turns_are_marked_as_by_the_chat_template(contents):
     assert (tokens >= 0).astype(int).tolist() == expected["assistant_masks"]
 
 
-def test_an_eos_that_the_template_leaves_out_is_part_of_the_last_turn():
+def test_an_eos_that_a_template_lacks_is_part_of_the_last_turn():
     tokenizer = tiny_tokenizer()
     for end in ("", "."):
         tokenizer.chat_template = MARKING.replace("eos_token", f"'{end}'")
@@ -168,7 +168,7 @@ def test_another_loss_on_does_not_read_the_same_cache(tmp_path):
     assert (one.train["a"][0]["labels"] != -100).all() and (other.train["a"][0]["labels"] == -100).any()
 
 
-def test_targets_are_counted_apart_from_the_tokens_that_are_read(tmp_path):
+def test_targets_are_counted_apart_from_tokens_read(tmp_path):
     mixture = load(tmp_path, False, PAIRS, 16, **PAIR)
     rows = first_rows(mixture, 10**6)
     assert mixture.tokens["a"] == 16 * len(rows)

@@ -169,7 +169,7 @@ def test_flex_attention_gets_a_mask_of_blocks(rows, monkeypatch):
                 assert seen == (k <= q and bool(document[k] == document[q]))
 
 
-def test_flash_attention_cuts_a_flat_row_where_positions_restart(rows):
+def test_flash_attention_cuts_a_row_where_positions_restart(rows):
     from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
     positions = isolated(flatten=True)(packed_rows(rows))["position_ids"]

@@ -554,7 +554,7 @@ def test_bytes_that_are_no_utf8_are_an_error_with_their_row(load: Any, num_proc:
 
 
 @pytest.mark.parametrize("split", [{"eval_rows": 25}, {"eval_split": "train[:25]", "split": "train+train"}])
-def test_a_file_that_breaks_while_held_out_rows_are_read_is_named(load: Any, split: dict) -> None:
+def test_a_file_that_breaks_in_held_out_rows_is_named(load: Any, split: dict) -> None:
     write("a.jsonl", texts(20))
     Path("b.jsonl").write_bytes(gzip.compress(b"{}"))
     with pytest.raises(ValueError, match=r"(?s)sources\.a: .*JSON parse error"):

@@ -103,7 +103,7 @@ def test_eos_is_the_only_special_token_and_empty_texts_vanish(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("adds", "wanted", "starts"), [(1, None, 1), (0, None, 0), (1, False, 0), (0, True, 1)])
-def test_a_bos_starts_each_document_as_the_tokenizer_or_the_user_says(
+def test_the_tokenizer_or_the_user_decides_on_a_bos(
     tmp_path: Path, adds: bool, wanted: bool | None, starts: bool
 ) -> None:
     tokenizer = adding_bos(tiny_tokenizer())

@@ -146,7 +146,7 @@ def test_bad_stages_are_refused(stages, error):
 
 
 @pytest.mark.parametrize("kind", ["mixed", "blocked"])
-def test_controls_draw_the_same_with_weights_decided_in_training(kind):
+def test_controls_draw_the_same_with_dynamic_weights(kind):
     settings = {"kind": kind, "windows": Windows(4), "rows": 6, "ranks": 2}
     schedule, names = SourceSchedule(STAGES, 1, **settings), ["a", "b", "c"]
     dynamic, shares = DynamicSchedule(names, 1, **settings), {start: normalized(w, names) for start, w in STAGES}

@@ -105,7 +105,7 @@ def test_a_description_has_no_folder_of_the_machine(path):
         assert _settings(SourceConfig(path=path))["path"] == path
 
 
-def test_a_description_has_no_signature_or_password_of_an_address():
+def test_a_description_has_no_signature_or_password():
     one, other = (
         _settings(SourceConfig(path=f"https://host/web.jsonl?signature={s}"))["path"] for s in ("secret", "other")
     )

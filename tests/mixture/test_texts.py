@@ -87,7 +87,7 @@ def test_a_tokenizer_of_text_alone_has_no_chat_template():
     assert tokenizer_of_sources(config, 300).chat_template is None
 
 
-def test_rows_that_a_stream_skips_are_skipped_by_the_tokenizer_too():
+def test_the_tokenizer_skips_the_rows_that_a_stream_skips():
     rows = [{"text": "lazy dog"}, {"text": None}, {"text": "lazy dog"}]
     source = {"path": write("a.jsonl", rows), "streaming": True, "weight": 1}
     skipping = MixtureConfig.from_dict({"sources": {"a": {**source, "on_error": "skip"}}})

@@ -46,7 +46,7 @@ def test_bytes_sent_per_step(flags, sent):
     assert found.sent == sent and total(found) == pytest.approx(sent / 100e9)
 
 
-def test_machines_send_each_other_one_reduction_over_all_their_links():
+def test_machines_share_one_reduction_over_all_links():
     found = cost("--inner_sync", "node", "--node_link", "400", devices=64)
     inside, between = (8 * 2 + 1) * 4e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
     assert found.sent == inside + between

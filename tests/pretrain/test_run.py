@@ -104,7 +104,7 @@ def test_the_folder_holds_what_was_promised(finished):
     assert promised <= names
 
 
-def test_the_run_file_names_the_files_and_continues_a_held_out_row(finished):
+def test_the_run_file_names_files_and_continues_a_row(finished):
     text, names = (finished / "RUN.md").read_text(), {path.name for path in finished.iterdir()}
     assert {name for name in names if f"`{name}`" not in text} <= {LOCK_NAME}
     assert not {name for name in re.findall(r"^\| `([^`]+)`", text, re.MULTILINE) if name not in names}
@@ -206,7 +206,7 @@ def test_only_the_folder_of_the_demo_is_overwritten(config, finished, tmp_path, 
 
 
 @pytest.mark.parametrize("model", [{"attn_implementation": "eager"}, {"model_type": "mamba", "hidden_size": 32}])
-def test_impossible_isolation_is_refused_before_the_data_is_read(config, tmp_path, monkeypatch, model):
+def test_impossible_isolation_is_refused_before_reading_data(config, tmp_path, monkeypatch, model):
     monkeypatch.setattr("hf_nexus.pretrain.run.load_mixture", lambda *args: pytest.fail("the data was loaded"))
     monkeypatch.setattr("hf_nexus.mixture.isolation._ROUNDING", -1.0)  # nothing is apart enough
     content = yaml.safe_load(config.read_text())

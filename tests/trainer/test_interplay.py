@@ -379,7 +379,7 @@ def test_unfrozen_parameters_join_the_path(make_trainer, sources):
     assert max(callback.norms) <= 1 + 1e-6  # as that of a mean of normalized gradients
 
 
-def test_a_trainable_parameter_outside_the_optimizer_is_an_error(make_trainer, sources):
+def test_a_trained_parameter_outside_the_optimizer_is_an_error(make_trainer, sources):
     with pytest.raises(ValueError, match=r"layers.0.\S+ is trainable, but the optimizer does not train it"):
         make_trainer(sources, frozen(), {"callbacks": [Unfreeze()]}).train()
     model = tiny_llama()

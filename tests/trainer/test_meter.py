@@ -76,7 +76,7 @@ def test_a_window_counts_once_its_step_is_over():
     assert meter.trained_tokens == {"text": 10} and meter.rows == {"text": 2}
 
 
-def test_a_mixed_micro_batch_has_tokens_of_each_source_but_no_loss():
+def test_mixed_micro_batches_count_tokens_by_source_only():
     meter = meter_of("text", "code")
     count(meter, "text", 2.0, 10)
     meter.add_micro_batch({"text": 1, "code": 3}, torch.tensor(80.0), torch.tensor(8))

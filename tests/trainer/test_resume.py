@@ -322,7 +322,7 @@ def test_changed_data_is_refused_by_name_and_can_be_allowed(
         assert torch.equal(weights(again), weights(trainer))
 
 
-def test_a_map_style_run_of_another_length_is_refused_with_stages(tmp_path: Path) -> None:
+def test_stages_refuse_a_map_style_run_of_another_length(tmp_path: Path) -> None:
     """The sources so far would be others, and with them the rows that come next."""
     shares: list = [{"until": 0.5, "weights": {"a": 1, "b": 0}}, {"until": 1.0, "weights": {"a": 0, "b": 1}}]
     data = {"a": table(90), "b": table(90, 100)}

@@ -113,7 +113,7 @@ def test_the_scenarios_differ():
     assert sum(p.numel() for p in tiny_llama().parameters()) > 5000
 
 
-def test_ranks_start_from_one_step_in_a_free_folder_or_not_at_all(ranks):
+def test_ranks_start_from_one_step_in_a_free_folder(ranks):
     assert "held is used by another process" in ranks[0]["held"]
     assert "Another rank cannot start" in ranks[1]["held"]
     for rank in ranks:
