@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from huggingface_hub.utils import FORBIDDEN_FOLDERS
+
 from ..files import printable, read_plain, write_atomic
 from ..strict import check_fields, read
 
@@ -136,8 +138,8 @@ class Job:
 
 
 def is_repo_path(name: str) -> bool:
-    """Whether a name is the path of a file inside a repository, on every operating system."""
+    """Whether a name is the path of a file inside a repository, on every operating system, that the client sends."""
     path = PurePosixPath(name)
     is_text = name.encode(errors="ignore").decode() == name and "\0" not in name
-    outside = PureWindowsPath(name).anchor or ".." in path.parts or "\\" in name
+    outside = PureWindowsPath(name).anchor or "\\" in name or not {"..", *FORBIDDEN_FOLDERS}.isdisjoint(path.parts)
     return bool(path.parts) and path.as_posix() == name and is_text and not outside

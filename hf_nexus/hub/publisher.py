@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import FORBIDDEN_FOLDERS, HFValidationError, validate_repo_id
 
 from ..files import Secret, delete, hidden, printable, read_plain, without_folders, write_atomic
 from ..lock import locked
@@ -313,8 +313,10 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
 def _sent_files(output_dir: Path) -> dict[str, Path]:
     """The files of an output folder, without checkpoints, the queue and `RUN.md`, by their path in the repository."""
     files: dict[str, Path] = {}
+    # `hf download` leaves `last-checkpoint`, which may be old, and `.cache`.
+    kept = (QUEUE_NAME, RUN_NAME, "last-checkpoint", *FORBIDDEN_FOLDERS)
     for path in sorted(output_dir.iterdir()):
-        if path.name not in (QUEUE_NAME, RUN_NAME) and not path.name.startswith(("_", "checkpoint-")):
+        if path.name not in kept and not path.name.startswith(("_", "checkpoint-")):
             files |= files_below(path, path.name)
     for path in output_dir.glob(f"{PUBLIC}*"):
         files[path.name.removeprefix(PUBLIC)] = path

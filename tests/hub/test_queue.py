@@ -107,6 +107,8 @@ ODD = {
     "a parent folder": {"stamps": {"a/../../../../secret": None}},
     "an empty name": {"stamps": {"": None}},
     "the folder itself": {"stamps": {".": None}},
+    "a folder that the client refuses": {"stamps": {"a/.git/config": None}},
+    "the cache of a download": {"stamps": {".cache/file": None}},
     "no character": {"stamps": {"a\0b": None}},
     "half a character": {"stamps": {"\ud800": None}},
     "a slot outside": {"slots": [".."]},

@@ -25,7 +25,7 @@ from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import pretrain
 from hf_nexus.trainer.publishing import Publishing
-from tests.support.hub.runs import QUICK, REPO, SECONDS, content, digests, until
+from tests.support.hub.runs import QUICK, REPO, SECONDS, api, content, digests, impatient_client, until
 from tests.support.hub.server import ALICE, READER, HubServer
 from tests.support.launcher import launch
 from tests.support.tiny import Rows, tiny_llama
@@ -170,20 +170,26 @@ def test_no_folder_of_the_machine_arrives(
     make(**options, max_steps=6, push_to_hub=False).train(resume_from_checkpoint=str(tmp_path / "downloaded"))
 
 
-def test_last_checkpoint_resumes_bit_for_bit(hub: HubServer, make: Callable[..., Any], tmp_path: Path) -> None:
-    """Using only the files of the Hub."""
+def test_last_checkpoint_resumes_bit_for_bit(
+    hub: HubServer, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, as docs/hub.md says. The downloaded folder does not replace the newer one of the Hub."""
     whole = make(push_to_hub=False, max_steps=6, output_dir=str(tmp_path / "whole"))
     whole.train()
     make(hub_strategy="checkpoint").train()
-    for name, data in hub.files(REPO).items():
-        if name.startswith("last-checkpoint/"):
-            path = tmp_path / "downloaded" / Path(name).name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
-    resumed = make(push_to_hub=False, max_steps=6, output_dir=str(tmp_path / "resumed"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "downloaded"))
+    out = tmp_path / "other"
+    with impatient_client(monkeypatch, xet=False):
+        api(hub).snapshot_download(REPO, allow_patterns=["last-checkpoint/*"], local_dir=out)
+    assert (out / ".cache").is_dir()
+    resumed = make(hub_strategy="checkpoint", max_steps=6, output_dir=str(out))
+    resumed.train(resume_from_checkpoint=str(out / "last-checkpoint"))
     assert resumed.state.global_step == 6
     assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.push_to_hub() is not None
+    files, last = hub.files(REPO), content(out / "checkpoint-6")
+    below = {name.partition("/")[2]: data for name, data in files.items() if name.startswith("last-checkpoint/")}
+    assert digests(below) == digests(last) and digests(below) != digests(content(out / "last-checkpoint"))
+    assert not [name for name in files if name.startswith(".cache/")]
 
 
 def test_saving_the_model_queues_it_and_does_not_wait(
