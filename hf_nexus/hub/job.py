@@ -12,7 +12,7 @@ from huggingface_hub.utils import FORBIDDEN_FOLDERS
 from ..files import printable, read_plain, write_atomic
 from ..strict import check_fields, read
 
-__all__ = ["Job", "RefusedJobError", "SpoiledJobError", "Target", "is_repo_path"]
+__all__ = ["Job", "RefusedJobError", "SpoiledJobError", "Target", "is_repo_path", "slot_of"]
 
 
 class SpoiledJobError(RuntimeError):
@@ -93,7 +93,7 @@ class Job:
     def files(self, slots: Iterable[str] | None = None) -> dict[str, Path]:
         """Files of some slots, by default of all, by their path in the repository."""
         wanted = self.slots if slots is None else slots
-        return {name: self.path / "files" / name for name in self.stamps if self._slot(name) in wanted}
+        return {name: self.path / "files" / name for name in self.stamps if slot_of(name, self.slots) in wanted}
 
     def stats(self) -> dict[str, os.stat_result]:
         """
@@ -121,9 +121,6 @@ class Job:
         """Bytes of the files that still exist."""
         return sum(stat.st_size for stat in self.stats().values())
 
-    def _slot(self, name: str) -> str:
-        return next((slot for slot in self.slots if slot and name.startswith(f"{slot}/")), "")
-
     def verify(self, files: Mapping[str, Path]) -> None:
         """
         Raise `SpoiledJobError` if a file is gone or a linked file was overwritten, for example by a run that resumed
@@ -135,6 +132,11 @@ class Job:
                 raise SpoiledJobError(f"{name} of step {self.step} is gone from {self.path}.")
             if self.stamps[name] not in (None, [found[name].st_size, found[name].st_mtime_ns]):
                 raise SpoiledJobError(f"{name} of step {self.step} was overwritten after it was queued.")
+
+
+def slot_of(name: str, slots: Iterable[str]) -> str:
+    """The slot that a file belongs to."""
+    return next((slot for slot in slots if slot and name.startswith(f"{slot}/")), "")
 
 
 def is_repo_path(name: str) -> bool:

@@ -7,16 +7,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub import get_token
 from huggingface_hub.utils import FORBIDDEN_FOLDERS, HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 
 from ..files import Secret, delete, hidden, printable, read_plain, without_folders, write_atomic
 from ..lock import locked
-from .job import Target, is_repo_path
+from .job import Target, is_repo_path, slot_of
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
 from .uploader_process import UploaderProcess
@@ -45,7 +46,17 @@ _NAME_FOLDERS = {"trainer_state.json", "adapter_config.json", "README.md"}
 _NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml"}
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
-_FilesAndSlots = tuple[dict[str, Path], tuple[str, ...]]
+
+@dataclass(frozen=True, eq=False)
+class _Save:
+    """What `UploadQueue.add` needs, also for another attempt. `collect` finds the files of all `slots`."""
+
+    collect: Callable[[], dict[str, Path]]
+    slots: tuple[str, ...]
+    step: int
+    message: str
+    target: Target
+    write_once: Path | None = None
 
 
 class Publisher:
@@ -87,7 +98,8 @@ class Publisher:
         self._scratch = self.output_dir / "_converted"
         self._token = token = hidden(token)
         self._process = UploaderProcess(self.queue.folder, token, endpoint, retry or RetryPolicy())
-        self._unqueued: tuple[Callable[[], None], str] | None = None  # retries the last save, and why it failed
+        # The newest save of each folder of a target that could not be queued, and why.
+        self._unqueued: dict[tuple[Target, str], tuple[_Save, str]] = {}
         self._reported: str | None = None
         for scratch in self.queue.folder.glob("new-*"):
             delete(scratch)  # of a run that was killed during a save
@@ -127,26 +139,25 @@ class Publisher:
         """
         folder = Path(checkpoint)
 
-        def collect() -> _FilesAndSlots:
-            files, slots = checkpoint_files(folder, strategy)
+        def collect() -> dict[str, Path]:
+            files = checkpoint_files(folder, strategy)[0]
             if self._dtype is not None:
                 files |= convert_weights(folder, self._scratch, self._dtype)
             for name in extras:
                 files |= files_below(self.output_dir / name, name)
-            return files, slots
+            return files
 
-        self._add(collect, step, f"Training in progress, step {step}", write_once=folder)
+        message, slots = f"Training in progress, step {step}", _slots(folder, strategy)
+        self._add(_Save(collect, slots, step, message, self.target, write_once=folder), slots)
 
-    def submit(self, step: int, message: str) -> None:
+    def submit(self, step: int, message: str, revision: str | None = None) -> None:
         """
         Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. A file
-        `_public_<name>` is sent in place of `<name>`. `message` is the title of the commit.
+        `_public_<name>` is sent in place of `<name>`. `message` is the title of the commit. `revision` is a branch
+        to push to instead of that of the run.
         """
-
-        def collect() -> _FilesAndSlots:
-            return _sent_files(self.output_dir), ("",)
-
-        self._add(collect, step, message)
+        target = self.target if revision is None else replace(self.target, revision=revision)
+        self._add(_Save(lambda: _sent_files(self.output_dir), ("",), step, message, target), ("",))
 
     def queue_run(self) -> None:
         """
@@ -173,22 +184,22 @@ class Publisher:
             finally:
                 delete(self._scratch)
 
-    def _add(
-        self, collect: Callable[[], _FilesAndSlots], step: int, message: str, write_once: Path | None = None
-    ) -> None:
+    def _add(self, save: _Save, slots: tuple[str, ...]) -> None:
+        """Queue the files of some slots of a save."""
         try:
-            files, slots = collect()
-            files = self._public(files)
+            found = save.collect()
+            files = self._public({name: path for name, path in found.items() if slot_of(name, save.slots) in slots})
             if not files:
-                raise FileNotFoundError(f"step {step} has no files, or they are gone")
-            self.queue.add(files, slots, step, message, self.target, write_once)
+                raise FileNotFoundError(f"step {save.step} has no files, or they are gone")
+            self.queue.add(files, slots, save.step, save.message, save.target, save.write_once)
             self.queue.prune()
-        except OSError as error:
-            again = partial(self._add, collect, step, message, write_once)
-            self._unqueued = (again, printable(f"step {step}: {error}"))
-            logger.warning(f"Step {step} could not be queued for the Hub, training continues: {printable(error)}")
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
+            why = printable(f"step {save.step}: {error}")
+            self._unqueued |= {(save.target, slot): (save, why) for slot in slots}
+            logger.warning(f"Step {save.step} could not be queued for the Hub, training continues: {printable(error)}")
         else:
-            self._unqueued = None
+            for slot in slots:
+                self._unqueued.pop((save.target, slot), None)
             self._process.wake()
         finally:
             delete(self._scratch)
@@ -220,8 +231,7 @@ class Publisher:
     def status(self) -> QueueStatus:
         """What is on the Hub and what is not; logs each new error once. Fast enough for every log line."""
         status = QueueStatus.read(self.queue.folder, str(self.target))
-        if self._unqueued is not None:
-            status = replace(status, unqueued=self._unqueued[1])
+        status = replace(status, unqueued=tuple(dict.fromkeys(why for _, why in self._unqueued.values())))
         if status.error is not None and status.error != self._reported:
             logger.warning(f"A push to {status.target} failed and will be retried: {status.error}")
         self._reported = status.error
@@ -234,14 +244,15 @@ class Publisher:
     def flush(self, seconds: float) -> QueueStatus:
         """Wait until everything is sent, the Hub refuses the rest, or the time is over. The rest stays on disk."""
         deadline = time.monotonic() + seconds
-        if self._unqueued is not None:
-            self._unqueued[0]()  # the disk may have space again
+        for save in dict.fromkeys(save for save, _ in self._unqueued.values()):  # the disk may have space again
+            # Newer saves of its other slots may have been queued: they stay the newest.
+            self._add(save, tuple(slot for (_, slot), (failed, _) in self._unqueued.items() if failed is save))
         status = self.status()
         if status.waiting:
             began = time.time()
             self._process.wake()
             while (status := self.status()).waiting and time.monotonic() < deadline:
-                if status.permanent and self.queue.state()["error"]["time"] > began:
+                if status.permanent and self.queue.state().get("error", {}).get("time", 0.0) > began:
                     break
                 time.sleep(0.05)
         return status
@@ -256,11 +267,17 @@ class FinalFlush:
     Flushes a publisher for at most `seconds` when the process exits, and prints one line about the result.
 
     At exit, a flush delays neither other ranks nor a final evaluation, and also sends what was saved before an
-    exception.
+    exception. It ends the one of an earlier publisher of the folder, because a queue has one sender.
     """
+
+    _open: ClassVar[dict[Path, "FinalFlush"]] = {}  # by the queue; a notebook may have dropped its trainer
 
     def __init__(self, publisher: Publisher, seconds: float):
         self.publisher, self.seconds = publisher, seconds
+        self._queue = publisher.queue.folder.resolve()
+        if self._queue in self._open:
+            self._open[self._queue].end(0.0)
+        self._open[self._queue] = self
         self._left = seconds
         self._printed = ""
         atexit.register(self.end)
@@ -282,6 +299,8 @@ class FinalFlush:
     def end(self, seconds: float | None = None) -> None:
         """Flush for the last time and close the publisher. By default, skip the wait after an incomplete flush."""
         atexit.unregister(self.end)
+        if self._open.get(self._queue) is self:
+            del self._open[self._queue]
         try:
             if self.publisher.output_dir.exists():  # otherwise there is nothing to send
                 self.wait(self._left if seconds is None else seconds)
@@ -300,14 +319,20 @@ class FinalFlush:
 # ---- Files ----
 
 
-def checkpoint_files(checkpoint: Path, strategy: str) -> _FilesAndSlots:
+def checkpoint_files(checkpoint: Path, strategy: str) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Files of a checkpoint by their path in the repository, and slots of the [`Job`], for a `hub_strategy`."""
     whole = files_below(checkpoint, "")
     files = {name: path for name, path in whole.items() if not name.startswith(_RESUME_ONLY)}
     if strategy == "every_save":
         return files, ("",)
-    slot = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
-    return files | {f"{slot}/{name}": path for name, path in whole.items()}, ("", slot)
+    slots = _slots(checkpoint, strategy)
+    return files | {f"{slots[-1]}/{name}": path for name, path in whole.items()}, slots
+
+
+def _slots(checkpoint: Path, strategy: str) -> tuple[str, ...]:
+    if strategy == "every_save":
+        return ("",)
+    return ("", "last-checkpoint" if strategy == "checkpoint" else checkpoint.name)
 
 
 def _sent_files(output_dir: Path) -> dict[str, Path]:

@@ -204,16 +204,17 @@ class UploadQueue:
 
     def _doubts(self, job: Job) -> str:
         """Why another user may have written a job, or linked it to a file that is not part of the run."""
-        stats, run = job.stats(), self.folder.parent
+        run = self.folder.parent
+        inodes = Counter(_inodes(run))  # first: rotation deletes other names of a file, which are counted
+        stats = job.stats()
         record = [run / _TARGETS] * (job.target in self.targets())
         others = [path.lstat() for path in (job.path, job.path / "files", job.path / "job.json", *record)]
         owners = {stat.st_uid for stat in (*stats.values(), *others)}
         doubts = [f"it belongs to the user {owner}" for owner in sorted(owners - {self._owner})]
         linked = [name for name, stat in stats.items() if stat.st_nlink > 1]
-        if linked:  # to the files of the run's checkpoints
-            inodes = Counter(_inodes(run))
-            outside = [name for name in linked if stats[name].st_nlink > inodes[stats[name].st_ino]]
-            doubts += [f"{name} is also a file outside of {run}" for name in outside]
+        # The run's checkpoints have other names of the file.
+        outside = [name for name in linked if stats[name].st_nlink > inodes[stats[name].st_ino]]
+        doubts += [f"{name} is also a file outside of {run}" for name in outside]
         return ", ".join(doubts)
 
     @cached_property
@@ -323,7 +324,7 @@ class QueueStatus:
     permanent: bool  # whether the error stays until a user acts
     lost: tuple[str, ...] = ()  # jobs whose files were changed before they were sent, with the reason
     refused: tuple[str, ...] = ()  # folders of the queue that were not sent, with the reason
-    unqueued: str | None = None  # why the last save could not be queued
+    unqueued: tuple[str, ...] = ()  # why saves could not be queued
 
     @classmethod
     def read(cls, folder: Path, target: str = "") -> "QueueStatus":
@@ -349,11 +350,11 @@ class QueueStatus:
     @property
     def complete(self) -> bool:
         """Whether every queued job was sent or replaced."""
-        return not self.waiting and not self.refused and self.unqueued is None
+        return not self.waiting and not self.refused and not self.unqueued
 
     def logs(self) -> dict[str, int]:
         """Numbers for the training log."""
-        logs = {"hub/pending": len(self.waiting) + (self.unqueued is not None)}
+        logs = {"hub/pending": len(self.waiting) + len(self.unqueued)}
         return logs if self.pushed_step is None else {**logs, "hub/pushed_step": self.pushed_step}
 
     def line(self, output_dir: str | os.PathLike[str]) -> str:
@@ -368,6 +369,6 @@ class QueueStatus:
             line += f" Lost: {'; '.join(self.lost)}"
         if self.refused:
             line += f" Refused: {' '.join(self.refused)}"
-        if self.unqueued is not None:
-            line += f" Not queued, only in {output_dir}: {self.unqueued}."
+        if self.unqueued:
+            line += f" Not queued, only in {output_dir}: {'; '.join(self.unqueued)}."
         return line

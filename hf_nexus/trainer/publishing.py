@@ -1,7 +1,7 @@
 """`push_to_hub` of a Trainer through an on-disk queue and a process that uploads: no step waits for the Hub."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,6 @@ class Publishing:
             except ValueError as error:
                 refusal = error
             else:
-                if self._final_flush is not None:
-                    self._final_flush.end(0.0)  # a queue has one sender
                 self.publisher, self._final_flush = publisher, FinalFlush(publisher, args.hub_flush_timeout)
         if broadcast(torch.tensor(int(refusal is not None)), args.device).item():
             raise refusal or ValueError("The main process may not push to the Hub: see its message.")
@@ -63,13 +61,8 @@ class Publishing:
 
     def push_run(self, step: int, message: str, revision: str | None = None) -> None:
         """Queue the output folder without its checkpoints."""
-        if self.publisher is None:
-            return
-        usual = self.publisher.target
-        if revision is not None:
-            self.publisher.target = replace(usual, revision=revision)
-        self.publisher.submit(step, message)
-        self.publisher.target = usual
+        if self.publisher is not None:
+            self.publisher.submit(step, message, revision)
 
     def logs(self) -> dict[str, float]:
         """The numbers `hub/pending` and `hub/pushed_step` for a log line."""

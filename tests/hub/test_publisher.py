@@ -5,14 +5,18 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hf_nexus.hub.publisher import FinalFlush, Publisher, checkpoint_files
 from hf_nexus.hub.queue import QUEUE_NAME
@@ -228,19 +232,26 @@ def test_links_in_an_output_folder_are_not_sent(
         assert name in caplog.text
 
 
-def test_a_full_disk_does_not_stop_training(
-    hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No incomplete job is left, and `flush` tries again (hazard E)."""
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing can be queued."""
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    publisher = publish()
-    checkpoint = write_checkpoint(tmp_path / "out", 2)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copy2", full)
         patch.setattr(os, "link", full)
+        yield
+
+
+def test_a_full_disk_does_not_stop_training(
+    hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No incomplete job is left, and `flush` tries again (hazard E)."""
+    publisher = publish()
+    checkpoint = write_checkpoint(tmp_path / "out", 2)
+    with full_disk(monkeypatch):
         publisher.submit_checkpoint(checkpoint, 2, "every_save", ["README.md"])
         status = publisher.flush(SECONDS)
         assert not status.complete and status.logs() == {"hub/pending": 1}
@@ -248,6 +259,60 @@ def test_a_full_disk_does_not_stop_training(
         assert list(publisher.queue.folder.glob("*step*")) == list(publisher.queue.folder.glob("new-*")) == []
     assert publisher.flush(SECONDS).logs() == {"hub/pending": 0, "hub/pushed_step": 2}
     assert digests(hub.files(REPO)) == digests(model_of(checkpoint))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+def test_weights_that_do_not_fit_on_the_disk_are_converted_later(
+    publish: Callable[..., Publisher], tmp_path: Path
+) -> None:
+    """`safetensors` has its own error. A limit on the size of files stands in for the full disk."""
+    import resource
+
+    publisher, checkpoint = publish(dtype="bfloat16"), tmp_path / "out/checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    save_file({"weight": torch.zeros(1 << 16)}, checkpoint / "model.safetensors")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+        publisher.submit_checkpoint(checkpoint, 2, "every_save")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert publisher.status().logs() == {"hub/pending": 1} and publisher.queue.jobs() == []
+    publisher.flush(0.0)
+    assert publisher.queue.jobs()[0].files()["model.safetensors"].stat().st_size < 1.1 * (1 << 17)
+
+
+def test_what_a_full_disk_kept_back_is_queued_at_the_end(
+    hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after later saves, which it does not replace. A push to another branch keeps its branch."""
+    publisher, first = publish(), write_checkpoint(tmp_path / "out", 2)
+    with full_disk(monkeypatch):
+        publisher.submit_checkpoint(first, 2, "all_checkpoints", ["README.md"])
+        publisher.submit(2, "Elsewhere", revision="dev")
+    publisher.submit_checkpoint(last := write_checkpoint(tmp_path / "out", 4), 4, "all_checkpoints", ["README.md"])
+    assert publisher.status().logs()["hub/pending"] >= 2
+    assert publisher.flush(SECONDS).complete
+    folders = {f"{step.name}/{name}": data for step in (first, last) for name, data in content(step).items()}
+    assert digests(hub.files(REPO)) == digests(model_of(last) | folders)
+    assert [commit["title"] for commit in hub.history(REPO, "dev")] == ["Elsewhere"]
+    assert "Elsewhere" not in [commit["title"] for commit in hub.history(REPO)]
+
+
+def test_the_next_run_of_a_folder_takes_over_its_queue(
+    hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path
+) -> None:
+    """In a notebook, the process of an interrupted cell waits for more, and holds the lock."""
+    first = publish()
+    FinalFlush(first, SECONDS)
+    first.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save")
+    until(lambda: first.status().pushed_step == 2)
+    second = publish()
+    final = FinalFlush(second, SECONDS)
+    second.submit_checkpoint(write_checkpoint(tmp_path / "out", 4), 4, "every_save")
+    assert second.flush(SECONDS).pushed_step == 4
+    final.end()
 
 
 # ---- The start ----

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_nexus.hub.job import Target
 from hf_nexus.hub.publisher import checkpoint_files
-from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus, UploadQueue
+from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus, UploadQueue, _inodes
 from tests.support.hub.runs import REPO, content, digests, write_checkpoint
 
 
@@ -170,13 +170,15 @@ def test_a_file_from_outside_of_the_run_is_not_sent(tmp_path: Path, attack: Any)
     assert secret.read_text() == "secret"
 
 
-def test_a_linked_checkpoint_of_the_run_is_sent(tmp_path: Path) -> None:
+def test_a_linked_checkpoint_of_the_run_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other names are in the output folder, until rotation deletes them."""
     checkpoint = write_checkpoint(tmp_path, 2)
     queue = UploadQueue(tmp_path / QUEUE_NAME)
     job = queue.add(*checkpoint_files(checkpoint, "checkpoint"), 2, "title", Target(REPO), write_once=checkpoint)
     assert job.files()["model.safetensors"].stat().st_nlink > 1 and queue.refused() == []
-    shutil.rmtree(checkpoint)
+    walk = _inodes
+    monkeypatch.setattr("hf_nexus.hub.queue._inodes", lambda run: [shutil.rmtree(checkpoint, True), *walk(run)])
+    assert queue.refused() == [], "during the check"
     assert queue.refused() == []
 
 
