@@ -59,7 +59,11 @@ _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 def checkpoints_of(folder: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` in a folder, by their step."""
     found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).glob("*")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.name.split("-")[-1]))
+    return sorted((path for path, match in found.items() if match), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -290,6 +294,12 @@ class StagedCheckpoints:
                     recover(run_dir)
             with self._together():
                 self._resumed = resolve_checkpoint(resume, self._args.output_dir)
+            earlier = checkpoints_of(run_dir)
+            if self._resumed is None and earlier and self._args.should_save:
+                logger.warning(
+                    f"{run_dir} holds checkpoints of an earlier run, up to {earlier[-1].name}. Delete them, or choose "
+                    'another output_dir: "last" and True resume from the highest step, whichever run has saved it.'
+                )
             try:
                 yield self._resumed
             finally:
@@ -460,13 +470,18 @@ class StagedCheckpoints:
             _seal(new)
 
     def rotate(self, checkpoint: str, best: str | None) -> None:
-        """Delete the oldest checkpoints beyond `save_total_limit`, but neither the new one nor the best."""
+        """
+        Delete the oldest checkpoints beyond `save_total_limit`, but neither the new one nor the best. The steps of a
+        run increase, so those of later steps are of an earlier run. The times of files follow a clock that may be
+        set back.
+        """
         limit, found = self._args.save_total_limit or 0, checkpoints_of(os.path.dirname(checkpoint))
         if not self._args.should_save or limit <= 0:
             return
         kept = {Path(path).resolve() for path in (checkpoint, best) if path is not None}
         complete = [path for path in found if is_complete(path)]
         spare = [path for path in complete if path.resolve() not in kept]
+        spare.sort(key=lambda path: _step(path) < _step(Path(checkpoint)))
         surplus = spare[: max(0, len(complete) - max(limit, len(kept)))]
         if len(complete) >= limit:  # enough without those that are not complete
             surplus += [path for path in found if path not in complete and path.resolve() not in kept]

@@ -343,10 +343,20 @@ def test_the_oldest_steps_are_deleted_whatever_the_clock_says(saving, tmp_path):
     assert steps_of(tmp_path / "run") == [4, 5]
 
 
-def test_a_checkpoint_before_later_ones_is_kept(saving, tmp_path):
-    saving(max_steps=6).train()
-    saving(save_total_limit=2, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-    assert steps_of(tmp_path / "run") == [3, 6]
+@pytest.mark.parametrize("resumed", [False, True])
+def test_checkpoints_of_an_earlier_run_are_deleted_first(saving, tmp_path, resumed, caplog):
+    """They may have later steps. The last checkpoint is then one of this run, as with the Trainer."""
+    run = tmp_path / "run"
+    for step in (2, 5, 6):
+        fake_checkpoint(run, step)
+    start = saving(max_steps=2, output_dir=str(tmp_path / "start"))
+    start.train()
+    assert not caplog.records
+    saving(save_total_limit=2, max_steps=4).train(
+        resume_from_checkpoint=str(tmp_path / "start/checkpoint-2") if resumed else None
+    )
+    assert steps_of(run) == [3, 4]
+    assert ("holds checkpoints of an earlier run, up to checkpoint-6" in caplog.text) is not resumed
 
 
 def test_incomplete_checkpoints_do_not_count(saving, tmp_path):
