@@ -53,7 +53,7 @@ from .support import (
     warn_of_one_inner_step,
 )
 from .trackers import send_plots
-from .trl import SourcePreparation, for_parent, is_of_trl, naming_a_missing_template, trl_parent
+from .trl import SourcePreparation, for_parent, is_of_trl, metrics_aside, naming_a_missing_template, trl_parent
 from .window import Walker, Window, has_token_labels
 
 __all__ = ["NexusTrainer", "NexusTrainerMixin"]
@@ -507,7 +507,7 @@ class NexusTrainerMixin(_Base):
         if not every or (step % every and step < self.state.max_steps) or self._cosines_at == step:
             return
         self._cosines_at = step
-        with self.meter.paused():
+        with self.meter.paused(), metrics_aside(self):
             self.log({f"cosine/{a}-{b}": value for (a, b), value in self.source_cosines().items()})
 
     def source_cosines(self) -> dict[tuple[str, str], float]:
@@ -529,7 +529,8 @@ class NexusTrainerMixin(_Base):
         losses = {name: partial(loss, self._prepare_inputs(collate(of_source))) for name, of_source in rows.items()}
         self.model.eval()
         on_cpu = device.type == "cpu"
-        with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        kept = torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type)
+        with kept, metrics_aside(self):
             cosines = gradient_cosines(losses, trained)
         self.model.train()
         return cosines

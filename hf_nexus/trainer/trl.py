@@ -6,19 +6,23 @@ never crosses sources.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from ..mixture.training_data import TrainingData
+from .arguments import changed
 from .feed import Feed
 
-__all__ = ["SourcePreparation", "for_parent", "is_of_trl", "naming_a_missing_template", "trl_parent"]
+__all__ = ["SourcePreparation", "for_parent", "is_of_trl", "metrics_aside", "naming_a_missing_template", "trl_parent"]
 
 # Columns that identify the format of examples in TRL.
 _FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "images", "image")
+# Where trainers of TRL collect, in `compute_loss`, what they add to the next log line.
+_COLLECTED = ("_metrics", "_stored_metrics")
 
 
 def trl_parent(cls: type) -> type | None:
@@ -38,6 +42,11 @@ def for_parent(args: Any) -> Any:
     plain = copy.copy(args)
     plain.__class__, plain.bf16 = TrainingArguments, bool(plain.bf16)
     return plain
+
+
+def metrics_aside(trainer: Any) -> AbstractContextManager[None]:
+    """Keep what a trainer of TRL has collected for its next log line aside inside the context, and begin with none."""
+    return changed(trainer, **{n: defaultdict(lambda: defaultdict(list)) for n in _COLLECTED if n in vars(trainer)})
 
 
 class SourcePreparation:

@@ -227,6 +227,29 @@ def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer,
     assert not any("perplexity" in key for key in found)  # its loss is not per token
 
 
+def test_gradient_cosines_leave_the_log_of_the_parent_as_it_is(make):
+    """The measurement calls `compute_loss`, and has a log line."""
+
+    def logged(every: int) -> list[dict[str, float]]:
+        sets = {name: rows.select(range(4)) for name, rows in texts().items()}
+        settings = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3, "max_steps": 3}
+        trainer = make(texts(), eval_dataset=sets, gradient_cosine_steps=every, **settings)
+        trainer.train()
+        trainer.source_cosines()
+        trainer.evaluate()
+        return trainer.state.log_history
+
+    def of_parent(entry: dict[str, float]) -> dict[str, float]:
+        return {k: v for k, v in entry.items() if k.endswith(("entropy", "mean_token_accuracy", "num_tokens"))}
+
+    with_cosines = logged(1)
+    cosines = [entry for entry in with_cosines if any(key.startswith("cosine/") for key in entry)]
+    assert len(cosines) == 4 and not any(map(of_parent, cosines))
+    expected = [of_parent(entry) for entry in logged(0)]
+    assert [of_parent(entry) for entry in with_cosines if entry not in cosines] == expected
+    assert sum(map(bool, expected)) == 3
+
+
 def test_it_resumes_to_the_bit_and_evaluates_each_source(make, tmp_path):
     settings: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped", "max_steps": 4, "save_steps": 2}
     held_out = {name: rows.select(range(8)) for name, rows in texts().items()}
