@@ -141,7 +141,8 @@ class Divisors:
 
     def __init__(self, items: Tensor | None, tokens: Tensor | None, steps: int, measured: bool):
         self._tokens, self._measured, self._count = tokens, measured, steps
-        self.items = None if items is None else items.clone().requires_grad_(measured)
+        self._leaf = None if items is None else items.clone().requires_grad_(measured)
+        self.items = self._leaf if self._leaf is None else self._leaf * 1  # a loss function may change it in place
         self.steps: Any = steps if steps == 1 else torch.tensor(float(steps), requires_grad=True)
 
     def divide(self, loss: Tensor) -> Tensor:
@@ -152,10 +153,10 @@ class Divisors:
         times: Any = 1
         if isinstance(self.steps, Tensor):
             times = torch.where(_part(loss, self.steps).abs() > loss.abs() / 2, self._count, 1)
-        if self.items is None or self._tokens is None:
+        if self._leaf is None or self._tokens is None:
             return loss * times / self._count
-        part = _part(loss, self.items) if self._measured else loss
-        return (part + (loss - part) * (self._tokens / self.items.detach())) * times
+        part = _part(loss, self._leaf) if self._measured else loss
+        return (part + (loss - part) * (self._tokens / self._leaf.detach())) * times
 
 
 def _part(loss: Tensor, divisor: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def test_a_mean_loss_is_summed_over_this_ranks_tokens(items: torch.Tensor, summe
 # its token losses.
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "divided by the count": lambda total, mean, n, k: total / n,
+    "divided by the count, changed in place": lambda total, mean, n, k: total / n.clamp_(min=1),
     "a mean, divided by the micro-batches": lambda total, mean, n, k: mean / k,
     "a mean": lambda total, mean, n, k: mean,
     "divided by both": lambda total, mean, n, k: total / n / k,
