@@ -152,7 +152,7 @@ class Feed:
 
     def _lanes(self, rows: int, workers: int) -> Lanes:
         """The cut of the streams: that of the checkpoint that is resumed, or a new one."""
-        saved = self._resumed if self._resumed_from is not None else None
+        saved = self._resumed
         if saved is None:
             return Lanes.of_run(rows, self._ranks, workers)
         if saved["rows"] != rows:
@@ -307,7 +307,9 @@ class Feed:
         Raises:
             ValueError: the data cannot be resumed exactly, and `allow_mixture_change` is off.
         """
-        if checkpoint is not None and checkpoint != self._resumed_from:
+        if checkpoint is None:
+            self._resumed = None
+        elif checkpoint != self._resumed_from:
             self._resumed = self._positions(checkpoint, batch_size, tokenizer)
         self._resumed_from = checkpoint
 

@@ -358,6 +358,19 @@ def test_a_checkpoint_without_this_ranks_state_is_refused(whole: Whole, tmp_path
         run(tmp_path / "out", mixture(kinds()["mix"]()), resume=str(folder))
 
 
+def test_a_resumed_stream_out_of_memory_keeps_its_batch_size(tmp_path: Path) -> None:
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 4}
+    run(tmp_path, mixture(kinds()["mix"]()), stop_after=1, **settings)
+    again = make(tmp_path, mixture(kinds()["mix"]()), **settings)
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    again.model.forward = functools.wraps(again.model.forward)(forward)
+    with pytest.raises(ValueError, match="Set per_device_train_batch_size to 4 divided by"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_documents_without_a_mixture_are_described_too(tmp_path: Path) -> None:
     config: dict[str, Any] = {"mixture_weights": {"a": 1.0}, "max_steps": 2}
     documents = texts(40).to_iterable_dataset()
