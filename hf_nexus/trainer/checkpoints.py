@@ -388,12 +388,14 @@ class StagedCheckpoints:
             if self.stopped_by_sigterm:  # the Trainer ends its mark of a checkpoint that is not complete
                 self.wait()
             return
+        # On a node that does not share the disk. A network file system may show a folder after it was renamed.
+        alone = processes.is_local_main_process and staged.exists() and not (staged / TRAINER_STATE_NAME).exists()
+        processes.wait_for_everyone()
         if self._args.should_save:
             self._new = Path(final)
+        if self._args.should_save or alone:
             _finish(staged)
         processes.wait_for_everyone()
-        if processes.is_local_main_process and staged.exists():  # on a node that does not share the disk
-            _finish(staged)
         self._completed(final)
 
     def write_later(self, staged: Path, model: nn.Module, optimizer: Any) -> None:

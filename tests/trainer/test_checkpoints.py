@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_nexus.lock import LOCK_NAME
 from hf_nexus.trainer.checkpoints import (
     MANIFEST_NAME,
     STAGING_DIR,
+    StagedCheckpoints,
     checkpoints_of,
     delete,
     is_complete,
@@ -326,6 +329,25 @@ def test_files_are_on_the_disk_before_a_checkpoint_is_seen(saving, tmp_path, mon
     monkeypatch.setattr(Path, "rename", look)
     saving(max_steps=1).train()
     assert forced[-1] == run
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_only_a_node_that_shares_no_disk_names_its_checkpoint(tmp_path, monkeypatch, shared):
+    """This is the second node. A network file system may still show it a folder that was renamed."""
+    staged, completed = tmp_path / STAGING_DIR / "checkpoint-2", []
+
+    def wait_for_everyone():
+        if shared and staged.exists():  # the first node has written its part
+            (staged / "trainer_state.json").write_text("{}")
+
+    processes = SimpleNamespace(wait_for_everyone=wait_for_everyone, is_local_main_process=True)
+    monkeypatch.setattr("hf_nexus.trainer.checkpoints.PartialState", lambda: processes)
+    args = SimpleNamespace(enable_jit_checkpoint=False, should_save=False, load_best_model_at_end=False)
+    with StagedCheckpoints(args, completed.append).stage(str(tmp_path), TrainerState(global_step=2)):
+        staged.mkdir(parents=True)
+        (staged / "rng_state_1.pth").touch()
+    assert completed == [str(tmp_path / "checkpoint-2")]
+    assert staged.exists() is shared and (tmp_path / "checkpoint-2" / MANIFEST_NAME).exists() is not shared
 
 
 # ---- Rotation ----
