@@ -167,7 +167,7 @@ class Run:
             for entry in log
             if "loss" in entry
         ]
-        if not run.trainer.is_fsdp_enabled:  # whose ranks hold parts of the gradients
+        if not run.trainer.sharded:  # whose ranks hold parts of the gradients
             last = run.trainer.state.global_step
             record.cosines = _logged_cosines(log, names)
             if not record.cosines or record.cosines[-1][0] != last:

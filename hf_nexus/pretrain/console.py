@@ -183,7 +183,7 @@ def write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: M
     summary = trainer.write_card(folder)
     console.print(_loss_table(summary.evaluations))
     say(console, f"Saved in {folder}: the model, its card and its plots")
-    held_out = {} if trainer.is_fsdp_enabled else mixture.eval  # one process has a part of the weights
+    held_out = {} if trainer.sharded else mixture.eval  # one process has a part of the weights
     try:
         path = write_run_file(folder, trainer.model, trainer.processing_class, held_out)
         say(console, f"{path} says which file is what, and shows generated text")

@@ -17,6 +17,7 @@ from hf_nexus.compare.records import RunRecord
 from hf_nexus.compare.runs import Run, read_questions, train_sample
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import PretrainRun, prepare_run
+from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.comparison import make_comparison
 from tests.support.tiny_config import STEPS, write_config
 
@@ -49,6 +50,14 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run,
     minima = {"max_steps": 40, "eval_steps": 2, "eval_rows": 4, "grid": 3, "learning_rate": 1e-2}
     run = one_run(make_comparison(base, folder, question_sets=question_sets, minima=minima), folder / "nexus")
     return run, run.train()
+
+
+def test_a_sharded_model_has_no_cosines_and_no_text(base, tmp_path, monkeypatch):
+    """One process has a part of its weights."""
+    monkeypatch.setattr(NexusTrainer, "sharded", True)
+    run = one_run(make_comparison(base, tmp_path), tmp_path / "nexus")
+    assert run.train().cosines == []
+    assert "Generated text" not in (run.folder / "RUN.md").read_text()
 
 
 def test_a_record_holds_all_measurements(finished):
