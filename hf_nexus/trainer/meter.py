@@ -85,7 +85,7 @@ class TrainingMeter:
 
     def state(self) -> dict[str, Any]:
         """The totals up to the last update, in the form that `trainer_state.json` has."""
-        totals = ("trained_tokens", "rows", "inner_steps_skipped", "windows_dropped", "unit")
+        totals = ("trained_tokens", "rows", "inner_steps_skipped", "unit")
         return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
@@ -100,7 +100,6 @@ class TrainingMeter:
         )
         # Inner steps without a usable gradient, on average over the ranks.
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
-        self.windows_dropped: int = totals.get("windows_dropped", 0)  # those that the end of the data cut short
         self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
         self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped

@@ -219,7 +219,7 @@ class NexusTrainerMixin(_Base):
         return bool(self.is_distributed_loading_by_transformers)
 
     @property
-    def _sharded(self) -> bool:
+    def sharded(self) -> bool:
         """Whether the model is sharded, by transformers or Accelerate."""
         return self.is_fsdp_enabled or self._sharded_at_load
 
@@ -374,7 +374,7 @@ class NexusTrainerMixin(_Base):
             model = self.model if model is None else model
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
             decaying = self.get_decay_parameter_names(model)
-            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self._sharded)
+            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self.sharded)
         return super().create_optimizer(model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -450,7 +450,7 @@ class NexusTrainerMixin(_Base):
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
         if not window.inputs:
             self._random_states.begin_window(self.state.global_step)
-            self._log_source_cosines()
+            self._log_source_cosines(at_end=False)
         window.inputs.append(inputs)
         if not self.args.nexus:
             i = len(window.inputs) - 1
@@ -461,7 +461,6 @@ class NexusTrainerMixin(_Base):
             if self.accelerator.gradient_state.sync_gradients:
                 return self._walk_window(model, base_step)
             # The stream ended inside the window: the Trainer will not step.
-            self.meter.windows_dropped += 1
             logger.warning(f"The data ended inside a window: its {len(window)} micro-batches were dropped.")
         return torch.zeros((), device=self.args.device)
 
@@ -475,7 +474,7 @@ class NexusTrainerMixin(_Base):
         Returns:
             `Tensor`: the mean loss, 0-d. With `whole`, its part of the window's loss.
         """
-        divisors = self._window.divisors(i, measured=not self._sharded, whole=whole)
+        divisors = self._window.divisors(i, measured=not self.sharded, whole=whole)
         with (
             changed(self.args, average_tokens_across_devices=False),
             changed(self, current_gradient_accumulation_steps=divisors.steps),
@@ -502,9 +501,9 @@ class NexusTrainerMixin(_Base):
         running = self._tr_loss / (1 + step - self._globalstep_last_logged)
         return window.mean_loss(losses, otherwise=running)
 
-    def _log_source_cosines(self) -> None:
+    def _log_source_cosines(self, at_end: bool) -> None:
         every, step = self.args.gradient_cosine_steps, self.state.global_step
-        if not every or (step % every and step < self.state.max_steps) or self._cosines_at == step:
+        if not every or (step % every and not at_end) or self._cosines_at == step:
             return
         self._cosines_at = step
         with self.meter.paused(), metrics_aside(self):
@@ -542,8 +541,8 @@ class NexusTrainerMixin(_Base):
         self._checkpoints.report_completed()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()
-        if self.state.global_step >= self.state.max_steps and not self._plain:
-            self._log_source_cosines()  # after the losses: a log line clears `should_log`
+        if not self._plain and (self.state.global_step >= self.state.max_steps or self.control.should_training_stop):
+            self._log_source_cosines(at_end=True)  # after the losses: a log line clears `should_log`
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""
