@@ -1,5 +1,6 @@
 """The output folder of a run: checkpoints of an earlier run, and the saved configuration."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -8,7 +9,7 @@ from rich.console import Console
 from ..files import without_folders, write_atomic
 from ..hub.facts import installed_versions
 from ..hub.publisher import PUBLIC
-from ..trainer.checkpoints import checkpoints_of, delete, resolve_checkpoint
+from ..trainer.checkpoints import checkpoints_of, delete, last_checkpoint, resolve_checkpoint
 from .fields import PretrainArguments
 from .sections import load_config
 
@@ -20,7 +21,7 @@ CONFIG_NAME = "pretrain.yaml"
 def find_checkpoint(arguments: PretrainArguments) -> str | None:
     """
     The checkpoint that `resume_from_checkpoint` names: a path, or the newest of the folder for `last` and `true`.
-    `None` for a new run.
+    `None` for a new run. If torchrun has restarted the run after a failure, the newest of the folder.
 
     Raises:
         ValueError: nothing to resume from, or a new run in a folder with checkpoints that may not be deleted.
@@ -28,6 +29,9 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
     args, folder = arguments.training, arguments.folder
     if (args.resume_from_checkpoint or "false").lower() != "false":
         return resolve_checkpoint(args.resume_from_checkpoint, str(folder))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and _claimed(arguments) and (last := last_checkpoint(folder)):
+        return last
     demo = Path(load_config("demo")["training"]["output_dir"])
     overwrite = args.overwrite_output_dir and folder.resolve() == demo.resolve()
     if checkpoints_of(folder) and not overwrite:
@@ -37,6 +41,15 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
             f"{demo})."
         )
     return None
+
+
+def _claimed(arguments: PretrainArguments) -> bool:
+    """
+    Whether the folder is that of this run. A start that was refused, because an earlier run has the folder, is
+    restarted as well. The configuration is on the disk of the first node only.
+    """
+    file = arguments.folder / CONFIG_NAME
+    return not file.exists() or yaml.safe_load(file.read_text(encoding="utf-8")) == arguments.resolved
 
 
 def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: Console) -> None:

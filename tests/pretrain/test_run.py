@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_nexus
 from hf_nexus.lock import LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
+from hf_nexus.pretrain.folder import find_checkpoint
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import main, pretrain
 from hf_nexus.pretrain.run_file import continuation
 from hf_nexus.pretrain.sections import load_config
 from hf_nexus.trainer.mixin import NexusTrainer
+from tests.support.launcher import ROOT
 from tests.support.tiny_config import STEPS, run
 
 CONFIGS = Path(hf_nexus.__file__).parent / "pretrain" / "configs"
@@ -192,6 +194,35 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(config, finished, tmp_path):
         run(config, folder)
     for way_out in ("--resume_from_checkpoint", "--output_dir", "delete its checkpoint-* folders"):
         assert way_out in str(error.value)
+
+
+def test_a_run_that_torchrun_has_restarted_is_resumed(config, finished, tmp_path, monkeypatch):
+    """An earlier run in the folder is not: the first start was refused."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    saved = folder / "pretrain.yaml"
+    saved.write_text(saved.read_text().replace(str(finished), str(folder)))
+
+    def found(folder: Path, *flags: str) -> str | None:
+        return find_checkpoint(parse_arguments(["--config", str(config), "--output_dir", str(folder), *flags]))
+
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert found(tmp_path / "new") is None
+        with pytest.raises(ValueError, match="already holds checkpoints") if count == "0" else nullcontext():
+            assert found(folder) == str(folder / "checkpoint-6")
+        with pytest.raises(ValueError, match="already holds checkpoints"):
+            found(folder, "--seed", "3")
+
+
+@pytest.mark.slow
+def test_a_killed_run_under_torchrun_ends_in_the_same_weights(config, finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    command += ["-m", "tests.pretrain.restart_worker", "--config", str(config), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "exitcode: -9" in done.stderr and "Resuming after step 3" in done.stdout
+    assert same_weights(finished, tmp_path)
 
 
 def test_only_the_folder_of_the_demo_is_overwritten(config, finished, tmp_path, monkeypatch):
