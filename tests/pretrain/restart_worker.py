@@ -1,4 +1,4 @@
-"""Run by torchrun, with the arguments of `recipes/pretrain_3b.py`. The first attempt is killed after its fourth step."""
+"""Run by torchrun with arguments of `recipes/pretrain_3b.py`. The first attempt is killed after its fourth step."""
 
 import os
 import signal
