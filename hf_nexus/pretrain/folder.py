@@ -29,9 +29,12 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
     args, folder = arguments.training, arguments.folder
     if (args.resume_from_checkpoint or "false").lower() != "false":
         return resolve_checkpoint(args.resume_from_checkpoint, str(folder))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted and _claimed(arguments) and (last := last_checkpoint(folder)):
-        return last
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        # A start that was refused, because an earlier run has the folder, is restarted as well.
+        saved = folder / CONFIG_NAME  # on the disk of the first node only
+        ours = not saved.exists() or yaml.safe_load(saved.read_text(encoding="utf-8")) == arguments.resolved
+        if ours and (last := last_checkpoint(folder)):
+            return last
     demo = Path(load_config("demo")["training"]["output_dir"])
     overwrite = args.overwrite_output_dir and folder.resolve() == demo.resolve()
     if checkpoints_of(folder) and not overwrite:
@@ -41,15 +44,6 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
             f"{demo})."
         )
     return None
-
-
-def _claimed(arguments: PretrainArguments) -> bool:
-    """
-    Whether the folder is that of this run. A start that was refused, because an earlier run has the folder, is
-    restarted as well. The configuration is on the disk of the first node only.
-    """
-    file = arguments.folder / CONFIG_NAME
-    return not file.exists() or yaml.safe_load(file.read_text(encoding="utf-8")) == arguments.resolved
 
 
 def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: Console) -> None:
