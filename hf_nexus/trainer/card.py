@@ -52,6 +52,7 @@ class RunFacts:
     rows: Mapping[str, int]  # of each source so far
     unit: str  # "tokens" or "rows" that were trained on
     nexus: dict[str, Any]  # the resolved Nexus fields
+    earlier_seconds: float = 0.0  # of the sessions before the last resume
     dynamic_weights: bool = False  # whether mixture weights are decided while training
 
 
@@ -62,7 +63,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     """
     args, log, model, mixture = facts.args, facts.log_history, facts.model, facts.data.mixture
     last = {key: value for entry in log for key, value in entry.items()}
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
     parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
     rows, purpose = _mixture_rows(facts), find_pipeline_tag(model)
     # Language models have their perplexity instead.
@@ -85,7 +86,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
         "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
         "hardware": describe_hardware(args.device.type, args.world_size),
         "commit": find_commit(),
-        "seconds": last.get("train_runtime"),
+        "seconds": facts.earlier_seconds + last["train_runtime"] if "train_runtime" in last else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "versions": installed_versions(),
         **find_origin(model),
@@ -166,6 +167,12 @@ def _mixture_rows(facts: RunFacts) -> list[MixtureRow]:
 def _epochs(rows: int, tokens: int | None, mixture: "Mixture") -> float | None:
     """Passes over a source of a number of tokens."""
     return rows * mixture.config.sequence_length / tokens if tokens else None
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Number of weights. bitsandbytes packs two of 4 bits into a byte."""
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
 def _is_metric(key: str, value: Any) -> bool:

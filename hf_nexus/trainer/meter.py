@@ -86,7 +86,9 @@ class TrainingMeter:
     def state(self) -> dict[str, Any]:
         """The totals up to the last update, in the form that `trainer_state.json` has."""
         totals = ("trained_tokens", "rows", "inner_steps_skipped", "unit")
-        return {"args": {"sources": self.sources}, "attributes": {name: getattr(self, name) for name in totals}}
+        attributes: dict[str, Any] = {name: getattr(self, name) for name in totals}
+        attributes["seconds"] = self.earlier_seconds + time.perf_counter() - self._began
+        return {"args": {"sources": self.sources}, "attributes": attributes}
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Start from the [`~TrainingMeter.state`] of a checkpoint, or at zero."""
@@ -100,6 +102,8 @@ class TrainingMeter:
         )
         # Inner steps without a usable gradient, on average over the ranks.
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
+        self.earlier_seconds: float = totals.get("seconds", 0.0)  # of the sessions before the last resume
+        self._began = time.perf_counter()
         self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
         self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped

@@ -769,6 +769,7 @@ class NexusTrainerMixin(_Base):
             rows=self.meter.rows,
             unit=self.meter.unit,
             nexus=self.resolved_settings(),
+            earlier_seconds=self.meter.earlier_seconds,
             dynamic_weights=self._feed.dynamic_weights,
         )
 

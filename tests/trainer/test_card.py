@@ -1,5 +1,6 @@
 """The card of a run has the numbers of the trainer, and its folder has the plots that the card shows."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -50,12 +51,38 @@ def test_the_summary_holds_what_the_trainer_logged(trained):
     )
     assert [stage.until for stage in run.stages] == [0.5, 1.0]
     assert run.base_model is None and run.adapter is None and run.trainable_parameters is None
-    assert run.parameters == sum(p.numel() for p in trained.model.parameters())
+    assert run.parameters == trained.model.num_parameters()
     assert run.changed_hyperparameters["learning_rate"] == 1e-2 and "weight_decay" not in run.changed_hyperparameters
     assert run.hyperparameters["weight_decay"] == 0.0 and "output_dir" not in run.hyperparameters
     assert run.unit == "tokens" and "accelerator_config" not in run.changed_hyperparameters
     assert "logging_nan_inf_filter" not in run.changed_hyperparameters  # set by Nexus, not by the user
     assert run.seconds > 0 and run.tokens_per_second > 0 and run.versions["torch"] in torch.__version__
+
+
+def test_weights_of_4_bits_count_as_what_they_stand_for(make_trainer, sources):
+    model = tiny_llama()
+    layer, Params4bit = model.model.layers[0].mlp.up_proj, type("Params4bit", (torch.nn.Parameter,), {})
+    expected, rows = model.num_parameters(), layer.weight.numel()
+    trainer = make_trainer(sources, model=model)
+    layer.weight = Params4bit(torch.zeros(rows // 4, 1, dtype=torch.int16), requires_grad=False)  # 4 in a number
+    run = summarize(trainer.run_facts())
+    assert (run.parameters, run.trainable_parameters) == (expected, expected - rows)
+
+
+def test_the_training_time_is_that_of_all_sessions(make_trainer, sources, tmp_path):
+    make_trainer(sources, max_steps=2, save_steps=2, save_strategy="steps").train()
+    state = tmp_path / "out/checkpoint-2/trainer_state.json"
+    saved = json.loads(state.read_text())
+    assert saved["stateful_callbacks"]["TrainingMeter"]["attributes"]["seconds"] > 0
+    saved["stateful_callbacks"]["TrainingMeter"]["attributes"]["seconds"] = 1000.0
+    state.write_text(json.dumps(saved))
+    (state.parent / "manifest.json").unlink()
+    again = make_trainer(sources, max_steps=4, save_steps=2, save_strategy="steps")
+    assert summarize(again.run_facts()).seconds is None
+    again.train(resume_from_checkpoint=str(state.parent))
+    runtime = again.state.log_history[-1]["train_runtime"]
+    assert summarize(again.run_facts()).seconds == pytest.approx(1000.0 + runtime)
+    assert again.meter.state()["attributes"]["seconds"] > 1000.0
 
 
 def test_the_card_has_its_files_and_keeps_the_users_text(trained, tmp_path):

@@ -699,7 +699,8 @@ def test_files_of_all_kinds_resume_exactly(bucket: str, tmp_path: Path, streamin
         data = from_files(bucket, tmp_path, streaming)
         resumed = run(tmp_path / "resumed", data, checkpoint(expected, step), **config)
         assert differences(resumed, expected, step) == []
-        assert resumed.meter.state() == expected.meter.state()
+        for totals in ("trained_tokens", "rows", "inner_steps_skipped", "unit"):
+            assert getattr(resumed.meter, totals) == getattr(expected.meter, totals)
 
 
 # ---- From the Hub ----
