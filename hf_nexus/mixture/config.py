@@ -266,8 +266,8 @@ class MixtureConfig:
             raise ValueError(
                 f"{key}: a name starts with a letter or digit and holds only letters, digits, '_', '-' and '.'."
             )
-        if name == "ood":
-            raise ValueError(f"{key}: the name 'ood' is reserved for the mean over OOD sources. Choose another name.")
+        if name in ("ood", "macro"):
+            raise ValueError(f"{key}: the name {name!r} is reserved for a mean over sources. Choose another name.")
         if source.max_tokens is not None and source.max_tokens < self.sequence_length:
             raise ValueError(
                 f"{key}.max_tokens: {source.max_tokens} tokens do not fill one row of "

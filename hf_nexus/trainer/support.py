@@ -423,13 +423,11 @@ def choose_direction(args: Any) -> None:
 
 
 def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
-    """Refuse the reserved name `ood` for a source or an evaluation set."""
-    if isinstance(evaluation, Mapping) and OOD in evaluation:
-        raise ValueError(
-            f"The evaluation set name {OOD!r} is reserved for the mean over OOD sources; rename that set."
-        )
-    if OOD in sources:
-        raise ValueError(f"The source name {OOD!r} is reserved for the mean over OOD sources; rename that source.")
+    """Refuse the names that logs and cards have for means, for a source or an evaluation set."""
+    sets = evaluation if isinstance(evaluation, Mapping) else ()
+    for kind, names in (("source", sources), ("evaluation set", sets)):
+        for name in {OOD, "macro", "macro over OOD"}.intersection(names):
+            raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
 
 
 def check_vocabulary(rows: Mapping[str, list[Any]], model: nn.Module) -> None:

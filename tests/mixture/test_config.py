@@ -70,6 +70,7 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources.web", {"weight": 1.0}, "path: missing"),
         ("sources", {}, "Give one or more"),
         ("sources.ood", {"path": "x", "role": "ood"}, "reserved"),
+        ("sources.macro", {"path": "x"}, "reserved"),
         ("sources", {"train": {"path": "a"}, "dev": {"path": "b"}}, "look like splits of one dataset"),
         ("sources.a/b", {"path": "x", "role": "ood"}, "letter or digit"),
         ("sequence_length", 1, "at least 2"),

@@ -172,8 +172,9 @@ def test_datasets_and_collators_of_other_kinds(make_trainer, sources, tmp_path):
     reference.train()
     for data, kwargs in [(hf, {}), (one, {}), (hf, {"data_collator": collate})]:
         trainer = make_trainer(data, trainer_kwargs=kwargs, max_steps=3)
+        start = weights(trainer)
         trainer.train()
-        assert torch.equal(weights(trainer), weights(reference))
+        assert torch.equal(weights(trainer), weights(reference)) and not torch.equal(weights(trainer), start)
 
 
 def test_dataloader_workers_change_nothing(make_trainer, sources):
@@ -463,9 +464,12 @@ def test_a_source_of_weight_zero_is_neither_ood_nor_macro(make_trainer, sources)
     assert metrics["eval_ood_loss"] == metrics["eval_law_loss"]
 
 
-def test_the_name_ood_is_reserved(make_trainer, sources):
-    with pytest.raises(ValueError, match="'ood' is reserved"):
-        make_trainer(sources, trainer_kwargs={"eval_dataset": {"ood": Rows(8, 5)}})
+@pytest.mark.parametrize("name", ["ood", "macro", "macro over OOD"])
+def test_the_names_of_means_are_reserved(make_trainer, sources, name):
+    with pytest.raises(ValueError, match=f"evaluation set name '{name}' is reserved"):
+        make_trainer(sources, trainer_kwargs={"eval_dataset": {name: Rows(8, 5)}})
+    with pytest.raises(ValueError, match=f"source name '{name}' is reserved"):
+        make_trainer({**sources, name: Rows(16, 5)})
 
 
 def test_early_stopping_and_best_model_work_on_the_macro_loss(make_trainer, sources):
