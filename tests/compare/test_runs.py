@@ -93,7 +93,7 @@ def test_the_sample_does_not_depend_on_the_seed(base, tmp_path):
     for seed in ("1", "2"):
         rows = train_sample(prepare(base, tmp_path / seed, "--seed", seed), 4)
         samples.append({name: [list(row["input_ids"]) for row in part] for name, part in rows.items()})
-    assert samples[0] == samples[1]
+    assert samples[0] == samples[1] and all(len(part) == 4 for part in samples[0].values()) and samples[0]
 
 
 def test_arms_of_a_seed_share_weights_and_rows(base, tmp_path, monkeypatch):
