@@ -8,22 +8,25 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import yaml
 from huggingface_hub import get_token
 from huggingface_hub.utils import FORBIDDEN_FOLDERS, HFValidationError, validate_repo_id
-from safetensors import SafetensorError
 
 from ..files import Secret, delete, hidden, printable, read_plain, without_folders, write_atomic
 from ..lock import locked
+from .card import save_card
 from .job import Target, is_repo_path, slot_of
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
+from .run_summary import SUMMARY_NAME, RunSummary
 from .uploader_process import UploaderProcess
 from .weights import convert_weights
 
-__all__ = ["PUBLIC", "RUN_NAME", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
+__all__ = ["RUN_NAME", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +41,14 @@ _RESUME_ONLY = (
     "data_state",
     "manifest",
 )
-# Begins the name of a file that is sent in place of another, which holds paths of this machine.
-PUBLIC = "_public_"
 RUN_NAME = "RUN.md"  # quotes held-out rows, which may be private
 # Files that may hold paths of this machine.
 _NAME_FOLDERS = {"trainer_state.json", "adapter_config.json", "README.md"}
 _NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml"}
+_FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
+    ".json": (json.loads, json.dumps),
+    ".yaml": (yaml.safe_load, partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)),
+}
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
 
@@ -152,9 +157,8 @@ class Publisher:
 
     def submit(self, step: int, message: str, revision: str | None = None) -> None:
         """
-        Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. A file
-        `_public_<name>` is sent in place of `<name>`. `message` is the title of the commit. `revision` is a branch
-        to push to instead of that of the run.
+        Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. `message`
+        is the title of the commit. `revision` is a branch to push to instead of that of the run.
         """
         target = self.target if revision is None else replace(self.target, revision=revision)
         self._add(_Save(lambda: _sent_files(self.output_dir), ("",), step, message, target), ("",))
@@ -162,10 +166,11 @@ class Publisher:
     def queue_run(self) -> None:
         """
         Queue the folder of a finished run of any trainer, as `submit` does, for [`push_queue`]. If it holds no model,
-        that of the newest checkpoint is sent. Saved arguments stay: they are a pickle, which may hold secrets.
+        that of the newest checkpoint is sent. Saved arguments stay: they are a pickle, which may hold secrets. A card
+        of ours is written again, so its example loads the model from the repository.
 
         Raises:
-            ValueError: the folder holds no model, or another process uses it.
+            ValueError: the folder holds no model, another process uses it, or its card or summary is damaged.
             OSError: the files cannot be queued.
         """
         folder = self.output_dir
@@ -174,8 +179,19 @@ class Publisher:
         if source is None:
             raise ValueError(f"{folder} holds no model: give the output_dir of a finished run.")
         with locked(folder):
-            files = checkpoint_files(source, "every_save")[0] if source != folder else {}
-            files = _sent_files(folder) | files
+            run = RunSummary.load(folder) if (folder / SUMMARY_NAME).is_file() else None
+            if run is not None:
+                run.repo_id = self.target.repo_id
+                save_card(run, folder)
+                run.save(folder)
+            files = _sent_files(folder)
+            if source != folder:
+                model = checkpoint_files(source, "every_save")[0]
+                if run is not None and run.hyperparameters.get("save_dtype") == "bfloat16":
+                    model |= convert_weights(source, self._scratch, "bfloat16")
+                if "README.md" in files:
+                    model.pop("README.md", None)  # a template of peft
+                files |= model
             files.pop("training_args.bin", None)
             state = source / "trainer_state.json"
             step = json.loads(read_plain(state)).get("global_step", 0) if state.is_file() else 0
@@ -193,7 +209,7 @@ class Publisher:
                 raise FileNotFoundError(f"step {save.step} has no files, or they are gone")
             self.queue.add(files, slots, save.step, save.message, save.target, save.write_once)
             self.queue.prune()
-        except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
+        except OSError as error:
             why = printable(f"step {save.step}: {error}")
             self._unqueued |= {(save.target, slot): (save, why) for slot in slots}
             logger.warning(f"Step {save.step} could not be queued for the Hub, training continues: {printable(error)}")
@@ -343,8 +359,6 @@ def _sent_files(output_dir: Path) -> dict[str, Path]:
     for path in sorted(output_dir.iterdir()):
         if path.name not in kept and not path.name.startswith(("_", "checkpoint-")):
             files |= files_below(path, path.name)
-    for path in output_dir.glob(f"{PUBLIC}*"):
-        files[path.name.removeprefix(PUBLIC)] = path
     return files
 
 
@@ -355,13 +369,14 @@ def _holds_model(folder: Path) -> bool:
 def _without_folders(path: Path, copy: Path) -> Path:
     """A copy of a file without the folders of this machine, or the file if it has none."""
     text = path.read_text(encoding="utf-8", errors="replace")
+    load, dump = _FORMATS.get(path.suffix, (str, str))
     try:
-        values = json.loads(text) if path.suffix == ".json" else text
-    except (ValueError, RecursionError):
-        return path
+        values = load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        values, dump = text, str
     if (public := without_folders(values)) == values:
         return path
-    public = public if isinstance(public, str) else json.dumps(public)
+    public = dump(public)
     # A manifest has the size.
     return write_atomic(copy, public + " " * (path.stat().st_size - len(public.encode())))
 

@@ -1,6 +1,7 @@
 """Sending the jobs of a queue to the Hub: one commit per job, even after retries and lost answers."""
 
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,9 +21,11 @@ from .job import Job, RefusedJobError, SpoiledJobError, Target
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import CONFLICTS, CardRefusedError, RetryPolicy, deadline, http_status, is_permanent, limit_requests
 
-__all__ = ["QueueBusyError", "Uploader", "push_queue"]
+__all__ = ["QueueBusyError", "Uploader", "prepare", "push_queue"]
 
 _CARD = "README.md"
+# Differs for each attempt. The log of the upload process has it.
+_REQUEST = re.compile(r" ?\((Request ID|Amzn Trace ID|Amz CF ID): [^)]*\)")
 _MOST_FILES = 100_000  # of one folder of a repository; a server could list files without end
 
 
@@ -93,6 +96,14 @@ def push_queue(
     return status, status.complete and status.lost == lost
 
 
+def prepare(target: Target, api: HfApi) -> str:
+    """Create the repository and the branch if they are missing; return the full id of the repository."""
+    url = api.create_repo(target.repo_id, private=target.private, exist_ok=True)
+    if target.revision is not None:
+        api.create_branch(url.repo_id, branch=target.revision, exist_ok=True)
+    return url.repo_id
+
+
 class Uploader:
     """
     Sends jobs, one commit each. A call may be repeated after any error: it sends nothing that the Hub already has.
@@ -103,15 +114,6 @@ class Uploader:
     def __init__(self, queue: UploadQueue, api: HfApi, retry: RetryPolicy | None = None):
         self.queue, self.api, self.retry = queue, api, retry or RetryPolicy()
         self._prepared: dict[Target, str] = {}
-
-    def prepare(self, target: Target) -> str:
-        """Create the repository and the branch if they are missing; return the full id of the repository."""
-        if target not in self._prepared:
-            url = self.api.create_repo(target.repo_id, private=target.private, exist_ok=True)
-            if target.revision is not None:
-                self.api.create_branch(url.repo_id, branch=target.revision, exist_ok=True)
-            self._prepared[target] = url.repo_id
-        return self._prepared[target]
 
     def send_all(self, before: Callable[[Job], object] = lambda job: None) -> Exception | None:
         """
@@ -179,7 +181,9 @@ class Uploader:
         assert target is not None  # otherwise the queue refuses the job
         for attempt in range(10):
             try:
-                repo_id = self.prepare(target)
+                if target not in self._prepared:
+                    self._prepared[target] = prepare(target, self.api)
+                repo_id = self._prepared[target]
                 commit = self._commit_once(job, slots, files, repo_id, target.revision)
                 break
             except Exception as error:
@@ -227,7 +231,7 @@ class Uploader:
             return []
 
     def _note_error(self, error: Exception, step: int, permanent: bool = False) -> None:
-        text = printable(f"{type(error).__name__}: {error}")[:1000]
+        text = _REQUEST.sub("", printable(f"{type(error).__name__}: {error}"))[:1000]
         note = {"text": text, "step": step, "permanent": permanent, "time": time.time()}
         self._note({**self.queue.state(), "error": note})
 

@@ -25,7 +25,7 @@ from ..files import Secret, hidden, printable
 from .job import Target
 from .queue import LOG_NAME, UploadQueue
 from .retries import RetryPolicy, is_permanent, limit_requests
-from .uploader import Uploader
+from .uploader import Uploader, prepare
 
 __all__ = ["UploaderProcess"]
 
@@ -135,7 +135,7 @@ def _check(target: Target, seconds: float, api: HfApi, retry: RetryPolicy) -> di
     deadline = time.monotonic() + seconds
     for failures in range(1, 1000):
         try:
-            repo_id = Uploader(UploadQueue(Path()), api).prepare(target)
+            repo_id = prepare(target, api)
             api.auth_check(repo_id, write=True)  # `create_repo` of an existing repository succeeds for readers
             return {"repo_id": repo_id}
         except Exception as error:

@@ -16,7 +16,7 @@ def convert_weights(source: Path, target: Path, dtype: str | None) -> dict[str, 
     `None` leaves the weights, some of which are float32, and corrects a configuration that names the type of others.
     """
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     target.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,10 @@ def convert_weights(source: Path, target: Path, dtype: str | None) -> dict[str, 
             metadata = file.metadata()
         narrow = {name: t.to(getattr(torch, str(dtype))) for name, t in tensors.items() if t.dtype == torch.float32}
         scratch = target / f"{path.name}.tmp"
-        save_file(tensors | narrow, scratch, metadata)
+        try:
+            save_file(tensors | narrow, scratch, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{scratch}: {error}") from error  # the disk is full
         written[path.name] = scratch.replace(target / path.name)
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     if content and (dtype or content.get("dtype") in ("bfloat16", "float16")):

@@ -6,9 +6,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ..files import without_folders, write_atomic
+from ..files import write_atomic
 from ..hub.facts import installed_versions
-from ..hub.publisher import PUBLIC
 from ..trainer.checkpoints import checkpoints_of, delete, last_checkpoint, resolve_checkpoint
 from .fields import PretrainArguments
 from .sections import load_config
@@ -56,7 +55,3 @@ def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: 
     header = "# The resolved configuration of a run, which `--config` with the path of this file repeats."
     text = yaml.safe_dump(arguments.resolved, sort_keys=False, allow_unicode=True)
     write_atomic(arguments.folder / CONFIG_NAME, f"{header}\n# {versions}\n{text}")
-    if arguments.training.push_to_hub:
-        text = yaml.safe_dump(without_folders(arguments.resolved), sort_keys=False, allow_unicode=True)
-        header = "# The resolved configuration of a run, without the folders of its machine."
-        write_atomic(arguments.folder / f"{PUBLIC}{CONFIG_NAME}", f"{header}\n# {versions}\n{text}")

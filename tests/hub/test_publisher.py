@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from hf_nexus.hub.publisher import FinalFlush, Publisher, checkpoint_files
@@ -34,6 +35,7 @@ from tests.support.hub.runs import (
     write_checkpoint,
 )
 from tests.support.hub.server import ALICE, READER, HubServer
+from tests.support.hub.summaries import make_run
 from tests.support.tiny import tiny_llama
 
 
@@ -56,6 +58,8 @@ def test_round_trip(
     """Checkpoints and the end of a run arrive in a private repository and a branch that did not exist."""
     monkeypatch.setenv("HF_HUB_DISABLE_XET", str(int(transfer == "lfs")))
     out = tmp_path / "out"
+    (tmp_path / "here/lock").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")  # the folder of the user has any names
     publisher = publish("model", private=True, revision="dev")
     assert publisher.check() == REPO
     repo = hub.store.load("models", REPO)
@@ -135,14 +139,31 @@ def test_any_finished_run_can_be_pushed(
             (out / name).unlink()
         shutil.rmtree(checkpoint)
     (out / "training_args.bin").write_bytes(b"hub_token")
-    (out / "pretrain.yaml").write_text("training: {output_dir: /home/alice/out}\n")
+    (out / "pretrain.yaml").write_text("# Of a run\ntraining: {output_dir: /home/alice/My Data/out}\n")
     expected = model_of(checkpoint if saved == "checkpoints" else out)
     with impatient_client(monkeypatch, xet=False):
         Publisher(REPO, out).queue_run()
         status, complete = push_queue(out, repo_id=REPO, token=ALICE, endpoint=hub.endpoint, retry=QUICK)
     found = hub.files(REPO)
     assert complete and status.pushed_step == 10
-    assert b"/home" not in found.pop("pretrain.yaml") and digests(found) == digests(expected)
+    assert yaml.safe_load(found.pop("pretrain.yaml")) == {"training": {"output_dir": "out"}}
+    assert digests(found) == digests(expected)
+
+
+def test_the_card_of_a_finished_run_names_its_repository(tmp_path: Path) -> None:
+    """As at the end of a run with `push_to_hub`. The checkpoint holds a template of peft, and float32 weights."""
+    checkpoint = write_checkpoint(tmp_path, 2)
+    save_file({"weight": torch.zeros(1 << 16)}, checkpoint / "model.safetensors")
+    (checkpoint / "README.md").write_text("# More information needed")
+    (tmp_path / "README.md").write_text("# Mine\n")
+    make_run(repo_id=None, hyperparameters={"save_dtype": "bfloat16"}).save(tmp_path)
+    publisher = Publisher(REPO, tmp_path)
+    publisher.queue_run()
+    files = publisher.queue.jobs()[0].files()
+    card = files["README.md"].read_text()
+    assert "# Mine" in card and f'"{REPO}"' in card and "More information" not in card
+    assert json.loads(files["run_summary.json"].read_text())["repo_id"] == REPO
+    assert files["model.safetensors"].stat().st_size < 1.1 * (1 << 17)
 
 
 def test_a_folder_without_a_model_or_in_use_is_not_pushed(tmp_path: Path) -> None:
@@ -262,9 +283,7 @@ def test_a_full_disk_does_not_stop_training(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
-def test_weights_that_do_not_fit_on_the_disk_are_converted_later(
-    publish: Callable[..., Publisher], tmp_path: Path
-) -> None:
+def test_weights_too_large_for_the_disk_are_sent_later(publish: Callable[..., Publisher], tmp_path: Path) -> None:
     """`safetensors` has its own error. A limit on the size of files stands in for the full disk."""
     import resource
 
@@ -313,6 +332,19 @@ def test_the_next_run_of_a_folder_takes_over_its_queue(
     second.submit_checkpoint(write_checkpoint(tmp_path / "out", 4), 4, "every_save")
     assert second.flush(SECONDS).pushed_step == 4
     final.end()
+
+
+def test_an_error_that_repeats_is_reported_once(
+    hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answers of the Hub differ in the id of the request only, which the log of the uploads has."""
+    for i in range(1, 5):
+        hub.fail("/commit/", status=500, times=1, headers={"X-Request-Id": f"Root=1-{i}"})
+    publisher = publish()
+    publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save")
+    assert publisher.flush(SECONDS).complete
+    assert caplog.text.count("failed and will be retried") == 1
+    assert "Root=1-1" not in caplog.text and "Root=1-1" in (publisher.queue.folder / "uploader.log").read_text()
 
 
 # ---- The start ----
