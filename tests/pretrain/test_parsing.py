@@ -162,6 +162,8 @@ def test_a_wrong_entry_of_the_yaml_is_named(write, section, entry, words):
         (["--stages", "late"], ["--stages: 'late'", "a list"]),
         (["--stages", '[{"untill": 1.0}]'], ["--stages[0].untill: unknown key", "'until'"]),
         (["stray"], ["stray"]),
+        (["--no_nexus=true"], ["--no_nexus: it takes no value", "--nexus=false"]),
+        (["--no-bf16="], ["--no-bf16: it takes no value"]),
         (["--lr_scheduler_kwargs", "{oops"], ["lr_scheduler_kwargs", "JSON"]),
         (["--sharding", "fsdp"], ["--sharding: 'fsdp'", "'fsdp2'"]),
         (["--mfu", "40"], ["--mfu: 40.0", "above 0 and of at most 1"]),
