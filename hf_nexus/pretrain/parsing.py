@@ -37,13 +37,18 @@ def check_section(section: str, values: Mapping[str, Any], where: str = "") -> d
     return check_values(section, _fold(values), kinds, where, shape_fields(values) or [])
 
 
-def _fold(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A `model` section in terms of its fields, and without the defaults of a Llama for another model."""
+def _fold(section: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """
+    A `model` section with flags on top of it, in terms of its fields, and without the defaults of a Llama for another
+    model.
+    """
+    values, fields = {**section, **(flags or {})}, section.get("config_fields") or {}
     known, others = shape_fields(values), {key for cls in SECTIONS.values() for key in field_types(cls)}
     more = {key: value for key, value in values.items() if key not in others and (known is None or key in known)}
     found = {key: value for key, value in values.items() if key not in more}
-    if more:
-        found["config_fields"] = {**check(values.get("config_fields") or {}, dict, "config_fields"), **more}
+    if more or fields:
+        over = (flags or {}).get("config_fields") or {}
+        found["config_fields"] = {**check(fields, dict, "config_fields"), **more, **over}
     llama = values.get("path") is None and values.get("model_type") in (None, "llama")
     return found if llama else {**dict.fromkeys(SHAPE), **found}
 
@@ -65,7 +70,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     config = load_config(name)
     plain = {section: {**config.get(section, {}), **flags[section]} for section in SECTIONS}
     with naming(name, "model.", {}):
-        plain["model"] = _fold(plain["model"])
+        plain["model"] = _fold(config.get("model", {}), flags["model"])
     # The values of flags have their types already.
     values = {section: check_section(section, content, f"{name}: ") for section, content in plain.items()}
     resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}

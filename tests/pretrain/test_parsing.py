@@ -36,6 +36,15 @@ def test_flags_override_the_yaml_in_every_section(config):
     assert arguments.training.learning_rate == 1e-2  # from the YAML
 
 
+def test_config_fields_override_those_of_the_file(write):
+    """Also those of a saved configuration, and they leave the others."""
+    path = write(model={"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2})
+    flag = ["--config_fields", '{"num_local_experts": 4}']
+    expected = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    assert planned(path, *flag).model.config_fields == expected
+    assert planned(write(**planned(path).resolved), *flag).model.config_fields == expected
+
+
 def test_changed_fields_differ_from_their_defaults(config):
     arguments = parse_arguments(["--config", str(config), "--inner_lr", "0.05", "--weight_decay", "0.1"])
     given = yaml.safe_load(config.read_text())["training"]
