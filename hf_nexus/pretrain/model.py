@@ -73,19 +73,28 @@ def model_config(
     shape = {name: value for name in SHAPE if (value := getattr(model, name)) is not None}
     shape |= model.config_fields or {}
     config = None if model.path is None else copy.deepcopy(_saved_config(model.path, model.revision))
-    known = _fields(_class_of(model.model_type or "llama", "model_type") if config is None else type(config))
+    cls = _class_of(model.model_type or "llama", "model_type") if config is None else type(config)
+    known = _fields(cls)
     for name in shape:
         if name not in known:
             raise ValueError(f"model.{name}: the configuration of this model has no such field.{nearest(name, known)}")
-    if "rope_theta" in shape:
-        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
     if tokenizer is not None and not model.continues:
         shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
+        if "rope_theta" in shape:
+            rotary = getattr(config or cls(), "rope_parameters", None) or {"rope_type": "default"}
+            if any(isinstance(value, Mapping) for value in rotary.values()):
+                raise ValueError("model.rope_theta: this model has one per type of layer. Set rope_parameters.")
+            given = shape.get("rope_parameters") or {}  # more specific than rope_theta, which has a default
+            shape["rope_parameters"] = {**rotary, "rope_theta": shape.pop("rope_theta"), **given}
         if config is None:
             if "max_position_embeddings" in known:
                 shape.setdefault("max_position_embeddings", sequence_length)
-            return AutoConfig.for_model(model.model_type or "llama", **shape)
+            config = AutoConfig.for_model(model.model_type or "llama", **shape)
+            text = config.get_text_config()
+            if "pad_token_id" not in shape and (text.pad_token_id or 0) >= text.vocab_size:
+                text.pad_token_id = None  # that of the class is for its own vocabulary
+            return config
         for name, value in shape.items():
             setattr(config, name, value)
     except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:

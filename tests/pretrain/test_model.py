@@ -113,6 +113,7 @@ def test_fsdp2_gathers_what_is_outside_of_the_layers(write, kind):
         ({"hidden_act": 3}, r"hidden_act.*expected str"),
         ({"model_type": "qwen3", "path": "x"}, r"model\.model_type: path has a type already"),
         ({"hidden_size": 32, "path": "x"}, r"model\.hidden_size: it is that of path"),
+        ({"model_type": "gemma3_text", "rope_theta": 1e6}, r"rope_theta: this model has one per type of layer"),
         ({"revision": "main"}, r"model\.revision: it is that of path"),
         ({"model_type": "gpt2", "attn_implementation": "spda"}, "spda"),
     ],
@@ -121,6 +122,33 @@ def test_a_shape_that_cannot_be_is_refused(write, model, words):
     with pytest.raises(ValueError, match=words) as error:
         parse_arguments(["--config", write(**model)])
     assert "model.yaml: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "glm4", "smollm3"])
+def test_a_padding_token_outside_of_the_vocabulary_is_dropped(write, kind):
+    shape = {**GROUPED, "hidden_size": 64, "head_dim": 16}
+    assert plan_run(parse_arguments(["--config", write(model_type=kind, **shape), "--dry_run"]), 1).parameters > 0
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"rope_theta": 1e6, "rope_parameters": LLAMA3}, {**LLAMA3, "rope_theta": 1e6}),
+        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, {**LLAMA3, "rope_theta": 5e5}),
+        ({"model_type": "gpt_neox", **DENSE, "rope_theta": 1e6}, {"rope_theta": 1e6, "partial_rotary_factor": 0.25}),
+        ({"path": "shape.json", "rope_theta": 1e6}, {**LLAMA3, "rope_theta": 1e6}),
+    ],
+)
+def test_the_base_of_rotary_positions_keeps_their_scaling(write, tmp_path, monkeypatch, model, expected):
+    monkeypatch.chdir(tmp_path)
+    rotary = {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    Path("shape.json").write_text(json.dumps({"model_type": "llama", **DENSE, **rotary}))
+    found = model_config(parse_arguments(["--config", write(**model), "--dry_run"]).model, 32).rope_parameters
+    assert {key: found.get(key) for key in expected} == expected
 
 
 # ---- Shapes and checkpoints of others ----
