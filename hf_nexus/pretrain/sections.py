@@ -48,8 +48,8 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
 
 
 def _holds_out(sources: Any) -> bool:
-    fields = {key for source in sources.values() for key in source or ()} if isinstance(sources, Mapping) else set()
-    return bool({"eval_rows", "eval_split", "role"} & fields)
+    found = [s for s in sources.values() if isinstance(s, Mapping)] if isinstance(sources, Mapping) else []
+    return any(s.get("eval_rows") or s.get("eval_split") or s.get("role") == "ood" for s in found)
 
 
 def _starter_training(path: str, sources: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A first configuration for the files of a user, with a model that this machine trains in minutes."""
 
+import json
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from ..mixture.documents import check_tokenizer, load_documents
 from ..mixture.loading import load_mixture
 from ..mixture.texts import guess_source, tokenizer_of_sources
 from ..nexus import Nexus
+from ..strict import parse_data
 from .fields import ModelArguments
 from .model import build_model, count_parameters, model_config
 from .sections import STARTER
@@ -70,11 +72,12 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     total, threads = sum(tokens.values()), None if accelerator else _fastest_threads()
     model, steps, speed = _fit(len(loaded), total, length, rows)
     assert model.hidden_size is not None
+    options = [word for path in ood for word in ("--ood", path)] + (["--tokenizer", tokenizer] if tokenizer else [])
     seen = steps * _K * rows * length
     fields = {
         **asdict(model),
-        "command": shlex.join(["hf-nexus", "init", *files, *(word for path in ood for word in ("--ood", path))]),
-        "tokenizer": tokenizer or "train",
+        "command": shlex.join(["hf-nexus", "init", *files, *options]),
+        "tokenizer": _plain(tokenizer or "train"),
         "sequence_length": length,
         "sources": "".join(_entry(name, source, tokens.get(name), total) for name, source in sources.items()),
         "max_steps": steps,
@@ -85,7 +88,8 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         "bf16": str(is_torch_bf16_gpu_available()).lower(),
         "threads": threads or "null",
     }
-    return Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
+    text = Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
+    return text if mixture.eval_tokens else re.sub(r"^  eval_.*\n", "", text, flags=re.MULTILINE)
 
 
 def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> str:
@@ -96,8 +100,14 @@ def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> s
         fields |= {"weight": max(0.01, round(tokens / total, 2)), "tokens": tokens, "eval_rows": source.eval_rows}
         fields |= {"max_tokens": _MOST} if tokens > 0.99 * _MOST else {}
     given = {key: value for key, value in fields.items() if value not in (None, "document")}
-    entry = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
-    return f"\n    {name}: {entry.strip()}"
+    return f"\n    {_plain(name)}: {_plain(given)}"
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML on one line, in quotes where it needs them."""
+    text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    text = text.strip()[1:-1]
+    return text if parse_data(text, "") == value else json.dumps(value, ensure_ascii=False)  # 1e3 is a number
 
 
 def _fit(vocabulary: int, tokens: int, length: int, rows: int) -> tuple[ModelArguments, int, float]:

@@ -34,6 +34,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starter, "_tokens_per_second", lambda *args: 1000.0)
 
 
+JSONL = "".join(json.dumps({"text": text}) + "\n" for text in documents("abcd", 80, 0))
 FILES = ["code.jsonl", "digits.parquet", "signs.txt"]
 
 
@@ -104,7 +105,9 @@ def test_a_named_tokenizer_is_used(fast):
 
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained("tok")
-    model = model_of(starter.starter_yaml(FILES, tokenizer="tok"))
+    text = starter.starter_yaml(FILES, tokenizer="tok")
+    assert text.startswith(f"# Written by: hf-nexus init {' '.join(FILES)} --tokenizer tok\n")
+    model = model_of(text)
     assert model["tokenizer"] == "tok" and model["vocab_size"] == len(tokenizer)
     Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     tokenizer.chat_template = None
@@ -117,6 +120,21 @@ def test_names_are_those_of_files_and_differ():
     paths = ["a/web.jsonl.gz", "b/web.jsonl", "c/*.parquet", "ood.txt", "my text (1).csv", "*.jsonl"]
     names = [name for name, _ in starter._names(paths)]
     assert names == ["web", "web_2", "c", "ood_4", "my_text_1_", "data"]
+
+
+@pytest.mark.parametrize("name", ["2024.jsonl", "no.jsonl", "on.csv", "1e3.jsonl"])
+def test_names_that_are_no_text_in_yaml_are_quoted(fast, name):
+    Path(name).write_text("text\n" + "\n".join(documents("abcd", 80, 0)) if ".csv" in name else JSONL)
+    Path("mine.yaml").write_text(starter.starter_yaml([name]))
+    assert list(load_config("mine.yaml")["data"]["sources"]) == [name.partition(".")[0]]
+
+
+def test_nothing_is_evaluated_where_nothing_is_held_out(fast):
+    Path("few.jsonl").write_text("\n".join(JSONL.splitlines()[:3]))
+    text = starter.starter_yaml(["few.jsonl"])
+    Path("mine.yaml").write_text(text)
+    training = parse_arguments(["--config", "mine.yaml", "--dry_run"]).training
+    assert training.eval_strategy == "no" and not training.eval_on_start
 
 
 def test_a_short_file_has_short_rows(fast):
@@ -143,6 +161,7 @@ def test_a_mixture_alone_gets_the_same_training_settings():
     [
         ({"eval_rows": 4}, {}, {"logging_steps": 10, "eval_strategy": "steps", "eval_steps": 0.1}),
         ({}, {}, {"logging_steps": 10}),
+        ({"role": "train", "eval_rows": None}, {}, {"logging_steps": 10}),
         ({"eval_rows": 4}, {"eval_strategy": "no", "logging_steps": 3}, {"logging_steps": 3, "eval_strategy": "no"}),
     ],
 )
