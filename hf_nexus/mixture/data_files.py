@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from .config import SourceConfig
 from .token_files import index_of
 
-__all__ = ["card_lists_files", "data_files", "is_remote", "means_files"]
+__all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "means_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[s
 
     if source.subset is not None:
         raise ValueError(f"data files have no subset {source.subset!r}. Remove it, and name the files with a glob.")
-    base, found = _find_remote(path) if is_remote(path) else _find(path)
+    base, found = _find_remote(path) if is_remote(path) else find_files(path)
     formats = {file: _FORMATS[_suffix(file)] for file, facts in found.items() if facts and _holds_rows(file, path)}
     endings = ", ".join(_FORMATS)
     if not found:
@@ -120,7 +120,7 @@ def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[s
 
 
 def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """As `_find`, for a URL of a file, a folder, or a glob whose only sign is `*`: others belong to addresses."""
+    """As `find_files`, for a URL of a file, a folder, or a glob whose only sign is `*`: others belong to addresses."""
     from fsspec.core import url_to_fs
 
     system, path = url_to_fs(url)
@@ -138,7 +138,7 @@ def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     return system.unstrip_protocol(path.partition("*")[0].rpartition("/")[0] if "*" in path else path), facts
 
 
-def _find(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
+def find_files(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     """
     The files that a folder or glob means, with facts that change with their content (none if a file is empty or gone),
     and the start of the path that exists as it is written.

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from packaging.version import Version
 
 from ..files import hide_token
 from ..mixture.config import MixtureConfig
-from ..mixture.data_files import is_remote, means_files
+from ..mixture.data_files import find_files, is_remote, means_files
 from ..schema import kind_of
 from .flags import RUN, described, packaged_schema, read_flags
 from .sections import DEFAULT_CONFIG, check_values, load_config, naming
@@ -53,8 +52,9 @@ def check_early(argv: list[str]) -> bool:
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})
     planned = flags["run"].get("dry_run", False)
     for source, field in mixture.sources.items() if not planned else ():
-        if means_files(field.path) and not is_remote(field.path) and not glob(field.path, recursive=True):
-            raise ValueError(f"{name}: data.sources.{source}.path: no file matches {field.path!r} in {os.getcwd()!r}.")
+        path = field.path
+        if means_files(path) and not (is_remote(path) or os.path.exists(path) or find_files(path)[1]):
+            raise ValueError(f"{name}: data.sources.{source}.path: no file matches {path!r} in {os.getcwd()!r}.")
     return planned
 
 

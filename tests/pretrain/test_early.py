@@ -51,6 +51,7 @@ def test_a_saved_configuration_is_accepted(config, write):
         ({"model": {"hidden_size": 0}}, "model.hidden_size: 0 is not allowed"),
         ({"modle": {}}, "modle: unknown section. Did you mean 'model'?"),
         ({"data": {"sources": {"a": {"weight": 1}}}}, "data.sources.a"),
+        ({"data": {"sources": {"a": 0.5}}}, "data.sources.a: 0.5 is not allowed"),
         ({"data": {"sources": SOURCES, "temperature": 0}}, "data.temperature: 0"),
         ({"data": {"sources": {"a": {"path": "gone.jsonl"}}}}, "data.sources.a.path: no file matches 'gone.jsonl'"),
     ],
@@ -59,6 +60,15 @@ def test_a_mistake_in_the_file_is_found(write, sections, message):
     path = write(**sections)
     found = refusal("--config", path)
     assert found.startswith(f"{path}: ") and message in found
+
+
+def test_brackets_in_the_name_of_a_file_are_literal(write, tmp_path):
+    (tmp_path / "[2024]").mkdir()
+    for name in ("[1] corpus.jsonl", "[2024]/a.jsonl"):
+        (tmp_path / name).touch()
+    for path in ("[1] corpus.jsonl", "[2024]/*.jsonl"):
+        check_early(["--config", write(data={"sources": {"a": {"path": str(tmp_path / path)}}})])
+    assert "no file matches" in refusal("--config", write(data={"sources": {"a": {"path": f"{tmp_path}/[2]/*"}}}))
 
 
 def test_a_file_may_be_missing_where_the_run_is_only_planned(write):
