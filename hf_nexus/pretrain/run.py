@@ -1,6 +1,7 @@
 """A pretraining run, from a configuration to a folder with a model, its plots and its card."""
 
 import gc
+import os
 import shlex
 import signal
 import sys
@@ -160,9 +161,12 @@ class PretrainRun:
         folder, processes = self.arguments.folder, self.trainer.args.world_size
         hint = "nothing was saved yet."
         if last := last_checkpoint(folder):
-            devices = f" --devices {processes}" if processes > 1 else ""
-            command = f"hf-nexus train {shlex.quote(str(folder / CONFIG_NAME))}{devices} --resume_from_checkpoint last"
-            hint = f"continue {Path(last).name} with:\n{command}"
+            how, resume = "by starting the run as before, with", "--resume_from_checkpoint last"
+            one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) == processes
+            if one_machine and not self.trainer.is_fsdp_enabled:  # else, --devices would start something else
+                devices = f" --devices {processes}" if processes > 1 else ""
+                how, resume = "with", f"hf-nexus train {shlex.quote(str(folder / CONFIG_NAME))}{devices} {resume}"
+            hint = f"continue {Path(last).name} {how}:\n{resume}"
         say(self.console, f"{event} after step {self.trainer.state.global_step}; {hint}")
 
 

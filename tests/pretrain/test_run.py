@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import weakref
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +25,7 @@ from hf_nexus.lock import LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.folder import find_checkpoint
 from hf_nexus.pretrain.parsing import parse_arguments
-from hf_nexus.pretrain.run import main, pretrain
+from hf_nexus.pretrain.run import PretrainRun, main, pretrain
 from hf_nexus.pretrain.run_file import continuation
 from hf_nexus.pretrain.sections import load_config
 from hf_nexus.trainer.mixin import NexusTrainer
@@ -311,6 +313,26 @@ def test_an_interrupted_run_says_how_to_go_on(config, finished, tmp_path, monkey
         main(["--config", str(config), "--output_dir", str(tmp_path / "copy"), "--resume_from_checkpoint", "last"])
     assert stop.value.code == 130
     assert f"checkpoint-{STEPS}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "fsdp", "command"),
+    [
+        (1, None, False, "with:\nhf-nexus train out/pretrain.yaml --resume"),
+        (8, 8, False, "with:\nhf-nexus train out/pretrain.yaml --devices 8 --resume"),
+        (64, 8, False, "by starting the run as before, with:\n--resume"),
+        (8, 8, True, "by starting the run as before, with:\n--resume"),
+    ],
+)
+def test_the_command_to_go_on_starts_the_same_processes(monkeypatch, capsys, world, local, fsdp, command):
+    monkeypatch.setattr("hf_nexus.pretrain.run.last_checkpoint", lambda folder: "out/checkpoint-3")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    trainer = Namespace(args=Namespace(world_size=world), is_fsdp_enabled=fsdp, state=Namespace(global_step=4))
+    PretrainRun(Namespace(folder=Path("out")), trainer, None, None, Console())._print_how_to_resume("Interrupted")
+    printed = capsys.readouterr().out
+    assert printed == f"Interrupted after step 4; continue checkpoint-3 {command}_from_checkpoint last\n"
 
 
 def test_an_error_in_training_keeps_its_traceback(config, tmp_path, monkeypatch):
