@@ -2,7 +2,7 @@
 # Eight machines with eight GPUs each, through Slurm:
 #   sbatch recipes/accelerate/slurm.sh recipes/accelerate/multi_node.yaml --inner_sync node
 # The first argument is the accelerate file. All others go to the recipe. Shortly before its time limit, the job is
-# requeued. It then resumes from its last checkpoint (`save_steps`).
+# requeued. It then resumes from its last checkpoint (`save_steps`). The variable OUTPUT_DIR names another folder.
 #SBATCH --job-name=nexus-3b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -20,6 +20,14 @@ set -uo pipefail
 
 accelerate_file=$1
 shift
+for argument in "$@"; do
+  case $argument in
+    --output[-_]dir | --output[-_]dir=*)
+      echo "--output_dir: the script looks for checkpoints in OUTPUT_DIR. Set that variable instead." >&2
+      exit 2
+      ;;
+  esac
+done
 output=${OUTPUT_DIR:-runs/nexus-3b}
 export MAIN_HOST
 MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

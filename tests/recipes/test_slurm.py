@@ -59,6 +59,12 @@ def test_a_machine_starts_eight_processes_and_meets_the_first(start, tmp_path, f
     assert "--resume_from_checkpoint" not in recipe
 
 
+@pytest.mark.parametrize("flag", [["--output_dir", "mine"], ["--output-dir=mine"]])
+def test_a_folder_that_is_not_searched_is_refused(start, tmp_path, capfd, flag):
+    assert start(str(ACCELERATE / "multi_node.yaml"), *flag).wait(180) == 2
+    assert "OUTPUT_DIR" in capfd.readouterr().err and not (tmp_path / "launched").exists()
+
+
 def test_the_job_resumes_and_is_requeued_before_the_time_limit(start, tmp_path):
     (tmp_path / "mine/checkpoint-40").mkdir(parents=True)
     job = start(str(ACCELERATE / "multi_node.yaml"), OUTPUT_DIR="mine", TRAINING_TAKES="600")
