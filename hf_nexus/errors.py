@@ -1,9 +1,9 @@
 """Errors that users can fix: one line, and the line of the YAML file that it is about."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from .files import printable
 from .strict import line_of_key
@@ -38,4 +38,4 @@ def one_line_errors(
 def _line_of(message: str) -> str:
     """The line of a file that an error message is about, if the message starts with the file and a key in it."""
     found = _PLACE.match(message)
-    return line_of_key(*found.groups()) if found and Path(found[1]).is_file() else ""
+    return line_of_key(*found.groups()) if found and os.path.isfile(found[1]) else ""

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import math
+import os
 import re
 import sys
 import types
@@ -292,7 +293,7 @@ def load_yaml(name_or_path: str, room: str, kind: str) -> dict[str, Any]:
         ValueError: there is no such file (of this `kind`), or as for [`parse_yaml`].
     """
     files = packaged(room)
-    if name_or_path not in files and not Path(name_or_path).is_file():
+    if name_or_path not in files and not os.path.isfile(name_or_path):
         raise ValueError(
             f"There is no {kind} {name_or_path!r}.{nearest(name_or_path, files)} Use one of {', '.join(files)}, or "
             "the path of a YAML file."

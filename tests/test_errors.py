@@ -48,7 +48,10 @@ def test_the_line_of_a_key_is_shown_with_a_caret(tmp_path: Path, key: str, line:
     assert shown == " " * indent + TEXT.splitlines()[line - 1] and caret.index("^") == indent + column - 1
 
 
-@pytest.mark.parametrize("message", ["{path}: training.hub_token: not allowed.", "{path}: odd", "gone.yaml: a: odd"])
+@pytest.mark.parametrize(
+    "message",
+    ["{path}: training.hub_token: not allowed.", "{path}: odd", "gone.yaml: a: odd", f"{'x' * 5000}: a: odd"],
+)
 def test_no_line_is_shown_of_a_token_or_an_unknown_place(tmp_path: Path, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(TEXT)

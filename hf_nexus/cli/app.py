@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,11 @@ def _announce(*words: str | None) -> None:
 
 class _FieldsCommand(TyperCommand):
     """A command whose help and completion also have the fields of a configuration, by section."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        if (flag := ctx.params["config"]).startswith("-"):
+            raise SystemExit(f"error: Name the configuration first: hf-nexus {self.name} CONFIG {printable(flag)} ...")
+        return super().invoke(ctx)
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         self.params += field_options(hardware=self.name == "plan")
@@ -242,5 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             words = ["<hidden>" if isinstance(word, Secret) else word for word in argv]
             print(f"Interrupted. Go on with:\n{shlex.join(['hf-nexus', *words])}", file=sys.stderr, flush=True)
             if own_process:
+                with suppress(OSError):
+                    sys.stdout.flush()
                 os._exit(130)  # to end the interpreter with all packages takes seconds
         raise

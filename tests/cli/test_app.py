@@ -172,6 +172,9 @@ def test_misspelled_commands_and_options_exit_with_2(argv, expected):
     [
         (["plan", "130mm"], ["130mm", "Did you mean '130m'"]),
         (["plan", "130m", "--max_step", "3"], ["--max_step", "Did you mean '--max_steps'"]),
+        (["train", "--max_steps", "20", "demo"], ["Name the configuration first: hf-nexus train CONFIG --max_steps"]),
+        (["plan", "--mfu=0.4", "demo"], ["Name the configuration first: hf-nexus plan CONFIG --mfu"]),
+        (["plan", "x" * 5000], ["There is no configuration"]),
         (["plan", "130m", "extra"], ["'extra' is not a flag"]),
         (["plan", "130m", "max_steps", "3"], ["'max_steps' is not a flag", "Did you mean '--max_steps'"]),
         (["train", "130m"], ["accelerator", "hf-nexus train demo", "--config demo"]),
