@@ -12,6 +12,7 @@ from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
 from ..trainer.mixin import NexusTrainer
+from ..trainer.support import ONE_INNER_STEP
 from .advice import warnings_of
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
@@ -50,7 +51,8 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
         if plan.sync is not None:
             console.print(f"Fastest inner_sync: {plan.sync}", highlight=False)
     for warning in warnings_of(arguments, plan):
-        console.print(f"[yellow]{warning}")
+        if loaded is None or warning != ONE_INNER_STEP:  # the trainer warns of it too
+            console.print(f"[yellow]{warning}")
 
 
 def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:

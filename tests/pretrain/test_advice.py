@@ -5,6 +5,7 @@ import pytest
 from hf_nexus.pretrain.advice import warnings_of
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
+from hf_nexus.pretrain.run import dry_run, prepare_run
 
 
 def warnings(config: str, devices: int, *flags: str) -> str:
@@ -37,6 +38,14 @@ def test_tokens_are_compared_with_those_of_the_file(devices, flags, run, step):
 def test_one_inner_step_is_named():
     assert "a window of one inner step" in warnings("demo", 1, "--gradient_accumulation_steps", "1")
     assert "inner step" not in warnings("demo", 1, "--gradient_accumulation_steps", "1", "--no_nexus")
+
+
+def test_a_run_leaves_one_inner_step_to_the_trainer(config, tmp_path, capsys):
+    flags = ["--config", str(config), "--gradient_accumulation_steps", "1"]
+    dry_run(parse_arguments([*flags, "--dry_run"]))
+    assert "a window of one inner step" in " ".join(capsys.readouterr().out.split())
+    prepare_run(parse_arguments([*flags, "--output_dir", str(tmp_path)])).lock.close()
+    assert "a window of one inner step" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_warmup_must_end_before_the_run():
