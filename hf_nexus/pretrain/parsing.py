@@ -38,10 +38,7 @@ def check_section(section: str, values: Mapping[str, Any], where: str = "") -> d
 
 
 def _fold(section: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """
-    A `model` section with flags on top of it, in terms of its fields, and without the defaults of a Llama for another
-    model.
-    """
+    """A `model` section with flags on top, by its fields, and without a Llama's defaults for another model."""
     values, fields = {**section, **(flags or {})}, section.get("config_fields") or {}
     known, others = shape_fields(values), {key for cls in SECTIONS.values() for key in field_types(cls)}
     more = {key: value for key, value in values.items() if key not in others and (known is None or key in known)}
