@@ -306,6 +306,8 @@ class DocumentEncoder:
         return [self._bounded(tokens, first, last) for tokens in encoded]
 
     def _assistant_turns(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        if not documents:  # all that were read are held out or skipped
+            return []
         conversations: Any = [document.messages for document in documents]
         found: Any = self.tokenizer.apply_chat_template(conversations, return_assistant_tokens_mask=True)
         pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)

@@ -189,6 +189,12 @@ def test_collators_that_make_labels_of_tokens_keep_the_mask(tmp_path, pads_with_
     assert made.equal(plain)
 
 
+@pytest.mark.parametrize("source", [{}, PAIR, CHAT], ids=["text", "pair", "chat"])
+def test_a_read_that_finds_only_held_out_documents_goes_on(tmp_path, source):
+    rows = [{"text": p["prompt"], "messages": chat(*p.values()), **p} for p in PAIRS]
+    assert len(first_rows(load(tmp_path, True, rows, 4, eval_rows=20, **source), 40)) == 40
+
+
 # ---- Rows that are tokens already ----
 
 TOKENS = {"tokens_column": "input_ids"}
