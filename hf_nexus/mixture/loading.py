@@ -191,7 +191,7 @@ def _first_documents(packer: SourcePacker, documents: IterableDataset, count: in
         if document := encoder.document(row, number):  # neither skipped nor empty
             found.setdefault(document.hash, {column: row[column] for column in source.columns.values()})
         if len(found) == count:
-            return Dataset.from_list(list(found.values()))
+            return _stored(list(found.values()), documents)
     raise _too_few_documents(packer, count, len(found))
 
 
@@ -213,9 +213,14 @@ def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> Dataset:
             f"sources.{name}.eval_split: {split!r} cannot be read from a stream. Name a split, or the start of one as "
             "in 'validation[:1000]'."
         )
-    documents, _ = load_documents(name, source, match[1], cache_dir, streaming=True)
+    documents = _text_only(load_documents(name, source, match[1], cache_dir, streaming=True)[0], source)
     rows = islice(rows_of(name, source, split, documents), int(match[2]) if match[2] else None)
-    return Dataset.from_list([{column: row.get(column) for column in source.columns.values()} for row in rows])
+    return _stored([{column: row.get(column) for column in source.columns.values()} for row in rows], documents)
+
+
+def _stored(rows: list[dict[str, Any]], documents: Any) -> Dataset:
+    """Rows of a stream as a dataset. Other types would reorder the keys of messages, and so change their text."""
+    return Dataset.from_list(rows, features=documents.features, on_mixed_types="use_json")
 
 
 # ---- Training rows ----

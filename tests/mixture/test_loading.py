@@ -307,6 +307,25 @@ def test_a_stream_leaves_out_what_any_other_source_holds_out(load: Any) -> None:
     assert not held_out & set(documents(tokenizer, mixture.train["code"]))
 
 
+@pytest.mark.parametrize("held_out", [{"eval_rows": 8}, {"eval_split": "train[:8]", "split": "train+train"}])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_held_out_chat_is_left_out_whatever_its_arguments(load: Any, held_out: dict, mixed: bool) -> None:
+    """The keys of their arguments come in any order, and their values have several types."""
+
+    def chat(i: int) -> list[Any]:
+        arguments = {"b": i, "a": "x" if mixed and i % 3 == 1 else 2} if i % 2 else {"a": i, f"key{i % 4}": "z"}
+        return [{"role": "user", "content": f"fox {i}", "tool_calls": [{"arguments": arguments}]}]
+
+    write("chats.jsonl", [chat(i) for i in range(30)], column="messages")
+    chatty = tiny_tokenizer()
+    chatty.chat_template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    source = {"path": "chats.jsonl", "messages_column": "messages", "streaming": True, "weight": 1, **held_out}
+    mixture = load(a=source, with_=chatty, sequence_length=2)
+    held = set(documents(chatty, mixture.eval["a"])[:-1])
+    trained = set(stream_texts(mixture.train["a"], 2000).split(EOS)[1:-1])
+    assert len(held) in (7, 8) and len(trained) == 22 and held.isdisjoint(trained)
+
+
 def test_every_kind_of_file_streams(load: Any) -> None:
     docs = texts(20)
     for path in write_every_kind(docs):
