@@ -23,7 +23,7 @@ from .training_data import TrainingData
 __all__ = ["compare_data", "describe_data", "load_data_state", "save_data_state"]
 
 # Settings of a source that do not change what is read of it.
-_NOT_READ = {"weight", "license", "tokens", "role", "max_epochs"}
+_NOT_READ = {"weight", "license", "tokens", "role", "max_epochs", "on_error"}
 # Rows that are compared, to notice another order or other content of as many rows.
 _SAMPLED = 32
 

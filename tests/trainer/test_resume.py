@@ -255,8 +255,8 @@ def test_the_state_in_a_checkpoint_is_small_and_json(whole: Whole) -> None:
 # ---- Another mixture ----
 
 
-def held_out(*hashes: int, **config: Any) -> Any:
-    return documents_of(texts(20).to_iterable_dataset(3), LENGTH, hashes, **config)
+def held_out(*hashes: int) -> Any:
+    return documents_of(texts(20).to_iterable_dataset(3), LENGTH, hashes)
 
 
 CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
@@ -282,7 +282,6 @@ CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         r"'c': held_out was \[0, 0\] and is \[1, 7",
     ),
-    "reading": (lambda: mixture(kinds()["mix"]() | {"c": held_out(on_error="skip")}), {}, "'c': on_error was 'raise'"),
     "function": (
         lambda: mixture(kinds()["mix"]()),
         {"trainer_kwargs": {"mixture_weights_function": lambda step: WEIGHTS}},
@@ -641,8 +640,8 @@ def test_a_source_whose_workers_see_other_rows_is_refused(tmp_path: Path) -> Non
 
 
 def test_skipped_rows_are_counted_and_resumed(tmp_path: Path) -> None:
-    def data(on_error: str) -> Any:
-        lines = [None if x % 5 == 2 else f"the quick fox number {x}" for x in range(40)]
+    def data(on_error: str, bad: Callable[[int], bool] = lambda x: x % 5 == 2) -> Any:
+        lines = [None if bad(x) else f"the quick fox number {x}" for x in range(40)]
         documents = Dataset.from_dict({"text": lines}).to_iterable_dataset(2)
         return mixture({"a": documents_of(documents, LENGTH, on_error=on_error)}, {"a": 1}, buffer_size=20)
 
@@ -655,6 +654,12 @@ def test_skipped_rows_are_counted_and_resumed(tmp_path: Path) -> None:
     assert [e.get("skipped_rows/a") for e in resumed.state.log_history if "loss" in e][-1] == counts[-1]
     with pytest.raises(SourceError, match=r"'a': row \d*[27] of shard [01] is unusable.*on_error to 'skip'"):
         run(tmp_path / "raise", data("raise"))
+    one = data("raise", lambda x: x == 35), data("skip", lambda x: x == 35)
+    with pytest.raises(SourceError, match="on_error to 'skip'.*\n.*a checkpoint was saved"):
+        run(tmp_path / "one", one[0])
+    whole = run(tmp_path / "skip", one[1])
+    mended = run(tmp_path / "one", one[1], True)  # as the error says
+    assert 0 < mended._feed.first_step and differences(mended, whole, mended._feed.first_step) == []
 
 
 # ---- From files ----
