@@ -1,7 +1,10 @@
 """Private behaviour of the upstream packages that this package uses. A failure shows what changed."""
 
 import inspect
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +236,33 @@ def test_an_iterable_dataset_shows_its_layers():
     split = import_module("datasets.distributed").split_dataset_by_node(stream, rank=0, world_size=2)
     assert split._distributed is not None
     assert stream.with_format("arrow")._formatting.is_table
+
+
+FINGERPRINTS = """
+from datasets import Dataset, load_dataset
+a, b = (Dataset.from_list([{"x": text}] * 3) for text in "ab")
+files = load_dataset("json", data_files="a.jsonl", split="train", cache_dir="cache")
+sets = [a, b, a.map(lambda row: row, new_fingerprint="m"), a.select([0, 2]), a.select([2, 0]), files, files.select([1])]
+found = [derived._fingerprint for d in sets for derived in (d, d.with_format("arrow"), d.select(range(1)))]
+print(*found)
+"""
+
+
+def test_fingerprints_are_those_of_other_processes_and_follow_files(tmp_path, monkeypatch):
+    """The names of cached rows depend on them."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+
+    def own(rows):
+        Path("a.jsonl").write_text(rows)
+        exec(FINGERPRINTS, names := {})
+        return names["found"]
+
+    found = own('{"x": 1}\n' * 2)
+    run = subprocess.run([sys.executable, "-c", FINGERPRINTS], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == found and len(set(found)) == len(found)
+    changed = own('{"x": 2}\n' * 2)
+    assert changed[:15] == found[:15] and not set(changed[15:]) & set(found[15:])
 
 
 def test_the_worker_of_a_loader_has_this_place():

@@ -21,7 +21,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from ..files import printable
 from .config import BUILTIN_PREFIX, SourceConfig
 from .data_files import card_lists_files, data_files, means_files
-from .token_files import read_token_files
+from .token_files import index_of, read_token_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,8 @@ def _load_tokens(splits: Mapping[str, Any], split: str) -> Dataset:
     if split not in splits:
         raise ValueError(f"the token files have no split {split!r}, only {', '.join(splits)}.")
     files = splits[split]
-    return read_token_files(files, Hasher.hash([*files, *files.origin_metadata]))
+    indices = [os.stat(index_of(file)).st_mtime_ns for file in files]
+    return read_token_files(files, Hasher.hash([*files, *files.origin_metadata, *indices]))
 
 
 def _load_saved(path: str, split: str) -> Dataset:

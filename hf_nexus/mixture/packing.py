@@ -221,8 +221,9 @@ class SourcePacker:
         key: list[Any],
         **options: Any,
     ) -> Dataset:
-        # The fingerprint of `map` itself would hash the tokenizer object, which changes when it is saved.
-        fingerprint = Hasher.hash([CACHE_VERSION, step, Hasher.hash(documents), key])
+        # The fingerprint of `map` itself would hash the tokenizer object, which changes when it is saved. Hashing the
+        # documents would copy those of token files into memory. The size of files is in their `info`.
+        fingerprint = Hasher.hash([CACHE_VERSION, step, documents._fingerprint, documents.info, key])
         mapped = documents.map(
             function,
             batched=True,

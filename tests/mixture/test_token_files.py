@@ -1,5 +1,6 @@
 """The documents of datatrove's and Megatron's files are those that were written."""
 
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from datasets.table import InMemoryTable
 
 from hf_nexus.mixture import MixtureConfig, SourceConfig, load_mixture
 from hf_nexus.mixture.documents import load_documents
@@ -59,7 +61,22 @@ def test_several_files_are_read_and_a_changed_one_again(tmp_path):
     assert before["input_ids"][:] == DOCUMENTS * 2
     write_ds(tmp_path / "train-2.ds", DOCUMENTS[:2])
     assert load(tmp_path)["input_ids"][:] == DOCUMENTS + DOCUMENTS[:2]
-    assert load(tmp_path)._fingerprint != before._fingerprint
+    changed = load(tmp_path)._fingerprint
+    assert changed != before._fingerprint
+    write_ds(tmp_path / "train-2.ds", [[*DOCUMENTS[0], *DOCUMENTS[1]]])
+    os.utime(tmp_path / "train-2.ds", ns=(1, 1))
+    joined = load(tmp_path)
+    assert joined["input_ids"][-1] == DOCUMENTS[0] + DOCUMENTS[1]
+    write_ds(tmp_path / "train-2.ds", DOCUMENTS[:2])  # the same tokens, cut elsewhere
+    os.utime(tmp_path / "train-2.ds", ns=(1, 1))
+    assert load(tmp_path)._fingerprint != joined._fingerprint
+
+
+def test_tokens_are_not_copied_to_name_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(InMemoryTable, "__reduce__", lambda table: pytest.fail("the table was pickled"))
+    write_ds(tmp_path / "a.ds", DOCUMENTS)
+    source = {"path": str(tmp_path), "tokens_column": "input_ids", "eval_rows": 1}
+    load_mixture(MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 6}), tiny_tokenizer())
 
 
 def test_an_index_that_is_missing_or_wrong_is_an_error(tmp_path, monkeypatch):
