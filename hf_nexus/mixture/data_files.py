@@ -1,12 +1,12 @@
 """Data files of a source, local or remote: which ones a path means, and of which split each is."""
 
+import csv
 import glob
 import logging
 import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -115,7 +115,9 @@ def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[s
         return {"parse_agent_traces": False}  # by default, a file with certain columns is one row
     if builder in ("csv", "tsv"):
         separator = "\t" if builder == "tsv" else ","
-        return {"sep": separator, **_csv_options(files, separator)}
+        # Other tools write TSV without quotes: one at the start of a cell would join rows.
+        quoting = csv.QUOTE_NONE if builder == "tsv" else csv.QUOTE_MINIMAL
+        return {"sep": separator, "quoting": quoting, **_csv_options(files, separator, quoting)}
     return {}
 
 
@@ -130,12 +132,18 @@ def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
         found = {path: system.info(path)}
     else:
         found = system.find(path, detail=True)
+    base = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
+    unknown = ("unknown",)  # such a file is downloaded at each start
     facts = {
-        system.unstrip_protocol(file): tuple(f"{key} {info[key]}" for key in _CHANGING if info.get(key))
+        system.unstrip_protocol(file): tuple(f"{key} {info[key]}" for key in _CHANGING if info.get(key)) or unknown
         for file, info in sorted(found.items())
-        if info.get("type", "file") == "file" and info.get("size") != 0 and not PurePath(file).name.startswith(".")
+        if info.get("type", "file") == "file" and info.get("size") != 0 and not _is_hidden(file.removeprefix(base))
     }
-    return system.unstrip_protocol(path.partition("*")[0].rpartition("/")[0] if "*" in path else path), facts
+    return system.unstrip_protocol(base), facts
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
 
 
 def find_files(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -208,15 +216,16 @@ def _named_split(file: str) -> str:
     return next((_SPLITS[match[1]] for match in matches if match), "")
 
 
-def _csv_options(files: Iterable[str], separator: str) -> dict[str, Any]:
+def _csv_options(files: Iterable[str], separator: str, quoting: int) -> dict[str, Any]:
     """Read every cell as it is written. By default, "None" and "NA" are missing values, and "007" is a number."""
     import pandas
 
     converters: dict[str, type] = {}
     for file in files:
-        first = pandas.read_csv(file, nrows=1, sep=separator)
+        first = pandas.read_csv(file, nrows=1, sep=separator, quoting=quoting)
         if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
-            raise ValueError(f"{file!r} has rows with more cells than its header. Quote text that holds commas.")
+            advice = "Quote text that holds commas." if separator == "," else "Replace tabs in text."
+            raise ValueError(f"{file!r} has rows with more cells than its header. {advice}")
         converters |= dict.fromkeys(first, str)
     return {"converters": converters, "keep_default_na": False}
 

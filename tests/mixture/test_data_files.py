@@ -232,7 +232,7 @@ def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_cells_of_tsv_files_are_text_as_written(streaming: bool) -> None:
-    words = ["fox, dog", "None", "007", "a b"]
+    words = ["fox, dog", "None", "007", "a b", '"Hello, she said', 'he said "bye"', '"whole"', 'ends"']
     Path("a.tsv").write_text("id\ttext\n" + "".join(f"1\t{word}\n" for word in words))
     assert documents("a.tsv", streaming) == sorted(words)
     Path("b.csv").write_text("text\nfox\n")
@@ -279,8 +279,18 @@ def website(online: None) -> Iterator[str]:
     """The address of a server of the current folder."""
 
     class Quiet(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def log_message(self, *args: Any) -> None:
             pass
+
+        def send_header(self, keyword: str, value: str) -> None:
+            """A name with `export` is made on request: nothing tells its size or whether it changed."""
+            made = "export" in self.path
+            if made and keyword == "Content-Length":
+                keyword, value = "Connection", "close"
+            if not (made and keyword == "Last-Modified"):
+                super().send_header(keyword, value)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(Path.cwd())))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -302,13 +312,16 @@ def line(text: str) -> bytes:
 def test_a_bucket_is_read_as_a_file_a_folder_and_a_glob(bucket: str, streaming: bool) -> None:
     upload(f"{bucket}/d/a.jsonl", line("a"))
     upload(f"{bucket}/d/sub/b.jsonl.gz", gzip.compress(line("b")))
-    upload(f"{bucket}/d/.hidden.jsonl", line("hidden"))
+    for hidden in ("d/.hidden.jsonl", "d/.ipynb_checkpoints/a.jsonl", "d/sub/.cache/deep/b.jsonl"):
+        upload(f"{bucket}/{hidden}", line("hidden"))
     upload(f"{bucket}/d/empty.jsonl", b"")
     upload(f"{bucket}/d/README.md", b"readme")
     assert documents(f"{bucket}/d", streaming) == documents(f"{bucket}/d/**", streaming) == ["a", "b"]
     assert documents(f"{bucket}/d/*.jsonl", streaming) == documents(f"{bucket}/d/a.jsonl", streaming) == ["a"]
     with pytest.raises(ValueError, match=r"no file matches 'memory://bucket/x\*'"):
         documents(f"{bucket}/x*", streaming)
+    upload(f"{bucket}/.cache/c.jsonl", line("c"))
+    assert documents(f"{bucket}/.cache", streaming) == documents(f"{bucket}/.cache/*", streaming) == ["c"]  # named
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -343,8 +356,9 @@ def test_a_changed_remote_file_is_read_again(bucket: str, website: str, streamin
     for text in ("fox", "longer than before"):
         upload(f"{bucket}/a.jsonl", line(text))
         Path("a.jsonl").write_bytes(line(text))
-        for place in (bucket, website):
-            assert documents(f"{place}/a.jsonl", streaming) == [text]
+        Path("export.jsonl").write_bytes(line(text))
+        for address in (f"{bucket}/a.jsonl", f"{website}/a.jsonl", f"{website}/export.jsonl"):
+            assert documents(address, streaming) == [text]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
