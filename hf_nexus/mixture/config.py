@@ -10,7 +10,7 @@ from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check_fields, read, read_yaml
 from .stages import Stage, parse_stages, shares_of
 
-__all__ = ["BUILTIN_PREFIX", "MAP_STYLE_LIMIT", "MixtureConfig", "SourceConfig", "refuse_splits"]
+__all__ = ["BUILTIN_PREFIX", "MixtureConfig", "SourceConfig", "refuse_splits"]
 
 BUILTIN_PREFIX = "builtin/"
 # Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
