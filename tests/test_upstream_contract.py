@@ -242,7 +242,8 @@ FINGERPRINTS = """
 from datasets import Dataset, load_dataset
 a, b = (Dataset.from_list([{"x": text}] * 3) for text in "ab")
 files = load_dataset("json", data_files="a.jsonl", split="train", cache_dir="cache")
-sets = [a, b, a.map(lambda row: row, new_fingerprint="m"), a.select([0, 2]), a.select([2, 0]), files, files.select([1])]
+mapped = a.map(lambda row: row, new_fingerprint="m")
+sets = [a, b, mapped, a.select([0, 2]), a.select([2, 0]), files, files.select([1])]
 found = [derived._fingerprint for d in sets for derived in (d, d.with_format("arrow"), d.select(range(1)))]
 print(*found)
 """

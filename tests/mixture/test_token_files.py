@@ -75,8 +75,9 @@ def test_several_files_are_read_and_a_changed_one_again(tmp_path):
 def test_tokens_are_not_copied_to_name_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(InMemoryTable, "__reduce__", lambda table: pytest.fail("the table was pickled"))
     write_ds(tmp_path / "a.ds", DOCUMENTS)
-    source = {"path": str(tmp_path), "tokens_column": "input_ids", "eval_rows": 1}
-    load_mixture(MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 6}), tiny_tokenizer())
+    source = {"path": str(tmp_path), "tokens_column": "input_ids", "eval_rows": 3}
+    config = MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 4})
+    load_mixture(config, tiny_tokenizer(), cache_dir=tmp_path / "cache")
 
 
 def test_an_index_that_is_missing_or_wrong_is_an_error(tmp_path, monkeypatch):
