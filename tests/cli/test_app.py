@@ -306,3 +306,18 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, tmp_path, capsys)
     first, *_, last = capsys.readouterr().err.strip().splitlines()
     assert first == f"hf-nexus {__version__} closeness"
     assert last == f"hf-nexus closeness {tmp_path} --config '{tmp_path / 'my mixture.yaml'}'"
+
+
+def test_an_interrupted_process_prints_what_is_buffered(monkeypatch):
+    def interrupt(*args, **options):
+        print("a line")
+        raise KeyboardInterrupt
+
+    stream, seen = io.TextIOWrapper(io.BytesIO()), []
+    monkeypatch.setattr(cli.os, "_exit", lambda status: seen.append((status, stream.buffer.getvalue())))
+    monkeypatch.setattr("hf_nexus.hub.uploader.push_queue", interrupt)
+    monkeypatch.setattr(sys, "argv", ["hf-nexus", "push", "out"])
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert seen == [(130, b"a line\n")]
