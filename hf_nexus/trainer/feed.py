@@ -136,6 +136,9 @@ class Feed:
                 self._shares_of_first_rank if several else None,
             )
             planned = self._progress
+            if not self.dynamic_weights:
+                borders = [(step * k, shares) for step, shares in stage_borders(self.data.stages, args.max_steps)]
+                self._check_epochs(borders, args.max_steps * k, rows)
             return MicroBatchSampler(planned.index_of, args.max_steps * k, rows, dataset.owners, planned.ahead)
         if isinstance(dataset, MixtureDataset):
             windows, steps = self._windows(batch_size)
@@ -143,12 +146,16 @@ class Feed:
             kind, ranks = args.source_schedule, self._ranks
             schedule = SourceSchedule(borders, self._seed, kind, windows, rows, ranks)
             sampler = MixtureSampler(dataset, schedule, rows, self._seed)
-            if (mixture := self.data.mixture) is not None:
-                tokens = rows * mixture.config.sequence_length
-                in_tokens = [(first * tokens, shares) for first, shares in borders]
-                mixture_plan(mixture.tokens, in_tokens, windows.micro_batches(steps) * tokens, self.data.max_epochs)
+            self._check_epochs(borders, windows.micro_batches(steps), rows)
             return sampler
         return None
+
+    def _check_epochs(self, borders: list[tuple[int, Any]], micro_batches: int, rows: int) -> None:
+        """Raise `ValueError` if a run exceeds `max_epochs` of a source of known size. Borders are in micro-batches."""
+        if (mixture := self.data.mixture) is not None:
+            tokens = rows * mixture.config.sequence_length
+            in_tokens = [(first * tokens, shares) for first, shares in borders]
+            mixture_plan(mixture.tokens, in_tokens, micro_batches * tokens, self.data.max_epochs)
 
     def _lanes(self, rows: int, workers: int) -> Lanes:
         """The cut of the streams: that of the checkpoint that is resumed, or a new one."""

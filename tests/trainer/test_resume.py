@@ -510,9 +510,9 @@ def test_a_source_at_max_epochs_hands_over_its_weight(
         assert differences(resumed, trainer, step) == [], step
 
 
-@pytest.mark.slow
-def test_a_map_style_source_over_max_epochs_is_refused(tmp_path: Path) -> None:
-    sources = {"a": table(14), "b": table(40, 100)}
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_map_style_source_over_max_epochs_is_refused(tmp_path: Path, streams: bool) -> None:
+    sources = {"a": table(14), "b": table(40, 100).to_iterable_dataset(2) if streams else table(40, 100)}
     with pytest.raises(ValueError, match=r"sources\.a\.max_epochs: .*1 are allowed"):
         run(tmp_path, mixture(sources, {"a": 2, "b": 1}, a=1))
 
@@ -538,7 +538,7 @@ def test_more_workers_may_not_read_past_the_end_of_a_source(tmp_path: Path) -> N
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_end_of_all_sources_saves_a_checkpoint(tmp_path: Path, workers: int) -> None:
     def data(**limits: float) -> Any:
-        return mixture({"a": sharded([9], 0), "b": table(8, 100)}, {"a": 1, "b": 1}, **limits)
+        return mixture({"a": sharded([9], 0), "b": sharded([8], 100)}, {"a": 1, "b": 1}, **limits)
 
     config = {"max_steps": 20, "save_strategy": "no", "dataloader_num_workers": workers}
     trainer = make(tmp_path, data(a=1, b=1), **config)
