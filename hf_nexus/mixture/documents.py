@@ -164,7 +164,7 @@ def _load_tokens(splits: Mapping[str, Any], split: str) -> Dataset:
 
 
 def _load_saved(path: str, split: str) -> Dataset:
-    saved = datasets.load_from_disk(path)
+    saved = datasets.load_from_disk(path).with_format(None)  # its format may turn messages into arrays
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise ValueError(f"the saved folder has no split {split!r}, only {', '.join(saved)}.")

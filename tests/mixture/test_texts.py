@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.texts import guess_source, tokenizer_of_sources
@@ -100,3 +101,10 @@ def test_no_tokenizer_is_trained_for_tokens_of_another():
     sources = {"a": {"path": write("a.jsonl", [{"ids": [1]}]), "tokens_column": "ids"}, "b": {"path": "b.jsonl"}}
     with pytest.raises(ValueError, match=r"sources\.a\.tokens_column: .*in place of 'train'"):
         tokenizer_of_sources(MixtureConfig.from_dict({"sources": sources}), 300)
+
+
+def test_a_tokenizer_is_trained_on_a_saved_dataset_of_any_format():
+    Dataset.from_dict({"messages": [CHAT] * 9}).with_format("numpy").save_to_disk("saved")
+    config = MixtureConfig.from_dict({"sources": {"a": {"path": "saved", "messages_column": "messages"}}})
+    assert len(tokenizer_of_sources(config, 300)) > 258
+    assert guess_source("a", "saved", "train").columns == {"messages_column": "messages"}
