@@ -78,7 +78,8 @@ class SourceConfig:
         eval_split (`str`, *optional*):
             Split with the held-out documents, in place of `eval_rows`. For instance `"validation[:1000]"`.
         license (`str`, *optional*):
-            License of the source. Defaults to the one that the dataset states.
+            License of the source. Defaults to that of a built-in source, or in the `info` of a folder of
+            `save_to_disk`. Cards are not read.
         role (`str`, *optional*, defaults to `"train"`):
             `"train"`, or `"ood"` for a source that is only evaluated.
         tokens (`int`, *optional*):

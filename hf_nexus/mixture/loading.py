@@ -41,7 +41,7 @@ class Mixture:
         eval (`dict[str, Dataset]`):
             Held-out rows of training sources, then the rows of OOD sources.
         licenses (`dict[str, str | None]`):
-            Licence of each source, `None` if it is not stated.
+            Licence of each source, `None` if neither its configuration nor its `info` states it.
         eos_token_id (`int`):
             The token that ends each document.
         bos_token_id (`int`, *optional*):
