@@ -152,7 +152,7 @@ class Publisher:
                 files |= files_below(self.output_dir / name, name)
             return files
 
-        message, slots = f"Training in progress, step {step}", _slots(folder, strategy)
+        message, slots = f"Training in progress, step {step}", checkpoint_files(folder, strategy)[1]
         self._add(_Save(collect, slots, step, message, self.target, write_once=folder), slots)
 
     def submit(self, step: int, message: str, revision: str | None = None) -> None:
@@ -341,14 +341,8 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> tuple[dict[str, Path], 
     files = {name: path for name, path in whole.items() if not name.startswith(_RESUME_ONLY)}
     if strategy == "every_save":
         return files, ("",)
-    slots = _slots(checkpoint, strategy)
-    return files | {f"{slots[-1]}/{name}": path for name, path in whole.items()}, slots
-
-
-def _slots(checkpoint: Path, strategy: str) -> tuple[str, ...]:
-    if strategy == "every_save":
-        return ("",)
-    return ("", "last-checkpoint" if strategy == "checkpoint" else checkpoint.name)
+    slot = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
+    return files | {f"{slot}/{name}": path for name, path in whole.items()}, ("", slot)
 
 
 def _sent_files(output_dir: Path) -> dict[str, Path]:
