@@ -682,11 +682,14 @@ class NexusTrainerMixin(_Base):
         with self._walker.at_start():
             if self._checkpoints.staging_shards:
                 self._save(output_dir, {})  # the weights follow
+            elif self.is_fsdp_enabled and not self._checkpoints.staging:
+                # The base class saves nothing with SHARDED_STATE_DICT. All ranks gather the whole weights.
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
             else:
                 super().save_model(output_dir, _internal_call=True)
             if self.args.push_to_hub and not _internal_call:
                 if Path(output_dir or self.args.output_dir) != Path(self.args.output_dir):
-                    super().save_model(_internal_call=True)
+                    self.save_model(_internal_call=True)
                 self._publish_run("Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -115,22 +115,27 @@ def interrupted(out: Path) -> dict[str, Any]:
 
 def resumed(out: Path, state_dict: str, **config: Any) -> dict[str, Any]:
     saving = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 3, "max_steps": 5, **config}
-    whole = trained(make(out, **saving))
-    dist.barrier()
+    trainer = make(out, **saving)
+    whole, saved = trained(trainer), saves_whole(trainer, out)
     again = make(out / "again", llama(seed=5), **saving)
-    return {"whole": whole, "again": trained(again, resume_from_checkpoint=str(out / "checkpoint-3"))}
+    resume = str(out / "checkpoint-3")
+    return {"whole": whole, "saved": saved, "again": trained(again, resume_from_checkpoint=resume)}
+
+
+def saves_whole(trainer: NexusTrainer, out: Path, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the model that the trainer saves has its weights, in `dtype`."""
+    trainer.save_model()
+    dist.barrier()
+    saved = LlamaForCausalLM.from_pretrained(out)
+    full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trainer.model.named_parameters()}
+    return all(torch.equal(p, full[name].to(dtype)) for name, p in saved.named_parameters())
 
 
 def narrow(out: Path) -> dict[str, Any]:
     """A checkpoint of bfloat16, and the same weights in float32 with `bf16`. The first is saved in bfloat16."""
     trainer = make(out / "narrow", llama(dtype=torch.bfloat16), save_dtype="bfloat16")
     narrow, wide = trained(trainer), trained(make(out, llama(dtype=torch.bfloat16).float(), bf16=True))
-    trainer.save_model()
-    dist.barrier()
-    saved = LlamaForCausalLM.from_pretrained(out / "narrow")
-    full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trainer.model.named_parameters()}
-    same = all(torch.equal(p, full[name].bfloat16()) for name, p in saved.named_parameters())
-    return {"narrow": narrow, "wide": wide, "saved": same}
+    return {"narrow": narrow, "wide": wide, "saved": saves_whole(trainer, out / "narrow", torch.bfloat16)}
 
 
 def between_steps(out: Path) -> list[float]:

@@ -64,6 +64,11 @@ def test_resume_is_bit_exact(two, state_dict):
         assert rank[state_dict]["again"] == rank[state_dict]["whole"]
 
 
+@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_the_final_model_is_saved_whole(two, state_dict):
+    assert all(rank[state_dict]["saved"] for rank in two)
+
+
 def test_sharded_paths_per_node_match_ddp(four_ranks):
     """The first path takes no step in the second window."""
     ranks = [rank["hybrid"]["node"] for rank in four_ranks]
