@@ -26,7 +26,7 @@ from ..hub.facts import describe_hardware, installed_versions
 from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
-from ..pretrain.fields import PretrainArguments
+from ..pretrain.fields import PretrainArguments, PretrainConfig
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import load_tokenizer
 from ..quiet import is_live
@@ -34,13 +34,15 @@ from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
-from .records import RunRecord
+from .records import RunRecord, in_order
 from .report import console_table, write_report
 from .runs import MINIMA_NAME, Run, read_questions
 from .workers import Call, CallResult, call_in_workers, worker_count
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..mixture.loading import Mixture
 
 __all__ = ["Comparison"]
 
@@ -101,6 +103,7 @@ class Comparison:
                 raise ValueError(f"minima.sources: {unknown} are not among the training sources {', '.join(names)}.")
             if lacking := sorted(searched - set(mixture.eval)):
                 raise ValueError(f"minima.sources: {lacking} have no held-out rows. Give them eval_rows.")
+        self._check_measured(mixture, sharded=bool(arguments.training.fsdp))
         self._check_primary()
         for run in self._trial_runs() or self.runs():
             run.check()
@@ -134,6 +137,7 @@ class Comparison:
                 write_atomic(path, text)
                 try:  # jobs run on other machines than this one
                     arguments = parse_arguments(["--config", str(path), *["--dry_run"] * (self._jobs is not None)])
+                    _check_training(arguments.training, self.config.devices_per_run)
                 except ValueError as error:  # name the arm, not this file, which the user did not write
                     where = f"arms.{arm}" + f" with {trial}" * bool(trial)
                     raise ValueError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
@@ -144,6 +148,25 @@ class Comparison:
         if len(set(rows.values())) > 1:
             raise ValueError(f"arms: all must train on the same number of rows, not {rows}.")
         return arguments
+
+    def _check_measured(self, mixture: "Mixture", sharded: bool) -> None:
+        """Check that the runs will have the declared metrics."""
+        names, config = list(mixture.train), self.config
+        if not mixture.eval.keys() & names:
+            raise ValueError("data: no training source has held-out rows. Give eval_rows.")
+        measured = {"train_loss", "validation_loss", "ood_loss" if mixture.eval.keys() - names else ""}
+        measured |= {f"{'validation' if name in names else 'ood'}/{name}" for name in mixture.eval}
+        if len(names) > 1:
+            measured |= {"" if sharded else "gradient_cosine", "minima_distance" if config.minima else ""}
+        for name, questions in config.question_sets.items():
+            scores = ["answer_loss", *["exact_match"] * (questions.max_new_tokens > 0)]
+            measured |= {f"downstream/{name}/{score}" for score in scores}
+        for metric in (config.primary.metric, *(test.metric for test in config.family or [])):
+            # Scores of benchmarks have names that only lm-eval knows.
+            score = bool(config.benchmarks) and metric.startswith("downstream/")
+            if metric not in measured and not score:
+                known = ", ".join(in_order(measured - {""}))
+                raise ValueError(f"metric: {metric!r} is not measured by these runs. Use one of {known}.")
 
     def _check_primary(self) -> None:
         """Keep the primary comparison in the folder, and refuse another one there."""
@@ -360,7 +383,9 @@ class Comparison:
 
     def _update_cards(self) -> None:
         """Compare the card of each run with that of the arm that it is declared to be compared with, and push it."""
-        finished = {(run.arm, run.seed): run for run in self.runs() if (run.folder / SUMMARY_NAME).exists()}
+        summarized = [run for run in self.runs() if (run.folder / SUMMARY_NAME).exists()]
+        records = [(run, run.record()) for run in summarized]
+        finished = {(run.arm, run.seed): run for run, record in records if record and not record.diverged}
         others = dict.fromkeys(self.config.arms, self.config.baseline)
         others |= {test.arm: test.versus for test in reversed(self.config.family or []) if test.versus is not None}
         for (arm, seed), run in finished.items():
@@ -368,10 +393,13 @@ class Comparison:
             before = RunSummary.load(run.folder)
             summary = before
             if arm != others[arm] and other is not None:
-                summary = before.against(RunSummary.load(other.folder), others[arm])
-                summary = replace(summary, model_name=f"{arm}, seed {seed}")
-                save_card(summary, run.folder)
-                summary.save(run.folder)
+                try:
+                    summary = before.against(RunSummary.load(other.folder), others[arm])
+                    summary = replace(summary, model_name=f"{arm}, seed {seed}")
+                    save_card(summary, run.folder)
+                    summary.save(run.folder)
+                except ValueError as error:
+                    self.console.print(f"The card of {run} is not compared: {error}", markup=False)
             if run.repo_id is not None:
                 self._push(run, changed=summary != before)
 
@@ -386,6 +414,13 @@ class Comparison:
             publisher.check()
             publisher.submit(record.end.step, "Compare with other arms")
         FinalFlush(publisher, training.get("hub_flush_timeout", 600.0)).end()
+
+
+def _check_training(training: PretrainConfig, devices: int) -> None:
+    if training.fsdp and devices == 1:
+        raise ValueError("fsdp needs several devices per run. Set devices_per_run, or remove fsdp.")
+    if training.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end is not supported: losses belong to the last weights. Remove it.")
 
 
 def _log(run: Run) -> Path:

@@ -50,7 +50,7 @@ class LossPoint:
     train: dict[str, float]  # by source, on a fixed sample of training rows
     validation: dict[str, float]  # by source, on held-out rows
     ood: dict[str, float]  # by OOD source
-    train_loss: float  # mean over sources by mixture weights
+    train_loss: float  # mean over sources by the weights of the mixture, also if the run trained with others
     validation_loss: float  # likewise
     ood_loss: float | None  # plain mean over OOD sources; `None` without any
 

@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback
 
 from ..evaluation.answers import ANSWER_MARK, final_answer
+from ..evaluation.losses import mean_losses
 from ..evaluation.questions import answer_scores
 from ..files import write_atomic
 from ..lock import locked
@@ -257,11 +258,12 @@ class _EvaluateSample(TrainerCallback):
 
 
 def _curve(log: list[dict[str, Any]], mixture: "Mixture", step_tokens: int) -> list[LossPoint]:
+    """The losses of the log. Arms may train with other weights, but their means have those of the mixture."""
     measured: dict[int, dict[str, Any]] = {}
     for entry in log:
         if "eval_loss" in entry or f"{_SAMPLE}_loss" in entry:
             measured[entry["step"]] = measured.get(entry["step"], {}) | entry
-    train, ood = mixture.config.train_sources, mixture.config.ood_sources
+    train, ood, weights = mixture.config.train_sources, mixture.config.ood_sources, mixture.weights
     return [
         LossPoint(
             step=step,
@@ -269,8 +271,8 @@ def _curve(log: list[dict[str, Any]], mixture: "Mixture", step_tokens: int) -> l
             train=_losses(metrics, _SAMPLE, train),
             validation=_losses(metrics, "eval", train),
             ood=_losses(metrics, "eval", ood),
-            train_loss=metrics.get(f"{_SAMPLE}_loss", math.nan),
-            validation_loss=metrics["eval_loss"],
+            train_loss=mean_losses(metrics, [*train], weights, _SAMPLE).get(f"{_SAMPLE}_loss", math.nan),
+            validation_loss=mean_losses(metrics, [*train], weights).get("eval_loss", math.nan),
             ood_loss=metrics.get("eval_ood_loss"),
         )
         for step, metrics in sorted(measured.items())

@@ -20,6 +20,7 @@ from hf_nexus.compare.comparison import Comparison
 from hf_nexus.compare.config import ComparisonConfig
 from hf_nexus.compare.records import RECORD_NAME, RunRecord
 from hf_nexus.compare.workers import Call, CallResult
+from hf_nexus.hub.run_summary import RunSummary
 from hf_nexus.plots.style import new_plot, save_plot
 from tests.support import lm_eval as support
 from tests.support.comparison import ARMS, comparison_fields, diverge, make_comparison
@@ -106,12 +107,43 @@ def test_several_processes_are_refused(base, tmp_path, monkeypatch):
         ({"arms": ARMS | {"nexus": {"load_best_model_at_end": True}}}, r"^arms\.nexus: .*requires the save"),
         ({"minima": {"sources": ["letters", "signs"]}}, "signs.* are not among the training sources"),
         ({"question_sets": {"quiz": {"path": "no/such.jsonl"}}}, "no/such.jsonl"),
+        ({"training": {"load_best_model_at_end": True}}, r"^arms\.adamw: load_best_model_at_end"),
+        ({"training": {"fsdp": True, "gradient_cosine_steps": 0}}, r"^arms\.adamw: fsdp .* devices_per_run"),
+        ({"primary": {"arm": "nexus", "metric": "minima_distance"}}, "'minima_distance' is not measured"),
+        ({"primary": {"arm": "nexus", "metric": "downstream/quiz/acc"}}, "'downstream/quiz/acc' is not measured"),
+        ({"family": [{"arm": "nexus", "metric": "ood/letters"}]}, "'ood/letters' is not measured"),
+        (
+            {
+                "training": {"fsdp": True, "gradient_cosine_steps": 0, "use_cpu": True},
+                "devices_per_run": 2,
+                "primary": {"arm": "nexus", "metric": "gradient_cosine"},
+            },
+            "'gradient_cosine' is not measured",
+        ),
     ],
 )
 def test_errors_are_found_before_any_run(base, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         Comparison(make_comparison(base, tmp_path, **changes), Console(quiet=True)).check()
     assert not (tmp_path / "arms").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [("letters digits", "'ood_loss' is not measured"), ("signs", "no training source has held-out rows")],
+)
+def test_losses_without_held_out_rows_are_refused(base, tmp_path, kept, message):
+    content = yaml.safe_load(base.read_text())
+    sources = content["data"]["sources"]
+    for name in sources.keys() - kept.split():
+        if name == "signs":
+            del sources[name]
+            break
+        del sources[name]["eval_rows"]
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        Comparison(make_comparison(path, tmp_path / "out"), Console(quiet=True)).check()
 
 
 def test_the_primary_comparison_cannot_change(base, tmp_path):
@@ -209,11 +241,16 @@ def test_failed_runs_are_named_and_the_rest_is_reported(copied, in_process, monk
     failing = Path(copied.output_dir, "arms", "nexus", "seed-3")
     (failing / RECORD_NAME).unlink()
     (failing / "fail.txt").touch()
+    for folder in (failing, failing.with_name("seed-2")):  # as of runs that skipped inner steps
+        summary = RunSummary.load(folder)
+        summary.mixture = [replace(row, tokens=row.tokens // 2) for row in summary.mixture]
+        summary.save(folder)
     monkeypatch.setattr(module, "plot_comparison", lambda *args, **kwargs: 1 / 0)
     comparison, printed = run(copied)
     assert [result.call.name for result in comparison.failed] == ["nexus seed 3"]
     assert "FAILED: RuntimeError: out of luck" in printed
     assert "Plots failed: ZeroDivisionError" in printed
+    assert printed.count("is not compared") == printed.count("The card of nexus seed 2 is not compared") == 1
     report = Path(copied.output_dir, "report.md").read_text()
     assert "seed 3" in report
     assert "no conclusion" in report.lower()  # two pairs of seeds are left

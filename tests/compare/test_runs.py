@@ -78,6 +78,16 @@ def test_a_record_holds_all_measurements(finished):
     assert RunRecord.load(run.folder) == record == run.record()
 
 
+def test_arms_with_other_weights_are_compared_on_those_of_the_base(base, tmp_path):
+    arms = {"adamw": {"nexus": False}, "nexus": {"mixture_weights": {"letters": 0.9, "digits": 0.1}}}
+    short = {"max_steps": 1, "lr_scheduler_kwargs": {"num_decay_steps": 1}, "eval_strategy": "no"}
+    config = make_comparison(base, tmp_path, arms=arms, training=short | {"save_strategy": "no"})
+    end = one_run(config, tmp_path / "run").train().end
+    weights = prepare(base, tmp_path / "base").mixture.weights
+    for mean, losses in ((end.train_loss, end.train), (end.validation_loss, end.validation)):
+        assert mean == pytest.approx(sum(weights[name] * loss for name, loss in losses.items()))
+
+
 def test_the_training_loss_is_that_of_the_saved_weights(finished, tmp_path):
     run, record = finished
     again = prepare(run.folder / "run.yaml", tmp_path)
