@@ -17,18 +17,20 @@ def check_benchmarks(config: ComparisonConfig) -> None:
     Find errors before anything runs.
 
     Raises:
-        ValueError: a task file that is missing, or a task that executes code.
+        ValueError: a task file that is missing, a task that executes code, or a question set with the name of a task.
         ImportError: lm-eval is not installed.
     """
-    select_tasks(config.benchmarks)
+    names = {task.name for task in select_tasks(config.benchmarks)[0]}
+    if both := sorted(names & config.question_sets.keys()):
+        raise ValueError(f"question_sets: {both} are names of benchmarks, too. Choose other names.")
     if config.benchmarks:
         require_lm_eval()
 
 
 def missing_tasks(config: ComparisonConfig, record: RunRecord) -> list[Task]:
-    """The tasks on which a run is not scored yet; none for a run that diverged."""
+    """The tasks on which a run is not scored yet, on as many examples; none for a run that diverged."""
     selected, _ = select_tasks(config.benchmarks)
-    return [] if record.diverged else [task for task in selected if task.name not in record.benchmarks]
+    return [] if record.diverged else [task for task in selected if (task.name, task.limit) not in record.benchmarks.items()]
 
 
 def score_benchmarks(run: Run) -> RunRecord:
@@ -54,8 +56,8 @@ def score_benchmarks(run: Run) -> RunRecord:
             continue
         for score in result.scores:
             name = result.task.name if result.task.benchmark else score.name
-            record.downstream.setdefault(f"{name}/{score.metric}", score.value)
-        record.benchmarks.append(result.task.name)
+            record.downstream[f"{name}/{score.metric}"] = score.value
+        record.benchmarks[result.task.name] = result.task.limit
         record.save(run.folder)
         record_scores(run.folder, result.scores)
     if errors:

@@ -114,7 +114,8 @@ class RunRecord:
     path: list[dict[str, float]] = field(default_factory=list)  # `step` and logged metrics such as `path_cosine`
     cosines: list[tuple[int, Pairs]] = field(default_factory=list)  # outer step, gradient cosines between sources
     downstream: dict[str, float] = field(default_factory=dict)  # `<question set or benchmark>/<score>`
-    benchmarks: list[str] = field(default_factory=list)  # tasks of lm-eval that are among `downstream`
+    # Tasks of lm-eval that are among `downstream`, and their number of examples, `None` for all.
+    benchmarks: dict[str, int | None] = field(default_factory=dict)
     seconds: float = 0.0  # training time
     minima: Minima | None = None
 

@@ -157,7 +157,7 @@ def _main_metrics(analysis: Analysis) -> list[str]:
 
 def _matching(analysis: Analysis, records: Sequence[RunRecord]) -> str:
     points = [len(record.curve) for record in records if record.curve]
-    bound = max((row.interpolation for row in analysis.rows if row.metric in _main_metrics(analysis)), default=0.0)
+    bound = max((row.interpolation for row in analysis.rows), default=0.0)
     lost = "; ".join(f"{arm} and {versus}, seed {seed}" for arm, versus, seed in analysis.unmatched)
     return (
         "Differences of two arms at one training loss: for each seed, the higher one of their final training losses. "

@@ -203,8 +203,8 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> tuple[float,
     Value of a metric where the training loss first reaches `x`: the metric at matched training loss.
 
     The error bound is that of linear interpolation, with the curvature through the next point on either side, the
-    larger one. It holds if the curvature between the neighbors is not larger than on both sides. The bound is at most
-    the difference between the neighbors.
+    larger one. It holds if the curvature between the neighbors is not larger than on both sides. Without a next point,
+    it is the difference between the neighbors, which holds if the curve does not turn between them.
 
     `xs` are training losses in order of training. The first crossing from above counts. `ys` are the metric at the
     same points. A point with a value that is not finite is skipped. Returns the linear interpolation between the two
@@ -226,8 +226,8 @@ def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> tuple[float,
             between = min(max(y0 + (x - x0) * slope, min(y0, y1)), max(y0, y1))  # not outside them by rounding
             third = (*points[max(i - 1, 0) : i], *points[i + 2 : i + 3])
             curvatures = [abs((b - y1) / (a - x1) - slope) / abs(a - x0) for a, b in third if a not in (x0, x1)]
-            bound = abs((x - x0) * (x - x1)) * max(curvatures, default=math.inf) if x > x1 else 0.0
-            return between, min(bound, abs(y1 - y0))
+            bound = abs((x - x0) * (x - x1)) * max(curvatures) if curvatures else abs(y1 - y0)
+            return between, bound if x > x1 else 0.0
     return None
 
 

@@ -285,6 +285,30 @@ def test_runs_are_scored_on_benchmarks(copied, in_process, monkeypatch, stand_in
     assert "sums/acc" in report and "50" in report
     assert "sums" in Path(config.output_dir, "arms", "nexus", "seed-1", "README.md").read_text()
     assert "benchmarks:" not in run(config)[1]
+    record = RunRecord.load(Path(config.output_dir, "arms", "nexus", "seed-1"))
+    for limit, missing in ((None, []), (100, ["sums"])):
+        part = replace(record, benchmarks={"sums": limit})
+        assert [task.name for task in benchmarks.missing_tasks(config, part)] == missing
+
+
+def test_a_part_of_a_benchmark_is_scored_again(copied, in_process, monkeypatch, stand_in):
+    """Scores on the first examples are not those on all."""
+    monkeypatch.setattr(benchmarks, "require_lm_eval", lambda: None)
+    stand_in('succeed(json.loads(%r) | {"n-shot": {"gsm8k": settings["limit"] or 5}})' % json.dumps(support.raw()))
+    comparison = Comparison(replace(copied, benchmarks=["gsm8k"]), Console(quiet=True))
+    comparison._choose()
+    run = next(run for run in comparison.runs() if run.name == "nexus/seed-1")
+    record = run.record()
+    record.benchmarks, record.downstream = {"gsm8k": 100}, {"gsm8k/exact_match": 7.0}
+    record.save(run.folder)
+    found = benchmarks.score_benchmarks(run)
+    assert found.benchmarks == {"gsm8k": None} and found.downstream == {"gsm8k/exact_match": pytest.approx(41.2)}
+
+
+def test_a_question_set_named_like_a_benchmark_is_refused(base, tmp_path):
+    config = make_comparison(base, tmp_path, benchmarks=["gsm8k"], question_sets={"gsm8k": {"path": "no.jsonl"}})
+    with pytest.raises(ValueError, match=r"question_sets: \['gsm8k'\] are names of benchmarks"):
+        Comparison(config, Console(quiet=True)).check()
 
 
 def test_a_run_that_diverged_is_not_scored(copied):
