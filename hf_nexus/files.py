@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 __all__ = [
     "Secret",
@@ -58,11 +59,13 @@ def write_atomic(path: str | Path, text: str) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.unlink(missing_ok=True)
-    with open(scratch, "x", encoding="utf-8", newline="\n") as file:  # "x" does not follow a link
-        file.write(text)
-    scratch.replace(path)
+    scratch = path.with_name(f"_{path.name}.{uuid4().hex}.tmp")  # never pushed, and of this process alone
+    try:
+        with open(scratch, "x", encoding="utf-8", newline="\n") as file:  # "x" does not follow a link
+            file.write(text)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
     return path
 
 

@@ -97,12 +97,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
+    failed = 0
     for rung in [] if options.table else options.rungs:
         chosen = Comparison(comparison(rung, options.workers), Console())
         with locked(chosen.folder):
             chosen.check()
             chosen.run()
+        failed += len(chosen.failed)
     print(table(options.rungs))
+    if failed:
+        raise SystemExit(f"{failed} runs failed; the same command runs only what is missing.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, "new\n")
-    assert path.read_bytes() == b"old\n"
+    assert path.read_bytes() == b"old\n" and [*path.parent.iterdir()] == [path]
+
+
+def test_processes_write_the_same_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file = Path.replace
+
+    def delayed(scratch: Path, path: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace_file)
+        write_atomic(path, "of another process")
+        return scratch.replace(path)
+
+    monkeypatch.setattr(Path, "replace", delayed)
+    assert write_atomic(tmp_path / "run.yaml", "own").read_text() == "own"
 
 
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:

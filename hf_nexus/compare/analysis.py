@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from ..evaluation.statistics import (
     Correlation,
@@ -99,6 +99,7 @@ def compare_arms(
     family: Sequence[Test] | None = None,
     margin: float | None = None,
     tuned: Sequence[str] = (),
+    common: Mapping[str, Any] = {},
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> Analysis:
@@ -111,8 +112,8 @@ def compare_arms(
 
     `primary` is an arm and a metric. The p-values of `family` are corrected together: by default, those of the primary
     metric of the other arms against the baseline, and of the primary arm against each control. A control may differ
-    from the primary arm in the training fields `tuned`. Runs of `arms` and `seeds` without a record are reported as
-    missing.
+    from the primary arm in the training fields `tuned`. Fields of all arms are in `common`. Runs of `arms` and `seeds`
+    without a record are reported as missing.
 
     Example:
         >>> from hf_nexus.compare.analysis import compare_arms
@@ -133,7 +134,8 @@ def compare_arms(
     values: list[_Value] = []
     for key, run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
         values += [(*key, metric, "end", value) for metric, value in run.metrics().items()]
-    controls, unclean = find_controls({arm: run.settings for (arm, _), run in runs.items()}, primary[0], tuned)
+    settings = {arm: {**common, **run.settings} for (arm, _), run in runs.items()}
+    controls, unclean = find_controls(settings, primary[0], tuned)
     if family is None:
         family = _default_family(names, baseline, primary, where, controls)
     tested = [(arm, baseline) for arm in names if arm != baseline]

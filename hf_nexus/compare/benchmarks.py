@@ -29,8 +29,8 @@ def check_benchmarks(config: ComparisonConfig) -> None:
 
 def missing_tasks(config: ComparisonConfig, record: RunRecord) -> list[Task]:
     """The tasks on which a run is not scored yet, on as many examples; none for a run that diverged."""
-    selected, _ = select_tasks(config.benchmarks)
-    return [] if record.diverged else [task for task in selected if (task.name, task.limit) not in record.benchmarks.items()]
+    selected, _ = select_tasks([] if record.diverged else config.benchmarks)
+    return [task for task in selected if (task.name, task.limit) not in record.benchmarks.items()]
 
 
 def score_benchmarks(run: Run) -> RunRecord:

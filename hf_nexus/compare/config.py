@@ -301,6 +301,7 @@ class ComparisonConfig:
             where=self.primary.where,
             family=self.tests(),
             margin=self.equivalence_margin,
+            common=self.run_config({})["training"],
             tuned=sorted({name for arm in self.arms for trial in self.trials(arm) for name in trial}),
             arms=list(self.arms),
             seeds=self.seeds,

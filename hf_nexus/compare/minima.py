@@ -110,7 +110,7 @@ class _Search(TrainerCallback):
 def _search(
     model: torch.nn.Module, mixture: "Mixture", arguments: "PretrainArguments", wanted: MinimaSearch
 ) -> _Search:
-    """Train on the one source of `mixture` with plain AdamW; batches, precision and device are the run's."""
+    """Train on the one source of `mixture` with plain AdamW, on one device with the run's batch per device."""
     with tempfile.TemporaryDirectory() as folder:
         args = NexusConfig(
             output_dir=folder,

@@ -37,7 +37,7 @@ __all__ = ["CONFIG_NAME", "MEASURED_NAME", "MINIMA_NAME", "Run", "read_questions
 
 CONFIG_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
-_PUSH = ("push_to_hub", "hub_model_id")
+_NOT_COMPUTED = ("output_dir", "push_to_hub", "hub_model_id")
 _PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
 
 
@@ -159,7 +159,8 @@ class Run:
             seed=self.seed,
             settings=self.settings,
             curve=_curve(log, run.mixture, window * run.arguments.mixture.sequence_length),
-            seconds=next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), 0.0),
+            # Of a resumed run, the log has only the time since then.
+            seconds=0.0 if run.checkpoint else next((e["train_runtime"] for e in log if "train_runtime" in e), 0.0),
         )
         if self.trial:
             return record
@@ -187,9 +188,12 @@ class Run:
 
 
 def _computed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those of pushes, which change nothing that is computed."""
-    training = settings.get("training", {})
-    return settings | {"training": {key: value for key, value in training.items() if key not in _PUSH}}
+    """The settings without those of pushes and the paths of the comparison, which change nothing that is computed."""
+    left_out = {"training": _NOT_COMPUTED, "model": ("tokenizer",)}
+    return settings | {
+        section: {key: value for key, value in settings.get(section, {}).items() if key not in names}
+        for section, names in left_out.items()
+    }
 
 
 def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import pytest
 
 from hf_nexus.compare.controls import find_controls
+from tests.support.comparison import make_comparison, make_record
+from tests.support.tiny_config import write_config
 
 PRIMARY = {"inner_lr": 0.2}
 
@@ -48,3 +50,15 @@ def test_tuned_fields_and_defaults_do_not_count():
 def test_without_a_path_its_schedule_does_not_matter():
     arms = {"primary": PRIMARY | {"inner_lr_schedule": "follow"}, "arm": {"inner_lr": 0.0}}
     assert find_controls(arms, "primary")[0] == {"arm": "gamma 0"}
+
+
+def test_an_arm_without_the_update_is_no_control(tmp_path):
+    """The base or `training` may switch it off for all arms."""
+    arms = {"adamw": {}, "mixed": {"source_schedule": "mixed"}, "nexus": {"nexus": True}}
+    base = write_config(tmp_path)
+    for training, found in (({"nexus": False}, {}), ({}, {"mixed": "source mixing"})):
+        config = make_comparison(base, tmp_path / "out", arms=arms, training=training)
+        records = [make_record(arm, 1) for arm in arms]
+        for record in records:
+            record.settings = config.settings(record.arm)
+        assert config.analyse(records).controls == found
