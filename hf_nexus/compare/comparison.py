@@ -161,12 +161,12 @@ class Comparison:
         for name, questions in config.question_sets.items():
             scores = ["answer_loss", *["exact_match"] * (questions.max_new_tokens > 0)]
             measured |= {f"downstream/{name}/{score}" for score in scores}
-        for metric in (config.primary.metric, *(test.metric for test in config.family or [])):
-            # Scores of benchmarks have names that only lm-eval knows.
-            score = bool(config.benchmarks) and metric.startswith("downstream/")
-            if metric not in measured and not score:
-                known = ", ".join(in_order(measured - {""}))
-                raise ValueError(f"metric: {metric!r} is not measured by these runs. Use one of {known}.")
+        declared = [config.primary.metric, *(test.metric for test in config.family or [])]
+        if config.benchmarks:  # only lm-eval knows the names of their scores
+            declared = [metric for metric in declared if not metric.startswith("downstream/")]
+        if unknown := sorted(set(declared) - measured):
+            known = ", ".join(in_order(measured - {""}))
+            raise ValueError(f"metric: {', '.join(map(repr, unknown))} is not measured. Use one of {known}.")
 
     def _check_primary(self) -> None:
         """Keep the primary comparison in the folder, and refuse another one there."""

@@ -78,7 +78,7 @@ def test_a_record_holds_all_measurements(finished):
     assert RunRecord.load(run.folder) == record == run.record()
 
 
-def test_arms_with_other_weights_are_compared_on_those_of_the_base(base, tmp_path):
+def test_other_weights_are_compared_on_those_of_the_base(base, tmp_path):
     arms = {"adamw": {"nexus": False}, "nexus": {"mixture_weights": {"letters": 0.9, "digits": 0.1}}}
     short = {"max_steps": 1, "lr_scheduler_kwargs": {"num_decay_steps": 1}, "eval_strategy": "no"}
     config = make_comparison(base, tmp_path, arms=arms, training=short | {"save_strategy": "no"})
