@@ -249,7 +249,7 @@ print(*found)
 """
 
 
-def test_fingerprints_are_those_of_other_processes_and_follow_files(tmp_path, monkeypatch):
+def test_fingerprints_are_shared_and_follow_files(tmp_path, monkeypatch):
     """The names of cached rows depend on them."""
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)

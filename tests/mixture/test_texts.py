@@ -103,7 +103,7 @@ def test_no_tokenizer_is_trained_for_tokens_of_another():
         tokenizer_of_sources(MixtureConfig.from_dict({"sources": sources}), 300)
 
 
-def test_a_tokenizer_is_trained_on_a_saved_dataset_of_any_format():
+def test_a_tokenizer_is_trained_on_a_saved_dataset():
     Dataset.from_dict({"messages": [CHAT] * 9}).with_format("numpy").save_to_disk("saved")
     config = MixtureConfig.from_dict({"sources": {"a": {"path": "saved", "messages_column": "messages"}}})
     assert len(tokenizer_of_sources(config, 300)) > 258
