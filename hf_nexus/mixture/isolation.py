@@ -199,12 +199,17 @@ class PackedRowCollator:
         return batch
 
     def _keep_labels(self, batch: Any, rows: list) -> None:
-        """Undo that a collator has made labels of the tokens, without each EOS if the tokenizer pads with it."""
+        """Undo that a collator has made labels of the tokens, without the token that the tokenizer pads with."""
         if "labels" not in batch or "labels" not in rows[0]:  # predictions need none
             return
-        ids = torch.stack([row["input_ids"] for row in rows])
-        if any(batch["labels"].equal(made) for made in (ids, ids.masked_fill(ids == self.eos_token_id, -100))):
-            batch["labels"] = torch.stack([row["labels"] for row in rows])
+        ids, own = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        if batch["labels"].shape != ids.shape:
+            return
+        ignored = ids[batch["labels"] == -100].unique()
+        # One other than the EOS is padding in the text, or meant, unless this would train on masked tokens.
+        one = ignored.tolist() in ([], [self.eos_token_id]) or (len(ignored) == 1 and not own.equal(ids))
+        if one and batch["labels"].equal(ids.masked_fill(torch.isin(ids, ignored), -100)):
+            batch["labels"] = own
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -176,13 +176,15 @@ def test_targets_are_counted_apart_from_tokens_read(tmp_path):
     assert mixture.targets == {"a": int((labels != -100).sum())} and mixture.targets["a"] < mixture.tokens["a"]
 
 
-@pytest.mark.parametrize("pads_with_eos", [True, False])
+@pytest.mark.parametrize("pads_with", ["EOS", "another token", "a token of the text"])
 @pytest.mark.parametrize("isolate", [True, False])
-def test_collators_that_make_labels_of_tokens_keep_the_mask(tmp_path, pads_with_eos, isolate):
+def test_collators_that_make_labels_of_tokens_keep_the_mask(tmp_path, pads_with, isolate):
     tokenizer = tiny_tokenizer()
-    if not pads_with_eos:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
     rows = first_rows(load(tmp_path, False, PAIRS, 16, **PAIR), 3)
+    if pads_with == "another token":
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    elif pads_with == "a token of the text":
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(rows[0]["input_ids"][0]))
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     eos = tokenizer.eos_token_id
     made, plain = (PackedRowCollator(c, eos, isolate)(rows)["labels"] for c in (collate, default_data_collator))
