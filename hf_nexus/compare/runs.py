@@ -148,6 +148,9 @@ class Run:
         record = self._measure(run)
         if run.trainer.is_world_process_zero():
             record.save(self.folder)
+        if (publisher := run.trainer.publisher) is not None:  # else the upload process stays until this one ends
+            publisher.flush(min(60.0, run.trainer.args.hub_flush_timeout))
+            publisher.close()
         run.trainer.accelerator.wait_for_everyone()  # no rank leaves while another still communicates
         return record
 

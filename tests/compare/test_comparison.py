@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from rich.console import Console
@@ -335,6 +336,12 @@ def test_runs_are_pushed_with_cards_that_compare(base, tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit):
             main(["compare", str(path), "--report"])
         assert len(hub.history("alice/tiny-nexus-seed-1")) == len(titles["nexus"])  # nothing has changed
+        shutil.rmtree(output / "arms" / "adamw")
+        run = next(run for run in Comparison(ComparisonConfig.load(str(path)), Console()).runs() if run.arm == "adamw")
+        run.write()
+        run.train()
+        senders = [child for child in psutil.Process().children() if any("uploader" in arg for arg in child.cmdline())]
+        assert not [child for child in senders if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow
