@@ -378,8 +378,7 @@ class Comparison:
             details["minutes of this command"] = f"{seconds / 60:.1f}"
         if records:
             details["tokens per run"] = f"{records[0].end.tokens:,}"
-            if all(record.seconds for record in records):  # none was resumed
-                details["minutes of training in all runs"] = f"{sum(record.seconds for record in records) / 60:.1f}"
+            details["minutes of training in all runs"] = f"{sum(record.seconds for record in records) / 60:.1f}"
         return details
 
     def _update_cards(self) -> None:
@@ -435,6 +434,4 @@ def _result(record: RunRecord, stage: str) -> str:
     if stage == "benchmarks":
         return ", ".join(f"{name} {value:.4g}" for name, value in record.downstream.items())
     ood = "" if record.end.ood_loss is None else f", OOD {record.end.ood_loss:.4f}"
-    return f"validation {record.end.validation_loss:.4f}{ood}" + (
-        f" ({record.seconds:.0f} s)" if record.seconds else ""
-    )
+    return f"validation {record.end.validation_loss:.4f}{ood} ({record.seconds:.0f} s)"

@@ -116,7 +116,7 @@ class RunRecord:
     downstream: dict[str, float] = field(default_factory=dict)  # `<question set or benchmark>/<score>`
     # Tasks of lm-eval that are among `downstream`, and their number of examples, `None` for all.
     benchmarks: dict[str, int | None] = field(default_factory=dict)
-    seconds: float = 0.0  # training time; 0 if it is not known, as of a resumed run
+    seconds: float = 0.0  # training time
     minima: Minima | None = None
 
     @property

@@ -114,8 +114,7 @@ def _setup(analysis: Analysis, records: Sequence[RunRecord], details: Mapping[st
         runs = sorted((run for run in records if run.arm == arm and run.curve), key=lambda run: run.seed)
         keys = dict.fromkeys(key for run in runs for key in run.settings)
         settings = {key: " or ".join(dict.fromkeys(_plain(run.settings.get(key)) for run in runs)) for key in keys}
-        timed = [run.seconds for run in runs if run.seconds]  # not those that were resumed
-        seconds = f"{sum(timed) / len(timed):.0f}" if timed else "-"
+        seconds = f"{sum(run.seconds for run in runs) / len(runs):.0f}" if runs else "-"
         seeds = _plain([run.seed for run in runs]) or "none"
         lines.append([arm, roles.get(arm, ""), _plain(settings) or "-", seeds, seconds])
     paragraphs = [

@@ -162,8 +162,8 @@ class Run:
             seed=self.seed,
             settings=self.settings,
             curve=_curve(log, run.mixture, window * run.arguments.mixture.sequence_length),
-            # Of a resumed run, the log has only the time since then.
-            seconds=0.0 if run.checkpoint else next((e["train_runtime"] for e in log if "train_runtime" in e), 0.0),
+            seconds=run.trainer.meter.earlier_seconds
+            + next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), 0.0),
         )
         if self.trial:
             return record

@@ -200,11 +200,14 @@ def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monke
     with pytest.raises(RuntimeError, match="power"):
         broken.train()
     assert broken.record() is None
+    saved = json.loads((broken.folder / "checkpoint-3" / "trainer_state.json").read_text())
     again = broken.train()
     assert len(calls) < 2 * STEPS * 4  # not from the start
     assert again.curve == record.curve
     assert again.path == record.path
-    assert again.seconds == 0  # not known: the log has only those of the second part
+    log = json.loads((broken.folder / "trainer_state.json").read_text())["log_history"]
+    earlier = saved["stateful_callbacks"]["TrainingMeter"]["attributes"]["seconds"]
+    assert again.seconds == earlier + next(e["train_runtime"] for e in reversed(log) if "train_runtime" in e)
 
 
 def test_minima_are_found_and_saved(finished):
