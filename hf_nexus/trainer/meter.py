@@ -106,6 +106,7 @@ class TrainingMeter:
         self._began = time.perf_counter()
         self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
+        self._pauses = 0  # of those that are not over, one inside the other
         self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
         self._step = -1  # the outer step of that window
 
@@ -176,8 +177,13 @@ class TrainingMeter:
     def paused(self) -> Iterator[None]:
         """Leave the wall time inside the context (evaluation, saving) out of the throughput."""
         started = time.perf_counter()
-        yield
-        self._interval.paused += time.perf_counter() - started
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if not self._pauses:  # a callback may evaluate another set at the end of an evaluation
+                self._interval.paused += time.perf_counter() - started
 
     # ---- Reading ----
 
