@@ -112,6 +112,7 @@ def _devices(workers: int, each: int) -> list[str | None]:
 def _start_worker(devices: Any, threads: int) -> None:
     """Choose the devices before anything initializes them, and ignore Ctrl-C: the parent ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _start_processes_as_usual()
     Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
     device = devices.get()
     if device is not None:
@@ -120,6 +121,11 @@ def _start_worker(devices: Any, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _start_processes_as_usual() -> None:
+    """A spawned process spawns, too: the workers of each data loader would import torch for seconds."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the platform's default
 
 
 def _exit_without(parent: int) -> None:
@@ -151,6 +157,7 @@ def call_on_rank(call: Call) -> Any:
     """Make a call in one of the processes that make it together, and leave their group."""
     from ..pretrain.run import leaving_process_group
 
+    _start_processes_as_usual()
     with leaving_process_group():
         return _call_logged(call)
 

@@ -37,6 +37,21 @@ def test_failed_and_killed_calls_do_not_stop_others(tmp_path):
     assert log.startswith("before the error") and "Traceback" in log
 
 
+def _start_method() -> str:
+    return multiprocessing.get_start_method()
+
+
+def test_processes_of_a_call_are_started_as_in_any_run(tmp_path):
+    """Each evaluation starts workers of its data loader. Spawned ones would import torch for seconds."""
+    usual = multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method("spawn", force=True)  # which the process of a call would take over
+    try:
+        (result,) = call_in_workers([Call("method", _start_method, tmp_path / "log.txt")], 1)
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert result.value == usual
+
+
 def _wait(started: str) -> None:
     Path(started).touch()
     time.sleep(600)
