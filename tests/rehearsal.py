@@ -139,7 +139,7 @@ def rehearse_comparison(hub: HubServer, folder: Path, environment: dict[str, str
     path, started = folder / "paper.yaml", time.monotonic()
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     output = run(["-m", "hf_nexus.cli", "compare", str(path)], environment)
-    assert "runs: 16 to do" in output, output
+    assert "runs: 0 of 16 done, 16 to do" in output, output
     for arm in config["arms"]:
         files = hub.files(f"alice/paper-{arm}-seed-1")
         assert {"model.safetensors", "record.json"} <= set(files), sorted(files)
