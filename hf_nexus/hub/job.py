@@ -140,7 +140,7 @@ def slot_of(name: str, slots: Iterable[str]) -> str:
 
 
 def is_repo_path(name: str) -> bool:
-    """Whether a name is the path of a file inside a repository, on every operating system, that the client sends."""
+    """Whether a name is a path inside a repository on every operating system, and one that the client sends."""
     path = PurePosixPath(name)
     is_text = name.encode(errors="ignore").decode() == name and "\0" not in name
     outside = PureWindowsPath(name).anchor or "\\" in name or not {"..", *FORBIDDEN_FOLDERS}.isdisjoint(path.parts)

@@ -18,6 +18,7 @@ from huggingface_hub.utils import FORBIDDEN_FOLDERS, HFValidationError, validate
 
 from ..files import Secret, delete, hidden, printable, read_plain, without_folders, write_atomic
 from ..lock import locked
+from ..strict import parse_data
 from .card import save_card
 from .job import Target, is_repo_path, slot_of
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
@@ -47,7 +48,7 @@ _NAME_FOLDERS = {"trainer_state.json", "adapter_config.json", "README.md"}
 _NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml"}
 _FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
     ".json": (json.loads, json.dumps),
-    ".yaml": (yaml.safe_load, partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)),
+    ".yaml": (partial(parse_data, where="The file"), partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)),
 }
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 
@@ -152,7 +153,7 @@ class Publisher:
                 files |= files_below(self.output_dir / name, name)
             return files
 
-        message, slots = f"Training in progress, step {step}", checkpoint_files(folder, strategy)[1]
+        message, slots = f"Training in progress, step {step}", _slots(folder, strategy)
         self._add(_Save(collect, slots, step, message, self.target, write_once=folder), slots)
 
     def submit(self, step: int, message: str, revision: str | None = None) -> None:
@@ -339,10 +340,16 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> tuple[dict[str, Path], 
     """Files of a checkpoint by their path in the repository, and slots of the [`Job`], for a `hub_strategy`."""
     whole = files_below(checkpoint, "")
     files = {name: path for name, path in whole.items() if not name.startswith(_RESUME_ONLY)}
+    slots = _slots(checkpoint, strategy)
+    for slot in slots[1:]:
+        files |= {f"{slot}/{name}": path for name, path in whole.items()}
+    return files, slots
+
+
+def _slots(checkpoint: Path, strategy: str) -> tuple[str, ...]:
     if strategy == "every_save":
-        return files, ("",)
-    slot = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
-    return files | {f"{slot}/{name}": path for name, path in whole.items()}, ("", slot)
+        return ("",)
+    return ("", "last-checkpoint" if strategy == "checkpoint" else checkpoint.name)
 
 
 def _sent_files(output_dir: Path) -> dict[str, Path]:
@@ -366,7 +373,7 @@ def _without_folders(path: Path, copy: Path) -> Path:
     load, dump = _FORMATS.get(path.suffix, (str, str))
     try:
         values = load(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except (ValueError, RecursionError):
         values, dump = text, str
     if (public := without_folders(values)) == values:
         return path

@@ -150,6 +150,18 @@ def test_any_finished_run_can_be_pushed(
     assert digests(found) == digests(expected)
 
 
+def test_a_configuration_that_multiplies_is_sent_as_text(tmp_path: Path) -> None:
+    """Parsed, it would have a billion entries. The folder may come from somebody else."""
+    levels = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 10))
+    text = f"output_dir: /home/alice/out\nl0: &l0 [x]\n{levels}"
+    write_checkpoint(tmp_path, 2)
+    (tmp_path / "pretrain.yaml").write_text(text)
+    publisher = Publisher(REPO, tmp_path)
+    publisher.queue_run()
+    (job,) = publisher.queue.jobs()
+    assert job.files()["pretrain.yaml"].read_text().strip() == text.replace("/home/alice/out", "out").strip()
+
+
 def test_the_card_of_a_finished_run_names_its_repository(tmp_path: Path) -> None:
     """As at the end of a run with `push_to_hub`. The checkpoint holds a template of peft, and float32 weights."""
     checkpoint = write_checkpoint(tmp_path, 2)
