@@ -142,9 +142,8 @@ def rehearse_comparison(hub: HubServer, folder: Path, environment: dict[str, str
     assert "runs: 0 of 16 done, 16 to do" in output, output
     for arm in config["arms"]:
         files = hub.files(f"alice/paper-{arm}-seed-1")
+        assert {"model.safetensors", "record.json"} <= set(files), sorted(files)
         compared = arm.removeprefix("nexus-")
-        sent = {"model.safetensors"} if compared == arm else {"model.safetensors", "record.json"}
-        assert sent <= set(files), sorted(files)
         assert compared == arm or f"compare with {compared}" in files["README.md"].decode(), f"the card of {arm}"
     loaded = run(["-c", _LOAD, "alice/paper-nexus-muon-cosine-skills-seed-1"], environment)
     print(f"paper: {time.monotonic() - started:.0f} s, {loaded.strip()}", flush=True)

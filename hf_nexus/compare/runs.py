@@ -148,9 +148,10 @@ class Run:
         record = self._measure(run)
         if run.trainer.is_world_process_zero():
             record.save(self.folder)
-        if (publisher := run.trainer.publisher) is not None:  # else the upload process stays until this one ends
+        if (publisher := run.trainer.publisher) is not None:
+            publisher.submit(record.end.step, "Add the record of the run")
             publisher.flush(min(60.0, run.trainer.args.hub_flush_timeout))
-            publisher.close()
+            publisher.close()  # else the upload process stays until this one ends
         run.trainer.accelerator.wait_for_everyone()  # no rank leaves while another still communicates
         return record
 

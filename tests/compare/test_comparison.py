@@ -331,6 +331,7 @@ def test_runs_are_pushed_with_cards_that_compare(base, tmp_path, monkeypatch, ca
         # A newer save replaces one that is not sent yet, so only the last one of a run is certain.
         assert titles["adamw"] and "Compare with other arms" not in titles["adamw"]
         assert titles["nexus"][0] == "Compare with other arms"
+        assert "record.json" in hub.files("alice/tiny-adamw-seed-1")  # with which nothing is compared
         files = hub.files("alice/tiny-nexus-seed-1")
         assert b"The last columns compare with adamw" in files["README.md"] and "record.json" in files
         assert not any(str(tmp_path).encode() in content for content in files.values())
