@@ -131,9 +131,7 @@ def compare_arms(
     names = list(dict.fromkeys([baseline, *arms, primary[0], *(record.arm for record in records)]))
     runs = {(record.arm, record.seed): record for record in records if record.curve}
     planned = sorted({*seeds, *(seed for _, seed in runs)})
-    values: list[_Value] = []
-    for key, run in sorted(runs.items(), key=lambda item: (names.index(item[0][0]), item[0][1])):
-        values += [(*key, metric, "end", value) for metric, value in run.metrics().items()]
+    values = _end_values(runs, names)
     settings = {arm: {**common, **run.settings} for (arm, _), run in runs.items()}
     controls, unclean = find_controls(settings, primary[0], tuned)
     if family is None:
@@ -165,6 +163,11 @@ def compare_arms(
         unconverged=_unconverged(runs.values()),
         across_arms=_correlation(finite, names, baseline),
     )
+
+
+def _end_values(runs: Mapping[tuple[str, int], RunRecord], arms: Sequence[str]) -> list[_Value]:
+    in_table = sorted(runs.items(), key=lambda item: (arms.index(item[0][0]), item[0][1]))
+    return [(*key, metric, "end", value) for key, run in in_table for metric, value in run.metrics().items()]
 
 
 def _default_family(

@@ -154,18 +154,23 @@ class Comparison:
         names, config = list(mixture.train), self.config
         if not mixture.eval.keys() & names:
             raise ValueError("data: no training source has held-out rows. Give eval_rows.")
-        measured = {"train_loss", "validation_loss", "ood_loss" if mixture.eval.keys() - names else ""}
-        measured |= {f"{'validation' if name in names else 'ood'}/{name}" for name in mixture.eval}
-        if len(names) > 1:
-            measured |= {"" if sharded else "gradient_cosine", "minima_distance" if config.minima else ""}
+        exists = {
+            "train_loss": True,
+            "validation_loss": True,
+            "ood_loss": bool(mixture.eval.keys() - names),
+            "gradient_cosine": len(names) > 1 and not sharded,
+            "minima_distance": len(names) > 1 and config.minima is not None,
+        }
+        exists |= {f"{'validation' if name in names else 'ood'}/{name}": True for name in mixture.eval}
         for name, questions in config.question_sets.items():
-            scores = ["answer_loss", *["exact_match"] * (questions.max_new_tokens > 0)]
-            measured |= {f"downstream/{name}/{score}" for score in scores}
+            exists[f"downstream/{name}/answer_loss"] = True
+            exists[f"downstream/{name}/exact_match"] = questions.max_new_tokens > 0
+        measured = {metric for metric, found in exists.items() if found}
         declared = [config.primary.metric, *(test.metric for test in config.family or [])]
         if config.benchmarks:  # only lm-eval knows the names of their scores
             declared = [metric for metric in declared if not metric.startswith("downstream/")]
         if unknown := sorted(set(declared) - measured):
-            known = ", ".join(in_order(measured - {""}))
+            known = ", ".join(in_order(measured))
             raise ValueError(f"metric: {', '.join(map(repr, unknown))} is not measured. Use one of {known}.")
 
     def _check_primary(self) -> None:
