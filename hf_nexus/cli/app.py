@@ -117,35 +117,34 @@ def train(
     """Train a model: hf-nexus train demo --max_steps 20 --inner_lr 0.1"""
     if "RANK" not in os.environ:
         _announce("train", config)
-    from ..pretrain.early import check_early
+    from ..pretrain.command_line import read_command_line
 
     argv = [config, *context.args]
     with one_line_errors(debug=context.obj):
-        planned = check_early(["--config", *argv])
-    if planned:
-        argv += [] if devices is None else ["--devices", str(devices)]
-    elif devices is not None or accelerate_config is not None:
+        command_line = read_command_line(["--config", *argv])
+    if command_line.dry_run and devices is not None:
+        command_line.flags["hardware"]["devices"] = devices
+    if not command_line.dry_run and (devices is not None or accelerate_config is not None):
         from .launch import launch
 
         with one_line_errors(debug=context.obj):
-            launch(argv, devices, accelerate_config)
-    from ..pretrain import run as pretrain
+            launch(command_line, argv, devices, accelerate_config)
+    from ..pretrain.run import run_command_line
 
-    pretrain.main(["--config", *argv], debug=context.obj)
+    run_command_line(command_line, debug=context.obj)
 
 
 @app.command(cls=_FieldsCommand, context_settings=_FIELDS_AS_FLAGS, epilog=_PLAN_HELP)
 def plan(context: typer.Context, config: _Config) -> None:
     """Print parameters, tokens, steps, memory and cost of a run, without training or a GPU: hf-nexus plan 3b"""
     _announce("plan", config)
-    from ..pretrain.early import check_early
+    from ..pretrain.command_line import read_command_line
 
-    argv = ["--dry_run", "--config", config, *context.args]
     with one_line_errors(debug=context.obj):
-        check_early(argv)
-    from ..pretrain import run as pretrain
+        command_line = read_command_line(["--dry_run", "--config", config, *context.args])
+    from ..pretrain.run import run_command_line
 
-    pretrain.main(argv, debug=context.obj)
+    run_command_line(command_line, debug=context.obj)
 
 
 app.command(cls=_Command)(compare)

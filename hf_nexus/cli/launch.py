@@ -4,14 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import NoReturn
+
+from ..pretrain.command_line import CommandLine
 
 __all__ = ["launch"]
 
 
-def launch(argv: list[str], devices: int | None, accelerate_config: str | None) -> NoReturn:
+def launch(command_line: CommandLine, argv: list[str], devices: int | None, accelerate_config: str | None) -> NoReturn:
     """
-    Run torchrun in this process, or `accelerate launch` if its file is given. The exit status is that of the processes
+    Run torchrun in this process, or `accelerate launch` if its file is given, with the words `argv` of a command line
+    that begin with the configuration. The exit status is that of the processes
     that it starts. They get the signals of this process, but not from `accelerate launch` of a single process.
     Arguments are checked before the launch.
 
@@ -24,9 +28,9 @@ def launch(argv: list[str], devices: int | None, accelerate_config: str | None) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    from ..pretrain.parsing import parse_arguments
+    from ..pretrain.parsing import resolve
 
-    arguments = parse_arguments(["--dry_run=True", "--config", *argv])
+    arguments = resolve(replace(command_line, dry_run=True))
     here = 0 if arguments.resolved["training"]["use_cpu"] else torch.accelerator.device_count()
     if devices is not None and 0 < here < devices:
         raise ValueError(f"--devices {devices}: this machine has {here}. Use {here} or fewer, or add --use_cpu.")

@@ -60,7 +60,7 @@ def read_flags(argv: list[str], kinds: Mapping[str, Mapping[str, Any]]) -> dict[
             given.append(words.pop(0))
         if given:
             value = check(given, kind, f"--{name}") if several else from_text(given[0], kind, f"--{name}")
-        elif bool in types or any(True in (choices(option) or ()) for option in types):
+        elif {bool, Any} & {*types} or any(True in (choices(option) or ()) for option in types):
             value = not negated
         else:
             raise ValueError(f"--{name}: a value is missing.")

@@ -1,4 +1,4 @@
-"""The command line of a pretraining run: a YAML file by name or path, with flags applied on top of it."""
+"""The arguments of a pretraining run, built from a YAML file and the flags on top of it."""
 
 import dataclasses
 import enum
@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 
-from ..files import hide_token
-from ..mixture.config import MixtureConfig
 from ..mixture.stages import normalized, weight_stages
-from ..strict import check, field_types
+from ..strict import check, field_types, from_text
 from .checks import check_run
+from .command_line import CommandLine, read_command_line
 from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, PretrainArguments, PretrainConfig
-from .flags import RUN, read_flags
 from .model import shape_fields
-from .sections import DEFAULT_CONFIG, check_values, load_config, naming
+from .sections import check_values, naming
 
-__all__ = ["check_section", "parse_arguments"]
+__all__ = ["check_section", "parse_arguments", "resolve"]
 
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
@@ -51,30 +49,33 @@ def _fold(section: Mapping[str, Any], flags: Mapping[str, Any] | None = None) ->
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
-    """
-    Parse a command line, such as `["--config", "demo", "--max_steps", "20"]`: the YAML named by `--config`, with every
-    other flag on top of it.
+    """The arguments of a command line, as [`read_command_line`] and [`resolve`] build them."""
+    return resolve(read_command_line(argv))
 
-    Nothing is downloaded. With `--dry_run` the training arguments are built for a CPU. This allows to plan a GPU run
+
+def resolve(command_line: CommandLine) -> PretrainArguments:
+    """
+    Build the arguments of a run, which are checked together.
+
+    Nothing is downloaded. With `dry_run` the training arguments are built for a CPU. This allows to plan a GPU run
     (`bf16`) on any machine.
 
     Raises:
-        ValueError: an unknown key or flag, or a value that is not allowed, named in the message.
+        ValueError: an unknown key, or a value that is not allowed, named in the message.
     """
+    name, config, dry_run = command_line.config, command_line.sections, command_line.dry_run
     kinds = {section: field_types(cls) for section, cls in {"hardware": HardwareArguments, **SECTIONS}.items()}
-    flags = read_flags(hide_token(argv), {"run": RUN, **kinds})
-    name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)
-    config = load_config(name)
+    flags = {section: _typed(command_line.flags[section], kinds[section]) for section in kinds}
     plain = {section: {**config.get(section, {}), **flags[section]} for section in SECTIONS}
     with naming(name, "model.", {}):
         plain["model"] = _fold(config.get("model", {}), flags["model"])
-    # The values of flags have their types already.
-    values = {section: check_section(section, content, f"{name}: ") for section, content in plain.items()}
+    mixture = command_line.mixture
+    # The values of flags, and the mixture, have their types already.
+    values = {section: check_section(section, plain[section], f"{name}: ") for section in ("model", "training")}
+    values["data"] = {key: getattr(mixture, key) for key in plain["data"]}
     resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
     with naming(name, "model.", flags["model"]):
         model = ModelArguments(**values["model"])
-    with naming(name, "data.", flags["data"]):
-        mixture = MixtureConfig(**values["data"])
     if dry_run:
         values["training"]["use_cpu"] = True
     elif model.accelerators > 0 and not torch.accelerator.is_available():
@@ -101,6 +102,14 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
         dry_run=dry_run,
         hardware=HardwareArguments(**flags["hardware"]),
     )
+
+
+def _typed(flags: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags by the types of their fields. A flag that the JSON schema does not have is still text."""
+    return {
+        name: from_text(value, kinds[name], f"--{name}") if isinstance(value, str) and name in kinds else value
+        for name, value in flags.items()
+    }
 
 
 def _count_steps(training: PretrainConfig) -> None:

@@ -25,34 +25,51 @@ from ..mixture.loading import Mixture, load_mixture
 from ..mixture.texts import tokenizer_of_sources
 from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.mixin import NexusTrainer
+from .command_line import CommandLine, read_command_line
 from .console import print_plan, say, write_report
 from .fields import PretrainArguments
 from .folder import CONFIG_NAME, claim_folder, find_checkpoint
 from .model import build_model, config_of, model_config
-from .parsing import parse_arguments
+from .parsing import resolve
 from .plan import plan_run
 from .progress import SaveOnSignal, TrainingProgress
 
-__all__ = ["PretrainRun", "dry_run", "leaving_process_group", "load_tokenizer", "main", "prepare_run", "pretrain"]
+__all__ = [
+    "PretrainRun",
+    "dry_run",
+    "leaving_process_group",
+    "load_tokenizer",
+    "main",
+    "prepare_run",
+    "pretrain",
+    "run_command_line",
+]
 
 
-def main(argv: list[str] | None = None, *, debug: bool = False) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run a command line, by default that of the process, as [`run_command_line`]."""
+    with one_line_errors():
+        command_line = read_command_line(sys.argv[1:] if argv is None else argv)
+    run_command_line(command_line)
+
+
+def run_command_line(command_line: CommandLine, *, debug: bool = False) -> None:
     """
-    Run a command line, by default that of the process: print the plan with `--dry_run`, else train.
+    Print the plan with `--dry_run`, else train.
 
     An error before the first step (in an argument, a source, the folder) ends the process with one line. An error in
     training keeps its traceback, and with `debug` every error does.
     """
     try:
         with leaving_process_group():
-            _main(sys.argv[1:] if argv is None else argv, debug)
+            _run(command_line, debug)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _main(argv: list[str], debug: bool) -> None:
+def _run(command_line: CommandLine, debug: bool) -> None:
     with one_line_errors(debug=debug):
-        arguments = parse_arguments(argv)
+        arguments = resolve(command_line)
         if arguments.dry_run:
             dry_run(arguments)
             return

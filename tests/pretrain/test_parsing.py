@@ -169,7 +169,7 @@ def test_a_wrong_entry_of_the_yaml_is_named(write, section, entry, words):
         (["--max_steps", "many"], ["--max_steps: 'many'", "a whole number"]),
         (["--save_strategy", "sometimes"], ["--save_strategy: 'sometimes'", "'steps'"]),
         (["--stages", "late"], ["--stages: 'late'", "a list"]),
-        (["--stages", '[{"untill": 1.0}]'], ["--stages[0].untill: unknown key", "'until'"]),
+        (["--stages", '[{"untill": 1.0}]'], ["data.stages[0].untill: unknown key", "'until'"]),
         (["stray"], ["stray"]),
         (["--no_nexus=true"], ["--no_nexus: it takes no value", "--nexus=false"]),
         (["--no-bf16="], ["--no-bf16: it takes no value"]),

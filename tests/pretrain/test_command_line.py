@@ -1,11 +1,12 @@
-"""Checks without torch: they find mistakes, and accept whatever the full parser accepts."""
+"""Reading without torch: it finds mistakes, and accepts whatever the fields accept."""
 
 import json
 
 import pytest
 from transformers import LlamaConfig
 
-from hf_nexus.pretrain.early import check_early
+from hf_nexus.pretrain import command_line
+from hf_nexus.pretrain.command_line import read_command_line
 from hf_nexus.pretrain.flags import described
 from hf_nexus.pretrain.model import shape_fields
 from hf_nexus.pretrain.parsing import parse_arguments
@@ -16,7 +17,7 @@ SOURCES = {"code": {"path": "builtin/code"}}
 
 def refusal(*argv: str) -> str:
     with pytest.raises(ValueError) as error:
-        check_early([*argv])
+        read_command_line([*argv])
     return str(error.value)
 
 
@@ -31,12 +32,12 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("name", packaged("pretrain"))
 def test_what_the_package_has_is_accepted(name):
-    check_early(["--config", name])
+    read_command_line(["--config", name])
 
 
 def test_a_saved_configuration_is_accepted(config, write):
-    check_early(["--config", str(config)])
-    check_early(["--config", write(**parse_arguments(["--config", "demo", "--dry_run"]).resolved)])
+    read_command_line(["--config", str(config)])
+    read_command_line(["--config", write(**parse_arguments(["--config", "demo", "--dry_run"]).resolved)])
 
 
 @pytest.mark.parametrize(
@@ -67,13 +68,13 @@ def test_brackets_in_the_name_of_a_file_are_literal(write, tmp_path):
     for name in ("[1] corpus.jsonl", "[2024]/a.jsonl"):
         (tmp_path / name).touch()
     for path in ("[1] corpus.jsonl", "[2024]/*.jsonl"):
-        check_early(["--config", write(data={"sources": {"a": {"path": str(tmp_path / path)}}})])
+        read_command_line(["--config", write(data={"sources": {"a": {"path": str(tmp_path / path)}}})])
     assert "no file matches" in refusal("--config", write(data={"sources": {"a": {"path": f"{tmp_path}/[2]/*"}}}))
 
 
 def test_a_file_may_be_missing_where_the_run_is_only_planned(write):
     argv = ["--config", write(data={"sources": {"a": {"path": "gone.jsonl"}}})]
-    assert check_early([*argv, "--dry-run"])
+    assert read_command_line([*argv, "--dry-run"]).dry_run
     assert "gone.jsonl" in refusal(*argv, "--dry_run=false")
 
 
@@ -87,17 +88,32 @@ def test_the_value_of_a_flag_is_checked(flags):
     [["--bf16"], ["--no-nexus"], ["--label_names", "a", "b"], ["--fsdp"], ["--lr_scheduler_kwargs", '{"a": 1}']],
 )
 def test_flags_are_accepted_as_by_the_parser(flags):
-    check_early(["--config", "demo", *flags])
+    read_command_line(["--config", "demo", *flags])
 
 
 def test_fields_of_every_model_are_accepted(write):
-    check_early(["--config", write(model=dict.fromkeys(shape_fields({}) or [], None) | {"vocab_size": 64})])
-    check_early(["--config", write(model={"model_type": "mixtral", "num_local_experts": 2})])
-    check_early(["--config", write(), "--model_type", "mixtral"])
+    read_command_line(["--config", write(model=dict.fromkeys(shape_fields({}) or [], None) | {"vocab_size": 64})])
+    read_command_line(["--config", write(model={"model_type": "mixtral", "num_local_experts": 2})])
+    read_command_line(["--config", write(), "--model_type", "mixtral"])
     assert "attention_bias" in LlamaConfig.__dataclass_fields__.keys() - described("model").keys()
 
 
 def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch):
-    monkeypatch.setattr("hf_nexus.pretrain.early.version", lambda name: "5.99")
-    check_early(["--config", write(training={"optim": "of_the_future"})])
+    monkeypatch.setattr("hf_nexus.pretrain.command_line.version", lambda name: "5.99")
+    read_command_line(["--config", write(training={"optim": "of_the_future"})])
     assert "max_steps: 'many'" in refusal("--config", write(training={"max_steps": "many"}))
+
+
+def test_a_flag_newer_than_the_schema_gets_its_type(write, monkeypatch):
+    known = described("training")
+    older = {name: field for name, field in known.items() if name not in ("max_steps", "bf16", "lr_scheduler_kwargs")}
+    monkeypatch.setattr(command_line, "described", lambda name: older if name == "training" else described(name))
+    flags = ["--max_steps", "3", "--bf16", "--lr_scheduler_kwargs", '{"a": 1}', "--lr_scheduler_type", "linear"]
+    training = read_command_line(["--config", write(), "--dry_run", *flags]).flags["training"]
+    assert training["max_steps"] == "3"  # its type is not known without torch
+    with pytest.raises(ValueError, match="unexpected keyword argument 'a'"):  # the scheduler gets a mapping
+        parse_arguments(["--config", write(), "--dry_run", *flags])
+    training = parse_arguments(["--config", write(), "--dry_run", *flags[:3]]).training
+    assert training.max_steps == 3 and training.bf16 is True
+    with pytest.raises(ValueError, match="--max_steps: 'x' is not allowed"):
+        parse_arguments(["--config", write(), "--dry_run", "--max_steps", "x"])

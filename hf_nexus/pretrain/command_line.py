@@ -1,8 +1,9 @@
-"""Mistakes of a command line and of its YAML file that are found in less than a second, without torch."""
+"""A command line and its YAML file, read in less than a second, without torch."""
 
 import importlib.util
 import os
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,32 @@ from ..schema import kind_of
 from .flags import RUN, described, packaged_schema, read_flags
 from .sections import DEFAULT_CONFIG, check_values, load_config, naming
 
-__all__ = ["check_early"]
+__all__ = ["CommandLine", "read_command_line"]
 
 _LLAMA = ("configuration_utils.py", "models/llama/configuration_llama.py")
 
 
-def check_early(argv: list[str]) -> bool:
-    """
-    Refuse what [`parse_arguments`] would refuse, as far as this is known without torch, and data files that are
-    missing, and return whether the run is only planned (`--dry_run`). Then files may be missing.
+@dataclass(frozen=True)
+class CommandLine:
+    """The YAML file of a run, and the flags on top of it."""
 
-    The fields of other packages are those of the JSON schema, and those in the source code of what is installed.
+    config: str  # name or path of the file
+    sections: dict[str, dict[str, Any]]  # of the file
+    flags: dict[str, dict[str, Any]]  # by section
+    mixture: MixtureConfig  # the section `data` with its flags
+    dry_run: bool  # the run is only planned
+
+
+def read_command_line(argv: list[str]) -> CommandLine:
+    """
+    Read a command line, such as `["--config", "demo", "--max_steps", "20"]`, and the YAML file that `--config` names.
+
+    What is known without torch is checked. The fields of other packages are those of the JSON schema, and those in
+    the source code of what is installed: a value of theirs is not checked, and a flag is text.
 
     Raises:
-        ValueError: an unknown key or flag, a value that is not allowed, or a missing file, named in the message.
+        ValueError: an unknown key or flag, a value that is not allowed, or a missing data file, named in the message.
+            With `--dry_run`, data files may be missing.
     """
     # A newer version may have more values of an enumeration.
     exact = Version(version("transformers")) <= Version(packaged_schema()["$comment"].partition(" ")[2])
@@ -39,23 +52,22 @@ def check_early(argv: list[str]) -> bool:
     }
     kinds["training"] = dict.fromkeys(_declared("training_args.py"), Any) | kinds["training"]
     flags = read_flags(hide_token(argv), {"run": RUN, **kinds})
-    name = flags["run"].get("config", DEFAULT_CONFIG)
+    name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)
     config = load_config(name)
-    model = {**config.get("model", {}), **flags["model"]}
+    model, checked = {**config.get("model", {}), **flags["model"]}, dict(config)
     if model.get("path") is None and model.get("model_type") in (None, "llama"):
         kinds["model"] = dict.fromkeys((n for file in _LLAMA for n in _declared(file)), Any) | kinds["model"]
     else:  # its configuration class may have any other field
-        config["model"] = {key: value for key, value in config.get("model", {}).items() if key in kinds["model"]}
-    for section, values in config.items():
+        checked["model"] = {key: value for key, value in config.get("model", {}).items() if key in kinds["model"]}
+    for section, values in checked.items():
         check_values(section, values, kinds, f"{name}: ")
     with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})
-    planned = flags["run"].get("dry_run", False)
-    for source, field in mixture.sources.items() if not planned else ():
+    for source, field in mixture.sources.items() if not dry_run else ():
         path = field.path
         if means_files(path) and not (is_remote(path) or os.path.exists(path) or find_files(path)[1]):
             raise ValueError(f"{name}: data.sources.{source}.path: no file matches {path!r} in {os.getcwd()!r}.")
-    return planned
+    return CommandLine(name, config, flags, mixture, dry_run)
 
 
 def _declared(file: str) -> list[str]:
