@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from statistics import fmean
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -46,8 +48,7 @@ class TrainingProgress(ProgressCallback):
         self._losses: dict[str, float] = {}  # the last known ones of each source
         self._evaluated = 0  # batches of the set that is evaluated now
         self._batches = 0
-        self._left = ""
-        self._first: tuple[float, int] | None = None  # when the first step ended, and its number
+        self._pace = _Pace()
         self._drawn = time.monotonic()
         # Without the thread of automatic refreshes: workers of data loaders would inherit its locks.
         self._live = Live(get_renderable=self._view, console=console, auto_refresh=False, transient=True)
@@ -64,13 +65,14 @@ class TrainingProgress(ProgressCallback):
             self._live.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the run. Its first step, which starts workers and may compile, does not count for the time left."""
-        self._state, self._first = state, None
+        """Show the run."""
+        self._state, self._pace = state, _Pace()
         self._draw()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step."""
-        self._estimate()
+        self._pace.count("step", args, state)
+        self._draw()
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -90,11 +92,13 @@ class TrainingProgress(ProgressCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an evaluation."""
         self._evaluated = 0
-        self._estimate()
+        self._pace.count("evaluation", args, state)
+        self._draw()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a checkpoint."""
-        self._estimate()
+        self._pace.count("checkpoint", args, state)
+        self._draw()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Print an evaluation, and without a bar a training log."""
@@ -113,19 +117,15 @@ class TrainingProgress(ProgressCallback):
             if "tokens_per_second" in logs:
                 self._parts["speed"] = f"{logs['tokens_per_second']:,.0f} tokens/s"
             if not self._live.is_started:
-                columns = [step, self._parts["loss"], *self._sources(), *list(self._parts.values())[1:], self._left]
+                columns = [
+                    step,
+                    self._parts["loss"],
+                    *self._sources(),
+                    *list(self._parts.values())[1:],
+                    self._pace.left(),
+                ]
                 say(self.console, "   ".join(filter(None, columns)))
             self._draw()
-
-    def _estimate(self) -> None:
-        """Estimate the time left from the average time of a step, evaluations and checkpoints included."""
-        now, state = time.monotonic(), self._state
-        if state is not None and state.global_step:
-            began, first = self._first = self._first or (now, state.global_step)
-            if steps := state.global_step - first:
-                seconds = (now - began) / steps * (state.max_steps - state.global_step)
-                self._left = f"{timedelta(seconds=round(seconds))} left"
-        self._draw()
 
     def _sources(self) -> list[str]:
         return [f"{name} {loss:.3f}" for name, loss in self._losses.items()] if len(self._losses) > 1 else []
@@ -137,14 +137,18 @@ class TrainingProgress(ProgressCallback):
             self._drawn = now
 
     def _view(self) -> Group:
-        rows: list[Table | Text] = []
+        rows: list[Table | Columns] = []
         state = self._state
         if state is not None and state.max_steps:
-            step, *more = f"step {state.global_step}/{state.max_steps}", *list(self._parts.values())[1:], self._left
+            step, *more = (
+                f"step {state.global_step}/{state.max_steps}",
+                *list(self._parts.values())[1:],
+                self._pace.left(),
+            )
             rows = [_row(step, state.global_step, state.max_steps, "   ".join(more))]
         if self._parts:
-            losses = "   ".join([self._parts["loss"], *self._sources()])
-            rows.append(Text(losses, no_wrap=True, overflow="ellipsis"))
+            losses = [Text(text, no_wrap=True) for text in (self._parts["loss"], *self._sources())]
+            rows.append(Columns(losses, padding=(0, 3)))
         if self._evaluated:
             count = f"batch {self._evaluated}" + f"/{self._batches}" * bool(self._batches)
             rows.append(_row("evaluation", self._evaluated, self._batches or self._evaluated, count))
@@ -160,6 +164,54 @@ def _row(name: str, done: int, total: int, text: str) -> Table:
     return row
 
 
+class _Pace:
+    """
+    The time left: the mean times of steps, evaluations and checkpoints, and how many of each are due. The first step,
+    which starts workers and may compile, does not count.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {"step": [], "evaluation": [], "checkpoint": []}
+        self._last: dict[str, int] = {}  # the step of the last one of each
+        self._since = time.monotonic()
+        self._end: float | None = None
+        self._more = False
+
+    def count(self, kind: str, args: Any, state: Any) -> None:
+        """Count a step, an evaluation or a checkpoint, which began when the last of them ended."""
+        now = time.monotonic()
+        if kind != "step" or kind in self._last:
+            self._seconds[kind].append(now - self._since)
+        self._since, self._last[kind] = now, state.global_step
+        due = {
+            "step": state.max_steps - state.global_step,
+            "evaluation": self._due("evaluation", args.eval_strategy, state.eval_steps, state),
+            "checkpoint": self._due("checkpoint", args.save_strategy, state.save_steps, state),
+        }
+        if self._seconds["step"]:
+            known = {kind: fmean(seconds) for kind, seconds in self._seconds.items() if seconds}
+            self._end = now + sum(due[kind] * seconds for kind, seconds in known.items())
+            self._more = any(due[kind] and kind not in known for kind in due)
+
+    def left(self) -> str:
+        """The time left in words. Empty before the second step."""
+        if self._end is None:
+            return ""
+        seconds = round(max(0, self._end - time.monotonic()))
+        return f"{'over ' * self._more}{timedelta(seconds=seconds)} left"
+
+    def _due(self, kind: str, strategy: str, steps: int, state: Any) -> int:
+        """How many come in this run: each after so many steps or an epoch, and one after the last step."""
+        if strategy == "steps":
+            place, whole = state.global_step / steps, state.max_steps / steps
+        elif strategy == "epoch":
+            place, whole = state.epoch or 0, state.num_train_epochs
+        else:
+            return 0
+        comes_now = place >= 1 and place == int(place) and self._last.get(kind) != state.global_step
+        return max(0, math.ceil(whole) - int(place)) + comes_now
+
+
 class SaveOnSignal(TrainerCallback):
     """
     The first Ctrl-C (SIGINT) saves a checkpoint at the end of the outer step and ends training. A second one ends at
@@ -170,6 +222,7 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.requested: int | None = None  # the signal that a process got
+        self._saved_after = "step"
         self._process = os.getpid()
         self._key = f"hf_nexus/last_step/{next(_RUNS)}"  # in the store of all processes
 
@@ -194,7 +247,7 @@ class SaveOnSignal(TrainerCallback):
             return
         if self.requested is None:
             hint = " Press Ctrl-C again to quit at once." if number == signal.SIGINT else ""
-            self.console.print(f"Saving a checkpoint once the step is complete.{hint}")
+            self.console.print(f"Saving a checkpoint once the {self._saved_after} is complete.{hint}")
         self.requested = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -204,6 +257,13 @@ class SaveOnSignal(TrainerCallback):
         if state.global_step >= self._last_step(state.global_step, args.world_size):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Know that an evaluation runs."""
+        self._saved_after = "evaluation" if self._saves_after_evaluation(args, state) else "step"
+
+    def _saves_after_evaluation(self, args: Any, state: Any) -> bool:
+        return state.global_step > 0 and args.world_size == 1
 
     def _last_step(self, step: int, processes: int) -> float:
         if processes == 1:
@@ -219,5 +279,6 @@ class SaveOnSignal(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this evaluation, unless it is before the first step."""
-        if self.requested is not None and state.global_step and args.world_size == 1:
+        self._saved_after = "step"
+        if self.requested is not None and self._saves_after_evaluation(args, state):
             control.should_save = control.should_training_stop = True

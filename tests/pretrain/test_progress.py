@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +17,12 @@ from hf_nexus.pretrain.run import main
 from hf_nexus.trainer.checkpoints import is_complete
 from tests.support.saved_weights import same, saved_weights
 
-ARGS = SimpleNamespace()
+ARGS = SimpleNamespace(eval_strategy="steps", save_strategy="steps", world_size=1)
 LOGS = {"loss": 4.5, "loss/code": 4.0, "loss/law": 5.0, "path_cosine": 0.125, "tokens_per_second": 1234.0}
 
 
 def state_at(step: int) -> SimpleNamespace:
-    return SimpleNamespace(global_step=step, max_steps=10)
+    return SimpleNamespace(global_step=step, max_steps=10, eval_steps=4, save_steps=5, epoch=0, num_train_epochs=1)
 
 
 def shown(terminal: bool = True, **options) -> tuple[TrainingProgress, io.StringIO]:
@@ -84,15 +85,26 @@ def test_the_time_left_counts_evaluations_and_checkpoints(monkeypatch):
         now[0] += seconds
         getattr(bars, f"on_{name}")(ARGS, state, None)
 
-    event("evaluate", 50)  # before the first step
+    event("evaluate", 40)  # before the first step
     for step in range(1, 6):
         state.global_step = step
-        event("step_end", 1 if step > 1 else 100)
-        if step == 4:
+        event("step_end", 1 if step > 1 else 100)  # the first one starts workers
+        if step == 4:  # evaluations are due now, at 8 and at the end
+            assert bars._pace.left() == f"over {timedelta(seconds=6 * 1 + 3 * 40)} left"
             event("evaluate", 20)
+    assert bars._pace.left() == f"over {timedelta(seconds=5 * 1 + 2 * 30)} left"  # no checkpoint was timed yet
     event("save", 300)
-    # The four steps after the first took 324 seconds, and five are left.
-    assert bars._left == "0:06:45 left"
+    assert bars._pace.left() == f"{timedelta(seconds=5 * 1 + 2 * 30 + 300)} left"
+    now[0] += 7  # without an event, as in an evaluation
+    assert bars._pace.left() == f"{timedelta(seconds=5 * 1 + 2 * 30 + 300 - 7)} left"
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_shows_the_losses_of_all_sources(width):
+    bars, _ = shown()
+    names = ["code", "documentation", "mathematics", "reasoning", "records"]
+    bars.on_log(ARGS, state_at(4), None, {"loss": 3.0} | {f"loss/{name}": 3.25 for name in names})
+    assert all(f"{name} 3.250" in view(bars, width) for name in names)
 
 
 def test_each_set_is_counted_from_its_first_batch():
@@ -137,6 +149,15 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(interrupted, finished, cap
     main(["--config", *command.split()[2:]])
     assert f"Resuming after step 3 from {folder / 'checkpoint-3'}" in capsys.readouterr().out
     assert same(saved_weights(folder), saved_weights(finished))
+
+
+@pytest.mark.parametrize(("step", "world_size", "after"), [(2, 1, "evaluation"), (0, 1, "step"), (2, 2, "step")])
+def test_ctrl_c_says_what_it_waits_for(step, world_size, after):
+    written = io.StringIO()
+    callback, args = SaveOnSignal(Console(file=written, width=120)), SimpleNamespace(world_size=world_size)
+    callback.on_prediction_step(args, state_at(step), None)
+    callback._request(signal.SIGTERM, None)
+    assert written.getvalue().strip() == f"Saving a checkpoint once the {after} is complete."
 
 
 def test_a_second_ctrl_c_does_not_wait(interrupted):
