@@ -49,7 +49,18 @@ _TRAIN_HELP = (
 _PLAN_HELP = f"For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 0.35\n\n{_FIELDS_HELP}"
 
 
-class _Command(TyperCommand):
+class _Completing(TyperCommand):
+    """A command that completes flags with `-` and with `_` alike."""
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:  # type: ignore[override]
+        name = incomplete.removeprefix("--")
+        texts = [incomplete]
+        if name != incomplete:
+            texts += [f"--{name.replace('-', '_')}", f"--{name.replace('_', '-')}"]
+        return next(filter(None, (super(_Completing, self).shell_complete(ctx, text) for text in texts)), [])
+
+
+class _Command(_Completing):
     """A command whose errors end in one line, or after `--debug` in a traceback, and Ctrl-C in status 130."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
@@ -66,7 +77,7 @@ def _announce(*words: str | None) -> None:
     print(" ".join([f"hf-nexus {__version__}", *map(printable, words)]), file=sys.stderr, flush=True)
 
 
-class _FieldsCommand(TyperCommand):
+class _FieldsCommand(_Completing):
     """A command whose help and completion also have the fields of a configuration, by section."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]

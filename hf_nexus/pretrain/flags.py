@@ -49,7 +49,7 @@ def read_flags(argv: list[str], kinds: Mapping[str, Mapping[str, Any]]) -> dict[
         if not word.startswith("--") or name not in homes:
             what = f"Unknown argument {word!r}" if word.startswith("-") else f"{word!r} is not a flag"
             hint = nearest(word, [f"--{known}" for known in homes])
-            raise ValueError(f"{what}.{hint} `hf-nexus train --help` lists all.")
+            raise ValueError(f"{what}.{hint} `hf-nexus plan --help` lists all.")
         if negated and equals:
             raise ValueError(f"{word}: it takes no value. Remove it, or use --{name}=false.")
         kind = kinds[homes[name]][name]

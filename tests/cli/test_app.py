@@ -105,7 +105,10 @@ def test_the_recipe_has_the_help_of_the_command(monkeypatch, capsys):
 
 
 def test_the_fields_can_be_completed():
-    for words, expected in (("train demo --max", "--max_steps"), ("plan demo --mf", "--mfu"), ("train de", "demo")):
+    cases = [("train demo --max", "--max_steps"), ("plan demo --mf", "--mfu"), ("train de", "demo")]
+    cases += [("train demo --inner-l", "--inner_lr"), ("compare --output-d", "--output_dir")]
+    cases += [("benchmark x --batch-s", "--batch-size"), ("benchmark x --batch_s", "--batch-size")]
+    for words, expected in cases:
         variables = {"_HF_NEXUS_COMPLETE": "complete_bash", "COMP_WORDS": f"hf-nexus {words}"}
         variables["COMP_CWORD"] = str(len(words.split()))
         found = CliRunner().invoke(cli.app, [], prog_name="hf-nexus", env=variables)
