@@ -44,6 +44,11 @@ def closeness(
     output: Annotated[str | None, typer.Option(help="JSON file to write. By default closeness.json in MODEL.")] = None,
 ) -> None:
     """Measure how close the sources of a model are: hf-nexus closeness runs/nexus-demo --projection 1024"""
+    path = Path(output or Path(model if Path(model).is_dir() else "", _OUTPUT_NAME))
+    mixture, models = find_mixture(model, config), parse_minima(minima)
+    if path.is_dir():
+        raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
+    require_folder(path.parent, "output")
     from rich.console import Console
     from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
@@ -51,11 +56,6 @@ def closeness(
     from ..evaluation.closeness import measure_closeness
 
     disable_progress_bar()  # while weights are loaded
-    path = Path(output or Path(model if Path(model).is_dir() else "", _OUTPUT_NAME))
-    mixture = find_mixture(model, config)
-    if path.is_dir():
-        raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
-    require_folder(path.parent, "output")
     console = Console()
     found = measure_closeness(
         model,
@@ -65,7 +65,7 @@ def closeness(
         batch_size=batch_size,
         projection=projection,
         seed=seed,
-        minima=parse_minima(minima),
+        minima=models,
         track=lambda text, parts: track(parts, text, console=console, transient=True, disable=not is_live(console)),
     )
     found.save(path)
@@ -79,8 +79,7 @@ def find_mixture(model: str, config: str | None = None) -> "MixtureConfig":
     read the `pretrain.yaml` in the folder of the model, or for a checkpoint in the folder above.
     """
     from ..mixture.config import MixtureConfig
-    from ..pretrain.folder import CONFIG_NAME
-    from ..pretrain.sections import load_config
+    from ..pretrain.sections import CONFIG_NAME, load_config
 
     if config is None:
         folder = Path(model).resolve()

@@ -22,6 +22,10 @@ def launch(command_line: CommandLine, argv: list[str], devices: int | None, acce
     Raises:
         ValueError: a wrong argument, a missing file, or more devices than the machine has.
     """
+    if accelerate_config is not None and not os.path.isfile(accelerate_config):
+        raise ValueError(
+            f"--accelerate_config: there is no file {accelerate_config!r}. `accelerate config` writes one."
+        )
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -34,10 +38,6 @@ def launch(command_line: CommandLine, argv: list[str], devices: int | None, acce
     here = 0 if arguments.resolved["training"]["use_cpu"] else torch.accelerator.device_count()
     if devices is not None and 0 < here < devices:
         raise ValueError(f"--devices {devices}: this machine has {here}. Use {here} or fewer, or add --use_cpu.")
-    if accelerate_config is not None and not os.path.isfile(accelerate_config):
-        raise ValueError(
-            f"--accelerate_config: there is no file {accelerate_config!r}. `accelerate config` writes one."
-        )
     sys.stdout.flush()
     command = ["-m", "hf_nexus.cli", "train", *argv]
     try:

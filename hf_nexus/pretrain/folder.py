@@ -10,11 +10,9 @@ from ..files import write_atomic
 from ..hub.facts import installed_versions
 from ..trainer.checkpoints import checkpoints_of, delete, last_checkpoint, resolve_checkpoint
 from .fields import PretrainArguments
-from .sections import load_config
+from .sections import CONFIG_NAME, load_config
 
-__all__ = ["CONFIG_NAME", "claim_folder", "find_checkpoint"]
-
-CONFIG_NAME = "pretrain.yaml"
+__all__ = ["claim_folder", "find_checkpoint"]
 
 
 def find_checkpoint(arguments: PretrainArguments) -> str | None:

@@ -28,11 +28,12 @@ from ..trainer.mixin import NexusTrainer
 from .command_line import CommandLine, read_command_line
 from .console import print_plan, say, write_report
 from .fields import PretrainArguments
-from .folder import CONFIG_NAME, claim_folder, find_checkpoint
+from .folder import claim_folder, find_checkpoint
 from .model import build_model, config_of, model_config
 from .parsing import resolve
 from .plan import plan_run
 from .progress import SaveOnSignal, TrainingProgress
+from .sections import CONFIG_NAME
 
 __all__ = [
     "PretrainRun",

@@ -9,7 +9,7 @@ import torch
 
 from ..files import write_atomic
 from ..hub.publisher import RUN_NAME
-from .folder import CONFIG_NAME
+from .sections import CONFIG_NAME
 
 __all__ = ["continuation", "write_run_file"]
 

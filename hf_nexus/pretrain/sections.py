@@ -9,9 +9,10 @@ from typing import Any
 from ..files import Secret, nearest, shown
 from ..strict import check, load_yaml, parse_yaml
 
-__all__ = ["DEFAULT_CONFIG", "STARTER", "check_values", "load_config", "naming"]
+__all__ = ["CONFIG_NAME", "DEFAULT_CONFIG", "STARTER", "check_values", "load_config", "naming"]
 
 DEFAULT_CONFIG = "3b"
+CONFIG_NAME = "pretrain.yaml"  # of the configuration that a run saves in its output folder
 STARTER = resources.files(__package__).joinpath("starter.yaml").read_text(encoding="utf-8")
 _SECTIONS = ("model", "data", "training")
 
