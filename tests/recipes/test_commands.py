@@ -1,15 +1,15 @@
-"""The commands in the header of each recipe: they run on a CPU without a network."""
+"""The commands of the README and in the header of each recipe: they run on a CPU without a network."""
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from hf_nexus.pretrain.sections import load_config
 
@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> Callable[[str], tuple[str, Path]]:
 
     def run(command: str) -> tuple[str, Path]:
         done = subprocess.run(
-            shlex.split(command), cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+            ["bash", "-c", command], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout, folder
@@ -65,6 +65,46 @@ def test_every_command_of_the_headers_is_found():
         "pretrain_3b.py": 2,
         "sft_with_trl.py": 2,
     }
+
+
+# What the commands of the README run with here: fewer steps, and a smaller model where it has no own one.
+FLAGS = {
+    "hf-nexus train": "--max_steps 4 --eval_steps 2",
+    "torchrun": "--max_steps 4 --eval_strategy no --num_hidden_layers 1 --hidden_size 32 --intermediate_size 64",
+}
+TEXT = "what the quick fox of the lazy dog does "
+ARMS = """
+base: mine.yaml
+arms: {adamw: {nexus: false}, nexus: {inner_lr: 0.1}}
+baseline: adamw
+primary: {arm: nexus}
+seeds: [1, 2]
+output_dir: runs/arms
+training: {max_steps: 4, eval_steps: 2}
+"""
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_order(run):
+    lines = [
+        " ".join(line.partition(" #")[0].split())
+        for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        for line in block.splitlines()
+    ]
+    commands = [line for line in lines if line and not line.startswith(("#", "pip install", "hf-nexus benchmark"))]
+    assert len(commands) == 7
+    folder = run("mkdir data")[1]
+    rows = {name: [{"text": f"{name} {i}: " + TEXT * (i % 7)} for i in range(400)] for name in ("code", "docs", "law")}
+    for name in ("code", "docs"):
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[name])))
+    Dataset.from_list(rows["law"]).to_parquet(folder / "law.parquet")
+    (folder / "arms.yaml").write_text(ARMS)
+    outputs = [
+        run(" ".join([command, *(flags for start, flags in FLAGS.items() if command.startswith(start))]))[0]
+        for command in commands
+    ]
+    assert (folder / "runs/mine/model.safetensors").exists() and (folder / "runs/arms/report.html").exists()
+    assert "Saved in runs/nexus-demo/closeness.json" in outputs[-1]
 
 
 @pytest.mark.slow
