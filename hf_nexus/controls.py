@@ -34,7 +34,7 @@ class Settings:
         *,
         direction: str = "gradient",
         snapshot_device: str | torch.device | None = None,
-        norm: Norm = lambda indices, tensors: global_norm(tensors),
+        norm: Norm | None = None,
         key: tuple[int, ...] | list[tuple[int, ...]] = (0,),
     ):
         self.params = list(params)
@@ -51,7 +51,7 @@ class Settings:
         self.inner_lr = inner_lr
         self.direction = direction
         self.outer_step = 0  # number of windows so far; set it on resume to repeat the random directions
-        self._norm = norm
+        self._norm = norm or (lambda indices, tensors: global_norm(tensors))
         self._keys = [key] * len(self.params) if isinstance(key, tuple) else key
         self._snapshot = Snapshot(self.params, snapshot_device)
         # Without a path there is nothing to restore, and the snapshot's memory holds the sum.
