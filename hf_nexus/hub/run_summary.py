@@ -173,7 +173,7 @@ class RunSummary:
                 check_fields(part)
             return cls._build(json.loads(text))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(f"{path} is not the summary of a run: {what}. Restore the file of the run.") from error
 
     @classmethod
