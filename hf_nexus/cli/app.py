@@ -36,6 +36,7 @@ _FIELDS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _Config = Annotated[
     str,
     typer.Argument(
+        metavar="CONFIG",
         help="Name of a configuration (demo, 130m, 300m, 1b, 3b), or a YAML file.",
         autocompletion=lambda: list(packaged("pretrain")),
     ),

@@ -79,7 +79,7 @@ def find_mixture(model: str, config: str | None = None) -> "MixtureConfig":
     read the `pretrain.yaml` in the folder of the model, or for a checkpoint in the folder above.
     """
     from ..mixture.config import MixtureConfig
-    from ..pretrain.sections import CONFIG_NAME, load_config
+    from ..pretrain.sections import CONFIG_NAME, load_config, naming
 
     if config is None:
         folder = Path(model).resolve()
@@ -91,7 +91,9 @@ def find_mixture(model: str, config: str | None = None) -> "MixtureConfig":
                 "(demo, 3b), a run's pretrain.yaml, or a YAML file of a mixture."
             )
         config = str(found[0])
-    return MixtureConfig.from_dict(load_config(config)["data"])
+    data = load_config(config)["data"]
+    with naming(config, "data.", {}):
+        return MixtureConfig.from_dict(data)
 
 
 def parse_minima(text: str | None) -> dict[str, str]:

@@ -30,6 +30,9 @@ def test_the_mixture_is_found_beside_the_model_or_named(run, tmp_path):
             find_mixture(nowhere)
     with pytest.raises(ValueError, match="Did you mean 'demo'"):
         find_mixture("org/model", "demoo")
+    (tmp_path / "bad.yaml").write_text("data: {sources: {a: {path: x.jsonl, weight: 0}}}")
+    with pytest.raises(ValueError, match=r"bad.yaml: data.sources.a.weight: 0"):
+        find_mixture("org/model", str(tmp_path / "bad.yaml"))
 
 
 def test_minima_are_parsed():
