@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from ..evaluation.statistics import (
     Correlation,
     Estimate,
     correlate,
+    equivalence_p,
     holm,
     mean,
     paired_difference,
@@ -45,7 +46,14 @@ class Row:
     difference: Estimate | None
     role: Role = "exploratory"
     p_holm: float | None = None  # corrected for the declared family; `None` outside of it
+    # That the difference is below the margin (TOST), corrected in the same way. `None` for other metrics.
+    p_equivalent: float | None = None
     interpolation: float = 0.0  # bound of the error of `difference` by interpolation between evaluations
+
+    @property
+    def test(self) -> Test:
+        """The comparison that the row holds."""
+        return self.arm, self.versus, self.metric, self.where
 
     @property
     def p(self) -> float | None:
@@ -78,6 +86,8 @@ class Analysis:
     unconverged: tuple[int, int]  # minima searches that did not converge, and all searches
     # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0.
     across_arms: Correlation | None
+    declared: tuple[list[str], list[int]] | None = None  # arms and seeds at the first start, if they are known
+    ignored: list[str] = field(default_factory=list)  # finished runs of arms or seeds that are not planned
 
     @property
     def primary_row(self) -> Row | None:
@@ -87,7 +97,7 @@ class Analysis:
     def row(self, arm: str, metric: str, where: Where = "end", versus: str | None = None) -> Row | None:
         """One row if it exists; against the baseline by default."""
         key = (arm, versus or self.baseline, metric, where)
-        return next((row for row in self.rows if (row.arm, row.versus, row.metric, row.where) == key), None)
+        return next((row for row in self.rows if row.test == key), None)
 
 
 def compare_arms(
@@ -98,9 +108,8 @@ def compare_arms(
     where: Where = "end",
     family: Sequence[Test] | None = None,
     margin: float | None = None,
-    tuned: Sequence[str] = (),
-    common: Mapping[str, Any] = {},
-    arms: Sequence[str] = (),
+    arms: Mapping[str, Mapping[str, Any]] = {},
+    tuned: Mapping[str, Collection[str]] = {},
     seeds: Sequence[int] = (),
 ) -> Analysis:
     """
@@ -111,9 +120,11 @@ def compare_arms(
     end only.
 
     `primary` is an arm and a metric. The p-values of `family` are corrected together: by default, those of the primary
-    metric of the other arms against the baseline, and of the primary arm against each control. A control may differ
-    from the primary arm in the training fields `tuned`. Fields of all arms are in `common`. Runs of `arms` and `seeds`
-    without a record are reported as missing.
+    metric of the other arms against the baseline, and of the primary arm against each control. Those without runs
+    count too.
+
+    `arms` has the training fields of each planned arm, and `tuned` those that its tuning chooses. An arm that is not
+    planned has the settings of its runs. Runs of `arms` and `seeds` without a record are reported as missing.
 
     Example:
         >>> from hf_nexus.compare.analysis import compare_arms
@@ -132,7 +143,7 @@ def compare_arms(
     runs = {(record.arm, record.seed): record for record in records if record.curve}
     planned = sorted({*seeds, *(seed for _, seed in runs)})
     values = _end_values(runs, names)
-    settings = {arm: {**common, **run.settings} for (arm, _), run in runs.items()}
+    settings = {**{arm: run.settings for (arm, _), run in runs.items()}, **arms}
     controls, unclean = find_controls(settings, primary[0], tuned)
     if family is None:
         family = _default_family(names, baseline, primary, where, controls)
@@ -153,7 +164,7 @@ def compare_arms(
         seeds=planned,
         metrics=in_order(metric for _, _, metric, _, _ in values),
         values=values,
-        rows=_rows(finite, bounds, names, (primary[0], baseline, primary[1], where), family, controls),
+        rows=_rows(finite, bounds, names, (primary[0], baseline, primary[1], where), family, controls, margin),
         controls=controls,
         unclean=unclean,
         missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
@@ -244,6 +255,7 @@ def _rows(
     primary: Test,
     family: Sequence[Test],
     controls: Mapping[str, str],
+    margin: float | None,
 ) -> list[Row]:
     metrics = in_order(metric for _, metric, _ in finite)
     wheres: tuple[Where, ...] = ("end", "matched")
@@ -265,9 +277,16 @@ def _rows(
         test = (arm, versus, metric, where)
         role: Role = "primary" if test == primary else "family" if test in family else "exploratory"
         rows.append(Row(arm, versus, metric, where, mean(list(own.values())), difference, role, interpolation=bound))
-    declared = {i: row.difference.p for i, row in enumerate(rows) if row.role == "family" and row.difference}
-    corrected = holm(declared)
-    return [replace(row, p_holm=corrected.get(i)) for i, row in enumerate(rows)]
+    tested = [(row, row.difference) for row in rows if row.difference is not None and row.difference.p is not None]
+    differ = {row.test: found.p for row, found in tested}
+    corrected = holm({test: differ.get(test) for test in family})
+    alike = {
+        row.test: equivalence_p(found, margin)
+        for row, found in tested
+        if margin is not None and row.metric == primary[2]
+    }
+    alike |= holm({test: alike.get(test) for test in family if test[2] == primary[2]})
+    return [replace(row, p_holm=corrected.get(row.test), p_equivalent=alike.get(row.test)) for row in rows]
 
 
 def _correlation(finite: _Finite, arms: Sequence[str], baseline: str) -> Correlation | None:

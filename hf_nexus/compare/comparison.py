@@ -34,7 +34,7 @@ from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
-from .records import RunRecord, in_order
+from .records import RECORD_NAME, RunRecord, in_order
 from .report import console_table, write_report
 from .runs import MINIMA_NAME, Run, read_questions
 from .workers import Call, CallResult, call_in_workers, worker_count
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison"]
 
-_TUNING_NAME, _PRIMARY_NAME = "tuning.json", "declared.json"
+_TUNING_NAME, _DECLARED_NAME = "tuning.json", "declared.json"
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Comparison:
             if lacking := sorted(searched - set(mixture.eval)):
                 raise ValueError(f"minima.sources: {lacking} have no held-out rows. Give them eval_rows.")
         self._check_measured(mixture, sharded=bool(arguments.training.fsdp))
-        self._check_primary()
+        self._declared()
         for run in self._trial_runs() or self.runs():
             run.check()
         for run in self.runs():
@@ -173,20 +173,31 @@ class Comparison:
             known = ", ".join(in_order(measured))
             raise ValueError(f"metric: {', '.join(map(repr, unknown))} is not measured. Use one of {known}.")
 
-    def _check_primary(self) -> None:
-        """Keep the primary comparison in the folder, and refuse another one there."""
-        path = self.folder / _PRIMARY_NAME
-        config = self.config
-        declared: dict[str, Any] = {"baseline": config.baseline, **asdict(config.primary)}
-        declared |= {"family": config.tests(), "equivalence_margin": config.equivalence_margin}
-        declared = json.loads(json.dumps(declared))  # tuples become lists
+    def _declared(self) -> dict[str, Any]:
+        """
+        What was declared at the first start of the folder, which it keeps: the primary comparison, the tests of the
+        family, arms and seeds. Another primary comparison is refused, and another family, except for tests of arms
+        that were added.
+        """
+        path, config = self.folder / _DECLARED_NAME, self.config
+        primary = {**asdict(config.primary), "baseline": config.baseline}
+        primary |= {"equivalence_margin": config.equivalence_margin}
+        now = primary | {"tests": config.analyse([]).family, "arms": list(config.arms), "seeds": config.seeds}
+        now = json.loads(json.dumps(now))  # tuples become lists
         if not path.exists():
-            write_atomic(path, json.dumps(declared) + "\n")
-        elif declared | (before := json.loads(path.read_text(encoding="utf-8"))) != declared:
+            write_atomic(path, json.dumps(now) + "\n")
+        before = now | json.loads(path.read_text(encoding="utf-8"))
+        before["tests"], tests = [tuple(test) for test in before["tests"]], [tuple(test) for test in now["tests"]]
+        added = {*now["arms"]} - {*before["arms"]}
+        other = [f"{key}: {before[key]}" for key in primary if before[key] != now[key]]
+        other += [f"{test} in the family" for test in before["tests"] if test not in tests]
+        other += [f"no {t} in the family" for t in tests if t not in before["tests"] and added.isdisjoint(t[:2])]
+        if other:
             raise ValueError(
-                f"primary: {self.folder} was started with {before}. A primary comparison that is chosen after seeing "
-                "results proves nothing. Restore it, or choose another output_dir."
+                f"primary, family: {self.folder} was started with {', '.join(other)}. Comparisons chosen after seeing "
+                "results prove nothing. Restore them, or choose another output_dir."
             )
+        return before
 
     def _plan_trials(self) -> list[_Trial]:
         tuning, trials = self.config.tuning, []
@@ -258,7 +269,6 @@ class Comparison:
             ValueError: the tuning has not finished, or the folder holds runs with other settings.
         """
         scipy_stats()  # is installed
-        self._check_primary()
         self._choose()
         return self._report()
 
@@ -347,8 +357,14 @@ class Comparison:
     def _report(self, seconds: float | None = None) -> Path:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
         arms = list(self.config.arms)
-        records = [record for run in self.runs() if (record := run.record()) is not None]
-        analysis = self.config.analyse(records)
+        runs = self.runs()
+        records = [record for run in runs if (record := run.record()) is not None]
+        declared = self._declared()
+        analysis = self.config.analyse(records, declared["tests"])
+        done = sorted(path.parent for path in self.folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))
+        named = {run.folder for run in runs}
+        ignored = [f"{folder.parent.name}/{folder.name}" for folder in done if folder not in named]
+        analysis = replace(analysis, declared=(declared["arms"], declared["seeds"]), ignored=ignored)
         if self._trials:
             write_atomic(self.folder / _TUNING_NAME, json.dumps(self._tuning_table(), indent=1) + "\n")
         path = write_report(

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from ..evaluation.statistics import ALPHA, POWER, detectable, equivalence_p, pairs_needed
+from ..evaluation.statistics import ALPHA, POWER, detectable, pairs_needed
 from .analysis import MIN_PAIRS, Analysis, Row, Where
 from .controls import CONTROLS
 from .records import metric_label
@@ -15,6 +16,31 @@ _LISTED = 12
 # Interpolation may move a difference at matched training loss by this fraction of half its interval. Beyond, the
 # evaluations are too sparse.
 _INTERPOLATION = 0.2
+# How a p-value is named, by the role of its comparison.
+_KINDS = {"primary": "", "family": "Holm-corrected ", "exploratory": "exploratory, not corrected, "}
+
+
+class _Share(NamedTuple):
+    """How much of the primary difference a control has: a sentence, and a short answer in plain words."""
+
+    sentence: str
+    answer: str
+
+
+_ALL = _Share(
+    "So {kind} alone gives the effect, to within {margin:g}.", "gives the same difference, to within {margin:g}"
+)
+_PART = _Share("So {kind} alone gives a part of the effect, and not all of it.", "gives a part of it")
+_NONE = _Share("So {kind} alone does not explain the effect.", "does not give it")
+_MORE = _Share("So {kind} alone has a larger effect than {arm}.", "gives a larger one")
+_OPEN = _Share(
+    "Whether {kind} explains the effect is open: the two arms do not differ significantly.",
+    "gives perhaps all of it, and perhaps nothing",
+)
+_SOME = _Share(
+    "So {kind} alone has an effect. Whether it is the whole effect is open: the two arms do not differ significantly.",
+    "gives some or all of it",
+)
 
 
 def conclusions(analysis: Analysis) -> list[str]:
@@ -67,20 +93,52 @@ def plain_words(analysis: Analysis) -> str:
     change = f"{rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'}"
     text += f"On average over {_count(found.n, 'seed')}, it is {change}. "
     if found.p < ALPHA:
-        return f"{text}Luck alone rarely gives so clear a difference (in 5 of 100 studies), so it is probably real."
-    if (same := _equivalence(row, analysis)) is not None and same < ALPHA:
-        return f"{text}The true difference is probably smaller than {analysis.margin:g}, which does not matter."
-    unseen = _unseen(row, analysis)
-    return (
-        f"{text}Luck alone could explain this, so the question stays open. That is not the same as no difference: so "
-        f"few seeds reliably show only differences above {rounded(unseen, unseen)}. To see one half as large, about "
-        f"{pairs_needed(unseen / 2, found.deviation)} seeds are needed."
-    )
+        text += "Luck alone rarely gives so clear a difference (in 5 of 100 studies), so it is probably real. "
+    if _alike(row):
+        text += f"The true difference is probably smaller than {analysis.margin:g}, which does not matter. "
+    elif found.p >= ALPHA:
+        unseen = _unseen(row, analysis)
+        text += (
+            "Luck alone could explain this, so the question stays open. That is not the same as no difference: so few "
+            f"seeds reliably show only differences above {rounded(unseen, unseen)}. To see one half as large, about "
+            f"{pairs_needed(unseen / 2, found.deviation)} seeds are needed. "
+        )
+    return text + _plain_controls(analysis)
+
+
+def _plain_controls(analysis: Analysis) -> str:
+    """What the controls show of a difference that matters, in one sentence."""
+    arm, row = analysis.primary[0], analysis.primary_row
+    if not analysis.controls:
+        return f"No arm lacks just one ingredient of {arm}, so nothing shows which of them has an effect."
+    if row is None or not _differs(row) or _alike(row):
+        return f"Other arms lack one ingredient of {arm} each; they have no difference to explain."
+    shares = [
+        f"{CONTROLS[kind].remains} alone {share.answer.format(margin=analysis.margin)}"
+        for control, kind in analysis.controls.items()
+        if (share := _share(analysis, control)) is not None
+    ]
+    return f"Other arms lack one ingredient of {arm} each, and show what the rest does: {'; '.join(shares)}."
 
 
 def limitations(analysis: Analysis) -> list[str]:
-    """Missing runs, values that are not finite, and minima searches that did not converge, one line each."""
+    """
+    Missing runs, changes after the first start, values that are not finite, and minima searches that did not converge,
+    one line each.
+    """
     lines = [f"{arm}: no run for {_seeds(seeds)}." for arm, seeds in analysis.missing.items()]
+    arms, seeds = analysis.declared or (analysis.arms, analysis.seeds)
+    if added := [arm for arm in analysis.arms if arm not in arms]:
+        lines.append(f"{', '.join(added)}: added after the first start, so no comparison with it is in the family.")
+    if {*seeds} != {*analysis.seeds}:
+        lines.append(
+            f"The first start declared {_seeds(seeds)}, and now there are {_seeds(analysis.seeds)}. No p-value allows "
+            "for seeds that are added or removed after results were seen."
+        )
+    if analysis.ignored:
+        lines.append(
+            f"Finished runs that the configuration no longer names are in no number: {', '.join(analysis.ignored)}."
+        )
     for arm, seed, metrics in analysis.non_finite:
         if "train_loss" in metrics:
             lines.append(f"{arm}, seed {seed}: diverged. No value of this run is in a mean or a test.")
@@ -151,7 +209,9 @@ def _left_out(analysis: Analysis) -> str:
     ]
     missing = [f"{arm}, {_seeds(seeds)}" for arm, seeds in analysis.missing.items() if arm in arms]
     text = f" It holds only for runs that stay finite; left out: {'; '.join(diverged)}." if diverged else ""
-    return text + (f" Planned runs are missing: {'; '.join(missing)}." if missing else "")
+    text += f" Planned runs are missing: {'; '.join(missing)}." if missing else ""
+    changed = analysis.declared is not None and {*analysis.declared[1]} != {*analysis.seeds}
+    return text + " The seeds are not those of the first start: see the limitations." * changed
 
 
 def _primary_elsewhere(analysis: Analysis) -> Iterable[str]:
@@ -173,36 +233,50 @@ def _controls(analysis: Analysis) -> Iterable[str]:
         for compared in (analysis.row(control, metric, where), direct):
             if compared is not None and compared.difference is not None:
                 text.append(f"{_sentence(compared)} {_verdict(compared, analysis)}")
-        if row.p is None or row.p >= ALPHA:
+        if not _differs(row):
             text.append("The primary comparison shows no difference that this control could explain.")
-        elif direct is not None and direct.difference is not None:
-            text.append(_explanation(kind, direct, row.difference.mean))
+        elif _alike(row):
+            text.append("The primary comparison shows no difference that matters, which this control could explain.")
+        elif (share := _share(analysis, control)) is not None:
+            text.append(share.sentence.format(kind=kind, arm=arm, margin=analysis.margin))
         yield " ".join(text)
     needed = ("gamma 0", "random direction", "source mixing")
     if lacking := [kind for kind in needed if kind not in analysis.controls.values()]:
-        yield f"No control by {' or '.join(lacking)} was run. Whether it would have the same effect is not known."
+        line = f"No control by {' or '.join(lacking)} was run. Whether it would have the same effect is not known."
+        unclean = ", ".join(analysis.unclean)
+        yield line + f" The limitations say why {unclean} is not a control." * bool(unclean)
 
 
-def _explanation(kind: str, direct: Row, effect: float) -> str:
-    assert direct.difference is not None
-    if direct.p is None or direct.p >= ALPHA:
-        return f"Whether {kind} explains the effect is open: the two arms do not differ significantly."
-    if direct.difference.mean * effect > 0:
-        return f"So {kind} alone does not explain the effect."
-    return f"So {kind} alone has a larger effect than {direct.arm}."
+def _share(analysis: Analysis, control: str) -> _Share | None:
+    """How much of the primary difference a control has, by its differences to the baseline and to the primary arm."""
+    (arm, metric), where, row = analysis.primary, analysis.where, analysis.primary_row
+    own, direct = analysis.row(control, metric, where), analysis.row(arm, metric, where, versus=control)
+    assert row is not None and row.difference is not None
+    if own is None or own.difference is None or direct is None or direct.difference is None:
+        return None
+    acts = _differs(own) and own.difference.mean * row.difference.mean > 0
+    if acts and _alike(direct):
+        return _ALL
+    if not _differs(direct):
+        return _SOME if acts else _OPEN
+    if direct.difference.mean * row.difference.mean < 0:
+        return _MORE
+    return _PART if acts else _NONE
 
 
 def _others(analysis: Analysis) -> Iterable[str]:
     """The size of the declared family, and the exploratory comparisons with a low p-value."""
     compared = [row for row in analysis.rows if row.difference is not None]
-    if declared := sum(row.role == "family" and row.p is not None for row in compared):
-        yield f"Declared family: {_count(declared, 'comparison')}, with p-values corrected together by Holm's method."
+    if declared := len(analysis.family):
+        tested = sum(row.role == "family" and row.p is not None for row in compared)
+        text = f"Declared family: {_count(declared, 'comparison')}, with p-values corrected together by Holm's method."
+        yield text + f" {declared - tested} of them were not tested, and count." * (tested < declared)
     exploratory = [row for row in compared if row.role == "exploratory"]
-    tested = [(row, row.p) for row in exploratory if row.p is not None]
-    found = [row for row, p in sorted(tested, key=lambda pair: pair[1]) if p < ALPHA]
-    if tested:
-        text = f"{_count(len(tested), 'exploratory comparison')}, whose p-values are not corrected: "
-        text += f"{len(found)} below {ALPHA}, and chance alone would give about {ALPHA * len(tested):.1f}."
+    explored = [(row, row.p) for row in exploratory if row.p is not None]
+    found = [row for row, p in sorted(explored, key=lambda pair: pair[1]) if p < ALPHA]
+    if explored:
+        text = f"{_count(len(explored), 'exploratory comparison')}, whose p-values are not corrected: "
+        text += f"{len(found)} below {ALPHA}, and chance alone would give about {ALPHA * len(explored):.1f}."
         items = [f"- {_sentence(row)}" for row in found[:_LISTED]]
         if len(found) > _LISTED:
             items.append(f"- and {len(found) - _LISTED} more, in the tables")
@@ -241,8 +315,7 @@ def _sentence(row: Row) -> str:
         low, high = (rounded(end, found.half, "+") for end in (found.low, found.high))
         details.append(f"95 % interval{', not corrected,' * (row.role == 'family')} {low} to {high}")
     if row.p is not None:
-        kind = {"primary": "", "family": "Holm-corrected ", "exploratory": "exploratory, not corrected, "}[row.role]
-        details.append(kind + p_text(row.p))
+        details.append(_KINDS[row.role] + p_text(row.p))
     details.append(_count(found.n, "paired seed"))
     label = label[:1].upper() + label[1:]
     return f"{label}: {row.arm} {change if found.mean else 'equals'} {row.versus} ({', '.join(details)})."
@@ -253,10 +326,12 @@ def _verdict(row: Row, analysis: Analysis) -> str:
     assert found is not None
     if p is None:
         return "Not tested: too few seeds." if found.n < MIN_PAIRS else "Not tested: the same at every seed."
-    if (same := _equivalence(row, analysis)) is not None and same < ALPHA:
-        other = " The difference is small, and not 0." * (p < ALPHA and row.role != "exploratory")
-        tests = f"(two one-sided t-tests, {p_text(same)})"
-        return f"**Equivalent**: they differ by less than {analysis.margin:g} {tests}.{other}"
+    if row.p_equivalent is not None and row.p_equivalent < ALPHA:
+        tests = f"{analysis.margin:g} (two one-sided t-tests, {_KINDS[row.role]}{p_text(row.p_equivalent)})."
+        if row.role == "exploratory":
+            return f"This hints that they differ by less than {tests}"
+        other = " The difference is small, and not 0." * (p < ALPHA)
+        return f"**Equivalent**: they differ by less than {tests}{other}"
     if p >= ALPHA:
         unseen = _unseen(row, analysis)
         return f"**Inconclusive**: differences below {rounded(unseen, unseen)} could not have been seen."
@@ -266,11 +341,14 @@ def _verdict(row: Row, analysis: Analysis) -> str:
     return f"This **supports a difference**{favour}."
 
 
-def _equivalence(row: Row, analysis: Analysis) -> float | None:
-    """The p-value that the arms differ by less than the declared margin."""
-    if analysis.margin is None or row.metric != analysis.primary[1] or row.difference is None:
-        return None
-    return equivalence_p(row.difference, analysis.margin)
+def _differs(row: Row) -> bool:
+    """Whether a difference was found, by the p-value that decides."""
+    return row.p is not None and row.p < ALPHA
+
+
+def _alike(row: Row) -> bool:
+    """Whether the difference was shown to be below the margin."""
+    return row.p_equivalent is not None and row.p_equivalent < ALPHA
 
 
 def _unseen(row: Row, analysis: Analysis) -> float:

@@ -292,18 +292,17 @@ class ComparisonConfig:
             return None
         return [(test.arm, test.versus or self.baseline, test.metric, test.where) for test in self.family]
 
-    def analyse(self, records: Sequence[RunRecord]) -> Analysis:
-        """The statistics of the runs, with the declared tests."""
+    def analyse(self, records: Sequence[RunRecord], family: list[Test] | None = None) -> Analysis:
+        """The statistics of the runs, with the declared tests, or those of another `family`."""
         return compare_arms(
             records,
             baseline=self.baseline,
             primary=(self.primary.arm, self.primary.metric),
             where=self.primary.where,
-            family=self.tests(),
+            family=self.tests() if family is None else family,
             margin=self.equivalence_margin,
-            common=self.run_config({})["training"],
-            tuned=sorted({name for arm in self.arms for trial in self.trials(arm) for name in trial}),
-            arms=list(self.arms),
+            arms={arm: self.run_config(self.settings(arm))["training"] for arm in self.arms},
+            tuned={arm: {name for trial in self.trials(arm) for name in trial} for arm in self.arms},
             seeds=self.seeds,
         )
 

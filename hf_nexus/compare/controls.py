@@ -29,10 +29,11 @@ _OF_A_PATH = {"inner_direction", "inner_lr_schedule"}
 
 
 def find_controls(
-    settings: Mapping[str, Mapping[str, Any]], primary: str, tuned: Collection[str] = ()
+    settings: Mapping[str, Mapping[str, Any]], primary: str, tuned: Mapping[str, Collection[str]] = {}
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """
-    Find the controls of the primary arm by the training fields of each arm. A control may differ in the `tuned` ones.
+    Find the controls of the primary arm by the training fields of each arm, and those that it has `tuned`. A control
+    may differ in fields that both tuned.
 
     Returns the kind of each control, a key of `CONTROLS`, and of arms that lack an ingredient and are no control,
     the other fields in which they differ.
@@ -47,11 +48,13 @@ def find_controls(
     controls: dict[str, str] = {}
     unclean: dict[str, list[str]] = {}
     reference = defaults | dict(settings.get(primary, {}))
+    chosen = {*tuned.get(primary, ())}
     for arm, given in settings.items():
-        own = defaults | dict(given)
-        differing = {name for name in {**own, **reference} if own.get(name) != reference.get(name)} - {*tuned}
+        own, own_chosen = defaults | dict(given), {*tuned.get(arm, ())}
+        differing = {name for name in {**own, **reference} if own.get(name) != reference.get(name)}
+        differing = differing - (chosen & own_chosen) | (chosen ^ own_chosen)
         for kind, (name, value, _) in CONTROLS.items():
-            if own["nexus"] and name in differing and own[name] == value:
+            if own["nexus"] and name in differing and own[name] == value and name not in own_chosen:
                 others = differing - {name} - (_OF_A_PATH if value == 0 else set())
                 if others:
                     unclean[arm] = sorted(others)

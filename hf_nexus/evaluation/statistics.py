@@ -182,18 +182,19 @@ def equivalence_p(difference: Estimate, margin: float) -> float | None:
 def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
     """
     Holm's correction for multiple comparisons. With the threshold 0.05 after it, the probability of one or more false
-    positives is at most 0.05. A comparison with `None` was not tested and does not count.
+    positives is at most 0.05. A comparison with `None` was not tested. It counts like one with a p-value of 1, because
+    the others must not look better while it is missing.
 
     Example:
         >>> from hf_nexus.evaluation.statistics import holm
         >>> holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None})
-        {'a': 0.03, 'b': 0.06, 'c': 0.06, 'd': None}
+        {'a': 0.04, 'b': 0.09, 'c': 0.09, 'd': None}
     """
     tested = [(p, key) for key, p in p_values.items() if p is not None]
     corrected: dict[Key, float | None] = dict.fromkeys(p_values)
     largest = 0.0
     for rank, (p, key) in enumerate(sorted(tested, key=lambda pair: pair[0])):
-        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         corrected[key] = largest
     return corrected
 

@@ -6,6 +6,7 @@ import pytest
 
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.records import LossPoint, RunRecord
+from hf_nexus.evaluation.statistics import equivalence_p, holm
 from tests.support.comparison import diverge, make_record, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
@@ -43,6 +44,29 @@ def test_a_declared_family_replaces_the_default():
     assert (row.arm, row.versus, row.metric, row.where) == family[0] and row.p_holm == row.difference.p
 
 
+def test_arms_without_runs_count_in_the_family():
+    gains = {"adamw": 0.0, "nexus-0.05": 0.01, "other": 0.002, "third": 0.0}
+    records = make_records(gains)
+    whole = analyse(records)
+    part = analyse([record for record in records if record.arm != "third"], arms={key: {} for key in gains})
+    assert part.family == whole.family and len(whole.family) == 2
+    test = ("other", "ood_loss")
+    assert part.row(*test).p_holm == pytest.approx(min(1.0, 2 * part.row(*test).difference.p))
+    planned = analyse(records[:8], arms={"gamma-0": {"inner_lr": 0.0}})
+    assert ("nexus-0.05", "gamma-0", "ood_loss", "end") in planned.family
+
+
+def test_equivalence_is_corrected_like_differences():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.0, "other": 0.001, "third": 0.002})
+    analysis = analyse(records, margin=0.01)
+    raw = {row.test: equivalence_p(row.difference, 0.01) for row in analysis.rows if row.difference}
+    assert analysis.primary_row.p_equivalent == raw[analysis.primary_row.test]
+    family = [row for row in analysis.rows if row.role == "family"]
+    assert {row.test: row.p_equivalent for row in family} == holm({row.test: raw[row.test] for row in family})
+    assert analysis.row("nexus-0.05", "validation_loss").p_equivalent is None
+    assert all(row.p_equivalent is None for row in analyse(records).rows)
+
+
 def test_a_bound_on_interpolation_shrinks_with_more_points():
     """Training losses are 4 * 0.4**step, and OOD losses their squares."""
     found = {}
@@ -66,7 +90,7 @@ def test_two_paired_seeds_have_no_p_value():
 
 def test_a_missing_seed_leaves_the_others_paired():
     records = [r for r in make_records({"adamw": 0.0, "nexus-0.05": 0.03}) if (r.arm, r.seed) != ("adamw", 1)]
-    analysis = analyse(records, arms=["adamw", "nexus-0.05", "never-run"], seeds=[0, 1, 2, 3])
+    analysis = analyse(records, arms={"adamw": {}, "nexus-0.05": {}, "never-run": {}}, seeds=[0, 1, 2, 3])
     assert analysis.row(*PRIMARY).mean.n == 4 and analysis.row(*PRIMARY).difference.n == 3
     ends = {(r.arm, r.seed): r.end.ood_loss for r in records}
     expected = sum(ends["nexus-0.05", s] - ends["adamw", s] for s in (0, 2, 3)) / 3

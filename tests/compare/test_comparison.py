@@ -150,10 +150,43 @@ def test_the_primary_comparison_cannot_change(base, tmp_path):
         {"primary": {"arm": "nexus", "metric": "validation_loss"}},
         {"primary": {"arm": "nexus", "where": "matched"}},
         {"equivalence_margin": 0.1},
-        {"family": []},
+        {"family": [{"arm": "nexus", "metric": "validation_loss"}]},
     ):
         with pytest.raises(ValueError, match="chosen after seeing results"):
             Comparison(make_comparison(base, tmp_path, **changes), Console(quiet=True)).check()
+
+
+def test_the_family_is_that_of_the_first_start(base, tmp_path):
+    def declared(arms, **changes):
+        config = make_comparison(base, tmp_path, arms=ARMS | arms, **changes)
+        return Comparison(config, Console(quiet=True))._declared()
+
+    control, other = {"gamma-0": {"inner_lr": 0.0}}, {"other": {"inner_lr": 0.2}}
+    first = declared(control)
+    assert len(first["tests"]) == 2 and first["arms"] == ["adamw", "nexus", "gamma-0"]
+    assert declared(control | other, seeds=[1, 2, 3, 4]) == first == declared(dict(reversed(control.items())))
+    for arms, message in (
+        ({}, r"\('gamma-0', 'adamw', 'ood_loss', 'end'\) in the family"),
+        ({"gamma-0": {"inner_lr": 0.1}}, r"\('nexus', 'gamma-0', 'ood_loss', 'end'\) in the family"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            declared(arms)
+    test = {"arm": "nexus", "metric": "validation_loss"}
+    with pytest.raises(ValueError, match=r"no \('nexus', 'adamw', 'validation_loss', 'end'\) in the family"):
+        declared(control, family=[test, {"arm": "gamma-0"}, {"arm": "nexus", "versus": "gamma-0"}])
+
+
+def test_a_report_names_what_was_added_and_removed(copied, monkeypatch):
+    monkeypatch.setattr(module, "plot_comparison", lambda *args, **kwargs: [])
+    more = replace(copied, seeds=[1, 2, 4], arms=copied.arms | {"late": copied.arms["nexus"]})
+    shutil.copytree(Path(copied.output_dir, "tuning", "nexus"), Path(copied.output_dir, "tuning", "late"))
+    comparison = Comparison(more, Console(quiet=True))
+    for run in comparison._trial_runs():
+        run.write()
+    text = comparison.report().read_text()
+    assert "- late: added after the first start" in text
+    assert "- The first start declared seeds 1, 2, 3, and now there are seeds 1, 2, 4." in text
+    assert "no longer names are in no number: adamw/seed-3, nexus/seed-3." in text
 
 
 def test_a_comparison_tunes_runs_and_searches(finished):

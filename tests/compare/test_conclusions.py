@@ -50,9 +50,55 @@ def test_an_inconclusive_comparison_names_what_it_could_see():
     assert "No control by random direction or source mixing was run." in text
 
 
+def explained(random, margin=None, noise=0.002):
+    """The conclusions and the plain words on a gain of 0.03, and of the control by random directions."""
+    records = make_records({"adamw": 0.0, "random": random, "nexus-0.05": 0.03}, range(6), noise=noise)
+    analysis = analyse(records, margin=margin)
+    return "\n".join(conclusions(analysis)), plain_words(analysis)
+
+
 def test_a_control_with_the_same_effect_leaves_the_cause_open():
-    text = concluded(make_records({"adamw": 0.0, "random": 0.03, "nexus-0.05": 0.03}))
-    assert "Whether random direction explains the effect is open" in text
+    text, plain = explained(0.03)
+    assert "So random direction alone has an effect. Whether it is the whole effect is open" in text
+    assert "a perturbation of the weights along any path alone gives some or all of it." in plain
+
+
+def test_a_control_within_the_margin_gives_the_whole_effect():
+    for random in (0.03, 0.025):  # the second differs, and by less than the margin
+        text, plain = explained(random, margin=0.01, noise=0.0005)
+        assert "So random direction alone gives the effect, to within 0.01." in text
+        assert "is open" not in text and "does not explain" not in text
+        assert "alone gives the same difference, to within 0.01." in plain
+
+
+def test_a_difference_below_the_margin_needs_no_control():
+    text, plain = explained(0.0, margin=0.5)
+    assert "The difference is small, and not 0." in text
+    assert "no difference that matters, which this control could explain" in text and "does not explain" not in text
+    assert "probably real. The true difference is probably smaller than 0.5, which does not matter." in plain
+    assert plain.endswith("they have no difference to explain.")
+
+
+def test_a_control_with_a_part_of_the_effect_is_named():
+    text, plain = explained(0.015)
+    assert "So random direction alone gives a part of the effect, and not all of it." in text
+    assert plain.endswith("alone gives a part of it.")
+
+
+def test_a_noisy_control_leaves_the_cause_open():
+    records = make_records({"adamw": 0.0, "random": 0.0, "nexus-0.05": 0.03}, range(6))
+    for record in records[6:12]:
+        end, away = record.end, 0.2 * (-1) ** record.seed
+        record.curve[-1] = replace(end, ood_loss=end.ood_loss + away)
+    analysis = analyse(records)
+    assert "Whether random direction explains the effect is open" in "\n".join(conclusions(analysis))
+    assert plain_words(analysis).endswith("alone gives perhaps all of it, and perhaps nothing.")
+
+
+def test_plain_words_say_that_controls_are_missing():
+    assert plain_words(analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03}))).endswith(
+        "No arm lacks just one ingredient of nexus-0.05, so nothing shows which of them has an effect."
+    )
 
 
 def test_a_control_with_a_larger_effect_is_named():
@@ -65,8 +111,9 @@ def test_a_control_says_what_it_shows():
     for record in records[4:8]:
         record.settings = {"inner_lr": 0.05, "source_schedule": "mixed", "learning_rate": 0.1}
     said = "Control mixed (source mixing) shows the effect that a walk over mixed data has alone."
-    assert said in concluded(records, tuned=["learning_rate"])
-    assert "Control mixed" not in concluded(records)
+    assert said in concluded(records, tuned={key: ["learning_rate"] for key in ["mixed", "nexus-0.05"]})
+    without = concluded(records)
+    assert "Control mixed" not in without and "The limitations say why mixed is not a control." in without
     (line,) = [line for line in limitations(analyse(records)) if line.startswith("mixed: no control")]
     assert line == "mixed: no control of nexus-0.05, since they differ in learning_rate as well."
 
@@ -144,9 +191,36 @@ def test_a_loss_that_is_not_finite_during_training_is_named():
 
 def test_missing_runs_are_named():
     records = [r for r in make_records({"adamw": 0.0, "nexus-0.05": 0.03}) if (r.arm, r.seed) != ("adamw", 1)]
-    planned = {"arms": ["never-run"], "seeds": [0, 1, 2, 3]}
+    planned = {"arms": {"never-run": {}}, "seeds": [0, 1, 2, 3]}
     assert "Planned runs are missing: adamw, seed 1." in concluded(records, **planned)
     assert "never-run: no run for seeds 0, 1, 2, 3." in limitations(analyse(records, **planned))
+
+
+def test_changes_after_the_first_start_are_named():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.03, "late": 0.0})
+    analysis = analyse(records, family=[])
+    assert limitations(replace(analysis, declared=(analysis.arms, analysis.seeds))) == limitations(analysis)
+    changed = replace(analysis, declared=(["adamw", "nexus-0.05"], [0, 1, 4]), ignored=["old/seed-1"])
+    first, second, third = limitations(changed)[:3]
+    assert first == "late: added after the first start, so no comparison with it is in the family."
+    assert second.startswith("The first start declared seeds 0, 1, 4, and now there are seeds 0, 1, 2, 3.")
+    assert third == "Finished runs that the configuration no longer names are in no number: old/seed-1."
+    assert "The seeds are not those of the first start" in conclusions(changed)[0]
+
+
+def test_the_family_counts_what_was_not_tested():
+    text = concluded(
+        make_records({"adamw": 0.0, "nexus-0.05": 0.03}), arms={"a": {}, "b": {}, "gamma-0": {"inner_lr": 0}}
+    )
+    assert "Declared family: 4 comparisons, with p-values corrected together by Holm's method. 4 of them" in text
+
+
+def test_an_exploratory_equivalence_is_only_a_hint():
+    text = concluded(make_records(PLAIN, range(8)), margin=0.01)
+    assert (
+        "This hints that they differ by less than 0.01 (two one-sided t-tests, exploratory, not corrected, p" in text
+    )
+    assert text.count("**Equivalent**") == 1
 
 
 def test_searches_that_did_not_converge_are_counted():

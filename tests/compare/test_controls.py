@@ -44,7 +44,41 @@ def test_tuned_fields_and_defaults_do_not_count():
         "primary": PRIMARY | {"learning_rate": 0.01},
         "arm": {"inner_lr": 0.0, "learning_rate": 0.02, "source_schedule": "random"},
     }
-    assert find_controls(arms, "primary", ["learning_rate"]) == ({"arm": "gamma 0"}, {})
+    tuned = {key: ["learning_rate"] for key in arms}
+    assert find_controls(arms, "primary", tuned) == ({"arm": "gamma 0"}, {})
+
+
+def test_the_primary_arm_may_tune_the_field_of_a_control():
+    arms = {"primary": {}, "arm": {"inner_lr": 0.0}}
+    tuned = {"primary": ["inner_lr", "learning_rate"], "arm": ["learning_rate"]}
+    assert find_controls(arms, "primary", tuned) == ({"arm": "gamma 0"}, {})
+
+
+@pytest.mark.parametrize(
+    ("tuned", "others"),
+    [
+        ({"other": ["weight_decay"]}, ["weight_decay"]),
+        ({"arm": ["weight_decay"]}, ["weight_decay"]),
+        ({"arm": ["learning_rate"], "primary": ["optim_args"]}, ["learning_rate", "optim_args", "weight_decay"]),
+    ],
+    ids=["another arm tunes it", "only the control tunes it", "each tunes another field"],
+)
+def test_only_fields_that_both_arms_tune_may_differ(tuned, others):
+    arms = {"primary": PRIMARY, "arm": {"inner_lr": 0.0, "weight_decay": 0.5}, "other": {}}
+    assert find_controls(arms, "primary", tuned) == ({}, {"arm": others})
+
+
+def test_the_grids_of_a_comparison_belong_to_their_arms(tmp_path):
+    arms = {
+        "adamw": {"nexus": False, "tuning": {"weight_decay": [0.1, 0.2]}},
+        "gamma-0": {"inner_lr": 0.0, "weight_decay": 0.5},
+        "random": {"inner_direction": "random"},
+        "nexus": {},
+    }
+    tuning = {"grid": {"learning_rate": [1e-3, 1e-2]}}
+    config = make_comparison(write_config(tmp_path), tmp_path / "out", arms=arms, tuning=tuning)
+    analysis = config.analyse([])
+    assert analysis.controls == {"random": "random direction"} and analysis.unclean == {"gamma-0": ["weight_decay"]}
 
 
 def test_without_a_path_its_schedule_does_not_matter():

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from hf_nexus.evaluation.statistics import pairs_needed, power
 SPREAD = 0.03  # standard deviation of the paired differences of two arms
 
 
-def simulate(gains: dict[str, float], seeds: int, studies: int) -> Iterator[Analysis]:
+def simulate(gains: dict[str, float], seeds: int, studies: int, **options: Any) -> Iterator[Analysis]:
     """
     Studies of arms whose OOD loss is `gain` lower, at the end and at matched training loss. A seed moves all of its
     runs, each run has noise, and the arms end at different training losses.
@@ -30,7 +31,7 @@ def simulate(gains: dict[str, float], seeds: int, studies: int) -> Iterator[Anal
                     for i, x in enumerate((5.0, 3.0, 2.0 - 0.1 * place))
                 ]
                 records.append(RunRecord(arm, seed, curve=curve))
-        yield compare_arms(records, baseline="adamw", primary=("nexus", "ood_loss"), where="matched")
+        yield compare_arms(records, baseline="adamw", primary=("nexus", "ood_loss"), where="matched", **options)
 
 
 def test_false_positives_are_as_rare_as_alpha():
@@ -42,6 +43,18 @@ def test_false_positives_are_as_rare_as_alpha():
         family += any(row.p < 0.05 for row in analysis.rows if row.role == "family")
     assert primary / 1250 == pytest.approx(0.05, abs=0.0185)
     assert family / 1250 <= 0.05 + 0.0185
+
+
+def test_false_equivalence_is_as_rare_as_alpha():
+    """True differences of exactly the margin: 0.05 within three standard errors, 0.0253, of 666 studies."""
+    margin, others = 2 * SPREAD, [f"arm-{i}" for i in range(5)]
+    gains = {"adamw": 0.0, "nexus": margin} | dict.fromkeys(others, margin)
+    primary = family = 0
+    for analysis in simulate(gains, seeds=6, studies=666, margin=margin):
+        primary += analysis.primary_row.p_equivalent < 0.05
+        family += any(row.p_equivalent < 0.05 for row in analysis.rows if row.role == "family")
+    assert primary / 666 == pytest.approx(0.05, abs=0.0253)
+    assert family / 666 <= 0.05 + 0.0253
 
 
 @pytest.mark.parametrize("difference", [0.05, 0.03])

@@ -23,9 +23,9 @@ def analyse(records, **options):
     return compare_arms(records, baseline="adamw", primary=PRIMARY, **options)
 
 
-def write(records, folder: Path, arms=(), seeds=(), **options) -> str:
+def write(records, folder: Path, seeds=(), **options) -> str:
     details = {"command": "hf-nexus compare", "versions": {"torch": "2.13"}, "seeds": [0, 1]}
-    analysis = analyse(records, arms=arms, seeds=seeds)
+    analysis = analyse(records, seeds=seeds)
     text = write_report(analysis, records, folder, title="A title", details=details, **options).read_text("utf-8")
     assert_tables_are_well_formed(text)
     json.loads((folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -119,7 +119,7 @@ def test_the_page_holds_the_report_and_needs_no_other_file(tmp_path):
 
 
 def test_the_console_table_shows_every_arm_and_its_difference():
-    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03, "other": 0.01}), arms=["never-run"])
+    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03, "other": 0.01}), arms={"never-run": {}})
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(console_table(analysis))
     text = console.export_text()

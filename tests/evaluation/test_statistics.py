@@ -166,8 +166,8 @@ def test_holm_by_hand():
     assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
 
 
-def test_what_was_not_tested_does_not_count():
-    assert holm({"a": 0.02, "b": None, "c": 0.01}) == {"a": 0.02, "b": None, "c": 0.02}
+def test_what_was_not_tested_counts_in_the_correction():
+    assert holm({"a": 0.02, "b": None, "c": 0.01}) == {"a": 0.04, "b": None, "c": 0.03}
     assert holm({}) == {}
 
 
@@ -180,7 +180,7 @@ def test_holm_never_lowers_keeps_the_order_and_stays_below_1(p_values):
     assert all(p <= corrected <= 1 for p, corrected in tested)
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(sorted(tested)))
     if tested:  # Bonferroni's bound, reached by the smallest
-        assert min(tested)[1] == min(1.0, len(tested) * min(tested)[0])
+        assert min(tested)[1] == min(1.0, len(p_values) * min(tested)[0])
 
 
 @given(P_VALUES, st.randoms(use_true_random=False))
