@@ -1,6 +1,7 @@
 """The numbers of studies in the documentation are those of their runs, which docs/studies/ holds."""
 
 import csv
+import itertools
 import math
 import re
 from pathlib import Path
@@ -8,10 +9,50 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from hf_nexus.evaluation.statistics import Estimate, detectable, holm, pairs_needed
+
 ROOT = Path(__file__).parents[1]
-RESULTS = "".join((ROOT / "docs" / name).read_text() for name in ("results.md", "results_ladder.md"))
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("results", "results_ladder", "evidence", "choosing")
+}
+RESULTS = PAGES["results"] + PAGES["results_ladder"]
+README = (ROOT / "README.md").read_text()
+RUNGS = ("0.03M", "0.1M", "0.3M")
+REPORTED = 0.012  # OOD loss, by the paper
 STUDIES = sorted((ROOT / "docs" / "studies").glob("*.csv"))
 HEADER = re.compile(r"^\| \w+ \| arm \| against \| pairs \| (.*) \|$")
+
+
+class Study:
+    """The values of the runs of a study, and differences paired by seed."""
+
+    def __init__(self, path: Path):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.values = {(r["arm"], r["seed"], r["metric"], r["where"]): float(r["value"]) for r in rows}
+        self.arms = list(dict.fromkeys(arm for arm, *_ in self.values))
+        self.seeds = sorted({seed for _, seed, _, _ in self.values})
+
+    def sides(self, arm: str, versus: str, metric: str, where: str) -> list[tuple[float, float]]:
+        """The values of both arms at each seed."""
+        at = ("end", "end") if where == "end" else (f"matched with {versus}", f"matched with {arm}")
+        keys = [((arm, seed, metric, at[0]), (versus, seed, metric, at[1])) for seed in self.seeds]
+        return [(self.values[a], self.values[b]) for a, b in keys if a in self.values and b in self.values]
+
+    def difference(self, arm: str, versus: str, metric: str = "ood_loss", where: str = "matched") -> Estimate:
+        gaps = [a - b for a, b in self.sides(arm, versus, metric, where)]
+        half = stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1)
+        assert math.isfinite(half)
+        return Estimate(sum(gaps) / len(gaps), half, len(gaps), stats.ttest_1samp(gaps, 0).pvalue)
+
+
+LADDER = {rung: Study(ROOT / "docs" / "studies" / f"ladder-{rung}.csv") for rung in RUNGS}
+CONTROLS = ("gamma-0", "random-0.2", "mixed-0.2", "follow-0.2")
+
+
+def flat(text: str) -> str:
+    """Text without line breaks."""
+    return " ".join(text.split())
 
 
 def published(study: str) -> list[tuple[str, str, str, str, str]]:
@@ -28,26 +69,96 @@ def published(study: str) -> list[tuple[str, str, str, str, str]]:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_table_holds_the_differences_of_its_runs(path):
     """The test computes the statistics from the values of the runs."""
-    with path.open(newline="") as file:
-        values = {(r["arm"], r["seed"], r["metric"], r["where"]): float(r["value"]) for r in csv.DictReader(file)}
-    seeds = sorted({seed for _, seed, _, _ in values})
-    numbers = published(path.stem)
+    study, numbers = Study(path), published(path.stem)
     assert numbers
     for arm, versus, pairs, name, text in numbers:
         label, where = name.split(", ")
         metric = {"OOD loss": "ood_loss", "training loss": "train_loss", "validation loss": "validation_loss"}[label]
-        at = ("end", "end") if where == "end" else (f"matched with {versus}", f"matched with {arm}")
-        keys = [((arm, seed, metric, at[0]), (versus, seed, metric, at[1])) for seed in seeds]
-        gaps = [values[one] - values[other] for one, other in keys if one in values and other in values]
-        half = stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1)
-        assert math.isfinite(half) and str(len(gaps)) == pairs, (arm, versus, name)
+        found = study.difference(arm, versus, metric, where)
         digits = len(text.rpartition(".")[2])
-        assert text == f"{sum(gaps) / len(gaps):+.{digits}f} ± {half:.{digits}f}", (arm, versus, name)
+        assert (pairs, text) == (str(found.n), f"{found.mean:+.{digits}f} ± {found.half:.{digits}f}"), (arm, versus)
+
+
+def test_pages_state_the_seeds_of_the_ladder():
+    counts = {rung: str(len(study.seeds)) for rung, study in LADDER.items()}
+    for name in ("evidence", "choosing"):
+        found = re.findall(r"(0\.\d+M)(?: parameters)?,? \(?(\d+) seeds", flat(PAGES[name]))
+        assert dict(found) == counts and len(found) == len(counts), name
+    (found,) = re.findall(r"\(docs/results_ladder\.md\) \((\d+), (\d+) and (\d+) seeds\)", flat(README))
+    assert list(found) == list(counts.values())
+    assert "{} seeds at 0.03M, {} at 0.1M, and {} at 0.3M".format(*counts.values()) in flat(PAGES["results_ladder"])
+
+
+def test_pages_state_the_primary_comparison_of_the_ladder():
+    found = [study.difference("nexus-0.2", "adamw") for study in LADDER.values()]
+    text = flat(PAGES["results_ladder"])
+    for rung, each in zip(RUNGS, found, strict=True):
+        assert f"{each.mean:+.4f} at {rung}" in text
+        assert f"{each.low:+.4f} to {each.high:+.4f}, p = {each.p:.2g}" in text
+    unseen = [f"{detectable(each.deviation, each.n):.2g}" for each in found]
+    assert "Differences below {}, {} and {} could not".format(*unseen) in text
+    needed = [pairs_needed(REPORTED, each.deviation) for each in found]
+    assert f"{REPORTED} needs {{}}, {{}} and {{}} seeds".format(*needed) in text
+    assert "the rungs have {}, {} and {}.".format(*(each.n for each in found)) in text
+    cells = [f"{each.mean:+.4f} ± {each.half:.4f}" for each in found]
+    assert "{}, {} and {} for gamma 0.2".format(*cells) in flat(PAGES["evidence"])
+
+
+def test_the_ladder_states_its_corrected_p_values():
+    holms = []
+    for study in LADDER.values():
+        tests = [(arm, "adamw") for arm in study.arms if arm not in ("adamw", "nexus-0.2")]
+        tests += [("nexus-0.2", control) for control in CONTROLS]
+        holms.append(holm({test: study.difference(*test).p for test in tests}))
+    text, mixed = flat(PAGES["results_ladder"]), ("nexus-0.2", "mixed-0.2")
+    assert {(i, test) for i, family in enumerate(holms) for test, p in family.items() if p < 0.05} == {
+        (0, mixed),
+        (1, mixed),
+    }
+    assert f"(Holm p = {holms[0][mixed]:.3f} and {holms[1][mixed]:.3f})" in text
+    assert f"(Holm p = {holms[1]['nexus-0.2', 'follow-0.2']:.2f})" in text
+    shuffled = LADDER["0.03M"].difference("adamw-mixed", "adamw")
+    assert f"(p = {shuffled.p:.3f}, Holm p = {holms[0]['adamw-mixed', 'adamw']:.3f})" in text
+    assert "all Holm p = 1" in text and set(holms[2].values()) == {1.0}
+
+
+def test_the_ladder_says_which_runs_are_read_early():
+    early = []
+    for study in LADDER.values():
+        sides = study.sides("nexus-0.2", "adamw", "ood_loss", "matched")
+        ends = study.sides("nexus-0.2", "adamw", "ood_loss", "end")
+        assert all((a == c) != (b == d) for (a, b), (c, d) in zip(sides, ends, strict=True))
+        early += [sum(a != c for (a, _), (c, _) in zip(sides, ends, strict=True)), len(sides)]
+    stated = "{} of {} pairs with AdamW at 0.03M, of {} of {} at 0.1M and of {} of {} at 0.3M".format(*early)
+    assert stated in flat(PAGES["results_ladder"])
+
+
+def test_the_ladder_has_only_differences_of_its_runs():
+    known = set()
+    for study in LADDER.values():
+        for arm, versus in itertools.permutations(study.arms, 2):
+            for metric, where in (("ood_loss", "matched"), ("ood_loss", "end"), ("train_loss", "end")):
+                if study.sides(arm, versus, metric, where):
+                    found = study.difference(arm, versus, metric, where)
+                    known |= {f"{abs(number):.4f}" for number in (found.mean, found.half, found.low, found.high)}
+    ladder_row = next(line for line in PAGES["evidence"].splitlines() if "[our ladder]" in line)
+    numbers = re.findall(r"\d\.\d{4}(?!\d)", PAGES["results_ladder"] + ladder_row)
+    assert len(numbers) > 100 and [number for number in numbers if number not in known] == []
+
+
+def test_the_results_state_what_the_pilot_could_not_see():
+    pilot, text = Study(ROOT / "docs" / "studies" / "pilot.csv"), flat(PAGES["results"])
+    end, matched = (pilot.difference("nexus-0.05", "adamw", where=where) for where in ("end", "matched"))
+    assert f"of {end.deviation:.3f} at the end and {matched.deviation:.3f} at matched" in text
+    assert f"five seeds could not have seen differences below {detectable(end.deviation, end.n):.3f}" in text
+    needed = [pairs_needed(REPORTED, each.deviation) for each in (end, matched)]
+    assert "needs {} seeds at the end, or {} at matched".format(*needed) in text
+    assert f"(p = {matched.p:.3f}, exploratory)" in text
 
 
 def test_the_readme_has_only_numbers_that_a_page_explains():
     """Each decimal number of the paragraph on evidence is in the results, or in what is known from others."""
-    (paragraph,) = re.findall(r"- \*\*Evidence\.\*\* (.*?)(?=\n\n|\n- )", (ROOT / "README.md").read_text(), re.DOTALL)
+    (paragraph,) = re.findall(r"- \*\*Evidence\.\*\* (.*?)(?=\n\n|\n- )", README, re.DOTALL)
     numbers = re.findall(r"\d+\.\d+", paragraph)
-    sources = RESULTS + (ROOT / "docs" / "evidence.md").read_text()
+    sources = RESULTS + PAGES["evidence"]
     assert numbers and [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?!\d)", sources)] == []
