@@ -17,10 +17,10 @@ BUILTIN_PREFIX = "builtin/"
 MAP_STYLE_LIMIT = 2_000_000_000
 # Names of sources become part of the names of metrics, such as `eval_<name>_loss`.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Words in the names of splits.
-_TRAIN = {"train", "training"}
-_HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"}
-_HELD_OUT |= {"holdout", "heldout", "held"}
+# Words in the names of splits, which may be joined: of training, held out, and beside either.
+_TRAIN = "train|training|learn|trn"
+_HELD_OUT = "tests?|testing|tst|val|valid|validat(?:e|ion)|dev|devel|development|evals?|evaluat(?:e|ion)|hold|held"
+_BESIDE = "sets?|data|mini|small|full|pre|cross|out"
 # Columns other than text, and what can be trained on alone in them.
 _NOT_TEXT = {"messages_column": "assistant", "prompt_column": "completion", "completion_column": "completion"}
 _NOT_TEXT |= {"tokens_column": ""}
@@ -122,6 +122,8 @@ class SourceConfig:
     on_error: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
+        if isinstance(self.path, str):
+            self.path = re.sub("^(?:file|local)://", "", self.path)
         if self.weight == 0:
             raise ValueError("weight: 0 is not allowed. To evaluate on a source without training, set `role: ood`.")
         check_fields(self)
@@ -362,11 +364,25 @@ class MixtureConfig:
 
 
 def refuse_splits(names: Iterable[Any]) -> None:
-    """Raise `ValueError` if the names of training sources are those of splits, some of which are held out."""
-    words = {name: {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))} for name in names}
-    training, held_out = ([name for name in words if words[name] & kind] for kind in (_TRAIN, _HELD_OUT))
-    if len(words) > 1 and held_out and (training or len(held_out) == len(words)):
+    """
+    Raise `ValueError` if the names of training sources are those of splits, some of which are held out: one ends in
+    the word of a split, or two have the same other words. `dev_docs` and `train_manuals` are different sources.
+    """
+    splits = {name: _as_split(str(name)) for name in names}
+    training, held_out = ([name for name in splits if splits[name][0] == kind] for kind in (_TRAIN, _HELD_OUT))
+    others = training or (held_out if len(held_out) == len(splits) else [])
+    pairs = [(splits[a], splits[b]) for a in held_out for b in others if a != b]
+    if any(one == other or ends or other_ends for (_, one, ends), (_, other, other_ends) in pairs):
         raise ValueError(
-            f"sources: {', '.join(map(str, words))} look like splits of one dataset: all would be trained on. "
-            f"Train on one split, dataset[{(training or held_out)[0]!r}], or give the sources other names."
+            f"sources: {', '.join(map(str, splits))} look like splits of one dataset: all would be trained on. "
+            f"Train on one split, dataset[{others[0]!r}], or give the sources other names."
         )
+
+
+def _as_split(name: str) -> tuple[str, list[str], bool]:
+    """The kind of split that a name is for, if any; its other words; and whether it ends in the word of the split."""
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
+    words = [word for word in words if not re.fullmatch(f"(?:{_BESIDE})+", word)]
+    of_split = [word for word in words if re.fullmatch(f"(?:{_TRAIN}|{_HELD_OUT}|{_BESIDE})+", word)]
+    kind = next((kind for kind in (_TRAIN, _HELD_OUT) if re.search(kind, " ".join(of_split))), "")
+    return kind, [word for word in words if word not in of_split], words[-1:] == of_split[-1:]

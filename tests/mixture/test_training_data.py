@@ -32,6 +32,22 @@ def prepare(train: Any) -> Any:
         ("trainSft", "testSft"),
         ("training", "held_out"),
         ("test", "validation"),
+        ("trainval", "test"),
+        ("test", "testmini"),
+        ("train", "devtest"),
+        ("trainset", "testset"),
+        ("traindata", "testdata"),
+        ("train", "hold_out"),
+        ("pretrain", "heldout"),
+        ("train", "validate"),
+        ("learn", "validate"),
+        ("train", "tests"),
+        ("train", "evals"),
+        ("train", "crossval"),
+        ("train", "minitest"),
+        ("trn", "tst"),
+        ("train_small", "test_unseen"),
+        ("web_train", "code_test"),
     ],
 )
 @pytest.mark.parametrize("kind", [dict, DatasetDict])
@@ -43,7 +59,16 @@ def test_splits_are_not_taken_for_sources(names, kind):
 
 
 @pytest.mark.parametrize(
-    "names", [("train",), ("web", "unit_test_code"), ("contest", "training"), ("latest", "trains")]
+    "names",
+    [
+        ("train",),
+        ("web", "unit_test_code"),
+        ("contest", "training"),
+        ("latest", "trains"),
+        ("dev_docs", "test_cases", "train_manuals"),
+        ("dataset", "training"),
+        ("dev_docs", "test_cases"),
+    ],
 )
 def test_names_that_only_resemble_splits_are_sources(names):
     assert prepare(dict.fromkeys(names, ROWS)).names == list(names)
