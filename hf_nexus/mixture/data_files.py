@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from .config import SourceConfig
 from .token_files import index_of
 
-__all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "means_files"]
+__all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "is_saved", "means_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,9 @@ _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": 
 _FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Files that describe a dataset.
-_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+_METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
+# Files of a folder of `save_to_disk`, with a key of each: files of other folders may have these names.
+_SAVED = {"state.json": b'"_data_files"', "dataset_dict.json": b'"splits"'}
 # Words in names, as `datasets` knows them, in any case: `test.csv`, `test/1.csv`, `my-test.00000-of-00002.json.gz`.
 _SPLITS = dict.fromkeys(("train", "training"), "train")
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -41,6 +43,19 @@ def means_files(path: str) -> bool:
     """Whether a path means data files, and not a dataset on the Hub."""
     known = os.path.exists(path) or is_remote(path) or glob.has_magic(path)
     return known or path.startswith((".", "/")) or _suffix(path) in _FORMATS
+
+
+def is_saved(folder: str) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any(_is_of_saved(path) for name in _SAVED if os.path.isfile(path := os.path.join(folder, name)))
+
+
+def _is_of_saved(file: str) -> bool:
+    key = _SAVED.get(os.path.basename(file))
+    if key is None or is_remote(file):
+        return key is not None
+    with open(file, "rb") as opened:
+        return key in opened.read(4096)
 
 
 def card_lists_files(folder: str) -> bool:
@@ -205,7 +220,7 @@ def _suffix(path: str) -> str:
 
 
 def _holds_rows(file: str, path: str) -> bool:
-    named = file == path or os.path.basename(file) not in _METADATA
+    named = file == path or not (os.path.basename(file) in _METADATA or _is_of_saved(file))
     indexed = _FORMATS.get(_suffix(file)) != "token files" or is_remote(file) or os.path.isfile(index_of(file))
     return named and _suffix(file) in _FORMATS and indexed
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import cached_property, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..files import printable
 from .config import BUILTIN_PREFIX, SourceConfig
-from .data_files import card_lists_files, data_files, means_files
+from .data_files import card_lists_files, data_files, is_saved, means_files
 from .token_files import index_of, read_token_files
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def load_documents(
     with _naming_source(name, source, split):
         if source.path.startswith(BUILTIN_PREFIX):
             documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
-        elif any(os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+        elif is_saved(path):
             documents = _load_saved(path, split)
         else:
             files: dict[str, Any] = {"path": path, "name": source.subset, "revision": source.revision}
@@ -445,7 +446,8 @@ def _as_json(value: Any) -> Any:
     makes floats of all numbers of a key if one is a float, so whole floats become integers again.
 
     Raises:
-        ValueError: it holds a date. Arrow makes dates of texts, and it is not known how they were written.
+        ValueError: it holds a date, a decimal or bytes. Arrow makes dates of texts, and it is not known how they were
+            written. Templates have no text for the others.
     """
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items() if item is not None}
@@ -456,6 +458,8 @@ def _as_json(value: Any) -> Any:
             f"it holds the date {value}, not its text. Arrow reads text of JSON lines as dates if all values of a key "
             "are dates. Save the file as Parquet with text, or the arguments of tool calls as a JSON string"
         )
+    if isinstance(value, Decimal | bytes):
+        raise ValueError(f"it holds {value!r}, which is not JSON. Save it as text or as a number of 64 bits")
     return [_as_json(item) for item in value] if isinstance(value, list) else value
 
 

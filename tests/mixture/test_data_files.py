@@ -97,6 +97,23 @@ def test_a_folder_and_a_glob_mean_the_same_files() -> None:
     assert files("d/.hidden.jsonl") == ["d/.hidden.jsonl"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_data_file_may_have_a_name_of_save_to_disk(name: str, streaming: bool) -> None:
+    write("d/a.json", f"d/{name}")
+    assert documents("d", streaming) == documents("d/*.json", streaming) == ["d/a.json", f"d/{name}"]
+    Dataset.from_dict({"text": ["fox"]}).save_to_disk("d/saved")
+    assert documents("d/saved", streaming) == documents("d/saved/*", streaming) == ["fox"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("scheme", ["file://", "local://"])
+def test_a_url_of_this_machine_is_a_local_path(scheme: str, streaming: bool) -> None:
+    write("d/a?[1].jsonl", "d/b.jsonl")
+    for path in ("d/a?[1].jsonl", "d", "d/*.jsonl"):
+        assert documents(f"{scheme}{Path.cwd()}/{path}", streaming) == documents(path, streaming)
+
+
 @pytest.mark.parametrize("path", ["d", "d/*", "d/**"])
 def test_files_that_are_left_out_are_named(path: str, caplog: pytest.LogCaptureFixture) -> None:
     write("d/a.jsonl", "d/b.jsonl", "d/README.md", "d/dataset_info.json", "d/c.png")

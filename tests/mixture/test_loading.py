@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -468,6 +470,17 @@ def test_messages_with_dates_in_place_of_their_text_are_refused(load: Any) -> No
     pq.write_table(pa.Table.from_pylist([{"messages": chat}] * 9), "chats.parquet")
     mixture = load(a=source | {"path": "chats.parquet"}, with_=chatty, sequence_length=2)
     assert "2024-05-01" in documents(chatty, mixture.train["a"])[0]
+
+
+@pytest.mark.parametrize("value", [Decimal("1.50"), b"fox"])
+def test_messages_that_json_cannot_hold_are_refused(load: Any, value: Any) -> None:
+    chat = [{"role": "user", "content": "fox", "tool_calls": [{"arguments": {"given": value}}]}]
+    pq.write_table(pa.Table.from_pylist([{"messages": chat}] * 9), "chats.parquet")
+    chatty = tiny_tokenizer()
+    chatty.chat_template = "{% for m in messages %}{{ m.tool_calls[0].arguments.given }}{% endfor %}"
+    for stream in ({}, {"streaming": True, "weight": 1, "eval_rows": 1}):
+        with pytest.raises(ValueError, match=rf"sources\.a: .* row 0: it holds {re.escape(repr(value))}.*Save it as"):
+            load(a={"path": "chats.parquet", "messages_column": "messages", **stream}, with_=chatty)
 
 
 # --- errors
