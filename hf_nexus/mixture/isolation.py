@@ -48,8 +48,9 @@ def isolation_problem(model: Any, **inputs: Any) -> str | None:
     does.
 
     It is probed before it is wrapped for training, with the further `inputs` of training. The first of two short
-    documents is changed. The logits of the second must not change, as they do without position ids. Neither the model
-    nor a random state is changed. On several ranks, all must call it.
+    documents is changed. The logits of the second must not change, as they do without position ids. If they do not do
+    so either, weights that are zero are random for a second probe. Neither the model nor a random state is changed in
+    the end. On several ranks, all must call it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,10 +69,16 @@ def isolation_problem(model: Any, **inputs: Any) -> str | None:
         with _undisturbed(model, attention) as device:
             batch = PackedRowCollator(_stack, eos_token_id=-1, isolate=True, flatten=flat)(_probe_rows(model))
             batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flat):
-                apart = _effect(model(**batch, **inputs))
-                batch.pop("position_ids")
-                joined = _effect(model(**batch, **inputs))
+            joined_batch = {key: value for key, value in batch.items() if key != "position_ids"}
+
+            def effects() -> tuple[float, float]:
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flat):
+                    return _effect(model(**batch, **inputs)), _effect(model(**joined_batch, **inputs))
+
+            apart, joined = effects()
+            if not joined > 0:
+                with _zeros_replaced(model):
+                    apart, joined = effects()
     except Exception as error:  # what a model raises for inputs that it does not know depends on the model
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"a probe of {name}{with_attention} with position_ids failed with {cause}"
@@ -118,6 +125,20 @@ def _undisturbed(model: Any, attention: str) -> Iterator[torch.device]:
                 text_config(model)._attn_implementation = attention
 
 
+@contextmanager
+def _zeros_replaced(model: Any) -> Iterator[None]:
+    """Random numbers in place of weights that are zero as a whole, as a new output layer may be: they hide effects."""
+    zeros = [p for p in model.parameters() if p.is_floating_point() and not p.any()]
+    with torch.no_grad():
+        try:
+            for p in zeros:
+                p.normal_(std=0.1)
+            yield
+        finally:
+            for p in zeros:
+                p.zero_()
+
+
 def choose_isolation(wanted: bool | None, problem: str | None) -> bool:
     """
     Whether a run isolates documents: as wanted by `isolate_documents`, or by default if [`isolation_problem`] found
@@ -139,8 +160,8 @@ class PackedRowCollator:
     A collator of packed rows, which have the position of each token in its document. `others` collates any other rows.
 
     The wrapped collator gets the rows without their `position_ids`, and returns a mapping with `input_ids` and
-    `labels`, both (B, L), which the model shifts. If it takes the tokens for labels, or ignores each EOS as padding,
-    the labels of the rows replace its own, because packed rows are full.
+    `labels`, both (B, L), which the model shifts. If it takes the tokens for labels, or ignores each EOS or each BOS
+    as padding, the labels of the rows replace its own, because packed rows are full.
 
     With `isolate`, the batch has `position_ids`, which restart at each document, and the first token of a document is
     no target. With `flatten`, isolated rows are laid end to end, (1, B * L), for attention implementations that
@@ -167,10 +188,11 @@ class PackedRowCollator:
         isolate: bool,
         flatten: bool = False,
         others: Callable[[list], Any] | None = None,
+        bos_token_id: int | None = None,
     ):
         self.collate = collate
         self.others = others or collate
-        self.eos_token_id = eos_token_id
+        self.boundaries = eos_token_id, bos_token_id
         self.isolate = isolate
         self.flatten = flatten
 
@@ -206,8 +228,8 @@ class PackedRowCollator:
         if batch["labels"].shape != ids.shape:
             return
         ignored = ids[batch["labels"] == -100].unique()
-        # One other than the EOS is padding in the text, or meant, unless this would train on masked tokens.
-        one = ignored.tolist() in ([], [self.eos_token_id]) or (len(ignored) == 1 and not own.equal(ids))
+        # One that packing does not add is padding in the text, or meant, unless this would train on masked tokens.
+        one = len(ignored) == 0 or (len(ignored) == 1 and (ignored.item() in self.boundaries or not own.equal(ids)))
         if one and batch["labels"].equal(ids.masked_fill(torch.isin(ids, ignored), -100)):
             batch["labels"] = own
 

@@ -24,7 +24,7 @@ from hf_nexus.mixture.isolation import PackedRowCollator, choose_isolation, isol
 from ..support.tiny import VOCAB, tiny_llama
 from ..support.tiny_tokenizer import tiny_tokenizer
 
-EOS = 0
+EOS, BOS = 0, 3
 LENGTHS = [[5, 9, 2, 16], [1, 20, 11], [32]]  # of the documents of each row, the EOS included
 
 
@@ -205,13 +205,15 @@ def test_joined_rows_are_the_batch_of_the_collator(rows):
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_an_eos_that_is_also_the_padding_is_a_target(rows, isolate):
+@pytest.mark.parametrize("pad", [EOS, BOS])
+def test_an_eos_or_bos_that_is_also_the_padding_is_a_target(rows, isolate, pad):
+    rows[:, 7] = BOS
     tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(EOS)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     lm = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    assert (lm([{"input_ids": row} for row in rows])["labels"][rows == EOS] == -100).all()
-    labels = PackedRowCollator(lm, EOS, isolate)(packed_rows(rows))["labels"]
-    assert labels.equal(PackedRowCollator(stack, EOS, isolate)(packed_rows(rows))["labels"])
+    assert (lm([{"input_ids": row} for row in rows])["labels"][rows == pad] == -100).all()
+    made, plain = (PackedRowCollator(c, EOS, isolate, bos_token_id=BOS)(packed_rows(rows)) for c in (lm, stack))
+    assert made["labels"].equal(plain["labels"])
 
 
 def test_other_ignored_labels_stay_ignored(rows):
@@ -357,6 +359,19 @@ def test_the_probe_changes_neither_model_nor_random_state():
     assert [module.training for module in model.modules()] == modes
     assert all(p.equal(before[n]) for n, p in model.state_dict().items()) and torch.get_rng_state().equal(state)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["lm_head", "o_proj"])
+def test_zero_weights_do_not_hide_isolation(name):
+    model = tiny_llama(use_cache=False)
+    for module, layer in model.named_modules():
+        if module.endswith(name):
+            nn.init.zeros_(layer.weight)
+    before, state = {n: p.clone() for n, p in model.state_dict().items()}, torch.get_rng_state()
+    assert isolation_problem(model) is None
+    assert all(p.equal(before[n]) for n, p in model.state_dict().items()) and torch.get_rng_state().equal(state)
+    model.config.use_cache = True
+    assert "lets one document change the next" in str(isolation_problem(model))
 
 
 def test_isolation_is_chosen_by_what_the_model_can_do():
