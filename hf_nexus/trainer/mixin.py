@@ -44,6 +44,7 @@ from .support import (
     SAME_ON_RANKS,
     Launch,
     check_launch,
+    check_predicted,
     check_set_names,
     check_sharded,
     check_trainable,
@@ -137,10 +138,9 @@ class NexusTrainerMixin(_Base):
         self._feed.check(self.data.evaluation, optimizer)
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown
         given |= {"train_dataset": shown, "eval_dataset": self.data.evaluation}
-        # Packed rows are full. The Trainer's collator would ask the tokenizer for a padding token.
-        collate_packed = given.get("data_collator") or default_data_collator
-        if self.data.all_packed:
-            given["data_collator"] = collate_packed
+        collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
+        if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
+            given["data_collator"] = collate_packed  # the Trainer's would ask the tokenizer for a padding token
         super().__init__(**given)
         if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
@@ -647,10 +647,11 @@ class NexusTrainerMixin(_Base):
             count = self._get_num_items_in_batch
             return evaluation.step(inputs, prediction_loss_only, step, lambda rows: count([rows], self.args.device))
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict at the restored weights."""
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict one set at the restored weights."""
+        check_predicted(test_dataset)
         with self._walker.at_start():
-            return super().predict(*args, **kwargs)
+            return super().predict(test_dataset, *args, **kwargs)
 
     # ---- Saving ----
 

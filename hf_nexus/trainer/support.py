@@ -33,6 +33,7 @@ __all__ = [
     "check_exchange",
     "check_fsdp",
     "check_launch",
+    "check_predicted",
     "check_same",
     "check_set_names",
     "check_sharded",
@@ -428,6 +429,15 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
     for kind, names in (("source", sources), ("evaluation set", sets)):
         for name in {OOD, "macro", "macro over OOD"}.intersection(names):
             raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
+
+def check_predicted(dataset: Any) -> None:
+    """Refuse to predict several sets at once."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"predict() takes one dataset, but got a dict of {', '.join(map(str, dataset))}. Pass one of them, "
+            "or call evaluate(), which takes a dict."
+        )
+
 
 
 def check_vocabulary(rows: Mapping[str, list[Any]], model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -191,10 +192,7 @@ def test_without_labels_there_is_no_loss(make_trainer, sources, rows):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_predictions_on_a_mixture_need_no_labels(make_trainer, tmp_path, attention):
-    file, tokenizer = tmp_path / "a.jsonl", tiny_tokenizer()
-    file.write_text("".join(json.dumps({"text": f"the fox number {i}"}) + "\n" for i in range(60)))
-    config = {"sequence_length": 16, "sources": {"text": {"path": str(file), "eval_rows": 8}}}
-    mixture = load_mixture(MixtureConfig.from_dict(config), tokenizer, cache_dir=tmp_path / "cache")
+    mixture, tokenizer = of_foxes(tmp_path)
     model = tiny_llama(vocab_size=len(tokenizer), attn_implementation=attention)
     rows = mixture.eval["text"]
     found = make_trainer(mixture, model).predict(rows.remove_columns("labels"))
@@ -203,6 +201,28 @@ def test_predictions_on_a_mixture_need_no_labels(make_trainer, tmp_path, attenti
     assert (found.predictions == make_trainer(mixture, model).predict(rows).predictions).all()
     with pytest.raises(ValueError, match=r"The mixture holds the token \d+, but the model has embeddings for 8"):
         make_trainer(mixture, tiny_llama(vocab_size=8))
+
+
+def test_rows_of_a_prediction_are_padded_as_by_the_trainer(make_trainer, tmp_path):
+    mixture, tokenizer = of_foxes(tmp_path)
+    model, rows = tiny_llama(vocab_size=len(tokenizer)), [{"input_ids": [5] * n} for n in (3, 5, 4, 9)]
+    trainer = make_trainer(mixture, model, {"processing_class": tokenizer})
+    found = trainer.predict(Dataset.from_list(rows)).predictions
+    stock = Trainer(model, TrainingArguments(str(tmp_path), report_to="none"), processing_class=tokenizer)
+    assert (found == stock.predict(Dataset.from_list(rows)).predictions).all()
+    assert trainer.evaluate()["eval_text_loss"] > 0
+
+
+def test_a_prediction_is_of_one_set(make_trainer, sources, sets):
+    with pytest.raises(ValueError, match=r"predict\(\) takes one dataset, but got a dict of text, code, law\."):
+        make_trainer(sources).predict(sets)
+
+
+def of_foxes(tmp_path):
+    file, tokenizer = tmp_path / "a.jsonl", tiny_tokenizer()
+    file.write_text("".join(json.dumps({"text": f"the fox number {i}"}) + "\n" for i in range(60)))
+    config = {"sequence_length": 16, "sources": {"text": {"path": str(file), "eval_rows": 8}}}
+    return load_mixture(MixtureConfig.from_dict(config), tokenizer, cache_dir=tmp_path / "cache"), tokenizer
 
 
 # ---- Perplexities ----
