@@ -2,30 +2,39 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence, Sized
-from hashlib import blake2b
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
+from torch.utils.data import ConcatDataset
 
 from .config import SourceConfig
 from .data_files import is_remote
+from .digest import digest, plain, sample
 from .loading import Mixture
 from .packing import tokenizer_fingerprint
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
-from .stream.sources import describe_layers, is_streaming
+from .stream.sources import is_streaming, layers
 from .training_data import TrainingData
 
-__all__ = ["compare_data", "describe_data", "load_data_state", "save_data_state"]
+__all__ = ["compare_data", "describe_data", "describe_sources", "load_data_state", "save_data_state"]
 
 # Settings of a source that do not change what is read of it.
 _NOT_READ = {"weight", "license", "tokens", "role", "max_epochs", "on_error"}
-# Rows that are compared, to notice another order or other content of as many rows.
-_SAMPLED = 32
+# Settings of the layers of a stream that decide its rows.
+_DECIDING = (
+    *("n", "num_times", "step", "offset", "buffer_size", "stopping_strategy", "probabilities", "with_indices"),
+    *("drop_last_batch", "is_batch_accumulate_arrow_table_function", "batched", "batch_size", "fn_kwargs"),
+    *("input_columns", "remove_columns", "column_names", "kwargs"),
+)
+# Layers that only change how rows are given.
+_FORMATTING = {"FormattedExamplesIterable", "RebatchedArrowExamplesIterable"}
+# What a commit adds to the address of a file on the Hub.
+_COMMIT = re.compile("@[0-9a-f]{40}(?=/)")
 
 
 def save_data_state(folder: str, rank: int, description: Mapping[str, Any], stream: Mapping[str, Any] | None) -> None:
@@ -73,11 +82,16 @@ def _path(folder: str, rank: int) -> Path:
     return Path(folder, f"data_state_{rank}.json")
 
 
+def describe_sources(data: TrainingData) -> dict[str, Any]:
+    """What is read of each source, as plain data by name. Some rows are read for it."""
+    return {f"source {name!r}": _describe(name, of, data.mixture) for name, of in data.dataset.sources.items()}
+
+
 def describe_data(
-    data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any, weights: Any
+    data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any, weights: Any, sources: Mapping[str, Any]
 ) -> dict[str, Any]:
     """
-    Everything that the order of the data depends on, as plain data by name.
+    Everything that the order of the data depends on, as plain data by name. `sources` is from [`describe_sources`].
 
     `batch_size` is the number of rows of a micro-batch on each device, `None` if it is found by trying. The tokenizer
     matters if documents are tokenized here. `weights` are the mixture weights and what they depend on.
@@ -104,19 +118,21 @@ def describe_data(
         facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
         for name, source in data.mixture.config.ood_sources.items():  # their documents are left out of training
             facts[f"source {name!r}"] = _settings(source)
-    for name, dataset in data.dataset.sources.items():
-        facts[f"source {name!r}"] = _describe(name, dataset, data.mixture)
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(facts | dict(sources)))
 
 
 def _settings(source: SourceConfig) -> dict[str, Any]:
     given = {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
-    path = source.path.partition("?")[0] if is_remote(source.path) else source.path  # a signature changes
+    path = _unsigned(source.path)
     if os.path.isabs(os.path.expanduser(path)) or (is_remote(path) and "@" in path):  # checkpoints may be published
-        digest = blake2b(path.encode(), digest_size=8).hexdigest()
-        path = f"{Path(path).name} in a folder with the hash {digest}"
+        path = f"{Path(path).name} in a folder with the hash {digest(path)}"
     given["path"] = path
     return given | source.columns
+
+
+def _unsigned(path: str) -> str:
+    """A path without the signature of a URL, which changes."""
+    return path.partition("?")[0] if is_remote(path) else path
 
 
 def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]:
@@ -130,25 +146,51 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
             facts["sequence_length"] = source.sequence_length
             facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
     if isinstance(documents, Sized):
-        return facts | {"rows": len(documents), "sample": _sample(documents)}
+        return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):
-        facts |= {"shards": documents.num_shards, "layers": describe_layers(documents)}
+        facts |= {"shards": documents.num_shards, "layers": _describe_layers(documents)}
     return facts
 
 
-def _sample(dataset: Any) -> str | None:
-    """A hash of some rows as a `datasets.Dataset` stores them, or of their numbers in a `Subset`; otherwise `None`."""
-    numbers = np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int).tolist()
-    if isinstance(dataset, torch.utils.data.Subset):
-        rows = [*(int(dataset.indices[i]) for i in numbers), _sample(dataset.dataset)]
-    elif isinstance(dataset, Dataset):
-        try:
-            rows = dataset.with_format("arrow")[numbers].to_pylist()
-        except UnicodeDecodeError:
-            return None
-    else:  # reading rows could change random states
-        return None
-    return blake2b(repr(rows).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+def _describe_layers(dataset: Any) -> list[str]:
+    """
+    The layers of a `datasets.IterableDataset` with the settings that decide its rows, as far as they are plain data.
+    Paths are relative to the folder of all files, which may have been moved.
+    """
+    found, paths = [], list[str]()
+    for layer in layers(dataset):
+        settings = vars(layer)
+        decided = {key: _decided(settings[key], paths) for key in _DECIDING if settings.get(key)}
+        if (generator := settings.get("generator")) is not None:
+            decided["generator"] = plain(generator.bit_generator.state)
+        if isinstance(settings.get("function"), partial):
+            decided["function"] = _decided(settings["function"], paths)
+        if type(layer).__name__ not in _FORMATTING:
+            found.append((type(layer).__name__, decided))
+    folder = os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071 - of URLs, too
+
+    def shown(value: Any) -> Any:
+        text = repr(value).replace(f"'{folder}/", "'") if folder else repr(value)
+        return digest(text) if isinstance(value, dict | list) else text
+
+    return [" ".join([name, *(f"{key}={shown(value)}" for key, value in of.items())]) for name, of in found]
+
+
+def _decided(value: Any, paths: list[str]) -> Any:
+    """A setting of a layer as plain data: of tables some rows, of a function the bound arguments. Paths are noted."""
+    if isinstance(value, dict):
+        return {key: _decided(item, paths) for key, item in value.items()}
+    if isinstance(value, partial):
+        return _decided([value.args, value.keywords], paths)
+    if isinstance(value, Dataset):
+        return [len(value), sample(value)]
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(item, Dataset) for item in value):
+            return [[len(item) for item in value], sample(ConcatDataset(value))]
+        return [_decided(item, paths) for item in value]
+    if isinstance(value, str) and (os.path.isabs(value) or is_remote(value)):
+        paths.append(value := _COMMIT.sub("", _unsigned(value)))
+    return plain(value)
 
 
 def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

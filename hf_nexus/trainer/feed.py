@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..mixture.digest import sample
 from ..mixture.indexed import MixtureDataset, MixtureSampler
 from ..mixture.isolation import (
     PackedRowCollator,
@@ -20,7 +21,7 @@ from ..mixture.isolation import (
 from ..mixture.plan import mixture_plan
 from ..mixture.schedule import SourceSchedule, Windows
 from ..mixture.stages import stage_borders
-from ..mixture.state import compare_data, describe_data, load_data_state, save_data_state
+from ..mixture.state import compare_data, describe_data, describe_sources, load_data_state, save_data_state
 from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
 from ..mixture.stream.lanes import Lanes
 from ..mixture.stream.progress import StreamProgress, WeightsFunction, steps_ahead
@@ -65,6 +66,7 @@ class Feed:
     def set_data(self, train: Any, evaluation: Any) -> None:
         """Replace the data."""
         self._weights = self._args.mixture_weights
+        self._sources: dict[str, Any] | None = None  # their description: reading rows again could change a dataset
         self.data: TrainingData = prepare_data(
             train, evaluation, self._weights, self.dynamic_weights, self._seed, self._whole
         )
@@ -197,7 +199,7 @@ class Feed:
         return broadcast(torch.from_numpy(shares), self._args.device).cpu().numpy()
 
     def isolating(
-        self, collate: Callable[[list], Any], others: Callable[[list], Any], model: nn.Module
+        self, collate: Callable[[list], Any], others: Callable[[list], Any], model: nn.Module, tokenizer: Any
     ) -> Callable[[list], Any]:
         """
         A collator that keeps the documents of packed rows apart, if the mixture says so or the model allows it.
@@ -212,7 +214,9 @@ class Feed:
         if wanted is None and problem is not None:
             logger.warning("The documents of a packed row attend to each other: %s.", problem)
         flatten = isolate and needs_flat_rows(attention_of(model))
-        return PackedRowCollator(collate, eos_token_id, isolate, flatten, others)
+        return PackedRowCollator(
+            collate, eos_token_id, isolate, flatten, others, getattr(tokenizer, "bos_token_id", None)
+        )
 
     def tagged(self, collate: Callable[[list], Any]) -> Callable[[Any], Any]:
         """The collator of the training data, whose micro-batches are tagged with their source."""
@@ -232,11 +236,13 @@ class Feed:
             ValueError: on all ranks, if they differ.
         """
         sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+        size, dataset = _size(self.data.dataset), self.data.dataset
+        described = self._describe(batch_size, tokenizer) if self.data.stages else {"sample": size and sample(dataset)}
         own = {
-            "rows": _size(self.data.dataset),
+            "rows": size,
             "evaluation rows": {name: _size(rows) for name, rows in sets.items()},
             **settings,
-            **(self._describe(batch_size, tokenizer) if self.data.stages else {}),
+            **described,
         }
         given = gather(own)
         for rank, other in enumerate(given):
@@ -297,7 +303,9 @@ class Feed:
             weights = "decided during training"
         elif size is not None and isinstance(self.data.dataset, MixtureDataset):
             weights = stage_borders(self.data.stages, self._windows(size)[1])
-        return describe_data(self.data, self._args, size, tokenizer, weights)
+        if self._sources is None:
+            self._sources = describe_sources(self.data)
+        return describe_data(self.data, self._args, size, tokenizer, weights, self._sources)
 
     def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
         """Write the description of the data and the positions of this rank's streams into a checkpoint."""

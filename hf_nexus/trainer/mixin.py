@@ -51,6 +51,7 @@ from .support import (
     check_trl_arguments,
     check_vocabulary,
     choose_direction,
+    optimizer_settings,
     warn_of_one_inner_step,
 )
 from .trackers import send_plots
@@ -200,7 +201,7 @@ class NexusTrainerMixin(_Base):
     def _isolate_documents(self, collate: Any) -> None:
         """Keep the documents of packed rows apart, in training and evaluation. `collate` is their collator."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.data_collator = self._feed.isolating(collate, self.data_collator, model)
+        self.data_collator = self._feed.isolating(collate, self.data_collator, model, self.processing_class)
         self._set_signature_columns_if_needed()  # the collator takes the positions that a model does not know
         self._signature_columns.append("position_ids")
 
@@ -366,6 +367,8 @@ class NexusTrainerMixin(_Base):
         del settings["mixture_weights"]  # their shares are compared
         trainable = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
         settings |= {"steps": max_steps, "step": self.state.global_step, "trainable parameters": trainable}
+        if self.optimizer is not None:  # it was given, or is that of an earlier training
+            settings["optimizer"] = [type(self.optimizer).__name__, *optimizer_settings(self.optimizer)]
         self._feed.check_ranks(self._train_batch_size, self.processing_class, self.eval_dataset, settings)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -405,7 +408,8 @@ class NexusTrainerMixin(_Base):
         """Fetch the micro-batches of one window, and note their sources."""
         if self._plain:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = window = Window(fetching=True, mixed=self.args.source_schedule == "mixed")
+        mixed, settings = self.args.source_schedule == "mixed", optimizer_settings(self.optimizer)
+        self._window = window = Window(fetching=True, mixed=mixed, settings=settings)
         self.meter.begin_window(self.state.global_step)
         untagged = window.take(self._feed.in_order(epoch_iterator), tagged=bool(self.data.stages))
         try:

@@ -43,6 +43,7 @@ __all__ = [
     "check_vocabulary",
     "check_windows",
     "choose_direction",
+    "optimizer_settings",
     "warn_of_buffers",
     "warn_of_one_inner_step",
     "warn_of_short_steps",
@@ -60,11 +61,13 @@ ONE_INNER_STEP = (
 
 # Arguments that all ranks must share: they decide the steps, and when the ranks wait for each other.
 SAME_ON_RANKS = (
-    *("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("label_smoothing_factor", "neftune_noise_alpha"),
     *("bf16", "average_tokens_across_devices", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
-    "checkpoint_async",
+    *("logging_first_step", "eval_on_start", "eval_delay", "include_num_input_tokens_seen", "load_best_model_at_end"),
+    *("train_sampling_strategy", "dataloader_drop_last", "checkpoint_async"),
 )
 
 _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise")}
@@ -139,13 +142,27 @@ def check_same(rank: int, differences: list[str]) -> None:
         )
 
 
-def check_windows(sources: list[list[str]]) -> None:
-    """Refuse a window whose micro-batches hold other sources on another rank."""
-    for rank, of_rank in enumerate(sources):
-        if of_rank != sources[0]:
+def optimizer_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """The settings of each parameter group, without tensors, whose values the device may not know yet."""
+    kinds = int | float | str | tuple
+    return [{key: value for key, value in of.items() if isinstance(value, kinds)} for of in optimizer.param_groups]
+
+
+def check_windows(windows: list[tuple[list[str], list[dict[str, Any]]]]) -> None:
+    """Refuse a window that has other sources, or other settings of the optimizer, on another rank."""
+    sources, groups = windows[0]
+    for rank, (others, of_rank) in enumerate(windows):
+        if others != sources:
             raise ValueError(
-                f"The ranks hold different sources in one window: rank 0 has {', '.join(sources[0])}, and rank {rank} "
-                f"has {', '.join(of_rank)}. Leave the sampler and the data loader of the training data to the trainer."
+                f"The ranks hold different sources in one window: rank 0 has {', '.join(sources)}, and rank {rank} "
+                f"has {', '.join(others)}. Leave the sampler and the data loader of the training data to the trainer."
+            )
+        if of_rank != groups:
+            pairs = zip(groups, of_rank, strict=False)
+            keys = {key for own, other in pairs for key in own if own[key] != other.get(key)} or {"parameter groups"}
+            raise ValueError(
+                f"The optimizer of rank {rank} has another {', '.join(sorted(keys))} than that of rank 0. A callback "
+                "that changes a setting of the optimizer must change it on all ranks alike."
             )
 
 
@@ -413,6 +430,15 @@ def check_exchange(dataset: Any) -> None:
         )
 
 
+def check_predicted(dataset: Any) -> None:
+    """Refuse to predict several sets at once."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"predict() takes one dataset, but got a dict of {', '.join(map(str, dataset))}. Pass one of them, "
+            "or call evaluate(), which takes a dict."
+        )
+
+
 def choose_direction(args: Any) -> None:
     """
     Take the lowest perplexity as the best with arguments that are not Nexus's, which have chosen the highest.
@@ -429,15 +455,6 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
     for kind, names in (("source", sources), ("evaluation set", sets)):
         for name in {OOD, "macro", "macro over OOD"}.intersection(names):
             raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
-
-def check_predicted(dataset: Any) -> None:
-    """Refuse to predict several sets at once."""
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"predict() takes one dataset, but got a dict of {', '.join(map(str, dataset))}. Pass one of them, "
-            "or call evaluate(), which takes a dict."
-        )
-
 
 
 def check_vocabulary(rows: Mapping[str, list[Any]], model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..mixture.stream.reader import SourceError
@@ -32,13 +33,14 @@ class Window:
 
     rows: list[Mapping[str, int]] = field(default_factory=list)  # of each micro-batch, by source
     mixed: bool = False  # whether a micro-batch may hold several sources, and others on each rank
+    settings: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer, by `optimizer_settings`
     states: list[StreamState] = field(default_factory=list)  # positions of the streams after the micro-batches
     error: SourceError | None = None  # why no more micro-batches could be read
     fetching: bool = False
     unit: str = "rows"  # of losses per source; "tokens" where labels are one per token
     tokens: Tensor | None = None  # loss tokens on this rank, (k,)
     items: Tensor | None = None  # divisors of the losses, (k,): loss tokens, or their mean over the ranks
-    same: Tensor | None = None  # whether all ranks hold the same sources (0-d), if it was compared
+    same: Tensor | None = None  # whether all ranks have the same sources and settings (0-d), if it was compared
     inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
@@ -71,6 +73,11 @@ class Window:
         return ["" if self.mixed else next(iter(rows)) for rows in self.rows]
 
     @property
+    def shared(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """What all ranks must share: the sources, and the settings of the optimizer."""
+        return self.sources, self.settings
+
+    @property
     def complete(self) -> bool:
         """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
@@ -78,7 +85,7 @@ class Window:
     def count(self, batches: Sequence[Any], count: Callable[[Any], Tensor | None], ranks: int) -> Tensor | None:
         """
         Count the loss tokens of each micro-batch. Their mean over `ranks` divides the losses. All of these ranks must
-        call it, and their sources are compared in the same collective.
+        call it, and their sources and settings are compared in the same collective.
 
         Returns:
             `Tensor`, *optional*: the loss tokens of the window over the ranks, 0-d; `None` if `count` gives none.
@@ -89,7 +96,7 @@ class Window:
         self.unit = "tokens" if has_token_labels(batches[0]) else "rows"
         self.tokens = total = tokens = torch.stack(counted)
         if ranks > 1:
-            mark = zlib.crc32("\n".join(self.sources).encode()) % 61  # float32 holds sums of its square exactly
+            mark = zlib.crc32(repr(self.shared).encode()) % 61  # float32 holds sums of its square exactly
             *_, marks, squares = shared = sum_over_ranks(torch.cat([tokens, tokens.new_tensor([mark, mark**2])]))
             total, self.same = shared[:-2], squares.long() * ranks == marks.long() ** 2
         self.items = total / ranks
@@ -221,7 +228,7 @@ class Walker:
             warn_of_buffers(name for name, buffer in buffers.items() if name in now and not buffer.equal(now[name]))
         self._new = False
         if window.same is not None and not window.same:
-            check_windows(gather(window.sources))
+            check_windows(gather(window.shared))
         return torch.stack(losses)
 
     def begin(self, model: nn.Module, optimizer: Any, autocast: bool) -> None:
@@ -278,9 +285,11 @@ def _trained(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
-def _parameter_sets(model: nn.Module, optimizer: Any) -> tuple[list[int], int]:
-    """What the optimizer trains, and how many parameters are trainable: FSDP2 exchanges those of the model."""
-    return list(map(id, _trained(optimizer))), sum(p.requires_grad for p in model.parameters())
+def _parameter_sets(model: nn.Module, optimizer: Any) -> tuple[list[int], list[int]]:
+    """What the optimizer trains, and what is trainable. Of FSDP2 only the number, because it exchanges parameters."""
+    trainable = [id(p) for p in model.parameters() if p.requires_grad]
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    return list(map(id, _trained(optimizer))), [len(trainable)] if sharded else trainable
 
 
 def inner_lr_scale(schedule: str, optimizer: Any, peak_lr: float) -> float:

@@ -1,10 +1,14 @@
 """What a checkpoint knows of the data, so that other data is noticed."""
 
+import random
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, interleave_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from torch.utils.data import ConcatDataset
 
 from hf_nexus.hub.facts import public_path
 from hf_nexus.mixture.config import SourceConfig
@@ -12,6 +16,29 @@ from hf_nexus.mixture.state import _describe, _settings, compare_data
 
 ROWS = Dataset.from_dict({"x": list(range(100)), "text": [str(i) for i in range(100)]})
 STREAM = ROWS.to_iterable_dataset(num_shards=4)
+OTHER = ROWS.map(lambda row: {"x": row["x"] + 1})
+
+
+class MapStyle(torch.utils.data.Dataset):
+    """Rows with numbers that are drawn when a row is read, from `draw`."""
+
+    def __init__(self, numbers: Any, draw: Any = lambda: 0):
+        self.rows = [{"x": torch.tensor(number)} for number in numbers]
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return {**self.rows[i], "drawn": self.draw()}
+
+
+def generated(**kwargs: Any) -> Any:
+    return IterableDataset.from_generator(lambda **kwargs: iter([{"x": 1}]), gen_kwargs=kwargs)
+
+
+def doubled(batch: dict, w: int = 0) -> dict:
+    return batch
 
 
 def subset(seed: int) -> Any:
@@ -33,6 +60,30 @@ def subset(seed: int) -> Any:
         (STREAM, STREAM.repeat(2)),
         (STREAM, STREAM.filter(lambda row: True)),
         (STREAM, ROWS.to_iterable_dataset(num_shards=5)),
+        (STREAM, OTHER.to_iterable_dataset(num_shards=4)),
+        (ROWS.to_iterable_dataset(), ROWS.shuffle(seed=1).to_iterable_dataset()),
+        *(
+            (ordered([STREAM, OTHER.to_iterable_dataset()]), ordered([OTHER.to_iterable_dataset(), STREAM]))
+            for ordered in (concatenate_datasets, interleave_datasets)
+        ),
+        (generated(shards=[1, 2]), generated(shards=[2, 1])),
+        (generated(rows=ROWS), generated(rows=OTHER)),
+        *(
+            (STREAM.map(doubled, batched=True, **one), STREAM.map(doubled, batched=True, **other))
+            for one, other in (
+                ({"batch_size": 2}, {"batch_size": 4}),
+                ({"fn_kwargs": {"w": 7}}, {"fn_kwargs": {"w": 9}}),
+                ({"remove_columns": ["x"]}, {"remove_columns": ["text"]}),
+            )
+        ),
+        (STREAM.map(partial(doubled, w=7)), STREAM.map(partial(doubled, w=9))),
+        (STREAM.filter(bool, input_columns="x"), STREAM.filter(bool, input_columns="text")),
+        (STREAM.select_columns("x"), STREAM.select_columns("text")),
+        (ROWS.to_list(), OTHER.to_list()),
+        (ROWS.to_list(), ROWS.to_list()[::-1]),
+        (MapStyle(range(9)), MapStyle(range(9, 0, -1))),
+        (ConcatDataset([ROWS, OTHER]), ConcatDataset([OTHER, ROWS])),
+        (ConcatDataset([MapStyle([1]), MapStyle([2])]), ConcatDataset([MapStyle([2]), MapStyle([1])])),
         (STREAM.shuffle(seed=1), STREAM.shuffle(seed=2)),
         (STREAM.shuffle(seed=1, buffer_size=5), STREAM.shuffle(seed=1, buffer_size=6)),
         *(
@@ -62,12 +113,20 @@ def test_other_rows_are_described_otherwise(one, other):
         (STREAM, STREAM.with_format("torch")),
         (STREAM.shuffle(seed=1), STREAM.shuffle(seed=1)),
         (subset(0), subset(0)),
+        (generated(made=object()), generated(made=object())),
+        (STREAM.map(doubled, fn_kwargs={"w": object()}), STREAM.map(doubled, fn_kwargs={"w": object()})),
+        *(
+            (MapStyle(range(9), draw), MapStyle(range(9), draw))
+            for draw in (random.random, np.random.rand, lambda: torch.rand(2), np.random.default_rng().random)
+        ),
+        (MapStyle(range(3), lambda: 1 / 0), MapStyle(range(3), lambda: 1 / 0)),
     ],
 )
 def test_the_same_rows_are_described_the_same(one, other):
-    state = torch.get_rng_state()
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     assert _describe("a", one, None) == _describe("a", other, None)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), str(np.random.get_state())) == states[1:]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])
@@ -82,6 +141,30 @@ def test_other_files_of_a_stream_are_described_otherwise(tmp_path, suffix):
     )
     assert compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", other, None)})
     assert not compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", one, None)})
+
+
+def test_the_folders_of_files_are_described_and_may_move(tmp_path):
+    def stream(*names: str, disk: str) -> Any:
+        files = [tmp_path / disk / name for name in names]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            ROWS.to_json(str(file))
+        return load_dataset("json", data_files=[*map(str, files)], split="train", streaming=True)
+
+    names = "a/x.jsonl", "b/x.jsonl", "b/y.jsonl"
+    one = _describe("a", stream(*names, disk="old"), None)
+    assert one == _describe("a", stream(*names, disk="new/b"), None)
+    assert one != _describe("a", stream(*names[::-1], disk="old"), None)
+    assert one != _describe("a", stream("a/x.jsonl", "c/x.jsonl", "b/y.jsonl", disk="old"), None)
+    one, other = (concatenate_datasets([stream(name, disk="old") for name in order]) for order in (names, names[::-1]))
+    assert _describe("a", one, None) != _describe("a", other, None)
+    one, other = (generated(files=[f"{disk}/a", f"{disk}/b"]) for disk in ("/old", "/new/b"))
+    assert _describe("a", one, None) == _describe("a", other, None)
+
+
+def test_signatures_and_commits_of_files_are_not_described():
+    old, new = ({"files": [f"https://a/x?sig={s * 40}", f"hf://datasets/me/b@{s * 40}/y"]} for s in "ab")
+    assert _describe("a", generated(**old), None) == _describe("a", generated(**new), None)
 
 
 @pytest.mark.parametrize(

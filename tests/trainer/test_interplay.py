@@ -388,6 +388,29 @@ def test_a_trained_parameter_outside_the_optimizer_is_an_error(make_trainer, sou
         make_trainer(sources, model, {"optimizers": optimizers}).train()
 
 
+class Replace(TrainerCallback):
+    """Replaces parameters around the second step."""
+
+    def __init__(self, hook: str, replace: Any):
+        self.replace = replace
+        setattr(self, hook, self._at_second_step)
+
+    def _at_second_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.replace(model)
+
+
+def replace_layer(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 32, bias=False)
+
+
+@pytest.mark.parametrize("replace", [replace_layer, lambda model: model.resize_token_embeddings(70)])
+@pytest.mark.parametrize("hook", ["on_step_begin", "on_step_end"])
+def test_a_layer_that_is_replaced_while_training_is_an_error(make_trainer, sources, replace, hook):
+    with pytest.raises(ValueError, match=r"\.weight' is trainable, but the optimizer does not train it"):
+        make_trainer(sources, None, {"callbacks": [Replace(hook, replace)]}, max_steps=3).train()
+
+
 def test_parameters_of_a_loss_function_are_walked(make_trainer, sources):
     scale, model = torch.nn.Parameter(torch.full((3,), 9.0)), tiny_llama()
 

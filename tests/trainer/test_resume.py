@@ -277,6 +277,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "order": (lambda: mixture({k: kinds()["mix"]()[k] for k in "bac"}), {}, r"sources was \['a', .* is \['b', 'a'"),
     "content": (lambda: mixture(kinds()["mix"]() | {"a": table(11, 1)}), {}, r"'a': sample was '\w+' and is '\w+'"),
     "layers": (lambda: mixture(kinds()["mix"]() | {"b": sharded([3, 5], 100).skip(1)}), {}, "'b': layers was .* n=1"),
+    "arguments": (lambda: mixture(kinds()["mix"]() | {"b": sharded([3, 5], 200)}), {}, "'b': layers was .* kwargs="),
     "held out": (
         lambda: mixture(kinds()["mix"]() | {"c": held_out(7)}),
         {},

@@ -1,6 +1,5 @@
 """Sources of rows: every kind of dataset, read for one partition in shuffled blocks, from which reading can resume."""
 
-import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ import torch
 from datasets.table import InMemoryTable
 from pyarrow import compute
 
+from ..digest import digest
+
 __all__ = [
     "Block",
     "MapStyleSource",
@@ -24,7 +25,6 @@ __all__ = [
     "ReplayedStream",
     "ResumableStream",
     "Source",
-    "describe_layers",
     "is_streaming",
     "layers",
     "open_source",
@@ -49,10 +49,6 @@ _DIVISIBLE = {
 }
 # Settings of these layers that count rows over all shards, such as `with_indices` of map and filter.
 _COUNTING = ("with_indices", "drop_last_batch", "is_batch_accumulate_arrow_table_function")
-# Layers that only change how rows are given.
-_FORMATTING = {"FormattedExamplesIterable", "RebatchedArrowExamplesIterable", "SelectColumnsIterable"}
-# Settings of layers that decide which rows come next.
-_DECIDING = ("n", "num_times", "step", "offset", "buffer_size", "stopping_strategy", "probabilities", *_COUNTING)
 # Layers that hold rows back, so their position cannot be stored.
 _BUFFERING = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
 
@@ -236,7 +232,7 @@ class ReplayedStream(Source):
             rows = islice(iter(dataset), row, None)
         chunks: Iterator[Any] = iter(lambda: self._chunk(rows), [])
         if row == pass_ == 0 and self.mark is None and (chunk := next(chunks, None)) is not None:
-            self.mark = zlib.crc32(repr([_shown(row) for row in chunk[:4]]).encode())
+            self.mark = zlib.crc32(digest(chunk).encode())
             chunks = chain([chunk], chunks)
         part = ShardSlice(0, partition.index, partition.index + 1)
         while not ended:
@@ -296,22 +292,6 @@ def layers(dataset: Any) -> list[Any]:
     return found
 
 
-def describe_layers(dataset: Any) -> list[str]:
-    """The layers of a `datasets.IterableDataset` with the settings that decide its rows, except functions."""
-    found = []
-    for layer in layers(dataset):
-        name, settings = type(layer).__name__, vars(layer)
-        shown = {key: settings[key] for key in _DECIDING if settings.get(key)}
-        if (generator := settings.get("generator")) is not None:
-            shown["generator"] = zlib.crc32(repr(generator.bit_generator.state).encode())
-        kwargs = settings.get("kwargs", {})
-        if files := kwargs.get("base_files") or kwargs.get("files"):  # Parquet and Arrow files are not unpacked
-            shown["files"] = zlib.crc32(repr([os.path.basename(file) for file in files]).encode())
-        if name not in _FORMATTING:
-            found.append(name + "".join(f" {key}={value}" for key, value in shown.items()))
-    return found
-
-
 def _is_divisible(layer: Any) -> bool:
     """Whether the rows of each shard do not depend on the other shards."""
     settings = vars(layer)
@@ -339,13 +319,6 @@ def _read_chunks(chunks: Iterator[Any], limit: int, most: int) -> tuple[list[Any
         rows += len(chunk)
         size += sum(map(_row_bytes, chunk)) if isinstance(chunk, list) else chunk.nbytes
     return held, rows, False
-
-
-def _shown(value: Any) -> Any:
-    """What a hash of a row sees of it. The text of other objects can contain their addresses."""
-    if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
-    return value if isinstance(value, str | int | float | list | np.ndarray | torch.Tensor) else type(value).__name__
 
 
 def _row_bytes(row: Any) -> int:

@@ -33,11 +33,16 @@ OTHER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "inner_lr": (sources, {"inner_lr": 0.1}),
     "learning rate": (sources, {"learning_rate": 1e-3}),
     "steps": (sources, {"max_steps": 4}),
+    "epsilon": (sources, {"adam_epsilon": 1e-3}),
+    "label smoothing": (sources, {"label_smoothing_factor": 0.1}),
+    "rows": (lambda: {**sources(), "code": Rows(32, 9)}, {}),
+    "plain rows": (lambda: Rows(40, 9), {}),
     "without nexus": (sources, {"nexus": False, "source_schedule": "stratified"}),
 }
 # The first rank has the data and configuration of `make`, except for these.
 FIRST: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "plain size": (lambda: Rows(40, 1), {}),
+    "plain rows": (lambda: Rows(40, 1), {}),
     "without nexus": (sources, {"nexus": False}),
 }
 
@@ -45,6 +50,31 @@ FIRST: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 class Unfreeze(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.model.layers[0].requires_grad_(True)
+
+
+class Change(TrainerCallback):
+    """Changes something before the second step: on this rank, a learning rate, or on all, a layer."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.what == "lr" and dist.get_rank():
+            kwargs["optimizer"].param_groups[0]["lr"] *= 2
+        elif self.what == "layer":
+            model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 32, bias=False)
+
+
+def changed(out: Path, what: str) -> str:
+    trainer = make(out, sources(), lr_scheduler_type="constant")
+    trainer.add_callback(Change(what))
+    return error(trainer)
+
+
+def other_optimizer(out: Path) -> str:
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * (1 + dist.get_rank()))
+    return error(make(out, sources(), model, optimizers=(optimizer, None)))
 
 
 def error(trainer: NexusTrainer) -> str:
@@ -104,6 +134,8 @@ def main(out: Path) -> dict[str, Any]:
     for again in (False, True):
         found[f"unfrozen/{again}"] = unfrozen(out, again)
     found["windows"] = other_windows(out)
+    found["optimizer"] = other_optimizer(out)
+    found |= {f"changed {what}": changed(out, what) for what in ("lr", "layer")}
     for how in ("nothing", "evaluate", "predict"):
         found[how] = evaluated_first(out, how, max_steps=2)
         found[f"{how}/bf16"] = evaluated_first(out, how, max_steps=2, bf16=True)

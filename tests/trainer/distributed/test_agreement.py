@@ -24,6 +24,10 @@ SAYS = {
     "learning rate": "learning_rate was 0.01 and is 0.001",
     "steps": "steps was 5 and is 4",
     "without nexus": "source_schedule",
+    "epsilon": "adam_epsilon was 1e-08 and is 0.001",
+    "label smoothing": "label_smoothing_factor was 0.0 and is 0.1",
+    "rows": "source 'code': sample was ",
+    "plain rows": "sample was ",
 }
 
 
@@ -44,6 +48,17 @@ def test_an_evaluation_before_training_changes_nothing(ranks: list[dict], how: s
 def test_parameters_that_ddp_does_not_reduce_are_refused(ranks: list[dict], again: bool) -> None:
     for rank in ranks:
         assert rank[f"unfrozen/{again}"].startswith("The trainable parameters changed after training began.")
+
+
+def test_layers_that_are_replaced_are_refused(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert rank["changed layer"].startswith("The trainable parameters changed after training began.")
+
+
+def test_optimizers_with_other_settings_are_refused(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert "From rank 0 to rank 1, optimizer was ['SGD', {'lr': 0.1, " in rank["optimizer"]
+        assert rank["changed lr"].startswith("The optimizer of rank 1 has another lr than that of rank 0.")
 
 
 def test_windows_of_different_sources_are_refused(ranks: list[dict]) -> None:
