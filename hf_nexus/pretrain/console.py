@@ -76,9 +76,9 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
 def _run_rows(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | None) -> dict[str, str]:
     t, m = arguments.training, config_of(arguments)
     origin = f", continued from {arguments.model.path}" if arguments.model.continues else ""
+    layers, width = (getattr(m, name, "(not known)") for name in ("num_hidden_layers", "hidden_size"))
     rows = {
-        "model": f"{m.model_type}, {m.num_hidden_layers} layers of width {m.hidden_size}, vocabulary {m.vocab_size}"
-        f"{origin}",
+        "model": f"{m.model_type}, {layers} layers of width {width}, vocabulary {m.vocab_size}{origin}",
         "parameters": f"{plan.parameters:,}",
         "devices": str(plan.devices),
         "tokens per step": f"{plan.tokens_per_step:,} ({t.per_device_train_batch_size} rows x "

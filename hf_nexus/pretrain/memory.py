@@ -94,13 +94,13 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     if m.model_type == "llama":
         per_token, layer, terms = _activations(arguments, m)
         formula = f"{tokens} tokens x ({terms}) bytes"
-    embedding = 4 * m.vocab_size * m.hidden_size
+    tied = getattr(m, "tie_word_embeddings", False) and hasattr(m, "hidden_size")
     return MemoryEstimate(
         parameters,
         per_parameter,
         tokens * per_token,
         formula,
-        last=max(tokens * layer, embedding if m.tie_word_embeddings else 0),
+        last=max(tokens * layer, 4 * m.vocab_size * m.hidden_size if tied else 0),
         shards=shards if sharded else 1,
         gathered=_gathered(arguments, parameters) if sharded else 0,
         accumulates=not t.nexus and t.gradient_accumulation_steps > 1,

@@ -78,6 +78,8 @@ def model_config(
     for name in shape:
         if name not in known:
             raise ValueError(f"model.{name}: the configuration of this model has no such field.{nearest(name, known)}")
+    for switch in {"is_decoder", "causal"}.intersection(known):
+        shape.setdefault(switch, True)  # else a BERT or an XLM sees the tokens that it predicts
     if tokenizer is not None and not model.continues:
         shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -91,9 +93,8 @@ def model_config(
             if "max_position_embeddings" in known:
                 shape.setdefault("max_position_embeddings", sequence_length)
             config = AutoConfig.for_model(model.model_type or "llama", **shape)
-            text = config.get_text_config()
-            if "pad_token_id" not in shape and (text.pad_token_id or 0) >= text.vocab_size:
-                text.pad_token_id = None  # that of the class is for its own vocabulary
+            if "pad_token_id" not in shape:
+                _drop_foreign_padding(config.get_text_config())
             return config
         for name, value in shape.items():
             setattr(config, name, value)
@@ -108,17 +109,39 @@ def model_config(
     return config
 
 
+def _drop_foreign_padding(text: PreTrainedConfig) -> None:
+    """Drop a padding token that the class has for another vocabulary."""
+    if (getattr(text, "pad_token_id", None) or 0) < text.vocab_size:
+        return
+    try:
+        text.pad_token_id = None
+    except StrictDataclassError:  # it must have one: any will do until the tokenizer is known
+        text.pad_token_id = 0
+
+
 def config_of(arguments: PretrainArguments) -> Any:
     """The configuration of the language model of a run."""
     return model_config(arguments.model, arguments.mixture.sequence_length).get_text_config()
 
 
 def build_model(config: PreTrainedConfig, attn_implementation: str | None = None, **saved: Any) -> PreTrainedModel:
-    """A model with float32 weights, which are random, or those of a `pretrained_model_name_or_path`."""
+    """
+    A model with float32 weights, which are random, or those of a `pretrained_model_name_or_path`.
+
+    Raises:
+        ValueError: transformers cannot build a new model of this configuration.
+    """
     options: Any = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if saved:
         return AutoModelForCausalLM.from_pretrained(config=config, trust_remote_code=False, **saved, **options)
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"model: transformers cannot build a {config.model_type} of these fields ({problem}). Change the fields, "
+            "or choose another model_type."
+        ) from error
 
 
 def count_parameters(config: PreTrainedConfig, attn_implementation: str | None = None) -> int:

@@ -12,8 +12,9 @@ import torch
 import yaml
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_nexus.pretrain.model import model_config
+from hf_nexus.pretrain.model import build_model, model_config
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
 from hf_nexus.pretrain.run import dry_run, pretrain
@@ -116,6 +117,10 @@ def test_fsdp2_gathers_what_is_outside_of_the_layers(write, kind):
         ({"model_type": "gemma3_text", "rope_theta": 1e6}, r"rope_theta: this model has one per type of layer"),
         ({"revision": "main"}, r"model\.revision: it is that of path"),
         ({"model_type": "gpt2", "attn_implementation": "spda"}, "spda"),
+        (
+            {"model_type": "whisper", "d_model": 64},
+            r"model: transformers cannot build a whisper of these fields \(Val",
+        ),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(write, model, words):
@@ -128,6 +133,39 @@ def test_a_shape_that_cannot_be_is_refused(write, model, words):
 def test_a_padding_token_outside_of_the_vocabulary_is_dropped(write, kind):
     shape = {**GROUPED, "hidden_size": 64, "head_dim": 16}
     assert plan_run(parse_arguments(["--config", write(model_type=kind, **shape), "--dry_run"]), 1).parameters > 0
+
+
+# Types whose configuration classes lack a field that others have, or whose default does not fit a tiny vocabulary.
+SPARSE: dict[str, dict[str, Any]] = {
+    "codegen": {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "cpmant": {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "rwkv": {**WIDTH, "attention_hidden_size": 32},
+    "modernbert-decoder": DENSE,
+    "inkling_text": {"vocab_size": 304, "hidden_size": 64, "num_hidden_layers": 2},
+    "blt": {"vocab_size": 304},
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPARSE if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])
+def test_a_plan_does_without_fields_that_a_type_lacks(write, kind, capsys):
+    dry_run(parse_arguments(["--config", write(model_type=kind, **SPARSE[kind]), "--dry_run"]))
+    printed = words_of(capsys.readouterr().out)
+    assert f"model {kind}, " in printed and ("width (not known)" in printed) == (kind == "blt")
+
+
+@pytest.mark.parametrize("kind", ["bert", "reformer", "xlm"])
+def test_a_new_model_does_not_see_the_tokens_it_predicts(write, kind):
+    shape: dict[str, Any] = {**DENSE, "hidden_size": 64, "num_attention_heads": 2}
+    if kind == "xlm":
+        del shape["intermediate_size"]
+    if kind == "reformer":
+        shape = {"vocab_size": 304, "hidden_size": 256, "attn_layers": ["local"], "axial_pos_shape": [4, 8]}
+    model = build_model(model_config(parse_arguments(["--config", write(model_type=kind, **shape)]).model, 32)).eval()
+    tokens = torch.arange(10, 42)[None]
+    others = torch.cat([tokens[:, :16], tokens[:, :16]], 1)
+    with torch.no_grad():
+        found, expected = (model(row).logits[:, :16] for row in (others, tokens))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
