@@ -72,6 +72,29 @@ def test_several_files_are_read_and_a_changed_one_again(tmp_path):
     assert load(tmp_path)._fingerprint != joined._fingerprint
 
 
+def test_files_of_several_types_are_read_together(tmp_path):
+    for name, dtype in {"a.ds": "<u2", "b.ds": "<u4"}.items():
+        write_ds(tmp_path / name, DOCUMENTS, dtype)
+    write_bin(tmp_path / "c.bin", DOCUMENTS, 4, "<i4")
+    assert load(tmp_path)["input_ids"][:] == DOCUMENTS * 3
+
+
+@pytest.mark.parametrize("borders", [[], [0], [2, 4], [0, 4, 2], [0, 2, 99]])
+def test_a_damaged_index_is_an_error(tmp_path, borders):
+    write_bin(tmp_path / "a.bin", [[1, 2], [3, 4]], borders=borders)
+    with pytest.raises(ValueError, match=r"a\.idx' (is damaged|ends at)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["a.ds.index", "a.idx"])
+def test_an_empty_index_is_an_error(tmp_path, index):
+    (tmp_path / "a.ds").write_bytes(b"1234")
+    (tmp_path / "a.bin").write_bytes(b"1234")
+    (tmp_path / index).touch()
+    with pytest.raises(ValueError, match=r"ends at 0 tokens|not an index of tokens"):
+        load(tmp_path / ("a.ds" if "ds" in index else "a.bin"))
+
+
 def test_tokens_are_not_copied_to_name_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(InMemoryTable, "__reduce__", lambda table: pytest.fail("the table was pickled"))
     write_ds(tmp_path / "a.ds", DOCUMENTS)

@@ -119,7 +119,7 @@ def test_fsdp2_gathers_what_is_outside_of_the_layers(write, kind):
         ({"model_type": "gpt2", "attn_implementation": "spda"}, "spda"),
         (
             {"model_type": "whisper", "d_model": 64},
-            r"model: transformers cannot build a whisper of these fields \(Val",
+            r"model: transformers cannot build a whisper of these fields",
         ),
     ],
 )

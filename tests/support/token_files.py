@@ -1,6 +1,7 @@
 """Token files, as datatrove and Megatron write them."""
 
 import struct
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -17,12 +18,14 @@ def write_ds(path: Path, documents: list[list[int]], dtype: str = "<u2") -> None
     Path(f"{path}.metadata").write_text("gpt2\n12\n12 T")
 
 
-def write_bin(path: Path, documents: list[list[int]], code: int = 8, dtype: str = "<u2") -> None:
-    """As Megatron's `IndexedDatasetBuilder`, where each document has two sequences."""
+def write_bin(
+    path: Path, documents: list[list[int]], code: int = 8, dtype: str = "<u2", borders: Sequence[int] | None = None
+) -> None:
+    """As Megatron's `IndexedDatasetBuilder`, where each document has two sequences, or with other borders."""
     np.array([*chain.from_iterable(documents)], dtype).tofile(path)
     sizes = [length for document in documents for length in (len(document) // 2, len(document) - len(document) // 2)]
     pointers = np.cumsum([0, *sizes[:-1]]) * np.dtype(dtype).itemsize
-    borders = range(0, len(sizes) + 1, 2)
+    borders = range(0, len(sizes) + 1, 2) if borders is None else borders
     path.with_suffix(".idx").write_bytes(
         b"MMIDIDX\x00\x00"
         + struct.pack("<QBQQ", 1, code, len(sizes), len(borders))
