@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
 _FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_COMPRESSIONS: dict[str, Any] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # with pandas' names
 # Files that describe a dataset.
 _METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
 # Files of a folder of `save_to_disk`, with a key of each: files of other folders may have these names.
@@ -66,7 +66,7 @@ def card_lists_files(folder: str) -> bool:
     return os.path.isfile(card) and "configs" in (metadata_load(card) or {})
 
 
-def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[str, Any]:
+def data_files(name: str, path: str, source: SourceConfig, split: str, streaming: bool = False) -> dict[str, Any]:
     """
     The arguments with which `load_dataset` reads the files of a path, each literally. From a path alone, `datasets`
     takes brackets for patterns, and silently leaves out files by their names and formats.
@@ -112,7 +112,9 @@ def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[s
             *(name, _listed(left_out), endings),
         )
     # Lists that `datasets` does not take for patterns, with what changes when the files do: the cache depends on it.
-    place = str if is_remote(path) else os.path.abspath
+    place: Callable[[str], str] = os.path.abspath
+    if is_remote(path):
+        place = _stream_of_text if streaming and builder == "text" else str
     lists = {key: DataFilesList([*map(place, files)], [found[f] for f in files]) for key, files in splits.items()}
     options = _options(builder, formats, source)
     if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
@@ -123,7 +125,7 @@ def data_files(name: str, path: str, source: SourceConfig, split: str) -> dict[s
 def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[str, Any]:
     """What `datasets` needs to know to read files of a format as they are."""
     if builder == "text":
-        return {"sample_by": source.sample_by, "encoding": "utf-8-sig"}  # a byte order mark is no text
+        return {"sample_by": source.sample_by}
     if source.sample_by != "document":
         raise ValueError(f"sample_by={source.sample_by!r} is for .txt files. Remove it.")
     if builder == "json":
@@ -134,6 +136,18 @@ def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[s
         quoting = csv.QUOTE_NONE if builder == "tsv" else csv.QUOTE_MINIMAL
         return {"sep": separator, "quoting": quoting, **_csv_options(files, separator, quoting)}
     return {}
+
+
+def _stream_of_text(url: str) -> str:
+    """
+    A URL for the builder of text. It passes its encoding to the first file system of a URL, which must not be HTTP:
+    the folder of a file can be one.
+    """
+    if not url.startswith(("http://", "https://")) or _suffixes(url)[1] in _COMPRESSIONS:
+        return url
+    address, mark, query = url.partition("?")
+    folder, _, name = address.rpartition("/")
+    return f"dir://{name}{mark}{query}::{folder}"
 
 
 def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -215,8 +229,14 @@ def _folders(top: str) -> Iterator[str]:
 
 def _suffix(path: str) -> str:
     """The suffix of a file name, without that of a compression."""
-    stem, suffix = os.path.splitext((urlsplit(path).path if is_remote(path) else path).lower())
-    return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
+    inner, last = _suffixes(path)
+    return inner if last in _COMPRESSIONS else last
+
+
+def _suffixes(path: str) -> tuple[str, str]:
+    """The last two suffixes of a file name, which ends before the `?` of a URL."""
+    stem, last = os.path.splitext((urlsplit(path).path if is_remote(path) else path).lower())
+    return os.path.splitext(stem)[1], last
 
 
 def _holds_rows(file: str, path: str) -> bool:
@@ -237,7 +257,8 @@ def _csv_options(files: Iterable[str], separator: str, quoting: int) -> dict[str
 
     converters: dict[str, type] = {}
     for file in files:
-        first = pandas.read_csv(file, nrows=1, sep=separator, quoting=quoting)
+        compression = _COMPRESSIONS.get(_suffixes(file)[1])
+        first = pandas.read_csv(file, nrows=1, sep=separator, quoting=quoting, compression=compression)
         if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
             advice = "Quote text that holds commas." if separator == "," else "Replace tabs in text."
             raise ValueError(f"{file!r} has rows with more cells than its header. {advice}")

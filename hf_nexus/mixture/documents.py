@@ -81,7 +81,7 @@ def load_documents(
         else:
             files: dict[str, Any] = {"path": path, "name": source.subset, "revision": source.revision}
             if means_files(path) and not card_lists_files(path):
-                files = data_files(name, path, source, split)
+                files = data_files(name, path, source, split, streaming)
             if files["path"] == "token files":
                 documents = _load_tokens(files["data_files"], split)
             else:
@@ -144,6 +144,12 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
             advice = f"Install the package that reads this path: pip install {cause.name}"
         elif what == "Compression type zstd not supported" or "zstandard" in what:
             advice = "Install the package that reads .zst files: pip install zstandard"
+        elif "column names don't match" in what or "Schema at index" in what:
+            advice = (
+                "Its files have different columns. Make each kind of file a source of its own, by a glob or folder."
+            )
+        elif "offline" in what.lower():
+            advice = "HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine."
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
         ) from error
@@ -473,6 +479,7 @@ def _first_undecodable(column: pa.ChunkedArray) -> int:
 
 
 def _join(prompt: str, completion: str | None = None) -> Document:
+    prompt = prompt.removeprefix("\ufeff")  # the byte order mark of a .txt file is no text
     if completion is None:
         return Document(prompt)
     apart = not completion or prompt[-1:].isspace() or completion[:1].isspace()

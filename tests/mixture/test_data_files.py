@@ -165,12 +165,6 @@ def test_links_to_folders_above_repeat_no_file() -> None:
     assert files("link") == ["link/a.jsonl", "link/sub/b.jsonl"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_byte_order_mark_is_no_text(streaming: bool) -> None:
-    Path("a.txt").write_text("text", encoding="utf-8-sig")
-    assert documents("a.txt", streaming) == ["text"]
-
-
 def test_several_formats_are_an_error_naming_a_glob() -> None:
     write("d/a.jsonl", "d/sub/b.txt")
     for path in ("d", "d/**"):
@@ -194,6 +188,16 @@ def test_names_that_would_be_changed_are_refused(name: str) -> None:
     write(name, "a")
     with pytest.raises(ValueError, match="Rename the files"):
         files(name)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_files_of_other_columns_are_told_apart(suffix: str) -> None:
+    rows = {"a": {"text": "fox"}, "b": {"text": "dog", "id": "1", "url": "x"}}
+    for name, row in rows.items():
+        text = json.dumps(row) if suffix == "jsonl" else f"{','.join(row)}\n{','.join(row.values())}"
+        Path(f"{name}.{suffix}").write_text(f"{text}\n")
+    with pytest.raises(ValueError, match="Its files have different columns"):
+        documents(f"[ab].{suffix}")
 
 
 def test_a_changed_file_is_read_again() -> None:
@@ -341,24 +345,32 @@ def test_a_bucket_is_read_as_a_file_a_folder_and_a_glob(bucket: str, streaming: 
     assert documents(f"{bucket}/.cache", streaming) == documents(f"{bucket}/.cache/*", streaming) == ["c"]  # named
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "txt", "arrow"])
-def test_every_format_is_read_from_a_bucket(bucket: str, suffix: str, streaming: bool) -> None:
+def content(suffix: str) -> bytes:
+    """A file of two documents, `fox` and `dog`."""
     dataset = Dataset.from_dict({"text": ["fox", "dog"]})
     if suffix == "arrow":
         dataset.save_to_disk("saved")
-        content = next(Path("saved").glob("*.arrow")).read_bytes()
-    elif suffix == "parquet":
+        return next(Path("saved").glob("*.arrow")).read_bytes()
+    if suffix == "parquet":
         dataset.to_parquet("a.parquet")
-        content = Path("a.parquet").read_bytes()
-    else:
-        content = (
-            b"fox"
-            if suffix == "txt"
-            else b"id\ttext\n1\tfox\n2\tdog\n".replace(b"\t", b"," if suffix == "csv" else b"\t")
-        )
-    upload(f"{bucket}/a.{suffix}", content)
-    assert documents(f"{bucket}/a.{suffix}", streaming) == (["fox"] if suffix == "txt" else ["dog", "fox"])
+        return Path("a.parquet").read_bytes()
+    texts = {"csv": b"id,text\n1,fox\n2,dog\n", "tsv": b"id\ttext\n1\tfox\n2\tdog\n", "txt": b"fox\n\ndog"}
+    return texts.get(suffix, line("fox") + line("dog"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv", "tsv", "txt", "arrow"])
+def test_every_format_is_read_from_any_store(bucket: str, website: str, suffix: str, streaming: bool) -> None:
+    source = {"sample_by": "paragraph"} if suffix == "txt" else {}
+    upload(f"{bucket}/a.{suffix}", content(suffix))
+    Path("www").mkdir()
+    Path(f"www/a.{suffix}").write_bytes(content(suffix))
+    Path(f"www/a.{suffix}.gz").write_bytes(gzip.compress(content(suffix)))
+    assert documents(f"{bucket}/a.{suffix}", streaming, **source) == ["dog", "fox"]
+    for signature in ("", "?X-Sig=a/b"):
+        assert documents(f"{website}/www/a.{suffix}{signature}", streaming, **source) == ["dog", "fox"]
+        if suffix not in ("parquet", "arrow"):
+            assert documents(f"{website}/www/a.{suffix}.gz{signature}", streaming, **source) == ["dog", "fox"]
 
 
 def test_splits_of_a_bucket_are_told_apart(bucket: str) -> None:
@@ -386,6 +398,13 @@ def test_a_file_is_read_over_http(website: str, streaming: bool) -> None:
     assert documents(f"{website}/c.csv", streaming) == ["fox"]
     with pytest.raises(ValueError, match=r"sources\.a: 'http://.*/x\.jsonl'.*could not be loaded"):
         documents(f"{website}/x.jsonl", streaming)
+
+
+def test_a_download_without_a_network_names_its_variable(website: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    write("a.jsonl")
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set, so nothing is downloaded"):
+        documents(f"{website}/a.jsonl")
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])

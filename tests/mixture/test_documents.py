@@ -42,6 +42,10 @@ def text(tokens: np.ndarray, tokenizer: Any = None) -> str:
     return (tokenizer or tiny_tokenizer()).decode(np.maximum(tokens, ~tokens))
 
 
+def test_a_byte_order_mark_is_no_text():
+    assert text(encode({"text": "\ufeffthe quick"}, {})) == "the quick" + EOS
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "whole", "trained"),
     [
