@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_bf16_available
 from torch import nn
-from transformers.trainer_utils import _is_peft_model
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 __all__ = ["precision_is_chosen", "widen_weights"]
 
@@ -21,11 +20,11 @@ def precision_is_chosen(args: Any) -> bool:
 def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
     """
     Make trainable weights of 16 bits float32: rounding would lose most of an inner step. Frozen weights, which may be
-    quantized, stay as they are where a layer can compute on two types. bfloat16 autocast is switched on in the
-    arguments, unless the type to compute in is `chosen`.
+    quantized, stay as they are where a layer can compute on two types: under autocast, or in adapters. bfloat16
+    autocast is switched on in the arguments, unless the type to compute in is `chosen`.
 
     Raises:
-        ValueError: there are such weights, and `upcast_weights` is off.
+        ValueError: there are such weights, and `upcast_weights` is off, or a quantized model needs autocast.
     """
     narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if not narrow:
@@ -38,9 +37,17 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
         )
     if not chosen and is_bf16_available(ignore_tpu=True):
         args.bf16, args.mixed_precision = True, "bf16"
-    adapted = _is_peft_model(model) or getattr(model, "quantization_method", None) is not None
-    partly = args.mixed_precision == "bf16" and any(not p.requires_grad for p in model.parameters())
-    if adapted or partly:
+    quantized = getattr(model, "quantization_method", None) is not None
+    if args.mixed_precision == "bf16":
+        alone = quantized or any(not p.requires_grad for p in model.parameters())
+    else:
+        alone = {*narrow} <= _of_adapters(model)
+        if quantized and not alone:
+            raise ValueError(
+                "bf16=False: the quantized model has trainable weights outside of its adapters, such as "
+                "modules_to_save, which would meet inputs of another type. Set bf16=True."
+            )
+    if alone:
         for p in narrow:
             p.data = p.data.float()
     else:
@@ -50,3 +57,12 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
         "for their gradients and for each moment of the optimizer: 69 to 99.7 % of an inner step is lost in bfloat16. "
         f"The model computes in {'bfloat16 (autocast)' if args.mixed_precision == 'bf16' else 'float32'}."
     )
+
+
+def _of_adapters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters in layers of PEFT, which compute on an adapter of another type than their inputs."""
+    if not is_peft_available():
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {p for module in model.modules() if isinstance(module, BaseTunerLayer) for p in module.parameters()}

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,37 @@ def test_adapters_of_16_bits_are_widened_alone(make_trainer, sources):
     trainer.save_model()
     saved = load_file(Path(trainer.args.output_dir, "adapter_model.safetensors"))
     assert {tensor.dtype for tensor in saved.values()} == {BF16}
+
+
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ({}, True),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"trainable_token_indices": [1, 2]}, True),
+        ({"use_dora": True, "bias": "lora_only"}, True),
+    ],
+)
+@pytest.mark.parametrize("bf16", [False, None, True])
+def test_adapters_and_whole_modules_train_in_any_type(make_trainer, sources, more, kept, bf16):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **more)
+    model = peft.get_peft_model(tiny_llama(dtype=BF16), lora, autocast_adapter_dtype=False)
+    trainer = make_trainer(sources, model, **({} if bf16 is None else {"bf16": bf16}))
+    trainer.train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == ({BF16} if kept or bf16 is not False else {torch.float32})
+
+
+def test_a_quantized_model_that_needs_autocast_is_refused(make_trainer, sources):
+    model = tiny_llama(dtype=BF16)
+    model.model.requires_grad_(False)
+    model.quantization_method, model.hf_quantizer = "bitsandbytes", SimpleNamespace(is_trainable=True)
+    model._hf_peft_config_loaded = True
+    with pytest.raises(ValueError, match=r"bf16=False: the quantized model .* Set bf16=True"):
+        make_trainer(sources, model, bf16=False)
 
 
 @pytest.mark.parametrize("built", ["model", "model_init"])
