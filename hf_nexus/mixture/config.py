@@ -10,13 +10,15 @@ from ..schema import documented
 from ..strict import Bound, Count, Positive, Text, check_fields, read, read_yaml
 from .stages import Stage, parse_stages, shares_of
 
-__all__ = ["BUILTIN_PREFIX", "MixtureConfig", "SourceConfig", "refuse_splits"]
+__all__ = ["BUILTIN_PREFIX", "RESERVED_NAMES", "MixtureConfig", "SourceConfig", "refuse_splits"]
 
 BUILTIN_PREFIX = "builtin/"
 # Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
 MAP_STYLE_LIMIT = 2_000_000_000
 # Names of sources become part of the names of metrics, such as `eval_<name>_loss`.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Metrics of these names are means over sources.
+RESERVED_NAMES = ("ood", "macro")
 # Words in the names of splits, which may be joined: of training, held out, and beside either.
 _TRAIN = "train|training|learn|trn"
 _HELD_OUT = "tests?|testing|tst|val|valid|validat(?:e|ion)|dev|devel|development|evals?|evaluat(?:e|ion)|hold|held"
@@ -269,7 +271,7 @@ class MixtureConfig:
             raise ValueError(
                 f"{key}: a name starts with a letter or digit and holds only letters, digits, '_', '-' and '.'."
             )
-        if name in ("ood", "macro"):
+        if name in RESERVED_NAMES:
             raise ValueError(f"{key}: the name {name!r} is reserved for a mean over sources. Choose another name.")
         if source.max_tokens is not None and source.max_tokens < self.sequence_length:
             raise ValueError(

@@ -1,8 +1,9 @@
 """The text of sources before a tokenizer is chosen: to train one, and to find out what files hold."""
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from .config import MixtureConfig, SourceConfig
@@ -11,7 +12,9 @@ from .documents import DocumentEncoder, is_conversation, load_documents, rows_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["guess_source", "tokenizer_of_sources"]
+__all__ = ["guess_columns", "guess_source", "tokenizer_of_sources"]
+
+logger = logging.getLogger(__name__)
 
 _LEARNED_FROM = 20_000_000  # characters of a source
 # The columns that are read, by what they hold. The first that fit are taken.
@@ -60,7 +63,7 @@ def _texts(name: str, source: SourceConfig) -> Iterator[str]:
             return
 
 
-def guess_source(name: str, path: str, role: str) -> SourceConfig:
+def guess_source(name: str, path: str, role: Literal["train", "ood"] = "train") -> SourceConfig:
     """
     The source of a path. Its columns are guessed from the first rows. Few text files are split into paragraphs or
     lines, to hold some of them out.
@@ -76,14 +79,50 @@ def guess_source(name: str, path: str, role: str) -> SourceConfig:
                 known["sample_by"] = unit
                 rows, _ = _first_rows(name, known)
         return SourceConfig(**known)
-    kinds = {column: _kind([row.get(column) for row in rows]) for row in rows for column in row}
-    for kind, columns in _COLUMNS:
-        if all(kinds.get(column) == kind for column in columns.values()):
-            return SourceConfig(**known | columns)
-    seen = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
-    raise ValueError(
-        f"{path}: no column can be trained on. It has {seen}. Rename one to 'text' or 'messages', or two to 'prompt' "
-        "and 'completion', or name the column in a YAML file (text_column)."
+    return SourceConfig(**known, **guess_columns(path, rows))
+
+
+def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """
+    The columns of a source that are read, from its first rows. A warning names text next to prompts and completions.
+
+    Raises:
+        ValueError: no column holds text, messages, or prompts with completions, or one of them is null in a row.
+    """
+    kinds = {column: {_kind(row.get(column)) for row in rows} for row in rows for column in row}
+    for allowed in (set(), {"NoneType"}):
+        for kind, columns in _COLUMNS:
+            if any(kinds.get(column, set()) - allowed != {kind} for column in columns.values()):
+                continue
+            for column in columns.values():
+                for number, row in enumerate(rows):
+                    if row.get(column) is None:
+                        raise ValueError(
+                            f"{path}: row {number} has no {column!r}, or null. Repair or remove such rows, or write a "
+                            "YAML file with `streaming: true` and `on_error: skip`."
+                        )
+            others = [name for name, found in kinds.items() if found == {"text"} and name not in columns.values()]
+            if "prompt_column" in columns and others:
+                message = "%s: %s are read, and the text in %s is not. Join what belongs to a prompt into one column."
+                logger.warning(message, path, " and ".join(columns.values()), ", ".join(others))
+            return columns
+    seen = ", ".join(f"{column} ({' or '.join(sorted(found))})" for column, found in kinds.items())
+    raise ValueError(f"{path}: no column can be trained on. It has {seen}. {_advice(rows[0])}")
+
+
+def _advice(row: dict[str, Any]) -> str:
+    """How to make a source readable."""
+    for column, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"The messages in {column!r} have the keys {', '.join(value[0])}. Rename them to role and content."
+        if isinstance(value, list) and value and isinstance(value[0], int):
+            return (
+                f"If {column!r} holds tokens, name it in a YAML file (`tokens_column: {column}`), and the tokenizer "
+                "that made them (`tokenizer` of the model)."
+            )
+    return (
+        "Rename one to 'text' or 'messages', or two to 'prompt' and 'completion', or name the column in a YAML file "
+        "(text_column)."
     )
 
 
@@ -94,7 +133,6 @@ def _first_rows(name: str, known: dict[str, Any]) -> tuple[list[dict[str, Any]],
     return list(islice(rows_of(name, source, source.split, documents), 100)), documents.info.builder_name
 
 
-def _kind(values: list) -> str:
-    """What a column holds: "text", "messages", or the types of its values."""
-    kinds = {"text" if isinstance(v, str) else "messages" if is_conversation(v) else type(v).__name__ for v in values}
-    return " or ".join(sorted(kinds))
+def _kind(value: Any) -> str:
+    """What a value of a column is: "text", "messages", or its type."""
+    return "text" if isinstance(value, str) else "messages" if is_conversation(value) else type(value).__name__

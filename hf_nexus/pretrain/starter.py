@@ -1,11 +1,12 @@
 """A first configuration for the files of a user, with a model that this machine trains in minutes."""
 
+import itertools
 import json
 import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from string import Template
@@ -16,7 +17,7 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..mixture.config import MixtureConfig, SourceConfig
+from ..mixture.config import RESERVED_NAMES, MixtureConfig, SourceConfig
 from ..mixture.documents import check_tokenizer, load_documents
 from ..mixture.loading import load_mixture
 from ..mixture.texts import guess_source, tokenizer_of_sources
@@ -30,6 +31,7 @@ __all__ = ["starter_yaml"]
 
 _MINUTES, _EPOCHS, _TOKENS_PER_PARAMETER, _LEAST_STEPS, _K = 5, 4, 20, 100, 4
 _MOST = 20_000_000  # tokens of a source
+_HELD_OUT = 200  # documents of a source at most
 _SHAPES = ((128, 4), (192, 6), (256, 8), (384, 8), (512, 12), (768, 12))  # width and layers
 
 
@@ -51,10 +53,10 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
             check_tokenizer(name, source, loaded)
         documents: Any = load_documents(name, source, source.split)[0]
         documents = documents.select_columns(list(source.columns.values()))
-        count, characters = len(documents), characters + documents.data.nbytes
+        size, characters = len(documents), characters + documents.data.nbytes
         unit = "documents" if source.sample_by == "document" else f"documents (each {source.sample_by})"
-        _say(f"{path}: {count:,} {unit}, read from {' and '.join(source.columns.values())}")
-        most = min(200, max(4, count // 20), count // 4)
+        _say(f"{path}: {size:,} {unit}, read from {' and '.join(source.columns.values())}")
+        most = min(_HELD_OUT, max(4, size // 20), _distinct(documents, 4 * _HELD_OUT) // 4)
         limits = {"max_tokens": 20_000} if path in ood else {"max_tokens": _MOST, "eval_rows": most or None}
         sources[name] = replace(source, **limits)
     config = MixtureConfig(sources, sequence_length=32)
@@ -90,6 +92,16 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     }
     text = Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
     return text if mixture.eval_tokens else re.sub(r"^  eval_.*\n", "", text, flags=re.MULTILINE)
+
+
+def _distinct(documents: Iterable[Any], most: int) -> int:
+    """The number of different documents, counted up to `most`: copies of a held-out one are not trained on."""
+    found: set[str] = set()
+    for row in documents:
+        found.add(repr(row))
+        if len(found) == most:
+            break
+    return len(found)
 
 
 def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> str:
@@ -176,7 +188,8 @@ def _names(paths: Sequence[str]) -> list[tuple[str, str]]:
     for path in paths:
         plain = next((part for part in reversed(Path(path).parts) if not set(part) & set("*?[")), "")
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", plain.split(".")[0]).lstrip("_-") or "data"
-        found[name if name not in found and name != "ood" else f"{name}_{len(found) + 1}"] = path
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(len(found) + 1)))
+        found[next(name for name in names if name not in found and name not in RESERVED_NAMES)] = path
     return list(found.items())
 
 

@@ -19,7 +19,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
-from ..evaluation.losses import OOD
+from ..mixture.config import RESERVED_NAMES
 from ..nexus import Nexus
 from ..strict import Bound
 from .config import NexusConfigMixin, lower_is_better
@@ -453,7 +453,7 @@ def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
     """Refuse the names that logs and cards have for means, for a source or an evaluation set."""
     sets = evaluation if isinstance(evaluation, Mapping) else ()
     for kind, names in (("source", sources), ("evaluation set", sets)):
-        for name in {OOD, "macro", "macro over OOD"}.intersection(names):
+        for name in {*RESERVED_NAMES, "macro over OOD"}.intersection(names):
             raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
 
 

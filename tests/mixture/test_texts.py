@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.texts import guess_source, tokenizer_of_sources
+from tests.support.token_files import write_ds
 
 CHAT = [{"role": "user", "content": "one plus two"}, {"role": "assistant", "content": "three"}]
 
@@ -45,6 +46,38 @@ def test_where_nothing_fits_the_columns_are_named():
     path = write("a.jsonl", [{"id": 1, "body": "a", "text": 3}])
     with pytest.raises(ValueError, match=r"^a\.jsonl: .*id \(int\), body \(text\), text \(int\)\. Rename one"):
         guess_source("a", path, "train")
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"conversations": [{"from": "human", "value": "a"}]}, r"'conversations' have the keys from, value\. Rename"),
+        ({"id": 1, "input_ids": [5, 6]}, r"`tokens_column: input_ids`\), and the tokenizer that made them"),
+    ],
+)
+def test_the_advice_fits_what_the_columns_hold(row, advice):
+    with pytest.raises(ValueError, match=advice):
+        guess_source("a", write("a.jsonl", [row]))
+
+
+def test_token_files_need_the_column_and_the_tokenizer():
+    write_ds(Path("a.ds"), [[5, 6], [7]])
+    with pytest.raises(ValueError, match="`tokens_column: input_ids`"):
+        guess_source("a", "a.ds")
+
+
+@pytest.mark.parametrize("missing", [{"text": None}, {"id": 1}])
+def test_a_row_without_text_is_named(missing):
+    path = write("a.jsonl", [{"text": "a"}, missing])
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 1 has no 'text', or null\. Repair"):
+        guess_source("a", path)
+
+
+def test_text_next_to_prompts_is_a_warning(caplog):
+    row = {"instruction": "add", "input": "1 2", "output": "3", "id": 1}
+    columns = guess_source("a", write("a.jsonl", [row])).columns
+    assert columns == {"prompt_column": "instruction", "completion_column": "output"}
+    assert "instruction and output are read, and the text in input is not" in caplog.text
 
 
 @pytest.mark.parametrize(

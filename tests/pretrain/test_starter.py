@@ -120,6 +120,10 @@ def test_names_are_those_of_files_and_differ():
     paths = ["a/web.jsonl.gz", "b/web.jsonl", "c/*.parquet", "ood.txt", "my text (1).csv", "*.jsonl"]
     names = [name for name, _ in starter._names(paths)]
     assert names == ["web", "web_2", "c", "ood_4", "my_text_1_", "data"]
+    paths = ["a_3.jsonl", "a.jsonl", "a.csv", "macro.jsonl", "a_4.txt", "b_8.csv", "b.txt", "b.csv"]
+    assert [name for name, _ in starter._names(paths)] == [
+        *("a_3", "a", "a_4", "macro_4", "a_4_5", "b_8", "b", "b_9"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["2024.jsonl", "no.jsonl", "on.csv", "1e3.jsonl"])
@@ -131,7 +135,8 @@ def test_names_that_are_no_text_in_yaml_are_quoted(fast, name):
 
 def test_nothing_is_evaluated_where_nothing_is_held_out(fast):
     Path("few.jsonl").write_text("\n".join(JSONL.splitlines()[:3]))
-    text = starter.starter_yaml(["few.jsonl"])
+    Path("same.jsonl").write_text("\n".join(JSONL.splitlines()[:2] * 40))
+    text = starter.starter_yaml(["few.jsonl", "same.jsonl"])
     Path("mine.yaml").write_text(text)
     training = parse_arguments(["--config", "mine.yaml", "--dry_run"]).training
     assert training.eval_strategy == "no" and not training.eval_on_start
