@@ -10,9 +10,9 @@ Train or fine-tune a causal language model on text with the Nexus update.
 
 Only the two lines marked `Nexus` differ from the same script for Trainer. `--train_source` needs these lines.
 
-A small byte-level model from scratch on a text file, in half a minute on one CPU core without a download:
+A small byte-level model from scratch on built-in text, in half a minute on one CPU core without a download:
 
-    python recipes/finetune.py --train_file docs/hub.md --do_train --do_eval --max_steps 40 --block_size 128 \\
+    python recipes/finetune.py --train_file builtin/code --do_train --do_eval --max_steps 40 --block_size 128 \\
         --gradient_accumulation_steps 4 --learning_rate 3e-3 --inner_lr 0.1 --output_dir runs/finetune
 
 20 more steps, with the same flags and these:
@@ -20,9 +20,9 @@ A small byte-level model from scratch on a text file, in half a minute on one CP
     --max_steps 60 --resume_from_checkpoint runs/finetune/checkpoint-40
 
 A mixture, whose sources are files or datasets of the Hub. Each micro-batch holds one source, and each source is
-evaluated. `--mixture_weights '{"hub": 0.7, "mixtures": 0.3}'` sets the shares, which are by size otherwise:
+evaluated. `--mixture_weights '{"code": 0.7, "records": 0.3}'` sets the shares, which are by size otherwise:
 
-    python recipes/finetune.py --train_source hub=docs/hub.md mixtures=docs/mixtures.md --do_train --do_eval \\
+    python recipes/finetune.py --train_source code=builtin/code records=builtin/records --do_train --do_eval \\
         --max_steps 40 --block_size 128 --gradient_accumulation_steps 4 --learning_rate 3e-3 --inner_lr 0.1 \\
         --output_dir runs/finetune-mixture
 
@@ -39,10 +39,9 @@ import math
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, load_dataset
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -59,6 +58,10 @@ from hf_nexus import NexusTrainer as Trainer  # Nexus: was `from transformers im
 from hf_nexus.errors import one_line_errors
 from hf_nexus.evaluation.metrics import NextTokenAccuracy
 from hf_nexus.files import Secret, hide_token
+from hf_nexus.mixture.config import BUILTIN_PREFIX, SourceConfig
+from hf_nexus.mixture.data_files import means_files
+from hf_nexus.mixture.documents import DocumentEncoder, load_documents
+from hf_nexus.mixture.texts import guess_columns, guess_source
 
 TINY = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
 
@@ -90,7 +93,7 @@ class DataTrainingArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "Text, .csv, .json, .jsonl or .parquet file."})
+    train_file: str | None = field(default=None, metadata={"help": "File, folder, glob or URL of data files."})
     train_source: list[str] | None = field(
         default=None,
         metadata={"help": "name=path of a source of a mixture: a file or Hub id. Several.", "action": "extend"},
@@ -101,7 +104,6 @@ class DataTrainingArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of rows to evaluate on."})
     block_size: int = field(default=512, metadata={"help": "Number of tokens in a row."})
     streaming: bool = field(default=False, metadata={"help": "Read the data during training. Needs --max_steps."})
-    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line breaks of text files."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenization."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again."})
 
@@ -121,25 +123,23 @@ class DataTrainingArguments:
             name, _, path = text.partition("=")
             if not name or not path or name in found:
                 raise ValueError(f"--train_source {text}: give each source once, as name=path.")
-            data = {"train_file": path} if Path(path).exists() else {"dataset_name": path}
-            found[name] = replace(self, train_source=None, **data)
+            of_files = means_files(path) or path.startswith(BUILTIN_PREFIX)
+            found[name] = replace(self, train_source=None, **{"train_file" if of_files else "dataset_name": path})
         return found
 
 
-def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | IterableDatasetDict:
-    """The splits `train` and `validation`. The options go to `load_dataset`."""
-    options["streaming"] = args.streaming
+def load_texts(args: DataTrainingArguments, cache_dir: str | None, token: str | None) -> tuple[Any, SourceConfig]:
+    """The splits `train` and `validation`, and their columns, which are guessed from the first rows."""
     if args.dataset_name is not None:
-        path, options["name"] = args.dataset_name, args.dataset_config_name
+        options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "streaming": args.streaming}
+        texts = dict(load_dataset(args.dataset_name, args.dataset_config_name, trust_remote_code=False, **options))
+        source = SourceConfig(args.dataset_name, **guess_columns(args.dataset_name, list(texts["train"].take(100))))
     else:
         assert args.train_file is not None
+        source = guess_source("train", args.train_file)
         files = {"train": args.train_file, "validation": args.validation_file}
-        options["data_files"] = {split: file for split, file in files.items() if file is not None}
-        endings = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
-        path = endings.get(Path(args.train_file).suffix[1:], "text")
-        if path == "text":
-            options["keep_linebreaks"] = args.keep_linebreaks
-    texts = load_dataset(path, trust_remote_code=False, **options)
+        sources = {split: replace(source, path=path) for split, path in files.items() if path is not None}
+        texts = {s: load_documents(s, sources[s], "train", cache_dir, args.streaming)[0] for s in sources}
     if "validation" not in texts:
         train, percent = texts["train"], args.validation_split_percentage
 
@@ -148,7 +148,7 @@ def load_texts(args: DataTrainingArguments, **options: Any) -> DatasetDict | Ite
 
         texts["validation"] = train.filter(is_held_out, with_indices=True)
         texts["train"] = train.filter(lambda text, i: not is_held_out(text, i), with_indices=True)
-    return texts
+    return texts, source
 
 
 def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
@@ -159,14 +159,16 @@ def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
     return {**rows, "labels": [list(row) for row in rows["input_ids"]]}
 
 
-def tokenize(texts: Any, tokenizer: Any, args: DataTrainingArguments) -> Any:
-    """Rows of `block_size` tokens for each split."""
-    columns = list(next(iter(texts["train"])))
-    column = "text" if "text" in columns else columns[0]
+def tokenize(texts: Any, encoder: DocumentEncoder, args: DataTrainingArguments) -> Any:
+    """Rows of `block_size` tokens. Each document ends with an EOS."""
     options: dict[str, Any] = {"batched": True}
-    if not args.streaming:
+    if isinstance(texts, Dataset):
         options |= {"num_proc": args.preprocessing_num_workers, "load_from_cache_file": not args.overwrite_cache}
-    tokens = texts.map(lambda examples: tokenizer(examples[column]), remove_columns=columns, **options)
+
+    def encode(examples: Any) -> dict[str, list]:
+        return {"input_ids": [tokens.tolist() for tokens in encoder.encode(encoder.documents(examples, 0))]}
+
+    tokens = texts.map(encode, remove_columns=list(next(iter(texts), {})), **options)
     return tokens.map(group_texts, fn_kwargs={"block_size": args.block_size}, **options)
 
 
@@ -197,10 +199,6 @@ def load_model(args: ModelArguments) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def first_rows(rows: Any, count: int | None) -> Any:
-    return rows if count is None else rows.take(count)
-
-
 def build_trainer(
     model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments
 ) -> Trainer:
@@ -213,24 +211,36 @@ def build_trainer(
 
     model, tokenizer = load_model(model_args)
 
-    def load(args: DataTrainingArguments) -> tuple[Any, Any]:
-        texts = load_texts(args, cache_dir=model_args.cache_dir, token=model_args.token)
-        rows = tokenize(texts, tokenizer, args)
-        return first_rows(rows["train"], args.max_train_samples), first_rows(rows["validation"], args.max_eval_samples)
+    splits = {"train": data_args.max_train_samples} if training_args.do_train else {}
+    if training_args.do_eval:
+        splits["validation"] = data_args.max_eval_samples
+
+    def load(args: DataTrainingArguments) -> dict[str, Any]:
+        texts, source = load_texts(args, model_args.cache_dir, model_args.token)
+        encoder, found = DocumentEncoder("train", source, tokenizer, list(source.columns.values())), {}
+        for split, most in splits.items():
+            rows = tokenize(texts[split], encoder, args)
+            if isinstance(rows, Dataset) and not len(rows):
+                raise ValueError(
+                    f"{source.path}: the {split} split fills no row of {args.block_size} tokens. Lower --block_size, "
+                    "add text, or raise --validation_split_percentage."
+                )
+            found[split] = rows if most is None else rows.take(most)
+        return found
 
     with training_args.main_process_first(desc="tokenizing"):
         if sources:
             loaded = {name: load(args) for name, args in sources.items()}
-            train, validation = ({name: rows[i] for name, rows in loaded.items()} for i in (0, 1))
+            data: dict[str, Any] = {split: {name: rows[split] for name, rows in loaded.items()} for split in splits}
         else:
-            train, validation = load(data_args)
+            data = load(data_args)
 
     accuracy = NextTokenAccuracy()
     return Trainer(
         model=model,
         args=training_args,
-        train_dataset=train if training_args.do_train else None,
-        eval_dataset=validation if training_args.do_eval else None,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
         compute_metrics=accuracy.compute_metrics,

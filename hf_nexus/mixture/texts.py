@@ -82,7 +82,7 @@ def guess_source(name: str, path: str, role: Literal["train", "ood"] = "train") 
     return SourceConfig(**known, **guess_columns(path, rows))
 
 
-def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, str]:
+def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """
     The columns of a source that are read, from its first rows. A warning names text next to prompts and completions.
 
@@ -102,6 +102,7 @@ def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, str]:
                             "YAML file with `streaming: true` and `on_error: skip`."
                         )
             others = [name for name, found in kinds.items() if found == {"text"} and name not in columns.values()]
+            others = [name for name in others if any(" " in row[name] for row in rows)]  # no numbers of a CSV file
             if "prompt_column" in columns and others:
                 message = "%s: %s are read, and the text in %s is not. Join what belongs to a prompt into one column."
                 logger.warning(message, path, " and ".join(columns.values()), ", ".join(others))

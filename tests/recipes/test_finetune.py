@@ -1,5 +1,6 @@
 """`recipes/finetune.py`: a script for Trainer with two changed lines."""
 
+import gzip
 import json
 import re
 import runpy
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, HfArgumentParser
 
 from hf_nexus.hub.publisher import Publisher
 from tests.support.hub.runs import QUICK, REPO, impatient_client
@@ -23,7 +25,6 @@ from tests.support.tiny import tiny_llama
 from tests.support.tiny_config import documents
 from tests.trainer import test_publishing
 
-pytest.importorskip("datasets")
 SCRIPT = Path(__file__).parents[2] / "recipes/finetune.py"
 SHAPE = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"
 TRAINING = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --seed 3"
@@ -64,8 +65,9 @@ def test_with_two_lines_changed_it_is_a_script_for_trainer(run, tmp_path):
         r"from hf_nexus import Nexus\w+ as (\w+)", r"from transformers import \1", SCRIPT.read_text()
     )
     assert count == 2
-    helpers = ["hf_nexus.errors", "hf_nexus.evaluation.metrics", "hf_nexus.files"]
-    assert re.findall(r"hf_nexus[.\w]*", text.split('"""')[2]) == helpers
+    helpers = {"hf_nexus.errors", "hf_nexus.evaluation.metrics", "hf_nexus.files"}
+    helpers |= {f"hf_nexus.mixture.{name}" for name in ("config", "data_files", "documents", "texts")}
+    assert set(re.findall(r"hf_nexus[.\w]*", text.split('"""')[2])) == helpers
     stock = tmp_path / "stock.py"
     stock.write_text(text)
     nexus, off, plain = run(out="nexus"), run("--nexus", "False", out="off"), run(script=stock, out="plain")
@@ -101,7 +103,7 @@ def test_streaming_with_adapters(run, adapted):
 
 def test_a_model_from_scratch_with_a_saved_configuration(run, adapted, tmp_path):
     base = tmp_path / "base"
-    flags = ["--config_name", str(base), "--tokenizer_name", str(base), "--keep_linebreaks", "False"]
+    flags = ["--config_name", str(base), "--tokenizer_name", str(base)]
     folder = run(*flags, "--model_revision", "main", "--trust_remote_code", "False", "--dtype", "float32")
     shapes = {name: tensor.shape for name, tensor in saved_weights(folder).items()}
     assert shapes == {name: tensor.shape for name, tensor in saved_weights(base).items()}
@@ -166,6 +168,43 @@ def test_several_sources_are_a_mixture(run, tmp_path, monkeypatch):
     for name in ("letters", "digits"):
         assert 0 < results[f"eval_{name}_loss"] < 5.95 and 0 <= results[f"eval_{name}_accuracy"] < 1
     assert (folder / "nexus.yaml").exists() and results["perplexity"] > 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_format_trains_on_its_text(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    recipe, texts = runpy.run_path(str(SCRIPT)), documents("abcd", 40, 0)
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+    (tmp_path / "a.ndjson").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(texts)))
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    rows = Dataset.from_dict({"id": range(40), "content": texts})
+    rows.to_parquet(tmp_path / "folder" / "a.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    pairs = Dataset.from_dict({"id": range(40), "prompt": ["" for _ in texts], "completion": texts})
+    pairs.to_csv(tmp_path / "pairs.csv")
+    tokenizer = ByT5Tokenizer()
+    for name in ("a.ndjson", "a.jsonl.gz", "a.tsv", "a.txt", "folder", "saved", "pairs.csv"):
+        flags = [f"--train_source=a={tmp_path / name}", "--output_dir", str(tmp_path / "out"), *FLAGS]
+        flags += ["--streaming", "--validation_split_percentage", "10"] if streaming else []
+        parser = HfArgumentParser([recipe[kind] for kind in ("ModelArguments", "DataTrainingArguments")])
+        _, args, _ = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+        splits, source = recipe["load_texts"](args.sources()["a"], None, None)
+        encoder = recipe["DocumentEncoder"]("a", source, tokenizer, [])
+        row = next(iter(recipe["tokenize"](splits["train"], encoder, args)))
+        assert tokenizer.decode(row["input_ids"]).strip()[:31] == texts[1][:31], name
+
+
+def test_a_source_that_fills_no_row_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, count in {"long": 40, "short": 40}.items():
+        size = None if name == "long" else 9
+        (tmp_path / f"{name}.txt").write_text("\n".join(text[:size] for text in documents("abcd", count, 0)))
+    sources = [f"{name}={tmp_path / name}.txt" for name in ("long", "short")]
+    monkeypatch.setattr("sys.argv", ["", *FLAGS, f"--output_dir={tmp_path / 'out'}", "--train_source", *sources])
+    with pytest.raises(SystemExit, match=r"short\.txt: the validation split fills no row of 32 tokens\. Lower"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.mark.parametrize(
