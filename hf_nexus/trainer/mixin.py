@@ -45,7 +45,7 @@ from .support import (
     Launch,
     check_launch,
     check_predicted,
-    check_set_names,
+    check_sets,
     check_sharded,
     check_trainable,
     check_trl_arguments,
@@ -181,7 +181,7 @@ class NexusTrainerMixin(_Base):
     def _check(self) -> None:
         """Refuse launches and names that are not supported."""
         if not self._plain:
-            check_set_names(self.data.names, self.eval_dataset)
+            check_sets(self.data.names, self.eval_dataset)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         launch = Launch(
             kind=self.accelerator.distributed_type,
@@ -606,7 +606,7 @@ class NexusTrainerMixin(_Base):
         with self.meter.paused(), self._walker.at_start():
             if self._plain or not isinstance(sets, Mapping):
                 return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-            check_set_names((), sets)
+            check_sets((), sets)
             with held_back(self.callback_handler, self.state.log_history):
                 weights = self.mixture_weights or {}
                 metrics = self._evaluation.each(list(sets), evaluate_set, weights, metric_key_prefix)

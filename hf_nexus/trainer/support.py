@@ -6,7 +6,7 @@ Each `check_` function raises a ValueError that names what is not supported and 
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -35,7 +35,7 @@ __all__ = [
     "check_launch",
     "check_predicted",
     "check_same",
-    "check_set_names",
+    "check_sets",
     "check_sharded",
     "check_trainable",
     "check_trained",
@@ -449,12 +449,15 @@ def choose_direction(args: Any) -> None:
         logger.warning(f"metric_for_best_model={metric!r}: the lowest is taken as the best (greater_is_better=False).")
 
 
-def check_set_names(sources: Iterable[str], evaluation: Any) -> None:
-    """Refuse the names that logs and cards have for means, for a source or an evaluation set."""
+def check_sets(sources: Iterable[str], evaluation: Any) -> None:
+    """Refuse sets without rows, and the names that logs and cards have for means, for a source or a set."""
     sets = evaluation if isinstance(evaluation, Mapping) else ()
     for kind, names in (("source", sources), ("evaluation set", sets)):
         for name in {*RESERVED_NAMES, "macro over OOD"}.intersection(names):
             raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
+    for name, rows in dict(sets).items():
+        if isinstance(rows, Sized) and not len(rows):
+            raise ValueError(f"The evaluation set {name!r} has no rows, so it has no loss. Remove it, or add rows.")
 
 
 def check_vocabulary(rows: Mapping[str, list[Any]], model: nn.Module) -> None:

@@ -472,6 +472,12 @@ def test_the_names_of_means_are_reserved(make_trainer, sources, name):
         make_trainer({**sources, name: Rows(16, 5)})
 
 
+def test_an_evaluation_set_without_rows_is_refused(make_trainer, sources):
+    """It would have no loss, and be missing in the mean without a word."""
+    with pytest.raises(ValueError, match="evaluation set 'code' has no rows"):
+        make_trainer(sources, trainer_kwargs={"eval_dataset": {"text": Rows(8, 0), "code": Rows(0, 1)}})
+
+
 def test_early_stopping_and_best_model_work_on_the_macro_loss(make_trainer, sources):
     held_out = {"text": Rows(8, 0), "law": Rows(8, 5)}
     trainer = make_trainer(
