@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim.sgd import sgd
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import _is_peft_model
@@ -393,13 +395,47 @@ def test_the_precision_of_accelerate_can_be_chosen_again():
     assert Accelerator(mixed_precision="no", cpu=True).mixed_precision == "no"
 
 
-def test_the_store_of_all_processes_is_found():
+@pytest.fixture
+def one_rank() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        store = _get_default_store()
-        assert not store.check(["step"])
-        store.compare_set("step", "", "3")
-        store.compare_set("step", "", "4")
-        assert store.check(["step"]) and int(store.get("step")) == 3
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_sends_everything_over_another_group(one_rank):
+    """Gradients, which parameters are unused, and buffers. `share_buffers` sends the latter in the same way."""
+    seen: list[tuple[str, str]] = []
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "c10d":
+                group = next(a for a in args if isinstance(a, torch.ScriptObject))
+                seen.append((op._schema.name, torch.distributed.ProcessGroup.unbox(group).group_name))
+            return op(*args, **(kwargs or {}))
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3, affine=False))
+    ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    group = torch.distributed.new_group([0])
+    for chosen in (group, torch.distributed.group.WORLD):
+        ddp._update_process_group(chosen)
+        assert ddp.process_group is chosen
+        with Collectives():
+            ddp(torch.randn(4, 2)).square().sum().backward()
+        assert [name for name, _ in seen] == ["c10d::broadcast_"] * 2 + ["c10d::allreduce_"] * 2  # two dtypes
+        assert {where for _, where in seen} == {chosen.group_name}
+        seen.clear()
+    model[1].running_mean = torch.ones(3)
+    ddp._assign_modules_buffers()
+    assert ddp.broadcast_buffers and len(ddp.modules_buffers) == 3
+    assert any(buffer is model[1].running_mean for buffer in ddp.modules_buffers)
+    with Collectives():
+        torch.distributed._broadcast_coalesced(group, ddp.modules_buffers, 2**20, 0)
+    assert [name for name, _ in seen] == ["c10d::broadcast_"] * 2
+
+
+def test_the_store_of_all_processes_is_found(one_rank):
+    store = _get_default_store()
+    assert not store.check(["step"])
+    store.compare_set("step", "", "3")
+    store.compare_set("step", "", "4")
+    assert store.check(["step"]) and int(store.get("step")) == 3

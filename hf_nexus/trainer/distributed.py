@@ -1,6 +1,7 @@
 """Shards, norms, sums and averages over ranks."""
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -20,14 +21,19 @@ __all__ = [
     "PathGroups",
     "Shards",
     "broadcast",
+    "check_paths",
+    "compress",
     "gather",
     "is_wrapped",
     "max_over_ranks",
     "parallelism_of",
-    "reduce_by",
+    "reduce_over",
     "reshard",
     "sum_over_ranks",
 ]
+
+
+_BUCKET = 25 * 2**20  # bytes, as in DDP
 
 
 def _several_ranks() -> bool:
@@ -163,13 +169,17 @@ def path_size(inner_sync: str, node_size: int | None) -> int:
     ranks = dist.get_world_size() if _several_ranks() else 1
     node = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     size = {"global": ranks, "local": 1, "node": node}[inner_sync]
-    sizes = gather(size)
-    if ranks % size or len(set(sizes)) > 1:
+    check_paths(ranks, set(gather(size)))
+    return size
+
+
+def check_paths(ranks: int, sizes: set[int]) -> None:
+    """Refuse paths of these sizes unless all have one size, which divides the ranks. Plans are checked by it, too."""
+    if len(sizes) > 1 or ranks % min(sizes):
         raise ValueError(
             f"inner_sync='node' needs the same number of ranks in each group, but {ranks} ranks were to be split "
-            f"into groups of {', '.join(map(str, sorted(set(sizes))))}. Set node_size to a divisor of {ranks}."
+            f"into groups of {', '.join(map(str, sorted(sizes)))}. Set node_size to a divisor of {ranks}."
         )
-    return size
 
 
 def reshard(model: nn.Module) -> None:
@@ -179,20 +189,29 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def reduce_by(model: nn.Module, chosen: Callable[[], tuple[dist.ProcessGroup | None, bool]]) -> None:
-    """
-    Let DDP average gradients as chosen at each backward pass: over a group (`None`: all ranks), and whether they are
-    sent in bfloat16.
-    """
+def _ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
-    def reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        group, compressed = chosen()
-        hook = bf16_compress_wrapper(allreduce_hook) if compressed else allreduce_hook
-        return hook(group, bucket)  # type: ignore[arg-type]  # None is allowed
 
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            module.register_comm_hook(None, reduce)
+def reduce_over(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """
+    Let DDP reduce gradients over a group (`None`: all ranks), and send there all else that it sends: which parameters
+    are unused, and its buffers.
+    """
+    for module in _ddp_modules(model):
+        if module.process_group is not (group or dist.group.WORLD):
+            module._update_process_group(group or dist.group.WORLD)
+
+
+def compress(model: nn.Module, wanted: Callable[[], bool]) -> None:
+    """Let DDP send gradients in bfloat16 if `wanted` at a backward pass. To be called once for each wrapped model."""
+
+    def reduce(ddp: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        hook = bf16_compress_wrapper(allreduce_hook) if wanted() else allreduce_hook
+        return hook(ddp().process_group, bucket)
+
+    for module in _ddp_modules(model):
+        module.register_comm_hook(weakref.ref(module), reduce)  # DDP would keep itself alive
 
 
 class PathGroups:
@@ -228,8 +247,7 @@ class PathGroups:
         the same parameters in the same order.
 
         Where the ranks of a path hold the same pseudo-gradient, each sends an equal part of it to the other paths, and
-        gathers the averaged parts of the others. Where it is sharded, each sends its shard. This happens in buckets,
-        so little memory is needed.
+        gathers the averaged parts of the others. Where it is sharded, each sends its shard.
 
         A gradient that is None on some paths counts as zero there. One that is None on all paths stays None. `moved`
         says whether this path took any inner step. If not, its gradients are None.
@@ -247,26 +265,56 @@ class PathGroups:
                 p.grad = torch.zeros_like(p)
         sharded = isinstance(params[0], DTensor)
         parts, place = (1, 0) if sharded else (self.size, self._place)
-        for bucket in _buckets([shard(p.grad) for p in present]):  # type: ignore[arg-type]  # not None
-            flat = torch.cat([g.reshape(-1) for g in bucket])
-            padded = nn.functional.pad(flat, (0, -len(flat) % parts))
-            part = padded.chunk(parts)[place]
+
+        def average(bucket: Tensor) -> None:
+            part = bucket.chunk(parts)[place]
             dist.all_reduce(part, group=self._across)
-            if self.inside is not None and not sharded:
-                dist.all_gather_into_tensor(padded, part.clone(), group=self.inside)
-            means = padded[: len(flat)].div_(paths_moved).split([g.numel() for g in bucket])
-            for gradient, mean in zip(bucket, means, strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            if parts > 1:
+                dist.all_gather_into_tensor(bucket, part, group=self.inside)
+            bucket.div_(paths_moved)
+
+        _change([shard(p.grad) for p in present], average, parts)  # type: ignore[arg-type]  # not None
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all ranks the buffers of the first, as DDP does where all ranks walk one path. All must call it."""
+        for module in _ddp_modules(model):
+            module._assign_modules_buffers()  # those that were replaced since
+            if module.broadcast_buffers and module.modules_buffers:
+                world: Any = dist.group.WORLD
+                dist._broadcast_coalesced(world, module.modules_buffers, _BUCKET, 0)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of the same dtype, of 25 MB together as in DDP, or one that is larger."""
-    bucket: list[Tensor] = []
+def _change(tensors: Sequence[Tensor], change: Callable[[Tensor], Any], parts: int) -> None:
+    """
+    Let `change` replace the elements of tensors, in flat buckets of one dtype that are divisible into equal parts.
+    One bucket is in memory at a time.
+    """
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        flat = [_flat(tensor) for tensor in tensors if tensor.dtype == dtype]
+        size = min(sum(map(len, flat)), _BUCKET // dtype.itemsize)
+        buffer = flat[0].new_zeros(size + -size % parts)
+        for pieces in _pieces(flat, size):
+            sizes = list(map(len, pieces))
+            bucket = buffer[: sum(sizes) + -sum(sizes) % parts]
+            torch.cat(pieces, out=bucket[: sum(sizes)])
+            change(bucket)
+            torch._foreach_copy_(pieces, bucket[: sum(sizes)].split(sizes))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements of a tensor in the order of memory, as a view."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
+
+
+def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Parts of flat tensors, in lists that have `size` elements together. The last may have fewer."""
+    pieces, room = [], size
     for tensor in tensors:
-        size = sum(t.nbytes for t in bucket)
-        if bucket and (size + tensor.nbytes > 25 * 2**20 or bucket[0].dtype != tensor.dtype):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
+        while len(tensor):
+            pieces.append(tensor[:room])
+            tensor, room = tensor[room:], room - len(pieces[-1])
+            if not room:
+                yield pieces
+                pieces, room = [], size
+    if pieces:
+        yield pieces

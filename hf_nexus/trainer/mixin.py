@@ -32,7 +32,7 @@ from .arguments import adopt, arguments_by_name, changed, own_arguments, samples
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings, save_settings, warn_of_changes
-from .distributed import is_wrapped, parallelism_of
+from .distributed import is_wrapped, parallelism_of, reduce_over
 from .evaluation import Evaluation, held_back, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
@@ -350,6 +350,8 @@ class NexusTrainerMixin(_Base):
             if self.is_fsdp_enabled:
                 check_sharded(prepared[0])
             self._walker.begin(prepared[0], self.optimizer, self.accelerator.mixed_precision == "bf16")
+        else:
+            reduce_over(prepared[0], None)
         self._feed.begin(step)
         self._random_states.begin()
         self._checkpoints.find_best(self.state)
@@ -499,7 +501,7 @@ class NexusTrainerMixin(_Base):
         losses = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step, autocast=autocast)
         assert self._walker.nexus is not None
         self.meter.add_walk(window, losses, self._walker.nexus)
-        self._walker.average_over_ranks()
+        self._walker.average_over_ranks(model)
         # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.
         running = self._tr_loss / (1 + step - self._globalstep_last_logged)

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import MicroBatchTag, StreamState, pop_tag
 from ..nexus import Nexus
-from .distributed import PathGroups, Shards, gather, reduce_by, reshard, sum_over_ranks
+from .distributed import PathGroups, Shards, compress, gather, reduce_over, reshard, sum_over_ranks
 from .support import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
 
 __all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
@@ -183,7 +183,7 @@ class Walker:
         self._args = args
         self._new = True  # no window was walked yet
         self._begun: tuple[Any, Any] = (None, None)  # the wrapped model, and the sets of its parameters
-        self._hooked: Any = None  # the wrapped model whose reductions are ours
+        self._compressed: Any = None  # the wrapped model whose gradients may be sent in bfloat16
         self.nexus: Nexus | None = None
 
     def walk(
@@ -250,9 +250,10 @@ class Walker:
         params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
         if before[0] != wrapped or self.groups.settings != (args.inner_sync, args.node_size):
             self.groups = PathGroups(args.inner_sync, args.node_size)
-        if (self.groups.inside is not None or args.reduce_dtype) and self._hooked != wrapped and args.world_size > 1:
-            self._hooked = wrapped
-            reduce_by(model, lambda: (self.groups.inside, args.reduce_dtype is not None))
+            reduce_over(model, self.groups.inside)
+        if args.reduce_dtype and self._compressed != wrapped:
+            self._compressed = wrapped
+            compress(model, lambda: args.nexus and args.reduce_dtype is not None)
         shards = Shards(params, self.groups)
         self.nexus = Nexus(
             params,
@@ -265,10 +266,14 @@ class Walker:
         )
         warn_of_short_steps(self.nexus, autocast)
 
-    def average_over_ranks(self) -> None:
-        """Replace the pseudo-gradient in `.grad` by the average over the paths that moved, if there are several."""
+    def average_over_ranks(self, model: nn.Module) -> None:
+        """
+        Replace the pseudo-gradient in `.grad` by the average over the paths that moved, if there are several, and the
+        buffers of the wrapped model by those of the first rank.
+        """
         if self.nexus is not None and self.groups.several:
             self.groups.average(self.nexus.params, self.nexus.steps_taken > 0)
+            self.groups.share_buffers(model)
 
     def reset(self) -> None:
         """Discard the parameters: the model may be wrapped again or replaced."""

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.tensors import shard
 from tests.support.tiny import Rows, tiny_llama
-from tests.trainer.distributed.node_worker import NODE, POISONED, ByGroup
+from tests.trainer.distributed.node_worker import NODE, POISONED, ByGroup, Collectives
 from tests.trainer.distributed.worker import poison, sources
 
 HYBRID = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
@@ -202,10 +202,9 @@ def node(out: Path) -> dict[str, Any]:
         trainer = watch.trainer = make(out, fsdp=fsdp, **NODE)
         trainer.add_callback(watch)
         poison(trainer, 1, POISONED)
-        try:
+        with Collectives(watch):
             found[name] = trained(trainer)
-        finally:
-            found[f"{name}_sent"] = watch.found()["between"]
+        found[f"{name}_sent"] = watch.found()["between"]
     try:
         make(out, inner_sync="node", node_size=1, parallelism_config=HYBRID).train()
     except ValueError as error:

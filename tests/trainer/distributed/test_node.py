@@ -1,5 +1,6 @@
 """`inner_sync="node"` on four CPU processes, as two paths of two ranks."""
 
+from collections import Counter
 from collections.abc import Collection
 
 import pytest
@@ -51,7 +52,7 @@ def test_two_paths_of_two_ranks_match_two_paths_in_one_process(ranks, tmp_path):
     assert distance(ranks[0]["plain"]["weights"], two_paths(tmp_path)) < 1e-5
 
 
-@pytest.mark.parametrize("scenario", ["plain", "bf16", "random", "ragged", "none", "nan"])
+@pytest.mark.parametrize("scenario", ["plain", "bf16", "random", "ragged", "none", "nan", "unlike", "off"])
 def test_all_ranks_are_bit_identical_after_every_outer_step(ranks, scenario):
     for rank in ranks:
         assert rank[scenario]["agree"] and all(rank[scenario]["agree"])
@@ -63,6 +64,35 @@ def test_traffic_between_paths_is_that_of_one_reduction(ranks):
     """Each of the two ranks of a path sends half of the model. Inside are k reductions, and half is gathered."""
     for rank in ranks:
         assert rank["plain"]["sent"] == {"inside": [4.5] * 5, "between": [0.5] * 5}
+
+
+@pytest.mark.parametrize("k", [2, 6])
+@pytest.mark.parametrize("sync", ["node", "local"])
+def test_paths_meet_as_often_as_plain_accumulation(ranks, sync, k):
+    """They send token counts, which gradients there are, the gradients and the buffers, as plain DDP."""
+    for rank in ranks:
+        calls = rank[f"{sync}_{k}"]["calls"]
+        assert Counter(calls["between"]) == Counter(rank["off"]["calls"]["between"])
+        assert Counter(calls["between"]) == {"allreduce_": 3, "broadcast_": 1}
+        assert len(calls["inside"]) == (3 * k + 1 if sync == "node" else 0)
+
+
+@pytest.mark.parametrize("sync", ["node", "local"])
+def test_all_ranks_hold_the_buffers_of_the_first(ranks, sync):
+    for rank in ranks:
+        assert rank[f"{sync}_normed"]["buffers"] == ranks[0]["global_normed"]["buffers"]
+
+
+@pytest.mark.parametrize("sync", ["node", "local"])
+def test_paths_are_averaged_in_one_bucket_of_memory(ranks, sync):
+    """Of 25 MB, also for a parameter of 32 MB."""
+    for rank in ranks:
+        assert rank[f"{sync}_large"]["right"]
+        assert rank[f"{sync}_large"]["peak"] < 25 * 2**20 + 1000
+
+
+def test_a_model_whose_update_is_turned_off_is_reduced_over_all_ranks(ranks):
+    assert all(rank["turned_off"] == ranks[0]["turned_off"] for rank in ranks)
 
 
 def test_inner_gradients_in_bfloat16_halve_the_traffic_inside(ranks):
