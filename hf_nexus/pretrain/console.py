@@ -150,7 +150,8 @@ def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | Non
     assumed = f"--peak_tflops {hardware.peak_tflops:g} --mfu {hardware.mfu:g}"
     rows = {"arithmetic per step": f"{cost.compute:.3g} s ({assumed})"}
     if cost.devices > 1:
-        sent = f"{cost.during + cost.after:.3g} s for {format_bytes(cost.sent)} per device (--link {hardware.link:g})"
+        links = " ".join(f"--{link} {getattr(hardware, link):g}" for link in cost.links)
+        sent = f"{cost.during + cost.after:.3g} s for {format_bytes(cost.sent)} per device ({links})"
         hidden = "with or without overlap with the backward pass" if cost.during else "sent after the last pass"
         rows |= {f"sent per step, {cost.sharding}": sent, "step": f"{_range(cost.best, cost.worst, 's')}, {hidden}"}
     if steps is not None:

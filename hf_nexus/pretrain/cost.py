@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .fields import PretrainArguments
-from .memory import path_of, sharding_of
+from .memory import machine_of, path_of, sharding_of
 from .model import config_of
 
 __all__ = ["CostEstimate", "estimate_cost"]
@@ -18,11 +18,10 @@ class CostEstimate:
     # Seconds of arithmetic: `6 * parameters` operations per token (forward and backward, without the attention
     # scores), a third more with gradient checkpointing, at `mfu * peak_tflops` per device.
     compute: float
-    # Bytes that each device sends in ring reductions: over `link`, and with `inner_sync="node"` also over `node_link`
-    # to the devices of its machine.
-    sent: int
+    sent: int  # bytes that each device sends in ring reductions
+    links: tuple[str, ...]  # that it sends over: `link`, or `node_link` to the other devices of its machine
     during: float  # seconds of sending that the backward passes can hide
-    after: float  # seconds of sending that follow the last backward pass
+    after: float  # seconds of sending that they cannot hide
     formula: str  # of the arithmetic and of the bytes
 
     @property
@@ -42,45 +41,70 @@ def estimate_cost(
     """
     Time of an outer step of `tokens_per_step` over all devices, from the assumptions in `arguments.hardware`, with
     another `inner_sync` if given.
+
+    Raises:
+        ValueError: the devices cannot be split into the paths of `inner_sync="node"`.
     """
-    t, hardware, sharding = arguments.training, arguments.hardware, sharding_of(arguments)
-    k, sync = t.gradient_accumulation_steps, (inner_sync or t.inner_sync) if t.nexus else "plain"
+    t, hardware = arguments.training, arguments.hardware
+    sync = (inner_sync or t.inner_sync) if t.nexus else "plain"
     again, again_formula = (4 / 3, " x 4/3") if t.activation_checkpointing else (1.0, "")
     if getattr(config_of(arguments), "num_experts_per_tok", None) is not None:
         again_formula += " (an upper bound, since a token passes only some of the experts that N counts)"
-    compute = 6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices)
-    path = path_of(arguments, devices)
-    if sync == "node" and devices == path:
-        sync = "global"
-    reductions = k if sync == "global" else 1
-    wire, size = (2 if t.reduce_dtype else 4), 2 if t.bf16 else 4
-    inside, sharded = 0.0, sharding == "fsdp2"
-    gathered = f"(2 x {k} gathers + {{}} reductions) x {size}N"  # for each micro-batch twice, scattered when reduced
-    if devices == 1:
-        sharding, copies, sent_formula = "one device", 0.0, "0"
-    elif sync == "node":
-        near = gathered.format(k) if sharded else f"({k} reductions x 2 x {wire}N + a gather of 4N)"
-        inside = (3 * k * size if sharded else 2 * k * wire + 4) * (path - 1) / path
-        copies = 2 * 4 / path * (devices - path) / devices
-        sent_formula = f"1 reduction x 4N/{path} x 2(W - {path})/W, in a machine {near} x {path - 1}/{path}"
-    elif sharded:
-        copies = size * (2 * k + reductions) * (devices - 1) / devices
-        sent_formula = f"{gathered.format(reductions)} x (W - 1)/W"
-    else:
-        wire = 4 if sync == "local" else wire
-        copies = 2 * wire * reductions * (devices - 1) / devices
-        sent_formula = f"{reductions} reduction{'s' * (reductions > 1)} x {wire}N x 2(W - 1)/W"
-    over_link = copies * parameters / (hardware.link * 1e9)
-    late = sync in ("node", "local")
+    messages = _messages(arguments, parameters, devices, sync)
+    seconds = [(m.size / (getattr(hardware, m.link) * 1e9), m.hidden) for m in messages]
     return CostEstimate(
         devices=devices,
-        sharding=sharding,
-        compute=compute,
-        sent=round((copies + inside) * parameters),
-        during=inside * parameters / (hardware.node_link * 1e9) + (0 if late else over_link),
-        after=over_link if late else 0.0,
-        formula=f"arithmetic 6N x tokens{again_formula} / (mfu x peak x W), sent {sent_formula}",
+        sharding=sharding_of(arguments) if devices > 1 else "one device",
+        compute=6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices),
+        sent=round(sum(m.size for m in messages)),
+        links=tuple(sorted({m.link for m in messages})),
+        during=sum(time for time, hidden in seconds if hidden),
+        after=sum(time for time, hidden in seconds if not hidden),
+        formula=f"arithmetic 6N x tokens{again_formula} / (mfu x peak x W), sent "
+        + (", ".join(m.formula for m in messages) or "0"),
     )
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What a device sends in a step for one purpose."""
+
+    size: float  # bytes
+    link: str  # the field of `HardwareArguments` with its speed
+    hidden: bool  # whether backward passes can hide it
+    formula: str
+
+
+def _messages(arguments: PretrainArguments, n: int, devices: int, sync: str) -> list[_Message]:
+    """What a device sends for n parameters."""
+    if devices == 1:
+        return []
+    t, machine, sharded = arguments.training, machine_of(arguments), sharding_of(arguments) == "fsdp2"
+    k, wire, size = t.gradient_accumulation_steps, 2 if t.reduce_dtype else 4, 2 if t.bf16 else 4
+    path = path_of(arguments, devices) if sync == "node" else devices
+    sync = "global" if sync == "node" and path == devices else sync
+    reductions = k if sync in ("global", "node") else 1
+    gathered = f"(2 x {k} gathers + {reductions} reductions) x {size}N"  # each micro-batch, scattered when reduced
+
+    def link(ranks: int) -> str:
+        """That of groups of so many devices in turn. A ring over several machines is as slow as the link of these."""
+        return "node_link" if devices <= machine or machine % ranks == 0 else "link"
+
+    if path < devices:
+        across = f"1 reduction x 4N/{path} x 2(W - {path})/W"
+        near = gathered if sharded else f"({k} reductions x 2 x {wire}N + a gather of 4N)"
+        inside = (3 * k * size if sharded else 2 * k * wire + 4) * (path - 1) / path
+        return [
+            _Message(n * 8 / path * (devices - path) / devices, link(devices), False, across),
+            _Message(n * inside, link(path), True, f"in a path {near} x {path - 1}/{path}"),
+        ]
+    if sharded:
+        copies, formula = size * (2 * k + reductions), f"{gathered} x (W - 1)/W"
+    else:
+        wire = wire if sync == "global" else 4
+        formula = f"{reductions} reduction{'s' * (reductions > 1)} x {wire}N x 2(W - 1)/W"
+        copies = 2 * wire * reductions
+    return [_Message(n * copies * (devices - 1) / devices, link(devices), sync != "local", formula)]
 
 
 def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> str | None:
@@ -90,7 +114,11 @@ def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: 
     """
     if devices == 1 or not arguments.training.nexus:
         return None
-    choices = ("global", "node") if sharding_of(arguments) == "fsdp2" else ("global", "node", "local")
+    choices = ["global", "node"] if sharding_of(arguments) == "fsdp2" else ["global", "node", "local"]
+    try:
+        path_of(arguments, devices)
+    except ValueError:
+        choices.remove("node")
     steps = {sync: estimate_cost(arguments, parameters, tokens_per_step, devices, sync).worst for sync in choices}
     best = next(sync for sync, seconds in steps.items() if seconds <= 1.05 * min(steps.values()))
     times = ", ".join(f"{sync} {seconds:.3g} s" for sync, seconds in steps.items())

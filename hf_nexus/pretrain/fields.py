@@ -38,9 +38,11 @@ class HardwareArguments:
         mfu (`float`, *optional*, defaults to 0.4):
             Share of the peak that the run reaches. An assumption until it is measured (`mfu` in the logs).
         link (`float`, *optional*, defaults to 50.0):
-            GB/s that one device sends to the others. The default is one 400 Gb/s adapter per device.
-        devices_per_node (`int`, *optional*, defaults to 8), node_link (`float`, *optional*, defaults to 450.0):
-            Devices of one machine, and GB/s that one of them sends to the others. The default is NVLink of an H100.
+            GB/s that one device sends to other machines. The default is one 400 Gb/s adapter per device.
+        devices_per_node (`int`, *optional*):
+            Devices of one machine. Defaults to those of the launcher, else to 8.
+        node_link (`float`, *optional*, defaults to 450.0):
+            GB/s that one device sends to the others of its machine. The default is NVLink of an H100.
         price_per_hour (`float`, *optional*):
             Price of one device for one hour, in any currency.
 
@@ -53,7 +55,7 @@ class HardwareArguments:
     peak_tflops: Positive = 989.0
     mfu: Annotated[float, Bound(above=0, most=1)] = 0.4
     link: Positive = 50.0
-    devices_per_node: Size = 8
+    devices_per_node: Size | None = None
     node_link: Positive = 450.0
     price_per_hour: Positive | None = None
 

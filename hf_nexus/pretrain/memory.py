@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
+from ..trainer.distributed import check_paths
 from ..trainer.support import check_fsdp
 from .fields import PretrainArguments
 from .model import build_model, config_of, joined_documents, model_config, planned_attention
 
-__all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "path_of", "sharding_of"]
+__all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "machine_of", "path_of", "sharding_of"]
 
 SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, T tokens per row, V vocabulary"
 _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
@@ -58,9 +59,23 @@ def sharding_of(arguments: PretrainArguments) -> str:
     return arguments.hardware.sharding or ("fsdp2" if arguments.training.fsdp or launched else "ddp")
 
 
+def machine_of(arguments: PretrainArguments) -> int:
+    """Devices of one machine: `--devices_per_node`, else those of the launcher whose devices are planned, else 8."""
+    hardware, launched = arguments.hardware, arguments.training.world_size > 1
+    local = os.environ.get("LOCAL_WORLD_SIZE") if launched and hardware.devices is None else None
+    return hardware.devices_per_node or int(local or 8)
+
+
 def path_of(arguments: PretrainArguments, devices: int) -> int:
-    """Devices per path with `inner_sync="node"`."""
-    return min(arguments.training.node_size or arguments.hardware.devices_per_node, devices)
+    """
+    Devices per path with `inner_sync="node"`.
+
+    Raises:
+        ValueError: the devices cannot be split into paths.
+    """
+    size, machine = arguments.training.node_size, min(machine_of(arguments), devices)
+    check_paths(devices, {size} if size else {machine, devices % machine or machine})
+    return size or machine
 
 
 def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int) -> MemoryEstimate:
@@ -71,7 +86,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
     Raises:
-        ValueError: a setting that is not possible with FSDP2.
+        ValueError: a setting that is not possible with FSDP2, or devices that cannot be split into paths.
     """
     t, sharded = arguments.training, devices > 1 and sharding_of(arguments) == "fsdp2"
     if sharded:

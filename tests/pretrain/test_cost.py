@@ -8,6 +8,7 @@ import pytest
 
 from hf_nexus.pretrain.console import format_bytes
 from hf_nexus.pretrain.cost import choose_sync, estimate_cost
+from hf_nexus.pretrain.memory import machine_of
 from hf_nexus.pretrain.model import count_parameters, model_config
 from hf_nexus.pretrain.plan import plan_run
 from tests.support.tiny_config import planned
@@ -17,7 +18,7 @@ FORMULAS = PAGE.with_name("cost.md")
 
 
 def cost(*flags: str, devices: int = 8) -> Any:
-    arguments = planned("3b", "--peak_tflops", "1000", "--mfu", "0.5", "--link", "100", *flags)
+    arguments = planned("3b", "--peak_tflops", "1000", "--mfu", "0.5", "--link", "100", "--node_link", "400", *flags)
     return estimate_cost(arguments, 10**9, 10**6, devices)
 
 
@@ -43,25 +44,69 @@ def test_arithmetic_is_six_operations_per_parameter_token():
 )
 def test_bytes_sent_per_step(flags, sent):
     found = cost(*flags)
-    assert found.sent == sent and total(found) == pytest.approx(sent / 100e9)
+    assert found.sent == sent and total(found) == pytest.approx(sent / 400e9)  # in one machine
+
+
+@pytest.mark.parametrize("flags", [[], ["--inner_sync", "local"], ["--no_nexus"], ["--sharding", "fsdp2"]])
+def test_a_ring_over_machines_is_as_slow_as_their_link(flags):
+    for devices, machine, speed in [(8, 8, 400e9), (4, 8, 400e9), (8, 4, 100e9), (16, 8, 100e9)]:
+        found = cost(*flags, "--devices_per_node", str(machine), devices=devices)
+        assert total(found) == pytest.approx(found.sent / speed)
 
 
 def test_machines_share_one_reduction_over_all_links():
-    found = cost("--inner_sync", "node", "--node_link", "400", devices=64)
+    found = cost("--inner_sync", "node", devices=64)
     inside, between = (8 * 2 + 1) * 4e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
-    assert found.sent == inside + between
+    assert found.sent == inside + between and found.links == ("link", "node_link")
     assert (found.during, found.after) == (pytest.approx(inside / 400e9), pytest.approx(between / 100e9))
     assert found.best == pytest.approx(max(found.compute, found.during) + found.after)
-    assert cost("--inner_sync", "node").sent == cost().sent  # one machine
-    assert cost("--inner_sync", "node", "--node_size", "4").after == pytest.approx(2 * 4e9 / 4 / 2 / 100e9)
+    assert cost("--inner_sync", "node") == cost()  # one machine
+    assert cost("--inner_sync", "node", "--reduce_dtype", "bfloat16") == cost("--reduce_dtype", "bfloat16")
     assert cost("--reduce_dtype", "bfloat16").sent == cost().sent / 2
+    assert cost("--no_nexus", "--reduce_dtype", "bfloat16") == cost("--no_nexus")
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "during", "after"),
+    [(4, 8, 400e9, 400e9), (4, 16, 400e9, 100e9), (16, 32, 100e9, 100e9), (6, 24, 100e9, 100e9)],
+)
+def test_paths_that_are_no_machines_use_the_links_they_cross(size, devices, during, after):
+    found = cost("--inner_sync", "node", "--node_size", str(size), devices=devices)
+    assert found.during == pytest.approx((8 * 2 + 1) * 4e9 * (size - 1) / size / during)
+    assert found.after == pytest.approx(2 * 4e9 / size * (devices - size) / devices / after)
 
 
 def test_shards_of_a_machine_are_sent_to_the_others_once():
-    found = cost("--sharding", "fsdp2", "--inner_sync", "node", "--node_link", "400", devices=64)
+    found = cost("--sharding", "fsdp2", "--inner_sync", "node", devices=64)
     inside, between = 8 * 3 * 2e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
     assert found.sent == inside + between
     assert (found.during, found.after) == (pytest.approx(inside / 400e9), pytest.approx(between / 100e9))
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags", "groups"),
+    [
+        (12, [], "12 ranks were to be split into groups of 4, 8"),
+        (6, ["--devices_per_node", "4"], "6 ranks were to be split into groups of 2, 4"),
+        (64, ["--node_size", "7"], "64 ranks were to be split into groups of 7"),
+        (8, ["--node_size", "16"], "8 ranks were to be split into groups of 16"),
+    ],
+)
+def test_paths_that_training_refuses_are_not_planned(devices, flags, groups):
+    chosen = choose_sync(planned("3b", *flags), 10**9, 10**6, devices)
+    assert chosen is not None and "node" not in chosen and "local" in chosen
+    with pytest.raises(ValueError, match=groups):
+        plan_run(planned("3b", "--inner_sync", "node", *flags), devices)
+
+
+def test_a_machine_has_the_devices_that_the_launcher_says(monkeypatch):
+    found = planned("3b")
+    assert machine_of(found) == 8
+    monkeypatch.setattr(type(found.training), "world_size", 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine_of(found) == 4
+    assert machine_of(planned("3b", "--devices", "64")) == 8
+    assert machine_of(planned("3b", "--devices_per_node", "6")) == 6
 
 
 def test_the_plan_chooses_the_largest_groups_that_are_fast():
@@ -73,6 +118,8 @@ def test_the_plan_chooses_the_largest_groups_that_are_fast():
     assert choice("100000") == "global"
     assert choice("50") == "node"
     assert choose_sync(planned("3b"), 10**9, 10**6, 1) is None
+    in_a_machine = [choose_sync(planned("3b", "--link", link), 10**9, 10**6, 8) for link in ("50", "450")]
+    assert in_a_machine[0] == in_a_machine[1]
     assert choice("100000", "--sharding", "fsdp2") == "global"
     assert choice("50", "--sharding", "fsdp2") == "node"
 
