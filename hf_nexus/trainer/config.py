@@ -59,8 +59,9 @@ class NexusConfigMixin:
         node_size (`int`, *optional*):
             Number of ranks per path with `inner_sync="node"`. Defaults to the ranks of a machine.
         reduce_dtype (`str`, *optional*):
-            `"bfloat16"` sends inner gradients in bfloat16 under DDP: half the traffic, at about three digits. FSDP2
-            reduces in the dtype of its mixed precision policy, which is bfloat16 with `bf16`.
+            `"bfloat16"` sends inner gradients in bfloat16 under DDP: half the traffic, at about three digits. An error
+            where it has no effect: with `inner_sync="local"`, and for sharded models. FSDP2 reduces in bfloat16 with
+            `bf16`.
         snapshot_device (`str`, *optional*):
             `"cpu"` keeps the extra copy of the parameters in host memory. By default it is on the device of the
             parameters.

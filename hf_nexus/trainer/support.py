@@ -199,6 +199,11 @@ def check_arguments(
     for name, bound in _RANGES.items():
         if not bound.holds(getattr(args, name)):
             raise ValueError(f"{name}: {getattr(args, name)} is not allowed; it must be a number {bound}.")
+    if args.nexus and args.reduce_dtype and args.inner_sync == "local":
+        raise ValueError(
+            f"reduce_dtype={args.reduce_dtype!r} is for inner gradients, which inner_sync='local' does not send. "
+            "Leave it out, or set inner_sync to 'node' or 'global'."
+        )
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
     _check_optimizer(args, optimizer)
     if sources:
@@ -384,6 +389,11 @@ def check_fsdp(args: Any, version: int) -> None:
         raise ValueError(
             "Nexus does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: set fsdp_version to 2 "
             "in fsdp_config or in the accelerate configuration."
+        )
+    if args.reduce_dtype:
+        raise ValueError(
+            f"reduce_dtype={args.reduce_dtype!r} has no effect on a sharded model: FSDP2 reduces in the dtype of its "
+            "mixed precision policy, which is bfloat16 with bf16=True. Leave it out."
         )
     if args.inner_sync == "local":
         raise ValueError(

@@ -99,6 +99,14 @@ def test_paths_that_training_refuses_are_not_planned(devices, flags, groups):
         plan_run(planned("3b", "--inner_sync", "node", *flags), devices)
 
 
+def test_a_reduction_dtype_that_has_no_effect_is_not_planned():
+    bf16 = ("--reduce_dtype", "bfloat16")
+    with pytest.raises(ValueError, match="has no effect on a sharded model"):
+        plan_run(planned("3b", "--sharding", "fsdp2", *bf16), 8)
+    with pytest.raises(ValueError, match="inner_sync='local' does not send"):
+        planned("3b", "--inner_sync", "local", *bf16)
+
+
 def test_a_machine_has_the_devices_that_the_launcher_says(monkeypatch):
     found = planned("3b")
     assert machine_of(found) == 8

@@ -43,6 +43,16 @@ def test_local_mode_is_refused_for_a_sharded_model(build, facts):
         support.check_launch(build(inner_sync="local").args, launch(**facts))
 
 
+@pytest.mark.parametrize("facts", [{"fsdp_version": 2}, {"sharded_at_load": True}])
+def test_a_reduction_dtype_without_effect_is_refused(build, facts):
+    support.check_launch(build(reduce_dtype="bfloat16").args, launch(kind=DistributedType.MULTI_CPU))
+    with pytest.raises(ValueError, match=r"reduce_dtype='bfloat16' has no effect on a sharded model.*bf16=True"):
+        support.check_launch(build(reduce_dtype="bfloat16").args, launch(**facts))
+    support.check_launch(build(reduce_dtype="bfloat16", nexus=False).args, launch(**facts))
+    with pytest.raises(ValueError, match="inner_sync='local' does not send"):
+        build(reduce_dtype="bfloat16", inner_sync="local")
+
+
 def test_parameters_that_fsdp_leaves_out_are_refused():
     with pytest.raises(ValueError, match="'weight' is trainable, but FSDP2 does not shard it"):
         support.check_sharded(torch.nn.Linear(2, 2))
