@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from ..mixture.digest import sample
 from ..mixture.indexed import MixtureDataset, MixtureSampler
@@ -331,6 +334,8 @@ class Feed:
     def _positions(self, checkpoint: str, batch_size: int, tokenizer: Any) -> Mapping[str, Any] | None:
         """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
         if not self.data.stages:
+            if self._args.nexus:
+                self._compare_fill(checkpoint, batch_size)
             return None
         saved, missing = load_data_state(checkpoint, self._args.process_index, self._layout)
         differences = compare_data(saved["description"], self._describe(batch_size, tokenizer)) if saved else []
@@ -348,6 +353,21 @@ class Feed:
             )
         logger.warning("%s Training goes on, and the data is read from its beginning.", found)
         return None
+
+    def _compare_fill(self, checkpoint: str, batch_size: int) -> None:
+        """Warn if accelerate fills up the last micro-batch of an epoch of a plain dataset in another way."""
+        size, rows = _size(self.data.dataset), batch_size * self._ranks
+        saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).train_batch_size
+        if saved in (None, batch_size) or not size or not size % rows or self._args.dataloader_drop_last:
+            return
+        logger.warning(
+            "%s was saved with %d rows per rank, and now there are %d. The last micro-batch of each epoch may hold "
+            "other rows, because accelerate repeats rows until each rank has as many. Set dataloader_drop_last=True "
+            'from the start, or pass train_dataset as a dict: {"name": dataset}.',
+            checkpoint,
+            saved,
+            batch_size,
+        )
 
     def _reads_too_far(self, saved: Mapping[str, Any]) -> list[str]:
         """That a source with `max_epochs` would be left out later than in the saved run, in words."""

@@ -345,6 +345,25 @@ def test_random_direction_runs_and_differs(make_trainer, sources):
     assert not torch.equal(weights(nexus), weights(random))
 
 
+@pytest.mark.parametrize(
+    ("rows", "config", "warns"),
+    [
+        (13, {}, True),
+        (16, {}, False),
+        (13, {"dataloader_drop_last": True}, False),
+        (13, {"nexus": False}, False),
+        (13, {"per_device_train_batch_size": 1}, False),
+    ],
+)
+def test_an_unfilled_micro_batch_on_other_ranks_warns(make_trainer, caplog, tmp_path, rows, config, warns):
+    """As if there were one rank in place of four."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, **config}
+    make_trainer(Rows(rows, 0), **{**saving, "per_device_train_batch_size": 1}).train()
+    trainer = make_trainer(Rows(rows, 0), **{"per_device_train_batch_size": 4, **saving})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert ("The last micro-batch of each epoch may hold other rows" in caplog.text) == warns
+
+
 def test_k_1_warns(make_trainer, sources, caplog):
     import logging
 
