@@ -74,15 +74,16 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
 
 
 def _run_rows(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | None) -> dict[str, str]:
-    t, m = arguments.training, config_of(arguments)
+    t, m, tp = arguments.training, config_of(arguments), arguments.hardware.tp_size
+    unit, groups = ("group", f", in groups of {tp} by tensor parallelism") if tp > 1 else ("device", "")
     origin = f", continued from {arguments.model.path}" if arguments.model.continues else ""
     layers, width = (getattr(m, name, "(not known)") for name in ("num_hidden_layers", "hidden_size"))
     rows = {
         "model": f"{m.model_type}, {layers} layers of width {width}, vocabulary {m.vocab_size}{origin}",
         "parameters": f"{plan.parameters:,}",
-        "devices": str(plan.devices),
+        "devices": f"{plan.devices}{groups}",
         "tokens per step": f"{plan.tokens_per_step:,} ({t.per_device_train_batch_size} rows x "
-        f"{arguments.mixture.sequence_length} tokens x {t.gradient_accumulation_steps} inner steps on each device)",
+        f"{arguments.mixture.sequence_length} tokens x {t.gradient_accumulation_steps} inner steps on each {unit})",
         "steps": "unknown" if plan.steps is None else f"{plan.steps:,}",
     }
     if plan.tokens is not None:
@@ -152,7 +153,7 @@ def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | Non
     if cost.devices > 1:
         links = " ".join(f"--{link} {getattr(hardware, link):g}" for link in cost.links)
         sent = f"{cost.during + cost.after:.3g} s for {format_bytes(cost.sent)} per device ({links})"
-        hidden = "with or without overlap with the backward pass" if cost.during else "sent after the last pass"
+        hidden = "with or without overlap with the backward pass" if cost.during else "without overlap"
         rows |= {f"sent per step, {cost.sharding}": sent, "step": f"{_range(cost.best, cost.worst, 's')}, {hidden}"}
     if steps is not None:
         low, high = (steps * seconds / 86400 for seconds in (cost.best, cost.worst))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .fields import PretrainArguments
-from .memory import machine_of, path_of, sharding_of
+from .memory import machine_of, path_of, replicas_of, sharding_of, weights_of
 from .model import config_of
 
 __all__ = ["CostEstimate", "estimate_cost"]
@@ -14,7 +14,7 @@ class CostEstimate:
     """Computed time of one outer step."""
 
     devices: int
-    sharding: str  # "ddp", "fsdp2" or "one device"
+    sharding: str  # "ddp", "fsdp2", "tensor parallel" or "one device"
     # Seconds of arithmetic: `6 * parameters` operations per token (forward and backward, without the attention
     # scores), a third more with gradient checkpointing, at `mfu * peak_tflops` per device.
     compute: float
@@ -43,18 +43,18 @@ def estimate_cost(
     another `inner_sync` if given.
 
     Raises:
-        ValueError: the devices cannot be split into the paths of `inner_sync="node"`.
+        ValueError: the devices cannot be split into the paths of `inner_sync="node"`, or into groups of `tp_size`.
     """
     t, hardware = arguments.training, arguments.hardware
     sync = (inner_sync or t.inner_sync) if t.nexus else "plain"
     again, again_formula = (4 / 3, " x 4/3") if t.activation_checkpointing else (1.0, "")
     if getattr(config_of(arguments), "num_experts_per_tok", None) is not None:
         again_formula += " (an upper bound, since a token passes only some of the experts that N counts)"
-    messages = _messages(arguments, parameters, devices, sync)
+    messages, replicas = _messages(arguments, parameters, devices, sync), replicas_of(arguments, devices)
     seconds = [(m.size / (getattr(hardware, m.link) * 1e9), m.hidden) for m in messages]
     return CostEstimate(
         devices=devices,
-        sharding=sharding_of(arguments) if devices > 1 else "one device",
+        sharding="one device" if devices == 1 else sharding_of(arguments) if replicas > 1 else "tensor parallel",
         compute=6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices),
         sent=round(sum(m.size for m in messages)),
         links=tuple(sorted({m.link for m in messages})),
@@ -75,10 +75,8 @@ class _Message:
     formula: str
 
 
-def _messages(arguments: PretrainArguments, n: int, devices: int, sync: str) -> list[_Message]:
-    """What a device sends for n parameters."""
-    if devices == 1:
-        return []
+def _messages(arguments: PretrainArguments, parameters: int, devices: int, sync: str) -> list[_Message]:
+    n, replicas, found = weights_of(arguments, parameters), replicas_of(arguments, devices), []
     t, machine, sharded = arguments.training, machine_of(arguments), sharding_of(arguments) == "fsdp2"
     k, wire, size = t.gradient_accumulation_steps, 2 if t.reduce_dtype else 4, 2 if t.bf16 else 4
     path = path_of(arguments, devices) if sync == "node" else devices
@@ -90,6 +88,16 @@ def _messages(arguments: PretrainArguments, n: int, devices: int, sync: str) -> 
         """That of groups of so many devices in turn. A ring over several machines is as slow as the link of these."""
         return "node_link" if devices <= machine or machine % ranks == 0 else "link"
 
+    if (tp := arguments.hardware.tp_size) > 1:  # after attention and feed-forward, forward, backward and recomputed
+        m, times = config_of(arguments), 6 if t.activation_checkpointing else 4
+        count, tokens = (
+            k * m.num_hidden_layers * times,
+            t.per_device_train_batch_size * arguments.mixture.sequence_length,
+        )
+        formula = f"{count} reductions x {size}h x {tokens} tokens x 2 x {tp - 1}/{tp}"
+        found.append(_Message(count * size * m.hidden_size * tokens * 2 * (tp - 1) / tp, link(tp), False, formula))
+    if replicas == 1:
+        return found
     if path < devices:
         across = f"1 reduction x 4N/{path} x 2(W - {path})/W"
         near = gathered if sharded else f"({k} reductions x 2 x {wire}N + a gather of 4N)"
@@ -100,19 +108,20 @@ def _messages(arguments: PretrainArguments, n: int, devices: int, sync: str) -> 
         ]
     if sharded:
         copies, formula = size * (2 * k + reductions), f"{gathered} x (W - 1)/W"
+        formula += f" of N/{tp} (embeddings: N) over W/{tp}" if tp > 1 else ""
     else:
         wire = wire if sync == "global" else 4
         formula = f"{reductions} reduction{'s' * (reductions > 1)} x {wire}N x 2(W - 1)/W"
         copies = 2 * wire * reductions
-    return [_Message(n * copies * (devices - 1) / devices, link(devices), sync != "local", formula)]
+    return [*found, _Message(n * copies * (replicas - 1) / replicas, link(devices), sync != "local", formula)]
 
 
 def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> str | None:
     """
     A line that names the `inner_sync` with the most ranks per path among those within 5 % of the fastest step, and
-    the time of each. `None` if there is no choice: one device, or no update.
+    the time of each. `None` if there is no choice: one device, tensor parallelism, or no update.
     """
-    if devices == 1 or not arguments.training.nexus:
+    if devices == 1 or not arguments.training.nexus or arguments.hardware.tp_size > 1:
         return None
     choices = ["global", "node"] if sharding_of(arguments) == "fsdp2" else ["global", "node", "local"]
     try:

@@ -33,6 +33,8 @@ class HardwareArguments:
         sharding (`str`, *optional*):
             `"ddp"` (each device holds a whole copy) or `"fsdp2"`. Defaults to what the launcher and the training
             arguments say.
+        tp_size (`int`, *optional*, defaults to 1):
+            Devices that share the weights and the rows by tensor parallelism, next to FSDP2. Only for a plan.
         peak_tflops (`float`, *optional*, defaults to 989.0):
             Peak of one device, in TFLOP/s. The default is the stated dense bfloat16 peak of an H100 or H200.
         mfu (`float`, *optional*, defaults to 0.4):
@@ -52,6 +54,7 @@ class HardwareArguments:
 
     devices: Size | None = None
     sharding: Literal["ddp", "fsdp2"] | None = None
+    tp_size: Size = 1
     peak_tflops: Positive = 989.0
     mfu: Annotated[float, Bound(above=0, most=1)] = 0.4
     link: Positive = 50.0

@@ -13,7 +13,16 @@ from ..trainer.support import check_fsdp
 from .fields import PretrainArguments
 from .model import build_model, config_of, joined_documents, model_config, planned_attention
 
-__all__ = ["SYMBOLS", "MemoryEstimate", "estimate_memory", "machine_of", "path_of", "sharding_of"]
+__all__ = [
+    "SYMBOLS",
+    "MemoryEstimate",
+    "estimate_memory",
+    "machine_of",
+    "path_of",
+    "replicas_of",
+    "sharding_of",
+    "weights_of",
+]
 
 SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, T tokens per row, V vocabulary"
 _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
@@ -26,7 +35,7 @@ class MemoryEstimate:
     included: leave a tenth of the device free.
     """
 
-    parameters: int  # trainable ones
+    parameters: int  # trainable ones, those of a device with tensor parallelism
     per_parameter: dict[str, int]  # bytes by purpose
     activations: int  # bytes kept for the backward pass of one micro-batch; 0 if not known, for another than a Llama
     formula: str  # of the activations
@@ -61,9 +70,33 @@ def sharding_of(arguments: PretrainArguments) -> str:
 
 def machine_of(arguments: PretrainArguments) -> int:
     """Devices of one machine: `--devices_per_node`, else those of the launcher whose devices are planned, else 8."""
-    hardware, launched = arguments.hardware, arguments.training.world_size > 1
-    local = os.environ.get("LOCAL_WORLD_SIZE") if launched and hardware.devices is None else None
+    hardware, launched = arguments.hardware, arguments.training.world_size
+    local = os.environ.get("LOCAL_WORLD_SIZE") if launched > 1 and hardware.devices in (None, launched) else None
     return hardware.devices_per_node or int(local or 8)
+
+
+def replicas_of(arguments: PretrainArguments, devices: int) -> int:
+    """
+    Number of devices that read different rows: one of each group with tensor parallelism.
+
+    Raises:
+        ValueError: a layout of `tp_size` that is not possible.
+    """
+    tp, t = arguments.hardware.tp_size, arguments.training
+    if devices % tp:
+        raise ValueError(f"tp_size={tp} with {devices} devices is not allowed: it must divide them. Set --devices.")
+    if tp > 1 and t.nexus and t.inner_sync != "global":
+        raise ValueError(f"tp_size={tp} with inner_sync={t.inner_sync!r} is not possible. Set inner_sync to 'global'.")
+    if 1 < tp < devices and sharding_of(arguments) != "fsdp2":
+        raise ValueError(f"tp_size={tp} is combined with FSDP2 only. Add --sharding fsdp2, or --devices {tp}.")
+    return devices // tp
+
+
+def weights_of(arguments: PretrainArguments, parameters: int) -> int:
+    """Parameters of one device before FSDP2 shards them. Tensor parallelism divides all but the embeddings."""
+    config = config_of(arguments)
+    embeddings = min(parameters, config.vocab_size * config.hidden_size)
+    return embeddings + (parameters - embeddings) // arguments.hardware.tp_size
 
 
 def path_of(arguments: PretrainArguments, devices: int) -> int:
@@ -86,12 +119,13 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     dot-product attention, and the logits with their gradient. Tests compare the total with the allocated memory.
 
     Raises:
-        ValueError: a setting that is not possible with FSDP2, or devices that cannot be split into paths.
+        ValueError: a setting that is not possible with FSDP2, or devices that cannot be split into paths or groups.
     """
-    t, sharded = arguments.training, devices > 1 and sharding_of(arguments) == "fsdp2"
-    if sharded:
+    t, replicas = arguments.training, replicas_of(arguments, devices)
+    sharded = replicas > 1 and sharding_of(arguments) == "fsdp2"
+    if sharded or devices > replicas:
         check_fsdp(t, version=2)
-    shards = path_of(arguments, devices) if t.nexus and t.inner_sync == "node" else devices
+    shards = path_of(arguments, devices) if t.nexus and t.inner_sync == "node" else replicas
     random = t.inner_direction == "random" and t.inner_lr > 0
     copies = (2 if random else 1) if t.nexus and t.snapshot_device is None else 0
     adamw = t.matrix_optimizer is None and t.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
@@ -101,7 +135,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
         per_parameter["Nexus snapshot"] = 4 * copies
     if t.bf16 and not sharded:
         per_parameter[_AUTOCAST] = 2  # autocast keeps them until the end of the backward pass
-    if devices > 1 and not sharded:
+    if replicas > 1 and not sharded:
         per_parameter["DDP gradient buckets"] = 4
     m, per_token, layer = config_of(arguments), 0, 0
     tokens = t.per_device_train_batch_size * arguments.mixture.sequence_length
@@ -111,7 +145,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
         formula = f"{tokens} tokens x ({terms}) bytes"
     tied = getattr(m, "tie_word_embeddings", False) and hasattr(m, "hidden_size")
     return MemoryEstimate(
-        parameters,
+        weights_of(arguments, parameters),
         per_parameter,
         tokens * per_token,
         formula,
@@ -126,8 +160,10 @@ def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
     """Bytes per token: of the whole model, of one layer in its backward pass; and the formula of the first."""
     t, size = arguments.training, 2 if arguments.training.bf16 else 4
     h, f, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
-    kv = h // heads * m.num_key_value_heads
-    values = {"h": h, "kv": kv, "f": f, "a": heads, "V": m.vocab_size, "h/a": h // heads}
+    kv, tp = h // heads * m.num_key_value_heads, arguments.hardware.tp_size
+    # Tensor parallelism divides the inside of attention and feed-forward. All of the width h stays: an upper bound.
+    kv, f, heads, head_width = kv // tp, f // tp, heads // tp, h // heads
+    values = {"h": h, "kv": kv, "f": f, "a": heads, "V": m.vocab_size, "h/a": head_width}
     values["T"] = arguments.mixture.sequence_length
     layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
     head = Counter(h=12, V=12)
@@ -147,7 +183,8 @@ def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
     if t.activation_checkpointing:  # a layer is recomputed when the tensors of the head are gone
         layer = Counter(h=4)
     per_token = m.num_hidden_layers * bytes_of(layer) + bytes_of(head)
-    return per_token, in_backward, f"L * ({formula(layer)}) + {formula(head)}"
+    split = f" with kv, f and a divided by {tp}" if tp > 1 else ""
+    return per_token, in_backward, f"L * ({formula(layer)}) + {formula(head)}{split}"
 
 
 def _gathered(arguments: PretrainArguments, parameters: int) -> int:
@@ -157,4 +194,6 @@ def _gathered(arguments: PretrainArguments, parameters: int) -> int:
     stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     layers = [sum(p.numel() for p in layer.parameters()) for layer in stack]
     # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
-    return (2 if arguments.training.bf16 else 4) * (parameters - sum(layers) + sum(sorted(layers)[-2:]))
+    return (2 if arguments.training.bf16 else 4) * (
+        parameters - sum(layers) + sum(sorted(layers)[-2:]) // arguments.hardware.tp_size
+    )

@@ -8,7 +8,7 @@ from ..mixture.schedule import Windows
 from ..mixture.stages import Stage, stage_borders, weight_stages
 from .cost import CostEstimate, choose_sync, estimate_cost
 from .fields import PretrainArguments
-from .memory import MemoryEstimate, estimate_memory
+from .memory import MemoryEstimate, estimate_memory, replicas_of
 from .model import count_parameters, joined_documents, model_config
 
 __all__ = ["RunPlan", "plan_run"]
@@ -43,7 +43,8 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     t, length = arguments.training, arguments.mixture.sequence_length
     joined_documents(arguments)
     parameters = count_parameters(model_config(arguments.model, length), arguments.model.attn_implementation)
-    rows, window = t.per_device_train_batch_size * devices, t.gradient_accumulation_steps
+    rows = t.per_device_train_batch_size * replicas_of(arguments, devices)
+    window = t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources
     sizes = dict(tokens) if tokens else {name: source.known_tokens for name, source in sources.items()}
     known = {name: size for name, size in sizes.items() if size is not None}

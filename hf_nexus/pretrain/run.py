@@ -201,6 +201,11 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
 
 def _prepare(arguments: PretrainArguments) -> PretrainRun:
     args = arguments.training
+    if (tp := arguments.hardware.tp_size) > 1:
+        raise ValueError(
+            f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "
+            "(docs/distributed.md)."
+        )
     checkpoint = find_checkpoint(arguments)
     console = Console(quiet=args.process_index > 0)
     if args.cpu_threads is not None:

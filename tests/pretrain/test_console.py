@@ -94,7 +94,7 @@ def test_stages_are_planned_from_both_sections(tmp_path, where):
     ("flags", "words"),
     [
         ([], "3.74 to 5.22 s, with or without overlap with the backward pass"),
-        (["--inner_sync", "local"], "1.94 s, sent after the last pass"),
+        (["--inner_sync", "local"], "1.94 s, without overlap"),
     ],
 )
 def test_the_table_says_what_overlaps(flags, words):

@@ -132,6 +132,39 @@ def test_the_plan_chooses_the_largest_groups_that_are_fast():
     assert choice("50", "--sharding", "fsdp2") == "node"
 
 
+def test_tensor_parallelism_divides_weights_and_sends_activations():
+    """Two reductions of a layer forward and two backward, in a machine. FSDP2 has 8 times fewer replicas."""
+    flags = ("--tp_size", "8", "--sharding", "fsdp2")
+    m, n = planned("3b").model, 10**9
+    whole = m.vocab_size * m.hidden_size
+    rows = planned("3b").training.per_device_train_batch_size
+    activations = 8 * m.num_hidden_layers * 4 * rows * 4096 * m.hidden_size * 2 * 2 * 7 / 8
+    shards = 8 * 3 * 2 * (whole + (n - whole) // 8)
+    alone, several = cost("--tp_size", "8"), cost(*flags, devices=64)
+    assert (alone.during, alone.after) == (0, pytest.approx(activations / 400e9))
+    assert several.after == alone.after and several.during == pytest.approx(shards * 7 / 8 / 100e9)
+    assert cost(*flags, "--activation_checkpointing", devices=64).after == pytest.approx(1.5 * several.after)
+    plans = [plan_run(planned("3b", "--sharding", "fsdp2", *tp), 64) for tp in ([], ["--tp_size", "8"])]
+    assert plans[0].tokens_per_step == 8 * plans[1].tokens_per_step and plans[1].sync is None
+    held = [plan.memory.held for plan in plans]
+    assert plans[1].memory.shards == 8 and held[0] < held[1] < 2 * held[0]  # FSDP2 alone divides the embeddings
+    assert plans[1].memory.activations < plans[0].memory.activations
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags", "message"),
+    [
+        (12, ["--sharding", "fsdp2"], "it must divide them"),
+        (16, [], "combined with FSDP2 only"),
+        (8, ["--inner_sync", "node"], "Set inner_sync to 'global'"),
+        (8, ["--reduce_dtype", "bfloat16"], "no effect on a sharded model"),
+    ],
+)
+def test_layouts_that_tensor_parallelism_lacks_are_not_planned(devices, flags, message):
+    with pytest.raises(ValueError, match=message):
+        plan_run(planned("3b", "--tp_size", "8", *flags), devices)
+
+
 def test_one_device_sends_nothing_and_one_reduction_is_visible():
     assert cost(devices=1).sent == 0 and cost(devices=1).best == cost(devices=1).worst == cost(devices=1).compute
     assert cost().best == max(cost().compute, total(cost())) < cost().worst

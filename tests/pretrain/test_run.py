@@ -84,6 +84,11 @@ def test_a_mistake_in_the_configuration_is_one_line(config, tmp_path, flags, wor
     assert all(word in message for word in words), message
 
 
+def test_tensor_parallelism_is_planned_and_not_trained(config, tmp_path):
+    with pytest.raises(ValueError, match="tp_size=2 is for a plan only"):
+        pretrain(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "x"), "--tp_size", "2"]))
+
+
 def test_a_source_smaller_than_a_micro_batch_is_one_line(config, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["--config", str(config), "--output_dir", str(tmp_path), "--per_device_train_batch_size", "5000"])
