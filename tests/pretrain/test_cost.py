@@ -99,7 +99,7 @@ def test_paths_that_training_refuses_are_not_planned(devices, flags, groups):
         plan_run(planned("3b", "--inner_sync", "node", *flags), devices)
 
 
-def test_a_reduction_dtype_that_has_no_effect_is_not_planned():
+def test_a_reduction_dtype_without_effect_is_not_planned():
     bf16 = ("--reduce_dtype", "bfloat16")
     with pytest.raises(ValueError, match="has no effect on a sharded model"):
         plan_run(planned("3b", "--sharding", "fsdp2", *bf16), 8)
@@ -132,7 +132,7 @@ def test_the_plan_chooses_the_largest_groups_that_are_fast():
     assert choice("50", "--sharding", "fsdp2") == "node"
 
 
-def test_tensor_parallelism_divides_weights_and_sends_activations():
+def test_tensor_parallelism_sends_activations():
     """Two reductions of a layer forward and two backward, in a machine. FSDP2 has 8 times fewer replicas."""
     flags = ("--tp_size", "8", "--sharding", "fsdp2")
     m, n = planned("3b").model, 10**9
@@ -160,7 +160,7 @@ def test_tensor_parallelism_divides_weights_and_sends_activations():
         (8, ["--reduce_dtype", "bfloat16"], "no effect on a sharded model"),
     ],
 )
-def test_layouts_that_tensor_parallelism_lacks_are_not_planned(devices, flags, message):
+def test_impossible_tensor_parallelism_is_not_planned(devices, flags, message):
     with pytest.raises(ValueError, match=message):
         plan_run(planned("3b", "--tp_size", "8", *flags), devices)
 

@@ -91,7 +91,7 @@ def test_paths_are_averaged_in_one_bucket_of_memory(ranks, sync):
         assert rank[f"{sync}_large"]["peak"] < 25 * 2**20 + 1000
 
 
-def test_a_model_whose_update_is_turned_off_is_reduced_over_all_ranks(ranks):
+def test_without_the_update_all_ranks_reduce_again(ranks):
     assert all(rank["turned_off"] == ranks[0]["turned_off"] for rank in ranks)
 
 
