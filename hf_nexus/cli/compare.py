@@ -6,7 +6,6 @@ import typer
 
 from ..files import require_folder
 from ..lock import locked
-from ..strict import load_yaml
 
 __all__ = ["compare"]
 
@@ -34,14 +33,15 @@ def compare(
     ] = None,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
-    load_yaml(config, "compare", "comparison")  # before heavy packages are imported
+    from ..compare.config import ComparisonConfig
+
+    whole = ComparisonConfig.load(config, output_dir)  # before heavy packages are imported
     from rich.console import Console
 
     from ..compare.comparison import Comparison
-    from ..compare.config import ComparisonConfig
     from ..compare.plan import pilot_of, print_plan
 
-    whole, console, differences = ComparisonConfig.load(config, output_dir), Console(), difference or ()
+    console, differences = Console(), difference or ()
     command = f"hf-nexus compare {config}" + (f" --output_dir {output_dir}" if output_dir else "")
     if plan:
         print_plan(whole, command, differences, console)

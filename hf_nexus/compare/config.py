@@ -9,11 +9,10 @@ from functools import cached_property
 from typing import Annotated, Any
 
 from ..files import nearest
-from ..pretrain.fields import SECTIONS, PretrainConfig
-from ..pretrain.parsing import check_section
-from ..pretrain.sections import load_config
+from ..pretrain.kinds import check_sections, known_kinds
+from ..pretrain.sections import SECTION_NAMES, load_config
 from ..schema import documented
-from ..strict import Bound, Count, Positive, Text, check, check_fields, field_types, load_yaml, read
+from ..strict import Bound, Count, Positive, Text, check, check_fields, load_yaml, read
 from .analysis import Analysis, Test, Where, compare_arms
 from .records import METRICS, ON_CURVE, RunRecord
 
@@ -245,8 +244,8 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         _check_different("seeds", self.seeds)
-        for section in SECTIONS:
-            check_section(section, getattr(self, section))
+        sections = {section: getattr(self, section) for section in SECTION_NAMES}
+        check_sections(sections, known_kinds(), {**self._base.get("model", {}), **self.model})
         _check_training("training", self.training)
         self._check_arms()
         if self.tuning is not None and (both := sorted(set(self.tuning.seeds) & set(self.seeds))):
@@ -322,11 +321,14 @@ class ComparisonConfig:
 
     @cached_property
     def _base(self) -> dict[str, dict[str, Any]]:
-        return load_config(self.base)
+        try:
+            return load_config(self.base)
+        except ValueError as error:
+            raise ValueError(f"base: {error}") from error
 
     def run_config(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The pretraining configuration of a run: the base, with the changes for all runs and training `settings`."""
-        sections = {name: self._base.get(name, {}) | getattr(self, name) for name in SECTIONS}
+        sections = {name: self._base.get(name, {}) | getattr(self, name) for name in SECTION_NAMES}
         sections["training"] |= settings
         sections["training"].pop("hub_token", None)  # of the base: the files of the runs must not hold it
         return sections
@@ -352,7 +354,7 @@ def _check_different(key: str, values: list[Any], least: int = 1) -> None:
 
 
 def _check_training(key: str, settings: Mapping[str, Any]) -> None:
-    kinds = field_types(PretrainConfig)
+    kinds = known_kinds()["training"]
     for name, value in settings.items():
         if name in RESERVED:
             raise ValueError(f"{key}.{name}: the comparison sets it for each run. Remove it.")

@@ -1,10 +1,9 @@
 """Controls: arms that lack one ingredient of the primary arm, and differ from it in nothing else."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-from ..trainer.config import NexusConfigMixin
+from ..pretrain.flags import described
 
 __all__ = ["CONTROLS", "Control", "find_controls"]
 
@@ -44,7 +43,7 @@ def find_controls(
         >>> find_controls(arms, "nexus")
         ({'gamma-0': 'gamma 0'}, {'old': ['weight_decay']})
     """
-    defaults = {f.name: f.default for f in fields(NexusConfigMixin)}
+    defaults = {name: field.get("default") for name, field in described("nexus").items()}
     controls: dict[str, str] = {}
     unclean: dict[str, list[str]] = {}
     reference = defaults | dict(settings.get(primary, {}))

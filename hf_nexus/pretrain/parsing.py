@@ -16,23 +16,10 @@ from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, Pretrain
 from .model import shape_fields
 from .sections import check_values, naming
 
-__all__ = ["check_section", "parse_arguments", "resolve"]
+__all__ = ["parse_arguments", "resolve"]
 
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
-
-
-def check_section(section: str, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """
-    The values of a section, or of some of its fields, by their types: a float in place of a whole number, for example.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type. The message starts with `where`, such as the file.
-    """
-    kinds = {name: field_types(cls) for name, cls in SECTIONS.items()}
-    if section != "model":
-        return check_values(section, values, kinds, where)
-    return check_values(section, _fold(values), kinds, where, shape_fields(values) or [])
 
 
 def _fold(section: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -71,7 +58,10 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         plain["model"] = _fold(config.get("model", {}), flags["model"])
     mixture = command_line.mixture
     # The values of flags, and the mixture, have their types already.
-    values = {section: check_section(section, plain[section], f"{name}: ") for section in ("model", "training")}
+    known = shape_fields(plain["model"]) or ()
+    values = {
+        section: check_values(section, plain[section], kinds, f"{name}: ", known) for section in ("model", "training")
+    }
     values["data"] = {key: getattr(mixture, key) for key in plain["data"]}
     resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
     with naming(name, "model.", flags["model"]):

@@ -9,12 +9,12 @@ from typing import Any
 from ..files import Secret, nearest, shown
 from ..strict import check, load_yaml, parse_yaml
 
-__all__ = ["CONFIG_NAME", "DEFAULT_CONFIG", "STARTER", "check_values", "load_config", "naming"]
+__all__ = ["CONFIG_NAME", "DEFAULT_CONFIG", "SECTION_NAMES", "STARTER", "check_values", "load_config", "naming"]
 
 DEFAULT_CONFIG = "3b"
 CONFIG_NAME = "pretrain.yaml"  # of the configuration that a run saves in its output folder
 STARTER = resources.files(__package__).joinpath("starter.yaml").read_text(encoding="utf-8")
-_SECTIONS = ("model", "data", "training")
+SECTION_NAMES = ("model", "data", "training")
 
 
 def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -30,10 +30,10 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     if "sources" in config:
         config = {"data": config, "training": _starter_training(name_or_path, config["sources"])}
     for section, values in config.items():
-        if section not in _SECTIONS:
+        if section not in SECTION_NAMES:
             raise ValueError(
-                f"{name_or_path}: {section}: unknown section.{nearest(section, _SECTIONS)} "
-                f"Allowed: {', '.join(_SECTIONS)}."
+                f"{name_or_path}: {section}: unknown section.{nearest(section, SECTION_NAMES)} "
+                f"Allowed: {', '.join(SECTION_NAMES)}."
             )
         if not isinstance(values, Mapping):
             raise ValueError(
@@ -79,7 +79,7 @@ def check_values(
     found = {}
     for key, value in values.items():
         if key not in kinds[section]:
-            home = next((name for name in _SECTIONS if key in kinds[name]), None)
+            home = next((name for name in SECTION_NAMES if key in kinds[name]), None)
             known = [*kinds[section], *suggested]
             hint = f" It belongs to the section {home!r}." if home else nearest(key, known)
             raise ValueError(f"{where}{section}.{key}: unknown key.{hint}")

@@ -130,11 +130,18 @@ MISTAKES = [
     (["plan", "demmo"], "error: There is no configuration 'demmo'. Did you mean 'demo'?"),
     (["compare", "compair"], "error: There is no comparison 'compair'. Did you mean 'compare'?"),
     (["train", "no_file.yaml"], "error: no_file.yaml: data.sources.code.path: no file matches 'gone.jsonl'"),
+    (["train", "demo", "--accelerate_config", "gone.yaml"], "error: --accelerate_config: there is no file"),
+    (["compare", "arm.yaml"], "error: arm.yaml: arms.b.inner_Ir: not a training field. Did you mean 'inner_lr'?"),
+    (["compare", "base.yaml"], "error: base.yaml: base: There is no configuration 'demmo'. Did you mean 'demo'?"),
+    (["closeness", "org/model", "--config", "demo", "--minima", "code"], "error: --minima: 'code' is not allowed"),
 ]
 
 
 def test_mistakes_are_found_without_torch(tmp_path):
     (tmp_path / "no_file.yaml").write_text("data: {sources: {code: {path: gone.jsonl}}}")
+    rest = "baseline: a\nprimary: {arm: b}\nseeds: [1]\noutput_dir: x\narms: {a: {nexus: false}, b: {"
+    (tmp_path / "arm.yaml").write_text(f"base: demo\n{rest}inner_Ir: 0.1}}}}")
+    (tmp_path / "base.yaml").write_text(f"base: demmo\n{rest}inner_lr: 0.1}}}}")
     code = (
         "import sys; from hf_nexus.cli.app import main\n"
         f"for argv in {[argv for argv, _ in MISTAKES]}:\n"

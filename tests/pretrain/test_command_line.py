@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from hf_nexus.pretrain import command_line
+from hf_nexus.pretrain import kinds
 from hf_nexus.pretrain.command_line import read_command_line
 from hf_nexus.pretrain.flags import described
 from hf_nexus.pretrain.model import shape_fields
@@ -99,7 +99,7 @@ def test_fields_of_every_model_are_accepted(write):
 
 
 def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch):
-    monkeypatch.setattr("hf_nexus.pretrain.command_line.version", lambda name: "5.99")
+    monkeypatch.setattr("hf_nexus.pretrain.kinds.version", lambda name: "5.99")
     read_command_line(["--config", write(training={"optim": "of_the_future"})])
     assert "max_steps: 'many'" in refusal("--config", write(training={"max_steps": "many"}))
 
@@ -107,7 +107,7 @@ def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch):
 def test_a_flag_newer_than_the_schema_gets_its_type(write, monkeypatch):
     known = described("training")
     older = {name: field for name, field in known.items() if name not in ("max_steps", "bf16", "lr_scheduler_kwargs")}
-    monkeypatch.setattr(command_line, "described", lambda name: older if name == "training" else described(name))
+    monkeypatch.setattr(kinds, "described", lambda name: older if name == "training" else described(name))
     flags = ["--max_steps", "3", "--bf16", "--lr_scheduler_kwargs", '{"a": 1}', "--lr_scheduler_type", "linear"]
     training = read_command_line(["--config", write(), "--dry_run", *flags]).flags["training"]
     assert training["max_steps"] == "3"  # its type is not known without torch
