@@ -15,10 +15,12 @@ from ..evaluation.losses import TokenMean, mean_losses, perplexities
 from .distributed import sum_over_ranks
 from .window import has_token_labels
 
-__all__ = ["Evaluation", "held_back", "metric_of_set"]
+__all__ = ["Evaluation", "countable", "held_back", "metric_of_set"]
 
 # Labels that mark loss tokens. A collator that shifts `labels` adds `shift_labels`.
 _LABELS = ("labels", "shift_labels")
+# The label that a segmentation model of transformers ignores, in its configuration. Other models ignore -100.
+_IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
 # The key of the lengths of concatenated rows in a batch.
 _LENGTHS = "nexus_row_lengths"
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
@@ -61,15 +63,21 @@ class Evaluation:
         return collate if self._args.world_size == 1 or streamed else _RowLengths(collate)
 
     def step(
-        self, inputs: Any, loss_only: bool, step: Callable[[Any, bool], tuple], count: Callable[[Any], Tensor | None]
+        self,
+        inputs: Any,
+        loss_only: bool,
+        step: Callable[[Any, bool], tuple],
+        again: Callable[[Any], tuple],
+        count: Callable[[Any], Tensor | None],
     ) -> tuple:
         """
         Evaluate a batch and count its loss, without the rows that Accelerate has repeated to complete the last batch.
 
         These rows stay in the outputs: the ranks gather outputs of one shape, which the Trainer truncates.
 
-        `step` gives the loss, the outputs and the labels of a batch, without the last two if `loss_only`. `count`
-        gives the number of loss tokens in a batch; `None` if the model takes none.
+        `step` gives the loss, the outputs and the labels of a batch, without the last two if `loss_only`. `again`
+        gives all three of a batch whose loss was measured. `count` gives the number of loss tokens in a batch; `None`
+        if the model takes none.
         """
         assert self.mean is not None
         lengths = None
@@ -77,15 +85,15 @@ class Evaluation:
             inputs = dict(inputs)
             lengths = inputs.pop(_LENGTHS)
         self.labels_are_tokens = has_token_labels(inputs)
-        if self.labels_are_tokens:
-            inputs = self._real_tokens(inputs, lengths)
+        if self.labels_are_tokens and (lengths is not None or not _all_rows(inputs)):
+            inputs = self._masked(inputs, lengths)
             output = step(inputs, loss_only)
             self.mean.add(output[0], count(inputs))
             return output
         rows, number = self._real_rows(inputs)
         output = step(rows, loss_only or rows is not inputs)
-        self.mean.add(output[0], number)
-        return output if loss_only or rows is inputs else step(inputs, False)
+        self.mean.add(output[0], count(rows) if self.labels_are_tokens and number != 0 else number)
+        return output if loss_only or rows is inputs else again(inputs)
 
     def _real(self, rows: int) -> int | None:
         """The number of rows of the last batch that are not repeated; `None` in other batches."""
@@ -97,7 +105,7 @@ class Evaluation:
             return None
         return min(max(loader.remainder - rows * (self._args.process_index // self.copies), 0), rows)
 
-    def _real_tokens(self, inputs: Any, lengths: list[int] | None) -> Any:
+    def _masked(self, inputs: Any, lengths: list[int] | None) -> Any:
         """A batch in which the labels of repeated rows are masked. `lengths` are those of concatenated rows."""
         real = self._real(len(inputs["labels"]) if lengths is None else len(lengths))
         if real is None:
@@ -112,19 +120,17 @@ class Evaluation:
 
     def _real_rows(self, inputs: Any) -> tuple[Any, int | None]:
         """
-        For labels of whole rows on several ranks: a batch without its repeated rows, and the number of its real rows.
-        A rank without real rows keeps one, since all ranks call the model. `None` if not all tensors are rows.
+        On several ranks, a batch without its repeated rows, and the number of its real rows. A rank without real rows
+        keeps one, since all ranks call the model. `None` if not all tensors are rows.
         """
-        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-        if self._args.world_size == 1 or not isinstance(labels, Tensor):
+        if self._args.world_size == 1 or not _all_rows(inputs):
             return inputs, None
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        if any(value.shape[:1] != labels.shape[:1] for value in tensors.values()):
-            return inputs, None
-        real = self._real(len(labels))
+        rows = len(inputs["labels"])
+        real = self._real(rows)
         if real is None:
-            return inputs, len(labels)
-        return {**inputs, **{name: value[: max(real, 1)] for name, value in tensors.items()}}, real
+            return inputs, rows
+        kept = {name: value[: max(real, 1)] for name, value in inputs.items() if isinstance(value, Tensor)}
+        return {**inputs, **kept}, real
 
     def each(
         self,
@@ -147,6 +153,24 @@ class Evaluation:
             tokens = tokens and self.labels_are_tokens
         metrics |= mean_losses(metrics, sets, weights, prefix)
         return metrics | (perplexities(metrics, sets, prefix) if tokens else {})
+
+
+def _all_rows(inputs: Any) -> bool:
+    """Whether a batch has labels, and each of its tensors has one entry per row."""
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("labels"), Tensor):
+        return False
+    shape = inputs["labels"].shape[:1]
+    return all(value.shape[:1] == shape for value in inputs.values() if isinstance(value, Tensor))
+
+
+def countable(inputs: Any, model: Any) -> Any:
+    """A batch with -100 in place of the label that the model ignores: the Trainer counts all others as loss tokens."""
+    config = getattr(model, "config", None)
+    ignored = next((getattr(config, name) for name in _IGNORED if hasattr(config, name)), None)
+    if ignored is None or not has_token_labels(inputs):
+        return inputs
+    labels = inputs["labels"].long()  # masks of images may be bytes
+    return {**inputs, "labels": labels.masked_fill(labels == ignored, -100)}
 
 
 class _RowLengths:  # a class, not a closure: data loader workers may have to pickle it

@@ -33,7 +33,7 @@ from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings, save_settings, warn_of_changes
 from .distributed import is_wrapped, parallelism_of, reduce_over
-from .evaluation import Evaluation, held_back, without_speed_of_sets
+from .evaluation import Evaluation, countable, held_back, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
 from .optimizers import create_muon_with_adamw
@@ -427,6 +427,8 @@ class NexusTrainerMixin(_Base):
         base_count: Any = super()._get_num_items_in_batch
 
         def count(batches: list, device: torch.device) -> Any:
+            if not self._plain:
+                batches = [countable(batch, self.model) for batch in batches]
             items = base_count(batches, device)
             if items is None or self.args.average_tokens_across_devices:
                 return items
@@ -648,10 +650,17 @@ class NexusTrainerMixin(_Base):
         if evaluation.mean is None:  # the base class unchanged
             evaluation.labels_are_tokens = has_token_labels(inputs)
             return step(inputs, prediction_loss_only)
+
+        def again(inputs: Any) -> tuple:
+            with metrics_aside(self):  # TRL's were collected with the loss
+                return step(inputs, False)
+
         # Over all ranks, the base class would multiply by their number even a loss that ignores the count.
         with changed(self.args, average_tokens_across_devices=False):
             count = self._get_num_items_in_batch
-            return evaluation.step(inputs, prediction_loss_only, step, lambda rows: count([rows], self.args.device))
+            return evaluation.step(
+                inputs, prediction_loss_only, step, again, lambda rows: count([rows], self.args.device)
+            )
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict one set at the restored weights."""

@@ -12,9 +12,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
 from hf_nexus.mixture import MixtureConfig, load_mixture
+from hf_nexus.trainer.evaluation import countable
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
-from tests.trainer.distributed.losses_worker import METRICS, Classes, Isolated, own_loss
+from tests.trainer.distributed.losses_worker import METRICS, Classes, Isolated, Pixels, own_loss, segmenter
 
 EOS = 50
 
@@ -132,6 +133,29 @@ def test_a_batch_without_loss_tokens_adds_nothing(make_trainer, sources, rows):
     # A loss that is not finite differs from a loss without tokens.
     trainer.model.lm_head.weight.data[:] = float("nan")
     assert math.isnan(trainer.evaluate(rows)["eval_loss"])
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("nexus", [True, False])
+def test_ignored_pixels_are_not_counted(make_trainer, batch, nexus):
+    """A model of segmentation ignores the label 255, and the Trainer counts what is not -100."""
+    pixels = Pixels(5, 0)
+    config = {"per_device_eval_batch_size": batch, "remove_unused_columns": False, "nexus": nexus}
+    trainer = make_trainer({"text": Pixels(8, 1)}, segmenter(), max_steps=1, **config)
+    model: Any = segmenter().eval()
+    with torch.no_grad():
+        by_hand = float(model(pixel_values=pixels.images, labels=pixels.labels).loss)
+    assert trainer.evaluate(pixels)["eval_loss"] == pytest.approx(by_hand, rel=1e-5)
+    trainer.train()
+    assert trainer.meter.trained_tokens == {"text": int((Pixels(8, 1).labels != 255).sum())}
+
+
+def test_a_class_of_rows_may_have_the_number_of_ignored_pixels():
+    rows = {"labels": torch.tensor([255, 3])}
+    assert countable(rows, segmenter()) is rows
+    assert countable({"labels": torch.tensor([[255, 3]], dtype=torch.uint8)}, segmenter())["labels"].tolist() == [
+        [-100, 3]
+    ]
 
 
 def test_an_evaluation_between_steps_changes_no_window(make_trainer, sources, sets):

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithFlattening, LlamaForSequenceClassification
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaForSequenceClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    set_seed,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_nexus import NexusConfig, NexusTrainer
@@ -42,6 +48,30 @@ class Ragged(Rows):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         row = self.ids[i][self.labels[i] != -100].tolist()
         return {"input_ids": row, "labels": row}
+
+
+class Pixels(torch.utils.data.Dataset):
+    """Images with a class of each pixel, or 255, which the model ignores."""
+
+    def __init__(self, n: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(n, 3, 16, 16, generator=generator)
+        classes = torch.randint(0, 5, (n, 16, 16), generator=generator)
+        shares = torch.linspace(0.1, 0.9, n).view(n, 1, 1)  # of each image, another one
+        self.labels = torch.where(torch.rand(n, 16, 16, generator=generator) < shares, classes, 255)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.images[i], "labels": self.labels[i]}
+
+
+def segmenter() -> SegformerForSemanticSegmentation:
+    set_seed(0)
+    stages = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "patch_sizes": [3, 3], "strides": [2, 2]}
+    heads: Any = {"num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16, **stages}
+    return SegformerForSemanticSegmentation(SegformerConfig(num_labels=5, num_encoder_blocks=2, **heads))
 
 
 def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -125,6 +155,11 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
     found["predict"] = trainer.predict(rows_of(7)).metrics
     found["no_labels"] = trainer.evaluate([{"input_ids": row} for row in Rows(7, 0).ids])
     found["average_kept"] = {"eval_loss": float(trainer.args.average_tokens_across_devices)}
+    args = make(out, "metrics", 2).args
+    args.remove_unused_columns = False
+    pixels = {"compute_metrics": lambda found: {"rows": len(found.label_ids)}}
+    trainer = NexusTrainer(segmenter(), args, train_dataset={"text": Pixels(4, 1)}, **pixels)
+    found["pixels"] = trainer.evaluate(Pixels(5, 0))
     classifier = LlamaForSequenceClassification(tiny_llama(pad_token_id=63).config).eval()
     torch.manual_seed(0)
     classifier.score.weight.data.normal_()

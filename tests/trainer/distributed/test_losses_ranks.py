@@ -23,7 +23,7 @@ def figures(metrics: dict) -> dict:
     return {key: value for key, value in metrics.items() if key.endswith(kinds)}
 
 
-OTHERS = ["predict", "no_labels", "average_kept", "classes"]
+OTHERS = ["predict", "no_labels", "average_kept", "pixels", "classes"]
 
 
 @pytest.mark.parametrize("measured", [*("/".join(map(str, case)) for case in MEASURED), *OTHERS])
