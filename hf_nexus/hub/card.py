@@ -25,9 +25,9 @@ END = "<!-- hf-nexus: end of the generated part -->"
 # Users delete this comment of a stock card when they edit it.
 _STOCK = "This model card has been generated automatically according to the information the Trainer had access to"
 # What Markdown reads as formatting, a link, HTML or an entity, and as a heading, list or rule at the start of a text.
-_SYNTAX = re.compile(r"[\\`*|~$<>\[\]]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|(?<=\])\(")
+_SYNTAX = re.compile(r"[\\`*|~$<>\[\]]|(?<![^\W_])_|_(?![^\W_])|(?<=\s)#+$|&(?=#?\w+;)|(?<=\])\(")
 _BLOCK = re.compile(r"^(\d{0,9})([#+=.)-])(?=[\s#+=-]|$)")
-_URL = re.compile(r"://|\bwww\.|\w@\w", re.I)  # Markdown makes links of these, unless they are code
+_URL = re.compile(r"://|(?<![^\W_])www\.|[\w.+-]@[\w-]", re.I)  # Markdown makes links of these, unless they are code
 _ORIGINS = ("pretraining", "continued-pretraining", "fine-tuning")  # tags: from scratch, from a base model, adapter
 
 

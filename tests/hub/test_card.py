@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from hf_nexus.files import printable
 from hf_nexus.hub import card as card_module
@@ -492,6 +493,34 @@ def test_text_from_data_shows_only_itself(text):
     outside_code = re.sub(r"^```.*?^```|`[^`\n]*`", "", body, flags=re.DOTALL | re.MULTILINE)
     assert outside_code.count("<") == 6 and outside_code.count("](") == 2 and "://" not in outside_code
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", body)
+
+
+_MARKS = [*"_*~`|\\<>&[]()!#+-=.:$^@;ab1 é", "__", "**", "&lt;", "&#60;", "## ", "12)", "x_y", "<!--", "- "]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(_MARKS), min_size=1, max_size=8).map("".join).filter(printable))
+@example("__init__")
+@example("a ##")
+@example("_init_.*py*")
+def test_a_cell_is_read_as_its_text(text):
+    """In a table, a heading and a list item, by a reader of Markdown."""
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    for around in ("| x |\n|---|\n| {} |", "### {}", "- {}"):
+        tokens = markdown.parse(around.format(card_module._cell(text)))
+        assert [t.type for t in tokens] == [t.type for t in markdown.parse(around.format("a"))]
+        shown = [t.children for t in tokens if t.type == "inline"][-1]
+        if "@" in text and shown[0].type == "code_inline":
+            continue  # an address, in which ` is replaced
+        assert {t.type for t in shown} == {"text"} and "".join(t.content for t in shown) == printable(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["_www.a.com", "(www.a.com)", "http://a.com", "a+@b.com", "mailto:a.@-b.com", "a@_b.com"]
+)
+def test_addresses_are_code(text):
+    """Markdown of GitHub makes links of them."""
+    assert card_module._cell(text) == f"`{text}`"
 
 
 def test_an_address_on_a_card_is_no_link():
