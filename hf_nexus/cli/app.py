@@ -197,7 +197,7 @@ def push(
         return yes or (sys.stdin.isatty() and typer.confirm("Send it?", err=True))
 
     if repo_id is not None and not QueueStatus.read(Path(folder, QUEUE_NAME)).waiting:
-        Publisher(repo_id, folder, private=private, revision=revision).queue_run()
+        Publisher(repo_id, folder, private=private, revision=revision).queue_run(approve)
     status, complete = push_queue(Path(folder), repo_id=repo_id, revision=revision, private=private, approve=approve)
     print(status.line(printable(folder)))
     raise SystemExit(not complete)

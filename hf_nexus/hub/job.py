@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -142,6 +143,7 @@ def slot_of(name: str, slots: Iterable[str]) -> str:
 def is_repo_path(name: str) -> bool:
     """Whether a name is a path inside a repository on every operating system, and one that the client sends."""
     path = PurePosixPath(name)
-    is_text = name.encode(errors="ignore").decode() == name and "\0" not in name
+    # A server may answer without control characters. Surrogates are not text.
+    is_text = all(unicodedata.category(character) not in ("Cc", "Cs") for character in name)
     outside = PureWindowsPath(name).anchor or "\\" in name or not {"..", *FORBIDDEN_FOLDERS}.isdisjoint(path.parts)
     return bool(path.parts) and path.as_posix() == name and is_text and not outside

@@ -164,14 +164,16 @@ class Publisher:
         target = self.target if revision is None else replace(self.target, revision=revision)
         self._add(_Save(lambda: _sent_files(self.output_dir), ("",), step, message, target), ("",))
 
-    def queue_run(self) -> None:
+    def queue_run(self, approve: Callable[[str], bool] = lambda question: False) -> None:
         """
         Queue the folder of a finished run of any trainer, as `submit` does, for [`push_queue`]. If it holds no model,
         that of the newest checkpoint is sent. Saved arguments stay: they are a pickle, which may hold secrets. A card
-        of ours is written again, so its example loads the model from the repository.
+        of ours is written again, so its example loads the model from the repository. `approve` decides whether to send
+        files that this user may not have written, as for [`push_queue`].
 
         Raises:
-            ValueError: the folder holds no model, another process uses it, or its card or summary is damaged.
+            ValueError: the folder holds no model, another process uses it, its card or summary is damaged, or its
+                files are not approved.
             OSError: the files cannot be queued.
         """
         folder = self.output_dir
@@ -180,26 +182,37 @@ class Publisher:
         if source is None:
             raise ValueError(f"{folder} holds no model: give the output_dir of a finished run.")
         with locked(folder):
+            model = {} if source == folder else checkpoint_files(source, "every_save")[0]
+            foreign = self._approved(_sent_files(folder) | model, approve)
             run = RunSummary.load(folder) if (folder / SUMMARY_NAME).is_file() else None
             if run is not None:
                 run.repo_id = self.target.repo_id
                 save_card(run, folder)
                 run.save(folder)
-            files = _sent_files(folder)
-            if source != folder:
-                model = checkpoint_files(source, "every_save")[0]
-                if run is not None and run.hyperparameters.get("save_dtype") == "bfloat16":
+                if model and run.hyperparameters.get("save_dtype") == "bfloat16":
                     model |= convert_weights(source, self._scratch, "bfloat16")
-                if "README.md" in files:
-                    model.pop("README.md", None)  # a template of peft
-                files |= model
+            files = _sent_files(folder)
+            if "README.md" in files:
+                model.pop("README.md", None)  # a template of peft
+            files |= model
             files.pop("training_args.bin", None)
             state = source / "trainer_state.json"
             step = json.loads(read_plain(state)).get("global_step", 0) if state.is_file() else 0
+            write_once = None if foreign else folder  # a copy is this user's
             try:
-                self.queue.add(self._public(files), ("",), step, "Push a finished run", self.target, folder)
+                self.queue.add(self._public(files), ("",), step, "Push a finished run", self.target, write_once)
             finally:
                 delete(self._scratch)
+
+    def _approved(self, files: Mapping[str, Path], approve: Callable[[str], bool]) -> bool:
+        """Whether this user may not have written the files. Raise `ValueError` if they are not approved."""
+        doubts = self.queue.doubts(
+            lambda: {name: path.lstat() for name, path in files.items() if not path.is_symlink()}
+        )
+        why = f"{self.output_dir} may not be yours: {printable(doubts)}."
+        if doubts and not approve(f"To {self.target}: {why}"):
+            raise ValueError(f"{why} Check its files, and send it with hf-nexus push --yes.")
+        return bool(doubts)
 
     def _add(self, save: _Save, slots: tuple[str, ...]) -> None:
         """Queue the files of some slots of a save."""

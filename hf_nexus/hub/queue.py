@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -193,7 +193,7 @@ class UploadQueue:
         try:
             if self.destination(job) is None:
                 return f"{job.path} names {job.target!r}, which this run has not recorded. Pass --repo to send it."
-            doubts = self._doubts(job)
+            doubts = self._doubts_about(job)
         except (OSError, RefusedJobError) as error:
             return str(error)[:500] if job.path.exists() else None  # another process has moved the job
         if doubts and job.number not in self._approved:
@@ -202,14 +202,20 @@ class UploadQueue:
             return f"{job.path} may not be yours: {doubts}. Check its files, and send it with hf-nexus push --yes."
         return None
 
-    def _doubts(self, job: Job) -> str:
-        """Why another user may have written a job, or linked it to a file that is not part of the run."""
+    def _doubts_about(self, job: Job) -> str:
+        """Why a job may not be this user's."""
+        record = [self.folder.parent / _TARGETS] * (job.target in self.targets())
+        return self.doubts(job.stats, [job.path, job.path / "files", job.path / "job.json", *record])
+
+    def doubts(self, describe: Callable[[], Mapping[str, os.stat_result]], others: Iterable[Path] = ()) -> str:
+        """
+        Why another user may have written files, or linked them to files that are not part of the run; empty if there
+        is no reason. `describe` gives the files by name. Of the `others`, only the owner matters.
+        """
         run = self.folder.parent
         inodes = Counter(_inodes(run))  # first: rotation deletes other names of a file, which are counted
-        stats = job.stats()
-        record = [run / _TARGETS] * (job.target in self.targets())
-        others = [path.lstat() for path in (job.path, job.path / "files", job.path / "job.json", *record)]
-        owners = {stat.st_uid for stat in (*stats.values(), *others)}
+        stats = describe()
+        owners = {stat.st_uid for stat in (*stats.values(), *(path.lstat() for path in others))}
         doubts = [f"it belongs to the user {owner}" for owner in sorted(owners - {self._owner})]
         linked = [name for name, stat in stats.items() if stat.st_nlink > 1]
         # The run's checkpoints have other names of the file.
@@ -220,7 +226,7 @@ class UploadQueue:
     @cached_property
     def _owner(self) -> int:
         """The owner of files that this process writes here. Network disks may replace the user."""
-        with tempfile.TemporaryFile(dir=self.folder) as file:
+        with tempfile.TemporaryFile(dir=self.folder.parent) as file:
             return os.fstat(file.fileno()).st_uid
 
     # ---- Both processes ----

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import save_file
 
 from hf_nexus.hub.publisher import FinalFlush, Publisher, checkpoint_files
-from hf_nexus.hub.queue import QUEUE_NAME
+from hf_nexus.hub.queue import QUEUE_NAME, UploadQueue
 from hf_nexus.hub.uploader import push_queue
 from tests.support.hub.runs import (
     CARD,
@@ -193,6 +193,36 @@ def test_a_folder_without_a_model_or_in_use_is_not_pushed(tmp_path: Path) -> Non
     assert not (tmp_path / QUEUE_NAME).exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "notes.txt"])
+def test_foreign_files_of_a_finished_run_are_sent_if_approved(tmp_path: Path, name: str) -> None:
+    """A hard link to a file outside of the run. Then nothing is written, or the file is copied."""
+    out, asked = tmp_path / "out", []
+    checkpoint = write_checkpoint(out, 2)
+    make_run(repo_id=None).save(out)
+    (out / "linked.safetensors").hardlink_to(checkpoint / "model.safetensors")  # inside of the run
+    Publisher(REPO, out).queue_run()
+    shutil.rmtree(out / QUEUE_NAME)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret" * (1 << 18))
+    (out / name).unlink(missing_ok=True)
+    (out / name).hardlink_to(secret)
+    publisher = Publisher(REPO, out)
+    with pytest.raises(ValueError, match=rf"may not be yours: {name} is also a file outside of .* with hf-nexus push"):
+        publisher.queue_run(lambda question: bool(asked.append(question)))
+    assert REPO in asked[0] and not (out / QUEUE_NAME).exists() and (out / name).samefile(secret)
+    if name != "README.md":  # which is not a card
+        publisher.queue_run(lambda question: True)
+        assert publisher.queue.refused() == [] and name in publisher.queue.jobs()[0].stamps
+
+
+def test_a_finished_run_of_another_user_is_sent_if_approved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher = Publisher(REPO, tmp_path)
+    write_checkpoint(tmp_path, 2)
+    monkeypatch.setattr(UploadQueue, "_owner", os.getuid() + 1)
+    with pytest.raises(ValueError, match=f"may not be yours: it belongs to the user {os.getuid()}"):
+        publisher.queue_run()
+
+
 def test_last_checkpoint_holds_one_checkpoint(
     hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path
 ) -> None:
@@ -253,6 +283,7 @@ def test_links_in_an_output_folder_are_not_sent(
     elsewhere.mkdir()
     (elsewhere / "secret").write_text("secret")
     os.mkfifo(checkpoint / "pipe")
+    (checkpoint / "not linked\x1b[31m").write_text("A server removes the control character from its answer.")
     for link in (out / "run_summary.json", out / ".eval_results", checkpoint / "linked", checkpoint / "a\\b"):
         link.symlink_to(elsewhere if link.name != "run_summary.json" else elsewhere / "secret")
     publisher = publish()

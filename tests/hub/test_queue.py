@@ -110,6 +110,7 @@ ODD = {
     "a folder that the client refuses": {"stamps": {"a/.git/config": None}},
     "the cache of a download": {"stamps": {".cache/file": None}},
     "no character": {"stamps": {"a\0b": None}},
+    "a control character": {"stamps": {"a\x1b[31mb": None}},
     "half a character": {"stamps": {"\ud800": None}},
     "a slot outside": {"slots": [".."]},
 }
