@@ -114,6 +114,9 @@ class NexusConfigMixin:
     allow_mixture_change: bool = False
     hub_flush_timeout: NonNegative = 600.0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, hidden(value) if name == "hub_token" else value)
+
     def __post_init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise each process would train a model alone, without a message
@@ -122,7 +125,6 @@ class NexusConfigMixin:
         if self.matrix_optimizer is not None:
             muon_options(self.optim_args)  # type: ignore[attr-defined]
         args: Any = self  # joined with TrainingArguments
-        args.hub_token = hidden(args.hub_token)
         if args.greater_is_better is None and lower_is_better(args.metric_for_best_model):
             args.greater_is_better = False
         super().__post_init__()  # type: ignore[misc]  # of the TrainingArguments it is joined with

@@ -21,7 +21,7 @@ from transformers.trainer_utils import _is_peft_model
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..evaluation.cosines import gradient_cosines
-from ..files import hidden, printable
+from ..files import hidden, printable, without_folders
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..hub.weights import convert_weights
@@ -709,11 +709,13 @@ class NexusTrainerMixin(_Base):
                 self._publish_run("Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the model, the arguments without the token, and the Nexus settings."""
+        """Save the model, the arguments without what is private, and the Nexus settings."""
         output_dir = output_dir or self.args.output_dir
+        given = vars(self.args)
         # Saved arguments are uploaded.
-        private = {"output_dir": Path(output_dir).name} if self.args.push_to_hub else {}
-        with changed(self.args, hub_token=None, **private):
+        public = {} if self.hub_model_id is None else without_folders(given)
+        public = {name: value for name, value in public.items() if value != given[name]} | {"hub_token": None}
+        with changed(self.args, **public):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             if self._checkpoints.staging_shards:  # an empty file, for models that are not of transformers

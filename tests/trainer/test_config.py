@@ -97,7 +97,9 @@ def test_no_representation_shows_the_token():
         assert args.hub_token == "hf_SECRET"
         shown = [repr(args), str(args), str([args]), str(vars(args)), pretty_repr(args), pretty_repr(vars(args))]
         shown += [str(copy.deepcopy(vars(args))), str(dataclasses.replace(args, output_dir="new"))]
-        assert not any("SECRET" in text for text in shown)
+        later = cls(output_dir="out", use_cpu=True, report_to="none").set_push_to_hub("alice/x", token="hf_SECRET")
+        shown += [str(vars(later)), str(vars(copy.copy(later)))]
+        assert later.hub_token == "hf_SECRET" and not any("SECRET" in text for text in shown)
 
 
 def test_arguments_survive_saving_with_the_model(tmp_path):

@@ -152,11 +152,17 @@ def test_no_folder_of_the_machine_arrives(
         options["model"] = peft.get_peft_model(
             base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
         )
-    trainer = make(**options)
+    folders = {"run_name": str(tmp_path / "run"), "resume_from_checkpoint": str(tmp_path / "earlier")}
+    trainer = make(**options, **folders)
     trainer.train()
     trainer.save_state()
     trainer.push_to_hub()
+    assert trainer.args.run_name == str(tmp_path / "run")
     files = hub.files(REPO)
+    late = make(push_to_hub=False, output_dir=str(tmp_path / "late"), **folders)
+    late.push_to_hub(revision="late")
+    saved = hub.files(REPO, "late")["training_args.bin"]
+    assert str(tmp_path).encode() not in saved and ALICE.encode() not in saved
     assert "last-checkpoint/trainer_state.json" in files
     assert [name for name, data in files.items() if str(tmp_path).encode() in data] == []
     assert json.loads(files["trainer_state.json"])["best_model_checkpoint"].startswith("checkpoint-")
