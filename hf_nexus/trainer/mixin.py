@@ -6,6 +6,7 @@ collaborator that knows plain data and not the trainer: `Feed` (which rows come 
 step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -21,7 +22,7 @@ from transformers.trainer_utils import _is_peft_model
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..evaluation.cosines import gradient_cosines
-from ..files import hidden, printable, without_folders
+from ..files import hidden, printable, require_folder, without_folders
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..hub.weights import convert_weights
@@ -142,6 +143,9 @@ class NexusTrainerMixin(_Base):
         collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
         if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
             given["data_collator"] = collate_packed  # the Trainer's would ask the tokenizer for a padding token
+        folder = settings.output_dir
+        if not self._plain and settings.should_save and not os.path.isdir(folder):
+            require_folder(folder)  # the Trainer makes it
         super().__init__(**given)
         if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare

@@ -128,3 +128,20 @@ def test_models_spread_at_load_time_are_refused(build):
 def test_what_is_refused_with_nexus_is_not_without(make_trainer, monkeypatch):
     monkeypatch.setattr(support, "is_sagemaker_mp_enabled", lambda: True)
     assert isinstance(make_trainer(Rows(16, 0), nexus=False), Trainer)
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+@pytest.mark.parametrize("nexus", [True, False])
+def test_a_bad_output_folder_is_named(make_trainer, sources, tmp_path, nexus, mixture):
+    """With `nexus=False` and one training set, the error is the Trainer's."""
+    (tmp_path / "file").touch()
+    error = ValueError if nexus or mixture else OSError
+    for folder, reason in {"file": "File exists", "file/out": "Not a directory"}.items():
+        with pytest.raises(error, match=reason):
+            make_trainer(sources if mixture else Rows(8, 0), nexus=nexus, output_dir=str(tmp_path / folder))
+
+
+def test_a_folder_that_is_only_read_allows_evaluation(make_trainer, sources, tmp_path, monkeypatch):
+    """As in the Trainer, which writes into the folder while it trains."""
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: pytest.fail("The folder is written to."))
+    assert "eval_loss" in make_trainer(sources, output_dir=str(tmp_path)).evaluate(Rows(2, 0))
