@@ -146,7 +146,9 @@ def _flaw(checkpoint: Path, converted: bool = False) -> str | None:
 
 def _lacking(checkpoint: Path) -> str | None:
     """What a run cannot be resumed without. DeepSpeed (`latest`) has its own files."""
-    missing = [p for p in _STATES if not any(path.is_dir() or path.stat().st_size for path in checkpoint.glob(p))]
+    if _read(checkpoint / TRAINER_STATE_NAME, "global_step") is None:
+        return f"{TRAINER_STATE_NAME} is damaged"
+    missing = [p for p in _STATES if not any(path.is_dir() or _has_data(path) for path in checkpoint.glob(p))]
     if not missing or (checkpoint / "latest").exists():
         return None
     return (
@@ -155,17 +157,28 @@ def _lacking(checkpoint: Path) -> str | None:
     )
 
 
+def _has_data(path: Path) -> bool:
+    """Whether a file begins with data. After a power failure, a disk can hold zeros in its place."""
+    with path.open("rb") as file:
+        return any(file.read(64))
+
+
 def _sizes(checkpoint: Path) -> dict[str, int]:
     files = (path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / MANIFEST_NAME)
     return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, int] | None:
+    return _read(checkpoint / MANIFEST_NAME, TRAINER_STATE_NAME)
+
+
+def _read(path: Path, key: str) -> dict[str, Any] | None:
+    """The object in a JSON file; `None` if it cannot be read, or lacks a key."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and TRAINER_STATE_NAME in manifest else None
+    return found if isinstance(found, dict) and key in found else None
 
 
 # ---- Changes on the disk that a crash cannot leave half done ----
@@ -313,8 +326,6 @@ class StagedCheckpoints:
             yield
             if self._resumed is not None:
                 step = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).global_step
-        except json.JSONDecodeError as damage:  # of a checkpoint without a manifest
-            error = ValueError(f"{TRAINER_STATE_NAME} in {self._resumed} is damaged: {damage}.")
         except ValueError as refusal:
             error = refusal
         if self._args.world_size > 1:

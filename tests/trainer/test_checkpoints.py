@@ -276,6 +276,18 @@ def test_a_checkpoint_of_the_trainer_is_resumed_by_its_path(saving, tmp_path):
         again.train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(saving, tmp_path, caplog, name):
+    """Of the size that was written, as a disk may leave it after a power failure."""
+    saving().train()
+    file = tmp_path / "run/checkpoint-3" / name
+    file.write_bytes(bytes(file.stat().st_size))
+    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run/checkpoint-2")
+    assert "checkpoint-3 is passed over" in caplog.text
+    with pytest.raises(ValueError, match=f"{name[:9]}.* is (damaged|missing or empty)"):
+        saving().train(resume_from_checkpoint=str(file.parent))
+
+
 def test_converted_weights_are_resumed_by_their_path(saving, tmp_path):
     whole = saving()
     whole.train()
