@@ -21,7 +21,7 @@ cards: $(READY)
 	$(BIN)/python -m tests.hub.test_card
 	$(BIN)/python model_cards/render.py
 
-# The JSON schema and the tables of docs/fields.md are made from the dataclasses.
+# The JSON schema and the tables of docs/fields_*.md are made from the dataclasses.
 schema: $(READY)
 	$(BIN)/python -m tests.cli.test_schema
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -51,19 +52,34 @@ def markdown_to_rst(*args: Any) -> None:
 
 
 def write_commands(_: Sphinx) -> None:
-    """Write `generated/commands.md` from the help of the commands."""
+    """Write `generated/commands.md`, and a page for each command from its help."""
+    folder = HERE / "generated"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     group = typer.main.get_command(cli)
-    text = [f"# Commands\n\n{group.help}\n"]
-    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        words = [f"{{{param.name}}}" for param in command.params if param.param_type_name == "argument"]
-        text.append(f"## hf-nexus {name}\n\n```bash\nhf-nexus {' '.join([name, *words])}\n```\n\n{command.help}\n")
-        text.append("| | |\n|---|---|")
-        for param in command.params:
-            names = ", ".join(f"`{option}`" for option in [*param.opts, *param.secondary_opts])
-            text.append(f"| {names} | {' '.join((getattr(param, 'help', None) or '').split())} |")
-        text.append(f"\n{command.epilog or ''}\n".replace(str(PACKAGE), "hf_nexus"))
-    (HERE / "generated").mkdir(exist_ok=True)
-    (HERE / "generated" / "commands.md").write_text("\n".join(text))
+    commands = dict(sorted(group.commands.items()))  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        (folder / f"{name}.md").write_text(_command_page(name, command))
+    rows = [f"| [`hf-nexus {name}`]({name}.md) | {_summary(command)} |" for name, command in commands.items()]
+    table = "\n".join(["| command | |", "|---|---|", *rows])
+    pages = "\n".join(["```{toctree}", ":hidden:", "", *commands, "```"])
+    (folder / "commands.md").write_text(f"# Commands\n\n{group.help}\n\n{table}\n\n{pages}\n")
+
+
+def _summary(command: Any) -> str:
+    """The first line of its help, without the example."""
+    return command.help.partition("\n")[0].partition(":")[0]
+
+
+def _command_page(name: str, command: Any) -> str:
+    words = [f"{{{param.name}}}" for param in command.params if param.param_type_name == "argument"]
+    text = f"# hf-nexus {name}\n\n```bash\nhf-nexus {' '.join([name, *words])}\n```\n\n{command.help}\n\n"
+    rows = []
+    for param in command.params:
+        names = ", ".join(f"`{option}`" for option in [*param.opts, *param.secondary_opts])
+        rows.append(f"| {names} | {' '.join((getattr(param, 'help', None) or '').split())} |")
+    text += "\n".join(["| | |", "|---|---|", *rows])
+    return f"{text}\n\n{command.epilog or ''}\n".replace(str(PACKAGE), "hf_nexus")
 
 
 def add_colab_badge(_: Sphinx, page: str, source: list[str]) -> None:

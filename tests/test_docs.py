@@ -146,8 +146,9 @@ def test_commands_name_files_and_flags_that_exist(line):
 
 
 def test_the_reference_has_every_public_name():
-    page = (ROOT / "docs" / "api.md").read_text()
-    names = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").iterdir()}
+    names = [name for name, page in pages.items() if re.search(rf"^\.\. auto\w+:: {name}\b", page, re.MULTILINE)]
+    assert sorted(names) == sorted(re.findall(r"\]\(api/(\w+)\.md\)", (ROOT / "docs" / "api.md").read_text()))
     assert sorted(names) == sorted(set(hf_nexus.__all__) - {"__version__"})
     assert all(getattr(hf_nexus, name).__doc__ for name in names)
 

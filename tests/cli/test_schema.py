@@ -26,7 +26,7 @@ from hf_nexus.strict import describe, field_types, options, packaged, parse_yaml
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(hf_nexus.__file__).parent
 COMMITTED = PACKAGE / "nexus.schema.json"
-PAGE = ROOT / "docs" / "fields.md"
+PAGES = sorted((ROOT / "docs").glob("fields_*.md"))
 TABLES = {
     "model": ModelArguments,
     "data": MixtureConfig,
@@ -156,17 +156,21 @@ def table(cls: type) -> str:
     return "\n".join(rows)
 
 
+_TABLE = re.compile(r"(?<=<!-- fields of )(\w+)( -->\n).*?(?=\n<!-- end of \1 -->)", re.DOTALL)
+
+
 def page_with_tables(text: str) -> str:
-    for name, cls in TABLES.items():
-        begin, end = f"<!-- fields of {name} -->\n", f"\n<!-- end of {name} -->"
-        assert begin in text and end in text
-        text = text[: text.index(begin) + len(begin)] + table(cls) + text[text.index(end) :]
-    return text
+    return _TABLE.sub(lambda found: f"{found[1]}{found[2]}{table(TABLES[found[1]])}", text)
 
 
 @locked
 def test_the_tables_of_fields_are_current():
-    assert page_with_tables(PAGE.read_text()) == PAGE.read_text(), "run python -m tests.cli.test_schema"
+    for page in PAGES:
+        assert page_with_tables(page.read_text()) == page.read_text(), "run python -m tests.cli.test_schema"
+
+
+def test_every_table_of_fields_is_on_a_page():
+    assert sorted(found[1] for page in PAGES for found in _TABLE.finditer(page.read_text())) == sorted(TABLES)
 
 
 @pytest.mark.parametrize("cls", [*TABLES.values(), HardwareArguments])
@@ -186,4 +190,5 @@ def test_every_field_has_a_help_text(cls):
 
 if __name__ == "__main__":
     COMMITTED.write_text(CliRunner().invoke(app, ["schema"]).output)
-    PAGE.write_text(page_with_tables(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(page_with_tables(page.read_text()))
