@@ -26,7 +26,7 @@ from tests.support.tiny_tokenizer import MARKING, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 MIXTURES = [
     block
-    for page in ("mixtures", "rows", "schedule", "files", "streaming")
+    for page in ("mixtures", "rows", "schedule", "files", "files_columns", "streaming")
     for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
 ]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -188,9 +188,10 @@ def test_troubleshooting_quotes_messages_that_exist():
     trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
     constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     strings = "\n".join(value for value in constants if isinstance(value, str))
-    cells = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("troubleshooting*.md"))
+    cells = re.findall(r"^\| (.*?) \|", pages, re.MULTILINE)
     quotes = [quote for cell in cells for quote in re.findall(r"`([^`]*)`", cell)]
-    assert len(quotes) > 15
+    assert len(quotes) > 35
     for quote in quotes:
         longest = max(re.split(r"\.\.\.|'[^']*'|\b[\d.]+\b|[][=;]", quote), key=len).strip()
         assert longest in strings, longest

@@ -13,9 +13,10 @@ from hf_nexus.evaluation.statistics import Estimate, detectable, holm, pairs_nee
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("results", "results_ladder", "evidence", "choosing")
+    name: (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("results", "results_ladder", "results_ladder_table", "results_pilot", "evidence", "choosing")
 }
-RESULTS = PAGES["results"] + PAGES["results_ladder"]
+RESULTS = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("results*.md")))
 README = (ROOT / "README.md").read_text()
 RUNGS = ("0.03M", "0.1M", "0.3M")
 REPORTED = 0.012  # OOD loss, by the paper
@@ -86,7 +87,7 @@ def test_pages_state_the_seeds_of_the_ladder():
         assert dict(found) == counts and len(found) == len(counts), name
     (found,) = re.findall(r"\(docs/results_ladder\.md\) \((\d+), (\d+) and (\d+) seeds\)", flat(README))
     assert list(found) == list(counts.values())
-    assert "{} seeds at 0.03M, {} at 0.1M, and {} at 0.3M".format(*counts.values()) in flat(PAGES["results_ladder"])
+    assert "{} seeds at 0.03M, {} at 0.1M, and {} at 0.3M".format(*counts.values()) in flat(PAGES["results_ladder_table"])
 
 
 def test_pages_state_the_primary_comparison_of_the_ladder():
@@ -142,12 +143,12 @@ def test_the_ladder_has_only_differences_of_its_runs():
                     found = study.difference(arm, versus, metric, where)
                     known |= {f"{abs(number):.4f}" for number in (found.mean, found.half, found.low, found.high)}
     ladder_row = next(line for line in PAGES["evidence"].splitlines() if "[our ladder]" in line)
-    numbers = re.findall(r"\d\.\d{4}(?!\d)", PAGES["results_ladder"] + ladder_row)
+    numbers = re.findall(r"\d\.\d{4}(?!\d)", PAGES["results_ladder"] + PAGES["results_ladder_table"] + ladder_row)
     assert len(numbers) > 100 and [number for number in numbers if number not in known] == []
 
 
 def test_the_results_state_what_the_pilot_could_not_see():
-    pilot, text = Study(ROOT / "docs" / "studies" / "pilot.csv"), flat(PAGES["results"])
+    pilot, text = Study(ROOT / "docs" / "studies" / "pilot.csv"), flat(PAGES["results_pilot"])
     end, matched = (pilot.difference("nexus-0.05", "adamw", where=where) for where in ("end", "matched"))
     assert f"of {end.deviation:.3f} at the end and {matched.deviation:.3f} at matched" in text
     assert f"five seeds could not have seen differences below {detectable(end.deviation, end.n):.3f}" in text
