@@ -95,10 +95,10 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
 
 
 def _typed(flags: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags by the types of their fields. A flag that the JSON schema does not have is still text."""
+    """Flags by the types of their fields. A flag whose type the JSON schema does not have is still text."""
+    read = {name: from_text if isinstance(value, str) else check for name, value in flags.items()}
     return {
-        name: from_text(value, kinds[name], f"--{name}") if isinstance(value, str) and name in kinds else value
-        for name, value in flags.items()
+        name: read[name](value, kinds[name], f"--{name}") if name in kinds else value for name, value in flags.items()
     }
 
 

@@ -208,6 +208,8 @@ class _Pace:
             place, whole = state.epoch or 0, state.num_train_epochs
         else:
             return 0
+        if self._last.get(kind) == state.max_steps:
+            return 0
         comes_now = place >= 1 and place == int(place) and self._last.get(kind) != state.global_step
         return max(0, math.ceil(whole) - int(place)) + comes_now
 

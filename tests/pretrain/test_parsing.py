@@ -173,6 +173,7 @@ def test_a_wrong_entry_of_the_yaml_is_named(write, section, entry, words):
         (["stray"], ["stray"]),
         (["--no_nexus=true"], ["--no_nexus: it takes no value", "--nexus=false"]),
         (["--no-bf16="], ["--no-bf16: it takes no value"]),
+        (["--liger_kernel_config", '{"a": 1}'], ["--liger_kernel_config.a: 1 is not allowed"]),
         (["--lr_scheduler_kwargs", "{oops"], ["lr_scheduler_kwargs", "JSON"]),
         (["--sharding", "fsdp"], ["--sharding: 'fsdp'", "'fsdp2'"]),
         (["--mfu", "40"], ["--mfu: 40.0", "above 0 and of at most 1"]),

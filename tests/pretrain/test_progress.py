@@ -97,6 +97,10 @@ def test_the_time_left_counts_evaluations_and_checkpoints(monkeypatch):
     assert bars._pace.left() == f"{timedelta(seconds=5 * 1 + 2 * 30 + 300)} left"
     now[0] += 7  # without an event, as in an evaluation
     assert bars._pace.left() == f"{timedelta(seconds=5 * 1 + 2 * 30 + 300 - 7)} left"
+    state.global_step = 10
+    for name in ("step_end", "evaluate", "save"):
+        event(name, 1)
+    assert bars._pace.left() == "0:00:00 left"
 
 
 @pytest.mark.parametrize("width", [40, 80])
