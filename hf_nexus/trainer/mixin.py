@@ -6,7 +6,6 @@ collaborator that knows plain data and not the trainer: `Feed` (which rows come 
 step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -143,9 +142,9 @@ class NexusTrainerMixin(_Base):
         collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
         if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
             given["data_collator"] = collate_packed  # the Trainer's would ask the tokenizer for a padding token
-        folder = settings.output_dir
-        if not self._plain and settings.should_save and not os.path.isdir(folder):
-            require_folder(folder)  # the Trainer makes it
+        folder = Path(settings.output_dir).absolute()
+        if not self._plain and settings.should_save and not folder.is_dir():
+            require_folder(next(filter(Path.exists, [folder, *folder.parents])))  # where the Trainer makes it
         super().__init__(**given)
         if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare

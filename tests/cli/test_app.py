@@ -289,15 +289,18 @@ def test_push_passes_its_options_and_asks(monkeypatch, capsys):
         calls.append((approve("Step 2 to somewhere."), options))
         return QueueStatus("user/other@main", 2, None, (), None, False), True
 
+    def queue_run(publisher, approve):
+        calls.append((approve("Files of another user."), publisher.target))
+
     monkeypatch.setattr("hf_nexus.hub.uploader.push_queue", push_queue)
-    monkeypatch.setattr("hf_nexus.hub.publisher.Publisher.queue_run", lambda publisher: calls.append(publisher.target))
+    monkeypatch.setattr("hf_nexus.hub.publisher.Publisher.queue_run", queue_run)
     for arguments in (["push", "out"], ["push", "out", "--yes", "--repo", "user/other", "--private"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 0
     assert calls == [
         (False, {"repo_id": None, "revision": None, "private": None}),
-        Target("user/other", private=True),
+        (True, Target("user/other", private=True)),
         (True, {"repo_id": "user/other", "revision": None, "private": True}),
     ]
     printed = capsys.readouterr()

