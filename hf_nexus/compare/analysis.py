@@ -77,7 +77,7 @@ class Analysis:
     values: list[_Value]
     rows: list[Row]  # all arms against the baseline, and the primary arm against each control
     controls: dict[str, str]  # arm -> kind, as of `find_controls`
-    unclean: dict[str, list[str]]  # arms that would be controls -> fields in which they differ as well
+    unclean: dict[str, tuple[str, list[str]]]  # arms that are no control -> its kind, other fields that differ
     missing: dict[str, list[int]]  # arm -> seeds without a run
     # Arm, seed, and metrics that are not finite. These are in no mean; with `train_loss`, no metric of the run is.
     non_finite: list[tuple[str, int, list[str]]]
@@ -86,7 +86,7 @@ class Analysis:
     unconverged: tuple[int, int]  # minima searches that did not converge, and all searches
     # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0.
     across_arms: Correlation | None
-    declared: tuple[list[str], list[int]] | None = None  # arms and seeds at the first start, if they are known
+    declared: tuple[list[str], list[int]] | None = None  # arms and seeds before the first results, if known
     ignored: list[str] = field(default_factory=list)  # finished runs of arms or seeds that are not planned
 
     @property

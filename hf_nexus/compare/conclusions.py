@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ..evaluation.statistics import ALPHA, POWER, detectable, pairs_needed
 from .analysis import MIN_PAIRS, Analysis, Row, Where
@@ -18,29 +17,15 @@ _LISTED = 12
 _INTERPOLATION = 0.2
 # How a p-value is named, by the role of its comparison.
 _KINDS = {"primary": "", "family": "Holm-corrected ", "exploratory": "exploratory, not corrected, "}
-
-
-class _Share(NamedTuple):
-    """How much of the primary difference a control has: a sentence, and a short answer in plain words."""
-
-    sentence: str
-    answer: str
-
-
-_ALL = _Share(
-    "So {kind} alone gives the effect, to within {margin:g}.", "gives the same difference, to within {margin:g}"
-)
-_PART = _Share("So {kind} alone gives a part of the effect, and not all of it.", "gives a part of it")
-_NONE = _Share("So {kind} alone does not explain the effect.", "does not give it")
-_MORE = _Share("So {kind} alone has a larger effect than {arm}.", "gives a larger one")
-_OPEN = _Share(
-    "Whether {kind} explains the effect is open: the two arms do not differ significantly.",
-    "gives perhaps all of it, and perhaps nothing",
-)
-_SOME = _Share(
-    "So {kind} alone has an effect. Whether it is the whole effect is open: the two arms do not differ significantly.",
-    "gives some or all of it",
-)
+# How much of the primary difference a control has.
+_ALL = "gives the effect, to within {margin:g}"
+_SOME = "gives a part of the effect or all of it"
+_PART = "gives a part of the effect, and not all of it"
+_NOT_ALL = "does not give the whole effect, and whether it gives a part is open"
+_NONE = "does not give the effect"
+_MORE = "has a larger effect than {arm}"
+_OPEN = "gives perhaps all of the effect, and perhaps nothing"
+_NOT_KNOWN = "has an effect that is not known"
 
 
 def conclusions(analysis: Analysis) -> list[str]:
@@ -93,7 +78,10 @@ def plain_words(analysis: Analysis) -> str:
     change = f"{rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'}"
     text += f"On average over {_count(found.n, 'seed')}, it is {change}. "
     if found.p < ALPHA:
-        text += "Luck alone rarely gives so clear a difference (in 5 of 100 studies), so it is probably real. "
+        text += (
+            "Luck alone rarely gives so clear a difference (in at most 5 of 100 studies without any effect), so it is "
+            "probably real. "
+        )
     if _alike(row):
         text += f"The true difference is probably smaller than {analysis.margin:g}, which does not matter. "
     elif found.p >= ALPHA:
@@ -111,28 +99,24 @@ def _plain_controls(analysis: Analysis) -> str:
     arm, row = analysis.primary[0], analysis.primary_row
     if not analysis.controls:
         return f"No arm lacks just one ingredient of {arm}, so nothing shows which of them has an effect."
+    text = f"Other arms lack one ingredient of {arm} each"
     if row is None or not _differs(row) or _alike(row):
-        return f"Other arms lack one ingredient of {arm} each; they have no difference to explain."
-    shares = [
-        f"{CONTROLS[kind].remains} alone {share.answer.format(margin=analysis.margin)}"
-        for control, kind in analysis.controls.items()
-        if (share := _share(analysis, control)) is not None
-    ]
-    return f"Other arms lack one ingredient of {arm} each, and show what the rest does: {'; '.join(shares)}."
+        return f"{text}. No difference that matters was found, which they could explain."
+    return f"{text}, and show what the rest does: {'; '.join(_share(analysis, each) for each in analysis.controls)}."
 
 
 def limitations(analysis: Analysis) -> list[str]:
     """
-    Missing runs, changes after the first start, values that are not finite, and minima searches that did not converge,
-    one line each.
+    Missing runs, changes after the first results, values that are not finite, and minima searches that did not
+    converge, one line each.
     """
     lines = [f"{arm}: no run for {_seeds(seeds)}." for arm, seeds in analysis.missing.items()]
     arms, seeds = analysis.declared or (analysis.arms, analysis.seeds)
     if added := [arm for arm in analysis.arms if arm not in arms]:
-        lines.append(f"{', '.join(added)}: added after the first start, so no comparison with it is in the family.")
+        lines.append(f"{', '.join(added)}: added after the first results, so no comparison with it is in the family.")
     if {*seeds} != {*analysis.seeds}:
         lines.append(
-            f"The first start declared {_seeds(seeds)}, and now there are {_seeds(analysis.seeds)}. No p-value allows "
+            f"Declared before the first results: {_seeds(seeds)}; now: {_seeds(analysis.seeds)}. No p-value allows "
             "for seeds that are added or removed after results were seen."
         )
     if analysis.ignored:
@@ -145,7 +129,7 @@ def limitations(analysis: Analysis) -> list[str]:
             continue
         more = f" and {len(metrics) - 3} more" if len(metrics) > 3 else ""
         lines.append(f"{arm}, seed {seed}: not finite, and in no mean or test: {', '.join(metrics[:3])}{more}.")
-    for arm, names in analysis.unclean.items():
+    for arm, (_, names) in analysis.unclean.items():
         fields = " and ".join(names)
         lines.append(f"{arm}: no control of {analysis.primary[0]}, since they differ in {fields} as well.")
     unconverged, searches = analysis.unconverged
@@ -211,7 +195,7 @@ def _left_out(analysis: Analysis) -> str:
     text = f" It holds only for runs that stay finite; left out: {'; '.join(diverged)}." if diverged else ""
     text += f" Planned runs are missing: {'; '.join(missing)}." if missing else ""
     changed = analysis.declared is not None and {*analysis.declared[1]} != {*analysis.seeds}
-    return text + " The seeds are not those of the first start: see the limitations." * changed
+    return text + " The seeds are not those that were declared: see the limitations." * changed
 
 
 def _primary_elsewhere(analysis: Analysis) -> Iterable[str]:
@@ -229,39 +213,43 @@ def _controls(analysis: Analysis) -> Iterable[str]:
         return
     for control, kind in analysis.controls.items():
         text = [f"Control {control} ({kind}) shows the effect that {CONTROLS[kind].remains} has alone."]
-        direct = analysis.row(arm, metric, where, versus=control)
-        for compared in (analysis.row(control, metric, where), direct):
-            if compared is not None and compared.difference is not None:
-                text.append(f"{_sentence(compared)} {_verdict(compared, analysis)}")
-        if not _differs(row):
+        rows = (analysis.row(control, metric, where), analysis.row(arm, metric, where, versus=control))
+        compared = [each for each in rows if each is not None and each.difference is not None]
+        text += [f"{_sentence(each)} {_verdict(each, analysis)}" for each in compared]
+        if not compared:
+            text.append("It has no runs to compare.")
+        elif not _differs(row):
             text.append("The primary comparison shows no difference that this control could explain.")
         elif _alike(row):
             text.append("The primary comparison shows no difference that matters, which this control could explain.")
-        elif (share := _share(analysis, control)) is not None:
-            text.append(share.sentence.format(kind=kind, arm=arm, margin=analysis.margin))
+        else:
+            text.append(f"So {_share(analysis, control)}.")
         yield " ".join(text)
     needed = ("gamma 0", "random direction", "source mixing")
     if lacking := [kind for kind in needed if kind not in analysis.controls.values()]:
-        line = f"No control by {' or '.join(lacking)} was run. Whether it would have the same effect is not known."
-        unclean = ", ".join(analysis.unclean)
-        yield line + f" The limitations say why {unclean} is not a control." * bool(unclean)
+        kinds = " or ".join(", ".join(lacking).rsplit(", ", 1))
+        line = f"No control by {kinds} was run. Whether it would have the same effect is not known."
+        unclean = ", ".join(arm for arm, (kind, _) in analysis.unclean.items() if kind in lacking)
+        yield line + f" The limitations say what disqualifies {unclean}." * bool(unclean)
 
 
-def _share(analysis: Analysis, control: str) -> _Share | None:
+def _share(analysis: Analysis, control: str) -> str:
     """How much of the primary difference a control has, by its differences to the baseline and to the primary arm."""
     (arm, metric), where, row = analysis.primary, analysis.where, analysis.primary_row
     own, direct = analysis.row(control, metric, where), analysis.row(arm, metric, where, versus=control)
     assert row is not None and row.difference is not None
+    effect, share = row.difference.mean, _OPEN
     if own is None or own.difference is None or direct is None or direct.difference is None:
-        return None
-    acts = _differs(own) and own.difference.mean * row.difference.mean > 0
-    if acts and _alike(direct):
-        return _ALL
-    if not _differs(direct):
-        return _SOME if acts else _OPEN
-    if direct.difference.mean * row.difference.mean < 0:
-        return _MORE
-    return _PART if acts else _NONE
+        share = _NOT_KNOWN
+    elif _alike(direct):
+        share = _ALL
+    elif _differs(direct) and direct.difference.mean * effect < 0:
+        share = _MORE
+    elif _differs(own):
+        share = _NONE if own.difference.mean * effect < 0 else _PART if _differs(direct) else _SOME
+    elif _differs(direct):
+        share = _NONE if _alike(own) else _NOT_ALL
+    return f"{CONTROLS[analysis.controls[control]].remains} alone {share.format(margin=analysis.margin, arm=arm)}"
 
 
 def _others(analysis: Analysis) -> Iterable[str]:
@@ -270,7 +258,7 @@ def _others(analysis: Analysis) -> Iterable[str]:
     if declared := len(analysis.family):
         tested = sum(row.role == "family" and row.p is not None for row in compared)
         text = f"Declared family: {_count(declared, 'comparison')}, with p-values corrected together by Holm's method."
-        yield text + f" {declared - tested} of them were not tested, and count." * (tested < declared)
+        yield text + f" Not tested, and counted: {declared - tested}." * (tested < declared)
     exploratory = [row for row in compared if row.role == "exploratory"]
     explored = [(row, row.p) for row in exploratory if row.p is not None]
     found = [row for row, p in sorted(explored, key=lambda pair: pair[1]) if p < ALPHA]
@@ -342,13 +330,13 @@ def _verdict(row: Row, analysis: Analysis) -> str:
 
 
 def _differs(row: Row) -> bool:
-    """Whether a difference was found, by the p-value that decides."""
-    return row.p is not None and row.p < ALPHA
+    """Whether a difference was found, by the p-value that decides. An exploratory comparison only hints at it."""
+    return row.role != "exploratory" and row.p is not None and row.p < ALPHA
 
 
 def _alike(row: Row) -> bool:
-    """Whether the difference was shown to be below the margin."""
-    return row.p_equivalent is not None and row.p_equivalent < ALPHA
+    """Whether the difference was shown to be below the margin; an exploratory comparison only hints at it."""
+    return row.role != "exploratory" and row.p_equivalent is not None and row.p_equivalent < ALPHA
 
 
 def _unseen(row: Row, analysis: Analysis) -> float:

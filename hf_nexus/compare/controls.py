@@ -17,11 +17,13 @@ class Control(NamedTuple):
 
 
 CONTROLS = {
-    "gamma 0": Control("inner_lr", 0.0, "the normalization of gradients"),
-    "random direction": Control("inner_direction", "random", "a perturbation of the weights along any path"),
-    "source mixing": Control("source_schedule", "mixed", "a walk over mixed data"),
-    "source blocking": Control("source_schedule", "blocked", "a walk inside a single source"),
-    "following gamma": Control("inner_lr_schedule", "follow", "a path whose length follows the learning rate"),
+    "gamma 0": Control("inner_lr", 0.0, "normalization"),
+    "random direction": Control("inner_direction", "random", "normalization with a perturbation in any direction"),
+    "source mixing": Control("source_schedule", "mixed", "normalization with a walk over mixed data"),
+    "source blocking": Control("source_schedule", "blocked", "normalization with a walk inside a single source"),
+    "following gamma": Control(
+        "inner_lr_schedule", "follow", "normalization with a path whose length follows the learning rate"
+    ),
 }
 # Without a path, its direction and the schedule of its length mean nothing.
 _OF_A_PATH = {"inner_direction", "inner_lr_schedule"}
@@ -29,23 +31,23 @@ _OF_A_PATH = {"inner_direction", "inner_lr_schedule"}
 
 def find_controls(
     settings: Mapping[str, Mapping[str, Any]], primary: str, tuned: Mapping[str, Collection[str]] = {}
-) -> tuple[dict[str, str], dict[str, list[str]]]:
+) -> tuple[dict[str, str], dict[str, tuple[str, list[str]]]]:
     """
     Find the controls of the primary arm by the training fields of each arm, and those that it has `tuned`. A control
     may differ in fields that both tuned.
 
     Returns the kind of each control, a key of `CONTROLS`, and of arms that lack an ingredient and are no control,
-    the other fields in which they differ.
+    that kind and the other fields in which they differ.
 
     Example:
         >>> from hf_nexus.compare.controls import find_controls
         >>> arms = {"nexus": {"inner_lr": 0.2}, "gamma-0": {"inner_lr": 0}, "old": {"inner_lr": 0, "weight_decay": 0}}
         >>> find_controls(arms, "nexus")
-        ({'gamma-0': 'gamma 0'}, {'old': ['weight_decay']})
+        ({'gamma-0': 'gamma 0'}, {'old': ('gamma 0', ['weight_decay'])})
     """
     defaults = {name: field.get("default") for name, field in described("nexus").items()}
     controls: dict[str, str] = {}
-    unclean: dict[str, list[str]] = {}
+    unclean: dict[str, tuple[str, list[str]]] = {}
     reference = defaults | dict(settings.get(primary, {}))
     chosen = {*tuned.get(primary, ())}
     for arm, given in settings.items():
@@ -56,7 +58,7 @@ def find_controls(
             if own["nexus"] and name in differing and own[name] == value and name not in own_chosen:
                 others = differing - {name} - (_OF_A_PATH if value == 0 else set())
                 if others:
-                    unclean[arm] = sorted(others)
+                    unclean[arm] = kind, sorted(others)
                 else:
                     controls[arm] = kind
                 break

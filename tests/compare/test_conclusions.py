@@ -8,10 +8,11 @@ import pytest
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.conclusions import conclusions, limitations, plain_words
 from hf_nexus.evaluation.statistics import power
-from tests.support.comparison import diverge, make_records
+from tests.support.comparison import SETTINGS, diverge, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
 PLAIN = {"adamw": 0.0, "nexus-0.05": 0.0}
+SHAKEN = "normalization with a perturbation in any direction alone"
 
 
 def analyse(records, primary=PRIMARY, **options):
@@ -27,8 +28,7 @@ def test_a_known_effect_is_found():
     text = concluded(make_records(gains, noise=0.0005))
     assert re.match(r"Primary comparison. OOD loss: nexus-0.05 is 0.0\d* lower than adamw \(95 % interval -0.0", text)
     assert "This **supports a difference**, in favour of nexus-0.05." in text
-    assert "So gamma 0 alone does not explain the effect." in text
-    assert "So random direction alone does not explain the effect." in text
+    assert "So normalization alone does not give the whole effect, and whether it gives a part is open." in text
     assert not re.search("no effect|no conclusion", text, re.IGNORECASE)
 
 
@@ -59,30 +59,29 @@ def explained(random, margin=None, noise=0.002):
 
 def test_a_control_with_the_same_effect_leaves_the_cause_open():
     text, plain = explained(0.03)
-    assert "So random direction alone has an effect. Whether it is the whole effect is open" in text
-    assert "a perturbation of the weights along any path alone gives some or all of it." in plain
+    assert f"So {SHAKEN} gives a part of the effect or all of it." in text
+    assert plain.endswith(f"{SHAKEN} gives a part of the effect or all of it.")
 
 
 def test_a_control_within_the_margin_gives_the_whole_effect():
     for random in (0.03, 0.025):  # the second differs, and by less than the margin
         text, plain = explained(random, margin=0.01, noise=0.0005)
-        assert "So random direction alone gives the effect, to within 0.01." in text
-        assert "is open" not in text and "does not explain" not in text
-        assert "alone gives the same difference, to within 0.01." in plain
+        assert f"So {SHAKEN} gives the effect, to within 0.01." in text
+        assert plain.endswith(f"{SHAKEN} gives the effect, to within 0.01.")
 
 
 def test_a_difference_below_the_margin_needs_no_control():
     text, plain = explained(0.0, margin=0.5)
     assert "The difference is small, and not 0." in text
-    assert "no difference that matters, which this control could explain" in text and "does not explain" not in text
+    assert "no difference that matters, which this control could explain" in text and f"So {SHAKEN}" not in text
     assert "probably real. The true difference is probably smaller than 0.5, which does not matter." in plain
-    assert plain.endswith("they have no difference to explain.")
+    assert plain.endswith("No difference that matters was found, which they could explain.")
 
 
 def test_a_control_with_a_part_of_the_effect_is_named():
     text, plain = explained(0.015)
-    assert "So random direction alone gives a part of the effect, and not all of it." in text
-    assert plain.endswith("alone gives a part of it.")
+    assert f"So {SHAKEN} gives a part of the effect, and not all of it." in text
+    assert plain.endswith("alone gives a part of the effect, and not all of it.")
 
 
 def test_a_noisy_control_leaves_the_cause_open():
@@ -91,8 +90,75 @@ def test_a_noisy_control_leaves_the_cause_open():
         end, away = record.end, 0.2 * (-1) ** record.seed
         record.curve[-1] = replace(end, ood_loss=end.ood_loss + away)
     analysis = analyse(records)
-    assert "Whether random direction explains the effect is open" in "\n".join(conclusions(analysis))
-    assert plain_words(analysis).endswith("alone gives perhaps all of it, and perhaps nothing.")
+    assert f"So {SHAKEN} gives perhaps all of the effect, and perhaps nothing." in "\n".join(conclusions(analysis))
+    assert plain_words(analysis).endswith("alone gives perhaps all of the effect, and perhaps nothing.")
+
+
+def concluded_on(losses, **options):
+    """The conclusions and the plain words on OOD losses of six seeds; an arm without losses is planned."""
+    records = make_records({arm: 0.0 for arm, found in losses.items() if found}, range(6))
+    for record in records:
+        record.curve[-1] = replace(record.end, ood_loss=losses[record.arm][record.seed])
+    analysis = analyse(records, arms={arm: SETTINGS[arm] for arm in losses}, seeds=range(6), **options)
+    return "\n".join(conclusions(analysis)), plain_words(analysis)
+
+
+# Losses without an effect, with one of -0.1, and with half of it, which is too noisy for a test against no effect.
+BASE = [3.0, 3.1, 3.2, 3.3, 3.4, 3.5]
+FULL = [loss - 0.1 + away for loss, away in zip(BASE, (0.05, -0.05, 0.03, -0.03, 0.04, -0.04), strict=True)]
+HALF = [loss + 0.05 + away for loss, away in zip(FULL, (0.01, -0.01, 0.02, -0.01, 0.01, -0.02), strict=True)]
+
+
+def test_a_control_of_half_the_effect_is_not_called_none():
+    text, plain = concluded_on({"adamw": BASE, "gamma-0": HALF, "nexus-0.05": FULL})
+    share = "normalization alone does not give the whole effect, and whether it gives a part is open."
+    assert text.count("**Inconclusive**: differences") == 1 and f"So {share}" in text and plain.endswith(share)
+
+
+def test_an_opposite_or_no_effect_is_not_that_of_the_arm():
+    for worse, options in ((0.05, {}), (0.002, {"margin": 0.02})):
+        control = [loss + worse + away for loss, away in zip(BASE, (0.01, -0.01) * 3, strict=True)]
+        text, plain = concluded_on({"adamw": BASE, "gamma-0": control, "nexus-0.05": FULL}, **options)
+        assert "So normalization alone does not give the effect." in text
+        assert plain.endswith("normalization alone does not give the effect.")
+
+
+def test_an_equivalent_control_gives_the_whole_effect():
+    """Also if its own effect is not significant after correction."""
+    wide = [2 * loss - base + 0.1 for loss, base in zip(FULL, BASE, strict=True)]  # p = 0.04, not corrected
+    near = [loss + away for loss, away in zip(wide, (0.001, -0.001) * 3, strict=True)]
+    noisy = [loss + away for loss, away in zip(BASE, (0.3, -0.3) * 3, strict=True)]
+    text, plain = concluded_on({"adamw": BASE, "gamma-0": near, "random": noisy, "nexus-0.05": wide}, margin=0.01)
+    (paragraph,) = [line for line in text.split("\n") if line.startswith("Control gamma-0")]
+    assert "**Inconclusive**" in paragraph and "**Equivalent**" in paragraph
+    assert paragraph.endswith("So normalization alone gives the effect, to within 0.01.")
+    assert "normalization alone gives the effect, to within 0.01;" in plain
+
+
+def test_a_planned_control_without_runs_is_not_known():
+    text, plain = concluded_on({"adamw": BASE, "gamma-0": [], "nexus-0.05": FULL})
+    assert (
+        "Control gamma-0 (gamma 0) shows the effect that normalization has alone. It has no runs to compare." in text
+    )
+    assert plain.endswith("normalization alone has an effect that is not known.")
+
+
+def test_a_control_with_two_seeds_is_not_tested():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.03}) + make_records({"random": 0.03}, [0, 1])
+    text = concluded(records)
+    assert text.count("Not tested: too few seeds.") == 2 and "significant" not in text
+    assert f"So {SHAKEN} gives perhaps all of the effect, and perhaps nothing." in text
+
+
+@pytest.mark.parametrize("options", [{}, {"margin": 0.02}])
+def test_a_control_added_later_concludes_nothing(options):
+    near = [loss + away for loss, away in zip(FULL, (0.001, -0.001) * 3, strict=True)]
+    for losses in (near, HALF, [loss - 0.5 for loss in HALF]):
+        losses = {"adamw": BASE, "gamma-0": losses, "nexus-0.05": FULL}
+        text, plain = concluded_on(losses, family=[], **options)
+        assert re.search("Control gamma-0 .*(This is only a hint|This hints)", text)
+        assert "So normalization alone gives perhaps all of the effect, and perhaps nothing." in text
+        assert plain.endswith("alone gives perhaps all of the effect, and perhaps nothing.")
 
 
 def test_plain_words_say_that_controls_are_missing():
@@ -103,17 +169,19 @@ def test_plain_words_say_that_controls_are_missing():
 
 def test_a_control_with_a_larger_effect_is_named():
     text = concluded(make_records({"adamw": 0.0, "random": 0.09, "nexus-0.05": 0.03}))
-    assert "So random direction alone has a larger effect than nexus-0.05." in text
+    assert f"So {SHAKEN} has a larger effect than nexus-0.05." in text
 
 
 def test_a_control_says_what_it_shows():
     records = make_records({"adamw": 0.0, "mixed": 0.0, "nexus-0.05": 0.03})
     for record in records[4:8]:
         record.settings = {"inner_lr": 0.05, "source_schedule": "mixed", "learning_rate": 0.1}
-    said = "Control mixed (source mixing) shows the effect that a walk over mixed data has alone."
+    said = "Control mixed (source mixing) shows the effect that normalization with a walk over mixed data has alone."
     assert said in concluded(records, tuned={key: ["learning_rate"] for key in ["mixed", "nexus-0.05"]})
     without = concluded(records)
-    assert "Control mixed" not in without and "The limitations say why mixed is not a control." in without
+    assert "Control mixed" not in without and "The limitations say what disqualifies mixed." in without
+    assert "No control by gamma 0, random direction or source mixing was run." in without
+    assert "disqualifies" not in concluded(records, arms={"clean": {"inner_lr": 0.05, "source_schedule": "mixed"}})
     (line,) = [line for line in limitations(analyse(records)) if line.startswith("mixed: no control")]
     assert line == "mixed: no control of nexus-0.05, since they differ in learning_rate as well."
 
@@ -196,23 +264,23 @@ def test_missing_runs_are_named():
     assert "never-run: no run for seeds 0, 1, 2, 3." in limitations(analyse(records, **planned))
 
 
-def test_changes_after_the_first_start_are_named():
+def test_changes_after_the_first_results_are_named():
     records = make_records({"adamw": 0.0, "nexus-0.05": 0.03, "late": 0.0})
     analysis = analyse(records, family=[])
     assert limitations(replace(analysis, declared=(analysis.arms, analysis.seeds))) == limitations(analysis)
     changed = replace(analysis, declared=(["adamw", "nexus-0.05"], [0, 1, 4]), ignored=["old/seed-1"])
     first, second, third = limitations(changed)[:3]
-    assert first == "late: added after the first start, so no comparison with it is in the family."
-    assert second.startswith("The first start declared seeds 0, 1, 4, and now there are seeds 0, 1, 2, 3.")
+    assert first == "late: added after the first results, so no comparison with it is in the family."
+    assert second.startswith("Declared before the first results: seeds 0, 1, 4; now: seeds 0, 1, 2, 3.")
     assert third == "Finished runs that the configuration no longer names are in no number: old/seed-1."
-    assert "The seeds are not those of the first start" in conclusions(changed)[0]
+    assert "The seeds are not those that were declared" in conclusions(changed)[0]
 
 
 def test_the_family_counts_what_was_not_tested():
     text = concluded(
         make_records({"adamw": 0.0, "nexus-0.05": 0.03}), arms={"a": {}, "b": {}, "gamma-0": {"inner_lr": 0}}
     )
-    assert "Declared family: 4 comparisons, with p-values corrected together by Holm's method. 4 of them" in text
+    assert "Declared family: 4 comparisons, with p-values" in text and "method. Not tested, and counted: 4." in text
 
 
 def test_an_exploratory_equivalence_is_only_a_hint():

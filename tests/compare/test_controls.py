@@ -28,15 +28,15 @@ def test_an_arm_without_one_ingredient_is_a_control(arm, kind):
 
 
 @pytest.mark.parametrize(
-    ("arm", "others"),
+    ("arm", "kind", "others"),
     [
-        ({"inner_lr": 0.05, "inner_direction": "random"}, ["inner_lr"]),
-        ({"inner_lr": 0, "source_schedule": "mixed"}, ["source_schedule"]),
-        ({"inner_lr": 0.2, "source_schedule": "mixed", "optim": "sgd", "seq": 1}, ["optim", "seq"]),
+        ({"inner_lr": 0.05, "inner_direction": "random"}, "random direction", ["inner_lr"]),
+        ({"inner_lr": 0, "source_schedule": "mixed"}, "gamma 0", ["source_schedule"]),
+        ({"inner_lr": 0.2, "source_schedule": "mixed", "optim": "sgd", "seq": 1}, "source mixing", ["optim", "seq"]),
     ],
 )
-def test_an_arm_that_differs_in_more_is_no_control(arm, others):
-    assert find_controls({"primary": PRIMARY, "arm": arm}, "primary") == ({}, {"arm": others})
+def test_an_arm_that_differs_in_more_is_no_control(arm, kind, others):
+    assert find_controls({"primary": PRIMARY, "arm": arm}, "primary") == ({}, {"arm": (kind, others)})
 
 
 def test_tuned_fields_and_defaults_do_not_count():
@@ -65,7 +65,7 @@ def test_the_primary_arm_may_tune_the_field_of_a_control():
 )
 def test_only_fields_that_both_arms_tune_may_differ(tuned, others):
     arms = {"primary": PRIMARY, "arm": {"inner_lr": 0.0, "weight_decay": 0.5}, "other": {}}
-    assert find_controls(arms, "primary", tuned) == ({}, {"arm": others})
+    assert find_controls(arms, "primary", tuned) == ({}, {"arm": ("gamma 0", others)})
 
 
 def test_the_grids_of_a_comparison_belong_to_their_arms(tmp_path):
@@ -78,7 +78,9 @@ def test_the_grids_of_a_comparison_belong_to_their_arms(tmp_path):
     tuning = {"grid": {"learning_rate": [1e-3, 1e-2]}}
     config = make_comparison(write_config(tmp_path), tmp_path / "out", arms=arms, tuning=tuning)
     analysis = config.analyse([])
-    assert analysis.controls == {"random": "random direction"} and analysis.unclean == {"gamma-0": ["weight_decay"]}
+    assert analysis.controls == {"random": "random direction"} and analysis.unclean == {
+        "gamma-0": ("gamma 0", ["weight_decay"])
+    }
 
 
 def test_without_a_path_its_schedule_does_not_matter():
