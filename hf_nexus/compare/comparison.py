@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ class Comparison:
             if lacking := sorted(searched - set(mixture.eval)):
                 raise ValueError(f"minima.sources: {lacking} have no held-out rows. Give them eval_rows.")
         self._check_measured(mixture, sharded=bool(arguments.training.fsdp))
-        self._declared()
+        self._declare()
         for run in self._trial_runs() or self.runs():
             run.check()
         for run in self.runs():
@@ -173,29 +173,53 @@ class Comparison:
             known = ", ".join(in_order(measured))
             raise ValueError(f"metric: {', '.join(map(repr, unknown))} is not measured. Use one of {known}.")
 
+    def _finished(self) -> list[Path]:
+        """The folders of the finished runs, also of those that the configuration does not name."""
+        return sorted(path.parent for path in self.folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))
+
+    def _declaration(self) -> dict[str, Any]:
+        """The primary comparison, the tests of the family, arms and seeds, as plain data."""
+        config = self.config
+        primary = (config.primary.arm, config.baseline, config.primary.metric, config.primary.where)
+        return {
+            "primary": _named(primary),
+            "equivalence_margin": config.equivalence_margin,
+            "tests": [list(test) for test in config.analyse([]).family],
+            "arms": list(config.arms),
+            "seeds": config.seeds,
+        }
+
+    def _declare(self) -> None:
+        """Keep the declaration in the folder. It may change until a run has finished: no results have been seen."""
+        if not self._finished():
+            write_atomic(self.folder / _DECLARED_NAME, json.dumps(self._declaration()) + "\n")
+        self._declared()
+
     def _declared(self) -> dict[str, Any]:
         """
-        What was declared at the first start of the folder, which it keeps: the primary comparison, the tests of the
-        family, arms and seeds. Another primary comparison is refused, and another family, except for tests of arms
-        that were added.
+        Read what was declared before the first run finished. Another primary comparison is refused, and another
+        family, except for tests of arms that were added.
         """
-        path, config = self.folder / _DECLARED_NAME, self.config
-        primary = {**asdict(config.primary), "baseline": config.baseline}
-        primary |= {"equivalence_margin": config.equivalence_margin}
-        now = primary | {"tests": config.analyse([]).family, "arms": list(config.arms), "seeds": config.seeds}
-        now = json.loads(json.dumps(now))  # tuples become lists
-        if not path.exists():
-            write_atomic(path, json.dumps(now) + "\n")
-        before = now | json.loads(path.read_text(encoding="utf-8"))
-        before["tests"], tests = [tuple(test) for test in before["tests"]], [tuple(test) for test in now["tests"]]
-        added = {*now["arms"]} - {*before["arms"]}
-        other = [f"{key}: {before[key]}" for key in primary if before[key] != now[key]]
-        other += [f"{test} in the family" for test in before["tests"] if test not in tests]
-        other += [f"no {t} in the family" for t in tests if t not in before["tests"] and added.isdisjoint(t[:2])]
-        if other:
+        path, now = self.folder / _DECLARED_NAME, self._declaration()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            before = {key: content[key] for key in now}
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"primary, family: {self.folder} was started with {', '.join(other)}. Comparisons chosen after seeing "
-                "results prove nothing. Restore them, or choose another output_dir."
+                f"{path}: it does not say what was declared before the runs. Restore it, or choose another output_dir."
+            ) from error
+        old = [t for t in before["tests"] if t not in now["tests"]]
+        new = [t for t in now["tests"] if t not in before["tests"] and {*t[:2]} <= {*before["arms"]}]
+        gone = [arm for arm in before["arms"] if arm not in now["arms"] and any(arm in t[:2] for t in old)]
+        other = [key for key in ("primary", "equivalence_margin") if before[key] != now[key]]
+        # The family follows from arms and primary comparison: only the cause is named.
+        wrong = [f"arms: {arm} is missing" for arm in gone]
+        wrong = wrong or [f"{key}: {before[key]} was declared" for key in other]
+        wrong = wrong or [f"family: {_named(t)} is {how}" for ts, how in ((old, "missing"), (new, "new")) for t in ts]
+        if wrong:
+            raise ValueError(
+                f"{'; '.join(wrong)}. {self.folder} has finished runs, and comparisons chosen after seeing results "
+                "prove nothing. Restore what was declared, or choose another output_dir."
             )
         return before
 
@@ -266,9 +290,11 @@ class Comparison:
         Write the report on the runs that have finished.
 
         Raises:
-            ValueError: the tuning has not finished, or the folder holds runs with other settings.
+            ValueError: no run or not the tuning has finished, or the folder holds runs with other settings.
         """
         scipy_stats()  # is installed
+        if not self._finished():
+            raise ValueError(f"--report: no run has finished in {self.folder}. Check output_dir, or run it first.")
         self._choose()
         return self._report()
 
@@ -360,10 +386,9 @@ class Comparison:
         runs = self.runs()
         records = [record for run in runs if (record := run.record()) is not None]
         declared = self._declared()
-        analysis = self.config.analyse(records, declared["tests"])
-        done = sorted(path.parent for path in self.folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))
+        analysis = self.config.analyse(records, [tuple(test) for test in declared["tests"]])
         named = {run.folder for run in runs}
-        ignored = [f"{folder.parent.name}/{folder.name}" for folder in done if folder not in named]
+        ignored = [f"{folder.parent.name}/{folder.name}" for folder in self._finished() if folder not in named]
         analysis = replace(analysis, declared=(declared["arms"], declared["seeds"]), ignored=ignored)
         if self._trials:
             write_atomic(self.folder / _TUNING_NAME, json.dumps(self._tuning_table(), indent=1) + "\n")
@@ -435,6 +460,11 @@ class Comparison:
             publisher.check()
             publisher.submit(record.end.step, "Compare with other arms")
         FinalFlush(publisher, training.get("hub_flush_timeout", 600.0)).end()
+
+
+def _named(test: Sequence[str]) -> str:
+    arm, versus, metric, where = test
+    return f"{arm} against {versus}, {metric} ({where})"
 
 
 def _check_training(training: PretrainConfig, devices: int) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -143,37 +144,80 @@ def test_losses_without_held_out_rows_are_refused(base, tmp_path, kept, message)
         Comparison(make_comparison(path, tmp_path / "out"), Console(quiet=True)).check()
 
 
-def test_the_primary_comparison_cannot_change(base, tmp_path):
-    Comparison(make_comparison(base, tmp_path), Console(quiet=True)).check()
-    Comparison(make_comparison(base, tmp_path, seeds=[1, 2, 3, 4]), Console(quiet=True)).check()
-    for changes in (
-        {"primary": {"arm": "nexus", "metric": "validation_loss"}},
-        {"primary": {"arm": "nexus", "where": "matched"}},
-        {"equivalence_margin": 0.1},
-        {"family": [{"arm": "nexus", "metric": "validation_loss"}]},
+CONTROL = {"gamma-0": {"inner_lr": 0.0}}
+
+
+@pytest.fixture
+def declare(base, tmp_path):
+    """Declares a comparison in a folder as its start does, and returns what the folder has declared."""
+
+    def declare(arms=CONTROL, **changes):
+        comparison = Comparison(make_comparison(base, tmp_path, arms=ARMS | arms, **changes), Console(quiet=True))
+        comparison._declare()
+        return comparison._declared()
+
+    return declare
+
+
+def finish_a_run(output: Path) -> None:
+    folder = output / "arms" / "adamw" / "seed-1"
+    folder.mkdir(parents=True)
+    (folder / RECORD_NAME).touch()
+
+
+def test_the_primary_comparison_cannot_change(declare, tmp_path):
+    declare()
+    finish_a_run(tmp_path)
+    assert declare(primary={"arm": "nexus", "metric": "ood_loss", "versus": "adamw"}) == declare(seeds=[1, 2, 3, 4])
+    for changes, message in (
+        (
+            {"primary": {"arm": "nexus", "metric": "validation_loss"}},
+            "primary: nexus against adamw, ood_loss (end) was",
+        ),
+        ({"primary": {"arm": "nexus", "where": "matched"}}, "primary: nexus against adamw, ood_loss (end) was"),
+        ({"baseline": "gamma-0"}, "primary: nexus against adamw, ood_loss (end) was"),
+        ({"equivalence_margin": 0.1}, "equivalence_margin: None was"),
     ):
-        with pytest.raises(ValueError, match="chosen after seeing results"):
-            Comparison(make_comparison(base, tmp_path, **changes), Console(quiet=True)).check()
+        with pytest.raises(ValueError, match=f"^{re.escape(message)} declared. .* chosen after seeing results"):
+            declare(**changes)
 
 
-def test_the_family_is_that_of_the_first_start(base, tmp_path):
-    def declared(arms, **changes):
-        config = make_comparison(base, tmp_path, arms=ARMS | arms, **changes)
-        return Comparison(config, Console(quiet=True))._declared()
-
-    control, other = {"gamma-0": {"inner_lr": 0.0}}, {"other": {"inner_lr": 0.2}}
-    first = declared(control)
+def test_the_family_is_that_of_the_first_results(declare, tmp_path):
+    first = declare()
+    finish_a_run(tmp_path)
     assert len(first["tests"]) == 2 and first["arms"] == ["adamw", "nexus", "gamma-0"]
-    assert declared(control | other, seeds=[1, 2, 3, 4]) == first == declared(dict(reversed(control.items())))
-    for arms, message in (
-        ({}, r"\('gamma-0', 'adamw', 'ood_loss', 'end'\) in the family"),
-        ({"gamma-0": {"inner_lr": 0.1}}, r"\('nexus', 'gamma-0', 'ood_loss', 'end'\) in the family"),
+    assert declare(CONTROL | {"other": {"inner_lr": 0.2}}, seeds=[1, 2, 3, 4]) == first
+    assert declare(dict(reversed(CONTROL.items()))) == first
+    test, tests = (
+        {"arm": "nexus", "metric": "validation_loss"},
+        [{"arm": "gamma-0"}, {"arm": "nexus", "versus": "gamma-0"}],
+    )
+    for changes, message in (
+        ({"arms": {}}, "arms: gamma-0 is missing"),
+        ({"arms": {"renamed": {"inner_lr": 0.0}}}, "arms: gamma-0 is missing"),
+        ({"arms": {"gamma-0": {"inner_lr": 0.1}}}, "family: nexus against gamma-0, ood_loss (end) is missing"),
+        ({"family": [test, *tests]}, "family: nexus against adamw, validation_loss (end) is new"),
     ):
-        with pytest.raises(ValueError, match=message):
-            declared(arms)
-    test = {"arm": "nexus", "metric": "validation_loss"}
-    with pytest.raises(ValueError, match=r"no \('nexus', 'adamw', 'validation_loss', 'end'\) in the family"):
-        declared(control, family=[test, {"arm": "gamma-0"}, {"arm": "nexus", "versus": "gamma-0"}])
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}. {re.escape(str(tmp_path))} has finished runs"):
+            declare(**changes)
+
+
+def test_everything_may_change_before_the_first_results(declare):
+    declare()
+    assert declare({"renamed": {"inner_lr": 0.0}})["arms"] == ["adamw", "nexus", "renamed"]
+    assert declare({}, equivalence_margin=0.1)["tests"] == []
+    assert (
+        declare(primary={"arm": "nexus", "metric": "train_loss"})["primary"] == "nexus against adamw, train_loss (end)"
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"arm": "nexus", "metric": "ood_loss"}'])
+def test_a_damaged_declaration_is_named(declare, tmp_path, content):
+    finish_a_run(tmp_path)
+    if content is not None:
+        (tmp_path / "declared.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'declared.json'))}: it does not say what was"):
+        declare()
 
 
 def test_a_report_names_what_was_added_and_removed(copied, monkeypatch):
@@ -184,8 +228,8 @@ def test_a_report_names_what_was_added_and_removed(copied, monkeypatch):
     for run in comparison._trial_runs():
         run.write()
     text = comparison.report().read_text()
-    assert "- late: added after the first start" in text
-    assert "- The first start declared seeds 1, 2, 3, and now there are seeds 1, 2, 4." in text
+    assert "- late: added after the first results" in text
+    assert "- Declared before the first results: seeds 1, 2, 3; now: seeds 1, 2, 4." in text
     assert "no longer names are in no number: adamw/seed-3, nexus/seed-3." in text
 
 
@@ -251,10 +295,13 @@ def test_runs_are_made_one_at_a_time(copied, in_process, monkeypatch):
     assert (output / "results.csv").read_text() == results
 
 
-def test_a_report_of_a_missing_folder_names_the_runs(copied, tmp_path):
-    comparison = Comparison(replace(copied, output_dir=str(tmp_path / "none")), Console(quiet=True))
-    with pytest.raises(ValueError, match="tuning: 4 runs are missing"):
+@pytest.mark.parametrize("tuning", [None, TUNING])
+def test_a_report_of_a_mistyped_folder_is_refused(base, tmp_path, tuning):
+    folder = tmp_path / "typo"
+    comparison = Comparison(make_comparison(base, folder, tuning=tuning), Console(quiet=True))
+    with pytest.raises(ValueError, match=f"^--report: no run has finished in {re.escape(str(folder))}"):
         comparison.report()
+    assert not folder.exists()
 
 
 def test_a_run_that_another_process_trains_is_refused(copied, hold):
