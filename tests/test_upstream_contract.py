@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim.sgd import sgd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -424,6 +425,9 @@ def test_ddp_sends_everything_over_another_group(one_rank):
         assert [name for name, _ in seen] == ["c10d::broadcast_"] * 2 + ["c10d::allreduce_"] * 2  # two dtypes
         assert {where for _, where in seen} == {chosen.group_name}
         seen.clear()
+    assert ddp._comm_hooks == []
+    ddp.register_comm_hook("state", allreduce_hook)
+    assert ddp._comm_hooks == [(allreduce_hook, "state")]
     model[1].running_mean = torch.ones(3)
     ddp._assign_modules_buffers()
     assert ddp.broadcast_buffers and len(ddp.modules_buffers) == 3

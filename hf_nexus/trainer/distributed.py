@@ -29,6 +29,7 @@ __all__ = [
     "parallelism_of",
     "reduce_over",
     "reshard",
+    "share_buffers",
     "sum_over_ranks",
 ]
 
@@ -197,10 +198,30 @@ def reduce_over(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     """
     Let DDP reduce gradients over a group (`None`: all ranks), and send there all else that it sends: which parameters
     are unused, and its buffers.
+
+    Raises:
+        ValueError: a communication hook reduces the gradients, which does not know of the group.
     """
+    wanted: Any = group or dist.group.WORLD
     for module in _ddp_modules(model):
-        if module.process_group is not (group or dist.group.WORLD):
-            module._update_process_group(group or dist.group.WORLD)
+        for hook, state in module._comm_hooks:
+            if group is not None and state != weakref.ref(module):  # not that of `compress`
+                raise ValueError(
+                    f"The communication hook {getattr(hook, '__qualname__', hook)!r} with inner_sync='node' is not "
+                    "allowed: it does not know of the paths. Remove the hook (reduce_dtype='bfloat16' sends 16 bits), "
+                    "or set inner_sync to 'global'."
+                )
+        if module.process_group is not wanted:
+            module._update_process_group(wanted)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of the first, as DDP does where all ranks walk one path. All must call it."""
+    world: Any = dist.group.WORLD
+    for module in _ddp_modules(model):
+        module._assign_modules_buffers()  # those that were replaced since
+        if module.broadcast_buffers and module.modules_buffers:
+            dist._broadcast_coalesced(world, module.modules_buffers, _BUCKET, 0)
 
 
 def compress(model: nn.Module, wanted: Callable[[], bool]) -> None:
@@ -244,7 +265,7 @@ class PathGroups:
     def average(self, params: Sequence[Tensor], moved: bool) -> None:
         """
         Replace the pseudo-gradient in `.grad` by its average over the paths that moved. All ranks must call it, with
-        the same parameters in the same order.
+        the same parameters in the same order. Gradients have the layout of their parameters.
 
         Where the ranks of a path hold the same pseudo-gradient, each sends an equal part of it to the other paths, and
         gathers the averaged parts of the others. Where it is sharded, each sends its shard.
@@ -274,14 +295,6 @@ class PathGroups:
             bucket.div_(paths_moved)
 
         _change([shard(p.grad) for p in present], average, parts)  # type: ignore[arg-type]  # not None
-
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks the buffers of the first, as DDP does where all ranks walk one path. All must call it."""
-        for module in _ddp_modules(model):
-            module._assign_modules_buffers()  # those that were replaced since
-            if module.broadcast_buffers and module.modules_buffers:
-                world: Any = dist.group.WORLD
-                dist._broadcast_coalesced(world, module.modules_buffers, _BUCKET, 0)
 
 
 def _change(tensors: Sequence[Tensor], change: Callable[[Tensor], Any], parts: int) -> None:

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import MicroBatchTag, StreamState, pop_tag
 from ..nexus import Nexus
-from .distributed import PathGroups, Shards, compress, gather, reduce_over, reshard, sum_over_ranks
+from .distributed import PathGroups, Shards, compress, gather, reduce_over, reshard, share_buffers, sum_over_ranks
 from .support import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
 
 __all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
@@ -207,6 +207,8 @@ class Walker:
         # What is trained may have changed on a single rank.
         if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
             self.begin(model, optimizer, autocast)
+        # A run without the update reduces over all ranks, and a callback can add a communication hook.
+        reduce_over(model, self.groups.inside)
         nexus, args = self.nexus, self._args
         assert nexus is not None
         nexus.outer_step = step
@@ -250,7 +252,6 @@ class Walker:
         params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
         if before[0] != wrapped or self.groups.settings != (args.inner_sync, args.node_size):
             self.groups = PathGroups(args.inner_sync, args.node_size)
-            reduce_over(model, self.groups.inside)
         if args.reduce_dtype and self._compressed != wrapped:
             self._compressed = wrapped
             compress(model, lambda: args.nexus and args.reduce_dtype is not None)
@@ -273,7 +274,7 @@ class Walker:
         """
         if self.nexus is not None and self.groups.several:
             self.groups.average(self.nexus.params, self.nexus.steps_taken > 0)
-            self.groups.share_buffers(model)
+            share_buffers(model)
 
     def reset(self) -> None:
         """Discard the parameters: the model may be wrapped again or replaced."""

@@ -138,6 +138,18 @@ def run(out: Path, data: Any, model: Any = None, poisoned: set[int] | None = Non
     }
 
 
+def hooked(out: Path, sync: str) -> str:
+    """The error of a run with a communication hook, which a callback adds."""
+    trainer, watch = make(out / "hooked", sources(), max_steps=1, **{**NODE, "inner_sync": sync}), Watch()
+    watch.trainer = trainer
+    trainer.add_callback(watch)
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"plain": run(out / "plain", sources(True, 3), mixture_weights=WEIGHTS)}
     found["bf16"] = run(out / "bf16", sources(True, 3), mixture_weights=WEIGHTS, reduce_dtype="bfloat16")
@@ -158,6 +170,10 @@ def main(out: Path) -> dict[str, Any]:
     turned_off.args.nexus = False
     turned_off.train()
     found["turned_off"] = weights(turned_off)
+    turned_off.args.nexus = True
+    turned_off.train()
+    found["turned_on"] = dist.get_process_group_ranks(turned_off.model_wrapped.process_group)
+    found["hooked"] = [hooked(out, sync) for sync in ("node", "global", "local")]
     save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
     whole = make(out / "whole", sources(), **NODE, **save)
     whole.train()

@@ -95,6 +95,16 @@ def test_without_the_update_all_ranks_reduce_again(ranks):
     assert all(rank["turned_off"] == ranks[0]["turned_off"] for rank in ranks)
 
 
+def test_paths_reduce_inside_when_the_update_returns(ranks):
+    assert [rank["turned_on"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_a_communication_hook_is_refused_with_node(ranks):
+    for rank in ranks:
+        assert "The communication hook 'allreduce_hook' with inner_sync='node'" in rank["hooked"][0]
+        assert rank["hooked"][1:] == ["", ""]
+
+
 def test_inner_gradients_in_bfloat16_halve_the_traffic_inside(ranks):
     assert ranks[0]["bf16"]["sent"] == {"inside": [2.5] * 5, "between": [0.5] * 5}
     assert 1e-6 < distance(ranks[0]["bf16"]["weights"], ranks[0]["plain"]["weights"]) < 1e-2
