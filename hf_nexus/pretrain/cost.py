@@ -50,7 +50,7 @@ def estimate_cost(
     again, again_formula = (4 / 3, " x 4/3") if t.activation_checkpointing else (1.0, "")
     if getattr(config_of(arguments), "num_experts_per_tok", None) is not None:
         again_formula += " (an upper bound, since a token passes only some of the experts that N counts)"
-    messages, replicas = _messages(arguments, parameters, devices, sync), replicas_of(arguments, devices)
+    replicas, messages = replicas_of(arguments, devices), _messages(arguments, parameters, devices, sync)
     seconds = [(m.size / (getattr(hardware, m.link) * 1e9), m.hidden) for m in messages]
     return CostEstimate(
         devices=devices,
@@ -76,7 +76,7 @@ class _Message:
 
 
 def _messages(arguments: PretrainArguments, parameters: int, devices: int, sync: str) -> list[_Message]:
-    n, replicas, found = weights_of(arguments, parameters), replicas_of(arguments, devices), []
+    replicas, n, found = replicas_of(arguments, devices), weights_of(arguments, parameters), []
     t, machine, sharded = arguments.training, machine_of(arguments), sharding_of(arguments) == "fsdp2"
     k, wire, size = t.gradient_accumulation_steps, 2 if t.reduce_dtype else 4, 2 if t.bf16 else 4
     path = path_of(arguments, devices) if sync == "node" else devices
@@ -89,23 +89,24 @@ def _messages(arguments: PretrainArguments, parameters: int, devices: int, sync:
         return "node_link" if devices <= machine or machine % ranks == 0 else "link"
 
     if (tp := arguments.hardware.tp_size) > 1:  # after attention and feed-forward, forward, backward and recomputed
-        m, times = config_of(arguments), 6 if t.activation_checkpointing else 4
-        count, tokens = (
-            k * m.num_hidden_layers * times,
-            t.per_device_train_batch_size * arguments.mixture.sequence_length,
-        )
+        m = config_of(arguments)
+        count = k * m.num_hidden_layers * (6 if t.activation_checkpointing else 4)
+        tokens = t.per_device_train_batch_size * arguments.mixture.sequence_length
         formula = f"{count} reductions x {size}h x {tokens} tokens x 2 x {tp - 1}/{tp}"
         found.append(_Message(count * size * m.hidden_size * tokens * 2 * (tp - 1) / tp, link(tp), False, formula))
     if replicas == 1:
         return found
     if path < devices:
-        across = f"1 reduction x 4N/{path} x 2(W - {path})/W"
-        near = gathered if sharded else f"({k} reductions x 2 x {wire}N + a gather of 4N)"
-        inside = (3 * k * size if sharded else 2 * k * wire + 4) * (path - 1) / path
-        return [
-            _Message(n * 8 / path * (devices - path) / devices, link(devices), False, across),
-            _Message(n * inside, link(path), True, f"in a path {near} x {path - 1}/{path}"),
-        ]
+        formula = f"1 reduction x 4N/{path} x 2(W - {path})/W"
+        found.append(_Message(n * 8 / path * (devices - path) / devices, link(devices), False, formula))
+        if path > 1:
+            inside, copies = n * (path - 1) / path, 3 * k * size if sharded else 2 * k * wire
+            near = gathered if sharded else f"{k} reductions x 2 x {wire}N"
+            found.append(_Message(copies * inside, link(path), True, f"in a path {near} x {path - 1}/{path}"))
+            if not sharded:  # each rank has averaged a part
+                formula = f"1 gather x 4N x {path - 1}/{path}"
+                found.append(_Message(4 * inside, link(path), False, formula))
+        return found
     if sharded:
         copies, formula = size * (2 * k + reductions), f"{gathered} x (W - 1)/W"
         formula += f" of N/{tp} (embeddings: N) over W/{tp}" if tp > 1 else ""

@@ -24,7 +24,8 @@ __all__ = [
     "weights_of",
 ]
 
-SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads, T tokens per row, V vocabulary"
+SYMBOLS = "L layers, h width, kv width of keys, f feed-forward width, a heads of width d, T tokens a row, V vocabulary"
+_SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # by tensor parallelism, in equal parts
 _GRADIENTS, _AUTOCAST = "gradients", "bfloat16 copies of the weights"
 
 
@@ -89,11 +90,22 @@ def replicas_of(arguments: PretrainArguments, devices: int) -> int:
         raise ValueError(f"tp_size={tp} with inner_sync={t.inner_sync!r} is not possible. Set inner_sync to 'global'.")
     if 1 < tp < devices and sharding_of(arguments) != "fsdp2":
         raise ValueError(f"tp_size={tp} is combined with FSDP2 only. Add --sharding fsdp2, or --devices {tp}.")
+    if tp > 1:
+        m = config_of(arguments)
+        missing = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(m, name)]
+        if missing:
+            raise ValueError(f"tp_size={tp} is not planned for a {m.model_type}: no {missing[0]}. Set tp_size to 1.")
+        # getattr would raise for a size that differs between the layers of the model.
+        sizes = {name: vars(m).get(m.attribute_map.get(name, name), 0) for name in _SPLIT}
+        if uneven := [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size % tp]:
+            raise ValueError(f"tp_size={tp} with {', '.join(uneven)} is not possible. Set tp_size to a divisor.")
     return devices // tp
 
 
 def weights_of(arguments: PretrainArguments, parameters: int) -> int:
     """Parameters of one device before FSDP2 shards them. Tensor parallelism divides all but the embeddings."""
+    if arguments.hardware.tp_size == 1:
+        return parameters
     config = config_of(arguments)
     embeddings = min(parameters, config.vocab_size * config.hidden_size)
     return embeddings + (parameters - embeddings) // arguments.hardware.tp_size
@@ -159,19 +171,17 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
 def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
     """Bytes per token: of the whole model, of one layer in its backward pass; and the formula of the first."""
     t, size = arguments.training, 2 if arguments.training.bf16 else 4
-    h, f, heads = m.hidden_size, m.intermediate_size, m.num_attention_heads
-    kv, tp = h // heads * m.num_key_value_heads, arguments.hardware.tp_size
+    h, heads, tp = m.hidden_size, m.num_attention_heads, arguments.hardware.tp_size
     # Tensor parallelism divides the inside of attention and feed-forward. All of the width h stays: an upper bound.
-    kv, f, heads, head_width = kv // tp, f // tp, heads // tp, h // heads
-    values = {"h": h, "kv": kv, "f": f, "a": heads, "V": m.vocab_size, "h/a": head_width}
-    values["T"] = arguments.mixture.sequence_length
+    divided = {"kv": h // heads * m.num_key_value_heads // tp, "f": m.intermediate_size // tp, "a": heads // tp}
+    values = {"h": h, "V": m.vocab_size, "d": h // heads, "T": arguments.mixture.sequence_length, **divided}
     layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
     head = Counter(h=12, V=12)
     if planned_attention(arguments) == "sdpa" and joined_documents(arguments) is None:
         # Each layer keeps the mask of documents in the dtype of the queries, and the keys and values repeated for all
         # heads, which sdpa does not repeat itself under a mask. The rotary angles are no longer those of every row.
         layer.update({"T": size, "h": 2 * size, "kv": -2 * size})
-        head.update({"h/a": 8})
+        head.update({"d": 8})
 
     def bytes_of(terms: Counter[str]) -> int:
         return sum(count * values[name] for name, count in terms.items())
@@ -179,11 +189,12 @@ def _activations(arguments: PretrainArguments, m: Any) -> tuple[int, int, str]:
     def formula(terms: Counter[str]) -> str:
         return " + ".join(f"{count}{name}" for name, count in terms.items() if count)
 
-    in_backward = bytes_of(layer) + 4 * h + 2 * size * f  # the gradients of saved tensors that exist at once
+    in_backward = bytes_of(layer) + 4 * h + 2 * size * values["f"]  # the gradients of saved tensors that exist at once
     if t.activation_checkpointing:  # a layer is recomputed when the tensors of the head are gone
         layer = Counter(h=4)
     per_token = m.num_hidden_layers * bytes_of(layer) + bytes_of(head)
-    split = f" with kv, f and a divided by {tp}" if tp > 1 else ""
+    shown = ", ".join(name for name in divided if layer[name])
+    split = f" with {shown} divided by {tp}" if tp > 1 and shown else ""
     return per_token, in_backward, f"L * ({formula(layer)}) + {formula(head)}{split}"
 
 
@@ -194,6 +205,5 @@ def _gathered(arguments: PretrainArguments, parameters: int) -> int:
     stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     layers = [sum(p.numel() for p in layer.parameters()) for layer in stack]
     # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
-    return (2 if arguments.training.bf16 else 4) * (
-        parameters - sum(layers) + sum(sorted(layers)[-2:]) // arguments.hardware.tp_size
-    )
+    size, outside = 2 if arguments.training.bf16 else 4, weights_of(arguments, parameters - sum(layers))
+    return size * (outside + sum(sorted(layers)[-2:]) // arguments.hardware.tp_size)

@@ -56,9 +56,10 @@ def test_a_ring_over_machines_is_as_slow_as_their_link(flags):
 
 def test_machines_share_one_reduction_over_all_links():
     found = cost("--inner_sync", "node", devices=64)
-    inside, between = (8 * 2 + 1) * 4e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
-    assert found.sent == inside + between and found.links == ("link", "node_link")
-    assert (found.during, found.after) == (pytest.approx(inside / 400e9), pytest.approx(between / 100e9))
+    inside, gather, between = 8 * 2 * 4e9 * 7 / 8, 4e9 * 7 / 8, 2 * 4e9 / 8 * 7 / 8
+    assert found.sent == inside + gather + between and found.links == ("link", "node_link")
+    assert found.during == pytest.approx(inside / 400e9)
+    assert found.after == pytest.approx(between / 100e9 + gather / 400e9)  # both follow the last backward pass
     assert found.best == pytest.approx(max(found.compute, found.during) + found.after)
     assert cost("--inner_sync", "node") == cost()  # one machine
     assert cost("--inner_sync", "node", "--reduce_dtype", "bfloat16") == cost("--reduce_dtype", "bfloat16")
@@ -68,12 +69,20 @@ def test_machines_share_one_reduction_over_all_links():
 
 @pytest.mark.parametrize(
     ("size", "devices", "during", "after"),
-    [(4, 8, 400e9, 400e9), (4, 16, 400e9, 100e9), (16, 32, 100e9, 100e9), (6, 24, 100e9, 100e9)],
+    [
+        (4, 8, 400e9, 400e9),
+        (4, 16, 400e9, 100e9),
+        (16, 32, 100e9, 100e9),
+        (6, 24, 100e9, 100e9),
+        (1, 8, 400e9, 400e9),
+    ],
 )
 def test_paths_that_are_no_machines_use_the_links_they_cross(size, devices, during, after):
     found = cost("--inner_sync", "node", "--node_size", str(size), devices=devices)
-    assert found.during == pytest.approx((8 * 2 + 1) * 4e9 * (size - 1) / size / during)
-    assert found.after == pytest.approx(2 * 4e9 / size * (devices - size) / devices / after)
+    inside = 4e9 * (size - 1) / size / during
+    assert found.during == pytest.approx(8 * 2 * inside)
+    assert found.after == pytest.approx(2 * 4e9 / size * (devices - size) / devices / after + inside)
+    assert ("in a path" in found.formula) == (size > 1)
 
 
 def test_shards_of_a_machine_are_sent_to_the_others_once():
@@ -152,17 +161,19 @@ def test_tensor_parallelism_sends_activations():
 
 
 @pytest.mark.parametrize(
-    ("devices", "flags", "message"),
+    ("size", "devices", "flags", "message"),
     [
-        (12, ["--sharding", "fsdp2"], "it must divide them"),
-        (16, [], "combined with FSDP2 only"),
-        (8, ["--inner_sync", "node"], "Set inner_sync to 'global'"),
-        (8, ["--reduce_dtype", "bfloat16"], "no effect on a sharded model"),
+        (8, 12, ["--sharding", "fsdp2"], "it must divide them"),
+        (8, 16, [], "combined with FSDP2 only"),
+        (8, 8, ["--inner_sync", "node"], "Set inner_sync to 'global'"),
+        (8, 8, ["--reduce_dtype", "bfloat16"], "no effect on a sharded model"),
+        (7, 7, [], "num_attention_heads=24, num_key_value_heads=8, intermediate_size="),
+        (16, 16, [], "num_attention_heads=24, num_key_value_heads=8 is not possible"),
     ],
 )
-def test_impossible_tensor_parallelism_is_not_planned(devices, flags, message):
+def test_impossible_tensor_parallelism_is_not_planned(size, devices, flags, message):
     with pytest.raises(ValueError, match=message):
-        plan_run(planned("3b", "--tp_size", "8", *flags), devices)
+        plan_run(planned("3b", "--tp_size", str(size), *flags), devices)
 
 
 def test_one_device_sends_nothing_and_one_reduction_is_visible():

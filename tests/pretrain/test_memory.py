@@ -10,10 +10,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler logs each st
 
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
+from transformers import GPT2Config, TrainerCallback
 
-from hf_nexus.pretrain.memory import estimate_memory, sharding_of
+from hf_nexus.pretrain import memory
+from hf_nexus.pretrain.memory import estimate_memory, replicas_of, sharding_of
 from hf_nexus.pretrain.model import build_model, count_parameters, model_config
 from tests.support.tiny_config import planned
 
@@ -187,6 +189,43 @@ def test_fsdp2_shares_the_bytes_per_parameter():
     assert "DDP gradient buckets" not in eight.per_parameter
     machines = estimate_memory(planned("3b", "--sharding", "fsdp2", "--inner_sync", "node"), size, 64)
     assert machines.held == eight.held  # shared inside each machine of 8
+
+
+def test_tensor_parallelism_divides_an_untied_head():
+    """Both the held and the gathered weights. Only the embeddings stay whole."""
+    arguments = planned("3b", "--sharding", "fsdp2", "--tp_size", "8", "--tie_word_embeddings", "false")
+    m, size = arguments.model, count_parameters(model_config(arguments.model, 4096))
+    table = m.vocab_size * m.hidden_size
+    layer = (size - 2 * table - m.hidden_size) // m.num_hidden_layers
+    found = estimate_memory(arguments, size, 64)
+    assert found.parameters == table + (size - table) // 8
+    assert found.gathered == 2 * (table + (table + m.hidden_size) // 8 + 2 * layer // 8)
+
+
+def test_the_formula_names_what_tensor_parallelism_divides():
+    def formula(*flags: str) -> str:
+        return estimate_memory(planned("3b", "--tp_size", "8", *flags), 10**9, 8).formula
+
+    assert " with f, a divided by 8" in formula()  # the mask's keys and values are repeated for all heads
+    assert " with kv, f, a divided by 8" in formula("--isolate_documents", "false")
+    assert "divided" not in formula("--activation_checkpointing")
+
+
+def test_a_model_without_a_width_is_planned(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    content["model"] = {"model_type": "blt", **{name: content["model"][name] for name in ("vocab_size", "tokenizer")}}
+    path = tmp_path / "blt.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert estimate_memory(planned(path), 1000, 2).parameters == 1000
+    with pytest.raises(ValueError, match="tp_size=2 is not planned for a blt: no hidden_size"):
+        estimate_memory(planned(path, "--tp_size", "2"), 1000, 2)
+
+
+def test_tensor_parallelism_divides_sizes_of_other_names(config, monkeypatch):
+    monkeypatch.setattr(memory, "config_of", lambda arguments: GPT2Config(n_head=12))
+    assert replicas_of(planned(config, "--tp_size", "4"), 4) == 1
+    with pytest.raises(ValueError, match="tp_size=5 with num_attention_heads=12 is not possible"):
+        replicas_of(planned(config, "--tp_size", "5"), 5)
 
 
 def test_sharding_is_the_flag_or_the_launchers(monkeypatch):
