@@ -20,9 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Metrics of these names are means over sources.
 RESERVED_NAMES = ("ood", "macro")
 # Words in the names of splits, which may be joined: of training, held out, and beside either.
-_TRAIN = "train|training|learn|trn"
-_HELD_OUT = "tests?|testing|tst|val|valid|validat(?:e|ion)|dev|devel|development|evals?|evaluat(?:e|ion)|hold|held"
-_BESIDE = "sets?|data|mini|small|full|pre|cross|out"
+_TRAIN = "train|training|trn"
+_HELD_OUT = "test|testing|tst|val|valid|validat(?:e|ion)|dev|devel|development|eval|evaluat(?:e|ion)"
+_BESIDE = "sets?|data|mini|small|full|cross"
 # Columns other than text, and what can be trained on alone in them.
 _NOT_TEXT = {"messages_column": "assistant", "prompt_column": "completion", "completion_column": "completion"}
 _NOT_TEXT |= {"tokens_column": ""}
@@ -367,24 +367,23 @@ class MixtureConfig:
 
 def refuse_splits(names: Iterable[Any]) -> None:
     """
-    Raise `ValueError` if the names of training sources are those of splits, some of which are held out: one ends in
-    the word of a split, or two have the same other words. `dev_docs` and `train_manuals` are different sources.
+    Raise `ValueError` if the names of training sources are those of splits, one for training and one that is held out:
+    with the same other words, or none in one of the two. `dev_docs` and `train_manuals` are different sources.
     """
     splits = {name: _as_split(str(name)) for name in names}
-    training, held_out = ([name for name in splits if splits[name][0] == kind] for kind in (_TRAIN, _HELD_OUT))
-    others = training or (held_out if len(held_out) == len(splits) else [])
-    pairs = [(splits[a], splits[b]) for a in held_out for b in others if a != b]
-    if any(one == other or ends or other_ends for (_, one, ends), (_, other, other_ends) in pairs):
-        raise ValueError(
-            f"sources: {', '.join(map(str, splits))} look like splits of one dataset: all would be trained on. "
-            f"Train on one split, dataset[{others[0]!r}], or give the sources other names."
-        )
+    held_out = [words for kind, words in splits.values() if kind == _HELD_OUT]
+    for name, (kind, words) in splits.items():
+        if kind == _TRAIN and any(words == other or not words or not other for other in held_out):
+            raise ValueError(
+                f"sources: {', '.join(map(str, splits))} look like splits of one dataset: all would be trained on. "
+                f"Train on one split, dataset[{name!r}], or give the sources other names."
+            )
 
 
-def _as_split(name: str) -> tuple[str, list[str], bool]:
-    """The kind of split that a name is for, if any; its other words; and whether it ends in the word of the split."""
+def _as_split(name: str) -> tuple[str, list[str]]:
+    """The kind of split that a name is for, if any, and its other words."""
+    name = re.sub("(?i)h[oe]ld[-_. ]?out", "val", re.sub("(?i)^(test|eval)s$", r"\1", name))
     words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
-    words = [word for word in words if not re.fullmatch(f"(?:{_BESIDE})+", word)]
     of_split = [word for word in words if re.fullmatch(f"(?:{_TRAIN}|{_HELD_OUT}|{_BESIDE})+", word)]
     kind = next((kind for kind in (_TRAIN, _HELD_OUT) if re.search(kind, " ".join(of_split))), "")
-    return kind, [word for word in words if word not in of_split], words[-1:] == of_split[-1:]
+    return kind, [word for word in words if word not in of_split]
