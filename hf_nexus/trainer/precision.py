@@ -44,8 +44,8 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
         alone = {*narrow} <= _of_adapters(model)
         if quantized and not alone:
             raise ValueError(
-                "bf16=False: the quantized model has trainable weights outside of its adapters, such as "
-                "modules_to_save, which would meet inputs of another type. Set bf16=True."
+                "bf16=False: the quantized model has trainable weights outside of adapters that convert their inputs, "
+                "such as modules_to_save. Set bf16=True, or load the model with dtype=torch.float32."
             )
     if alone:
         for p in narrow:
@@ -60,9 +60,14 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
 
 
 def _of_adapters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters in layers of PEFT, which compute on an adapter of another type than their inputs."""
+    """The adapters in layers of PEFT that convert their inputs to the type of the adapter, and their outputs back."""
     if not is_peft_available():
         return set()
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.oft import OFTLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-    return {p for module in model.modules() if isinstance(module, BaseTunerLayer) for p in module.parameters()}
+    kinds = (IA3Layer, LoraLayer, OFTLayer, TrainableTokensLayer)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    return {p for layer in layers for p in {*layer.parameters()} - {*layer.base_layer.parameters()}}

@@ -149,6 +149,22 @@ def test_adapters_and_whole_modules_train_in_any_type(make_trainer, sources, mor
     assert frozen == ({BF16} if kept or bf16 is not False else {torch.float32})
 
 
+@pytest.mark.parametrize("kind", ["biases", "norms", "vectors", "orthogonal"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_adapters_of_other_kinds_train_in_any_type(make_trainer, sources, kind, bf16):
+    peft = pytest.importorskip("peft")
+    adapters = {
+        "biases": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"),
+        "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+        "vectors": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
+        "orthogonal": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0),
+    }[kind]()
+    model = tiny_llama(dtype=BF16, attention_bias=True)
+    model = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    make_trainer(sources, model, bf16=bf16).train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_a_quantized_model_that_needs_autocast_is_refused(make_trainer, sources):
     model = tiny_llama(dtype=BF16)
     model.model.requires_grad_(False)
