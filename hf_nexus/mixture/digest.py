@@ -1,77 +1,103 @@
 """Hashes of rows and settings, by which other data is noticed."""
 
-import random
+import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, Subset
 
-__all__ = ["digest", "plain", "sample"]
+__all__ = ["digest", "sample"]
 
 # Rows that are compared, to notice another order or other content of as many rows.
 _SAMPLED = 32
 
 
 def digest(value: Any) -> str:
-    """A hash of the plain data in a value."""
-    return blake2b(repr(plain(value)).encode(errors="surrogatepass"), digest_size=8).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """A value as plain data. Of other objects only the type, because their text can contain their addresses."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return value.tolist()
-    return value if value is None or isinstance(value, str | bytes | int | float) else type(value).__name__
+    """A hash of the plain data in a value. Of other objects only the type, because their text can be an address."""
+    found = blake2b(digest_size=8)
+    _add(found, value)
+    return found.hexdigest()
 
 
 def sample(dataset: Any) -> str | None:
     """
-    A hash of some rows, as a `datasets.Dataset` stores them. `None` if they cannot be read, or differ when they are
-    read again. Neither random state of the process changes.
+    A hash of some rows, as a list or a `datasets.Dataset` stores them. `None` for other datasets: reading their rows
+    could open files that workers would share, or advance random states.
     """
-    numbers = np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int).tolist()
+    found, size = blake2b(digest_size=8), len(dataset)
+    as_arrow = cache(partial(Dataset.with_format, type="arrow"))
     try:
-        with _same_random_state():
-            first = digest([_row(dataset, number) for number in numbers])
-        with _same_random_state():
-            second = digest([_row(dataset, number) for number in numbers])
+        for number in np.linspace(0, size - 1, min(size, _SAMPLED)).astype(int).tolist():
+            inner, row = _place(dataset, number)
+            if isinstance(inner, Dataset):
+                for column in as_arrow(inner)[row].itercolumns():
+                    _add_cells(found, column.combine_chunks())
+            elif isinstance(inner, list):
+                _add(found, inner[row])
+            else:
+                return None
     except Exception:  # what reading raises depends on the dataset
         return None
-    return first if first == second else None
+    return found.hexdigest()
 
 
-def _row(dataset: Any, number: int) -> Any:
+def _place(dataset: Any, number: int) -> tuple[Any, int]:
+    """The dataset that stores a row, and the row's number in it."""
     if isinstance(dataset, Subset):
-        return _row(dataset.dataset, int(dataset.indices[number]))
+        return _place(dataset.dataset, int(dataset.indices[number]))
     if isinstance(dataset, ConcatDataset):
         part = bisect_right(dataset.cumulative_sizes, number)
         inner: Any = dataset.datasets[part]
-        return _row(inner, number - dataset.cumulative_sizes[part] + len(inner))
-    if isinstance(dataset, Dataset):
-        return repr(dataset.with_format("arrow")[number].to_pylist())
-    return dataset[number]
+        return _place(inner, number - dataset.cumulative_sizes[part] + len(inner))
+    return dataset, number
 
 
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """The same random state each time, which is restored at the end."""
-    states, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([]):
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(states)
-            np.random.set_state(of_numpy)
+def _add(found: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = [*value.items()]
+    if isinstance(value, list | tuple):
+        found.update(b"[%d]" % len(value))
+        for item in value:
+            _add(found, item)
+        return
+    if isinstance(value, torch.Tensor):
+        found.update(str(value.dtype).encode())  # numpy does not have all types
+        value = value.detach().cpu().reshape(*value.shape, 1).view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.hasobject:
+        _add(found, value.tolist())
+    elif isinstance(value, np.ndarray | np.generic):
+        found.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif isinstance(value, str | bytes):
+        content = value.encode(errors="surrogatepass") if isinstance(value, str) else value
+        found.update(f"{type(value).__name__}{len(content)}".encode())
+        found.update(content)
+    else:
+        is_plain = value is None or isinstance(value, int | float)
+        found.update(f"{value if is_plain else type(value).__name__},".encode())
+
+
+def _add_cells(found: Any, cells: Any) -> None:
+    """Add Arrow data without making an object of each number."""
+    if isinstance(cells, pa.ExtensionArray):
+        cells = cells.storage
+    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        _add_cells(found, cells.value_lengths())
+        _add_cells(found, cells.flatten())
+    elif pa.types.is_struct(cells.type):
+        columns = dict(zip(cells.type.names, cells.flatten(), strict=True))
+        if columns.keys() == {"bytes", "path"}:  # an image or a sound, whose folder may have been moved
+            columns["path"] = pa.array([path and os.path.basename(path) for path in columns["path"].to_pylist()])
+        found.update(repr(cells.is_valid().to_pylist()).encode())
+        for column in columns.values():
+            _add_cells(found, column)
+    elif pa.types.is_primitive(cells.type) and not cells.null_count:
+        _add(found, cells.to_numpy(zero_copy_only=False))
+    else:
+        _add(found, cells.to_pylist())

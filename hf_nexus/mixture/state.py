@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 from .config import SourceConfig
 from .data_files import is_remote
-from .digest import digest, plain, sample
+from .digest import digest, sample
 from .loading import Mixture
 from .packing import tokenizer_fingerprint
 from .stream.dataset import MixtureStream
@@ -155,33 +155,43 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
 def _describe_layers(dataset: Any) -> list[str]:
     """
     The layers of a `datasets.IterableDataset` with the settings that decide its rows, as far as they are plain data.
-    Paths are relative to the folder of all files, which may have been moved.
     """
-    found, paths = [], list[str]()
+    found = []
     for layer in layers(dataset):
         settings = vars(layer)
-        decided = {key: _decided(settings[key], paths) for key in _DECIDING if settings.get(key)}
+        decided = {key: settings[key] for key in _DECIDING if settings.get(key)}
+        if not settings.get("batched"):
+            decided.pop("batch_size", None)
         if (generator := settings.get("generator")) is not None:
-            decided["generator"] = plain(generator.bit_generator.state)
+            decided["generator"] = generator.bit_generator.state
         if isinstance(settings.get("function"), partial):
-            decided["function"] = _decided(settings["function"], paths)
+            decided["function"] = settings["function"]
         if type(layer).__name__ not in _FORMATTING:
-            found.append((type(layer).__name__, decided))
-    folder = os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071 - of URLs, too
-
-    def shown(value: Any) -> Any:
-        text = repr(value).replace(f"'{folder}/", "'") if folder else repr(value)
-        return digest(text) if isinstance(value, dict | list) else text
-
-    return [" ".join([name, *(f"{key}={shown(value)}" for key, value in of.items())]) for name, of in found]
+            shown = [f"{key}={_shown(value)}" for key, value in decided.items()]
+            found.append(" ".join([type(layer).__name__, *shown]))
+    return found
 
 
-def _decided(value: Any, paths: list[str]) -> Any:
-    """A setting of a layer as plain data: of tables some rows, of a function the bound arguments. Paths are noted."""
+def _shown(value: Any) -> str:
+    decided = _decided(value)
+    return repr(decided) if isinstance(decided, str | int | float) else digest(decided)
+
+
+def _decided(value: Any, paths: list[list[str]] | None = None) -> Any:
+    """
+    A setting of a layer as plain data: of tables some rows, of a function the bound arguments. Each argument's paths
+    are relative to their common folder, which may have been moved. They are in lists of one, noted in `paths`.
+    """
+    if paths is None:
+        decided = _decided(value, paths := [])
+        folder = os.path.commonprefix([path for (path,) in paths]).rpartition("/")[0]  # noqa: RUF071 - of URLs, too
+        for path in paths:
+            path[0] = path[0].removeprefix(f"{folder}/") if folder else os.path.basename(path[0])
+        return decided
     if isinstance(value, dict):
-        return {key: _decided(item, paths) for key, item in value.items()}
+        return {key: _decided(item) for key, item in value.items()}
     if isinstance(value, partial):
-        return _decided([value.args, value.keywords], paths)
+        return [_decided([*value.args], paths), _decided(value.keywords)]
     if isinstance(value, Dataset):
         return [len(value), sample(value)]
     if isinstance(value, list | tuple):
@@ -189,20 +199,27 @@ def _decided(value: Any, paths: list[str]) -> Any:
             return [[len(item) for item in value], sample(ConcatDataset(value))]
         return [_decided(item, paths) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or is_remote(value)):
-        paths.append(value := _COMMIT.sub("", _unsigned(value)))
-    return plain(value)
+        paths.append(path := [_COMMIT.sub("", _unsigned(value))])
+        return path
+    return value
 
 
 def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """The differences between two descriptions of data, as phrases."""
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    return [_difference(name, saved.get(name), current.get(name)) for name in names]
+    found = [_difference(name, saved.get(name), current.get(name)) for name in _differing(saved, current)]
+    return [difference for difference in found if difference]
 
 
 def _difference(name: str, saved: Any, current: Any) -> str:
     if isinstance(saved, dict) and isinstance(current, dict):
-        keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+        keys = _differing(saved, current)
         return ", ".join(f"{name}: {key} was {saved.get(key)!r} and is {current.get(key)!r}" for key in keys)
     if saved is None or current is None:
         return f"{name} is new" if saved is None else f"{name} is gone"
     return f"{name} was {saved!r} and is {current!r}"
+
+
+def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The names of what differs. Rows are compared if both sides have read some."""
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    return [name for name in names if name != "sample" or None not in (saved.get(name), current.get(name))]

@@ -69,7 +69,7 @@ class Feed:
     def set_data(self, train: Any, evaluation: Any) -> None:
         """Replace the data."""
         self._weights = self._args.mixture_weights
-        self._sources: dict[str, Any] | None = None  # their description: reading rows again could change a dataset
+        self._sources: dict[str, Any] | None = None  # their description, for which rows are read
         self.data: TrainingData = prepare_data(
             train, evaluation, self._weights, self.dynamic_weights, self._seed, self._whole
         )
@@ -240,7 +240,9 @@ class Feed:
         """
         sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
         size, dataset = _size(self.data.dataset), self.data.dataset
-        described = self._describe(batch_size, tokenizer) if self.data.stages else {"sample": size and sample(dataset)}
+        described = self._describe(batch_size, tokenizer) if self.data.stages else {}
+        if not self.data.stages and size is not None and self._args.world_size > 1:
+            described["sample"] = sample(dataset)
         own = {
             "rows": size,
             "evaluation rows": {name: _size(rows) for name, rows in sets.items()},

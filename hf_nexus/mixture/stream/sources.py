@@ -232,7 +232,7 @@ class ReplayedStream(Source):
             rows = islice(iter(dataset), row, None)
         chunks: Iterator[Any] = iter(lambda: self._chunk(rows), [])
         if row == pass_ == 0 and self.mark is None and (chunk := next(chunks, None)) is not None:
-            self.mark = zlib.crc32(digest(chunk).encode())
+            self.mark = zlib.crc32(digest(chunk[:4]).encode())
             chunks = chain([chunk], chunks)
         part = ShardSlice(0, partition.index, partition.index + 1)
         while not ended:

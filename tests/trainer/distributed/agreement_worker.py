@@ -35,14 +35,15 @@ OTHER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "steps": (sources, {"max_steps": 4}),
     "epsilon": (sources, {"adam_epsilon": 1e-3}),
     "label smoothing": (sources, {"label_smoothing_factor": 0.1}),
-    "rows": (lambda: {**sources(), "code": Rows(32, 9)}, {}),
-    "plain rows": (lambda: Rows(40, 9), {}),
+    "rows": (lambda: {**sources(), "code": [*Rows(32, 9)]}, {}),
+    "plain rows": (lambda: [*Rows(40, 9)], {}),
     "without nexus": (sources, {"nexus": False, "source_schedule": "stratified"}),
 }
 # The first rank has the data and configuration of `make`, except for these.
 FIRST: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "plain size": (lambda: Rows(40, 1), {}),
-    "plain rows": (lambda: Rows(40, 1), {}),
+    "rows": (lambda: {**sources(), "code": [*Rows(32, 1)]}, {}),
+    "plain rows": (lambda: [*Rows(40, 1)], {}),
     "without nexus": (sources, {"nexus": False}),
 }
 
