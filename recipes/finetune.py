@@ -128,27 +128,30 @@ class DataTrainingArguments:
         return found
 
 
-def load_texts(args: DataTrainingArguments, cache_dir: str | None, token: str | None) -> tuple[Any, SourceConfig]:
-    """The splits `train` and `validation`, and their columns, which are guessed from the first rows."""
+def load_texts(
+    args: DataTrainingArguments, cache_dir: str | None, token: str | None
+) -> tuple[Any, dict[str, SourceConfig]]:
+    """The splits `train` and `validation`, and the columns of each, which are guessed from the first rows."""
     if args.dataset_name is not None:
         options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "streaming": args.streaming}
         texts = dict(load_dataset(args.dataset_name, args.dataset_config_name, trust_remote_code=False, **options))
         source = SourceConfig(args.dataset_name, **guess_columns(args.dataset_name, list(texts["train"].take(100))))
+        sources = dict.fromkeys(texts, source)
     else:
         assert args.train_file is not None
-        source = guess_source("train", args.train_file)
         files = {"train": args.train_file, "validation": args.validation_file}
-        sources = {split: replace(source, path=path) for split, path in files.items() if path is not None}
+        sources = {split: guess_source(split, path) for split, path in files.items() if path is not None}
         texts = {s: load_documents(s, sources[s], "train", cache_dir, args.streaming)[0] for s in sources}
     if "validation" not in texts:
         train, percent = texts["train"], args.validation_split_percentage
+        sources["validation"] = sources["train"]
 
         def is_held_out(_: Any, i: int) -> bool:
             return i * percent % 100 < percent
 
         texts["validation"] = train.filter(is_held_out, with_indices=True)
         texts["train"] = train.filter(lambda text, i: not is_held_out(text, i), with_indices=True)
-    return texts, source
+    return texts, sources
 
 
 def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
@@ -165,10 +168,11 @@ def tokenize(texts: Any, encoder: DocumentEncoder, args: DataTrainingArguments) 
     if isinstance(texts, Dataset):
         options |= {"num_proc": args.preprocessing_num_workers, "load_from_cache_file": not args.overwrite_cache}
 
-    def encode(examples: Any) -> dict[str, list]:
-        return {"input_ids": [tokens.tolist() for tokens in encoder.encode(encoder.documents(examples, 0))]}
+    def encode(examples: Any, numbers: list[int]) -> dict[str, list]:
+        documents = encoder.documents(examples, numbers[0])
+        return {"input_ids": [tokens.tolist() for tokens in encoder.encode(documents)]}
 
-    tokens = texts.map(encode, remove_columns=list(next(iter(texts), {})), **options)
+    tokens = texts.map(encode, with_indices=True, remove_columns=list(next(iter(texts), {})), **options)
     return tokens.map(group_texts, fn_kwargs={"block_size": args.block_size}, **options)
 
 
@@ -216,9 +220,11 @@ def build_trainer(
         splits["validation"] = data_args.max_eval_samples
 
     def load(args: DataTrainingArguments) -> dict[str, Any]:
-        texts, source = load_texts(args, model_args.cache_dir, model_args.token)
-        encoder, found = DocumentEncoder("train", source, tokenizer, list(source.columns.values())), {}
+        texts, sources = load_texts(args, model_args.cache_dir, model_args.token)
+        found = {}
         for split, most in splits.items():
+            source = sources[split]
+            encoder = DocumentEncoder(split, source, tokenizer, list(source.columns.values()))
             rows = tokenize(texts[split], encoder, args)
             if isinstance(rows, Dataset) and not len(rows):
                 raise ValueError(

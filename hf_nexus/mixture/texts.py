@@ -84,12 +84,17 @@ def guess_source(name: str, path: str, role: Literal["train", "ood"] = "train") 
 
 def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    The columns of a source that are read, from its first rows. A warning names text next to prompts and completions.
+    The columns of a source that are read, from its first rows: those with known names, or the only one with text of
+    several words. A warning names text next to prompts and completions.
 
     Raises:
         ValueError: no column holds text, messages, or prompts with completions, or one of them is null in a row.
     """
+    if not rows:
+        raise ValueError(f"{path}: it has no rows.")
     kinds = {column: {_kind(row.get(column)) for row in rows} for row in rows for column in row}
+    # Not the numbers of a CSV file.
+    texts = [name for name, found in kinds.items() if found == {"text"} and any(" " in row[name] for row in rows)]
     for allowed in (set(), {"NoneType"}):
         for kind, columns in _COLUMNS:
             if any(kinds.get(column, set()) - allowed != {kind} for column in columns.values()):
@@ -101,12 +106,13 @@ def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
                             f"{path}: row {number} has no {column!r}, or null. Repair or remove such rows, or write a "
                             "YAML file with `streaming: true` and `on_error: skip`."
                         )
-            others = [name for name, found in kinds.items() if found == {"text"} and name not in columns.values()]
-            others = [name for name in others if any(" " in row[name] for row in rows)]  # no numbers of a CSV file
+            others = [name for name in texts if name not in columns.values()]
             if "prompt_column" in columns and others:
                 message = "%s: %s are read, and the text in %s is not. Join what belongs to a prompt into one column."
                 logger.warning(message, path, " and ".join(columns.values()), ", ".join(others))
             return columns
+    if len(texts) == 1 and set().union(*kinds.values()) <= {"text", "int", "float", "bool", "NoneType"}:
+        return {"text_column": texts[0]}
     seen = ", ".join(f"{column} ({' or '.join(sorted(found))})" for column, found in kinds.items())
     raise ValueError(f"{path}: no column can be trained on. It has {seen}. {_advice(rows[0])}")
 

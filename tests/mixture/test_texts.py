@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from hf_nexus.mixture import MixtureConfig, load_mixture
-from hf_nexus.mixture.texts import guess_source, tokenizer_of_sources
+from hf_nexus.mixture.texts import guess_columns, guess_source, tokenizer_of_sources
 from tests.support.token_files import write_ds
 
 CHAT = [{"role": "user", "content": "one plus two"}, {"role": "assistant", "content": "three"}]
@@ -58,6 +58,19 @@ def test_where_nothing_fits_the_columns_are_named():
 def test_the_advice_fits_what_the_columns_hold(row, advice):
     with pytest.raises(ValueError, match=advice):
         guess_source("a", write("a.jsonl", [row]))
+
+
+def test_the_only_column_of_text_is_read():
+    row = {"story": "once upon a time", "label": "1", "n": 3}
+    assert guess_source("a", write("a.jsonl", [row])).columns == {"text_column": "story"}
+    for other in ({"summary": "a b"}, {"turns": [{"from": "a"}]}):
+        with pytest.raises(ValueError, match="no column can be trained on"):
+            guess_source("a", write("b.jsonl", [row | other]))
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="a: it has no rows"):
+        guess_columns("a", [])
 
 
 def test_token_files_need_the_column_and_the_tokenizer():

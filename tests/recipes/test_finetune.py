@@ -190,10 +190,34 @@ def test_each_format_trains_on_its_text(tmp_path, monkeypatch, streaming):
         flags += ["--streaming", "--validation_split_percentage", "10"] if streaming else []
         parser = HfArgumentParser([recipe[kind] for kind in ("ModelArguments", "DataTrainingArguments")])
         _, args, _ = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
-        splits, source = recipe["load_texts"](args.sources()["a"], None, None)
-        encoder = recipe["DocumentEncoder"]("a", source, tokenizer, [])
+        splits, sources = recipe["load_texts"](args.sources()["a"], None, None)
+        encoder = recipe["DocumentEncoder"]("a", sources["train"], tokenizer, [])
         row = next(iter(recipe["tokenize"](splits["train"], encoder, args)))
         assert tokenizer.decode(row["input_ids"]).strip()[:31] == texts[1][:31], name
+
+
+@pytest.mark.parametrize("train", ["train.txt", "train.csv"])
+def test_files_of_other_formats_and_columns_train(tmp_path, monkeypatch, train):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = documents("abcd", 40, 0)
+    (tmp_path / "train.txt").write_text("\n".join(texts))
+    (tmp_path / "train.csv").write_text("story,label\n" + "".join(f"once {text},1\n" for text in texts))
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = [f"--train_file={tmp_path / train}", f"--validation_file={tmp_path / 'val.jsonl'}"]
+    monkeypatch.setattr("sys.argv", ["", *FLAGS, f"--output_dir={tmp_path / 'out'}", *flags])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_an_error_has_the_number_of_the_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    recipe = runpy.run_path(str(SCRIPT))
+    rows = Dataset.from_dict({"text": ["a"] * 1500 + [None]})
+    source = recipe["SourceConfig"]("a")
+    encoder = recipe["DocumentEncoder"]("a", source, ByT5Tokenizer(), ["text"])
+    args = recipe["DataTrainingArguments"](train_file="a")
+    for texts in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="row 1500"):
+            list(recipe["tokenize"](texts, encoder, args))
 
 
 def test_a_source_that_fills_no_row_is_an_error(tmp_path, monkeypatch):
