@@ -49,7 +49,7 @@ class SourceConfig:
         revision (`str`, *optional*):
             Branch, tag or commit of a dataset on the Hub.
         sample_by (`str`, *optional*, defaults to `"document"`):
-            Documents of local `.txt` files: each file (`"document"`), `"paragraph"` or `"line"`, as in `datasets`.
+            Documents of `.txt` files: each file (`"document"`), `"paragraph"` or `"line"`, as in `datasets`.
         text_column (`str`, *optional*):
             Column with the documents. Defaults to `"text"`.
         messages_column (`str`, *optional*):

@@ -52,8 +52,10 @@ def is_saved(folder: str) -> bool:
 
 def _is_of_saved(file: str) -> bool:
     key = _SAVED.get(os.path.basename(file))
-    if key is None or is_remote(file):
-        return key is not None
+    if key is None:
+        return False
+    if is_remote(file):
+        return True
     with open(file, "rb") as opened:
         return key in opened.read(4096)
 
@@ -86,10 +88,16 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     if not found:
         raise ValueError(f"no file matches {path!r}" + ("." if is_remote(path) else f" in {os.getcwd()!r}."))
     if not formats:
-        raise ValueError(f"{_listed(found)} cannot be read; use files of one of {endings} that are not empty.")
+        raise ValueError(
+            f"{_listed(found)} cannot be read; use files of one of {endings} that exist and are not empty."
+        )
     (builder, *others) = examples = {format: file for file, format in formats.items()}
     if others:
-        pattern = os.path.join(base, "**", f"*{_suffix(examples[builder])}*")
+        sizes = dict.fromkeys(examples, 0)
+        for file, format in formats.items():
+            size = found[file][-1].removeprefix("size ")
+            sizes[format] += int(size) if size.isdecimal() else 0
+        pattern = os.path.join(base, "**", f"*{_suffix(examples[max(sizes, key=sizes.__getitem__)])}*")
         raise ValueError(
             f"the files have several formats, such as {_listed(examples.values())}; use files of one of {endings}, "
             f"for instance {pattern!r}."
@@ -240,7 +248,8 @@ def _suffixes(path: str) -> tuple[str, str]:
 
 
 def _holds_rows(file: str, path: str) -> bool:
-    named = file == path or not (os.path.basename(file) in _METADATA or _is_of_saved(file))
+    name = os.path.basename(file)
+    named = name == os.path.basename(path) or not (name in _METADATA or _is_of_saved(file))
     indexed = _FORMATS.get(_suffix(file)) != "token files" or is_remote(file) or os.path.isfile(index_of(file))
     return named and _suffix(file) in _FORMATS and indexed
 

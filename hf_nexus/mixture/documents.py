@@ -148,7 +148,7 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
             advice = (
                 "Its files have different columns. Make each kind of file a source of its own, by a glob or folder."
             )
-        elif "offline" in what.lower():
+        elif datasets.config.HF_HUB_OFFLINE and "offline" in what.lower():
             advice = "HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine."
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"

@@ -64,7 +64,7 @@ def _read_index(file: str) -> tuple[np.ndarray, str]:
 def _read_idx(file: str) -> tuple[np.ndarray, str]:
     """Borders of the documents of a `.bin` file, each of one sequence or several, and the type of its tokens."""
     with open(index_of(file), "rb") as index:
-        magic, version, code, sequences, borders = struct.unpack("<9sQBQQ", index.read(34).ljust(34))
+        magic, version, code, sequences, borders = struct.unpack("<9sQBQQ", index.read(34).ljust(34, b"\0"))
         if (magic, version) != (b"MMIDIDX\x00\x00", 1) or code not in _TYPES:
             raise ValueError(f"{index_of(file)!r} is not an index of tokens of Megatron, version 1")
         lengths = np.fromfile(index, "<i4", sequences)

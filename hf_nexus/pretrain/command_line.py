@@ -44,6 +44,7 @@ def read_command_line(argv: list[str]) -> CommandLine:
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})
     for source, field in mixture.sources.items() if not dry_run else ():
         path = field.path
-        if means_files(path) and not (is_remote(path) or os.path.exists(path) or find_files(path)[1]):
+        there = not means_files(path) or is_remote(path) or os.path.exists(path)
+        if not there and not any(map(os.path.exists, find_files(path)[1])):
             raise ValueError(f"{name}: data.sources.{source}.path: no file matches {path!r} in {os.getcwd()!r}.")
     return CommandLine(name, config, flags, mixture, dry_run)

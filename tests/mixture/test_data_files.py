@@ -172,6 +172,20 @@ def test_several_formats_are_an_error_naming_a_glob() -> None:
             files(path)
 
 
+def test_the_format_of_most_bytes_is_proposed() -> None:
+    write("l/LICENSE.txt", "l/web-1.jsonl", "l/web-2.jsonl")
+    with pytest.raises(ValueError, match=r"for instance 'l/\*\*/\*\.jsonl\*'"):
+        files("l")
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.json"])
+def test_a_glob_of_a_name_of_metadata_reads_it(name: str) -> None:
+    for folder in "xy":
+        Path("m", folder).mkdir(parents=True)
+        Path("m", folder, name).write_text('{"text": "fox", "_data_files": 1}\n')
+    assert files(f"m/*/{name}") == [f"m/x/{name}", f"m/y/{name}"]
+
+
 @pytest.mark.parametrize("name", ["a.docx", "plain", "empty.jsonl", "gone.jsonl"])
 def test_a_path_without_data_files_names_what_is_there(name: str) -> None:
     write("a.docx", "plain")

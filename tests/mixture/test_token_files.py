@@ -1,6 +1,7 @@
 """The documents of datatrove's and Megatron's files are those that were written."""
 
 import os
+import struct
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -117,5 +118,9 @@ def test_an_index_that_is_missing_or_wrong_is_an_error(tmp_path, monkeypatch):
         load(tmp_path / "b.bin")
     with fsspec.open("memory://tokens/a.ds", "wb") as file:
         file.write(b"1234")
+    for size in (18, 30):
+        (tmp_path / "b.idx").write_bytes((b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 1, 2))[:size])
+        with pytest.raises(ValueError, match="is damaged"):
+            load(tmp_path / "b.bin")
     with pytest.raises(ValueError, match="token files are read in place"):
         load("memory://tokens/a.ds")

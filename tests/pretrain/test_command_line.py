@@ -69,7 +69,9 @@ def test_brackets_in_the_name_of_a_file_are_literal(write, tmp_path):
         (tmp_path / name).touch()
     for path in ("[1] corpus.jsonl", "[2024]/*.jsonl"):
         read_command_line(["--config", write(data={"sources": {"a": {"path": str(tmp_path / path)}}})])
-    assert "no file matches" in refusal("--config", write(data={"sources": {"a": {"path": f"{tmp_path}/[2]/*"}}}))
+    (tmp_path / "dead.jsonl").symlink_to("nowhere")
+    for path in ("[2]/*", "dead.jsonl"):
+        assert "no file matches" in refusal("--config", write(data={"sources": {"a": {"path": f"{tmp_path}/{path}"}}}))
 
 
 def test_a_file_may_be_missing_where_the_run_is_only_planned(write):
