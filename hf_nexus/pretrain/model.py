@@ -138,9 +138,10 @@ def build_model(config: PreTrainedConfig, attn_implementation: str | None = None
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        attention = f" with attn_implementation={attn_implementation!r}" if attn_implementation else ""
         raise ValueError(
-            f"model: transformers cannot build a {config.model_type} of these fields ({problem}). Change the fields, "
-            "or choose another model_type."
+            f"model: transformers cannot build a {config.model_type} of these fields{attention} ({problem}). Change "
+            "them, or choose another model_type."
         ) from error
 
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from string import Template
@@ -56,7 +56,9 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         size, characters = len(documents), characters + documents.data.nbytes
         unit = "documents" if source.sample_by == "document" else f"documents (each {source.sample_by})"
         _say(f"{path}: {size:,} {unit}, read from {' and '.join(source.columns.values())}")
-        most = min(_HELD_OUT, max(4, size // 20), _distinct(documents, 4 * _HELD_OUT) // 4)
+        # Copies of a held-out document are not trained on.
+        distinct = len({hash(repr(row)) for row in itertools.islice(documents, 20 * _HELD_OUT)})
+        most = min(_HELD_OUT, max(4, size // 20), distinct // 4)
         limits = {"max_tokens": 20_000} if path in ood else {"max_tokens": _MOST, "eval_rows": most or None}
         sources[name] = replace(source, **limits)
     config = MixtureConfig(sources, sequence_length=32)
@@ -92,16 +94,6 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     }
     text = Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
     return text if mixture.eval_tokens else re.sub(r"^  eval_.*\n", "", text, flags=re.MULTILINE)
-
-
-def _distinct(documents: Iterable[Any], most: int) -> int:
-    """The number of different documents, counted up to `most`: copies of a held-out one are not trained on."""
-    found: set[str] = set()
-    for row in documents:
-        found.add(repr(row))
-        if len(found) == most:
-            break
-    return len(found)
 
 
 def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> str:

@@ -461,11 +461,12 @@ def choose_direction(args: Any) -> None:
 
 def check_sets(sources: Iterable[str], evaluation: Any) -> None:
     """Refuse sets without rows, and the names that logs and cards have for means, for a source or a set."""
-    sets = evaluation if isinstance(evaluation, Mapping) else ()
+    sets = evaluation if isinstance(evaluation, Mapping) else {}
     for kind, names in (("source", sources), ("evaluation set", sets)):
-        for name in {*RESERVED_NAMES, "macro over OOD"}.intersection(names):
-            raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
-    for name, rows in dict(sets).items():
+        for name in names:
+            if name in (*RESERVED_NAMES, "macro over OOD"):
+                raise ValueError(f"The {kind} name {name!r} is reserved for a mean over evaluation sets. Rename it.")
+    for name, rows in sets.items():
         if isinstance(rows, Sized) and not len(rows):
             raise ValueError(f"The evaluation set {name!r} has no rows, so it has no loss. Remove it, or add rows.")
 

@@ -116,7 +116,7 @@ def test_fsdp2_gathers_what_is_outside_of_the_layers(write, kind):
         ({"hidden_size": 32, "path": "x"}, r"model\.hidden_size: it is that of path"),
         ({"model_type": "gemma3_text", "rope_theta": 1e6}, r"rope_theta: this model has one per type of layer"),
         ({"revision": "main"}, r"model\.revision: it is that of path"),
-        ({"model_type": "gpt2", "attn_implementation": "spda"}, "spda"),
+        ({"model_type": "gpt2", "attn_implementation": "spda"}, "attn_implementation='spda'"),
         (
             {"model_type": "whisper", "d_model": 64},
             r"model: transformers cannot build a whisper of these fields",
