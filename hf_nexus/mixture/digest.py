@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, Subset
 
-__all__ = ["digest", "sample"]
+__all__ = ["are_numbers", "digest", "sample"]
 
 # Rows that are compared, to notice another order or other content of as many rows.
 _SAMPLED = 32
@@ -59,11 +59,20 @@ def _place(dataset: Any, number: int) -> tuple[Any, int]:
     return dataset, number
 
 
+def are_numbers(items: list | tuple) -> bool:
+    """Whether a list has only numbers, and may be long."""
+    return {*map(type, items)} <= {bool, int, float}
+
+
 def _add(found: Any, value: Any) -> None:
     if isinstance(value, Mapping):
         value = [*value.items()]
     if isinstance(value, list | tuple):
         found.update(b"[%d]" % len(value))
+        if are_numbers(value):
+            for start in range(0, len(value), 10_000):
+                found.update(repr(value[start : start + 10_000]).encode())
+            return
         for item in value:
             _add(found, item)
         return

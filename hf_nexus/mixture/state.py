@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 from .config import SourceConfig
 from .data_files import is_remote
-from .digest import digest, sample
+from .digest import are_numbers, digest, sample
 from .loading import Mixture
 from .packing import tokenizer_fingerprint
 from .stream.dataset import MixtureStream
@@ -197,7 +197,7 @@ def _decided(value: Any, paths: list[list[str]] | None = None) -> Any:
     if isinstance(value, list | tuple):
         if value and all(isinstance(item, Dataset) for item in value):
             return [[len(item) for item in value], sample(ConcatDataset(value))]
-        return [_decided(item, paths) for item in value]
+        return value if are_numbers(value) else [_decided(item, paths) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or is_remote(value)):
         paths.append(path := [_COMMIT.sub("", _unsigned(value))])
         return path
