@@ -135,7 +135,8 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
     except Exception as error:
         cause = error.__cause__ or error
         what = "it has no rows" if isinstance(error, StopIteration) else str(cause) or repr(cause)
-        advice = "Check the path, the subset and the split. A path that does not exist here is looked up on the Hub."
+        hub = "A path that does not exist here is looked up on the Hub."
+        advice = f"Check the path, the subset and the split. {hub}"
         if isinstance(cause, UnicodeError):
             advice = _UTF8
         elif "JSON parse error" in what:
@@ -149,7 +150,9 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
                 "Its files have different columns. Make each kind of file a source of its own, by a glob or folder."
             )
         elif datasets.config.HF_HUB_OFFLINE and "offline" in what.lower():
-            advice = "HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine."
+            advice = (
+                f"HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine. {hub}"
+            )
         raise ValueError(
             f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
         ) from error
