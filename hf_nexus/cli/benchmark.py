@@ -1,6 +1,7 @@
 """The command `hf-nexus benchmark`."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,8 +51,6 @@ def benchmark(
     from ..evaluation.lm_eval.model_arguments import model_arguments
     from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
     from ..evaluation.lm_eval.tasks import select_tasks
-    from ..hub.benchmarks import SCORES_NAME, record_scores
-    from ..hub.results import RESULTS_NAME
 
     selected, left_out = select_tasks([name.strip() for name in tasks.split(",")], limit, allow_code_execution)
     require_lm_eval()
@@ -69,6 +68,14 @@ def benchmark(
         timeout=timeout,
         allow_code_execution=allow_code_execution,
     )
+    raise SystemExit(_record(results, len(selected), folder) > 0)
+
+
+def _record(results: Iterable["TaskResult"], selected: int, folder: Path) -> int:
+    """Save and print each result when its task ends. Returns the number of tasks that failed."""
+    from ..hub.benchmarks import SCORES_NAME, record_scores
+    from ..hub.results import RESULTS_NAME
+
     failed, problem = 0, None
     for result in results:
         failed += result.error is not None
@@ -78,10 +85,10 @@ def benchmark(
         except ValueError as error:  # a README that cannot be changed must not stop the other tasks
             problem = error
     written = [file for file in (SCORES_NAME, RESULTS_NAME, "README.md") if (folder / file).exists()]
-    print(f"{len(selected) - failed} of {len(selected)} tasks done. In {folder}: {', '.join(written) or 'no scores'}")
+    print(f"{selected - failed} of {selected} tasks done. In {folder}: {', '.join(written) or 'no scores'}")
     if problem is not None:
         raise problem
-    raise SystemExit(failed > 0)
+    return failed
 
 
 def _output_folder(model: str, revision: str | None, output: str | None) -> Path:
