@@ -91,17 +91,9 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
         raise ValueError(
             f"{_listed(found)} cannot be read; use files of one of {endings} that exist and are not empty."
         )
-    (builder, *others) = examples = {format: file for file, format in formats.items()}
+    builder, *others = dict.fromkeys(formats.values())
     if others:
-        sizes = dict.fromkeys(examples, 0)
-        for file, format in formats.items():
-            size = found[file][-1].removeprefix("size ")
-            sizes[format] += int(size) if size.isdecimal() else 0
-        pattern = os.path.join(base, "**", f"*{_suffix(examples[max(sizes, key=sizes.__getitem__)])}*")
-        raise ValueError(
-            f"the files have several formats, such as {_listed(examples.values())}; use files of one of {endings}, "
-            f"for instance {pattern!r}."
-        )
+        raise _several_formats(base, found, formats)
     if changed := [file for file in formats if "::" in file or os.path.expandvars(file) != file]:
         raise ValueError(f"{_listed(changed)}: a name must not hold '::' or a variable. Rename the files.")
     splits: dict[str, list[str]] = {}
@@ -128,6 +120,20 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
         options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
     return {"path": "csv" if builder == "tsv" else builder, "data_files": lists, **options}
+
+
+def _several_formats(base: str, found: dict[str, tuple[str, ...]], formats: dict[str, str]) -> ValueError:
+    """The error for files of several formats. It suggests the format with the most bytes."""
+    examples = {format: file for file, format in formats.items()}
+    sizes = dict.fromkeys(examples, 0)
+    for file, format in formats.items():
+        size = found[file][-1].removeprefix("size ")
+        sizes[format] += int(size) if size.isdecimal() else 0
+    pattern = os.path.join(base, "**", f"*{_suffix(examples[max(sizes, key=sizes.__getitem__)])}*")
+    return ValueError(
+        f"the files have several formats, such as {_listed(examples.values())}; use files of one of "
+        f"{', '.join(_FORMATS)}, for instance {pattern!r}."
+    )
 
 
 def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[str, Any]:
