@@ -135,27 +135,27 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
     except Exception as error:
         cause = error.__cause__ or error
         what = "it has no rows" if isinstance(error, StopIteration) else str(cause) or repr(cause)
-        hub = "A path that does not exist here is looked up on the Hub."
-        advice = f"Check the path, the subset and the split. {hub}"
-        if isinstance(cause, UnicodeError):
-            advice = _UTF8
-        elif "JSON parse error" in what:
-            advice = f"Check that the files hold JSON in UTF-8. {_UTF8}"
-        elif isinstance(cause, ModuleNotFoundError):
-            advice = f"Install the package that reads this path: pip install {cause.name}"
-        elif what == "Compression type zstd not supported" or "zstandard" in what:
-            advice = "Install the package that reads .zst files: pip install zstandard"
-        elif "column names don't match" in what or "Schema at index" in what:
-            advice = (
-                "Its files have different columns. Make each kind of file a source of its own, by a glob or folder."
-            )
-        elif datasets.config.HF_HUB_OFFLINE and "offline" in what.lower():
-            advice = (
-                f"HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine. {hub}"
-            )
         raise ValueError(
-            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
+            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{_advice(cause, what)}"
         ) from error
+
+
+def _advice(cause: BaseException, what: str) -> str:
+    """What to do about an error of reading a source."""
+    if isinstance(cause, UnicodeError):
+        return _UTF8
+    if "JSON parse error" in what:
+        return f"Check that the files hold JSON in UTF-8. {_UTF8}"
+    if isinstance(cause, ModuleNotFoundError):
+        return f"Install the package that reads this path: pip install {cause.name}"
+    if what == "Compression type zstd not supported" or "zstandard" in what:
+        return "Install the package that reads .zst files: pip install zstandard"
+    if "column names don't match" in what or "Schema at index" in what:
+        return "Its files have different columns. Name each kind of file as a separate source, by a glob or folder."
+    hub = "A path that does not exist here is looked up on the Hub."
+    if datasets.config.HF_HUB_OFFLINE and "offline" in what.lower():
+        return f"HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine. {hub}"
+    return f"Check the path, the subset and the split. {hub}"
 
 
 def _load_builtin(name: str) -> Dataset:

@@ -99,13 +99,7 @@ def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         for kind, columns in _COLUMNS:
             if any(kinds.get(column, set()) - allowed != {kind} for column in columns.values()):
                 continue
-            for column in columns.values():
-                for number, row in enumerate(rows):
-                    if row.get(column) is None:
-                        raise ValueError(
-                            f"{path}: row {number} has no {column!r}, or null. Repair or remove such rows, or write a "
-                            "YAML file with `streaming: true` and `on_error: skip`."
-                        )
+            _check_rows(path, rows, columns)
             others = [name for name in texts if name not in columns.values()]
             if "prompt_column" in columns and others:
                 message = "%s: %s are read, and the text in %s is not. Join what belongs to a prompt into one column."
@@ -115,6 +109,17 @@ def guess_columns(path: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"text_column": texts[0]}
     seen = ", ".join(f"{column} ({' or '.join(sorted(found))})" for column, found in kinds.items())
     raise ValueError(f"{path}: no column can be trained on. It has {seen}. {_advice(rows[0])}")
+
+
+def _check_rows(path: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Refuse rows that lack a column."""
+    for column in columns.values():
+        for number, row in enumerate(rows):
+            if row.get(column) is None:
+                raise ValueError(
+                    f"{path}: row {number} has no {column!r}, or null. Repair or remove such rows, or write a YAML "
+                    "file with `streaming: true` and `on_error: skip`."
+                )
 
 
 def _advice(row: dict[str, Any]) -> str:
