@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -48,19 +48,8 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     sources, characters = {}, 0
     for name, path in _names([*files, *ood]):
-        source = guess_source(name, path, "ood" if path in ood else "train")
-        if loaded is not None:
-            check_tokenizer(name, source, loaded)
-        documents: Any = load_documents(name, source, source.split)[0]
-        documents = documents.select_columns(list(source.columns.values()))
-        size, characters = len(documents), characters + documents.data.nbytes
-        unit = "documents" if source.sample_by == "document" else f"documents (each {source.sample_by})"
-        _say(f"{path}: {size:,} {unit}, read from {' and '.join(source.columns.values())}")
-        # Copies of a held-out document are not trained on.
-        distinct = len({hash(repr(row)) for row in itertools.islice(documents, 20 * _HELD_OUT)})
-        most = min(_HELD_OUT, max(4, size // 20), distinct // 4)
-        limits = {"max_tokens": 20_000} if path in ood else {"max_tokens": _MOST, "eval_rows": most or None}
-        sources[name] = replace(source, **limits)
+        sources[name], bytes_read = _source(name, path, "ood" if path in ood else "train", loaded)
+        characters += bytes_read
     config = MixtureConfig(sources, sequence_length=32)
     if loaded is None:
         size = next((size for size, least in ((8192, 20e6), (4096, 5e6), (2048, 1e6)) if characters >= least), 1024)
@@ -94,6 +83,26 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     }
     text = Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
     return text if mixture.eval_tokens else re.sub(r"^  eval_.*\n", "", text, flags=re.MULTILINE)
+
+
+def _source(
+    name: str, path: str, role: Literal["train", "ood"], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[SourceConfig, int]:
+    """The source of a path with its limits, and the bytes of its text."""
+    source = guess_source(name, path, role)
+    if tokenizer is not None:
+        check_tokenizer(name, source, tokenizer)
+    documents: Any = load_documents(name, source, source.split)[0]
+    documents = documents.select_columns(list(source.columns.values()))
+    unit = "documents" if source.sample_by == "document" else f"documents (each {source.sample_by})"
+    _say(f"{path}: {len(documents):,} {unit}, read from {' and '.join(source.columns.values())}")
+    limits: dict[str, Any] = {"max_tokens": 20_000}
+    if role == "train":
+        # Copies of a held-out document are not trained on.
+        distinct = len({hash(repr(row)) for row in itertools.islice(documents, 20 * _HELD_OUT)})
+        held_out = min(_HELD_OUT, max(4, len(documents) // 20), distinct // 4)
+        limits = {"max_tokens": _MOST, "eval_rows": held_out or None}
+    return replace(source, **limits), documents.data.nbytes
 
 
 def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> str:
