@@ -117,15 +117,13 @@ class TrainingProgress(ProgressCallback):
             if "tokens_per_second" in logs:
                 self._parts["speed"] = f"{logs['tokens_per_second']:,.0f} tokens/s"
             if not self._live.is_started:
-                columns = [
-                    step,
-                    self._parts["loss"],
-                    *self._sources(),
-                    *list(self._parts.values())[1:],
-                    self._pace.left(),
-                ]
+                columns = [step, self._parts["loss"], *self._sources(), *self._numbers()]
                 say(self.console, "   ".join(filter(None, columns)))
             self._draw()
+
+    def _numbers(self) -> list[str]:
+        """What is known of the last log entry next to the losses, and the time left."""
+        return [text for name, text in self._parts.items() if name != "loss"] + [self._pace.left()]
 
     def _sources(self) -> list[str]:
         return [f"{name} {loss:.3f}" for name, loss in self._losses.items()] if len(self._losses) > 1 else []
@@ -140,12 +138,8 @@ class TrainingProgress(ProgressCallback):
         rows: list[Table | Columns] = []
         state = self._state
         if state is not None and state.max_steps:
-            step, *more = (
-                f"step {state.global_step}/{state.max_steps}",
-                *list(self._parts.values())[1:],
-                self._pace.left(),
-            )
-            rows = [_row(step, state.global_step, state.max_steps, "   ".join(more))]
+            step = f"step {state.global_step}/{state.max_steps}"
+            rows = [_row(step, state.global_step, state.max_steps, "   ".join(self._numbers()))]
         if self._parts:
             losses = [Text(text, no_wrap=True) for text in (self._parts["loss"], *self._sources())]
             rows.append(Columns(losses, padding=(0, 3)))
