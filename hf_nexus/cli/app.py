@@ -131,11 +131,9 @@ def train(
         _announce("train", config)
     from ..pretrain.command_line import read_command_line
 
-    argv = [config, *context.args]
+    argv, planned = [config, *context.args], [] if devices is None else ["--devices", str(devices)]
     with one_line_errors(debug=context.obj):
-        command_line = read_command_line(["--config", *argv])
-    if command_line.dry_run and devices is not None:
-        command_line.flags["hardware"]["devices"] = devices
+        command_line = read_command_line(["--config", *argv, *planned])
     if not command_line.dry_run and (devices is not None or accelerate_config is not None):
         from .launch import launch
 

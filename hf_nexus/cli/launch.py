@@ -14,10 +14,9 @@ __all__ = ["launch"]
 
 def launch(command_line: CommandLine, argv: list[str], devices: int | None, accelerate_config: str | None) -> NoReturn:
     """
-    Run torchrun in this process, or `accelerate launch` if its file is given, with the words `argv` of a command line
-    that begin with the configuration. The exit status is that of the processes
-    that it starts. They get the signals of this process, but not from `accelerate launch` of a single process.
-    Arguments are checked before the launch.
+    Run torchrun in this process, or `accelerate launch` if its file is given. Each process runs `hf-nexus train` with
+    `argv`, which was read as `command_line` and is checked first. The exit status is that of these processes. They get
+    the signals of this process, but not from `accelerate launch` of a single process.
 
     Raises:
         ValueError: a wrong argument, a missing file, or more devices than the machine has.

@@ -40,7 +40,8 @@ def check_sections(
     where: str = "",
 ) -> None:
     """
-    Check the keys and values of sections, whose model is that of the whole section `model`.
+    Check the keys and values of sections, which may hold some of their fields. `model` has all fields of the model:
+    they decide which keys the section `model` may have.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type. The message starts with `where`, such as the file.

@@ -92,7 +92,7 @@ def replicas_of(arguments: PretrainArguments, devices: int) -> int:
         raise ValueError(f"tp_size={tp} is combined with FSDP2 only. Add --sharding fsdp2, or --devices {tp}.")
     if tp > 1:
         m = config_of(arguments)
-        missing = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(m, name)]
+        missing = [name for name in ("hidden_size", "num_hidden_layers") if getattr(m, name, None) is None]
         if missing:
             raise ValueError(f"tp_size={tp} is not planned for a {m.model_type}: no {missing[0]}. Set tp_size to 1.")
         # getattr would raise for a size that differs between the layers of the model.
@@ -155,13 +155,13 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, devices: int)
     if m.model_type == "llama":
         per_token, layer, terms = _activations(arguments, m)
         formula = f"{tokens} tokens x ({terms}) bytes"
-    tied = getattr(m, "tie_word_embeddings", False) and hasattr(m, "hidden_size")
+    width = getattr(m, "hidden_size", 0) if getattr(m, "tie_word_embeddings", False) else 0
     return MemoryEstimate(
         weights_of(arguments, parameters),
         per_parameter,
         tokens * per_token,
         formula,
-        last=max(tokens * layer, 4 * m.vocab_size * m.hidden_size if tied else 0),
+        last=max(tokens * layer, 4 * m.vocab_size * width),
         shards=shards if sharded else 1,
         gathered=_gathered(arguments, parameters) if sharded else 0,
         accumulates=not t.nexus and t.gradient_accumulation_steps > 1,
