@@ -166,11 +166,11 @@ def _all_rows(inputs: Any) -> bool:
 def countable(inputs: Any, model: Any) -> Any:
     """A batch with -100 in place of the label that the model ignores: the Trainer counts all others as loss tokens."""
     config = getattr(model, "config", None)
-    ignored = next((getattr(config, name) for name in _IGNORED if hasattr(config, name)), None)
-    if ignored is None or not has_token_labels(inputs):
+    ignored = [label for name in _IGNORED if (label := getattr(config, name, None)) is not None]
+    if not ignored or not has_token_labels(inputs):
         return inputs
     labels = inputs["labels"].long()  # masks of images may be bytes
-    return {**inputs, "labels": labels.masked_fill(labels == ignored, -100)}
+    return {**inputs, "labels": labels.masked_fill(labels == ignored[0], -100)}
 
 
 class _RowLengths:  # a class, not a closure: data loader workers may have to pickle it
