@@ -62,7 +62,10 @@ class _Completing(TyperCommand):
 
 
 class _Command(_Completing):
-    """A command whose errors end in one line, or after `--debug` in a traceback, and Ctrl-C in status 130."""
+    """
+    A command whose errors end in one line, or after `--debug` in a traceback, and Ctrl-C in status 130. It imports
+    heavy packages, as rich and torch, after what can be checked without them.
+    """
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         _announce(ctx.info_name)

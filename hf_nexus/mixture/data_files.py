@@ -17,6 +17,7 @@ __all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "is_save
 
 logger = logging.getLogger(__name__)
 
+# Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
 _FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
 _COMPRESSIONS: dict[str, Any] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # with pandas' names

@@ -66,7 +66,10 @@ def _try_trackers(training: PretrainConfig) -> None:
 
 
 def _try_optimizer(training: PretrainConfig) -> None:
-    """Build the optimizer and the learning rate schedule over one weight, to check their options."""
+    """
+    Build the optimizer and the learning rate schedule over one weight, to check their options. A plan needs no extra
+    package.
+    """
     options: Any = training.lr_scheduler_kwargs
     if isinstance(options, str):
         raise ValueError(f"lr_scheduler_kwargs: {options!r} is not allowed; it must be a mapping.")

@@ -41,7 +41,10 @@ _NO_METRIC = re.compile(r".*_(loss|runtime|per_second|time)")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a trainer tells the card of its run."""
+    """
+    What a trainer tells the card of its run. Only the main process asks for it, so what all ranks know is gathered
+    before training.
+    """
 
     args: Any  # the training arguments
     model: nn.Module  # not wrapped

@@ -44,7 +44,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass
 class _Interval:
-    """Sums since the last log line. Tensors stay on the device until then."""
+    """
+    Sums since the last log line, given to `add_*`, counted by `_count_*` and logged by `read`. Tensors stay on the
+    device until then. Both sums of a logged ratio are `new_*` or neither is: these also end at each checkpoint.
+    """
 
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))  # of micro-batches of one source
     tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # as well

@@ -674,7 +674,10 @@ class NexusTrainerMixin(_Base):
     # ---- Saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint of the restored weights, complete or not at all, then push it."""
+        """
+        Write a checkpoint of the restored weights, complete or not at all, then push it. Files of our own are written
+        after those of the base class, by the rank with `args.should_save`, and not if `_plain`.
+        """
         with self.meter.paused():
             self.meter.update_totals(self.state.global_step)
             self._record_status()

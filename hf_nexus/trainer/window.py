@@ -118,7 +118,8 @@ class Window:
 
     def summed(self, i: int, mean_loss: Tensor) -> tuple[Mapping[str, int], Tensor, Tensor]:
         """
-        Rows by source, summed loss and loss tokens (or rows) of micro-batch `i` on this rank, given its mean loss.
+        Rows by source, summed loss and loss tokens (or rows) of micro-batch `i` on this rank, given its mean loss: the
+        arguments of [`TrainingMeter.add_micro_batch`].
         """
         rows = self.rows[i]
         if self.unit == "rows" or self.tokens is None or self.items is None:
