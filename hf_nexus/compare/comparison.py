@@ -34,7 +34,7 @@ from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
-from .records import RECORD_NAME, RunRecord, in_order
+from .records import METRICS, RECORD_NAME, RunRecord, in_order
 from .report import console_table, write_report
 from .runs import MINIMA_NAME, Run, read_questions
 from .workers import Call, CallResult, call_in_workers, worker_count
@@ -154,9 +154,7 @@ class Comparison:
         names, config = list(mixture.train), self.config
         if not mixture.eval.keys() & names:
             raise ValueError("data: no training source has held-out rows. Give eval_rows.")
-        exists = {
-            "train_loss": True,
-            "validation_loss": True,
+        exists = {metric: True for metric in METRICS if not metric.endswith("/")} | {
             "ood_loss": bool(mixture.eval.keys() - names),
             "gradient_cosine": len(names) > 1 and not sharded,
             "minima_distance": len(names) > 1 and config.minima is not None,
