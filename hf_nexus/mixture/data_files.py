@@ -104,7 +104,7 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
         splits = {"train": list(formats)}
     if builder == "token files" and is_remote(path):
         raise ValueError(f"{_listed(formats)}: token files are read in place. Copy them with their indices to a disk.")
-    used = re.findall(r"\w+", f"{split} {source.eval_split}")
+    used = re.findall(r"\w+", f"{source.split} {split} {source.eval_split}")
     indices = [name for f in formats for name in (index_of(f), f"{f}.metadata")] if builder == "token files" else []
     if left_out := set(found).difference(indices, *(splits.get(key, ()) for key in used)):
         logger.warning(

@@ -142,6 +142,8 @@ def test_files_named_after_splits_are_of_these_splits(path: str, caplog: pytest.
     assert "d/dev.jsonl" in caplog.text and "d/test/a.jsonl" in caplog.text
     caplog.clear()
     assert files(path, eval_split="validation") == train
+    data_files("a", path, SourceConfig(path, eval_split="validation"), "validation")  # the held-out rows
+    assert "train" not in caplog.text.replace("train+test", "")
     assert "d/dev.jsonl" not in caplog.text and "d/test/a.jsonl" in caplog.text
     assert files(path, split="validation") == ["d/dev.jsonl"]
     assert documents(path, split="train+test") == sorted(["d/test/a.jsonl", *train])
