@@ -114,7 +114,7 @@ def test_a_text_file_is_one_document_lines_and_all(load: Any, tokenizer: Any) ->
 def test_built_in_sources_load_by_name_and_are_cached(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_nexus.mixture.builtin import corpus as builtin
 
-    source = builtin.BuiltinSource("train", "CC0", lambda: [])
+    source = builtin.BuiltinSource("train", "CC0")
     monkeypatch.setitem(builtin.BUILTIN_SOURCES, "fables", source)
     known = builtin.builtin_documents
     monkeypatch.setattr(builtin, "builtin_documents", lambda name: texts(30) if name == "fables" else known(name))

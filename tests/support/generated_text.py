@@ -5,7 +5,7 @@ import random
 import re
 from fractions import Fraction
 
-from hf_nexus.mixture.builtin.generated.templates import Problem
+from .builtin_text.templates import Problem
 
 
 def written(problem: Problem, count: int = 60) -> list[str]:

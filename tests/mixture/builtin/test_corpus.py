@@ -8,6 +8,8 @@ import pytest
 
 from hf_nexus.mixture.builtin.corpus import BUILTIN_SOURCES, builtin_documents
 
+from ...support.builtin_text import PROBLEMS, corpus
+
 TRAIN = [name for name, source in BUILTIN_SOURCES.items() if source.role == "train"]
 OOD = [name for name, source in BUILTIN_SOURCES.items() if source.role == "ood"]
 DIGESTS = {
@@ -48,6 +50,11 @@ def shared_runs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def test_a_source_is_the_same_in_every_environment(name: str) -> None:
     """These are the bytes of Python 3.11, 3.12 and 3.13. Results in docs/ depend on them."""
     assert hashlib.sha256("\0".join(builtin_documents(name)).encode()).hexdigest()[:16] == DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_generated_sources_are_those_of_the_generator(name: str) -> None:
+    assert corpus(name) == builtin_documents(name)
 
 
 @pytest.mark.parametrize("name", BUILTIN_SOURCES)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_nexus.mixture.builtin.generated.logic import PROBLEMS
-
+from ....support.builtin_text.logic import PROBLEMS
 from ....support.generated_text import numbers, written
 
 

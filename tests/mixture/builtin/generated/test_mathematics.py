@@ -8,8 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_nexus.mixture.builtin.generated.mathematics import PROBLEMS
-
+from ....support.builtin_text.mathematics import PROBLEMS
 from ....support.generated_text import numbers, value, written
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_nexus.mixture.builtin.generated.reasoning import PROBLEMS
-
+from ....support.builtin_text.reasoning import PROBLEMS
 from ....support.generated_text import equations, numbers, value, written
 
 LESS, PART = r"sold|lost|break|get off|spends|pays", r"one in (\d+)|One passenger in (\d+)|half"

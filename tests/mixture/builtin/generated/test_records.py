@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_nexus.mixture.builtin.generated.records import PROBLEMS
-
+from ....support.builtin_text.records import PROBLEMS
 from ....support.generated_text import written
 
 

@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 
 from hf_nexus.mixture.builtin.corpus import builtin_documents
-from hf_nexus.mixture.builtin.generated import PROBLEMS, documents
-from hf_nexus.mixture.builtin.generated.templates import clock, draw, fill, polynomial, template
 
+from ....support.builtin_text import PROBLEMS, documents
+from ....support.builtin_text.templates import clock, draw, fill, polynomial, template
 from ....support.generated_text import equations, value
 
 
