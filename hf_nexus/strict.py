@@ -216,9 +216,11 @@ def from_text(text: str, kind: Any, key: str) -> Any:
         value = parse_data(text, key, "JSON")
     elif bool in kinds and text.lower() in _BOOLEANS and (str not in kinds or text.lower() in ("true", "false")):
         value = _BOOLEANS[text.lower()]
-    elif number := next((option for option in (int, float) if option in kinds), None):
+    elif int in kinds or float in kinds:
         with suppress(ValueError):  # refused below
-            value = _not_rounded_to_zero(number(text), text)
+            value = _not_rounded_to_zero(float(text), text)
+            if int in kinds and value.is_integer():
+                value = int(text) if text.strip("+- ").isdecimal() else int(value)  # a float is rounded at 2**53
     check(value, kind, key)
     return value
 

@@ -87,6 +87,12 @@ class _FieldsCommand(_Completing):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         if (flag := ctx.params["config"]).startswith("-"):
             raise SystemExit(f"error: Name the configuration first: hf-nexus {self.name} CONFIG {printable(flag)} ...")
+        chosen = {"config": "CONFIG"}
+        if self.name == "plan":
+            chosen |= dict.fromkeys(("dry_run", "no_dry_run"), "plan")
+        for word in ctx.args:
+            if word.startswith("--") and (given := chosen.get(word[2:].partition("=")[0].replace("-", "_"))):
+                raise SystemExit(f"error: {printable(word)} contradicts {given}. Remove it.")
         return super().invoke(ctx)
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]

@@ -74,7 +74,11 @@ def _run(command_line: CommandLine, debug: bool) -> None:
         if arguments.dry_run:
             dry_run(arguments)
             return
-        run = prepare_run(arguments)
+        try:
+            run = prepare_run(arguments)
+        except KeyboardInterrupt:
+            print("Interrupted before the first step. The same command starts again.", file=sys.stderr, flush=True)
+            raise
     disable_progress_bar()  # of writing shards
     run.train()
     run.trainer.accelerator.wait_for_everyone()  # no process leaves while another still communicates
@@ -113,8 +117,8 @@ def pretrain(arguments: PretrainArguments) -> NexusTrainer:
     Train a new model, or continue one.
 
     `output_dir` then holds the model (float32) and its tokenizer, `trainer_state.json`, `training.png`, `README.md`,
-    and `pretrain.yaml`, which repeats the run if given as `--config`. With several processes, delete the trainer
-    before `torch.distributed.destroy_process_group()`, as [`main`] does.
+    and `pretrain.yaml`, which repeats the run if given as `--config` with another `--output_dir`. With several
+    processes, delete the trainer before `torch.distributed.destroy_process_group()`, as [`main`] does.
 
     Raises:
         ValueError: a folder that already holds checkpoints, nothing to resume from, or sources that cannot be loaded.

@@ -28,6 +28,11 @@ def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
     config = load_yaml(name_or_path, "pretrain", "configuration")
     if "sources" in config:
+        if section := next((name for name in SECTION_NAMES if name in config), None):
+            raise ValueError(
+                f"{name_or_path}: sources: next to the section {section!r}, fields of the mixture belong to the "
+                "section 'data'. Move them there."
+            )
         config = {"data": config, "training": _starter_training(name_or_path, config["sources"])}
     for section, values in config.items():
         if section not in SECTION_NAMES:

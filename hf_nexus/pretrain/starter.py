@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
@@ -46,6 +47,10 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     loaded: PreTrainedTokenizerBase | None = None
     if tokenizer is not None:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    ood_files = {os.path.realpath(path) for path in ood}
+    if repeated := [path for path in files if os.path.realpath(path) in ood_files]:  # by a glob of the shell
+        _say(f"{', '.join(repeated)}: only evaluated, because --ood names it")
+        files = [path for path in files if path not in repeated]
     sources, characters = {}, 0
     for name, path in _names([*files, *ood]):
         sources[name], bytes_read = _source(name, path, "ood" if path in ood else "train", loaded)

@@ -51,6 +51,10 @@ def test_a_saved_configuration_is_accepted(config, write):
         ({"model": {"hiden_size": 8}}, "model.hiden_size: unknown key. Did you mean 'hidden_size'?"),
         ({"model": {"hidden_size": 0}}, "model.hidden_size: 0 is not allowed"),
         ({"modle": {}}, "modle: unknown section. Did you mean 'model'?"),
+        (
+            {"sources": SOURCES},
+            "sources: next to the section 'data', fields of the mixture belong to the section 'data'",
+        ),
         ({"data": {"sources": {"a": {"weight": 1}}}}, "data.sources.a"),
         ({"data": {"sources": {"a": 0.5}}}, "data.sources.a: 0.5 is not allowed"),
         ({"data": {"sources": SOURCES, "temperature": 0}}, "data.temperature: 0"),

@@ -320,6 +320,17 @@ def test_an_interrupted_run_says_how_to_go_on(config, finished, tmp_path, monkey
     assert f"checkpoint-{STEPS}" in capsys.readouterr().out
 
 
+def test_an_interrupt_before_the_first_step_is_confirmed(config, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_nexus.pretrain.run.load_mixture", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config), "--output_dir", str(tmp_path / "run")])
+    assert stop.value.code == 130
+    assert "Interrupted before the first step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("world", "local", "fsdp", "command"),
     [

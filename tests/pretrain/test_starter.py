@@ -116,6 +116,13 @@ def test_a_named_tokenizer_is_used(fast):
         starter.starter_yaml(["chat.jsonl"], tokenizer="bare")
 
 
+def test_an_ood_file_among_the_files_is_only_evaluated(fast, capsys):
+    loaded = yaml.safe_load(starter.starter_yaml([*FILES, f"./{FILES[0]}"], ood=FILES[:1]))
+    roles = [source.get("role") for source in loaded["data"]["sources"].values()]
+    assert roles == [None] * (len(FILES) - 1) + ["ood"]
+    assert f"{FILES[0]}, ./{FILES[0]}: only evaluated" in capsys.readouterr().err
+
+
 def test_names_are_those_of_files_and_differ():
     paths = ["a/web.jsonl.gz", "b/web.jsonl", "c/*.parquet", "ood.txt", "my text (1).csv", "*.jsonl"]
     names = [name for name, _ in starter._names(paths)]
