@@ -27,7 +27,7 @@ from .run_summary import SUMMARY_NAME, RunSummary
 from .uploader_process import UploaderProcess
 from .weights import convert_weights
 
-__all__ = ["RUN_NAME", "FinalFlush", "Publisher", "checkpoint_files", "files_below"]
+__all__ = ["RUN_NAME", "FinalFlush", "Publisher", "check_repo_id", "checkpoint_files", "files_below"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,14 @@ class _Save:
     write_once: Path | None = None
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise `ValueError` if the Hub does not allow the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"hub_model_id={repo_id!r} is not allowed: {error} Use 'user/name'.") from error
+
+
 class Publisher:
     """
     Sends saved files to the Hub, through a queue on disk and an upload process. For the main process of a run only.
@@ -93,10 +101,7 @@ class Publisher:
         endpoint: str | None = None,
         retry: RetryPolicy | None = None,
     ):
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise ValueError(f"hub_model_id={repo_id!r} is not allowed: {error} Use 'user/name'.") from error
+        check_repo_id(repo_id)
         self.target = Target(repo_id, private, revision)
         self.output_dir = Path(output_dir)
         self.queue = UploadQueue(self.output_dir / QUEUE_NAME)

@@ -4,12 +4,15 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from ..files import nearest
+from ..hub.publisher import check_repo_id
 from ..mixture.config import MixtureConfig
 from ..trainer.support import check_arguments, check_fsdp
 from .fields import ModelArguments, PretrainConfig
@@ -46,6 +49,13 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         raise ValueError("max_steps: the run has no steps. Set it above 0, or num_train_epochs.")
     if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:
         raise ValueError("metric_for_best_model: missing, and save_strategy is 'best'. Set it, to loss for example.")
+    _check_metric(training.metric_for_best_model, mixture)
+    if training.push_to_hub and training.hub_model_id is not None:
+        check_repo_id(training.hub_model_id)
+    backends = {backend.lower(): backend for backend in DynamoBackend.list()}
+    if (backend := training.torch_compile_backend) is not None and backend.lower() not in backends:
+        hint = nearest(backend, backends)
+        raise ValueError(f"torch_compile_backend: {backend!r} is not allowed.{hint} Use one of {', '.join(backends)}.")
     allowed = () if here else (ImportError,)  # a plan needs no packages of the run
     with suppress(*allowed):
         _try_trackers(training)
@@ -55,6 +65,17 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
                 build_model(model_config(model, mixture.sequence_length), model.attn_implementation)
     with suppress(*allowed):
         _try_optimizer(training)
+
+
+def _check_metric(metric: str | None, mixture: MixtureConfig) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation measures. It may begin with `eval_`."""
+    held_out = [n for n, s in mixture.sources.items() if s.role == "ood" or s.eval_rows or s.eval_split]
+    means = ["", "ood_"] if any(s.role == "ood" for s in mixture.sources.values()) else [""]
+    known = [f"{part}{kind}" for part in [*means, *(f"{n}_" for n in held_out)] for kind in ("loss", "perplexity")]
+    if metric is not None and (name := metric.removeprefix("eval_")) not in known:
+        raise ValueError(
+            f"metric_for_best_model: {metric!r} is not measured.{nearest(name, known)} Use one of {', '.join(known)}."
+        )
 
 
 def _try_trackers(training: PretrainConfig) -> None:
@@ -73,6 +94,8 @@ def _try_optimizer(training: PretrainConfig) -> None:
     options: Any = training.lr_scheduler_kwargs
     if isinstance(options, str):
         raise ValueError(f"lr_scheduler_kwargs: {options!r} is not allowed; it must be a mapping.")
+    if any(part.count("=") != 1 for part in (training.optim_args or "=").split(",")):
+        raise ValueError(f"optim_args: {training.optim_args!r} is not allowed; use name=value, joined by commas.")
     weight, steps = nn.Parameter(torch.zeros(1)), training.max_steps if training.max_steps > 0 else 1000
     optimizer: Any = torch.optim.SGD([weight], lr=training.learning_rate)
     if OptimizerNames(training.optim).value.startswith(("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")):

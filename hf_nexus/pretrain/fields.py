@@ -188,6 +188,7 @@ class PretrainConfig(NexusConfig):
     debug: str | None = None  # type: ignore[assignment]
     include_num_input_tokens_seen: bool | str = False
     parallelism_config: None = None  # type: ignore[assignment]  # an object, which YAML cannot hold
+    deepspeed: None = None  # not supported
 
 
 SECTIONS: dict[str, type] = {"model": ModelArguments, "data": MixtureConfig, "training": PretrainConfig}
