@@ -15,6 +15,7 @@ from uuid import uuid4
 
 __all__ = [
     "Secret",
+    "checkpoints_of",
     "delete",
     "finite_json",
     "hidden",
@@ -24,6 +25,7 @@ __all__ = [
     "read_plain",
     "require_folder",
     "shown",
+    "step_of",
     "without_folders",
     "write_atomic",
 ]
@@ -102,6 +104,16 @@ def read_plain(path: str | Path) -> str:
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
             raise ValueError(f"{path} is not a regular file of at most {_LARGEST >> 20} MiB.")
         return file.read(_LARGEST).decode("utf-8-sig")
+
+
+def checkpoints_of(folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a Trainer in a folder, by their step."""
+    return sorted((path for path in Path(folder).glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step in the name of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def delete(path: Path) -> None:

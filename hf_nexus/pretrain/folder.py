@@ -6,9 +6,9 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ..files import write_atomic
+from ..files import checkpoints_of, write_atomic
 from ..hub.facts import installed_versions
-from ..trainer.checkpoints import checkpoints_of, delete, last_checkpoint, resolve_checkpoint
+from ..trainer.checkpoints import delete, last_checkpoint, resolve_checkpoint
 from .fields import PretrainArguments
 from .sections import CONFIG_NAME, load_config
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..files import printable
+from ..files import checkpoints_of, printable, step_of
 from ..lock import locked
 from .config import SETTINGS_NAME
 from .distributed import max_over_ranks
@@ -32,7 +31,6 @@ __all__ = [
     "LAST",
     "RandomStates",
     "StagedCheckpoints",
-    "checkpoints_of",
     "delete",
     "is_complete",
     "last_checkpoint",
@@ -54,16 +52,6 @@ SENTINEL = "checkpoint-is-incomplete.txt"
 _STATES = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 # The Trainer looks for these itself, in any format: they may have been converted.
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
-
-
-def checkpoints_of(folder: str | Path) -> list[Path]:
-    """The folders `checkpoint-<step>` in a folder, by their step."""
-    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).glob("*")}
-    return sorted((path for path, match in found.items() if match), key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -494,7 +482,7 @@ class StagedCheckpoints:
         kept = {Path(path).resolve() for path in (checkpoint, best) if path is not None}
         complete = [path for path in found if is_complete(path)]
         spare = [path for path in complete if path.resolve() not in kept]
-        spare.sort(key=lambda path: _step(path) < _step(Path(checkpoint)))
+        spare.sort(key=lambda path: step_of(path) < step_of(Path(checkpoint)))
         surplus = spare[: max(0, len(complete) - max(limit, len(kept)))]
         if len(complete) >= limit:  # enough without those that are not complete
             surplus += [path for path in found if path not in complete and path.resolve() not in kept]

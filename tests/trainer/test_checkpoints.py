@@ -13,12 +13,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_nexus.files import checkpoints_of
 from hf_nexus.lock import LOCK_NAME
 from hf_nexus.trainer.checkpoints import (
     MANIFEST_NAME,
     STAGING_DIR,
     StagedCheckpoints,
-    checkpoints_of,
     delete,
     is_complete,
     last_checkpoint,

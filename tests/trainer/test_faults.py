@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer
 
-from hf_nexus.trainer.checkpoints import STAGING_DIR, checkpoints_of, is_complete
+from hf_nexus.files import checkpoints_of
+from hf_nexus.trainer.checkpoints import STAGING_DIR, is_complete
 from tests.support import fault_processes, faults
 from tests.support.faults import (
     IN_INNER_STEPS,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ...files import checkpoints_of
 from ..models import adapter_config
 
 __all__ = ["model_arguments"]
@@ -48,7 +49,7 @@ def _is_missing_folder(folder: Path) -> bool:
 def _check_folder(model: str, folder: Path) -> None:
     if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return
-    checkpoints = sorted(folder.glob("checkpoint-*/"), key=lambda path: (len(path.name), path.name))  # by step
+    checkpoints = checkpoints_of(folder)
     problem = "it has neither config.json nor adapter_config.json" if folder.is_dir() else "there is no such folder"
     hint = f" Did you mean {checkpoints[-1]}?" if checkpoints else ""
     raise ValueError(f"model={model!r} is not a model: {problem}.{hint}")

@@ -41,7 +41,8 @@ def test_an_adapter_is_put_on_its_base_model(tmp_path, model, monkeypatch):
 
 
 def test_a_folder_without_a_model_is_refused_with_a_hint(tmp_path, model):
-    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    for name in ("checkpoint-5", "checkpoint-20", "checkpoint-5-copy"):
+        (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"Did you mean .*checkpoint-20\?"):
         model_arguments(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="no such folder"):
