@@ -81,6 +81,8 @@ def _field_problems(metadata: dict[str, Any]) -> Iterator[str]:
                 yield f"`language` must be ISO 639 codes (`en`), `code` or `multilingual`, got {value!r}"
             elif key in ("datasets", "base_model") and (value.startswith("builtin/") or not is_repo_id(value)):
                 yield f"`{key}` must be ids of the Hub, got {value!r}: leave out what is not on the Hub"
+            elif key == "tags" and value.startswith("base_model:") and not is_repo_id(value.rpartition(":")[2]):
+                yield f"`tags` must name base models by ids of the Hub, got {value!r}: leave it out"
     for key in ("library_name", "pipeline_tag"):
         if not isinstance(metadata.get(key, ""), str):
             yield f"`{key}` must be a string, got {metadata[key]!r}"

@@ -12,6 +12,7 @@ from tests.support.hub.summaries import make_run
 def test_our_cards_are_valid():
     check_card(run_card(make_run()))
     check_card(run_card(make_run(license="other", license_name="mine", license_link="LICENSE", base_model="org/base")))
+    check_card("---\ntags: ['base_model:adapter:org/base']\n---\n")
     check_card("# A text without metadata")
 
 
@@ -25,6 +26,7 @@ def test_our_cards_are_valid():
         ("language: English", "ISO 639"),
         ("language: [no]", "must be a string"),
         ("tags: [1]", "`tags` must be"),
+        ("tags: ['base_model:adapter:/home/alice/base']", "`tags` must name base models by ids"),
         ("datasets: [builtin/code]", "ids of the Hub"),
         ("datasets: ['data/a/b.jsonl']", "ids of the Hub"),
         ("base_model: ''", "`base_model` must be"),
