@@ -191,19 +191,20 @@ def push(
     """
     Upload a finished run, or what a run could not upload: hf-nexus push runs/nexus-demo --repo user/model
 
-    The command sends what the run has queued. If nothing is queued, --repo publishes the folder of any finished run,
+    The command sends what the run has queued. If that is nothing, --repo publishes the folder of any finished run,
     including one of a stock Trainer. Log in first with `hf auth login`. The exit status is 1 if the upload is not
     complete.
     """
     from ..hub.publisher import Publisher
-    from ..hub.queue import QUEUE_NAME, QueueStatus
     from ..hub.uploader import push_queue
 
     def approve(question: str) -> bool:
         print(question, file=sys.stderr)
         return yes or (sys.stdin.isatty() and typer.confirm("Send it?", err=True))
 
-    if repo_id is not None and not QueueStatus.read(Path(folder, QUEUE_NAME)).waiting:
+    if not Path(folder).is_dir():
+        raise ValueError(f"There is no folder {folder}. Pass the output_dir of a run.")
+    if repo_id is not None:
         Publisher(repo_id, folder, private=private, revision=revision).queue_run(approve)
     status, complete = push_queue(Path(folder), repo_id=repo_id, revision=revision, private=private, approve=approve)
     print(status.line(printable(folder)))

@@ -13,7 +13,9 @@ from huggingface_hub.utils import FORBIDDEN_FOLDERS
 from ..files import printable, read_plain, write_atomic
 from ..strict import check_fields, read
 
-__all__ = ["Job", "RefusedJobError", "SpoiledJobError", "Target", "is_repo_path", "slot_of"]
+__all__ = ["FINISHED_RUN", "Job", "RefusedJobError", "SpoiledJobError", "Target", "is_repo_path", "slot_of"]
+
+FINISHED_RUN = "Push a finished run"  # message of a job that the next of its kind replaces
 
 
 class SpoiledJobError(RuntimeError):

@@ -4,9 +4,9 @@ import atexit
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ import yaml
 from huggingface_hub import get_token
 from huggingface_hub.utils import FORBIDDEN_FOLDERS, HFValidationError, validate_repo_id
 
-from ..files import Secret, delete, hidden, printable, read_plain, without_folders, write_atomic
+from ..files import checkpoints_of, delete, hidden, printable, read_plain, step_of, without_folders, write_atomic
 from ..lock import locked
-from ..strict import parse_data
+from ..strict import Count, check, parse_data
 from .card import save_card
-from .job import Target, is_repo_path, slot_of
+from .job import FINISHED_RUN, Target, is_repo_path, slot_of
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import RetryPolicy
 from .run_summary import SUMMARY_NAME, RunSummary
@@ -45,7 +45,8 @@ _RESUME_ONLY = (
 RUN_NAME = "RUN.md"  # quotes held-out rows, which may be private
 # Files that may hold paths of this machine.
 _NAME_FOLDERS = {"trainer_state.json", "adapter_config.json", "README.md"}
-_NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml"}
+_NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml", "closeness.json", "benchmark_results.json"}
+_TENSORBOARD = "events.out.tfevents"  # its logs hold all arguments, with folders of this machine
 _FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
     ".json": (json.loads, json.dumps),
     ".yaml": (partial(parse_data, where="The file"), partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)),
@@ -163,18 +164,19 @@ class Publisher:
 
     def submit(self, step: int, message: str, revision: str | None = None) -> None:
         """
-        Queue the output folder without its checkpoints, the queue, `RUN.md`, and files that start with `_`. `message`
-        is the title of the commit. `revision` is a branch to push to instead of that of the run.
+        Queue the output folder without its checkpoints, the queue, `RUN.md`, logs of TensorBoard, and files that start
+        with `_`. `message` is the title of the commit. `revision` is a branch to push to instead of that of the run.
         """
         target = self.target if revision is None else replace(self.target, revision=revision)
         self._add(_Save(lambda: _sent_files(self.output_dir), ("",), step, message, target), ("",))
 
     def queue_run(self, approve: Callable[[str], bool] = lambda question: False) -> None:
         """
-        Queue the folder of a finished run of any trainer, as `submit` does, for [`push_queue`]. If it holds no model,
-        that of the newest checkpoint is sent. Saved arguments stay: they are a pickle, which may hold secrets. A card
-        of ours is written again, so its example loads the model from the repository. `approve` decides whether to send
-        files that this user may not have written, as for [`push_queue`].
+        Queue the folder of a finished run of any trainer, as `submit` does, for [`push_queue`], unless pushes of the
+        run itself wait. An earlier call is replaced. If the folder holds no model, that of the newest checkpoint is
+        sent. Saved arguments stay: they are a pickle, which may hold secrets. A card of ours is written again, with
+        the name of the repository. `approve` decides whether to send files that this user may not have written, as
+        for [`push_queue`].
 
         Raises:
             ValueError: the folder holds no model, another process uses it, its card or summary is damaged, or its
@@ -182,8 +184,10 @@ class Publisher:
             OSError: the files cannot be queued.
         """
         folder = self.output_dir
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
-        source = next((path for path in (folder, *reversed(checkpoints)) if _holds_model(path)), None)
+        earlier = self.queue.jobs()
+        if any(job.message != FINISHED_RUN for job in earlier):
+            return
+        source = next((path for path in (folder, *reversed(checkpoints_of(folder))) if _holds_model(path)), None)
         if source is None:
             raise ValueError(f"{folder} holds no model: give the output_dir of a finished run.")
         with locked(folder):
@@ -191,7 +195,11 @@ class Publisher:
             foreign = self._approved(_sent_files(folder) | model, approve)
             run = RunSummary.load(folder) if (folder / SUMMARY_NAME).is_file() else None
             if run is not None:
-                run.repo_id = self.target.repo_id
+                if "/" not in (name := self.target.repo_id):
+                    raise ValueError(f"--repo {name}: the card names the repository, so pass --repo user/{name}.")
+                if run.model_name == run.repo_id:  # and not what the user has called it
+                    run.model_name = name
+                run.repo_id = name
                 save_card(run, folder)
                 run.save(folder)
                 if model and run.hyperparameters.get("save_dtype") == "bfloat16":
@@ -201,13 +209,14 @@ class Publisher:
                 model.pop("README.md", None)  # a template of peft
             files |= model
             files.pop("training_args.bin", None)
-            state = source / "trainer_state.json"
-            step = json.loads(read_plain(state)).get("global_step", 0) if state.is_file() else 0
-            write_once = None if foreign else folder  # a copy is this user's
+            step = step_of(source) if model else _last_step(folder)
+            once = None if foreign else folder  # a copy is this user's
             try:
-                self.queue.add(self._public(files), ("",), step, "Push a finished run", self.target, write_once)
+                self.queue.add(self._public(files), ("",), step, FINISHED_RUN, self.target, once)
             finally:
                 delete(self._scratch)
+            for job in earlier:
+                self.queue.remove(job)
 
     def _approved(self, files: Mapping[str, Path], approve: Callable[[str], bool]) -> bool:
         """Whether this user may not have written the files. Raise `ValueError` if they are not approved."""
@@ -244,10 +253,10 @@ class Publisher:
         The files without links, names that a repository cannot have, and files with the access token, and copies of
         those that name folders of this machine.
         """
-        token = Secret(self._token or get_token() or "")
+        token = hidden(self._token or get_token())
 
         def leaks(path: Path) -> bool:
-            return bool(token) and path.stat().st_size < _SCANNED and token.encode() in path.read_bytes()
+            return bool(token and path.stat().st_size < _SCANNED and token.encode() in path.read_bytes())
 
         links = [name for name, path in files.items() if path.is_symlink() or not is_repo_path(name)]
         leaking = [name for name, path in files.items() if name not in links and leaks(path)]
@@ -371,14 +380,21 @@ def _slots(checkpoint: Path, strategy: str) -> tuple[str, ...]:
 
 
 def _sent_files(output_dir: Path) -> dict[str, Path]:
-    """The files of an output folder, without checkpoints, the queue and `RUN.md`, by their path in the repository."""
+    """The files of an output folder that `Publisher.submit` queues, by their path in the repository."""
     files: dict[str, Path] = {}
     # `hf download` leaves `last-checkpoint`, which may be old, and `.cache`.
     kept = (QUEUE_NAME, RUN_NAME, "last-checkpoint", *FORBIDDEN_FOLDERS)
     for path in sorted(output_dir.iterdir()):
         if path.name not in kept and not path.name.startswith(("_", "checkpoint-")):
             files |= files_below(path, path.name)
-    return files
+    return {name: path for name, path in files.items() if not path.name.startswith(_TENSORBOARD)}
+
+
+def _last_step(folder: Path) -> int:
+    """The training step that a run has reached, by its state, or by its newest checkpoint if that cannot be read."""
+    with suppress(OSError, LookupError, TypeError, ValueError, RecursionError):
+        return check(json.loads(read_plain(folder / "trainer_state.json"))["global_step"], Count, "global_step")
+    return max(map(step_of, checkpoints_of(folder)), default=0)
 
 
 def _holds_model(folder: Path) -> bool:

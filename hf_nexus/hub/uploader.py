@@ -17,7 +17,7 @@ from huggingface_hub.utils import tqdm
 
 from ..files import hidden, printable, read_plain
 from .check import check_card
-from .job import Job, RefusedJobError, SpoiledJobError, Target
+from .job import FINISHED_RUN, Job, RefusedJobError, SpoiledJobError, Target
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
 from .retries import CONFLICTS, CardRefusedError, RetryPolicy, deadline, http_status, is_permanent, limit_requests
 
@@ -171,7 +171,8 @@ class Uploader:
             if rest:
                 self._commit(job, slots, rest)
             self.queue.keep_only(job, _CARD)
-            card = self.queue.released_path(job) / "files" / _CARD
+            original = f"{self.queue.folder.parent / _CARD} and push it again with --repo"
+            card = original if job.message == FINISHED_RUN else self.queue.released_path(job) / "files" / _CARD
             raise CardRefusedError(f"The Hub has step {job.step} without its card. Correct {card}: {problem}")
         self.queue.remove(job)
 

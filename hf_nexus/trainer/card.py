@@ -73,7 +73,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     metrics = [] if purpose["auto_class"] == LANGUAGE_MODEL else [key for key in last if _is_metric(key, last[key])]
     config: Any = model.config
     found: dict[str, Any] = {
-        "model_name": args.hub_model_id or Path(args.output_dir).resolve().name,
+        "model_name": known.get("repo_id") or args.hub_model_id or Path(args.output_dir).resolve().name,
         "model_type": config.model_type,
         "parameters": parameters,
         "nexus": facts.nexus,

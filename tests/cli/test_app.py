@@ -193,6 +193,8 @@ def test_misspelled_commands_and_options_exit_with_2(argv, expected):
         (["train", "130m"], ["accelerator", "hf-nexus train demo", "--config demo"]),
         (["compare", "nope.yaml"], ["There is no comparison 'nope.yaml'", "path of a YAML"]),
         (["closeness", "no/such-folder"], ["no pretrain.yaml in no/such-folder", "--config"]),
+        (["push", "no/such-folder"], ["There is no folder no/such-folder"]),
+        (["push", "no/such-folder", "--repo", "user/model"], ["There is no folder no/such-folder"]),
         (["card", "no/such-folder"], ["no/such-folder has no run_summary.json"]),
         (["benchmark", "no/such-folder", "--tasks", "humaneval"], ["humaneval", "--allow-code-execution"]),
     ],
@@ -284,9 +286,9 @@ def test_a_card_is_rendered_again_and_keeps_added_sections(tmp_path, capsys):
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text + "\n## My notes\nkept\n"
 
 
-def test_push_passes_its_options_and_asks(monkeypatch, capsys):
+def test_push_passes_its_options_and_asks(monkeypatch, tmp_path, capsys):
     """Without a terminal, only `--yes` sends what may come from another user."""
-    calls = []
+    calls, out = [], str(tmp_path)
 
     def push_queue(folder, *, approve, **options):
         calls.append((approve("Step 2 to somewhere."), options))
@@ -297,7 +299,7 @@ def test_push_passes_its_options_and_asks(monkeypatch, capsys):
 
     monkeypatch.setattr("hf_nexus.hub.uploader.push_queue", push_queue)
     monkeypatch.setattr("hf_nexus.hub.publisher.Publisher.queue_run", queue_run)
-    for arguments in (["push", "out"], ["push", "out", "--yes", "--repo", "user/other", "--private"]):
+    for arguments in (["push", out], ["push", out, "--yes", "--repo", "user/other", "--private"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 0
@@ -332,7 +334,7 @@ def test_an_interrupted_process_prints_what_is_buffered(monkeypatch):
     stream, seen = io.TextIOWrapper(io.BytesIO()), []
     monkeypatch.setattr(cli.os, "_exit", lambda status: seen.append((status, stream.buffer.getvalue())))
     monkeypatch.setattr("hf_nexus.hub.uploader.push_queue", interrupt)
-    monkeypatch.setattr(sys, "argv", ["hf-nexus", "push", "out"])
+    monkeypatch.setattr(sys, "argv", ["hf-nexus", "push", "."])
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(SystemExit):
         cli.main()

@@ -140,6 +140,9 @@ def test_any_finished_run_can_be_pushed(
         shutil.rmtree(checkpoint)
     (out / "training_args.bin").write_bytes(b"hub_token")
     (out / "pretrain.yaml").write_text("# Of a run\ntraining: {output_dir: /home/alice/My Data/out}\n")
+    (out / "closeness.json").write_text('{"model": "/home/alice/out"}')
+    (out / "runs").mkdir()
+    (out / "runs/events.out.tfevents.1.host").write_bytes(b'"output_dir": "/home/alice/out"')  # of TensorBoard
     expected = model_of(checkpoint if saved == "checkpoints" else out)
     with impatient_client(monkeypatch, xet=False):
         Publisher(REPO, out).queue_run()
@@ -147,6 +150,7 @@ def test_any_finished_run_can_be_pushed(
     found = hub.files(REPO)
     assert complete and status.pushed_step == 10
     assert yaml.safe_load(found.pop("pretrain.yaml")) == {"training": {"output_dir": "out"}}
+    assert json.loads(found.pop("closeness.json")) == {"model": "out"}
     assert digests(found) == digests(expected)
 
 
@@ -176,6 +180,66 @@ def test_the_card_of_a_finished_run_names_its_repository(tmp_path: Path) -> None
     assert "# Mine" in card and f'"{REPO}"' in card and "More information" not in card
     assert json.loads(files["run_summary.json"].read_text())["repo_id"] == REPO
     assert files["model.safetensors"].stat().st_size < 1.1 * (1 << 17)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_push_to_another_repository_names_that_one(tmp_path: Path, named: bool) -> None:
+    """Neither the repository of an earlier push that was refused nor that of the run, also in the heading."""
+    write_checkpoint(tmp_path, 2)
+    make_run(repo_id="alice/first", model_name="My model" if named else "alice/first").save(tmp_path)
+    for repo_id in ("bob/refused", REPO):
+        publisher = Publisher(repo_id, tmp_path)
+        publisher.queue_run()
+    (job,) = publisher.queue.jobs()
+    card = job.files()["README.md"].read_text()
+    assert str(job.target) == f"{REPO}@main" and f'path = "{REPO}"' in card
+    assert f"\n# {'My model' if named else REPO}\n" in card and "alice/first" not in card and "refused" not in card
+    with pytest.raises(ValueError, match="--repo model: the card names the repository, so pass --repo user/model"):
+        Publisher("model", tmp_path).queue_run()
+
+
+def test_pushes_of_the_run_itself_are_sent_before_its_folder(tmp_path: Path) -> None:
+    publisher, checkpoint = Publisher(REPO, tmp_path), write_checkpoint(tmp_path, 2)
+    job = publisher.queue.add(*checkpoint_files(checkpoint, "checkpoint"), 2, "Training", publisher.target)
+    publisher.queue_run()
+    assert publisher.queue.jobs() == [job]
+
+
+def test_a_corrected_card_of_a_finished_run_is_sent(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the file of the run. Another repository then gets the whole model."""
+    expected = model_of(write_checkpoint(out := tmp_path / "out", 2))
+    (out / "README.md").write_text("---\nlicense: Apache 2.0\n---\n")
+    with impatient_client(monkeypatch, xet=False):
+        for repo_id in (REPO, REPO, "alice/other"):
+            Publisher(repo_id, out).queue_run()
+            status, complete = push_queue(out, repo_id=repo_id, token=ALICE, endpoint=hub.endpoint, retry=QUICK)
+            if "README.md" not in hub.files(repo_id):
+                assert not complete and f"Correct {out / 'README.md'} and push it again" in (status.error or "")
+            (out / "README.md").write_text(CARD)
+    assert complete and status.error is None
+    for repo_id in (REPO, "alice/other"):
+        assert digests(hub.files(repo_id)) == digests(expected)
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    """A copy of a checkpoint is none."""
+    checkpoint = write_checkpoint(tmp_path, 12)
+    shutil.copytree(write_checkpoint(tmp_path, 5), tmp_path / "checkpoint-5-copy2")
+    (publisher := Publisher(REPO, tmp_path)).queue_run()
+    (job,) = publisher.queue.jobs()
+    assert job.step == 12 and job.files()["config.json"].read_bytes() == (checkpoint / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("state", [None, "", "[]", "{}", '{"global_step": null}', '{"global_step": -1}'])
+def test_a_run_without_a_readable_state_is_at_its_newest_step(tmp_path: Path, state: str | None) -> None:
+    """As one of the stock Trainer after `save_model()`, which saves no state."""
+    shutil.copy(write_checkpoint(tmp_path, 2) / "model.safetensors", tmp_path)
+    if state is not None:
+        (tmp_path / "trainer_state.json").write_text(state)
+    (publisher := Publisher(REPO, tmp_path)).queue_run()
+    assert [job.step for job in publisher.queue.jobs()] == [2]
 
 
 def test_a_folder_without_a_model_or_in_use_is_not_pushed(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_each_strategy_leaves_what_its_documentation_says(
         files = hub.files(REPO, "dev")
     else:
         assert {*MODEL, "README.md", "run_summary.json"} <= files.keys()
+        assert b"\n# alice/model\n" in files["README.md"]
         assert digests({name: files[name] for name in MODEL}) == digests({name: last[name] for name in MODEL})
         logged = [entry for entry in trainer.state.log_history if "hub/pending" in entry]
         assert logged[0]["hub/pending"] == 0 and logged[2]["hub/pending"] + logged[2].get("hub/pushed_step", 0) > 0
