@@ -1,25 +1,26 @@
 """A lock on a folder, which ends with its process and names it to others."""
 
-import errno
 import json
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from .files import require_folder
+from filelock import FileLock, Timeout
 
-__all__ = ["LOCK_NAME", "locked"]
+from .files import read_plain, require_folder, write_atomic
+
+__all__ = ["HOLDER_NAME", "LOCK_NAME", "locked"]
 
 logger = logging.getLogger(__name__)
 
 # Pushes of an output folder leave out names that begin with an underscore.
-LOCK_NAME = "_running.json"
+LOCK_NAME = "_running.lock"
+HOLDER_NAME = "_running.json"
 
 _held: set[Path] = set()
 
@@ -42,64 +43,38 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     require_folder(folder)
+    holder = path.with_name(HOLDER_NAME)
     try:
-        file = _open(path)
+        # One second, because a holder that ends deletes the file. It is then made again.
+        lock = FileLock(path, timeout=1, fallback_to_soft=False).acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{path.parent} is used by {_name(_read(holder))}. Wait for it, or choose another output_dir. If that "
+            f"process is gone, delete {path}."
+        ) from error
     except OSError as error:
         logger.warning(f"{folder} cannot be locked ({error}). Make sure that no other run uses it.")
         yield
         return
-    with file:
+    with lock:
+        earlier, host = _read(holder), socket.gethostname()
+        if earlier.get("host", host) != host:
+            logger.warning(f"{folder} was used by {_name(earlier)}, which did not end. If it still runs, stop it.")
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         _held.add(path)
         try:
+            write_atomic(holder, json.dumps({"pid": os.getpid(), "host": host, "since": since}))
             yield
         finally:
             _held.discard(path)
+            holder.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
 
-def _open(path: Path) -> TextIO:
-    while True:
-        # A link would let the lock overwrite another file.
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = os.fdopen(os.open(path, flags, 0o644), "r+", encoding="utf-8")
-        try:
-            _lock(file)
-        except OSError as error:
-            other = _name(_holder(file))
-            file.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(
-                f"{path.parent} is used by {other}. Wait for it, or choose another output_dir. If that process is "
-                f"gone, delete {path}."
-            ) from error
-        if os.fstat(file.fileno()).st_nlink:
-            break
-        file.close()  # its holder deleted it in between
-    earlier, host = _holder(file), socket.gethostname()
-    if earlier.get("host", host) != host:
-        logger.warning(f"{path.parent} was used by {_name(earlier)}, which did not end. If it still runs, stop it.")
-    file.seek(0)
-    file.truncate()
-    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    json.dump({"pid": os.getpid(), "host": host, "since": since}, file)
-    file.flush()
-    return file
-
-
-def _lock(file: TextIO) -> None:
-    if sys.platform != "win32":
-        import fcntl
-
-        # Workers of a data loader inherit a lock of `flock`, but not this one. They may outlive their parent.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _holder(file: TextIO) -> dict[str, Any]:
-    file.seek(0)
+def _read(holder: Path) -> dict[str, Any]:
     try:
-        found = json.load(file)
-    except ValueError:  # not written yet
+        found = json.loads(read_plain(holder))
+    except (OSError, ValueError):  # not written yet
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_nexus
-from hf_nexus.lock import LOCK_NAME
+from hf_nexus.lock import HOLDER_NAME, LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.folder import find_checkpoint
 from hf_nexus.pretrain.parsing import parse_arguments
@@ -115,7 +115,7 @@ def test_the_folder_holds_what_was_promised(finished):
 
 def test_the_run_file_names_files_and_continues_a_row(finished):
     text, names = (finished / "RUN.md").read_text(), {path.name for path in finished.iterdir()}
-    assert {name for name in names if f"`{name}`" not in text} <= {LOCK_NAME}
+    assert {name for name in names if f"`{name}`" not in text} <= {HOLDER_NAME, LOCK_NAME}
     assert not {name for name in re.findall(r"^\| `([^`]+)`", text, re.MULTILINE) if name not in names}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
     row = {"input_ids": torch.arange(100, 132), "position_ids": torch.tensor([*range(12), *range(20)])}
@@ -260,7 +260,7 @@ def test_the_folder_of_another_process_is_left_alone(config, finished, tmp_path,
 
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    monkeypatch.setattr("fcntl.lockf", held)
+    monkeypatch.setattr("fcntl.flock", held)
     monkeypatch.setattr("hf_nexus.pretrain.run.load_mixture", lambda *args: pytest.fail("the data was loaded"))
     with pytest.raises(ValueError, match="copy is used by another process"):
         run(config, folder, "--overwrite_output_dir")

@@ -164,7 +164,7 @@ def main(out: Path) -> dict[str, Any]:
     save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}  # into the second epoch
     found["whole"] = run(out / "whole", sources(), **save)
     dist.barrier()
-    held = patch.object(fcntl, "lockf", side_effect=BlockingIOError(errno.EAGAIN, "held"))
+    held = patch.object(fcntl, "flock", side_effect=BlockingIOError(errno.EAGAIN, "held"))
     with held if dist.get_rank() == 0 else contextlib.nullcontext():  # by another run
         found["held"] = refused(make(out / "held", sources()))
     own = str(out / "whole" / f"checkpoint-{(3, 6)[dist.get_rank()]}")  # as on two machines that do not share a disk
