@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..files import checkpoints_of, write_atomic
 from ..hub.facts import installed_versions
-from ..trainer.checkpoints import delete, last_checkpoint, resolve_checkpoint
+from ..trainer.checkpoints import delete_checkpoint, last_checkpoint, resolve_checkpoint
 from .fields import PretrainArguments
 from .sections import CONFIG_NAME, load_config
 
@@ -48,7 +48,7 @@ def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: 
     if checkpoint is None:
         for old in checkpoints_of(arguments.folder):
             console.print(f"Deleting {old}, of an earlier run.")
-            delete(old)
+            delete_checkpoint(old)
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     header = "# The resolved configuration of a run, which `--config` with the path of this file repeats."
     text = yaml.safe_dump(arguments.resolved, sort_keys=False, allow_unicode=True)

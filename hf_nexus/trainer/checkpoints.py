@@ -31,7 +31,7 @@ __all__ = [
     "LAST",
     "RandomStates",
     "StagedCheckpoints",
-    "delete",
+    "delete_checkpoint",
     "is_complete",
     "last_checkpoint",
     "recover",
@@ -204,7 +204,7 @@ def recover(run_dir: str | Path) -> None:
     _clear(Path(run_dir))
 
 
-def delete(checkpoint: Path) -> None:
+def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint, which disappears at once and not file by file."""
     _set_aside(checkpoint)
     _clear(checkpoint.parent)
@@ -273,6 +273,7 @@ class StagedCheckpoints:
         self._pending: tuple[str, Future] | None = None  # the checkpoint that is written while training goes on
         self._reported = False  # whether it was given to `completed`
         self._resumed: str | None = None
+        self._saved: str | None = None  # the last checkpoint of this run
         self._new: Path | None = None
         self.staging = False  # whether the Trainer writes a checkpoint now
         self.stopped_by_sigterm = False  # whether the Trainer's `enable_jit_checkpoint` has ended training
@@ -286,7 +287,7 @@ class StagedCheckpoints:
             ValueError: on all ranks, if another process trains in the folder, or a rank has no complete checkpoint, or
                 another one than the others.
         """
-        self._resumed, self.stopped_by_sigterm = None, False
+        self._resumed, self._saved, self.stopped_by_sigterm = None, None, False
         with ExitStack() as stack:
             with self._together():
                 if self._args.process_index == 0:
@@ -331,10 +332,11 @@ class StagedCheckpoints:
 
     def find_best(self, state: TrainerState) -> None:
         """Look for the best checkpoint of a resumed run where the run is now, which may have been moved."""
-        if self._resumed is None or not state.best_global_step:
+        if self._resumed is None:
             return
-        for resumed in (Path(self._resumed), Path(self._resumed).resolve()):
-            best = resumed.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        recorded = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).best_model_checkpoint
+        for resumed in (Path(self._resumed), Path(self._resumed).resolve()) if recorded else ():
+            best = resumed.with_name(Path(recorded).name)
             if best.is_dir():
                 if str(best) != state.best_model_checkpoint:
                     logger.warning(f"The best checkpoint so far is {best}.")
@@ -374,7 +376,7 @@ class StagedCheckpoints:
         finally:
             self.staging = False
         written = state.best_model_checkpoint
-        self._follow_best(state, run_dir)
+        self._follow_best(state, final)
         if state.best_model_checkpoint != written and self._args.should_save:
             state.save_to_json(str(staged / TRAINER_STATE_NAME))
         if not self._args.should_save and not self._writes:  # the others do so with the manifest
@@ -445,24 +447,21 @@ class StagedCheckpoints:
         self.report_completed()
         self._pending = None
 
-    def _follow_best(self, state: TrainerState, run_dir: str) -> None:
+    def _follow_best(self, state: TrainerState, new: str) -> None:
         """
-        Point to the checkpoint of the best step. The Trainer looks for it where this checkpoint is written, and finds
-        none of an earlier step.
+        Point to the checkpoint of the best step, which may be the last one, evaluated since. The Trainer looks for it
+        where `new` is written, and finds none of an earlier step. A folder of that name may be of an earlier run.
         """
-        name, known = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}", state.best_model_checkpoint
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = os.path.join(run_dir, name)
-            return
-        if known and os.path.basename(known) == name and os.path.isdir(known):
-            return  # also where the run was resumed from
-        if os.path.isdir(os.path.join(run_dir, name)):
-            state.best_model_checkpoint = os.path.join(run_dir, name)
+        saved = {Path(path).name: path for path in (state.best_model_checkpoint, self._saved, new) if path}
+        best = saved.get(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if best is not None and (best == new or os.path.isdir(best)):
+            state.best_model_checkpoint = best
         elif state.best_global_step and self._args.load_best_model_at_end:
             logger.warning(
                 f"The best model so far, of step {state.best_global_step}, was not saved and cannot be loaded at the "
                 "end. Save at each evaluation (save_steps, eval_steps)."
             )
+        self._saved = new
 
     def seal_again(self) -> None:
         """Renew the manifest of a new checkpoint that a callback has changed in `on_save`."""
@@ -488,7 +487,7 @@ class StagedCheckpoints:
             surplus += [path for path in found if path not in complete and path.resolve() not in kept]
         for path in surplus:
             try:
-                delete(path)
+                delete_checkpoint(path)
             except OSError as error:  # an old checkpoint must not cost a run
                 logger.warning(f"{path} could not be deleted: {error}")
 

@@ -14,12 +14,12 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_nexus.files import checkpoints_of
-from hf_nexus.lock import LOCK_NAME
+from hf_nexus.lock import HOLDER_NAME
 from hf_nexus.trainer.checkpoints import (
     MANIFEST_NAME,
     STAGING_DIR,
     StagedCheckpoints,
-    delete,
+    delete_checkpoint,
     is_complete,
     last_checkpoint,
     recover,
@@ -147,7 +147,7 @@ def test_a_complete_checkpoint_gets_its_name_after_a_kill(tmp_path):
     assert not (run / STAGING_DIR).exists()
 
 
-@pytest.mark.parametrize("act", [recover, lambda run: delete(run / "checkpoint-3")])
+@pytest.mark.parametrize("act", [recover, lambda run: delete_checkpoint(run / "checkpoint-3")])
 def test_a_linked_staging_folder_is_not_followed(tmp_path, act):
     """Neither by a recovery nor by a deletion."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
@@ -475,6 +475,22 @@ def test_a_best_that_was_not_saved_is_named(saving, caplog):
     assert "of step 1, was not saved" in caplog.text
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_is_not_a_checkpoint_of_an_earlier_run(saving, tmp_path, caplog, resumed):
+    """Its step was evaluated and not saved by this run, and an earlier run in the folder has saved it."""
+    settings = best(load_best_model_at_end=True, save_total_limit=None, eval_steps=2)
+    saving(save_steps=2, max_steps=2, **settings).train()
+    again = saving(model=tiny_llama(seed=5), save_steps=4, **{**settings, "max_steps": 4})
+    again.train()
+    if resumed:
+        again = saving(model=tiny_llama(seed=5), save_steps=4, **{**settings, "max_steps": 8})
+        again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert again.state.best_global_step == 2 and "of step 2, was not saved" in caplog.text
+    assert again.state.best_model_checkpoint is None
+    last = load_file(tmp_path / f"run/checkpoint-{again.state.global_step}/model.safetensors")
+    assert torch.equal(again.model.state_dict()["lm_head.weight"], last["lm_head.weight"])
+
+
 # ---- One run per folder ----
 
 
@@ -485,9 +501,9 @@ def test_a_folder_has_one_run(saving, tmp_path, monkeypatch):
         raise BlockingIOError(11, "held")
 
     trainer = saving(trainer_kwargs={"eval_dataset": Rows(8, 0)})
-    (tmp_path / "run" / LOCK_NAME).write_text(json.dumps(holder))
+    (tmp_path / "run" / HOLDER_NAME).write_text(json.dumps(holder))
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="process 7 on node-3, since today"):
-        patch.setattr("fcntl.lockf", held)
+        patch.setattr("fcntl.flock", held)
         assert trainer.evaluate()["eval_loss"] > 0
         trainer.train()
     trainer.train()
