@@ -263,7 +263,8 @@ def _check_loader(args: Any, streams: bool) -> None:
     if args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not possible for a mixture, whose order is "
-            "set by source_schedule. Leave it at 'random', or pass one plain dataset."
+            "set by source_schedule. Set it to 'random'. For KTO, whose default it is and whose loss needs it, pass "
+            "one plain dataset."
         )
     if not streams:
         return

@@ -26,8 +26,9 @@ _COLLECTED = ("_metrics", "_stored_metrics")
 
 
 def trl_parent(cls: type) -> type | None:
-    """The class of TRL that a trainer extends; `None` if it extends none."""
-    return next((c for c in cls.__mro__ if issubclass(c, Trainer) and c.__module__.startswith("trl.")), None)
+    """The class of TRL that a trainer extends, which says what its arguments are; `None` if it extends none."""
+    of_trl = (c for c in cls.__mro__ if issubclass(c, Trainer) and c.__module__.startswith("trl."))
+    return next((c for c in of_trl if "args" in c.__init__.__annotations__), None)
 
 
 def is_of_trl(args: Any) -> bool:
@@ -54,13 +55,18 @@ class SourcePreparation:
     Passes the first source to a trainer of TRL (`parent`), and prepares all sources when TRL prepares the first.
 
     Raises:
-        ValueError: a `Mixture`, or sources of several formats.
+        ValueError: a `Mixture`, sources of several formats, or a trainer that prepares one dataset only.
     """
 
     def __init__(self, feed: Feed, parent: type | None):
         self._feed = feed
         self.shown: Any = None  # the `train_dataset` for TRL; None for a plain dataset and without TRL
         if parent is not None and feed.data.stages:
+            if not hasattr(parent, "_prepare_dataset"):
+                raise ValueError(
+                    f"{parent.__name__} prepares one dataset, but got {', '.join(feed.data.names)}. Pass one plain "
+                    "dataset, such as datasets.concatenate_datasets(list(sources.values()))."
+                )
             _check_formats(feed.data)
             # A copy, which TRL does not mistake for an evaluation set.
             self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])

@@ -15,10 +15,24 @@ from torch.nn import functional as F
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast, TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.bema_for_ref_model import DPOTrainer as ReferenceDPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from hf_nexus import NexusConfig, NexusConfigMixin, NexusTrainerMixin
 from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE
@@ -389,6 +403,37 @@ def test_a_parent_makes_arguments_if_none_are_given(tokenizer, tmp_path, monkeyp
 def test_sources_of_several_formats_are_refused(make):
     with pytest.raises(ValueError, match=r"Source 'talk' has the columns \['messages'\], but 'letters' has \[\]"):
         make({"letters": texts()["letters"], "talk": conversations()["digits"]})
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+@pytest.mark.parametrize(("parent", "config"), [(CPOTrainer, CPOConfig), (ORPOTrainer, ORPOConfig)])
+def test_trainers_that_prepare_one_dataset_take_one(make, parent, config, nexus):
+    ours = type("Ours", (NexusTrainerMixin, parent), {})
+    settings = dataclass(type("Settings", (NexusConfigMixin, config), {}))
+    sources = preferences()
+    with pytest.raises(ValueError, match=f"{parent.__name__} prepares one dataset, but got letters, digits"):
+        make(sources, ours, settings, nexus=nexus)
+    trainer = make(concatenate_datasets(list(sources.values())), ours, settings, nexus=nexus)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_constructor_that_only_passes_on_is_passed_over(make, tokenizer):
+    """That of the parent says which arguments it takes."""
+    ours = type("Ours", (NexusTrainerMixin, ReferenceDPOTrainer), {})
+    trainer = make(preferences(), ours, NexusDPOConfig, ref_model=llama(tokenizer, seed=1))
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.mixture_weights is not None
+
+
+def test_the_order_that_kto_needs_is_not_that_of_sources(make):
+    ours = type("Ours", (NexusTrainerMixin, KTOTrainer), {})
+    sources = {
+        name: Dataset.from_dict({"prompt": of["prompt"], "completion": of["chosen"], "label": [True] * len(of)})
+        for name, of in preferences().items()
+    }
+    with pytest.raises(ValueError, match=r"'sequential' is not possible .* For KTO, .* pass one plain dataset"):
+        make(sources, ours, KTOConfig)
 
 
 @pytest.mark.parametrize("mixes", [True, False])
