@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_sagemaker_mp_enabled, logging
+from transformers.utils import logging
 
 from ..mixture.config import RESERVED_NAMES
 from ..nexus import Nexus
@@ -329,11 +329,6 @@ def check_launch(args: Any, launch: Launch) -> None:
         raise ValueError(
             f"{launched} processes were launched, but each would train a model alone. Without a GPU, pass "
             "use_cpu=True."
-        )
-    if is_sagemaker_mp_enabled():
-        raise ValueError(
-            "Nexus does not support SageMaker model parallelism. Use DDP (`torchrun --nproc_per_node <GPUs> "
-            "your_script.py ...`) or FSDP2."
         )
     if launch.fsdp_version is None and launch.kind not in _DDP | {DistributedType.NO}:
         why = ", whose engine reduces gradients by itself" if launch.kind == DistributedType.DEEPSPEED else ""

@@ -58,12 +58,6 @@ def test_parameters_that_fsdp_leaves_out_are_refused():
         support.check_sharded(torch.nn.Linear(2, 2))
 
 
-def test_sagemaker_model_parallelism_is_refused(build, monkeypatch):
-    monkeypatch.setattr(support, "is_sagemaker_mp_enabled", lambda: True)
-    with pytest.raises(ValueError, match=f"SageMaker.*{INSTEAD}"):
-        build()
-
-
 @pytest.mark.parametrize(
     ("size", "why"),
     [("get_tp_size", "when it loads them"), ("get_cp_size", "run on a CPU"), ("get_sp_size", "run on a CPU")],
@@ -125,9 +119,10 @@ def test_models_spread_at_load_time_are_refused(build):
         build(model=model)
 
 
-def test_what_is_refused_with_nexus_is_not_without(make_trainer, monkeypatch):
-    monkeypatch.setattr(support, "is_sagemaker_mp_enabled", lambda: True)
-    assert isinstance(make_trainer(Rows(16, 0), nexus=False), Trainer)
+def test_what_is_refused_with_nexus_is_not_without(make_trainer):
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    assert isinstance(make_trainer(Rows(16, 0), model=model, nexus=False), Trainer)
 
 
 @pytest.mark.parametrize("mixture", [True, False])
