@@ -37,13 +37,13 @@ __all__ = [
 _BUCKET = 25 * 2**20  # bytes, as in DDP
 
 
-def _several_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The elementwise sum over the ranks. All ranks must call it."""
-    if _several_ranks():
+    if _ranks() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
@@ -51,7 +51,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """The elementwise maximum over the ranks. All ranks must call it."""
-    if _several_ranks():
+    if _ranks() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
@@ -60,16 +60,15 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 def broadcast(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor of the first rank, on `device`. All ranks must call it."""
     tensor = tensor.to(device)
-    if _several_ranks():
+    if _ranks() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def gather(value: Any) -> list[Any]:
     """The value of each rank, which can be pickled. All ranks must call it."""
-    values = [value]
-    if _several_ranks():
-        values *= dist.get_world_size()
+    values = [value] * _ranks()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -167,7 +166,7 @@ def path_size(inner_sync: str, node_size: int | None) -> int:
     Raises:
         ValueError: the ranks cannot be split into groups of this size.
     """
-    ranks = dist.get_world_size() if _several_ranks() else 1
+    ranks = _ranks()
     node = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     size = {"global": ranks, "local": 1, "node": node}[inner_sync]
     check_paths(ranks, set(gather(size)))
@@ -248,7 +247,7 @@ class PathGroups:
 
     def __init__(self, inner_sync: str, node_size: int | None = None):
         self.settings = inner_sync, node_size
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if _several_ranks() else (1, 0)
+        ranks, rank = _ranks(), dist.get_rank() if dist.is_initialized() else 0
         self.size = size = path_size(inner_sync, node_size)  # ranks per path
         self.path, self._place = divmod(rank, size)  # number of this rank's path, and its place there
         self.inside: dist.ProcessGroup | None = None  # the ranks of this path, if several paths have several ranks
