@@ -220,8 +220,9 @@ class Publisher:
 
     def _approved(self, files: Mapping[str, Path], approve: Callable[[str], bool]) -> bool:
         """Whether this user may not have written the files. Raise `ValueError` if they are not approved."""
+        names = self.queue.count_names()
         doubts = self.queue.doubts(
-            lambda: {name: path.lstat() for name, path in files.items() if not path.is_symlink()}
+            names, {name: path.lstat() for name, path in files.items() if not path.is_symlink()}
         )
         why = f"{self.output_dir} may not be yours: {printable(doubts)}."
         if doubts and not approve(f"To {self.target}: {why}"):

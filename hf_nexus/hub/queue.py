@@ -45,7 +45,7 @@ class UploadQueue:
     One process adds jobs and one process, the holder of `lock`, sends them. Each may be killed at any time: a single
     rename adds, claims or removes a job. The first `add` creates the folder.
 
-    Another user may have written the folder. `refusal` decides which jobs are sent. It calls `approve` for a job that
+    Another user may have written the folder. `pending` has the jobs that are sent. It calls `approve` for a job that
     this user may not have queued, with the reasons. `instead` has fields of [`Target`] that replace those of the jobs.
 
     Raises:
@@ -126,6 +126,8 @@ class UploadQueue:
 
     def prune(self) -> None:
         """Delete superfluous jobs, except one that is being sent."""
+        if len(self.waiting()) < 2:
+            return  # most saves find no other job, and training waits for this
         for job, slots in self.pending():
             if not slots and job.path.suffix != _SENDING:
                 self.remove(job)
@@ -188,12 +190,19 @@ class UploadQueue:
             return replace(job.target, **self._instead)
         return Target(**self._instead) if "repo_id" in self._instead else None
 
-    def refusal(self, job: Job) -> str | None:
-        """Why a job may not be sent; `None` if it may."""
+    def _judged(self) -> tuple[list[tuple[Job, str | None]], list[str]]:
+        """As `_read`, each job with the reason why it may not be sent, or `None` if it may."""
+        jobs, problems = self._read()
+        names = self.count_names() if jobs else Counter()
+        return [(job, self._refusal(job, names)) for job in jobs], problems
+
+    def _refusal(self, job: Job, names: Counter[int]) -> str | None:
+        """The reason of one job; `names` as for `doubts`."""
         try:
             if self.destination(job) is None:
                 return f"{job.path} names {job.target!r}, which this run has not recorded. Pass --repo to send it."
-            doubts = self._doubts_about(job)
+            record = [self.folder.parent / _TARGETS] * (job.target in self.targets())
+            doubts = self.doubts(names, job.stats(), [job.path, job.path / "files", job.path / "job.json", *record])
         except (OSError, RefusedJobError) as error:
             return str(error)[:500] if job.path.exists() else None  # another process has moved the job
         if doubts and job.number not in self._approved:
@@ -202,25 +211,21 @@ class UploadQueue:
             return f"{job.path} may not be yours: {doubts}. Check its files, and send it with hf-nexus push --yes."
         return None
 
-    def _doubts_about(self, job: Job) -> str:
-        """Why a job may not be this user's."""
-        record = [self.folder.parent / _TARGETS] * (job.target in self.targets())
-        return self.doubts(job.stats, [job.path, job.path / "files", job.path / "job.json", *record])
+    def count_names(self) -> Counter[int]:
+        """Of each file of the run, by inode, how many names it has there. Rotation may delete some at any time."""
+        return Counter(_inodes(self.folder.parent))
 
-    def doubts(self, describe: Callable[[], Mapping[str, os.stat_result]], others: Iterable[Path] = ()) -> str:
+    def doubts(self, names: Counter[int], stats: Mapping[str, os.stat_result], others: Iterable[Path] = ()) -> str:
         """
         Why another user may have written files, or linked them to files that are not part of the run; empty if there
-        is no reason. `describe` gives the files by name. Of the `others`, only the owner matters.
+        is no reason. The `names` were counted before the `stats` of the files. Of the `others`, only the owner matters.
         """
-        run = self.folder.parent
-        inodes = Counter(_inodes(run))  # first: rotation deletes other names of a file, which are counted
-        stats = describe()
         owners = {stat.st_uid for stat in (*stats.values(), *(path.lstat() for path in others))}
         doubts = [f"it belongs to the user {owner}" for owner in sorted(owners - {self._owner})]
         linked = [name for name, stat in stats.items() if stat.st_nlink > 1]
         # The run's checkpoints have other names of the file.
-        outside = [name for name in linked if stats[name].st_nlink > inodes[stats[name].st_ino]]
-        doubts += [f"{name} is also a file outside of {run}" for name in outside]
+        outside = [name for name in linked if stats[name].st_nlink > names[stats[name].st_ino]]
+        doubts += [f"{name} is also a file outside of {self.folder.parent}" for name in outside]
         return ", ".join(doubts)
 
     @cached_property
@@ -257,8 +262,8 @@ class UploadQueue:
 
     def refused(self) -> list[str]:
         """Why jobs may not be sent."""
-        jobs, problems = self._read()
-        return [*problems, *filter(None, map(self.refusal, jobs))]
+        judged, problems = self._judged()
+        return [*problems, *(why for _, why in judged if why is not None)]
 
     def pending(self) -> list[tuple[Job, tuple[str, ...]]]:
         """
@@ -267,7 +272,7 @@ class UploadQueue:
         """
         covered = {target: dict(slots) for target, slots in self.state().get("sent", {}).items()}
         found = []
-        for job in reversed([job for job in self.jobs() if self.refusal(job) is None]):
+        for job in reversed([job for job, why in self._judged()[0] if why is None]):
             newest = covered.setdefault(str(job.target), {})
             found.append((job, tuple(slot for slot in job.slots if newest.get(slot, 0) <= job.number)))
             newest.update({slot: max(job.number, newest.get(slot, 0)) for slot in job.slots})

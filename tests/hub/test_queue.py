@@ -37,6 +37,20 @@ def test_pruning_keeps_the_newest_job_of_each_folder(
     assert {job.step for job in queue.jobs()} == set(newest.values())
 
 
+def test_a_save_reads_the_run_folder_at_most_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training prunes after each save. The folder may hold thousands of files, and the queue many jobs."""
+    walks: list[Path] = []
+    monkeypatch.setattr("hf_nexus.hub.queue._inodes", lambda run: [walks.append(run), *_inodes(run)][1:])
+    queue = UploadQueue(tmp_path / QUEUE_NAME)
+    for step in range(4):
+        checkpoint = write_checkpoint(tmp_path, step)
+        queue.add(*checkpoint_files(checkpoint, "all_checkpoints"), step, "title", Target(REPO), write_once=checkpoint)
+        walks.clear()
+        queue.prune()
+        assert len(walks) == min(step, 1)
+    assert len(queue.jobs()) == len(queue.pending()) == 4 and len(walks) == 2 and queue.refused() == []
+
+
 def test_a_job_holds_what_was_saved_when_it_was_queued(tmp_path: Path) -> None:
     """Rotation and later saves of the same files do not change it (hazards B and C)."""
     checkpoint = write_checkpoint(tmp_path, 2)
