@@ -294,7 +294,7 @@ def _losses(metrics: dict[str, Any], prefix: str, names: Iterable[str]) -> dict[
 def _logged_cosines(log: list[dict[str, Any]], names: list[str]) -> list[tuple[int, Pairs]]:
     found = []
     for entry in log:
-        keys = {(a, b): f"cosine/{a}-{b}" for a, b in itertools.combinations(names, 2)}
+        keys = {(a, b): f"cosine/{a}/{b}" for a, b in itertools.combinations(names, 2)}
         if pairs := {pair: entry[key] for pair, key in keys.items() if key in entry}:
             found.append((entry["step"], _pairs(pairs)))
     return found

@@ -166,7 +166,7 @@ def _draw_losses(axes: "Axes", curves: list[_Curve]) -> None:
 def _cosines(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figure | None":
     pairs: dict[tuple[str, str], _Points] = {}  # the finite cosines of each pair that has any
     for a, b in itertools.combinations(sources, 2):
-        if points := _series(log, f"cosine/{a}-{b}") or _series(log, f"cosine/{b}-{a}"):
+        if points := _series(log, f"cosine/{a}/{b}") or _series(log, f"cosine/{b}/{a}"):
             pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
     if not pairs:
         return None

@@ -518,7 +518,7 @@ class NexusTrainerMixin(_Base):
             return
         self._cosines_at = step
         with self.meter.paused(), metrics_aside(self):
-            self.log({f"cosine/{a}-{b}": value for (a, b), value in self.source_cosines().items()})
+            self.log({f"cosine/{a}/{b}": value for (a, b), value in self.source_cosines().items()})
 
     def source_cosines(self) -> dict[tuple[str, str], float]:
         """

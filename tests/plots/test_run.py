@@ -139,7 +139,7 @@ def test_a_log_without_numbers_draws_nothing(tmp_path, log):
 
 
 def test_cosines_are_drawn_only_if_the_log_has_finite_ones(tmp_path):
-    log = [{"step": 1, "cosine/a-b-c": 0.5}, {"step": 2, "cosine/a-b-c": math.nan}, {"step": 2, "cosine/x-y": 0.1}]
+    log = [{"step": 1, "cosine/a-b/c": 0.5}, {"step": 2, "cosine/a-b/c": math.nan}, {"step": 2, "cosine/x/y": 0.1}]
     folder = tmp_path / "new"
     assert plot_run([{"step": 1, "loss/a": 1.0}], ["a-b", "c"], folder) == [] and not folder.exists()
     assert plot_run(log[1:2], ["a", "b-c"], folder) == []
@@ -147,10 +147,17 @@ def test_cosines_are_drawn_only_if_the_log_has_finite_ones(tmp_path):
     assert_png(folder / "gradient_cosines.png")
 
 
+def test_the_matrix_shows_each_pair_its_own_cosine(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(run, "draw_matrix", lambda axes, names, rows, **style: shown.extend(rows))
+    plot_run([{"step": 1, "cosine/a-b/c": 0.5, "cosine/a/b-c": -0.5}], ["a-b", "c", "a", "b-c"], tmp_path)
+    assert [shown[0][1], shown[2][3]] == [0.5, -0.5] and math.isnan(shown[0][2])
+
+
 def test_pyplot_is_never_imported_and_matplotlib_late(tmp_path):
     code = (
         "import sys, hf_nexus.plots.run as p; assert 'matplotlib' not in sys.modules;"
-        "log = [{'step': 1, 'eval_loss': 2.0, 'cosine/a-b': 0.5}];"
+        "log = [{'step': 1, 'eval_loss': 2.0, 'cosine/a/b': 0.5}];"
         f"assert len(p.plot_run(log, ['a', 'b'], {str(tmp_path)!r})) == 2;"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -572,24 +572,32 @@ class StopAfterTwoSteps(TrainerCallback):
 def test_gradient_cosines_on_request(make_trainer, sources):
     trainer = make_trainer(sources, max_steps=4, gradient_cosine_steps=2)
     trainer.train()
-    logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text-code" in entry]
+    logged = [entry["step"] for entry in trainer.state.log_history if "cosine/text/code" in entry]
     assert logged == [0, 2, 4]  # at the weights before the third step, and at the end
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
-    logs = last_log(trainer, "cosine/code-math")
-    assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text-code", "text-math", "code-math"))
+    logs = last_log(trainer, "cosine/code/math")
+    assert all(-1 <= logs[f"cosine/{pair}"] <= 1 for pair in ("text/code", "text/math", "code/math"))
     plain = make_trainer(sources, max_steps=4)
     plain.train()
     assert torch.equal(weights(trainer), weights(plain))  # the measurement changes no weights
     control = make_trainer(sources, max_steps=1, gradient_cosine_steps=1, nexus=False)
     control.train()
     first, of_control = (
-        next(entry for entry in run.state.log_history if "cosine/text-code" in entry) for run in (trainer, control)
+        next(entry for entry in run.state.log_history if "cosine/text/code" in entry) for run in (trainer, control)
     )
-    assert of_control["cosine/text-code"] == first["cosine/text-code"]
+    assert of_control["cosine/text/code"] == first["cosine/text/code"]
     stopped = make_trainer(sources, max_steps=9, gradient_cosine_steps=5)
     stopped.add_callback(StopAfterTwoSteps)
     stopped.train()
-    assert [entry["step"] for entry in stopped.state.log_history if "cosine/text-code" in entry] == [0, 2]
+    assert [entry["step"] for entry in stopped.state.log_history if "cosine/text/code" in entry] == [0, 2]
+
+
+def test_each_pair_of_sources_logs_its_own_cosine(make_trainer, sources):
+    """Names may hold a hyphen: a-b and c are another pair than a and b-c."""
+    named = dict(zip(("a-b", "c", "a", "b-c"), [*sources.values(), sources["text"]], strict=True))
+    trainer = make_trainer(named, max_steps=1, gradient_cosine_steps=1)
+    trainer.train()
+    assert len([key for key in trainer.state.log_history[0] if key.startswith("cosine/")]) == 6
 
 
 def test_gradient_cosines_of_one_plain_dataset_are_refused(make_trainer, sources):
@@ -612,7 +620,7 @@ def test_gradient_cosines_of_a_stream_need_rows_held_out(make_trainer, sources):
         make_trainer(stream, trainer_kwargs={"eval_dataset": held_out}, **settings)
     trainer = make_trainer(stream, trainer_kwargs={"eval_dataset": {"text": rows}}, **settings)
     trainer.train()
-    assert "cosine/text-code" in trainer.state.log_history[0]
+    assert "cosine/text/code" in trainer.state.log_history[0]
 
 
 # ---- Saving and resuming ----

@@ -38,7 +38,7 @@ def metrics(trainer: Any) -> dict[str, float]:
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
         for name, value in last.items()
     }
-    ours = ("train/path_cosine", "train/inner_lr", "train/loss/code", "train/cosine/text-code", "eval/ood_loss")
+    ours = ("train/path_cosine", "train/inner_lr", "train/loss/code", "train/cosine/text/code", "eval/ood_loss")
     assert expected.keys() >= set(ours)
     return expected
 
