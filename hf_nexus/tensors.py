@@ -11,13 +11,25 @@ from torch.optim.sgd import sgd
 __all__ = [
     "Buffers",
     "Snapshot",
+    "accelerator_or_cpu",
     "add_scaled_",
     "clear_gradients",
     "find_gradients",
+    "float64_device",
     "global_norm",
     "set_gradients",
     "shard",
 ]
+
+
+def accelerator_or_cpu() -> torch.device:
+    """The accelerator of this machine, or the CPU if there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def float64_device(tensor: Tensor) -> torch.device:
+    """The device of a tensor, or the CPU if that device has no float64."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 
 @torch.no_grad()

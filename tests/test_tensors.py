@@ -1,5 +1,6 @@
 """Norms, masked updates, and the snapshot, also on another device."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from hf_nexus import Nexus, controls
 from hf_nexus import tensors as tensors_module
-from hf_nexus.tensors import Buffers, Snapshot, add_scaled_, global_norm
+from hf_nexus.tensors import Buffers, Snapshot, add_scaled_, float64_device, global_norm
 
 
 def test_global_norm_is_wide_enough_for_all_elements():
@@ -97,3 +98,8 @@ def test_an_offloaded_snapshot_gives_the_same_update(monkeypatch, direction, gam
         assert max(staged) == 3 * 8 * 4
     else:
         assert not staged
+
+
+def test_sums_of_a_device_without_float64_are_taken_on_the_cpu():
+    for name, expected in (("mps", "cpu"), ("cuda:1", "cuda:1"), ("xpu:0", "xpu:0"), ("cpu", "cpu")):
+        assert float64_device(SimpleNamespace(device=torch.device(name))) == torch.device(expected)

@@ -1,6 +1,7 @@
 """The command `hf-nexus closeness`."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import require_folder
-from ..quiet import is_live
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,6 @@ def closeness(
         raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
     require_folder(path.parent, "output")
     from rich.console import Console
-    from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluation.closeness import measure_closeness
@@ -66,7 +65,7 @@ def closeness(
         projection=projection,
         seed=seed,
         minima=models,
-        track=lambda text, parts: track(parts, text, console=console, transient=True, disable=not is_live(console)),
+        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     found.save(path)
     print_closeness(found, console)

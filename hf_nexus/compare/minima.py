@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..evaluation.held_out import HeldOutSet, held_out_sets
+from ..evaluation.held_out import held_out_sets
 from ..evaluation.landscape import minima_landscape
 from ..mixture.loading import load_mixture
 from ..pretrain.parsing import parse_arguments
@@ -70,7 +69,7 @@ def search_minima(run: Run) -> RunRecord:
     found = minima_landscape(
         parameters,
         {name: search.best for name, search in searches.items()},
-        {name: partial(_mean, rows[name]) for name in sources},
+        {name: rows[name].loss for name in sources},
         positions=wanted.grid,
         resolution=wanted.grid,
     )
@@ -136,10 +135,6 @@ def _search(
         trainer.add_callback(search)
         trainer.train()
     return search
-
-
-def _mean(rows: HeldOutSet) -> float:
-    return rows.mean_loss()[0]
 
 
 @torch.no_grad()

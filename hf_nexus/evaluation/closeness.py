@@ -1,19 +1,20 @@
 """How close the sources of a saved model are: held-out losses, gradient cosines, distances between minimizers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..files import finite_json, nearest, write_atomic
 from ..mixture.config import MixtureConfig
 from ..mixture.loading import load_mixture
-from .cosines import gradient_cosines
+from ..tensors import accelerator_or_cpu
+from .cosines import dot, gradient_cosines
 from .held_out import HeldOutSet, held_out_sets
-from .landscape import minima_landscape, norm
+from .landscape import minima_landscape
 from .losses import OOD, mean_losses
 from .models import load_model, load_tokenizer, trainable_parameters
 
@@ -58,7 +59,7 @@ def measure_closeness(
     projection: int | None = None,
     seed: int = 0,
     minima: Mapping[str, str] | None = None,
-    track: Callable[[str, Sequence], Iterable] = lambda text, parts: parts,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Closeness:
     """
     Measure held-out losses of a model and gradient cosines between its training sources. With models that were
@@ -71,8 +72,7 @@ def measure_closeness(
     Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows of each
     source. Losses of the model itself are computed on all of them. `projection` and `seed` are those of
     [`gradient_cosines`]. `minima` has, for two or more training sources, the folder or Hub id of `model` trained
-    further on that source alone. `track` takes what is measured and its parts, and gives the parts one by one, for a
-    progress bar.
+    further on that source alone. `say` is called with what begins.
 
     Raises:
         ValueError: no held-out rows, unknown sources, or minimizers of another model.
@@ -82,57 +82,38 @@ def measure_closeness(
     _check_minima(minima or {}, mixture)
     module, base = load_model(model, base)
     loaded = load_mixture(mixture, load_tokenizer(model, base))
-    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    module.to(accelerator_or_cpu()).eval()
     held_out = held_out_sets(module, loaded, batch_size)
     params = trainable_parameters(module)
     sources = [name for name in loaded.train if name in held_out]
     if not sources:
         raise ValueError("No training source has held-out rows. Give them eval_rows or an eval_split.")
-    measured = {name: held_out[name].mean_loss() for name in track("Held-out losses", list(held_out))}
+    measured = {}
+    for name, rows in held_out.items():
+        say(f"Held-out loss of {name}")
+        measured[name] = rows.mean_loss()
     losses = {name: loss for name, (loss, _) in measured.items()}
     means = mean_losses({f"eval_{name}_loss": loss for name, loss in losses.items()}, list(losses), loaded.weights)
     sample = {name: held_out[name].first(batches) for name in sources}
-    cosines = _measure_cosines(sample, list(params.values()), projection, seed, track)
+    say("Gradients")
+    cosines = gradient_cosines(sample, list(params.values()), projection=projection, seed=seed)
+    if minima:
+        say("Losses between the minimizers")
     return Closeness(
         model=model,
         base=base,
         parameters=sum(p.numel() for p in params.values()),
-        parameter_norm=norm(params.values()),
+        parameter_norm=math.sqrt(dot(params.values(), params.values())),
         losses={name: losses[name] for name in sources},
         ood_losses={name: loss for name, loss in losses.items() if name not in sources},
         macro_loss=means["eval_loss"],
         ood_loss=means.get(f"eval_{OOD}_loss"),
         tokens={name: tokens for name, (_, tokens) in measured.items()},
-        cosines=cosines,
+        cosines=[(a, b, value) for (a, b), value in cosines.items()],
         cosine_tokens={name: int(sum(tokens for _, tokens in rows)) for name, rows in sample.items()},
         projection=projection,
         minima=_measure_minima(minima, base, params, sample) if minima else None,
     )
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Batches that advance `ticks`, each time that they are read."""
-
-    batches: Iterable
-    ticks: Iterator
-
-    def __iter__(self) -> Iterator:
-        for batch in self.batches:
-            next(self.ticks, None)
-            yield batch
-
-
-def _measure_cosines(
-    sample: Mapping[str, HeldOutSet], params: list[Tensor], projection: int | None, seed: int, track: Callable
-) -> list[tuple[str, str, float]]:
-    passes = [1 if projection else i + (i < len(sample) - 1) for i in range(len(sample))]  # over each source
-    total = sum(n * -(-len(rows.rows) // rows.batch_size) for n, rows in zip(passes, sample.values(), strict=True))
-    ticks = iter(track("Gradients", range(total)))
-    counted = {name: _Counted(rows, ticks) for name, rows in sample.items()}
-    cosines = gradient_cosines(counted, params, projection=projection, seed=seed)
-    next(ticks, None)  # the last one is done
-    return [(a, b, value) for (a, b), value in cosines.items()]
 
 
 def _check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:
@@ -156,5 +137,4 @@ def _measure_minima(
         if {key: p.shape for key, p in point.items()} != {key: p.shape for key, p in params.items()}:
             raise ValueError(f"The minimizer of {name!r}, {path}, does not have the parameters of the model.")
         points[name] = point
-    losses = {name: lambda name=name: rows[name].mean_loss()[0] for name in points}
-    return minima_landscape(params, points, losses)
+    return minima_landscape(params, points, {name: rows[name].loss for name in points})

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..tensors import float64_device
+
 __all__ = ["gradient_cosines"]
 
 Loss = Callable[[], Tensor]
@@ -57,11 +59,11 @@ def _exact(losses: Mapping[str, Batches], params: Sequence[Tensor]) -> _Products
     products: _Products = {}
     for i, a in enumerate(names[:-1]):
         first = _mean_gradient(losses[a], params)
-        products[a, a] = _dot(first, first)
+        products[a, a] = dot(first, first)
         for b in names[i + 1 :]:
             second = _mean_gradient(losses[b], params)
-            products[a, b] = _dot(first, second)
-            products[b, b] = _dot(second, second)
+            products[a, b] = dot(first, second)
+            products[b, b] = dot(second, second)
             del second
         del first
     return products
@@ -70,7 +72,7 @@ def _exact(losses: Mapping[str, Batches], params: Sequence[Tensor]) -> _Products
 def _projected(losses: Mapping[str, Batches], params: Sequence[Tensor], size: int, seed: int) -> _Products:
     sketches = {}
     for name, batches in losses.items():
-        sketch = torch.zeros(size, dtype=torch.float64, device=params[0].device)
+        sketch = torch.zeros(size, dtype=torch.float64, device=float64_device(params[0]))
         for gradient, weight in _gradients(batches, params):
             sketch += weight * count_sketch(gradient, size, seed)  # linear, so no mean gradient is needed
             del gradient
@@ -103,9 +105,10 @@ def _gradients(batches: Batches, params: Sequence[Tensor]) -> Iterator[tuple[lis
 
 
 @torch.no_grad()
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def dot(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
+    """Inner product of two points in parameter space, summed in float64."""
     products = [
-        torch.dot(x.double(), y.double())
+        torch.dot(x.to(float64_device(x), torch.float64), y.to(float64_device(y), torch.float64))
         for whole_x, whole_y in zip(a, b, strict=True)
         for x, y in zip(whole_x.reshape(-1).split(BLOCK), whole_y.reshape(-1).split(BLOCK), strict=True)
     ]
@@ -118,7 +121,7 @@ def count_sketch(tensors: Sequence[Tensor], size: int, seed: int) -> Tensor:
     Count sketch of a vector, (size,) in float64. The projection depends only on the seed and the positions: vectors
     of one shape are projected alike, and no table is kept.
     """
-    device = tensors[0].device
+    device = float64_device(tensors[0])
     bins = torch.zeros(2 * size, dtype=torch.float64, device=device)  # a number and a sign are one of 2 * size bins
     generator = torch.Generator(device)
     for i, tensor in enumerate(tensors):
@@ -126,5 +129,5 @@ def count_sketch(tensors: Sequence[Tensor], size: int, seed: int) -> Tensor:
             key = hashlib.blake2b(repr((seed, i, j)).encode(), digest_size=7).digest()
             generator.manual_seed(int.from_bytes(key, "big"))
             places = torch.randint(2 * size, (block.numel(),), generator=generator, device=device)
-            bins.index_add_(0, places, block.double())
+            bins.index_add_(0, places, block.to(device, torch.float64))
     return bins[:size] - bins[size:]

@@ -55,6 +55,10 @@ class HeldOutSet:
         total, count = mean.sums.tolist()
         return total / count if count else math.nan, int(count)
 
+    def loss(self) -> float:
+        """Loss per token over all rows."""
+        return self.mean_loss()[0]
+
 
 def held_out_sets(model: Any, mixture: "Mixture", batch_size: int) -> dict[str, HeldOutSet]:
     """Held-out rows of each source that has any, OOD sources last. Documents are isolated as in training."""

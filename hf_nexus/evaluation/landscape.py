@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cosines import BLOCK
+from ..tensors import float64_device
+from .cosines import BLOCK, dot
 
-__all__ = ["minima_landscape", "norm"]
+__all__ = ["minima_landscape"]
 
 # All parameters of a model in one order, on any device.
 Point = Sequence[Tensor]
@@ -21,13 +22,6 @@ Place = Sequence[tuple[float, Point]]
 _FLAT = 1e-6
 # Of the extent of all points of a plane along each axis.
 _MARGIN = 0.25
-
-
-@torch.no_grad()
-def norm(point: Iterable[Tensor]) -> float:
-    """L2 norm, summed in float64."""
-    blocks = (block.double() for tensor in point for block in tensor.reshape(-1).split(BLOCK))
-    return math.sqrt(sum(float(block.square().sum()) for block in blocks))
 
 
 def distance(a: Point, b: Point) -> float:
@@ -41,7 +35,7 @@ def inner(a: Point, b: Point, c: Point, d: Point) -> float:
     total = 0.0
     for tensors in zip(a, b, c, d, strict=True):
         for w, x, y, z in zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True):
-            w, x, y, z = (block.to(tensors[0].device, torch.float64) for block in (w, x, y, z))
+            w, x, y, z = (block.to(float64_device(tensors[0]), torch.float64) for block in (w, x, y, z))
             total += float(torch.dot(w - x, y - z))
     return total
 
@@ -62,7 +56,7 @@ def minima_landscape(
     losses: Mapping[str, Callable[[], float | Tensor]],
     *,
     positions: int = 11,
-    resolution: int = 7,
+    resolution: int | None = None,
 ) -> dict[str, Any]:
     """
     Distances, losses and barriers between the minimizers of several sources, as plain data.
@@ -70,7 +64,7 @@ def minima_landscape(
     `params` are the trainable parameters of a model, where the searches for the minimizers began. `losses` compute the
     held-out loss of each source at the current parameters. These are moved in place and always restored bit for bit
     from the one copy that is held. For S sources, losses are computed `S (S - 1) positions + 2 S` times, and
-    `3 * resolution ** 2` times more for a plane.
+    `3 * resolution ** 2` times more for a plane, which needs a `resolution` and three sources.
 
     Returns `start_loss`, `end_loss` and `to_start` (distance) of each source, `parameter_norm` (of the start),
     `pairwise` (`(source, source, distance)`), `positions`, `segments` (`(source, source, mean losses of the two)`),
@@ -100,13 +94,14 @@ def minima_landscape(
         start_loss = {name: loss_at([(1.0, start)], name) for name in ends}
         end_loss = {name: loss_at([(1.0, end)], name) for name, end in ends.items()}
         segments = [(a, b, [loss_at([(1 - t, ends[a]), (t, ends[b])], a, b) for t in along]) for a, b in pairs]
-        plane = _plane(start, dict(itertools.islice(ends.items(), 3)), loss_at, resolution) if len(ends) > 2 else None
+        corners = dict(itertools.islice(ends.items(), 3))
+        plane = _plane(start, corners, loss_at, resolution) if resolution and len(corners) == 3 else None
     finally:
         torch._foreach_copy_(list(params.values()), start)
     return {
         "start_loss": start_loss,
         "end_loss": end_loss,
-        "parameter_norm": norm(start),
+        "parameter_norm": math.sqrt(dot(start, start)),
         "to_start": {name: distance(end, start) for name, end in ends.items()},
         "pairwise": [(a, b, distance(ends[a], ends[b])) for a, b in pairs],
         "positions": along,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..tensors import float64_device
+
 __all__ = ["OOD", "TokenMean", "mean_losses", "perplexities", "perplexity"]
 
 # Name of the mean over the sources that are not trained on.
@@ -38,7 +40,7 @@ class TokenMean:
         """
         if mean is None or tokens is None:
             return
-        device = "cpu" if mean.device.type == "mps" else mean.device  # mps has no float64
+        device = float64_device(mean)
         mean, tokens = mean.detach().to(device).double(), torch.as_tensor(tokens).to(device).double()
         total = torch.where(tokens > 0, mean * tokens, 0.0)
         self.sums = self.sums.to(device) + torch.stack([total, tokens])

@@ -13,6 +13,7 @@ from transformers.utils import is_peft_available
 
 from .. import __version__
 from ..mixture.config import BUILTIN_PREFIX
+from ..tensors import accelerator_or_cpu
 from .check import is_repo_id
 from .run_summary import LANGUAGE_MODEL
 
@@ -57,8 +58,7 @@ def describe_hardware(device: str | None = None, processes: int | None = None) -
     Number and name of the devices, of a type such as `"cuda"`, on which the processes of a run train; by default, of
     those of this machine.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    kind = device or (accelerator.type if accelerator else "cpu")
+    kind = device or accelerator_or_cpu().type
     if kind != "cpu":
         name = torch.cuda.get_device_name() if kind == "cuda" else kind
         return f"{processes or torch.accelerator.device_count()} x {name}"

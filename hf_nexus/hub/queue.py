@@ -218,7 +218,7 @@ class UploadQueue:
     def doubts(self, names: Counter[int], stats: Mapping[str, os.stat_result], others: Iterable[Path] = ()) -> str:
         """
         Why another user may have written files, or linked them to files that are not part of the run; empty if there
-        is no reason. The `names` were counted before the `stats` of the files. Of the `others`, only the owner matters.
+        is no reason. The `names` were counted before the `stats` were read. Of the `others`, only the owner matters.
         """
         owners = {stat.st_uid for stat in (*stats.values(), *(path.lstat() for path in others))}
         doubts = [f"it belongs to the user {owner}" for owner in sorted(owners - {self._owner})]

@@ -24,6 +24,7 @@ from ..mixture.loading import load_mixture
 from ..mixture.texts import guess_source, tokenizer_of_sources
 from ..nexus import Nexus
 from ..strict import parse_data
+from ..tensors import accelerator_or_cpu
 from .fields import ModelArguments
 from .model import build_model, count_parameters, model_config
 from .sections import STARTER
@@ -168,7 +169,7 @@ def _fastest_threads() -> int:
 
 def _tokens_per_second(model: ModelArguments, length: int, rows: int) -> float:
     """Tokens of a micro-batch over the time of a whole step with it alone."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator_or_cpu()
     assert model.vocab_size is not None
     network: torch.nn.Module = build_model(model_config(model, length))
     network.to(device)

@@ -90,6 +90,21 @@ def test_projected_cosines_are_near_the_exact_ones(run, found, measure):
     assert 0 < max(errors) < 5 / 64 and near.mean_cosine == pytest.approx(found.mean_cosine, abs=0.05)
 
 
+def test_the_model_is_measured_on_any_accelerator(run, measure, monkeypatch):
+    places = []
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr("torch.nn.Module.to", lambda module, device: places.append(device) or module)
+    measure(run, batches=1)
+    assert places == [torch.device("xpu")]
+
+
+def test_each_part_of_a_measurement_is_announced(run, measure):
+    said = []
+    measure(run, batches=1, minima={"code": str(run), "math": str(run)}, say=said.append)
+    losses = [f"Held-out loss of {name}" for name in ("web", "code", "math", "law")]
+    assert said == [*losses, "Gradients", "Losses between the minimizers"]
+
+
 def test_dropout_is_off(measure, tmp_path):
     save(tiny_llama(vocab_size=300, attention_dropout=0.5), tmp_path / "model")
     assert measure(tmp_path / "model") == measure(tmp_path / "model")
@@ -107,11 +122,10 @@ def test_minimizers_from_folders_are_compared(run, found, measure, tmp_path):
     assert three["to_start"] == pytest.approx({n: far(start, point) for n, point in minima.items()}, rel=1e-6)
     expected = [far(minima[a], minima[b]) for a, b, _ in three["pairwise"]]
     assert [v for *_, v in three["pairwise"]] == pytest.approx(expected, rel=1e-6)
-    assert three["plane"]["sources"] == ["code", "math", "web"]
+    assert three["plane"] is None  # which takes many losses, and nothing here shows it
     two = measure(run, minima={name: paths[name] for name in ("code", "math")}, batches=100)
     assert two.minima["end_loss"]["code"] == pytest.approx(measure(tmp_path / "code").losses["code"], rel=1e-5)
     assert two.minima["start_loss"] == pytest.approx({n: found.losses[n] for n in ("code", "math")}, rel=1e-5)
-    assert two.minima["plane"] is None
 
 
 def test_minimizers_of_other_sources_or_models_are_refused(run, measure, tmp_path):
@@ -200,17 +214,3 @@ def test_the_base_of_an_adapter_can_be_given(run, measure, adapters):
     other = measure(folder / "adapter", base=str(folder / "other"))
     assert other.base == str(folder / "other")
     assert other.losses != measure(folder / "adapter").losses
-
-
-@pytest.mark.parametrize("projection", [None, 64])
-def test_the_progress_ends_with_the_last_gradient(run, measure, projection):
-    left = {}
-
-    def track(text, parts):
-        for number, part in enumerate(parts):
-            left[text] = len(parts) - number
-            yield part
-        left[text] = 0
-
-    measure(run, batches=2, batch_size=2, projection=projection, track=track)
-    assert left == {"Held-out losses": 0, "Gradients": 0}

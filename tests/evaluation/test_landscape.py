@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from hf_nexus.evaluation.landscape import barrier_height, distance, minima_landscape, norm
+from hf_nexus.evaluation.cosines import dot
+from hf_nexus.evaluation.landscape import barrier_height, distance, minima_landscape
 
 
 def bits(tensors):
@@ -29,8 +30,9 @@ def test_distances_are_summed_in_float64_over_all_parameters(monkeypatch):
     near = [torch.zeros_like(t) for t in far]
     expected = math.sqrt(1e8 + 100_007 * float(small[0]) ** 2)
     for size in (30_000, 10**6):
-        monkeypatch.setattr("hf_nexus.evaluation.landscape.BLOCK", size)
-        assert norm(far) == pytest.approx(expected, rel=1e-12)
+        for module in ("landscape", "cosines"):
+            monkeypatch.setattr(f"hf_nexus.evaluation.{module}.BLOCK", size)
+        assert math.sqrt(dot(far, far)) == pytest.approx(expected, rel=1e-12)
         assert distance(near, far) == pytest.approx(expected, rel=1e-12)
 
 
@@ -108,7 +110,7 @@ def test_a_plane_through_three_points_has_its_closed_form():
 def test_there_is_no_plane_through_a_line(third):
     corners = [torch.tensor(p) for p in ([0.0, 0.0], [2.0, 0.0], third)]
     for minima in (corners, corners[::-1]):
-        assert landscape_of(torch.zeros(2), minima, lambda: 0.0)["plane"] is None
+        assert landscape_of(torch.zeros(2), minima, lambda: 0.0, resolution=2)["plane"] is None
 
 
 # ---- Restoring ----
@@ -203,7 +205,7 @@ def trained_minima(spread):
             optimizer.step()
         minimizers[name] = {key: p.detach().clone() for key, p in params.items()}
     student.load_state_dict(start)
-    return minima_landscape(params, minimizers, losses, resolution=3)
+    return minima_landscape(params, minimizers, losses)
 
 
 def test_closer_sources_have_closer_minima():
