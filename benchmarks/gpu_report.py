@@ -36,6 +36,7 @@ from quartiles import quartiles
 from step_overhead import describe_machine, utilization
 
 from hf_nexus import NexusTrainer
+from hf_nexus.pretrain.layout import layout_of
 from hf_nexus.pretrain.memory import MemoryEstimate, estimate_memory
 from hf_nexus.pretrain.parsing import parse_arguments
 
@@ -97,7 +98,8 @@ def plan_memory(case: Case, arm: str) -> MemoryEstimate:
         **MODELS[case.model],
     }
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    return estimate_memory(parse_arguments(["--config", "demo", "--dry_run", *argv]), case.parameters(arm)[0], 1)
+    arguments = parse_arguments(["--config", "demo", "--dry_run", *argv])
+    return estimate_memory(arguments, case.parameters(arm)[0], layout_of(arguments, 1))
 
 
 def needed(case: Case, arms: list[str]) -> int:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from .fields import PretrainArguments
-from .memory import machine_of, path_of, replicas_of, sharding_of, weights_of
-from .model import config_of
+from .layout import Layout
 
 __all__ = ["CostEstimate", "estimate_cost"]
 
@@ -36,25 +35,25 @@ class CostEstimate:
 
 
 def estimate_cost(
-    arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int, inner_sync: str | None = None
+    arguments: PretrainArguments, parameters: int, tokens_per_step: int, layout: Layout, inner_sync: str | None = None
 ) -> CostEstimate:
     """
     Time of an outer step of `tokens_per_step` over all devices, from the assumptions in `arguments.hardware`, with
     another `inner_sync` if given.
 
     Raises:
-        ValueError: the devices cannot be split into the paths of `inner_sync="node"`, or into groups of `tp_size`.
+        ValueError: the devices cannot be split into the paths of `inner_sync="node"`.
     """
-    t, hardware = arguments.training, arguments.hardware
+    t, hardware, devices = arguments.training, arguments.hardware, layout.devices
     sync = (inner_sync or t.inner_sync) if t.nexus else "plain"
     again, again_formula = (4 / 3, " x 4/3") if t.activation_checkpointing else (1.0, "")
-    if getattr(config_of(arguments), "num_experts_per_tok", None) is not None:
+    if getattr(layout.model, "num_experts_per_tok", None) is not None:
         again_formula += " (an upper bound, since a token passes only some of the experts that N counts)"
-    replicas, messages = replicas_of(arguments, devices), _messages(arguments, parameters, devices, sync)
+    messages = _messages(arguments, parameters, layout, sync)
     seconds = [(m.size / (getattr(hardware, m.link) * 1e9), m.hidden) for m in messages]
     return CostEstimate(
         devices=devices,
-        sharding="one device" if devices == 1 else sharding_of(arguments) if replicas > 1 else "tensor parallel",
+        sharding="one device" if devices == 1 else layout.sharding if layout.replicas > 1 else "tensor parallel",
         compute=6 * parameters * tokens_per_step * again / (hardware.mfu * hardware.peak_tflops * 1e12 * devices),
         sent=round(sum(m.size for m in messages)),
         links=tuple(sorted({m.link for m in messages})),
@@ -75,11 +74,11 @@ class _Message:
     formula: str
 
 
-def _messages(arguments: PretrainArguments, parameters: int, devices: int, sync: str) -> list[_Message]:
-    replicas, n, found = replicas_of(arguments, devices), weights_of(arguments, parameters), []
-    t, machine, sharded = arguments.training, machine_of(arguments), sharding_of(arguments) == "fsdp2"
+def _messages(arguments: PretrainArguments, parameters: int, layout: Layout, sync: str) -> list[_Message]:
+    t, devices, replicas, machine = arguments.training, layout.devices, layout.replicas, layout.machine
+    n, sharded, found = layout.weights(parameters), layout.sharded, []
     k, wire, size = t.gradient_accumulation_steps, 2 if t.reduce_dtype else 4, 2 if t.bf16 else 4
-    path = path_of(arguments, devices) if sync == "node" else devices
+    path = layout.path() if sync == "node" else devices
     sync = "global" if sync == "node" and path == devices else sync
     reductions = k if sync in ("global", "node") else 1
     gathered = f"(2 x {k} gathers + {reductions} reductions) x {size}N"  # each micro-batch, scattered when reduced
@@ -88,8 +87,8 @@ def _messages(arguments: PretrainArguments, parameters: int, devices: int, sync:
         """That of groups of so many devices in turn. A ring over several machines is as slow as the link of these."""
         return "node_link" if devices <= machine or machine % ranks == 0 else "link"
 
-    if (tp := arguments.hardware.tp_size) > 1:  # after attention and feed-forward, forward, backward and recomputed
-        m = config_of(arguments)
+    if (tp := layout.tp) > 1:  # after attention and feed-forward, forward, backward and recomputed
+        m = layout.model
         count = k * m.num_hidden_layers * (6 if t.activation_checkpointing else 4)
         tokens = t.per_device_train_batch_size * arguments.mixture.sequence_length
         formula = f"{count} reductions x {size}h x {tokens} tokens x 2 x {tp - 1}/{tp}"
@@ -117,19 +116,19 @@ def _messages(arguments: PretrainArguments, parameters: int, devices: int, sync:
     return [*found, _Message(n * copies * (replicas - 1) / replicas, link(devices), sync != "local", formula)]
 
 
-def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: int, devices: int) -> str | None:
+def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: int, layout: Layout) -> str | None:
     """
     A line that names the `inner_sync` with the most ranks per path among those within 5 % of the fastest step, and
     the time of each. `None` if there is no choice: one device, tensor parallelism, or no update.
     """
-    if devices == 1 or not arguments.training.nexus or arguments.hardware.tp_size > 1:
+    if layout.devices == 1 or not arguments.training.nexus or layout.tp > 1:
         return None
-    choices = ["global", "node"] if sharding_of(arguments) == "fsdp2" else ["global", "node", "local"]
+    choices = ["global", "node"] if layout.sharded else ["global", "node", "local"]
     try:
-        path_of(arguments, devices)
+        layout.path()
     except ValueError:
         choices.remove("node")
-    steps = {sync: estimate_cost(arguments, parameters, tokens_per_step, devices, sync).worst for sync in choices}
+    steps = {sync: estimate_cost(arguments, parameters, tokens_per_step, layout, sync).worst for sync in choices}
     best = next(sync for sync, seconds in steps.items() if seconds <= 1.05 * min(steps.values()))
     times = ", ".join(f"{sync} {seconds:.3g} s" for sync, seconds in steps.items())
     return f"{best} (steps without overlap: {times}; the largest groups of ranks within 5 % of the fastest)"

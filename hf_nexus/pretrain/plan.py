@@ -8,7 +8,8 @@ from ..mixture.schedule import Windows
 from ..mixture.stages import Stage, stage_borders, weight_stages
 from .cost import CostEstimate, choose_sync, estimate_cost
 from .fields import PretrainArguments
-from .memory import MemoryEstimate, estimate_memory, replicas_of
+from .layout import layout_of
+from .memory import MemoryEstimate, estimate_memory
 from .model import count_parameters, joined_documents, model_config
 
 __all__ = ["RunPlan", "plan_run"]
@@ -40,10 +41,10 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         ValueError: a limit on epochs that the sizes cannot meet, a source smaller than one micro-batch, or documents
             that the model cannot isolate.
     """
-    t, length = arguments.training, arguments.mixture.sequence_length
+    t, length, layout = arguments.training, arguments.mixture.sequence_length, layout_of(arguments, devices)
     joined_documents(arguments)
     parameters = count_parameters(model_config(arguments.model, length), arguments.model.attn_implementation)
-    rows = t.per_device_train_batch_size * replicas_of(arguments, devices)
+    rows = t.per_device_train_batch_size * layout.replicas
     window = t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources
     sizes = dict(tokens) if tokens else {name: source.known_tokens for name, source in sources.items()}
@@ -62,7 +63,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         caps = {name: source.max_epochs for name, source in sources.items()}
         in_tokens = [(windows.micro_batches(first) * rows * length, weights) for first, weights in borders]
         mixture = mixture_plan(sizes, in_tokens, total, caps)
-    memory = estimate_memory(arguments, parameters, devices)
+    memory = estimate_memory(arguments, parameters, layout)
     return RunPlan(
         parameters=parameters,
         devices=devices,
@@ -72,9 +73,9 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         mixture=mixture,
         stages=[first for first, _ in borders],
         memory=memory,
-        cost=estimate_cost(arguments, parameters, window * rows * length, devices),
+        cost=estimate_cost(arguments, parameters, window * rows * length, layout),
         checkpoint_copy=12 * parameters // memory.shards if t.checkpoint_async else 0,
-        sync=choose_sync(arguments, parameters, window * rows * length, devices),
+        sync=choose_sync(arguments, parameters, window * rows * length, layout),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hf_nexus.pretrain.console import format_bytes
 from hf_nexus.pretrain.cost import choose_sync, estimate_cost
-from hf_nexus.pretrain.memory import machine_of
+from hf_nexus.pretrain.layout import layout_of
 from hf_nexus.pretrain.model import count_parameters, model_config
 from hf_nexus.pretrain.plan import plan_run
 from tests.support.tiny_config import planned
@@ -19,7 +19,11 @@ FORMULAS = PAGE.with_name("cost.md")
 
 def cost(*flags: str, devices: int = 8) -> Any:
     arguments = planned("3b", "--peak_tflops", "1000", "--mfu", "0.5", "--link", "100", "--node_link", "400", *flags)
-    return estimate_cost(arguments, 10**9, 10**6, devices)
+    return estimate_cost(arguments, 10**9, 10**6, layout_of(arguments, devices))
+
+
+def chosen_sync(arguments: Any, devices: int) -> str | None:
+    return choose_sync(arguments, 10**9, 10**6, layout_of(arguments, devices))
 
 
 def total(found: Any) -> float:
@@ -102,7 +106,7 @@ def test_shards_of_a_machine_are_sent_to_the_others_once():
     ],
 )
 def test_paths_that_training_refuses_are_not_planned(devices, flags, groups):
-    chosen = choose_sync(planned("3b", *flags), 10**9, 10**6, devices)
+    chosen = chosen_sync(planned("3b", *flags), devices)
     assert chosen is not None and "node" not in chosen and "local" in chosen
     with pytest.raises(ValueError, match=groups):
         plan_run(planned("3b", "--inner_sync", "node", *flags), devices)
@@ -118,24 +122,24 @@ def test_a_reduction_dtype_without_effect_is_not_planned():
 
 def test_a_machine_has_the_devices_that_the_launcher_says(monkeypatch):
     found = planned("3b")
-    assert machine_of(found) == 8
+    assert layout_of(found, 64).machine == 8
     monkeypatch.setattr(type(found.training), "world_size", 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert machine_of(found) == 4
-    assert machine_of(planned("3b", "--devices", "64")) == 8
-    assert machine_of(planned("3b", "--devices_per_node", "6")) == 6
+    assert layout_of(found, 64).machine == 4
+    assert layout_of(planned("3b", "--devices", "64"), 64).machine == 8
+    assert layout_of(planned("3b", "--devices_per_node", "6"), 64).machine == 6
 
 
 def test_the_plan_chooses_the_largest_groups_that_are_fast():
     def choice(link: str, *flags: str) -> str:
-        chosen = choose_sync(planned("3b", "--link", link, *flags), 10**9, 10**6, 64)
+        chosen = chosen_sync(planned("3b", "--link", link, *flags), 64)
         assert chosen is not None
         return chosen.split()[0]
 
     assert choice("100000") == "global"
     assert choice("50") == "node"
-    assert choose_sync(planned("3b"), 10**9, 10**6, 1) is None
-    in_a_machine = [choose_sync(planned("3b", "--link", link), 10**9, 10**6, 8) for link in ("50", "450")]
+    assert chosen_sync(planned("3b"), 1) is None
+    in_a_machine = [chosen_sync(planned("3b", "--link", link), 8) for link in ("50", "450")]
     assert in_a_machine[0] == in_a_machine[1]
     assert choice("100000", "--sharding", "fsdp2") == "global"
     assert choice("50", "--sharding", "fsdp2") == "node"

@@ -14,13 +14,18 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, TrainerCallback
 
-from hf_nexus.pretrain import memory
-from hf_nexus.pretrain.memory import estimate_memory, replicas_of, sharding_of
+from hf_nexus.pretrain import layout
+from hf_nexus.pretrain.layout import layout_of
+from hf_nexus.pretrain.memory import MemoryEstimate, estimate_memory
 from hf_nexus.pretrain.model import build_model, count_parameters, model_config
 from tests.support.tiny_config import planned
 
 PAGE = Path(__file__).parents[2] / "docs" / "cost.md"
 ROWS, LENGTH, K = 3, 128, 2
+
+
+def memory_of(arguments, parameters: int, devices: int) -> MemoryEstimate:
+    return estimate_memory(arguments, parameters, layout_of(arguments, devices))
 
 
 # ---- Allocated memory ----
@@ -102,7 +107,7 @@ def test_memory_is_allocated_as_estimated_within_a_tenth(config, make_trainer, t
     arguments = planned(config, *shape, *size, "--gradient_accumulation_steps", str(K), *flags)
     document = 16 if arguments.mixture.isolate_documents is None else None
     held, peak = measure(arguments, make_trainer, tmp_path, document)
-    estimate = estimate_memory(arguments, count_parameters(model_config(arguments.model, LENGTH)), 1)
+    estimate = memory_of(arguments, count_parameters(model_config(arguments.model, LENGTH)), 1)
     assert estimate.held == pytest.approx(held, rel=0.1)
     assert estimate.total == pytest.approx(peak, rel=0.1)
 
@@ -115,7 +120,7 @@ def test_activations_are_those_saved_for_the_backward_pass(config, flags):
     estimates, measured = [], []
     for layers in ("2", "5"):
         arguments = planned(config, *shape, layers, *flags)
-        estimates.append(estimate_memory(arguments, 0, 1).activations)
+        estimates.append(memory_of(arguments, 0, 1).activations)
         measured.append(saved_bytes(arguments))
     # The layers are counted exactly. The head adds what the backward pass allocates.
     assert estimates[1] - estimates[0] == pytest.approx(measured[1] - measured[0], rel=0.02)
@@ -161,33 +166,33 @@ def saved_bytes(arguments) -> int:
 )
 def test_memory_per_parameter(config, flags, bytes_per_parameter):
     arguments = planned(config, *flags)
-    assert sum(estimate_memory(arguments, 1000, 1).per_parameter.values()) == bytes_per_parameter
-    assert sum(estimate_memory(arguments, 1000, 2).per_parameter.values()) == bytes_per_parameter + 4
+    assert sum(memory_of(arguments, 1000, 1).per_parameter.values()) == bytes_per_parameter
+    assert sum(memory_of(arguments, 1000, 2).per_parameter.values()) == bytes_per_parameter + 4
 
 
 @pytest.mark.parametrize("flags", [["--optim", "adafactor"], ["--matrix_optimizer", "muon"]], ids=str)
 def test_the_plan_knows_only_the_state_of_adamw(config, flags):
-    assert "AdamW moments" in estimate_memory(planned(config), 1000, 1).per_parameter
-    assert "optimizer state, taken as AdamW's" in estimate_memory(planned(config, *flags), 1000, 1).per_parameter
+    assert "AdamW moments" in memory_of(planned(config), 1000, 1).per_parameter
+    assert "optimizer state, taken as AdamW's" in memory_of(planned(config, *flags), 1000, 1).per_parameter
 
 
 def test_the_mask_of_documents_grows_with_the_row(config):
-    short, long = (estimate_memory(planned(config, "--sequence_length", n), 0, 1) for n in ("32", "64"))
+    short, long = (memory_of(planned(config, "--sequence_length", n), 0, 1) for n in ("32", "64"))
     assert long.activations - 2 * short.activations == 2 * 64 * 2 * (4 * 64 - 4 * 32)  # rows, tokens, layers, 4T
     assert "4T" in long.formula
     without = [planned(config, "--sequence_length", n, "--isolate_documents", "false") for n in ("32", "64")]
-    assert estimate_memory(without[1], 0, 1).activations == 2 * estimate_memory(without[0], 0, 1).activations
-    kernel = estimate_memory(planned("3b", "--attn_implementation", "flash_attention_2"), 0, 1)
-    assert kernel.activations < estimate_memory(planned("3b"), 0, 1).activations
+    assert memory_of(without[1], 0, 1).activations == 2 * memory_of(without[0], 0, 1).activations
+    kernel = memory_of(planned("3b", "--attn_implementation", "flash_attention_2"), 0, 1)
+    assert kernel.activations < memory_of(planned("3b"), 0, 1).activations
 
 
 def test_fsdp2_shares_the_bytes_per_parameter():
     size = 2_969_742_336
-    whole, eight = (estimate_memory(planned("3b", "--sharding", "fsdp2"), size, devices) for devices in (1, 8))
+    whole, eight = (memory_of(planned("3b", "--sharding", "fsdp2"), size, devices) for devices in (1, 8))
     assert (whole.held, eight.held) == (16 * size, 2 * size)
     assert whole.gathered == 0 < eight.gathered
     assert "DDP gradient buckets" not in eight.per_parameter
-    machines = estimate_memory(planned("3b", "--sharding", "fsdp2", "--inner_sync", "node"), size, 64)
+    machines = memory_of(planned("3b", "--sharding", "fsdp2", "--inner_sync", "node"), size, 64)
     assert machines.held == eight.held  # shared inside each machine of 8
 
 
@@ -197,14 +202,14 @@ def test_tensor_parallelism_divides_an_untied_head():
     m, size = arguments.model, count_parameters(model_config(arguments.model, 4096))
     table = m.vocab_size * m.hidden_size
     layer = (size - 2 * table - m.hidden_size) // m.num_hidden_layers
-    found = estimate_memory(arguments, size, 64)
+    found = memory_of(arguments, size, 64)
     assert found.parameters == table + (size - table) // 8
     assert found.gathered == 2 * (table + (table + m.hidden_size) // 8 + 2 * layer // 8)
 
 
 def test_the_formula_names_what_tensor_parallelism_divides():
     def formula(*flags: str) -> str:
-        return estimate_memory(planned("3b", "--tp_size", "8", *flags), 10**9, 8).formula
+        return memory_of(planned("3b", "--tp_size", "8", *flags), 10**9, 8).formula
 
     assert " with f, a divided by 8" in formula()  # the mask's keys and values are repeated for all heads
     assert " with kv, f, a divided by 8" in formula("--isolate_documents", "false")
@@ -216,23 +221,23 @@ def test_a_model_without_a_width_is_planned(config, tmp_path):
     content["model"] = {"model_type": "blt", **{name: content["model"][name] for name in ("vocab_size", "tokenizer")}}
     path = tmp_path / "blt.yaml"
     path.write_text(yaml.safe_dump(content))
-    assert estimate_memory(planned(path), 1000, 2).parameters == 1000
+    assert memory_of(planned(path), 1000, 2).parameters == 1000
     with pytest.raises(ValueError, match="tp_size=2 is not planned for a blt: no hidden_size"):
-        estimate_memory(planned(path, "--tp_size", "2"), 1000, 2)
+        memory_of(planned(path, "--tp_size", "2"), 1000, 2)
 
 
 def test_tensor_parallelism_divides_sizes_of_other_names(config, monkeypatch):
-    monkeypatch.setattr(memory, "config_of", lambda arguments: GPT2Config(n_head=12))
-    assert replicas_of(planned(config, "--tp_size", "4"), 4) == 1
+    monkeypatch.setattr(layout, "config_of", lambda arguments: GPT2Config(n_head=12))
+    assert layout_of(planned(config, "--tp_size", "4"), 4).replicas == 1
     with pytest.raises(ValueError, match="tp_size=5 with num_attention_heads=12 is not possible"):
-        replicas_of(planned(config, "--tp_size", "5"), 5)
+        layout_of(planned(config, "--tp_size", "5"), 5)
 
 
 def test_sharding_is_the_flag_or_the_launchers(monkeypatch):
-    assert sharding_of(planned("3b")) == "ddp"
+    assert layout_of(planned("3b"), 1).sharding == "ddp"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert sharding_of(planned("3b")) == "fsdp2"
-    assert sharding_of(planned("3b", "--sharding", "ddp")) == "ddp"
+    assert layout_of(planned("3b"), 1).sharding == "fsdp2"
+    assert layout_of(planned("3b", "--sharding", "ddp"), 1).sharding == "ddp"
 
 
 # ---- Recorded measurements ----
@@ -279,7 +284,7 @@ def test_recorded_measurements_are_repeated(config, parameters, make_trainer, tm
 def test_recorded_measurements_are_met_within_a_tenth(config, parameters):
     arguments, allocated, computed, difference = measured_row(parameters, config)
     size = count_parameters(model_config(arguments.model, arguments.mixture.sequence_length))
-    found = estimate_memory(arguments, size, 1).total / 1e6
+    found = memory_of(arguments, size, 1).total / 1e6
     assert (f"{size:,}", f"{found:,.1f} MB") == (parameters, computed)
     assert f"{100 * (found / allocated - 1):.1f} %" == difference
     assert found == pytest.approx(allocated, rel=0.1)

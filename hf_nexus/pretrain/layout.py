@@ -1,0 +1,83 @@
+"""How the devices of a planned run share its weights and its rows."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..trainer.distributed import check_paths
+from .fields import PretrainArguments
+from .model import config_of
+
+__all__ = ["Layout", "layout_of"]
+
+_SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # by tensor parallelism, in equal parts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of the devices of a run."""
+
+    model: Any  # the configuration of the language model
+    devices: int
+    tp: int  # devices of a group with tensor parallelism, which read the same rows
+    sharding: str  # "ddp" or "fsdp2"
+    machine: int  # devices of a machine
+    node_size: int | None  # devices per path with `inner_sync="node"`, if not those of a machine
+
+    @property
+    def replicas(self) -> int:
+        """Devices that read different rows."""
+        return self.devices // self.tp
+
+    @property
+    def sharded(self) -> bool:
+        """Whether devices share the weights by FSDP2."""
+        return self.replicas > 1 and self.sharding == "fsdp2"
+
+    def weights(self, parameters: int) -> int:
+        """Of so many, those of one device before FSDP2 shards them. All but the embeddings are divided."""
+        if self.tp == 1:
+            return parameters
+        embeddings = min(parameters, self.model.vocab_size * self.model.hidden_size)
+        return embeddings + (parameters - embeddings) // self.tp
+
+    def path(self) -> int:
+        """
+        Devices per path with `inner_sync="node"`.
+
+        Raises:
+            ValueError: the devices cannot be split into paths.
+        """
+        size, machine = self.node_size, min(self.machine, self.devices)
+        check_paths(self.devices, {size} if size else {machine, self.devices % machine or machine})
+        return size or machine
+
+
+def layout_of(arguments: PretrainArguments, devices: int) -> Layout:
+    """
+    The layout of a run on that many devices. Without `--sharding` and `--devices_per_node`, it follows the training
+    arguments and the launcher.
+
+    Raises:
+        ValueError: a `tp_size` that is not possible.
+    """
+    hardware, t, m = arguments.hardware, arguments.training, config_of(arguments)
+    fsdp = t.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    launched = t.world_size > 1 and hardware.devices in (None, t.world_size)  # the devices of the launcher are planned
+    machine = int((launched and os.environ.get("LOCAL_WORLD_SIZE")) or 8)
+    tp, sharding = hardware.tp_size, hardware.sharding or ("fsdp2" if fsdp else "ddp")
+    if devices % tp:
+        raise ValueError(f"tp_size={tp} with {devices} devices is not allowed: it must divide them. Set --devices.")
+    if tp > 1 and t.nexus and t.inner_sync != "global":
+        raise ValueError(f"tp_size={tp} with inner_sync={t.inner_sync!r} is not possible. Set inner_sync to 'global'.")
+    if 1 < tp < devices and sharding != "fsdp2":
+        raise ValueError(f"tp_size={tp} is combined with FSDP2 only. Add --sharding fsdp2, or --devices {tp}.")
+    if tp > 1:
+        missing = [name for name in ("hidden_size", "num_hidden_layers") if getattr(m, name, None) is None]
+        if missing:
+            raise ValueError(f"tp_size={tp} is not planned for a {m.model_type}: no {missing[0]}. Set tp_size to 1.")
+        # getattr would raise for a size that differs between the layers of the model.
+        sizes = {name: vars(m).get(m.attribute_map.get(name, name), 0) for name in _SPLIT}
+        if uneven := [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size % tp]:
+            raise ValueError(f"tp_size={tp} with {', '.join(uneven)} is not possible. Set tp_size to a divisor.")
+    return Layout(m, devices, tp, sharding, hardware.devices_per_node or machine, t.node_size)
