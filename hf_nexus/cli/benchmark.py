@@ -93,13 +93,13 @@ def _record(results: Iterable["TaskResult"], selected: int, folder: Path) -> int
 
 def _output_folder(model: str, revision: str | None, output: str | None) -> Path:
     """The folder of the model, or another one that holds scores of this model only."""
-    from ..hub.benchmarks import claim_folder
+    from ..hub.benchmarks import claim_scores
 
     own_folder = Path(model).is_dir() and (output is None or Path(output).resolve() == Path(model).resolve())
     name = model if revision is None else f"{model}@{revision}"
     folder = Path(model if own_folder else output or re.sub(r"[^\w.@-]+", "--", name))
     require_folder(folder, "output")
-    claim_folder(folder, None if own_folder else name)
+    claim_scores(folder, None if own_folder else name)
     return folder
 
 

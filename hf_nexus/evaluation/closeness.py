@@ -16,7 +16,7 @@ from .cosines import dot, gradient_cosines
 from .held_out import HeldOutSet, held_out_sets
 from .landscape import minima_landscape
 from .losses import OOD, mean_losses
-from .models import load_model, load_tokenizer, trainable_parameters
+from .models import load_model, saved_tokenizer, trainable_parameters
 
 __all__ = ["Closeness", "measure_closeness"]
 
@@ -81,7 +81,7 @@ def measure_closeness(
     """
     _check_minima(minima or {}, mixture)
     module, base = load_model(model, base)
-    loaded = load_mixture(mixture, load_tokenizer(model, base))
+    loaded = load_mixture(mixture, saved_tokenizer(model, base))
     module.to(accelerator_or_cpu()).eval()
     held_out = held_out_sets(module, loaded, batch_size)
     params = trainable_parameters(module)

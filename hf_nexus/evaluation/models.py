@@ -10,7 +10,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["adapter_config", "load_model", "load_tokenizer", "trainable_parameters"]
+__all__ = ["adapter_config", "load_model", "saved_tokenizer", "trainable_parameters"]
 
 
 def adapter_config(model: str, revision: str | None = None) -> Any | None:
@@ -56,7 +56,7 @@ def load_model(model: str, base: str | None = None) -> tuple[Any, str | None]:
     return PeftModel.from_pretrained(whole, model, is_trainable=True).eval(), base
 
 
-def load_tokenizer(model: str, base: str | None) -> "PreTrainedTokenizerBase":
+def saved_tokenizer(model: str, base: str | None) -> "PreTrainedTokenizerBase":
     """The tokenizer saved with a model. For an adapter without one, that of its base model."""
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)

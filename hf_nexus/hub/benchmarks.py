@@ -14,12 +14,12 @@ from .card import save_card
 from .results import BenchmarkScore, save_results
 from .run_summary import SUMMARY_NAME, RunSummary
 
-__all__ = ["SCORES_NAME", "claim_folder", "load_scores", "record_scores"]
+__all__ = ["SCORES_NAME", "claim_scores", "load_scores", "record_scores"]
 
 SCORES_NAME = "benchmark_results.json"
 
 
-def claim_folder(folder: Path, model: str | None) -> None:
+def claim_scores(folder: Path, model: str | None) -> None:
     """
     Note whose scores a folder holds. `model` is `None` if the folder is the model's.
 

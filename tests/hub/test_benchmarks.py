@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_nexus.evaluation.lm_eval.scores import Score
-from hf_nexus.hub.benchmarks import SCORES_NAME, claim_folder, load_scores, record_scores
+from hf_nexus.hub.benchmarks import SCORES_NAME, claim_scores, load_scores, record_scores
 from hf_nexus.hub.results import RESULTS_NAME, BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
 
@@ -59,12 +59,12 @@ def test_the_card_and_registered_results_show_the_scores(tmp_path):
 
 
 def test_a_folder_never_mixes_two_models(tmp_path):
-    claim_folder(tmp_path / "results", "org/one")
+    claim_scores(tmp_path / "results", "org/one")
     record_scores(tmp_path / "results", [score()])
     assert json.loads((tmp_path / "results" / SCORES_NAME).read_text())["model"] == "org/one"
-    claim_folder(tmp_path / "results", "org/one")
+    claim_scores(tmp_path / "results", "org/one")
     with pytest.raises(ValueError, match="holds the scores of org/one"):
-        claim_folder(tmp_path / "results", "org/two")
+        claim_scores(tmp_path / "results", "org/two")
     (tmp_path / SCORES_NAME).write_text("[]")
     with pytest.raises(ValueError, match="was not written by hf-nexus"):
-        claim_folder(tmp_path, None)
+        claim_scores(tmp_path, None)
