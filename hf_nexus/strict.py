@@ -25,6 +25,7 @@ __all__ = [
     "Text",
     "check",
     "check_fields",
+    "dump_yaml",
     "from_text",
     "line_of_key",
     "load_yaml",
@@ -366,6 +367,12 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         found = "is empty" if value is None else f"holds {shown(value)}"
         raise ValueError(f"{where} {found}. It must hold a mapping of keys to values.")
     return value
+
+
+def dump_yaml(value: Any, one_line: bool = False) -> str:
+    """Plain data as YAML, with the keys in their order and all characters as they are."""
+    style: dict[str, Any] = {"default_flow_style": True, "width": 10**9} if one_line else {}
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **style)
 
 
 def parse_data(text: str, where: str, language: str = "YAML") -> Any:

@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import printable, read_plain, write_atomic
+from ..strict import dump_yaml
 from .check import check_card, is_repo_id, split_card
 from .results import ROLES, merge_index, model_index
 from .run_summary import RunSummary
@@ -46,8 +46,7 @@ def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
     above, below = _user_text(text)
     merged = _merge(_metadata(run), metadata)
     body = "\n\n".join(filter(None, [above, f"{BEGIN}\n\n{_body(run)}\n\n{END}", below]))
-    head = yaml.dump(merged, sort_keys=False, allow_unicode=True)
-    return ModelCard(f"---\n{head}---\n\n{body}\n")
+    return ModelCard(f"---\n{dump_yaml(merged)}---\n\n{body}\n")
 
 
 def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
@@ -207,8 +206,7 @@ def _yaml(settings: dict[str, Any]) -> str:
 
 def _flow(value: object) -> str:
     """Plain data as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
-    return printable(text.removesuffix("...\n"))
+    return printable(dump_yaml(value, one_line=True).removesuffix("...\n"))
 
 
 def _setting(value: object) -> str:

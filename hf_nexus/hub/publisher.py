@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from huggingface_hub import get_token
 from huggingface_hub.utils import FORBIDDEN_FOLDERS, HFValidationError, validate_repo_id
 
 from ..files import checkpoints_of, delete, hidden, printable, read_plain, step_of, without_folders, write_atomic
 from ..lock import locked
-from ..strict import Count, check, parse_data
+from ..strict import Count, check, dump_yaml, parse_data
 from .card import save_card
 from .job import FINISHED_RUN, Target, is_repo_path, slot_of
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue
@@ -49,7 +48,7 @@ _NAME_FOLDERS |= {"pretrain.yaml", "run.yaml", "measured.yaml", "closeness.json"
 _TENSORBOARD = "events.out.tfevents"  # its logs hold all arguments, with folders of this machine
 _FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
     ".json": (json.loads, json.dumps),
-    ".yaml": (partial(parse_data, where="The file"), partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)),
+    ".yaml": (partial(parse_data, where="The file"), dump_yaml),
 }
 _SCANNED = 16 << 20  # bytes; only smaller files are searched for the token
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from ..files import write_atomic
+from ..strict import dump_yaml
 from .check import is_repo_id
 
 __all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "HeldOutLoss", "merge_index", "model_index", "save_results"]
@@ -165,4 +165,4 @@ def save_results(scores: Iterable[BenchmarkScore], folder: str | os.PathLike[str
     if not entries:
         path.unlink(missing_ok=True)
         return None
-    return write_atomic(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
+    return write_atomic(path, dump_yaml(eval_result_entries_to_yaml(entries)))

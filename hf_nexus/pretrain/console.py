@@ -6,12 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import SchedulerType
 
-from ..files import printable
 from ..hub.results import HeldOutLoss
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
-from ..trainer.mixin import NexusTrainer
 from ..trainer.support import ONE_INNER_STEP
 from .advice import warnings_of
 from .cost import CostEstimate
@@ -19,9 +17,8 @@ from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
 from .model import config_of, joined_documents, planned_attention
 from .plan import RunPlan
-from .run_file import write_run_file
 
-__all__ = ["cost_table", "format_bytes", "print_plan", "say", "write_report"]
+__all__ = ["cost_table", "format_bytes", "loss_table", "print_plan", "say"]
 
 
 def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, loaded: Mixture | None = None) -> None:
@@ -181,21 +178,8 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: Mixture, console: Console) -> None:
-    """Write the card of a run and `RUN.md` into its output folder, and print the table of losses."""
-    folder = arguments.folder
-    summary = trainer.write_card(folder)
-    console.print(_loss_table(summary.evaluations))
-    say(console, f"Saved in {folder}: the model, its card and its plots")
-    held_out = {} if trainer.sharded else mixture.eval  # one process has a part of the weights
-    try:
-        path = write_run_file(folder, trainer.model, trainer.processing_class, held_out)
-        say(console, f"{path} says which file is what, and shows generated text")
-    except Exception as error:  # a model may not be able to generate
-        say(console, f"No text could be generated: {printable(error)}")
-
-
-def _loss_table(rows: Sequence[HeldOutLoss]) -> Table:
+def loss_table(rows: Sequence[HeldOutLoss]) -> Table:
+    """First and last losses of a run."""
     table = Table(title="Held-out loss (nats per token)")
     for column in ("", "role", "first", "last", "change"):
         table.add_column(column, justify="left" if column in ("", "role") else "right")

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ..files import checkpoints_of, write_atomic
 from ..hub.facts import installed_versions
+from ..strict import dump_yaml
 from ..trainer.checkpoints import delete_checkpoint, last_checkpoint, resolve_checkpoint
 from .fields import PretrainArguments
 from .sections import CONFIG_NAME, load_config
@@ -51,5 +52,4 @@ def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: 
             delete_checkpoint(old)
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     header = "# The resolved configuration of a run, which `--config` with the path of this file repeats."
-    text = yaml.safe_dump(arguments.resolved, sort_keys=False, allow_unicode=True)
-    write_atomic(arguments.folder / CONFIG_NAME, f"{header}\n# {versions}\n{text}")
+    write_atomic(arguments.folder / CONFIG_NAME, f"{header}\n# {versions}\n{dump_yaml(arguments.resolved)}")

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def check_sections(
         check_values(section, values, kinds, where)
 
 
+@cache
 def _declared(file: str) -> list[str]:
     """The fields of the classes in a file of transformers, which is not imported."""
     package = importlib.util.find_spec("transformers")

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import one_line_errors
+from ..files import printable
 from ..lock import locked
 from ..mixture.isolation import choose_isolation, isolation_problem
 from ..mixture.loading import Mixture, load_mixture
@@ -26,13 +27,14 @@ from ..mixture.texts import tokenizer_of_sources
 from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.mixin import NexusTrainer
 from .command_line import CommandLine, read_command_line
-from .console import print_plan, say, write_report
+from .console import loss_table, print_plan, say
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
 from .model import build_model, config_of, model_config
 from .parsing import resolve
 from .plan import plan_run
 from .progress import SaveOnSignal, TrainingProgress
+from .run_file import write_run_file
 from .sections import CONFIG_NAME
 
 __all__ = [
@@ -175,7 +177,7 @@ class PretrainRun:
         trainer.save_state()
         try:
             if trainer.args.should_save:
-                write_report(self.arguments, trainer, self.mixture, self.console)
+                _write_report(self.arguments, trainer, self.mixture, self.console)
         finally:
             trainer.publish("End of training")
 
@@ -190,6 +192,20 @@ class PretrainRun:
                 how, resume = "with", f"hf-nexus train {shlex.quote(str(folder / CONFIG_NAME))}{devices} {resume}"
             hint = f"continue {Path(last).name} {how}:\n{resume}"
         say(self.console, f"{event} after step {self.trainer.state.global_step}; {hint}")
+
+
+def _write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: Mixture, console: Console) -> None:
+    """Write the card of a run and `RUN.md` into its output folder, and print the table of losses."""
+    folder = arguments.folder
+    summary = trainer.write_card(folder)
+    console.print(loss_table(summary.evaluations))
+    say(console, f"Saved in {folder}: the model, its card and its plots")
+    held_out = {} if trainer.sharded else mixture.eval  # one process has a part of the weights
+    try:
+        path = write_run_file(folder, trainer.model, trainer.processing_class, held_out)
+        say(console, f"{path} says which file is what, and shows generated text")
+    except Exception as error:  # a model may not be able to generate
+        say(console, f"No text could be generated: {printable(error)}")
 
 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:

@@ -14,7 +14,6 @@ from string import Template
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -23,7 +22,7 @@ from ..mixture.documents import check_tokenizer, load_documents
 from ..mixture.loading import load_mixture
 from ..mixture.texts import guess_source, tokenizer_of_sources
 from ..nexus import Nexus
-from ..strict import parse_data
+from ..strict import dump_yaml, parse_data
 from ..tensors import accelerator_or_cpu
 from .fields import ModelArguments
 from .model import build_model, count_parameters, model_config
@@ -124,8 +123,7 @@ def _entry(name: str, source: SourceConfig, tokens: int | None, total: int) -> s
 
 def _plain(value: Any) -> str:
     """A value as YAML on one line, in quotes where it needs them."""
-    text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
-    text = text.strip()[1:-1]
+    text = dump_yaml([value], one_line=True).strip()[1:-1]
     return text if parse_data(text, "") == value else json.dumps(value, ensure_ascii=False)  # 1e3 is a number
 
 

@@ -269,13 +269,13 @@ def test_the_folder_of_another_process_is_left_alone(config, finished, tmp_path,
 
 
 def test_the_folder_is_locked_until_the_report_is_written(config, tmp_path, monkeypatch):
-    write_report, seen = hf_nexus.pretrain.run.write_report, []
+    write_report, seen = hf_nexus.pretrain.run._write_report, []
 
     def look(*args):
         seen.append((tmp_path / LOCK_NAME).exists())
         write_report(*args)
 
-    monkeypatch.setattr("hf_nexus.pretrain.run.write_report", look)
+    monkeypatch.setattr("hf_nexus.pretrain.run._write_report", look)
     run(config, tmp_path, "--max_steps", "1")
     assert seen == [True] and not (tmp_path / LOCK_NAME).exists()
 
