@@ -1,13 +1,16 @@
-"""What other packages print in our commands, without what the user cannot act on."""
+"""What our commands print: tables, and of other packages only what the user can act on."""
 
 import logging
 import os
 import re
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["is_live", "quieten"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["is_live", "new_table", "quieten"]
 
 # Records of the Trainer that are left out.
 _RECORDS = re.compile(
@@ -24,6 +27,16 @@ def is_live(console: Any) -> bool:
     terminal, but the notebook keeps each update.
     """
     return console.is_terminal and not console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
+
+
+def new_table(title: str, *columns: str, texts: int = 1) -> "Table":
+    """A table whose first `texts` columns are text, on the left, and the others numbers, on the right."""
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < texts else "right")
+    return table
 
 
 def quieten() -> None:

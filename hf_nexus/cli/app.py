@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from .. import __version__
 from ..errors import one_line_errors
 from ..files import Secret, hide_token, printable
-from ..quiet import quieten
+from ..quiet import new_table, quieten
 from ..strict import packaged
 from .benchmark import benchmark
 from .closeness import closeness
@@ -239,11 +239,10 @@ def schema() -> None:
 def env() -> None:
     """Print the versions of the packages and the devices, for bug reports: hf-nexus env"""
     from rich.console import Console
-    from rich.table import Table
 
     from ..hub.facts import describe_hardware, installed_versions
 
-    table = Table(show_header=False, title="hf-nexus env")
+    table = new_table("hf-nexus env", "", "", texts=2)
     for name, version in {**installed_versions(optional=True), "hardware": describe_hardware()}.items():
         table.add_row(name, version)
     Console().print(table)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import require_folder
+from ..quiet import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,13 +123,9 @@ def print_closeness(found: "Closeness", console: "Console") -> None:
 
 
 def _losses_table(found: "Closeness") -> "Table":
-    from rich.table import Table
-
     from ..evaluation.losses import perplexity
 
-    table = Table(title="Held-out loss (nats per token)")
-    for column in ("", "role", "tokens", "loss", "perplexity"):
-        table.add_column(column, justify="left" if column in ("", "role") else "right")
+    table = new_table("Held-out loss (nats per token)", "", "role", "tokens", "loss", "perplexity", texts=2)
     groups = [("train", found.losses, "macro", found.macro_loss), ("ood", found.ood_losses, "OOD", found.ood_loss)]
     for role, losses, label, mean in groups:
         for name, loss in losses.items():
@@ -141,22 +138,16 @@ def _losses_table(found: "Closeness") -> "Table":
 def _pairs_table(
     title: str, names: Sequence[str], pairs: Sequence[tuple[str, str, float]], form: str, diagonal: str = "1"
 ) -> "Table":
-    from rich.table import Table
-
     cells = {(a, b): form.format(value) for a, b, value in pairs}
-    table = Table("", *names, title=title)
+    table = new_table(title, "", *names)
     for i, a in enumerate(names):
         table.add_row(a, *(diagonal if a == b else cells[a, b] if i < j else cells[b, a] for j, b in enumerate(names)))
     return table
 
 
 def _print_minima(minima: Mapping[str, Any], console: "Console") -> None:
-    from rich.table import Table
-
     names, norm = list(minima["to_start"]), minima["parameter_norm"]
-    table = Table(title="Minimizers, relative to the model")
-    for column in ("", "distance", "relative", "loss before", "loss after"):
-        table.add_column(column, justify="right" if column else "left")
+    table = new_table("Minimizers, relative to the model", "", "distance", "relative", "loss before", "loss after")
     for name in names:
         distance, before, after = (minima[key][name] for key in ("to_start", "start_loss", "end_loss"))
         table.add_row(name, f"{distance:.4g}", f"{distance / norm:.4f}", f"{before:.4f}", f"{after:.4f}")

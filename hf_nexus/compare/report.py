@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from ..evaluation.statistics import Estimate
 from ..files import finite_json
+from ..quiet import new_table
 from .analysis import Analysis, Row, Where
 from .conclusions import conclusions, limitations, p_text, plain_words, rounded
 from .page import write_page
@@ -94,12 +95,9 @@ def console_table(analysis: Analysis) -> "Table":
         >>> console_table(compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))).row_count
         2
     """
-    from rich.table import Table
-
     metrics = _main_metrics(analysis)
-    table = Table(title=f"End of training: mean ± half of the 95 % interval; difference to {analysis.baseline}")
-    for column in ("arm", *map(metric_label, metrics)):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    title = f"End of training: mean ± half of the 95 % interval; difference to {analysis.baseline}"
+    table = new_table(title, "arm", *map(metric_label, metrics))
     for arm in analysis.arms:
         rows = [analysis.row(arm, metric) for metric in metrics]
         cells = [f"{_mean(row, analysis)}\n{_difference(row, analysis, interval=False)}".rstrip("\n") for row in rows]

@@ -10,6 +10,7 @@ from ..hub.results import HeldOutLoss
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
+from ..quiet import new_table
 from ..trainer.support import ONE_INNER_STEP
 from .advice import warnings_of
 from .cost import CostEstimate
@@ -62,9 +63,8 @@ def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:
 
 
 def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=title, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column()
+    table = new_table(title, "", "", texts=2)
+    table.columns[0].no_wrap = True
     for row in rows.items():
         table.add_row(*row)
     return table
@@ -126,10 +126,7 @@ def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:
 
 
 def _memory_table(memory: MemoryEstimate) -> Table:
-    table = Table(title="Memory per device, computed (not measured)")
-    table.add_column("")
-    table.add_column("bytes per parameter", justify="right")
-    table.add_column("size", justify="right")
+    table = new_table("Memory per device, computed (not measured)", "", "bytes per parameter", "size")
     shared = f" / {memory.shards}" if memory.shards > 1 else ""
     for purpose, size in memory.per_parameter.items():
         table.add_row(purpose, f"{size}{shared}", format_bytes(size * memory.parameters // memory.shards))
@@ -180,9 +177,7 @@ def say(console: Console, text: str) -> None:
 
 def loss_table(rows: Sequence[HeldOutLoss]) -> Table:
     """First and last losses of a run."""
-    table = Table(title="Held-out loss (nats per token)")
-    for column in ("", "role", "first", "last", "change"):
-        table.add_column(column, justify="left" if column in ("", "role") else "right")
+    table = new_table("Held-out loss (nats per token)", "", "role", "first", "last", "change", texts=2)
     for row in rows:
         first = "-" if row.first_loss is None else f"{row.first_loss:.4f}"
         change = "-" if row.first_loss is None else f"{row.last_loss - row.first_loss:+.4f}"
