@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.utils.data import ConcatDataset
 
 from .config import SourceConfig
-from .data_files import is_remote
+from .data_files import is_remote, means_files
 from .digest import are_numbers, digest, sample
 from .loading import Mixture
 from .packing import tokenizer_fingerprint
@@ -23,8 +23,8 @@ from .training_data import TrainingData
 
 __all__ = ["compare_data", "describe_data", "describe_sources", "load_data_state", "save_data_state"]
 
-# Settings of a source that do not change what is read of it.
-_NOT_READ = {"weight", "license", "tokens", "role", "max_epochs", "on_error"}
+# Settings of a source that do not change what is read of it. Its rows or files are compared, and may be elsewhere.
+_NOT_READ = {"weight", "license", "tokens", "role", "max_epochs", "on_error", "path"}
 # Settings of the layers of a stream that decide its rows.
 _DECIDING = (
     *("n", "num_times", "step", "offset", "buffer_size", "stopping_strategy", "probabilities", "with_indices"),
@@ -88,16 +88,15 @@ def describe_sources(data: TrainingData) -> dict[str, Any]:
 
 
 def describe_data(
-    data: TrainingData, args: Any, batch_size: int | None, tokenizer: Any, weights: Any, sources: Mapping[str, Any]
+    data: TrainingData, args: Any, batch_size: int | None, weights: Any, sources: Mapping[str, Any]
 ) -> dict[str, Any]:
     """
     Everything that the order of the data depends on, as plain data by name. `sources` is from [`describe_sources`].
 
-    `batch_size` is the number of rows of a micro-batch on each device, `None` if it is found by trying. The tokenizer
-    matters if documents are tokenized here. `weights` are the mixture weights and what they depend on.
+    `batch_size` is the number of rows of a micro-batch on each device, `None` if it is found by trying.
+    `weights` are the mixture weights and what they depend on.
     """
     facts: dict[str, Any] = {}
-    streams = isinstance(data.dataset, MixtureStream)
     if batch_size is None:
         facts |= {"ranks": args.world_size, "per_device_train_batch_size": batch_size}
     else:  # rows are dealt to the ranks by micro-batch, so their number matters only in total
@@ -109,25 +108,24 @@ def describe_data(
         "sources": data.names,  # in the order in which draws are divided among them
         "weights": weights,
     }
-    if streams:
+    if isinstance(data.dataset, MixtureStream):
         facts["buffer_size"] = data.dataset.buffer_size
     if data.mixture is not None:
         facts["sequence_length"] = data.mixture.config.sequence_length
         facts["isolate_documents"] = data.mixture.config.isolate_documents
         facts["add_bos_token"] = data.mixture.config.add_bos_token
-        facts["tokenizer"] = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
-        for name, source in data.mixture.config.ood_sources.items():  # their documents are left out of training
-            facts[f"source {name!r}"] = _settings(source)
     return json.loads(json.dumps(facts | dict(sources)))
 
 
 def _settings(source: SourceConfig) -> dict[str, Any]:
     given = {key: value for key, value in vars(source).items() if key not in _NOT_READ and value is not None}
-    path = _unsigned(source.path)
-    if os.path.isabs(os.path.expanduser(path)) or (is_remote(path) and "@" in path):  # checkpoints may be published
-        path = f"{Path(path).name} in a folder with the hash {digest(path)}"
-    given["path"] = path
     return given | source.columns
+
+
+def _address(path: str) -> str:
+    """A URL or the name of a dataset on the Hub, without a password: checkpoints may be published."""
+    path = _unsigned(path)
+    return f"{Path(path).name} in a folder with the hash {digest(path)}" if "@" in path else path
 
 
 def _unsigned(path: str) -> str:
@@ -139,12 +137,13 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
     facts = {} if mixture is None else _settings(mixture.config.sources[name])
     documents = source
     if isinstance(source, StreamedDocuments):
-        documents = source.documents
+        documents, path = source.documents, os.path.expanduser(source.encoder.source.path)
         facts |= _settings(source.encoder.source)
+        if is_remote(path) or not means_files(path):
+            facts["path"] = _address(path)
         facts["held_out"] = [len(source.held_out), sum(source.held_out)]
-        if mixture is None:
-            facts["sequence_length"] = source.sequence_length
-            facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
+        facts["sequence_length"] = source.sequence_length
+        facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
     if isinstance(documents, Sized):
         return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):
@@ -179,8 +178,9 @@ def _shown(value: Any) -> str:
 
 def _decided(value: Any, paths: list[list[str]] | None = None) -> Any:
     """
-    A setting of a layer as plain data: of tables some rows, of a function the bound arguments. Each argument's paths
-    are relative to their common folder, which may have been moved. They are in lists of one, noted in `paths`.
+    A setting of a layer as plain data: of tables some rows, of a function the bound arguments, of local files the
+    size. Each argument's paths are relative to their common folder, which may have been moved. They are in lists of
+    one, noted in `paths`.
     """
     if paths is None:
         decided = _decided(value, paths := [])
@@ -200,7 +200,7 @@ def _decided(value: Any, paths: list[list[str]] | None = None) -> Any:
         return value if are_numbers(value) else [_decided(item, paths) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or is_remote(value)):
         paths.append(path := [_COMMIT.sub("", _unsigned(value))])
-        return path
+        return [path, os.path.getsize(value)] if os.path.isfile(value) else path
     return value
 
 

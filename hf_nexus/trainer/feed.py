@@ -231,7 +231,7 @@ class Feed:
         if step and self._progress is not None:  # at step 0, it has begun when the sampler was made
             self._progress.begin(step, self._resumed)
 
-    def check_ranks(self, batch_size: int, tokenizer: Any, evaluation: Any, settings: dict[str, Any]) -> None:
+    def check_ranks(self, batch_size: int, evaluation: Any, settings: dict[str, Any]) -> None:
         """
         Compare data and `settings` of the ranks before the first step, in one collective. All ranks must call it.
 
@@ -240,7 +240,7 @@ class Feed:
         """
         sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
         size, dataset = _size(self.data.dataset), self.data.dataset
-        described = self._describe(batch_size, tokenizer) if self.data.stages else {}
+        described = self._describe(batch_size) if self.data.stages else {}
         if not self.data.stages and size is not None and self._args.world_size > 1:
             described["sample"] = sample(dataset)
         own = {
@@ -301,25 +301,27 @@ class Feed:
 
     # ---- Saving and resuming ----
 
-    def _describe(self, batch_size: int, tokenizer: Any) -> dict[str, Any]:
+    def _describe(self, batch_size: int) -> dict[str, Any]:
         size = None if self._args.auto_find_batch_size else batch_size
         weights: Any = [(stage.until, stage.weights) for stage in self.data.stages]
         if self.dynamic_weights:
             weights = "decided during training"
-        elif size is not None and isinstance(self.data.dataset, MixtureDataset):
+        elif isinstance(self.data.dataset, MixtureStream):
+            weights = stage_borders(self.data.stages, self._args.max_steps)
+        elif size is not None:
             weights = stage_borders(self.data.stages, self._windows(size)[1])
         if self._sources is None:
             self._sources = describe_sources(self.data)
-        return describe_data(self.data, self._args, size, tokenizer, weights, self._sources)
+        return describe_data(self.data, self._args, size, weights, self._sources)
 
-    def save(self, folder: str, step: int, batch_size: int, tokenizer: Any) -> None:
+    def save(self, folder: str, step: int, batch_size: int) -> None:
         """Write the description of the data and the positions of this rank's streams into a checkpoint."""
         if self.data.stages:
             found = {"layout": self._layout, "rows": batch_size * self._ranks}
             stream = None if self._progress is None else found | self._progress.state_dict(step)
-            save_data_state(folder, self._args.process_index, self._describe(batch_size, tokenizer), stream)
+            save_data_state(folder, self._args.process_index, self._describe(batch_size), stream)
 
-    def resume(self, checkpoint: str | None, batch_size: int, tokenizer: Any) -> None:
+    def resume(self, checkpoint: str | None) -> None:
         """
         Take the positions of the streams from a checkpoint, or start from zero. Before training begins, a second call
         for the same checkpoint does nothing.
@@ -327,20 +329,21 @@ class Feed:
         Raises:
             ValueError: the data cannot be resumed exactly, and `allow_mixture_change` is off.
         """
+        self.refresh()
         if checkpoint is None:
             self._resumed = None
         elif checkpoint != self._resumed_from:
-            self._resumed = self._positions(checkpoint, batch_size, tokenizer)
+            self._resumed = self._positions(checkpoint, self._args.train_batch_size)
         self._resumed_from = checkpoint
 
-    def _positions(self, checkpoint: str, batch_size: int, tokenizer: Any) -> Mapping[str, Any] | None:
+    def _positions(self, checkpoint: str, batch_size: int) -> Mapping[str, Any] | None:
         """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
         if not self.data.stages:
             if self._args.nexus:
                 self._compare_fill(checkpoint, batch_size)
             return None
         saved, missing = load_data_state(checkpoint, self._args.process_index, self._layout)
-        differences = compare_data(saved["description"], self._describe(batch_size, tokenizer)) if saved else []
+        differences = compare_data(saved["description"], self._describe(batch_size)) if saved else []
         if isinstance(self.data.dataset, MixtureStream) and missing and not differences:
             differences = [f"it has no {missing} (was it saved with save_only_model, or on another disk?)"]
         elif isinstance(self.data.dataset, MixtureStream) and saved and not differences:

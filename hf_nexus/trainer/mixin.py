@@ -288,7 +288,7 @@ class NexusTrainerMixin(_Base):
         """
         run_dir = self._get_output_dir(kwargs.get("trial", args[0] if args else None))
         with self._checkpoints.run(run_dir, resume_from_checkpoint) as checkpoint:
-            self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
+            self._feed.resume(checkpoint)
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except SourceError as error:
@@ -316,7 +316,7 @@ class NexusTrainerMixin(_Base):
 
     def check_data(self, checkpoint: str) -> None:
         """Raise `ValueError` unless the data is that of a checkpoint, or `allow_mixture_change` is on."""
-        self._feed.resume(checkpoint, self._train_batch_size, self.processing_class)
+        self._feed.resume(checkpoint)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
@@ -374,7 +374,7 @@ class NexusTrainerMixin(_Base):
         settings |= {"steps": max_steps, "step": self.state.global_step, "trainable parameters": trainable}
         if self.optimizer is not None:  # it was given, or is that of an earlier training
             settings["optimizer"] = [type(self.optimizer).__name__, *optimizer_settings(self.optimizer)]
-        self._feed.check_ranks(self._train_batch_size, self.processing_class, self.eval_dataset, settings)
+        self._feed.check_ranks(self._train_batch_size, self.eval_dataset, settings)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with Muon."""
@@ -749,7 +749,7 @@ class NexusTrainerMixin(_Base):
         step = self.state.global_step
         with self._random_states.to_save(step):
             super()._save_rng_state(output_dir)
-        self._feed.save(output_dir, step, self._train_batch_size, self.processing_class)
+        self._feed.save(output_dir, step, self._train_batch_size)
 
     def _after_save(self, checkpoint: str) -> None:
         """Push a checkpoint that is complete, and delete the oldest."""

@@ -10,7 +10,10 @@ from torch.utils.data import ConcatDataset
 
 from hf_nexus.hub.facts import public_path
 from hf_nexus.mixture.config import SourceConfig
+from hf_nexus.mixture.documents import DocumentEncoder
 from hf_nexus.mixture.state import _describe, _settings, compare_data
+from hf_nexus.mixture.stream.documents import StreamedDocuments
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROWS = Dataset.from_dict({"x": list(range(100)), "text": [str(i) for i in range(100)]})
 STREAM = ROWS.to_iterable_dataset(num_shards=4)
@@ -104,18 +107,20 @@ def test_the_same_rows_are_described_the_same(one, other):
     assert _describe("a", one, None) == _describe("a", other, None)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet", "txt"])
 def test_other_files_of_a_stream_are_described_otherwise(tmp_path, suffix):
-    for name in "ab":
-        path = str(tmp_path / f"{name}.{suffix}")
-        {"jsonl": ROWS.to_json, "csv": ROWS.to_csv, "parquet": ROWS.to_parquet, "txt": ROWS.to_csv}[suffix](path)
-    kind = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)
-    one, other = (
-        load_dataset(kind, data_files=str(tmp_path / f"{name}.{suffix}"), split="train", streaming=True)
-        for name in "ab"
-    )
-    assert compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", other, None)})
-    assert not compare_data({"a": _describe("a", one, None)}, {"a": _describe("a", one, None)})
+    kind = {"jsonl": "json", "jsonl.gz": "json", "txt": "text"}.get(suffix, suffix)
+
+    def described(file, rows=ROWS):
+        path = tmp_path / f"{file}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        {"json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet, "text": rows.to_csv}[kind](str(path))
+        return _describe("a", load_dataset(kind, data_files=str(path), split="train", streaming=True), None)
+
+    one = described("d/a")
+    assert compare_data({"a": one}, {"a": described("d/b")})  # another name
+    assert compare_data({"a": one}, {"a": described("e/a", ROWS.select(range(99)))})  # another size
+    assert not compare_data({"a": one}, {"a": described("e/a")})
 
 
 @pytest.fixture
@@ -174,19 +179,21 @@ def test_settings_that_decide_rows_and_labels_are_described(one, other):
     assert compare_data({"a": one}, {"a": other}) and not compare_data({"a": one}, {"a": one})
 
 
-@pytest.mark.parametrize("path", ["/home/alice/secret/web.jsonl", "~/secret/web.jsonl"])
-def test_a_description_has_no_folder_of_the_machine(path):
-    one, other = (_settings(SourceConfig(path=p))["path"] for p in (path, path.replace("secret", "other")))
-    assert one.startswith("web.jsonl") and "secret" not in one and one != other
-    for path in ("data/web.jsonl", "s3://bucket/web.jsonl"):
-        assert _settings(SourceConfig(path=path))["path"] == path
+def described_path(path: str, rows: Any = STREAM) -> Any:
+    encoder = DocumentEncoder("a", SourceConfig(path=path, streaming=True), tiny_tokenizer(), ["text"])
+    return _describe("a", StreamedDocuments(rows, encoder, 8), None).get("path")
+
+
+def test_the_paths_of_remote_streams_alone_are_described():
+    for path in ("/home/alice/secret/web.jsonl", "~/secret/web.jsonl", "web.jsonl", "./web.jsonl"):
+        assert described_path(path) is None
+    for path in ("org/web", "s3://bucket/web.jsonl"):
+        assert described_path(path) == path
 
 
 def test_a_description_has_no_signature_or_password():
-    one, other = (
-        _settings(SourceConfig(path=f"https://host/web.jsonl?signature={s}"))["path"] for s in ("secret", "other")
-    )
+    one, other = (described_path(f"https://host/web.jsonl?signature={s}") for s in ("secret", "other"))
     assert one == other == "https://host/web.jsonl"
     assert public_path("https://host/web.jsonl?signature=secret") == "web.jsonl"
-    path = _settings(SourceConfig(path="ftp://me:secret@host/web.jsonl"))["path"]
+    path = described_path("ftp://me:secret@host/web.jsonl")
     assert path.startswith("web.jsonl") and "secret" not in path

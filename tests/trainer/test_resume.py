@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import fsspec
 import pytest
 import torch
 from datasets import Dataset
+from transformers import ProcessorMixin
 
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
@@ -259,13 +261,18 @@ def held_out(*hashes: int) -> Any:
     return documents_of(texts(20).to_iterable_dataset(3), LENGTH, hashes)
 
 
+def tokenized_by(tokenizer: Any) -> Any:
+    documents = kinds()["mix"]()["c"]
+    return replace(documents, encoder=replace(documents.encoder, tokenizer=tokenizer))
+
+
 CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "weights": (
         lambda: mixture(kinds()["mix"](), {"a": 1, "b": 1, "c": 2}),
         {},
         r"weights was .*0\.5.* and is .*0\.25",
     ),
-    "stages": (lambda: mixture(kinds()["mix"](), STAGES), {}, r"weights was .* and is \[\[0\.5, "),
+    "stages": (lambda: mixture(kinds()["mix"](), STAGES), {}, r"weights was .* and is \[\[0, .*\[3, "),
     "buffer": (lambda: mixture(kinds()["mix"](), buffer_size=8), {}, "buffer_size was 6 and is 8"),
     "sources": (lambda: mixture({k: s for k, s in kinds()["mix"]().items() if k != "b"}), {}, r"source 'b' is gone"),
     "rows": (lambda: mixture(kinds()["mix"]() | {"a": table(12)}), {}, r"source 'a': rows was 11 and is 12"),
@@ -289,9 +296,9 @@ CHANGES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "weights was .* and is 'decided during training'",
     ),
     "tokenizer": (
-        lambda: mixture(kinds()["mix"]()),
-        {"trainer_kwargs": {"processing_class": tiny_tokenizer("another text")}},
-        r"tokenizer was '\w+' and is '\w+'",
+        lambda: mixture(kinds()["mix"]() | {"c": tokenized_by(tiny_tokenizer("another text"))}),
+        {"trainer_kwargs": {"processing_class": None}},
+        r"'c': tokenizer was '\w+' and is '\w+'",
     ),
 }
 
@@ -322,14 +329,66 @@ def test_changed_data_is_refused_by_name_and_can_be_allowed(
         assert torch.equal(weights(again), weights(trainer))
 
 
-def test_stages_refuse_a_map_style_run_of_another_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_stages_refuse_a_run_of_another_length(tmp_path: Path, stream: bool) -> None:
     """The sources so far would be others, and with them the rows that come next."""
     shares: list = [{"until": 0.5, "weights": {"a": 1, "b": 0}}, {"until": 1.0, "weights": {"a": 0, "b": 1}}]
-    data = {"a": table(90), "b": table(90, 100)}
+    rows = {"a": table(90), "b": table(90, 100)}
+    data = {name: table.to_iterable_dataset() for name, table in rows.items()} if stream else rows
     run(tmp_path, data, stop_after=4, mixture_weights=shares)
     with pytest.raises(ValueError, match=r"weights was \[\[0, .*\[3, .* and is \[\[0, .*\[5, "):
         run(tmp_path, data, True, mixture_weights=shares, max_steps=10)
     assert run(tmp_path, data, True, mixture_weights=shares).sources() == ["b"] * 2 * K
+
+
+@pytest.mark.parametrize("kind", ["map-style", "rows"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mixture_weights", {"a": 1.0, "b": 0.0, "c": 1.0}, "weights was"),
+        ("per_device_train_batch_size", 1, "over all ranks was 2 and is 1"),
+    ],
+)
+def test_arguments_changed_after_construction_are_compared(
+    whole: Whole, tmp_path: Path, kind: str, name: str, value: Any, message: str
+) -> None:
+    trainer = make(tmp_path, mixture(kinds()[kind]()))
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=f"cannot be resumed exactly: .*{message}"):
+        trainer.train(resume_from_checkpoint=checkpoint(whole(kind), 2))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_goes_on_when_its_files_were_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(folder: str, rows: int = 40) -> Any:
+        Path(folder).mkdir()
+        texts(rows).to_json(f"{folder}/web.jsonl")
+        Dataset.from_dict({"text": ["law"] * 9}).to_json(f"{folder}/law.jsonl")
+        web = {"path": f"{folder}/web.jsonl", "weight": 1, "streaming": streaming}
+        sources = {"web": web, "law": {"path": str(Path(folder, "law.jsonl").absolute()), "role": "ood"}}
+        config = MixtureConfig.from_dict({"sources": sources, "sequence_length": LENGTH})
+        return load_mixture(config, tiny_tokenizer(), cache_dir="cache")
+
+    expected = run(tmp_path / "whole", loaded("old"))
+    resumed = run(tmp_path / "resumed", loaded("new"), checkpoint(expected, 2))
+    assert differences(resumed, expected, 2) == []
+    with pytest.raises(ValueError, match=r"source 'web': (rows|layers) was"):
+        run(tmp_path / "resumed", loaded("other", rows=50), checkpoint(expected, 2))
+
+
+def test_a_processor_trains_and_resumes_a_mixture(tmp_path: Path) -> None:
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer: Any = None):
+            super().__init__(tokenizer)
+
+    settings = {"trainer_kwargs": {"processing_class": Processor(tiny_tokenizer())}}
+    expected = run(tmp_path / "whole", mixture(kinds()["mix"]()), **settings)
+    resumed = run(tmp_path / "resumed", mixture(kinds()["mix"]()), checkpoint(expected, 2), **settings)
+    assert differences(resumed, expected, 2) == []
 
 
 def test_a_missing_data_state_is_refused(whole: Whole, tmp_path: Path) -> None:
