@@ -25,6 +25,7 @@ from ..files import hidden, printable, require_folder, without_folders
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..hub.weights import convert_weights
+from ..mixture.isolation import PackedRowCollator
 from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData
@@ -151,9 +152,7 @@ class NexusTrainerMixin(_Base):
         copies = self._feed.copies = self._evaluation.copies = self.get_tp_size()  # these ranks read the same rows
         self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked, copies)
         if self.data.eos_token_id is not None:
-            self._isolate_documents(collate_packed)
-        if self.data.mixture is not None:
-            check_vocabulary(self._feed.first_rows(1, self.eval_dataset), self.model)
+            self._isolate_documents(collate_packed, self.data_collator)
         self._check()
         choose_direction(self.args)
 
@@ -173,6 +172,9 @@ class NexusTrainerMixin(_Base):
         if self._awaits_model:
             self.create_accelerator_and_postprocess()
         self._widen_weights()
+        collator = getattr(self, "data_collator", None)  # there is none yet in the constructor
+        if isinstance(collator, PackedRowCollator):
+            self._isolate_documents(collator.collate, collator.others)
         return self.model
 
     def _widen_weights(self) -> None:
@@ -185,6 +187,8 @@ class NexusTrainerMixin(_Base):
         """Refuse launches and names that are not supported."""
         if not self._plain:
             check_sets(self.data.names, self.eval_dataset)
+        if self.data.mixture is not None:
+            check_vocabulary(self._feed.first_rows(1, self.eval_dataset), self.model)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         launch = Launch(
             kind=self.accelerator.distributed_type,
@@ -201,10 +205,10 @@ class NexusTrainerMixin(_Base):
             # The filter would wait for the device at each of the window's zero losses, and a NaN would replace all.
             self.args.logging_nan_inf_filter = False
 
-    def _isolate_documents(self, collate: Any) -> None:
-        """Keep the documents of packed rows apart, in training and evaluation. `collate` is their collator."""
+    def _isolate_documents(self, collate: Any, others: Any) -> None:
+        """Keep the documents of packed rows, which `collate` collates, apart in training and evaluation."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.data_collator = self._feed.isolating(collate, self.data_collator, model, self.processing_class)
+        self.data_collator = self._feed.isolating(collate, others, model, self.processing_class)
         self._set_signature_columns_if_needed()  # the collator takes the positions that a model does not know
         self._signature_columns.append("position_ids")
 

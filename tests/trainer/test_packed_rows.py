@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import CLIPVisionConfig, DataCollatorForLanguageModeling, LlavaConfig, LlavaForConditionalGeneration
 
-from hf_nexus import MixtureConfig, load_mixture
+from hf_nexus import MixtureConfig, NexusTrainer, load_mixture
+from hf_nexus.mixture.isolation import isolation_problem
 from hf_nexus.trainer.card import summarize
 from tests.support.stream_documents import documents_of
 from tests.support.streams import texts
@@ -98,6 +99,29 @@ def test_a_cache_is_refused_unless_documents_are_joined(make_trainer, tmp_path):
     with pytest.raises(ValueError, match=r"use_cache=True would let .* isolate_documents to false"):
         make_trainer(chats(tmp_path), tiny_llama(vocab_size=VOCAB), use_cache=True)
     make_trainer(chats(tmp_path, isolate_documents=False), tiny_llama(vocab_size=VOCAB), use_cache=True)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_new_model_of_a_training_is_probed(make_trainer, tmp_path, able):
+    models = [tiny_llama(vocab_size=VOCAB), tiny_llama(1, vocab_size=VOCAB)]
+    if not able:
+        models[1].config._attn_implementation = "paged|sdpa"
+    args, made = make_trainer(chats(tmp_path), models[0]).args, iter(models)
+    trainer = NexusTrainer(None, args, train_dataset=chats(tmp_path), model_init=lambda: next(made))
+    assert all("position_ids" in batch for batch in batches(trainer))
+    trainer.train()
+    assert trainer.model is models[1] and (isolation_problem(trainer.model) is None) == able
+    assert all(("position_ids" in batch) == able for batch in batches(trainer))
+
+
+def test_a_new_model_with_too_few_embeddings_is_refused(make_trainer, tmp_path):
+    sizes = iter((VOCAB, 8))
+    args = make_trainer(chats(tmp_path), tiny_llama(vocab_size=VOCAB)).args
+    trainer = NexusTrainer(
+        None, args, train_dataset=chats(tmp_path), model_init=lambda: tiny_llama(vocab_size=next(sizes))
+    )
+    with pytest.raises(ValueError, match="embeddings for 8 tokens only"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("llama", [False, True])
