@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Document",
     "DocumentEncoder",
+    "advice_on_rows",
     "check_tokenizer",
     "is_conversation",
     "load_documents",
@@ -135,13 +136,15 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
     except Exception as error:
         cause = error.__cause__ or error
         what = "it has no rows" if isinstance(error, StopIteration) else str(cause) or repr(cause)
+        advice = advice_on_rows(cause) or _advice_on_path(what)
         raise ValueError(
-            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{_advice(cause, what)}"
+            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
         ) from error
 
 
-def _advice(cause: BaseException, what: str) -> str:
-    """What to do about an error of reading a source."""
+def advice_on_rows(cause: BaseException) -> str:
+    """What to do about an error of reading rows, empty if it is not known."""
+    what = str(cause)
     if isinstance(cause, UnicodeError):
         return _UTF8
     if "JSON parse error" in what:
@@ -152,6 +155,12 @@ def _advice(cause: BaseException, what: str) -> str:
         return "Install the package that reads .zst files: pip install zstandard"
     if "column names don't match" in what or "Schema at index" in what:
         return "Its files have different columns. Name each kind of file as a separate source, by a glob or folder."
+    if what.startswith("Couldn't cast"):
+        return "Columns get types from the first 10 MB of JSON or first Parquet file. Put a row with all keys there."
+    return ""
+
+
+def _advice_on_path(what: str) -> str:
     hub = "A path that does not exist here is looked up on the Hub."
     if datasets.config.HF_HUB_OFFLINE and "offline" in what.lower():
         return f"HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or name a copy on this machine. {hub}"

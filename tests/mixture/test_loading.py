@@ -350,6 +350,22 @@ def test_streams_that_cannot_be_loaded_say_so(load: Any) -> None:
             load(a={**stream, **wrong})
 
 
+@pytest.mark.parametrize("column", ["messages", "meta"])
+def test_late_keys_are_an_error_that_says_where_to_put_them(load: Any, column: str) -> None:
+    for name, value in (("d/1.jsonl", {"k": 1}), ("d/2.jsonl", {"k": 1, "late": {"n": 1}})):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps({"text": "fox", column: [value]}) + "\n")
+    web = {"path": "d", "weight": 1}
+    advice = "first 10 MB of JSON or first Parquet file. Put a row with all keys there"
+    with pytest.raises(ValueError, match=advice):
+        load(web=web)
+    stream = {**web, "streaming": True}
+    with pytest.raises(SourceError, match=f"Couldn't cast.*{advice}"):
+        stream_texts(load(web=stream).train["web"], 9)
+    Path("d/2.jsonl").rename("d/0.jsonl")
+    assert "fox" in stream_texts(load(web=stream).train["web"], 9)
+
+
 # --- cache
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...files import printable
+from ..documents import advice_on_rows
 from .lanes import Lane, Lanes
 from .sources import Block, Partition, Source
 
@@ -161,7 +162,8 @@ class PartReader:
                 cause = f"{type(error).__name__}: {error}"
                 self._blocks = None  # reopen the source at the current position
                 if not _is_network(error):
-                    raise self.error(f"the source raised {cause}") from error
+                    advice = advice_on_rows(error)
+                    raise self.error(f"the source raised {cause}" + (advice and f". {advice}")) from error
                 if attempt + 1 == ATTEMPTS:
                     raise self.error(f"{ATTEMPTS} attempts to read failed, the last with {cause}") from error
                 seconds = wait(attempt)
