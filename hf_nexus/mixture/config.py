@@ -262,7 +262,8 @@ class MixtureConfig:
             self._check_source(name, source)
         if not self.train_sources:
             raise ValueError("sources: none of them is trained on. Add one with the role 'train' (the default).")
-        refuse_splits(self.train_sources)
+        advice = "Set `role: ood` for those held out, or name their split as `eval_split` of {!r}, or rename them."
+        refuse_splits(self.train_sources, advice)
         self._check_weights(self.train_sources)
 
     def _check_source(self, name: Any, source: SourceConfig) -> None:
@@ -365,10 +366,11 @@ class MixtureConfig:
         return [Stage(1.0, shares_of(raw))]
 
 
-def refuse_splits(names: Iterable[Any]) -> None:
+def refuse_splits(names: Iterable[Any], advice: str) -> None:
     """
     Raise `ValueError` if the names of training sources are those of splits, one for training and one that is held out:
-    with the same other words, or none in one of the two. `dev_docs` and `train_manuals` are different sources.
+    with the same other words, or none in one of the two. `dev_docs` and `train_manuals` are different sources. The
+    name of the split for training is put into the `advice`.
     """
     splits = {name: _as_split(str(name)) for name in names}
     held_out = [words for kind, words in splits.values() if kind == _HELD_OUT]
@@ -376,7 +378,7 @@ def refuse_splits(names: Iterable[Any]) -> None:
         if kind == _TRAIN and any(words == other or not words or not other for other in held_out):
             raise ValueError(
                 f"sources: {', '.join(map(str, splits))} look like splits of one dataset: all would be trained on. "
-                f"Train on one split, dataset[{name!r}], or give the sources other names."
+                + advice.format(name)
             )
 
 

@@ -184,7 +184,12 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     if isinstance(train_dataset, MixtureDataset | MixtureStream):
         raise ValueError(f"train_dataset is a {type(train_dataset).__name__}. Pass the dict of its sources.")
     if isinstance(train_dataset, Mapping):
-        _refuse_other_keys(train_dataset)
+        if "input_ids" in train_dataset:
+            raise ValueError(
+                f"train_dataset has the keys {', '.join(map(str, train_dataset))}, which look like columns. Pass "
+                "Dataset.from_dict(train_dataset), or a dict of datasets by the names of the sources."
+            )
+        refuse_splits(train_dataset, "Train on one split, dataset[{!r}], or give the sources other names.")
         return dict(train_dataset)
     if holds_datasets(train_dataset):
         raise ValueError("train_dataset is a list of datasets. Pass a dict of them by the names of the sources.")
@@ -211,16 +216,6 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
             f"The dataset's `source` column holds {len(names)} different values in {len(labels)} rows: pass larger "
             f"sources, {otherwise}"
         )
-    _refuse_other_keys(dict.fromkeys(names.values()))
+    refuse_splits(names.values(), "Keep the rows of {!r} with train_dataset.filter, or rename the column's values.")
     logger.warning("The dataset's `source` column names %d sources: every micro-batch holds one of them.", len(names))
     return {name: rows.select(np.flatnonzero(labels == label)) for label, name in names.items()}
-
-
-def _refuse_other_keys(sources: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if the keys name splits or columns instead of sources."""
-    if "input_ids" in sources:
-        raise ValueError(
-            f"train_dataset has the keys {', '.join(map(str, sources))}, which look like columns. Pass "
-            "Dataset.from_dict(train_dataset), or a dict of datasets by the names of the sources."
-        )
-    refuse_splits(sources)

@@ -71,7 +71,11 @@ def test_known_tokens_stop_at_max_tokens() -> None:
         ("sources", {}, "Give one or more"),
         ("sources.ood", {"path": "x", "role": "ood"}, "reserved"),
         ("sources.macro", {"path": "x"}, "reserved"),
-        ("sources", {"train": {"path": "a"}, "dev": {"path": "b"}}, "look like splits of one dataset"),
+        (
+            "sources",
+            {"train": {"path": "a"}, "dev": {"path": "b"}},
+            "Set `role: ood` for those held out, or name their split as `eval_split` of 'train'",
+        ),
         ("sources.a/b", {"path": "x", "role": "ood"}, "letter or digit"),
         ("sequence_length", 1, "at least 2"),
         ("sequence_length", "16", "whole number"),
