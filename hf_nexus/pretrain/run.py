@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils.logging import disable_progress_bar
@@ -263,9 +263,13 @@ def _build(
     arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None
 ) -> PreTrainedModel:
     config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
-    saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
-    new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
-    return build_model(config, arguments.model.attn_implementation, **({} if new else saved))
+    attention, path = arguments.model.attn_implementation, arguments.model.path
+    if checkpoint is None and arguments.model.continues:
+        return build_model(config, attention, pretrained_model_name_or_path=path, revision=arguments.model.revision)
+    model = build_model(config, attention)
+    if checkpoint is not None:  # the Trainer loads all weights from it, and no more
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    return model
 
 
 def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:

@@ -234,6 +234,31 @@ def test_a_checkpoint_is_continued_and_resumed(write, saved, tmp_path, monkeypat
     assert all(map(torch.equal, again.model.parameters(), trainer.model.parameters()))
 
 
+def test_a_resumed_run_leaves_the_files_of_a_whole_one(write, saved, tmp_path):
+    """Those of the model and of its tokenizer, also what only generation reads."""
+    (saved / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "eos_token_id": [0, 2]}')
+    (saved / "chat_template.jinja").write_text("{{ messages }}")
+    flags = ["--config", write(path=str(saved), tokenizer=None), "--save_strategy", "steps", "--save_steps", "1"]
+    pretrain(parse_arguments(flags))
+    resume = [
+        "--output_dir",
+        str(tmp_path / "resumed"),
+        "--resume_from_checkpoint",
+        str(tmp_path / "out/checkpoint-1"),
+    ]
+    pretrain(parse_arguments([*flags, *resume]))
+    whole, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        for name in ("out", "resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert json.loads(whole["generation_config.json"])["temperature"] == 0.6
+    # These have times, or the folder.
+    of_the_run = {"training_args.bin", "trainer_state.json", "run_summary.json", "pretrain.yaml"}
+    of_the_run |= {"README.md", "RUN.md", "training.png"}
+    assert [name for name in whole.keys() - of_the_run if whole[name] != resumed[name]] == []
+
+
 def test_a_context_may_be_longer_only_if_it_is_said(write, saved):
     flags = ["--config", write(path=str(saved), tokenizer=None), "--dry_run", "--sequence_length", "128"]
     with pytest.raises(ValueError, match="max_position_embeddings: the model has 64, and sequence_length is 128"):
