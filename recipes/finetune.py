@@ -37,7 +37,9 @@ LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. U
 import logging
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -129,9 +131,12 @@ class DataTrainingArguments:
 
 
 def load_texts(
-    args: DataTrainingArguments, cache_dir: str | None, token: str | None
-) -> tuple[Any, dict[str, SourceConfig]]:
-    """The splits `train` and `validation`, and the columns of each, which are guessed from the first rows."""
+    args: DataTrainingArguments, cache_dir: str | None, token: str | None, name: str | None = None
+) -> tuple[dict[str, Any], dict[str, SourceConfig]]:
+    """
+    The splits `train` and `validation`, and the columns of each, which are guessed from the first rows. Without
+    validation data, both are the same rows. Errors name the source of a mixture.
+    """
     if args.dataset_name is not None:
         options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "streaming": args.streaming}
         texts = dict(load_dataset(args.dataset_name, args.dataset_config_name, trust_remote_code=False, **options))
@@ -140,17 +145,10 @@ def load_texts(
     else:
         assert args.train_file is not None
         files = {"train": args.train_file, "validation": args.validation_file}
-        sources = {split: guess_source(split, path) for split, path in files.items() if path is not None}
-        texts = {s: load_documents(s, sources[s], "train", cache_dir, args.streaming)[0] for s in sources}
-    if "validation" not in texts:
-        train, percent = texts["train"], args.validation_split_percentage
-        sources["validation"] = sources["train"]
-
-        def is_held_out(_: Any, i: int) -> bool:
-            return i * percent % 100 < percent
-
-        texts["validation"] = train.filter(is_held_out, with_indices=True)
-        texts["train"] = train.filter(lambda text, i: not is_held_out(text, i), with_indices=True)
+        sources = {split: guess_source(name or split, path) for split, path in files.items() if path is not None}
+        texts = {s: load_documents(name or s, sources[s], "train", cache_dir, args.streaming)[0] for s in sources}
+    for splits in (texts, sources):
+        splits.setdefault("validation", splits["train"])
     return texts, sources
 
 
@@ -162,14 +160,22 @@ def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
     return {**rows, "labels": [list(row) for row in rows["input_ids"]]}
 
 
-def tokenize(texts: Any, encoder: DocumentEncoder, args: DataTrainingArguments) -> Any:
-    """Rows of `block_size` tokens. Each document ends with an EOS."""
+def is_of(split: str, percent: int, number: int) -> bool:
+    """Whether a row is of a split if a part of the rows is held out for the other."""
+    return (number * percent % 100 < percent) == (split == "validation")
+
+
+def tokenize(
+    texts: Any, encoder: DocumentEncoder, args: DataTrainingArguments, taken: Callable[[int], bool] | None = None
+) -> Any:
+    """Rows of `block_size` tokens, of all documents or those with a taken number. Each document ends with an EOS."""
     options: dict[str, Any] = {"batched": True}
     if isinstance(texts, Dataset):
         options |= {"num_proc": args.preprocessing_num_workers, "load_from_cache_file": not args.overwrite_cache}
 
     def encode(examples: Any, numbers: list[int]) -> dict[str, list]:
-        documents = encoder.documents(examples, numbers[0])
+        read = encoder.documents(examples, numbers[0])
+        documents = [document for number, document in zip(numbers, read, strict=True) if not taken or taken(number)]
         return {"input_ids": [tokens.tolist() for tokens in encoder.encode(documents)]}
 
     tokens = texts.map(encode, with_indices=True, remove_columns=list(next(iter(texts), {})), **options)
@@ -219,13 +225,14 @@ def build_trainer(
     if training_args.do_eval:
         splits["validation"] = data_args.max_eval_samples
 
-    def load(args: DataTrainingArguments) -> dict[str, Any]:
-        texts, sources = load_texts(args, model_args.cache_dir, model_args.token)
-        found = {}
+    def load(args: DataTrainingArguments, name: str | None = None) -> dict[str, Any]:
+        texts, sources = load_texts(args, model_args.cache_dir, model_args.token, name)
+        shared, found = texts["train"] is texts["validation"], {}
         for split, most in splits.items():
             source = sources[split]
-            encoder = DocumentEncoder(split, source, tokenizer, list(source.columns.values()))
-            rows = tokenize(texts[split], encoder, args)
+            encoder = DocumentEncoder(name or split, source, tokenizer, list(source.columns.values()))
+            taken = partial(is_of, split, args.validation_split_percentage) if shared else None
+            rows = tokenize(texts[split], encoder, args, taken)
             if isinstance(rows, Dataset) and not len(rows):
                 raise ValueError(
                     f"{source.path}: the {split} split fills no row of {args.block_size} tokens. Lower --block_size, "
@@ -236,7 +243,7 @@ def build_trainer(
 
     with training_args.main_process_first(desc="tokenizing"):
         if sources:
-            loaded = {name: load(args) for name, args in sources.items()}
+            loaded = {name: load(args, name) for name, args in sources.items()}
             data: dict[str, Any] = {split: {name: rows[split] for name, rows in loaded.items()} for split in splits}
         else:
             data = load(data_args)
@@ -255,10 +262,9 @@ def build_trainer(
 
 
 def main() -> None:
-    with one_line_errors():  # a traceback could show the token
-        parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(hide_token(sys.argv[1:]))
-        trainer = build_trainer(model_args, data_args, training_args)
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(hide_token(sys.argv[1:]))
+    trainer = build_trainer(model_args, data_args, training_args)
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -281,4 +287,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():  # a traceback could show the token
+        main()

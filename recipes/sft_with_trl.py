@@ -13,7 +13,7 @@ A tiny model from scratch on the built-in corpus, in a minute on one CPU core wi
     python recipes/sft_with_trl.py --output_dir runs/sft
     python recipes/sft_with_trl.py --output_dir runs/sft-packed --packing True
 
-A pretrained model with LoRA on your own files, with one JSON object {"messages": [...]} per line:
+A pretrained model with LoRA on your own files, whose rows hold {"messages": [...]}:
 
     accelerate launch recipes/sft_with_trl.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
         --files '{"chat": "chat.jsonl", "code": "code.jsonl"}' --mixture_weights '{"chat": 0.6, "code": 0.4}' \\
@@ -26,7 +26,7 @@ work in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pas
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,14 +39,19 @@ from transformers import (
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational, is_conversational_from_value
 
 from hf_nexus import NexusConfigMixin, NexusTrainerMixin
 from hf_nexus.errors import one_line_errors
 from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from hf_nexus.mixture.config import SourceConfig
+from hf_nexus.mixture.documents import load_documents
 from hf_nexus.strict import parse_yaml
 
 BUILTIN = ("mathematics", "reasoning")
+# Defaults for the tiny model from scratch. A pretrained one has those of TRL.
+TINY = {"max_length": 256, "max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "inner_lr": 0.1}
 
 
 class NexusSFTTrainer(NexusTrainerMixin, SFTTrainer):
@@ -55,16 +60,11 @@ class NexusSFTTrainer(NexusTrainerMixin, SFTTrainer):
 
 @dataclass
 class NexusSFTConfig(NexusConfigMixin, SFTConfig):
-    """SFTConfig with the Nexus fields and defaults for the built-in corpus."""
+    """SFTConfig with the Nexus fields."""
 
     output_dir: str | None = "runs/sft"
     assistant_only_loss: bool = True
-    max_length: int | None = 256
-    max_steps: int = 40
     gradient_accumulation_steps: int = 4
-    per_device_train_batch_size: int = 4
-    learning_rate: float = 2e-3
-    inner_lr: float = 0.1
 
     def __post_init__(self) -> None:
         if self.bf16 is None:  # SFTConfig would choose True, also without a GPU.
@@ -79,7 +79,9 @@ class ScriptArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id or local path of a model. By default, a tiny Llama from scratch."}
     )
-    files: str | None = field(default=None, metadata={"help": "A JSON object with the JSONL file of each source."})
+    files: str | None = field(
+        default=None, metadata={"help": "A JSON object with the file, folder or Hub id of each source."}
+    )
     eval_rows: int = field(default=32, metadata={"help": "Number of held-out conversations of each source."})
     lora_r: int = field(default=0, metadata={"help": "Rank of the LoRA adapters. 0 trains all weights."})
 
@@ -131,36 +133,69 @@ def tokenizer_of(name: str, args: NexusSFTConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def main() -> None:
-    with one_line_errors():
-        script, args = HfArgumentParser((ScriptArguments, NexusSFTConfig)).parse_args_into_dataclasses()
-        set_seed(args.seed)
-        files = parse_yaml(script.files, "--files") if script.files else {}
-        sources = {name: load_dataset("json", data_files=path, split="train") for name, path in files.items()}
-        sources = sources or {name: conversations(name) for name in BUILTIN}
-        split = {name: rows.train_test_split(test_size=script.eval_rows, seed=0) for name, rows in sources.items()}
+def load_sources(script: ScriptArguments, args: NexusSFTConfig) -> dict[str, Dataset]:
+    """The conversations of the files, or of the built-in corpus."""
+    if script.files is None:
+        return {name: conversations(name) for name in BUILTIN}
+    sources: dict[str, Dataset] = {}
+    for name, path in parse_yaml(script.files, "--files").items():
+        sources[name], _ = load_documents(name, SourceConfig(path), "train", every_column=True)
+        check_format(name, sources[name][0], script, args)
+    return sources
 
-        if script.model_name_or_path is None:
-            model, tokenizer = tiny_model(sources)
-        else:
-            tokenizer = tokenizer_of(script.model_name_or_path, args)
-            model = AutoModelForCausalLM.from_pretrained(
-                script.model_name_or_path, dtype="float32", trust_remote_code=False
-            )
-        adapters = None
-        if script.lora_r:
-            from peft import LoraConfig
 
-            adapters = LoraConfig(task_type="CAUSAL_LM", r=script.lora_r, target_modules="all-linear")
-
-        trainer = NexusSFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=DatasetDict({name: rows["train"] for name, rows in split.items()}),
-            eval_dataset={name: rows["test"] for name, rows in split.items()},
-            processing_class=tokenizer,
-            peft_config=adapters,
+def check_format(name: str, row: dict, script: ScriptArguments, args: NexusSFTConfig) -> None:
+    """Refuse rows that cannot be trained on before anything else is loaded."""
+    if script.model_name_or_path is None:  # its tokenizer is trained on messages
+        fits = "messages" in row
+    elif args.assistant_only_loss:
+        fits = is_conversational(row) or is_conversational_from_value(row)
+    else:
+        fits = any(column in row for column in (args.dataset_text_field, "messages", "conversations", "completion"))
+    if not fits:
+        raise ValueError(
+            f"Source {name!r} has the columns {', '.join(row)}. Save conversations as 'messages'. A pretrained model "
+            "with --assistant_only_loss False may also learn 'text', or the 'completion' of a 'prompt'."
         )
+
+
+def read_arguments() -> tuple[ScriptArguments, NexusSFTConfig]:
+    parser = HfArgumentParser((ScriptArguments, NexusSFTConfig))
+    if parser.parse_known_args()[0].model_name_or_path is None:
+        parser.set_defaults(**TINY)
+    return parser.parse_args_into_dataclasses()
+
+
+def main() -> None:
+    script, args = read_arguments()
+    set_seed(args.seed)
+    sources, split = load_sources(script, args), {}
+    for name, rows in sources.items():
+        if not 0 < script.eval_rows < len(rows):
+            raise ValueError(f"--eval_rows {script.eval_rows}: source {name!r} has {len(rows)} rows to share.")
+        split[name] = rows.train_test_split(test_size=script.eval_rows, seed=0)
+
+    if script.model_name_or_path is None:
+        model, tokenizer = tiny_model(sources)
+    else:
+        tokenizer = tokenizer_of(script.model_name_or_path, args)
+        model = AutoModelForCausalLM.from_pretrained(
+            script.model_name_or_path, dtype="float32", trust_remote_code=False
+        )
+    adapters = None
+    if script.lora_r:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(task_type="CAUSAL_LM", r=script.lora_r, target_modules="all-linear")
+
+    trainer = NexusSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=DatasetDict({name: rows["train"] for name, rows in split.items()}),
+        eval_dataset={name: rows["test"] for name, rows in split.items()},
+        processing_class=tokenizer,
+        peft_config=adapters,
+    )
 
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -171,4 +206,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

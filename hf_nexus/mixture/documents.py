@@ -445,7 +445,7 @@ def require_chat_template(name: str, source: SourceConfig, tokenizer: "PreTraine
     if not tokenizer.chat_template:
         raise ValueError(
             f"sources.{name}.{next(iter(source.columns))}: messages need a chat template, and the tokenizer has none. "
-            "Set tokenizer.chat_template, use a tokenizer that has one, or name a text_column."
+            "Name a tokenizer that has one, set tokenizer.chat_template, or name a text_column."
         )
 
 

@@ -193,7 +193,7 @@ def test_each_format_trains_on_its_text(tmp_path, monkeypatch, streaming):
         splits, sources = recipe["load_texts"](args.sources()["a"], None, None)
         encoder = recipe["DocumentEncoder"]("a", sources["train"], tokenizer, [])
         row = next(iter(recipe["tokenize"](splits["train"], encoder, args)))
-        assert tokenizer.decode(row["input_ids"]).strip()[:31] == texts[1][:31], name
+        assert tokenizer.decode(row["input_ids"]).strip()[:31] == texts[0][:31], name
 
 
 @pytest.mark.parametrize("train", ["train.txt", "train.csv"])
@@ -229,6 +229,25 @@ def test_a_source_that_fills_no_row_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["", *FLAGS, f"--output_dir={tmp_path / 'out'}", "--train_source", *sources])
     with pytest.raises(SystemExit, match=r"short\.txt: the validation split fills no row of 32 tokens\. Lower"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize("row", [120, 125])  # held out, and trained on
+def test_an_error_names_the_source_and_its_row(tmp_path, monkeypatch, row):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("good", "bad"):
+        rows: list[dict[str, str | None]] = [{"text": text} for text in documents("abcd", 150, 0)]
+        if name == "bad":
+            rows[row]["text"] = None
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = [f"{name}={tmp_path / name}.jsonl" for name in ("good", "bad")]
+    monkeypatch.setattr("sys.argv", ["", *FLAGS, f"--output_dir={tmp_path / 'out'}", "--train_source", *sources])
+    with pytest.raises(SystemExit, match=rf"sources\.bad\.text_column: row {row} holds None"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_an_error_in_training_is_one_line(run):
+    with pytest.raises(SystemExit, match=r"^error: .*checkpoint"):
+        run("--resume_from_checkpoint", "last")
 
 
 @pytest.mark.parametrize(
