@@ -135,7 +135,7 @@ class NexusTrainerMixin(_Base):
         self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
-        self._trl = SourcePreparation(self._feed, parent)
+        self._trl = SourcePreparation(self._feed, parent, settings)
         optimizer = (given.get("optimizers") or (None,))[0] or given.get("optimizer_cls_and_kwargs")
         self._feed.check(self.data.evaluation, optimizer)
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown

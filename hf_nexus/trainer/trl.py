@@ -7,17 +7,20 @@ never crosses sources.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ..mixture.training_data import TrainingData
 from .arguments import changed
 from .feed import Feed
 
 __all__ = ["SourcePreparation", "for_parent", "is_of_trl", "metrics_aside", "naming_a_missing_template", "trl_parent"]
+
+logger = logging.get_logger(__name__)
 
 # Columns that identify the format of examples in TRL.
 _FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "images", "image")
@@ -58,8 +61,9 @@ class SourcePreparation:
         ValueError: a `Mixture`, sources of several formats, or a trainer that prepares one dataset only.
     """
 
-    def __init__(self, feed: Feed, parent: type | None):
+    def __init__(self, feed: Feed, parent: type | None, args: Any):
         self._feed = feed
+        self._args = args
         self.shown: Any = None  # the `train_dataset` for TRL; None for a plain dataset and without TRL
         if parent is not None and feed.data.stages:
             if not hasattr(parent, "_prepare_dataset"):
@@ -72,13 +76,33 @@ class SourcePreparation:
             self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])
 
     def apply(self, dataset: Any, function: Callable[[Any], Any]) -> Any:
-        """A step of TRL's preparation of a dataset, or of each source if the dataset stands for all of them."""
+        """
+        A step of TRL's preparation of a dataset, or of each source if the dataset stands for all of them.
+
+        Raises:
+            ValueError: nothing is left of a source or dataset.
+        """
         data = self._feed.data
         if self.shown is None or not (dataset is self.shown or dataset is data.dataset):
-            return function(dataset)
-        sources = {name: function(source) for name, source in data.dataset.sources.items()}
+            return self._complete("A dataset", dataset, function(dataset))
+        sources = data.dataset.sources.items()
+        sources = {name: self._complete(f"Source {name!r}", source, function(source)) for name, source in sources}
         self._feed.set_data(sources, data.evaluation)
         return self._feed.data.dataset
+
+    def _complete(self, what: str, given: Any, prepared: Any) -> Any:
+        """A prepared dataset. A warning says how many examples it lacks, unless packing made fewer rows of them."""
+        args = self._args
+        packed = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
+        if isinstance(given, Sized) and not packed and len(prepared) < len(given):
+            message = (
+                f"{what}: {len(given) - len(prepared)} of {len(given)} examples are left out, because they are too "
+                f"long for max_length={args.max_length}. Raise max_length, or shorten them."
+            )
+            if not len(prepared):
+                raise ValueError(message)
+            logger.warning(message)
+        return prepared
 
 
 @contextmanager

@@ -400,6 +400,37 @@ def test_a_parent_makes_arguments_if_none_are_given(tokenizer, tmp_path, monkeyp
     assert trainer.args.output_dir == "tiny-SFT" and trainer.args.nexus
 
 
+@pytest.mark.parametrize("preferred", [False, True], ids=["sft", "dpo"])
+def test_examples_that_are_too_long_are_counted(make, tokenizer, caplog, preferred):
+    rows, build = conversations, partial(make, config=partial(NexusSFTConfig, assistant_only_loss=True))
+    if preferred:
+        rows, build = preferences, partial(make, trainer=NexusDPOTrainer, config=NexusDPOConfig)
+        build = partial(build, ref_model=llama(tokenizer))
+
+    def with_long(first: int) -> dict[str, Dataset]:
+        """The sources, one with prompts that are too long from some row on."""
+
+        def lengthen(row: dict[str, Any], number: int) -> dict[str, Any]:
+            prompt = row["prompt"] if preferred else row["messages"][0]["content"]
+            prompt += 99 * " a" * (number >= first)
+            return (
+                {"prompt": prompt}
+                if preferred
+                else {"messages": [{**row["messages"][0], "content": prompt}, row["messages"][1]]}
+            )
+
+        return {**rows(), "digits": rows()["digits"].map(lengthen, with_indices=True)}
+
+    build(with_long(12))
+    assert "left out" not in caplog.text
+    build(with_long(9))
+    assert "Source 'digits': 3 of 12 examples are left out, because they are too long for max_length=48" in caplog.text
+    build(rows(), eval_dataset=with_long(8))
+    assert "A dataset: 4 of 12 examples are left out" in caplog.text
+    with pytest.raises(ValueError, match="Source 'digits': 12 of 12 examples are left out"):
+        build(with_long(0))
+
+
 def test_sources_of_several_formats_are_refused(make):
     with pytest.raises(ValueError, match=r"Source 'talk' has the columns \['messages'\], but 'letters' has \[\]"):
         make({"letters": texts()["letters"], "talk": conversations()["digits"]})
