@@ -100,7 +100,8 @@ def check_trainable(model: nn.Module) -> None:
     """Refuse a model without trainable parameters."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "The model has no trainable parameters: all have requires_grad=False. Unfreeze some, or add adapters."
+            "The model has no trainable parameters: all have requires_grad=False. Unfreeze some, or add adapters. "
+            "Saved adapters load frozen: merge them into their base, or load them by peft with is_trainable=True."
         )
 
 

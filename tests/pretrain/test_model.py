@@ -268,6 +268,12 @@ def test_a_context_may_be_longer_only_if_it_is_said(write, saved):
     assert config.max_position_embeddings == 128 and config.rope_parameters["rope_theta"] == 5e5
 
 
+def test_adapters_are_not_a_model_to_continue(write, saved):
+    (saved / "config.json").rename(saved / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"model\.path: '.*base' holds adapters, not a model\. Merge them"):
+        plan_run(parse_arguments(["--config", write(path=str(saved), tokenizer=None), "--dry_run"]), 1)
+
+
 def test_a_vocabulary_that_does_not_fit_is_refused_first(write, saved, config, monkeypatch):
     """Before weights are loaded or rows are tokenized."""
     tiny_llama(vocab_size=280).save_pretrained(saved)
