@@ -7,6 +7,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -85,12 +86,11 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
         raise ValueError(f"data files have no subset {source.subset!r}. Remove it, and name the files with a glob.")
     base, found = _find_remote(path) if is_remote(path) else find_files(path)
     formats = {file: _FORMATS[_suffix(file)] for file, facts in found.items() if facts and _holds_rows(file, path)}
-    endings = ", ".join(_FORMATS)
     if not found:
         raise ValueError(f"no file matches {path!r}" + ("." if is_remote(path) else f" in {os.getcwd()!r}."))
     if not formats:
         raise ValueError(
-            f"{_listed(found)} cannot be read; use files of one of {endings} that exist and are not empty."
+            f"{_listed(found)} cannot be read; use files of one of {', '.join(_FORMATS)} that exist and are not empty."
         )
     builder, *others = dict.fromkeys(formats.values())
     if others:
@@ -107,11 +107,7 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     used = re.findall(r"\w+", f"{source.split} {split} {source.eval_split}")
     indices = [name for f in formats for name in (index_of(f), f"{f}.metadata")] if builder == "token files" else []
     if left_out := set(found).difference(indices, *(splits.get(key, ()) for key in used)):
-        logger.warning(
-            "Source %r leaves out %s: files without rows, of another split (`split: train+test` reads both), or that "
-            "do not end in one of %s.",
-            *(name, _listed(left_out), endings),
-        )
+        _warn_of_left_out(name, os.path.abspath(path), _listed(left_out))
     # Lists that `datasets` does not take for patterns, with what changes when the files do: the cache depends on it.
     place: Callable[[str], str] = os.path.abspath
     if is_remote(path):
@@ -121,6 +117,14 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
         options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
     return {"path": "csv" if builder == "tsv" else builder, "data_files": lists, **options}
+
+
+@cache  # a command may list the files of a source several times
+def _warn_of_left_out(name: str, path: str, files: str) -> None:
+    logger.warning(
+        f"Source {name!r} leaves out {files}: files without rows, of another split (`split: train+test` reads both), "
+        f"or that do not end in one of {', '.join(_FORMATS)}."
+    )
 
 
 def _several_formats(base: str, found: dict[str, tuple[str, ...]], formats: dict[str, str]) -> ValueError:
@@ -275,6 +279,11 @@ def _csv_options(files: Iterable[str], separator: str, quoting: int) -> dict[str
     for file in files:
         compression = _COMPRESSIONS.get(_suffixes(file)[1])
         first = pandas.read_csv(file, nrows=1, sep=separator, quoting=quoting, compression=compression)
+        if len(first.columns) == 1 and (other := {";", "\t", ","}.intersection(first.columns[0]) - {separator}):
+            raise ValueError(
+                f"{file!r} has one column, {first.columns[0]!r}: its cells seem to end at {other.pop()!r}, and those "
+                f"of {_suffix(file)} files end at {separator!r}. Save it with {separator!r} between the cells."
+            )
         if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
             advice = "Quote text that holds commas." if separator == "," else "Replace tabs in text."
             raise ValueError(f"{file!r} has rows with more cells than its header. {advice}")

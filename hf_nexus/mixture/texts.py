@@ -126,7 +126,8 @@ def _advice(row: dict[str, Any]) -> str:
     """How to make a source readable."""
     for column, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return f"The messages in {column!r} have the keys {', '.join(value[0])}. Rename them to role and content."
+            keys = f"The items of {column!r} have the keys {', '.join(value[0])}"
+            return f"{keys}. Rename those of messages to role and content, or save items that are rows as JSON lines."
         if isinstance(value, list) and value and isinstance(value[0], int):
             return (
                 f"If {column!r} holds tokens, name it in a YAML file (`tokens_column: {column}`), and the tokenizer "

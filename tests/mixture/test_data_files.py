@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ def test_files_that_are_left_out_are_named(path: str, caplog: pytest.LogCaptureF
     assert files(path) == ["d/a.jsonl", "d/b.jsonl"]
     left_out = ["README.md", "dataset_info.json", "c.png", "empty.jsonl", "gone.jsonl"]
     assert all(name in caplog.text for name in left_out) and "a.jsonl" not in caplog.text
+    assert files(path) and len(caplog.records) == 1  # once
     caplog.clear()
     assert files("d/[ab].jsonl") == ["d/a.jsonl", "d/b.jsonl"]
     assert not caplog.records
@@ -259,6 +261,16 @@ def test_text_that_is_cut_at_a_comma_is_an_error(rows: str, streaming: bool) -> 
     Path("b.csv").write_text(f"id,text\n{rows}")
     with pytest.raises(ValueError, match=r"more cells than its header|Expected 2 fields in line 3, saw 3"):
         documents("[ab].csv", streaming)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [("a.csv", "id;text\n1;fox, dog\n", ";"), ("a.csv", "id\ttext\n", "\t"), ("a.tsv", "id,text\n1,fox\n", ",")],
+)
+def test_cells_that_end_at_another_sign_are_an_error(name: str, text: str, found: str) -> None:
+    Path(name).write_text(text)
+    with pytest.raises(ValueError, match=f"'{name}' has one column, .* end at {re.escape(repr(found))}, and those"):
+        documents(name)
 
 
 def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:

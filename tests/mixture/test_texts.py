@@ -52,6 +52,7 @@ def test_where_nothing_fits_the_columns_are_named():
     ("row", "advice"),
     [
         ({"conversations": [{"from": "human", "value": "a"}]}, r"'conversations' have the keys from, value\. Rename"),
+        ({"version": "1", "data": [{"text": "a b"}]}, r"'data' have the keys text\. .* or save items that are rows"),
         ({"id": 1, "input_ids": [5, 6]}, r"`tokens_column: input_ids`\), and the tokenizer that made them"),
     ],
 )

@@ -154,6 +154,8 @@ def test_empty_documents_are_left_out_without_an_eos() -> None:
     assert first_pass(source).count("") == 1
     with pytest.raises(SourceError, match=r"'a' .*a whole pass over the documents gave no token"):
         read(start(stream_of(["", ""])), 1)
+    with pytest.raises(SourceError, match=r"other documents than those held out"):
+        read(start(stream_of(TEXTS, held_out=[Document(text).hash for text in TEXTS])), 1)
 
 
 BAD = [None, 3, "half a pair \ud800"]
