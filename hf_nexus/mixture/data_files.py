@@ -185,13 +185,9 @@ def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     facts = {
         system.unstrip_protocol(file): tuple(f"{key} {info[key]}" for key in _CHANGING if info.get(key)) or unknown
         for file, info in sorted(found.items())
-        if info.get("type", "file") == "file" and info.get("size") != 0 and not _is_hidden(file.removeprefix(base))
+        if info.get("type", "file") == "file" and info.get("size") != 0 and "/." not in f"/{file.removeprefix(base)}"
     }
     return system.unstrip_protocol(base), facts
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
 
 
 def find_files(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -279,10 +275,9 @@ def _csv_options(files: Iterable[str], separator: str, quoting: int) -> dict[str
     for file in files:
         compression = _COMPRESSIONS.get(_suffixes(file)[1])
         first = pandas.read_csv(file, nrows=1, sep=separator, quoting=quoting, compression=compression)
-        if len(first.columns) == 1 and (other := {";", "\t", ","}.intersection(first.columns[0]) - {separator}):
+        if len(first.columns) == 1 and {";", "\t", ","}.intersection(first.columns[0]) - {separator}:
             raise ValueError(
-                f"{file!r} has one column, {first.columns[0]!r}: its cells seem to end at {other.pop()!r}, and those "
-                f"of {_suffix(file)} files end at {separator!r}. Save it with {separator!r} between the cells."
+                f"{file!r} has one column, {first.columns[0]!r}. Save it with {separator!r} between cells."
             )
         if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
             advice = "Quote text that holds commas." if separator == "," else "Replace tabs in text."

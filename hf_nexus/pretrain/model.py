@@ -58,8 +58,7 @@ def _class_of(kind: Any, key: str) -> type[PreTrainedConfig]:
 def _saved_config(path: str, revision: str | None) -> PreTrainedConfig:
     if Path(path, "adapter_config.json").exists():
         raise ValueError(
-            f"model.path: {path!r} holds adapters, not a model. Merge them into their base by peft (merge_and_unload "
-            "of an AutoPeftModelForCausalLM), save the result with its tokenizer, and name that folder."
+            f"model.path: {path!r} holds adapters. Merge them into their base (merge_and_unload of peft)."
         )
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     _class_of(config.model_type, "path")

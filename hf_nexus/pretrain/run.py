@@ -263,11 +263,10 @@ def _build(
     arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None
 ) -> PreTrainedModel:
     config = model_config(arguments.model, arguments.mixture.sequence_length, tokenizer)
-    attention, path = arguments.model.attn_implementation, arguments.model.path
-    if checkpoint is None and arguments.model.continues:
-        return build_model(config, attention, pretrained_model_name_or_path=path, revision=arguments.model.revision)
-    model = build_model(config, attention)
-    if checkpoint is not None:  # the Trainer loads all weights from it, and no more
+    saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
+    new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
+    model = build_model(config, arguments.model.attn_implementation, **({} if new else saved))
+    if checkpoint is not None:  # of which the Trainer loads the weights only
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model
 

@@ -58,7 +58,8 @@ class SourcePreparation:
     Passes the first source to a trainer of TRL (`parent`), and prepares all sources when TRL prepares the first.
 
     Raises:
-        ValueError: a `Mixture`, sources of several formats, or a trainer that prepares one dataset only.
+        ValueError: a `Mixture`, sources of several formats, a trainer that prepares one dataset only, or nothing is
+            left of a source.
     """
 
     def __init__(self, feed: Feed, parent: type | None, args: Any):
@@ -76,12 +77,7 @@ class SourcePreparation:
             self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])
 
     def apply(self, dataset: Any, function: Callable[[Any], Any]) -> Any:
-        """
-        A step of TRL's preparation of a dataset, or of each source if the dataset stands for all of them.
-
-        Raises:
-            ValueError: nothing is left of a source or dataset.
-        """
+        """A step of TRL's preparation of a dataset, or of each source if the dataset stands for all of them."""
         data = self._feed.data
         if self.shown is None or not (dataset is self.shown or dataset is data.dataset):
             return self._complete("A dataset", dataset, function(dataset))
@@ -92,12 +88,11 @@ class SourcePreparation:
 
     def _complete(self, what: str, given: Any, prepared: Any) -> Any:
         """A prepared dataset. A warning says how many examples it lacks, unless packing made fewer rows of them."""
-        args = self._args
-        packed = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
+        packed = any(getattr(self._args, name, False) for name in ("packing", "eval_packing"))
         if isinstance(given, Sized) and not packed and len(prepared) < len(given):
             message = (
                 f"{what}: {len(given) - len(prepared)} of {len(given)} examples are left out, because they are too "
-                f"long for max_length={args.max_length}. Raise max_length, or shorten them."
+                f"long for max_length={self._args.max_length}. Raise max_length, or shorten them."
             )
             if not len(prepared):
                 raise ValueError(message)

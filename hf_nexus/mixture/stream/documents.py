@@ -197,10 +197,7 @@ class PackedLane:
                 self._segment, self._token = self._segment + 1, 0
             self._next_document()
             if self._a_pass_since(self._token_at):
-                raise self.part.error(
-                    "a whole pass over the documents gave no token. Check the text columns, and that it has other "
-                    "documents than those held out (eval_rows, eval_split, OOD sources)."
-                )
+                raise self.part.error("a whole pass gave no token. Check the columns, and that not all is held out.")
 
     def _next_document(self) -> None:
         self._skipped += self.documents.popleft()[1] is None

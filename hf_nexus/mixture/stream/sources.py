@@ -301,10 +301,6 @@ def _is_divisible(layer: Any) -> bool:
     return type(layer).__name__ in _DIVISIBLE and not counts and not whole
 
 
-def _rows_of(columns: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
 def _read_chunks(chunks: Iterator[Any], limit: int, most: int) -> tuple[list[Any], int, bool]:
     """Chunks of at most `limit` rows or `most` bytes in total, their number of rows, and whether `chunks` ended."""
     held: list[Any] = []  # tables, or lists of rows
@@ -314,7 +310,7 @@ def _read_chunks(chunks: Iterator[Any], limit: int, most: int) -> tuple[list[Any
         if chunk is None:
             return held, rows, True
         if isinstance(chunk, dict):
-            chunk = _rows_of(chunk)
+            chunk = [dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True)]
         held.append(chunk)
         rows += len(chunk)
         size += sum(map(_row_bytes, chunk)) if isinstance(chunk, list) else chunk.nbytes
