@@ -435,7 +435,7 @@ def test_parameters_of_a_loss_function_are_walked(make_trainer, sources):
 @pytest.mark.parametrize("nexus", [True, False])
 def test_a_frozen_model_is_an_error(make_trainer, sources, nexus):
     model = tiny_llama().requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable parameters: .* Saved adapters load frozen"):
+    with pytest.raises(ValueError, match=r"no trainable parameters: .* Saved adapters load frozen"):
         make_trainer(sources, model, nexus=nexus).train()
 
 
