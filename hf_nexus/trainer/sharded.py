@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from .distributed import reshard
+
 __all__ = ["ShardedWriter", "is_sharded", "load_model", "load_optimizer"]
 
 _MODEL, _OPTIMIZER = f"{FSDP_MODEL_NAME}_0", f"{OPTIMIZER_NAME}_0"
@@ -45,6 +47,7 @@ class ShardedWriter:
         Raises:
             ValueError: the optimizer trains parameters that the model does not have.
         """
+        reshard(model)  # parameters of FSDP2 that an evaluation leaves gathered are not those of the optimizer
         states: dict[str, dict[str, Any]] = {}
         if optimizer is not None:
             try:

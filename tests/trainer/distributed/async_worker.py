@@ -13,6 +13,7 @@ from hf_nexus.trainer.checkpoints import is_complete
 from tests.trainer.distributed.fsdp_worker import llama, make, trained
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "checkpoint_async": True}
+SAVING |= {"eval_strategy": "steps", "eval_steps": 1}  # an evaluation leaves parameters of FSDP2 gathered
 
 
 def resumed(out: Path, checkpoint: Path, **config: Any) -> list[float]:
