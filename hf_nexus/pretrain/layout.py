@@ -70,6 +70,8 @@ def layout_of(arguments: PretrainArguments, devices: int) -> Layout:
         raise ValueError(f"tp_size={tp} with {devices} devices is not allowed: it must divide them. Set --devices.")
     if tp > 1 and t.nexus and t.inner_sync != "global":
         raise ValueError(f"tp_size={tp} with inner_sync={t.inner_sync!r} is not possible. Set inner_sync to 'global'.")
+    if tp > 1 and t.checkpoint_async:
+        raise ValueError(f"checkpoint_async=True with tp_size={tp} is not possible. Leave one of the two out.")
     if 1 < tp < devices and sharding != "fsdp2":
         raise ValueError(f"tp_size={tp} is combined with FSDP2 only. Add --sharding fsdp2, or --devices {tp}.")
     if tp > 1:

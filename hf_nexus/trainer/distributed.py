@@ -183,7 +183,7 @@ def check_paths(ranks: int, sizes: set[int]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the gathered parameters of FSDP2 modules after an interrupted step. Only the shards were restored."""
+    """Free the gathered parameters of FSDP2 modules, which an evaluation or an interrupted step has left."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -224,13 +224,23 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def compress(model: nn.Module, wanted: Callable[[], bool]) -> None:
-    """Let DDP send gradients in bfloat16 if `wanted` at a backward pass. To be called once for each wrapped model."""
+    """
+    Let DDP send gradients in bfloat16 if `wanted` at a backward pass. To be called once for each wrapped model.
+
+    Raises:
+        ValueError: the model has another communication hook, and DDP takes one.
+    """
 
     def reduce(ddp: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         hook = bf16_compress_wrapper(allreduce_hook) if wanted() else allreduce_hook
         return hook(ddp().process_group, bucket)
 
     for module in _ddp_modules(model):
+        for hook, _ in module._comm_hooks:
+            raise ValueError(
+                f"The communication hook {getattr(hook, '__qualname__', hook)!r} with reduce_dtype='bfloat16' is not "
+                "allowed: DDP takes one hook. Leave one of the two out."
+            )
         module.register_comm_hook(weakref.ref(module), reduce)  # DDP would keep itself alive
 
 

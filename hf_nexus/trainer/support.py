@@ -200,11 +200,14 @@ def check_arguments(
     for name, bound in _RANGES.items():
         if not bound.holds(getattr(args, name)):
             raise ValueError(f"{name}: {getattr(args, name)} is not allowed; it must be a number {bound}.")
-    if args.nexus and args.reduce_dtype and args.inner_sync == "local":
-        raise ValueError(
-            f"reduce_dtype={args.reduce_dtype!r} is for inner gradients, which inner_sync='local' does not send. "
-            "Leave it out, or set inner_sync to 'node' or 'global'."
-        )
+    for name, syncs in (("reduce_dtype", ["global", "node"]), ("node_size", ["node"])):
+        if args.nexus and getattr(args, name) and args.inner_sync not in syncs:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} has no effect with inner_sync={args.inner_sync!r}. Leave it out, or "
+                f"set inner_sync to {' or '.join(map(repr, syncs))}."
+            )
+    if args.checkpoint_async:
+        _check_async(args)
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
     _check_optimizer(args, optimizer)
     if sources:
@@ -251,6 +254,19 @@ def _check_optimizer(args: Any, optimizer: Any) -> None:
             f"optim={OptimizerNames(args.optim).value!r} updates weights inside the backward pass, before the window "
             "ends. Use an ordinary optimizer such as optim='adamw_torch_fused'."
         )
+
+
+def _check_async(args: Any) -> None:
+    """Refuse settings that checkpoints which are written while training goes on cannot meet."""
+    reason = None
+    if OptimizerNames(args.optim).value.startswith("schedule_free"):
+        reason = f"does not support optim={OptimizerNames(args.optim).value!r}, whose state is not known at a resume"
+    elif args.save_on_each_node:
+        reason = "needs a folder that all machines share, which save_on_each_node=True excludes"
+    elif args.push_to_hub and args.hub_strategy == "every_save":
+        reason = "writes no model that hub_strategy='every_save' could push"
+    if reason is not None:
+        raise ValueError(f"checkpoint_async=True {reason}. Leave one of the two out.")
 
 
 def _check_loader(args: Any, streams: bool) -> None:
@@ -309,7 +325,7 @@ class Launch:
 def check_launch(args: Any, launch: Launch) -> None:
     """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
     if args.checkpoint_async:
-        _check_async(args, launch)
+        _check_async_launch(launch)
     if launch.fsdp_version is not None or launch.sharded_at_load:
         check_fsdp(args, launch.fsdp_version or 2)
     if not args.nexus:
@@ -354,7 +370,7 @@ def check_launch(args: Any, launch: Launch) -> None:
         )
 
 
-def _check_async(args: Any, launch: Launch) -> None:
+def _check_async_launch(launch: Launch) -> None:
     """Refuse checkpoints that are written while training goes on where their files would not be complete."""
     reason = None
     if launch.kind not in _DDP | {DistributedType.NO} and launch.fsdp_version != 2:
@@ -363,15 +379,6 @@ def _check_async(args: Any, launch: Launch) -> None:
         reason = "does not support models that are spread over devices when they are loaded"
     elif launch.adapters:
         reason = "does not support adapters, whose checkpoints are small"
-    elif OptimizerNames(args.optim).value.startswith("schedule_free"):
-        reason = f"does not support optim={OptimizerNames(args.optim).value!r}, whose state is not known at a resume"
-    elif args.save_on_each_node:
-        reason = "needs a folder that all machines share, which save_on_each_node=True excludes"
-    elif args.push_to_hub and args.hub_strategy == "every_save":
-        raise ValueError(
-            "checkpoint_async=True writes no model that hub_strategy='every_save' could push. Set hub_strategy to "
-            "'end', 'checkpoint' or 'all_checkpoints'."
-        )
     if reason is not None:
         raise ValueError(f"checkpoint_async=True {reason}. Leave one of the two out.")
 

@@ -106,17 +106,18 @@ def test_shards_of_a_machine_are_sent_to_the_others_once():
     ],
 )
 def test_paths_that_training_refuses_are_not_planned(devices, flags, groups):
-    chosen = chosen_sync(planned("3b", *flags), devices)
+    arguments = planned("3b", "--inner_sync", "node", *flags)
+    chosen = chosen_sync(arguments, devices)
     assert chosen is not None and "node" not in chosen and "local" in chosen
     with pytest.raises(ValueError, match=groups):
-        plan_run(planned("3b", "--inner_sync", "node", *flags), devices)
+        plan_run(arguments, devices)
 
 
 def test_a_reduction_dtype_without_effect_is_not_planned():
     bf16 = ("--reduce_dtype", "bfloat16")
     with pytest.raises(ValueError, match="has no effect on a sharded model"):
         plan_run(planned("3b", "--sharding", "fsdp2", *bf16), 8)
-    with pytest.raises(ValueError, match="inner_sync='local' does not send"):
+    with pytest.raises(ValueError, match="has no effect with inner_sync='local'"):
         planned("3b", "--inner_sync", "local", *bf16)
 
 
@@ -170,6 +171,7 @@ def test_tensor_parallelism_sends_activations():
         (8, 12, ["--sharding", "fsdp2"], "it must divide them"),
         (8, 16, [], "combined with FSDP2 only"),
         (8, 8, ["--inner_sync", "node"], "Set inner_sync to 'global'"),
+        (8, 8, ["--checkpoint_async"], "checkpoint_async=True with tp_size=8 is not possible"),
         (8, 8, ["--reduce_dtype", "bfloat16"], "no effect on a sharded model"),
         (7, 7, [], "num_attention_heads=24, num_key_value_heads=8, intermediate_size="),
         (16, 16, [], "num_attention_heads=24, num_key_value_heads=8 is not possible"),
