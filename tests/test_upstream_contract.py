@@ -35,7 +35,11 @@ HOOKS = {
     "_get_collator_with_removed_columns": ["data_collator", "description"],
     "create_optimizer": ["model"],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
-    "_run_epoch": None,
+    "_run_epoch": [
+        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_rng_state": ["checkpoint"],
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
@@ -182,24 +186,6 @@ def test_fused_sgd_skips_its_step_by_a_flag(tmp_path):
     p, g = torch.ones(3), torch.arange(3.0)
     assert torch.equal(step(p.clone(), g, torch.tensor(0.5), False), p - 0.5 * g)
     assert torch.equal(step(p.clone(), g * float("nan"), torch.tensor(float("nan")), True), p)
-
-
-def test_set_epoch_reaches_the_dataset_when_batches_are_skipped():
-    """With several ranks, a resumed loader wraps the sampler twice. The dataset is told instead."""
-    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SkipBatchSampler
-    from torch.utils.data import BatchSampler, SequentialSampler
-
-    class Dataset(Rows):
-        epoch = 0
-
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-    dataset = Dataset(8, 0)
-    sampler = BatchSampler(SequentialSampler(dataset), 2, False)
-    loader = DataLoaderShard(dataset, batch_sampler=SkipBatchSampler(BatchSamplerShard(sampler, 2, 0), 1))
-    loader.set_epoch(3)
-    assert dataset.epoch == 3
 
 
 def test_the_running_loss_and_batch_size_have_these_names(make_trainer):

@@ -65,7 +65,6 @@ class MixtureDataset(torch.utils.data.Dataset):
         self.names = list(sources)
         self.sizes = [len(dataset) for dataset in sources.values()]
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.sampler: MixtureSampler | None = None
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -85,11 +84,6 @@ class MixtureDataset(torch.utils.data.Dataset):
             return fetch(local) if fetch is not None else (dataset[i] for i in local)
 
         return take_rows([self.names[source] for source in sources], take)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch to the sampler, which Accelerate does not reach when it skips batches on resume."""
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
 
 
 class MixtureSampler(torch.utils.data.Sampler[int]):
@@ -118,7 +112,6 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         self.rows = rows
         self.seed = seed
         self.epoch = 0
-        dataset.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
         """Read epoch number `epoch` next."""

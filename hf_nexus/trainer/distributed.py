@@ -224,12 +224,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def compress(model: nn.Module, wanted: Callable[[], bool]) -> None:
-    """
-    Let DDP send gradients in bfloat16 if `wanted` at a backward pass. To be called once for each wrapped model.
-
-    Raises:
-        ValueError: the model has another communication hook, and DDP takes one.
-    """
+    """Let DDP send gradients in bfloat16 if `wanted` at a backward pass. To be called once for each wrapped model."""
 
     def reduce(ddp: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         hook = bf16_compress_wrapper(allreduce_hook) if wanted() else allreduce_hook

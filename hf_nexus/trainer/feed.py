@@ -64,6 +64,8 @@ class Feed:
         self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
         self.first_step = 0  # the outer step at which training began or was resumed
         self.copies = 1  # number of ranks that read the same rows, as under tensor parallelism
+        self._sampler: Any = None
+        self._generator = torch.Generator()  # of the Trainer's samplers
         self.set_data(train, evaluation)
 
     def set_data(self, train: Any, evaluation: Any) -> None:
@@ -231,6 +233,18 @@ class Feed:
         if step and self._progress is not None:  # at step 0, it has begun when the sampler was made
             self._progress.begin(step, self._resumed)
 
+    def follow_epochs(self, sampler: Any) -> None:
+        """Let a sampler draw the order of each epoch from the seed and the epoch."""
+        self._sampler = sampler
+        if getattr(sampler, "generator", self) is None:  # one of the Trainer's, which uses the global random state
+            sampler.generator = self._generator
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Go to an epoch. On resume, Accelerate does not, and the order is drawn before random states are loaded."""
+        self._generator.manual_seed(self._seed + epoch)
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
     def check_ranks(self, batch_size: int, evaluation: Any, settings: dict[str, Any]) -> None:
         """
         Compare data and `settings` of the ranks before the first step, in one collective. All ranks must call it.
@@ -340,7 +354,7 @@ class Feed:
         """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
         if not self.data.stages:
             if self._args.nexus:
-                self._compare_fill(checkpoint, batch_size)
+                self._warn_of_other_rows(checkpoint, batch_size)
             return None
         saved, missing = load_data_state(checkpoint, self._args.process_index, self._layout)
         differences = compare_data(saved["description"], self._describe(batch_size)) if saved else []
@@ -359,20 +373,20 @@ class Feed:
         logger.warning("%s Training goes on, and the data is read from its beginning.", found)
         return None
 
-    def _compare_fill(self, checkpoint: str, batch_size: int) -> None:
-        """Warn if accelerate fills up the last micro-batch of an epoch of a plain dataset in another way."""
-        size, rows = _size(self.data.dataset), batch_size * self._ranks
-        saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).train_batch_size
-        if saved in (None, batch_size) or not size or not size % rows or self._args.dataloader_drop_last:
-            return
-        logger.warning(
-            "%s was saved with %d rows per rank, and now there are %d. The last micro-batch of each epoch may hold "
-            "other rows, because accelerate repeats rows until each rank has as many. Set dataloader_drop_last=True "
-            'from the start, or pass train_dataset as a dict: {"name": dataset}.',
-            checkpoint,
-            saved,
-            batch_size,
-        )
+    def _warn_of_other_rows(self, checkpoint: str, batch_size: int) -> None:
+        """Warn if a plain dataset, which the Trainer samples, may go on with other rows."""
+        args, size, reason = self._args, _size(self.data.dataset), None
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if size is None:
+            if (state.epoch or 0) > 1:  # the Trainer skips rows as in the first pass
+                reason = "in a later pass over a dataset without a length"
+        elif state.train_batch_size not in (None, batch_size):
+            repeats = size % (batch_size * self._ranks) and not args.dataloader_drop_last
+            if repeats or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+                reason = f"with {state.train_batch_size} rows per rank, and now there are {batch_size}"
+        if reason is not None:
+            remedy = 'Pass train_dataset as a dict from the start: {"name": dataset}.'
+            logger.warning("%s was saved %s: micro-batches may hold other rows. %s", checkpoint, reason, remedy)
 
     def _reads_too_far(self, saved: Mapping[str, Any]) -> list[str]:
         """That a source with `max_epochs` would be left out later than in the saved run, in words."""

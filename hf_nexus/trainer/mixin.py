@@ -339,7 +339,11 @@ class NexusTrainerMixin(_Base):
         """The order of the sources and their rows."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler = self._feed.sampler(dataset, self._train_batch_size)
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+        if sampler is None:
+            sampler = super()._get_train_sampler(train_dataset)
+        if not self._plain:
+            self._feed.follow_epochs(sampler)
+        return sampler
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
@@ -398,14 +402,15 @@ class NexusTrainerMixin(_Base):
             load_optimizer(self.model, self.optimizer, checkpoint)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """The base class's epoch. A run that is resumed after its last step trains no further."""
         if not self._plain:
             if self.state.global_step >= self.state.max_steps:
                 self.control.should_training_stop = True
                 return
             self._random_states.begin_epoch(self.state.global_step, self.state.epoch)
-        super()._run_epoch(*args, **kwargs)
+            self._feed.begin_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

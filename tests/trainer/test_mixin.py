@@ -353,15 +353,16 @@ def test_random_direction_runs_and_differs(make_trainer, sources):
         (13, {"dataloader_drop_last": True}, False),
         (13, {"nexus": False}, False),
         (13, {"per_device_train_batch_size": 1}, False),
+        (16, {"train_sampling_strategy": "group_by_length"}, True),
     ],
 )
-def test_an_unfilled_micro_batch_on_other_ranks_warns(make_trainer, caplog, tmp_path, rows, config, warns):
+def test_other_rows_on_other_ranks_warn(make_trainer, caplog, tmp_path, rows, config, warns):
     """As if there were one rank in place of four."""
     saving = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, **config}
     make_trainer(Rows(rows, 0), **{**saving, "per_device_train_batch_size": 1}).train()
     trainer = make_trainer(Rows(rows, 0), **{"per_device_train_batch_size": 4, **saving})
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert ("The last micro-batch of each epoch may hold other rows" in caplog.text) == warns
+    assert ("with 1 rows per rank, and now there are 4: micro-batches may hold other rows" in caplog.text) == warns
 
 
 def test_k_1_warns(make_trainer, sources, caplog):

@@ -129,6 +129,37 @@ def test_controls_read_the_same_sources_from_files_and_streams(whole: Whole) -> 
     assert all(len({str(of) for of in window}) == 1 for window in rows("rows", "blocked"))
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        {},
+        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "batch_rebalance"},
+        {"accelerator_config": {"use_seedable_sampler": False}},
+    ],
+)
+def test_a_plain_dataset_resumes_in_the_middle_of_an_epoch(tmp_path: Path, order: dict[str, Any]) -> None:
+    """Whatever random numbers its order is drawn from. An epoch has two outer steps."""
+    config = {"max_steps": -1, "num_train_epochs": 3, **order}
+
+    def data() -> Dataset:
+        return table(4 * K).remove_columns("x")
+
+    expected = run(tmp_path / "whole", data(), **config)
+    assert expected.micro_batches[1] != expected.micro_batches[3]
+    for step in (1, 3):
+        assert differences(run(tmp_path, data(), checkpoint(expected, step), **config), expected, step) == []
+
+
+@pytest.mark.parametrize(("step", "warns"), [(1, False), (2, False), (3, True)])
+def test_a_stream_without_a_name_warns_in_a_later_pass(tmp_path: Path, caplog, step: int, warns: bool) -> None:
+    """A pass has two outer steps. The Trainer resumes in the first."""
+    expected = run(tmp_path / "whole", Replayed(4 * K, 0))
+    resumed = run(tmp_path, Replayed(4 * K, 0), checkpoint(expected, step))
+    assert ("was saved in a later pass over a dataset without a length" in caplog.text) == warns
+    assert bool(differences(resumed, expected, step)) == warns
+
+
 def test_sources_packed_here_and_elsewhere_cannot_be_mixed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Load all of them as one mixture"):
         make(tmp_path, kinds()["mix"](), source_schedule="mixed", mixture_weights=WEIGHTS)

@@ -93,6 +93,12 @@ def test_not_finite_steps_are_left_out(ranks):
 def test_resume_on_two_ranks_is_bit_exact(ranks):
     for rank in ranks:
         assert rank["resumed"]["weights"] == rank["whole"]["weights"]
+        assert rank["rebalanced_resumed"]["weights"] == rank["rebalanced"]["weights"]
+
+
+def test_a_communication_hook_is_refused_with_a_reduction_dtype(ranks):
+    for rank in ranks:
+        assert "'fp16_compress_hook' with reduce_dtype='bfloat16' is not allowed: DDP takes one" in rank["hooked"]
 
 
 def test_a_run_goes_on_with_more_or_fewer_ranks(ranks, tmp_path_factory, tmp_path):

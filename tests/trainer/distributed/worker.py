@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from accelerate import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
@@ -175,4 +176,12 @@ def main(out: Path) -> dict[str, Any]:
     resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
     resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
     found["resumed"] = {"weights": weights(resumed)}
+    hooked = make(out / "hooked", sources(), reduce_dtype="bfloat16")
+    hooked.accelerator.ddp_handler = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
+    found["hooked"] = refused(hooked)
+    save["train_sampling_strategy"] = "batch_rebalance"  # the Trainer's sampler of one dataset
+    found["rebalanced"] = run(out / "rebalanced", Rows(64, 3), **save)
+    resumed = make(out / "rebalanced" / "again", Rows(64, 3), tiny_llama(seed=3), **save)
+    resumed.train(resume_from_checkpoint=str(out / "rebalanced" / "checkpoint-6"))
+    found["rebalanced_resumed"] = {"weights": weights(resumed)}
     return found
