@@ -62,21 +62,24 @@ def select_tasks(
     """
     Resolve names to tasks. Returns the tasks, and the keys left out of the sets because they execute code.
 
-    A name is that of a set (`"paper"`, `"quick"`), a key of `SUITE`, a task file (`path/to/task.yaml`), a folder of
-    task files, or another task of lm-eval. `limit` is the maximum number of examples, per subtask. `"quick"` has its
-    own by default.
+    A name is that of a set (`"paper"`, `"quick"`), a key or task of `SUITE`, a task file (`path/to/task.yaml`), a
+    folder of task files, or another task of lm-eval, and the first of these that there is. `limit` is the maximum
+    number of examples, per subtask. `"quick"` has its own by default.
 
     Raises:
-        ValueError: a task by name that executes code without permission, a file that defines no task, or a repeated
-            task.
+        ValueError: a task by name that executes code without permission, a file that defines no task, a repeated
+            task, or an empty name.
 
     Example:
         >>> from hf_nexus.evaluation.lm_eval.tasks import select_tasks
         >>> [task.name for task in select_tasks(["quick"])[0]]
         ['gsm8k', 'mmlu', 'minerva_math']
     """
+    if "" in names:
+        raise ValueError(f"The tasks {list(names)} have an empty name. Remove it, or a comma too many.")
     tasks, left_out = [], []
     for name in names:
+        benchmark = SUITE.get(name) or _BY_TASK.get(name)
         if name in ("paper", "quick"):
             for key in SUITE if name == "paper" else QUICK:
                 if SUITE[key].runs_code and not allow_code_execution:
@@ -84,10 +87,9 @@ def select_tasks(
                 else:
                     default = QUICK[key] if name == "quick" else None
                     tasks.append(Task(SUITE[key].task, SUITE[key], limit=default if limit is None else limit))
-        elif name.endswith((".yaml", ".yml")) or Path(name).is_dir():
+        elif benchmark is None and (name.endswith((".yaml", ".yml")) or Path(name).is_dir()):
             tasks += [_local_task(path, limit, allow_code_execution) for path in _task_files(Path(name))]
         else:
-            benchmark = SUITE.get(name) or _BY_TASK.get(name)
             if benchmark is not None and benchmark.runs_code:
                 _refuse_code(name, allow_code_execution)
             tasks.append(Task(name if benchmark is None else benchmark.task, benchmark, limit=limit))

@@ -37,6 +37,21 @@ def test_names_are_those_of_the_suite_or_of_lm_eval():
         select_tasks(["math", "quick"])
 
 
+@pytest.mark.parametrize("name", [*SUITE, *(benchmark.task for benchmark in SUITE.values())])
+def test_a_folder_does_not_hide_a_benchmark(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "own.yaml").write_text("task: own\n")
+    monkeypatch.chdir(tmp_path)
+    assert select_tasks([name], allow_code_execution=True)[0][0].benchmark in SUITE.values()
+
+
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="have an empty name"):
+        select_tasks(["gsm8k", ""])
+
+
 def test_tasks_are_read_from_files_and_folders(tmp_path):
     (tmp_path / "a.yaml").write_text("task: first\nprocess_docs: !function utils.clean\n")
     (tmp_path / "b.yaml").write_text("task: second\nunsafe_code: true\n")
