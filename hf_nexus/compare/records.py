@@ -152,14 +152,26 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RunRecord":
-        """Read `record.json` from `folder`."""
-        fields = json.loads(Path(folder, RECORD_NAME).read_text(encoding="utf-8"))
-        fields["curve"] = [LossPoint(**point) for point in fields["curve"]]
-        fields["cosines"] = [(step, _tuples(pairs)) for step, pairs in fields["cosines"]]
-        if (minima := fields["minima"]) is not None:
-            lists = {key: _tuples(minima[key]) for key in ("pairwise", "segments", "barriers")}
-            fields["minima"] = Minima(**minima | lists)
-        return cls(**fields)
+        """
+        Read `record.json` from `folder`.
+
+        Raises:
+            ValueError: the file is not a record.
+        """
+        path = Path(folder, RECORD_NAME)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["curve"] = [LossPoint(**point) for point in fields["curve"]]
+            fields["cosines"] = [(step, _tuples(pairs)) for step, pairs in fields["cosines"]]
+            if (minima := fields["minima"]) is not None:
+                lists = {key: _tuples(minima[key]) for key in ("pairwise", "segments", "barriers")}
+                fields["minima"] = Minima(**minima | lists)
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{path} is not the record of a run: {what}. Restore it, or delete it to make the run again."
+            ) from error
 
 
 def in_order(metrics: Iterable[str]) -> list[str]:
