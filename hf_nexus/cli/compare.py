@@ -29,12 +29,17 @@ def compare(
     ] = False,
     difference: Annotated[
         list[float] | None,
-        typer.Option(min=1e-9, help="With --plan: print how many seeds would find this difference. Can be repeated."),
+        typer.Option(min=1e-9, help="With --plan or --pilot: print how many seeds would find this difference. Can be repeated."),
     ] = None,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
     from ..compare.config import ComparisonConfig
 
+    modes = {"--plan": plan, "--report": report, "--run": run is not None, "--pilot": pilot and plan}
+    if len(given := [flag for flag, is_given in modes.items() if is_given]) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other. Give one of them.")
+    if difference and not (plan or pilot):
+        raise ValueError("--difference is only printed with --plan or --pilot. Add one of them.")
     whole = ComparisonConfig.load(config, output_dir)  # before heavy packages are imported
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`hf-nexus compare`: its folder."""
+"""`hf-nexus compare`: its folder, and options that exclude each other."""
 
 import errno
 
@@ -15,3 +15,17 @@ def test_a_folder_has_one_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_nexus.compare.comparison.Comparison.run", lambda comparison: pytest.fail("it ran"))
     with pytest.raises(ValueError, match="is used by another process"):
         compare("compare", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"report": True, "run": "nexus/seed-2"}, "--report and --run exclude each other"),
+        ({"plan": True, "report": True, "run": "nexus/seed-2"}, "--plan and --report and --run exclude"),
+        ({"plan": True, "pilot": True}, "--plan and --pilot exclude"),
+        ({"difference": [0.1]}, "--difference is only printed with --plan or --pilot"),
+    ],
+)
+def test_no_option_is_ignored(options, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        compare("compare", str(tmp_path), **options)
