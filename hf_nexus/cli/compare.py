@@ -29,7 +29,9 @@ def compare(
     ] = False,
     difference: Annotated[
         list[float] | None,
-        typer.Option(min=1e-9, help="With --plan or --pilot: print how many seeds would find this difference. Can be repeated."),
+        typer.Option(
+            min=1e-9, help="With --plan or --pilot: print how many seeds would find this difference. Can be repeated."
+        ),
     ] = None,
 ) -> None:
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""

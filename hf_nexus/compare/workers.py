@@ -5,11 +5,11 @@ import os
 import signal
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -52,49 +52,71 @@ def worker_count(wanted: int | None, devices: int = 1) -> int:
 
 def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
     """
-    Make calls in worker processes and yield each result when it is there. A failed call does not stop the others.
+    Make calls in worker processes and yield each result when it is there. A failed call does not stop the others. One
+    whose process was killed is made again alone, after the others: they may have needed the memory.
 
     All calls have the same number of devices. `workers` calls are made at a time, each with its own accelerators or an
     equal number of cores.
     """
-    left = list(calls)
+    threads = max(1, (os.cpu_count() or 1) // (workers * calls[0].devices))
+    every = [_Worker(devices, threads) for devices in _devices(workers, calls[0].devices)]
+    left, idle = deque((call, False) for call in calls), [*every]  # and whether the process of a call was killed
+    busy: dict[Any, tuple[_Worker, Call, bool]] = {}
     try:
-        for result in _call_in_pool(calls, workers):
-            left.remove(result.call)
-            yield result
-    except BrokenProcessPool:  # a dead worker breaks the whole pool; only a call alone in its pool shows which it was
-        for call in left:
-            try:
-                yield from _call_in_pool([call], 1)
-            except BrokenProcessPool:
-                yield CallResult(call, error="the process was killed (out of memory?)")
-
-
-def _call_in_pool(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
-    # Not "fork": a forked process cannot use CUDA, and threads of the parent may hold locks.
-    context = multiprocessing.get_context("spawn")
-    devices, processes = context.Queue(), calls[0].devices
-    for device in _devices(workers, processes):
-        devices.put(device)
-    threads = max(1, (os.cpu_count() or 1) // (workers * processes))
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads))
-    try:
-        futures = {pool.submit(_call_on_devices, call): call for call in calls}
-        for future in as_completed(futures):
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                raise error
-            if error is None:
-                yield CallResult(futures[future], future.result())
-            else:
-                message = f"{type(error).__name__}: {printable(error)}"
-                yield CallResult(futures[future], error=message)
-    except (KeyboardInterrupt, GeneratorExit):  # a run that has not finished is made again
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
+        while left or busy:
+            while left and idle and not (busy and left[0][1]):
+                worker, (call, again) = idle.pop(), left.popleft()
+                worker.start(call)
+                busy[worker.pipe] = worker, call, again
+            for worker in idle:
+                worker.stop()  # the others may need its memory
+            for pipe in wait(busy):
+                worker, call, again = busy.pop(pipe)
+                idle.append(worker)
+                result = worker.result(call)
+                if result is None and not again:
+                    left.append((call, True))
+                else:
+                    yield result or CallResult(call, error="the process was killed (out of memory?)")
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in every:
+            worker.stop(now=bool(busy))  # interrupted: a run that has not finished is made again
+
+
+class _Worker:
+    """A process that makes one call at a time on its devices."""
+
+    def __init__(self, *settings: Any):
+        self._settings = settings
+        self._process: Any = None
+        self.pipe: Any = None  # is ready when a call has ended, or the process
+
+    def start(self, call: Call) -> None:
+        if self._process is None:
+            # Not "fork": a forked process cannot use CUDA, and threads of the parent may hold locks.
+            context: Any = multiprocessing.get_context("spawn")
+            self.pipe, others_end = context.Pipe()
+            self._process = context.Process(target=_make_calls, args=(others_end, *self._settings))
+            self._process.start()
+            others_end.close()
+        with suppress(OSError):  # it was killed, as `result` finds
+            self.pipe.send(call)
+
+    def result(self, call: Call) -> CallResult | None:
+        """The result of the call in progress, `None` if the process was killed."""
+        try:
+            return CallResult(call, *self.pipe.recv())
+        except (EOFError, OSError):
+            self.stop()
+            return None
+
+    def stop(self, now: bool = False) -> None:
+        if self._process is not None:
+            self.pipe.close()
+            if now:
+                self._process.terminate()
+            self._process.join()
+            self._process = None
 
 
 def _devices(workers: int, each: int) -> list[str | None]:
@@ -109,18 +131,27 @@ def _devices(workers: int, each: int) -> list[str | None]:
     ]
 
 
-def _start_worker(devices: Any, threads: int) -> None:
-    """Choose the devices before anything initializes them, and ignore Ctrl-C: the parent ends its workers."""
+def _make_calls(pipe: Any, devices: str | None, threads: int) -> None:
+    """
+    Make the calls of a worker. Devices are chosen before anything initializes them. Ctrl-C is ignored: the parent ends
+    its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _start_processes_as_usual()
     Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
-    device = devices.get()
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that this one starts
     import torch
 
     torch.set_num_threads(threads)
+    with suppress(EOFError):  # there are no more calls
+        while True:
+            call = pipe.recv()
+            try:
+                pipe.send((_call_on_devices(call), None))
+            except BaseException as error:  # also one that exits
+                pipe.send((None, f"{type(error).__name__}: {printable(error)}"))
 
 
 def _start_processes_as_usual() -> None:

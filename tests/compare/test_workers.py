@@ -14,7 +14,7 @@ import pytest
 from hf_nexus.compare.workers import Call, call_in_workers
 
 
-def _die() -> None:
+def _die() -> str:
     os._exit(9)
 
 
@@ -35,6 +35,42 @@ def test_failed_and_killed_calls_do_not_stop_others(tmp_path):
     assert results["good"].value == 3 and results["good"].error is None
     log = (tmp_path / "bad" / "log.txt").read_text()
     assert log.startswith("before the error") and "Traceback" in log
+
+
+def _meet(own: Path, other: Path) -> None:
+    own.touch()
+    for _ in range(600):
+        if other.exists():
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{other} was not there")
+
+
+def test_a_killed_call_leaves_no_worker_idle(tmp_path):
+    """After it, as many calls are made at a time as before."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    made = {"killed": _die, "a": partial(_meet, a, b), "b": partial(_meet, b, a)}
+    calls = [Call(name, function, tmp_path / "log.txt") for name, function in made.items()]
+    errors = {result.call.name: result.error for result in call_in_workers(calls, 2)}
+    assert errors.pop("killed") and errors == {"a": None, "b": None}
+
+
+def _die_unless(path: Path, reached: Path) -> str:
+    reached.touch()
+    return path.read_text() if path.exists() else _die()
+
+
+def _write_after(reached: Path, path: Path) -> None:
+    _meet(reached, reached)
+    path.write_text("enough memory")
+
+
+def test_a_killed_call_is_made_again_after_the_others(tmp_path):
+    path, reached = tmp_path / "path", tmp_path / "reached"
+    made = {"killed": partial(_die_unless, path, reached), "other": partial(_write_after, reached, path)}
+    calls = [Call(name, function, tmp_path / "log.txt") for name, function in made.items()]
+    values = {result.call.name: result.value for result in call_in_workers(calls, 2)}
+    assert values == {"killed": "enough memory", "other": None}
 
 
 def _start_method() -> str:
