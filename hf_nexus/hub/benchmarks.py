@@ -2,19 +2,16 @@
 
 import json
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from ..evaluation.lm_eval.scores import Score
 from ..files import read_plain, write_atomic
 from .card import save_card
 from .results import BenchmarkScore, save_results
 from .run_summary import SUMMARY_NAME, RunSummary
 
-__all__ = ["SCORES_NAME", "claim_scores", "load_scores", "record_scores"]
+__all__ = ["SCORES_NAME", "claim_scores", "record_scores"]
 
 SCORES_NAME = "benchmark_results.json"
 
@@ -26,14 +23,14 @@ def claim_scores(folder: Path, model: str | None) -> None:
     Raises:
         ValueError: the folder holds scores of another model.
     """
-    saved = _read(folder)
-    if saved["scores"] and saved["model"] != model:
-        raise ValueError(f"{folder} holds the scores of {saved['model'] or 'its own model'}. Choose another --output.")
+    known, scores = _read(folder)
+    if scores and known != model:
+        raise ValueError(f"{folder} holds the scores of {known or 'its own model'}. Choose another --output.")
     if model is not None:
-        _write(folder, saved | {"model": model})
+        _write(folder, model, scores)
 
 
-def record_scores(folder: str | os.PathLike[str], scores: Sequence[Score]) -> None:
+def record_scores(folder: str | os.PathLike[str], scores: Sequence[BenchmarkScore]) -> None:
     """
     Merge scores into `benchmark_results.json` of a model's folder and update what shows them: `.eval_results`, and in
     the folder of a run the card and `run_summary.json`.
@@ -41,15 +38,15 @@ def record_scores(folder: str | os.PathLike[str], scores: Sequence[Score]) -> No
     New scores of a task replace old ones. Scores on a part of the examples never replace those on all.
 
     Raises:
-        ValueError: the README is damaged, or the run of the folder is only planned.
+        ValueError: the file or the README is damaged, or the run of the folder is only planned.
     """
     if not scores:
         return
-    saved = _read(Path(folder))
+    model, old = _read(Path(folder))
     whole, part = ({score.task for score in scores if (score.limit is None) == kind} for kind in (True, False))
-    kept = [row for row in saved["scores"] if not (row["task"] in whole or (row["task"] in part and row["limit"]))]
-    _write(Path(folder), saved | {"scores": [*kept, *map(asdict, scores)]})
-    benchmarks = load_scores(folder)
+    kept = [score for score in old if not (score.task in whole or (score.task in part and score.limit))]
+    benchmarks = [*kept, *scores]
+    _write(Path(folder), model, benchmarks)
     if Path(folder, SUMMARY_NAME).exists():
         summary = RunSummary.load(folder)
         summary = replace(summary, benchmarks=_merged(benchmarks, summary.benchmarks))
@@ -57,22 +54,6 @@ def record_scores(folder: str | os.PathLike[str], scores: Sequence[Score]) -> No
         summary.save(folder)
         benchmarks = summary.benchmarks
     save_results(benchmarks, folder)
-
-
-def load_scores(folder: str | os.PathLike[str]) -> list[BenchmarkScore]:
-    """
-    Scores in `benchmark_results.json` of a model's folder, as a card takes them; empty without that file.
-
-    Raises:
-        ValueError: the file was not written by [`record_scores`].
-    """
-    names = {field.name for field in fields(BenchmarkScore)}
-    scores = []
-    for row in _read(Path(folder))["scores"]:
-        # Local data has no Hub id: the card names it like the task.
-        dataset = row["dataset"] or re.sub(r"\W+", "_", row["task"]).strip("_")[:96]
-        scores.append(BenchmarkScore(**{k: v for k, v in row.items() if k in names} | {"dataset": dataset}))
-    return scores
 
 
 def _merged(new: list[BenchmarkScore], old: Sequence[BenchmarkScore]) -> list[BenchmarkScore]:
@@ -83,15 +64,20 @@ def _merged(new: list[BenchmarkScore], old: Sequence[BenchmarkScore]) -> list[Be
     return [score for score in old if score.name not in names] + new
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> tuple[str | None, list[BenchmarkScore]]:
+    """The model that has the scores of a folder, `None` if it is the folder's, and the scores."""
     path = folder / SCORES_NAME
     if not path.exists():
-        return {"model": None, "scores": []}
-    saved = json.loads(read_plain(path))
-    if not isinstance(saved, dict) or not isinstance(saved.get("scores"), list) or "model" not in saved:
-        raise ValueError(f"{path} was not written by hf-nexus: it has no `model` and `scores`. Move it away.")
-    return saved
+        return None, []
+    text = read_plain(path)
+    try:
+        saved = json.loads(text)
+        return saved["model"], [BenchmarkScore(**row) for row in saved["scores"]]
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise ValueError(f"{path} was not written by hf-nexus: {what}. Move it away.") from error
 
 
-def _write(folder: Path, saved: dict[str, Any]) -> None:
+def _write(folder: Path, model: str | None, scores: Sequence[BenchmarkScore]) -> None:
+    saved = {"model": model, "scores": [asdict(score) for score in scores]}
     write_atomic(folder / SCORES_NAME, json.dumps(saved, indent=1, ensure_ascii=False) + "\n")

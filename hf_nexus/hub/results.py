@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from ..evaluation.lm_eval.scores import BenchmarkScore
 from ..files import write_atomic
 from ..strict import dump_yaml
-from .check import is_repo_id
 
 __all__ = ["RESULTS_NAME", "ROLES", "BenchmarkScore", "HeldOutLoss", "merge_index", "model_index", "save_results"]
 
@@ -43,40 +43,6 @@ class HeldOutLoss:
     def perplexity(self) -> float:
         """`exp(last_loss)`, infinite if it exceeds the range of a float."""
         return math.exp(self.last_loss) if self.last_loss < 709 or math.isnan(self.last_loss) else math.inf
-
-
-@dataclass(frozen=True)
-class BenchmarkScore:
-    """
-    One score on one task.
-
-    Raises:
-        ValueError: the value is not finite, or `dataset` is not a Hub id.
-    """
-
-    name: str  # of the task on the card, such as "GSM8K"
-    dataset: str  # Hub id of the data, such as "openai/gsm8k"
-    metric: str  # such as "exact_match"
-    value: float  # in the unit of the leaderboard, for most tasks percent (41.2, not 0.412)
-    stderr: float | None = None  # over the examples, in the same unit
-    # Task in the `eval.yaml` of the dataset ("gsm8k"), if the Hub has registered the dataset as a benchmark. Only
-    # these scores are written to `.eval_results`.
-    task_id: str | None = None
-    revision: str | None = None  # commit of the dataset
-    date: str | None = None  # ISO date of the evaluation
-    notes: str | None = None  # setting of the evaluation, such as "8-shot"
-    arm_value: float | None = None  # score of the other arm, see [`RunSummary.against`]
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
-            raise ValueError(f"The score of {self.name} is {self.value}, but must be finite. Leave it out.")
-        if not is_repo_id(self.dataset):
-            raise ValueError(f"dataset={self.dataset!r} of {self.name} is not a Hub id. Use 'user/name'.")
-
-    @property
-    def setting(self) -> tuple[str, str, str | None]:
-        """What two scores share that can be compared."""
-        return self.name, self.metric, self.notes
 
 
 def _rounded(value: float) -> float:

@@ -12,10 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from hf_nexus.cli.app import app
-from hf_nexus.hub.benchmarks import load_scores
 from hf_nexus.hub.run_summary import RunSummary
 from tests.support import lm_eval as support
-from tests.support.lm_eval import gone, wait_until
+from tests.support.lm_eval import gone, load_scores, wait_until
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 

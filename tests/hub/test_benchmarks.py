@@ -6,17 +6,17 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_nexus.evaluation.lm_eval.scores import Score
-from hf_nexus.hub.benchmarks import SCORES_NAME, claim_scores, load_scores, record_scores
+from hf_nexus.hub.benchmarks import SCORES_NAME, claim_scores, record_scores
 from hf_nexus.hub.results import RESULTS_NAME, BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
+from tests.support.lm_eval import load_scores
 
 NEXUS = {"nexus": True, "inner_lr": 0.05, "inner_direction": "gradient", "gradient_accumulation_steps": 4}
 
 
 def score(task="gsm8k", value=41.2, limit=None, **more):
     fields = {"metric": "exact_match", "stderr": 1.4, "dataset": "openai/gsm8k", "task_id": None, "notes": "5-shot"}
-    return Score(
+    return BenchmarkScore(
         **({"task": task, "name": task, "value": value, "date": "2026-01-31", "limit": limit} | fields | more)
     )
 
@@ -30,11 +30,11 @@ def test_scores_are_merged_and_the_newest_of_a_task_wins(tmp_path):
 def test_a_limited_score_never_replaces_a_whole_one(tmp_path):
     record_scores(tmp_path, [score(value=1.0, limit=5)])
     record_scores(tmp_path, [score(value=2.0, limit=9)])
-    assert [row.value for row in load_scores(tmp_path)] == [2.0]
+    assert [(row.name, row.value) for row in load_scores(tmp_path)] == [("gsm8k", 2.0)]
     record_scores(tmp_path, [score(value=3.0)])
-    assert [row.value for row in load_scores(tmp_path)] == [3.0]
+    assert [(row.name, row.value) for row in load_scores(tmp_path)] == [("gsm8k", 3.0)]
     record_scores(tmp_path, [score(value=4.0, limit=5)])
-    assert [row.value for row in load_scores(tmp_path)] == [3.0, 4.0]
+    assert [(row.name, row.value) for row in load_scores(tmp_path)] == [("gsm8k", 3.0), ("gsm8k", 4.0)]
 
 
 def test_the_card_and_registered_results_show_the_scores(tmp_path):
@@ -44,7 +44,7 @@ def test_the_card_and_registered_results_show_the_scores(tmp_path):
     run.benchmarks = [elsewhere, compared]
     run.save(tmp_path)
     (tmp_path / "README.md").write_text("My words.\n")
-    record_scores(tmp_path, [score(task_id="gsm8k"), score("sums/local", 50.0, dataset=None)])
+    record_scores(tmp_path, [score(task_id="gsm8k"), score("sums/local", 50.0, dataset="sums_local")])
     text = (tmp_path / "README.md").read_text()
     assert "My words." in text and "| gsm8k | openai/gsm8k | exact_match | 41.2 | 1.4 |" in text
     results = ModelCard(text).data.to_dict()["model-index"][0]["results"]
@@ -65,6 +65,10 @@ def test_a_folder_never_mixes_two_models(tmp_path):
     claim_scores(tmp_path / "results", "org/one")
     with pytest.raises(ValueError, match="holds the scores of org/one"):
         claim_scores(tmp_path / "results", "org/two")
-    (tmp_path / SCORES_NAME).write_text("[]")
-    with pytest.raises(ValueError, match="was not written by hf-nexus"):
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"model": null}', '{"model": null, "scores": [{"name": "gsm8k"}]}'])
+def test_a_file_that_holds_no_scores_is_named(text, tmp_path):
+    (tmp_path / SCORES_NAME).write_text(text)
+    with pytest.raises(ValueError, match=f"{SCORES_NAME} was not written by hf-nexus: .* Move it away"):
         claim_scores(tmp_path, None)

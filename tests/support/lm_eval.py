@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from hf_nexus.evaluation.lm_eval import runner
+from hf_nexus.hub.benchmarks import SCORES_NAME
+from hf_nexus.hub.results import BenchmarkScore
 
 
 def raw(task="gsm8k", key="exact_match,strict-match", value=0.412, shots=5, **more):
@@ -21,6 +23,11 @@ def raw(task="gsm8k", key="exact_match,strict-match", value=0.412, shots=5, **mo
         "date": 1.7e9,
         "lm_eval_version": "0.4.13",
     } | more
+
+
+def load_scores(folder):
+    """The scores that a folder holds."""
+    return [BenchmarkScore(**row) for row in json.loads(Path(folder, SCORES_NAME).read_text())["scores"]]
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 from ...files import checkpoints_of
 from ..models import adapter_config
 
@@ -37,8 +39,18 @@ def model_arguments(model: str, revision: str | None = None, dtype: str = "auto"
         adapter = _check_hub(model, revision)
         if adapter is None:
             return {"pretrained": model, "revision": revision or "main", "dtype": dtype}
-        folder = _download(model, revision)
-    return _adapter_arguments(adapter, folder.resolve()) | {"dtype": dtype}
+        # By its Hub id, lm-eval would look for the base model at `revision`, too.
+        folder = Path(snapshot_download(model, revision=revision))
+    folder, base = folder.resolve(), adapter.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base model. Set `base_model_name_or_path`.")
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    arguments = {"pretrained": base, "peft": str(folder), "dtype": dtype}
+    if adapter.revision:
+        arguments["revision"] = adapter.revision
+    if (folder / "tokenizer_config.json").exists():
+        arguments["tokenizer"] = str(folder)
+    return arguments
 
 
 def _is_missing_folder(folder: Path) -> bool:
@@ -67,22 +79,3 @@ def _check_hub(model: str, revision: str | None) -> Any | None:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model={model!r} is neither a folder nor a model on the Hub: {reason}") from error
     return adapter
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """Folder with a copy of an adapter. By its Hub id, lm-eval would look for the base model at `revision`, too."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, revision=revision))
-
-
-def _adapter_arguments(adapter: Any, folder: Path) -> dict[str, Any]:
-    base = adapter.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{folder / 'adapter_config.json'} names no base model. Set `base_model_name_or_path`.")
-    arguments = {"pretrained": str(Path(base).resolve()) if Path(base).is_dir() else base, "peft": str(folder)}
-    if adapter.revision:
-        arguments["revision"] = adapter.revision
-    if (folder / "tokenizer_config.json").exists():
-        arguments["tokenizer"] = str(folder)
-    return arguments

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import printable
-from .scores import Score, read_scores
+from .scores import BenchmarkScore, read_scores
 from .tasks import Task
 
 __all__ = ["LOG_FOLDER", "RAW_FOLDER", "TaskResult", "require_lm_eval", "run_tasks"]
@@ -36,7 +36,7 @@ class TaskResult:
     """Result of a task."""
 
     task: Task
-    scores: tuple[Score, ...]  # empty if it failed
+    scores: tuple[BenchmarkScore, ...]  # empty if it failed
     seconds: float  # including the start of lm-eval and the loading of the model
     log: Path  # file with all output
     error: str | None = None  # reason of a failure, in one line that names the log
@@ -85,7 +85,7 @@ def run_tasks(
         }
         started = time.monotonic()
         error = _run(settings, log, timeout)
-        scores: list[Score] = []
+        scores: list[BenchmarkScore] = []
         try:
             if error is None:
                 scores = read_scores(task, json.loads(new.read_text(encoding="utf-8")))

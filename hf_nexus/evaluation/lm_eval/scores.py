@@ -7,31 +7,55 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from .tasks import Task
 
-__all__ = ["Score", "read_scores"]
+__all__ = ["BenchmarkScore", "read_scores"]
 
 # Fractions, which leaderboards and cards show in percent. Other metrics keep their unit.
 _FRACTIONS = {"acc", "acc_norm", "exact_match", "f1", "math_verify", "pass@1", "pass_at_1"}
 
 
 @dataclass(frozen=True)
-class Score:
-    """One score."""
+class BenchmarkScore:
+    """
+    One score on one task.
 
-    task: str  # name in lm-eval of the task that was run
-    name: str  # name on the card
-    metric: str
-    value: float  # in percent if it is a fraction
-    stderr: float | None  # over the examples, in the same unit
-    dataset: str | None  # Hub id; None for local files
-    task_id: str | None  # of a benchmark registered on the Hub, only for scores on all examples
-    date: str  # ISO date of the evaluation
-    notes: str  # shots, filter, version of lm-eval, limit
+    Raises:
+        ValueError: the value is not finite, or `dataset` is not a Hub id.
+    """
+
+    name: str  # of the task on the card, such as "GSM8K"
+    dataset: str  # Hub id of the data, such as "openai/gsm8k"; local data is named like the task
+    metric: str  # such as "exact_match"
+    value: float  # in the unit of the leaderboard, for most tasks percent (41.2, not 0.412)
+    stderr: float | None = None  # over the examples, in the same unit
+    # Task in the `eval.yaml` of the dataset ("gsm8k"), if the Hub has registered the dataset as a benchmark. Only
+    # these scores are written to `.eval_results`, and only those on all examples have one.
+    task_id: str | None = None
+    revision: str | None = None  # commit of the dataset
+    date: str | None = None  # ISO date of the evaluation
+    notes: str | None = None  # setting of the evaluation, such as "8-shot"
+    arm_value: float | None = None  # score of the other arm, see [`RunSummary.against`]
+    task: str | None = None  # name in lm-eval of the task that was run
     limit: int | None = None  # maximum number of examples, per subtask
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"The score of {self.name} is {self.value}, but must be finite. Leave it out.")
+        try:
+            validate_repo_id(self.dataset)
+        except HFValidationError as error:
+            raise ValueError(f"dataset={self.dataset!r} of {self.name} is not a Hub id. Use 'user/name'.") from error
 
-def read_scores(task: Task, results: Mapping[str, Any]) -> list[Score]:
+    @property
+    def setting(self) -> tuple[str, str, str | None]:
+        """What two scores share that can be compared."""
+        return self.name, self.metric, self.notes
+
+
+def read_scores(task: Task, results: Mapping[str, Any]) -> list[BenchmarkScore]:
     """
     Read the scores of a task in the results of `lm_eval.simple_evaluate`: the headline metric of a benchmark of the
     suite, or all metrics of another task, or of each task of a tag.
@@ -54,7 +78,7 @@ def read_scores(task: Task, results: Mapping[str, Any]) -> list[Score]:
     return scores
 
 
-def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> Score:
+def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> BenchmarkScore:
     metric, _, kind = key.partition(",")
     unit = 100 if metric in _FRACTIONS else 1
     stderr = row.get(f"{metric}_stderr,{kind}")
@@ -67,13 +91,13 @@ def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Map
     if task.path is not None:
         notes.append("local task file")
     benchmark = task.benchmark
-    return Score(
+    return BenchmarkScore(
         task=task.name,
         name=name if benchmark is None else benchmark.name,
         metric=metric,
         value=unit * float(row[key]),
         stderr=unit * float(stderr) if stderr is not None and _finite(stderr) else None,
-        dataset=_hub_dataset(task, configs, name) if benchmark is None else benchmark.dataset,
+        dataset=_dataset(task, configs, name) if benchmark is None else benchmark.dataset,
         task_id=benchmark.task_id if benchmark is not None and task.limit is None else None,
         date=date.fromtimestamp(results["date"]).isoformat(),
         notes=", ".join(notes),
@@ -81,12 +105,13 @@ def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Map
     )
 
 
-def _hub_dataset(task: Task, configs: Mapping[str, Any], name: str) -> str | None:
-    """Hub id of the data in the definition of a task; `None` for `json`, `csv` and local folders."""
+def _dataset(task: Task, configs: Mapping[str, Any], name: str) -> str:
+    """Hub id of the data in the definition of a task. `json`, `csv` and local folders are named like the task."""
     config: Mapping[str, Any] = configs.get(name) or next(iter(configs.values()), {})
     dataset = str(config.get("dataset_path"))
     local = task.path is not None and (task.path.parent / dataset).exists()
-    return dataset if re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset) and not local else None
+    known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset) and not local
+    return dataset if known else re.sub(r"\W+", "_", task.name).strip("_")[:96]
 
 
 def _finite(value: Any) -> bool:

@@ -30,7 +30,7 @@ def test_an_adapter_is_put_on_its_base_model(tmp_path, model, monkeypatch):
     # An adapter on the Hub at a revision: the base model must not be looked for at that revision.
     found = module.adapter_config(str(adapter))
     monkeypatch.setattr(module, "adapter_config", lambda *args: found)
-    monkeypatch.setattr(module, "_download", lambda *args: adapter)
+    monkeypatch.setattr(module, "snapshot_download", lambda *args, **more: str(adapter))
     (adapter / "tokenizer_config.json").write_text("{}")
     assert model_arguments("org/adapter", "v1") == expected | {"tokenizer": str(adapter)}
     found.revision = "v2"

@@ -35,6 +35,8 @@ def test_groups_tags_and_other_metrics_are_read():
     assert [row.name for row in read_scores(Task("a_tag"), group)] == ["mmlu_a", "mmlu_b", "mmlu"]
     (other,) = read_scores(Task("wikitext"), raw("wikitext", "word_perplexity,none", 37.5))
     assert other.value == 37.5 and other.dataset == "some/data"  # not a fraction
+    (local,) = read_scores(Task("sums/local"), raw("sums/local", configs={"sums/local": {"dataset_path": "json"}}))
+    assert local.dataset == "sums_local"
     nothing = raw("wikitext", "word_perplexity,none", float("nan"))
     with pytest.raises(ValueError, match="no finite score"):
         read_scores(Task("wikitext"), nothing)
