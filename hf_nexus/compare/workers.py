@@ -65,9 +65,9 @@ def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
     try:
         while left or busy:
             while left and idle and not (busy and left[0][1]):
-                worker, (call, again) = idle.pop(), left.popleft()
-                worker.start(call)
-                busy[worker.pipe] = worker, call, again
+                worker = idle.pop()
+                worker.start(left[0][0])
+                busy[worker.pipe] = worker, *left.popleft()
             for worker in idle:
                 worker.stop()  # the others may need its memory
             for pipe in wait(busy):
@@ -80,7 +80,7 @@ def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
                     yield result or CallResult(call, error="the process was killed (out of memory?)")
     finally:
         for worker in every:
-            worker.stop(now=bool(busy))  # interrupted: a run that has not finished is made again
+            worker.stop(now=bool(left or busy))  # interrupted: a run that has not finished is made again
 
 
 class _Worker:
