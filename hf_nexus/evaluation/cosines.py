@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tensors import float64_device
 
-__all__ = ["gradient_cosines"]
+__all__ = ["dot", "gradient_cosines"]
 
 Loss = Callable[[], Tensor]
 Batches = Loss | Iterable[tuple[Loss, float]]

@@ -1,14 +1,14 @@
 """Losses that do not depend on the batching: sums over tokens, means over evaluation sets, perplexities."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..tensors import float64_device
 
-__all__ = ["OOD", "TokenMean", "mean_losses", "perplexities", "perplexity"]
+__all__ = ["OOD", "TokenMean", "losses_of", "mean_losses", "perplexities", "perplexity"]
 
 # Name of the mean over the sources that are not trained on.
 OOD = "ood"
@@ -61,6 +61,11 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def losses_of(metrics: Mapping[str, float], names: Iterable[str], prefix: str = "eval") -> dict[str, float]:
+    """The losses of those evaluation sets that have the metric `<prefix>_<name>_loss`, by name."""
+    return {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
+
+
 def mean_losses(
     metrics: Mapping[str, float], names: Sequence[str], weights: Mapping[str, float], prefix: str = "eval"
 ) -> dict[str, float]:
@@ -78,7 +83,7 @@ def mean_losses(
         >>> mean_losses(losses, ["text", "code", "law"], {"text": 0.75, "code": 0.25})
         {'eval_loss': 1.75, 'eval_ood_loss': 3.0}
     """
-    losses = {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
+    losses = losses_of(metrics, names, prefix)
     sources = [name for name in losses if name in weights] or list(losses)
     inside = {name: weights.get(name, 0.0) for name in sources}
     if not sum(inside.values()):  # no set is named like a source, or only like sources that are not trained on
