@@ -1,6 +1,7 @@
 """A command line and its YAML file, read in less than a second, without torch."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from .flags import RUN, read_flags
 from .kinds import check_sections, known_kinds
 from .sections import DEFAULT_CONFIG, load_config, naming
 
-__all__ = ["CommandLine", "read_command_line"]
+__all__ = ["CommandLine", "from_sections", "read_command_line"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ def read_command_line(argv: list[str]) -> CommandLine:
         ValueError: an unknown key or flag, a value that is not allowed, or a missing data file, named in the message.
             With `--dry_run`, data files may be missing.
     """
-    kinds = known_kinds()
-    flags = read_flags(hide_token(argv), {"run": RUN, **kinds})
+    flags = read_flags(hide_token(argv), {"run": RUN, **known_kinds()})
     name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)
-    config = load_config(name)
+    return from_sections(name, None, dry_run, flags)
+
+
+def from_sections(
+    name: str, content: dict[str, Any] | None, dry_run: bool = False, flags: Mapping[str, dict[str, Any]] = {}
+) -> CommandLine:
+    """As [`read_command_line`], for the content of a YAML file, or the file `name`. Errors start with `name`."""
+    kinds, config = known_kinds(), load_config(name, content)
+    flags = {section: flags.get(section, {}) for section in kinds}
     check_sections(config, kinds, {**config.get("model", {}), **flags["model"]}, f"{name}: ")
     with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})

@@ -17,16 +17,17 @@ STARTER = resources.files(__package__).joinpath("starter.yaml").read_text(encodi
 SECTION_NAMES = ("model", "data", "training")
 
 
-def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
+def load_config(name_or_path: str, content: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """
-    Read a configuration by name (`"demo"`) or path: the fields of its sections as plain data. A mixture alone, with
-    its fields at the top level, gets the training settings of `hf-nexus init`. If no steps are named, the run logs
-    every 10, and evaluates 10 times if it has held-out rows. The Trainer would log every 500, and not evaluate.
+    Read a configuration by name (`"demo"`) or path, or its `content`: the fields of its sections as plain data. A
+    mixture alone, with its fields at the top level, gets the training settings of `hf-nexus init`. If no steps are
+    named, the run logs every 10, and evaluates 10 times if it has held-out rows. The Trainer would log every 500, and
+    not evaluate.
 
     Raises:
         ValueError: no such configuration, an unknown section, or no sources. The message names the file.
     """
-    config = load_yaml(name_or_path, "pretrain", "configuration")
+    config = load_yaml(name_or_path, "pretrain", "configuration") if content is None else content
     if "sources" in config:
         if section := next((name for name in SECTION_NAMES if name in config), None):
             raise ValueError(

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from hf_nexus.pretrain import kinds
-from hf_nexus.pretrain.command_line import read_command_line
+from hf_nexus.pretrain.command_line import from_sections, read_command_line
 from hf_nexus.pretrain.flags import described
 from hf_nexus.pretrain.model import shape_fields
 from hf_nexus.pretrain.parsing import parse_arguments
@@ -38,6 +38,13 @@ def test_what_the_package_has_is_accepted(name):
 def test_a_saved_configuration_is_accepted(config, write):
     read_command_line(["--config", str(config)])
     read_command_line(["--config", write(**parse_arguments(["--config", "demo", "--dry_run"]).resolved)])
+
+
+def test_sections_are_read_as_their_file(tmp_path):
+    path, mixture = tmp_path / "c.yaml", {"sources": {"code": {"path": "builtin/code", "eval_rows": 4}}}
+    for content in (mixture, {"data": mixture, "training": {"max_steps": 3}}):
+        path.write_text(json.dumps(content))
+        assert from_sections(str(path), content) == read_command_line(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
