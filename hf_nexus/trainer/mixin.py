@@ -895,6 +895,10 @@ class NexusTrainerMixin(_Base):
         """Queue the output folder as it is, without its checkpoints."""
         self._publishing.push_run(self.state.global_step, commit_message, revision)
 
+    def end_publishing(self, seconds: float) -> None:
+        """Wait for the Hub up to `seconds`, or `hub_flush_timeout`, now and not at the end of the process."""
+        self._publishing.end(seconds)
+
 
 class NexusTrainer(NexusTrainerMixin, Trainer):
     """

@@ -84,6 +84,11 @@ class Publishing:
         url = f"{constants.ENDPOINT}/{status.target.rpartition('@')[0]}/commit/{status.commit}"
         return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=status.commit)
 
+    def end(self, seconds: float) -> None:
+        """Wait for the Hub for the last time, and end the upload process."""
+        if self._final_flush is not None:
+            self._final_flush.end(min(seconds, self._args.hub_flush_timeout))
+
 
 # Arguments of `Trainer.create_model_card` by position, and the fields of `RunSummary` that they set.
 _CARD_ARGUMENTS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks")
