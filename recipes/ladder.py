@@ -19,7 +19,8 @@ from rich.console import Console
 
 from hf_nexus.compare.comparison import Comparison
 from hf_nexus.compare.config import ComparisonConfig
-from hf_nexus.compare.records import RunRecord
+from hf_nexus.compare.records import RunRecord, finished_runs
+from hf_nexus.compare.report import value_rows
 from hf_nexus.evaluation.statistics import paired_difference
 from hf_nexus.lock import locked
 from hf_nexus.strict import load_yaml, read
@@ -62,13 +63,13 @@ def table(rungs: list[str]) -> str:
     for rung in rungs:
         config = comparison(rung, None)
         folder = Path(config.output_dir)
-        records = [RunRecord.load(path.parent) for path in folder.glob("arms/*/seed-*/record.json")]
+        records = [RunRecord.load(run) for run in finished_runs(folder)]
         if not records:
             continue
         analysis, name = config.analyse(records), f"ladder-{rung}"
-        values = {(a, s, m, w): value for a, s, m, w, value in analysis.values if m in columns.values()}
+        rows = [row for row in value_rows(analysis) if row[2] in columns.values()]
+        values = {(a, s, m, w): value for a, s, m, w, value in rows}
         with folder.with_name(f"{name}.csv").open("w", newline="") as file:
-            rows = [(*key, value) for key, value in values.items()]
             csv.writer(file).writerows([("arm", "seed", "metric", "where", "value"), *rows])
         pairs = [(arm, config.baseline) for arm in config.arms if arm != config.baseline]
         for arm, versus in pairs + [(config.primary.arm, control) for control in analysis.controls]:

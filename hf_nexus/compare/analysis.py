@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..evaluation.statistics import (
     Correlation,
@@ -27,10 +27,22 @@ MIN_PAIRS = 3
 
 Where = Literal["end", "matched"]
 Role = Literal["primary", "family", "exploratory"]
-Test = tuple[str, str, str, Where]  # arm, versus, metric, where
-# arm, metric, where -> seed -> finite value
-_Finite = dict[tuple[str, str, str], dict[int, float]]
-_Value = tuple[str, int, str, str, float]  # arm, seed, metric, where, value
+# Arm, seed, metric, the arm that it is matched with, `None` at the end of training, and the value.
+_Value = tuple[str, int, str, str | None, float]
+# Arm, metric and the arm that it is matched with -> seed -> finite value
+_Finite = dict[tuple[str, str, str | None], dict[int, float]]
+
+
+class Test(NamedTuple):
+    """A comparison of two arms by a metric."""
+
+    arm: str
+    versus: str
+    metric: str
+    where: Where  # at the end of training, or at matched training loss
+
+    def __str__(self) -> str:
+        return f"{self.arm} against {self.versus}, {self.metric} ({self.where})"
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Row:
     arm: str
     versus: str
     metric: str
-    where: Where  # at the end of training, or at matched training loss
+    where: Where
     mean: Estimate  # of `arm`, over all seeds with a finite value
     # `arm` minus `versus` over their common seeds, without `p` below `MIN_PAIRS`; `None` if `arm` is `versus`.
     difference: Estimate | None
@@ -53,7 +65,7 @@ class Row:
     @property
     def test(self) -> Test:
         """The comparison that the row holds."""
-        return self.arm, self.versus, self.metric, self.where
+        return Test(self.arm, self.versus, self.metric, self.where)
 
     @property
     def p(self) -> float | None:
@@ -65,16 +77,13 @@ class Row:
 class Analysis:
     """Statistics of a comparison, as plain data."""
 
-    baseline: str
-    primary: tuple[str, str]  # arm and metric of the primary comparison
-    where: Where  # of the primary comparison
+    primary: Test  # of an arm against the baseline
     family: list[Test]  # declared comparisons, whose p-values are corrected together
     margin: float | None  # of the equivalence test of the primary metric
     arms: list[str]  # planned or found, the baseline first
     seeds: list[int]
     metrics: list[str]  # in the order of the report
-    # Arm, seed, metric, "end" or "matched with <arm>", and the value, finite or not.
-    values: list[_Value]
+    values: list[_Value]  # finite or not
     rows: list[Row]  # all arms against the baseline, and the primary arm against each control
     controls: dict[str, str]  # arm -> kind, as of `find_controls`
     unclean: dict[str, tuple[str, list[str]]]  # arms that are no control -> its kind, other fields that differ
@@ -90,22 +99,25 @@ class Analysis:
     ignored: list[str] = field(default_factory=list)  # finished runs of arms or seeds that are not planned
 
     @property
+    def baseline(self) -> str:
+        """The arm that the others are compared with."""
+        return self.primary.versus
+
+    @property
     def primary_row(self) -> Row | None:
         """The primary comparison, if it has values."""
-        return self.row(*self.primary, self.where)
+        return self.row(self.primary.arm, self.primary.metric, self.primary.where)
 
     def row(self, arm: str, metric: str, where: Where = "end", versus: str | None = None) -> Row | None:
         """One row if it exists; against the baseline by default."""
-        key = (arm, versus or self.baseline, metric, where)
-        return next((row for row in self.rows if row.test == key), None)
+        test = Test(arm, versus or self.baseline, metric, where)
+        return next((row for row in self.rows if row.test == test), None)
 
 
 def compare_arms(
     records: Sequence[RunRecord],
+    primary: Test,
     *,
-    baseline: str,
-    primary: tuple[str, str],
-    where: Where = "end",
     family: Sequence[Test] | None = None,
     margin: float | None = None,
     arms: Mapping[str, Mapping[str, Any]] = {},
@@ -119,52 +131,50 @@ def compare_arms(
     reach. The other losses are interpolated where a run first reaches it. Metrics without a curve are compared at the
     end only.
 
-    `primary` is an arm and a metric. The p-values of `family` are corrected together: by default, those of the primary
-    metric of the other arms against the baseline, and of the primary arm against each control. Those without runs
-    count too.
+    `primary` compares an arm with the baseline. The p-values of `family` are corrected together: by default, those of
+    the primary metric of the other arms against the baseline, and of the primary arm against each control. Those
+    without runs count too.
 
     `arms` has the training fields of each planned arm, and `tuned` those that its tuning chooses. An arm that is not
     planned has the settings of its runs. Runs of `arms` and `seeds` without a record are reported as missing.
 
     Example:
-        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.analysis import Test, compare_arms
         >>> from hf_nexus.compare.records import LossPoint, RunRecord
         >>> def run(arm, seed, loss):
         ...     point = LossPoint(9, 900, {"a": loss}, {"a": loss}, {}, loss, loss, None)
         ...     return RunRecord(arm, seed, curve=[point])
         >>> records = [run(a, s, x + s / 10) for a, x in (("adamw", 3.0), ("nexus", 2.9)) for s in range(3)]
-        >>> found = compare_arms(records, baseline="adamw", primary=("nexus", "validation_loss"))
+        >>> found = compare_arms(records, Test("nexus", "adamw", "validation_loss", "end"))
         >>> round(found.row("nexus", "validation_loss").difference.mean, 3)
         -0.1
     """
     if twice := [key for key, count in Counter((record.arm, record.seed) for record in records).items() if count > 1]:
         raise ValueError(f"Several records for {sorted(twice)}; each arm has one record for each seed.")
-    names = list(dict.fromkeys([baseline, *arms, primary[0], *(record.arm for record in records)]))
+    names = list(dict.fromkeys([primary.versus, *arms, primary.arm, *(record.arm for record in records)]))
     runs = {(record.arm, record.seed): record for record in records if record.curve}
     planned = sorted({*seeds, *(seed for _, seed in runs)})
     values = _end_values(runs, names)
     settings = {**{arm: run.settings for (arm, _), run in runs.items()}, **arms}
-    controls, unclean = find_controls(settings, primary[0], tuned)
+    controls, unclean = find_controls(settings, primary.arm, tuned)
     if family is None:
-        family = _default_family(names, baseline, primary, where, controls)
-    tested = [(arm, baseline) for arm in names if arm != baseline]
-    tested += [(primary[0], control) for control in controls] + [(arm, versus) for arm, versus, _, _ in family]
+        family = _default_family(names, primary, controls)
+    tested = [(arm, primary.versus) for arm in names if arm != primary.versus]
+    tested += [(primary.arm, control) for control in controls] + [(test.arm, test.versus) for test in family]
     matched, pairs, unmatched = _matched(runs, list(dict.fromkeys(tested)), planned)
     values += [value for value, _ in matched]
     bounds = _by_seed((*value[:4], bound) for value, bound in matched)
     # Even finite values of a diverged run mean nothing, such as an exact match of 0.
     finite = _by_seed(value for value in values if math.isfinite(value[4]) and not runs[value[:2]].diverged)
     return Analysis(
-        baseline=baseline,
         primary=primary,
-        where=where,
         family=list(family),
         margin=margin,
         arms=names,
         seeds=planned,
         metrics=in_order(metric for _, _, metric, _, _ in values),
         values=values,
-        rows=_rows(finite, bounds, names, (primary[0], baseline, primary[1], where), family, controls, margin),
+        rows=_rows(finite, bounds, names, primary, family, controls, margin),
         controls=controls,
         unclean=unclean,
         missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
@@ -172,28 +182,25 @@ def compare_arms(
         pairs=pairs,
         unmatched=unmatched,
         unconverged=_unconverged(runs.values()),
-        across_arms=_correlation(finite, names, baseline),
+        across_arms=_correlation(finite, names, primary.versus),
     )
 
 
 def _end_values(runs: Mapping[tuple[str, int], RunRecord], arms: Sequence[str]) -> list[_Value]:
     in_table = sorted(runs.items(), key=lambda item: (arms.index(item[0][0]), item[0][1]))
-    return [(*key, metric, "end", value) for key, run in in_table for metric, value in run.metrics().items()]
+    return [(*key, metric, None, value) for key, run in in_table for metric, value in run.metrics().items()]
 
 
-def _default_family(
-    arms: Sequence[str], baseline: str, primary: tuple[str, str], where: Where, controls: Iterable[str]
-) -> list[Test]:
+def _default_family(arms: Sequence[str], primary: Test, controls: Iterable[str]) -> list[Test]:
     """The primary metric of the other arms against the baseline, and of the primary arm against each control."""
-    pairs = [(arm, baseline) for arm in arms if arm not in (baseline, primary[0])]
-    pairs += [(primary[0], control) for control in controls]
-    return [(arm, versus, primary[1], where) for arm, versus in pairs]
+    others = [primary._replace(arm=arm) for arm in arms if arm not in primary[:2]]
+    return others + [primary._replace(versus=control) for control in controls]
 
 
 def _by_seed(values: Iterable[_Value]) -> _Finite:
     found: _Finite = {}
-    for arm, seed, metric, where, value in values:
-        found.setdefault((arm, metric, where), {})[seed] = value
+    for arm, seed, metric, against, value in values:
+        found.setdefault((arm, metric, against), {})[seed] = value
     return found
 
 
@@ -217,8 +224,7 @@ def _matched(
             unmatched.append((a, b, seed))
             continue
         for (arm, against), losses in matched.items():
-            at = f"matched with {against}"
-            values += [((arm, seed, metric, at, loss), bound) for metric, (loss, bound) in losses.items()]
+            values += [((arm, seed, metric, against, loss), bound) for metric, (loss, bound) in losses.items()]
     return values, pairs, unmatched
 
 
@@ -259,12 +265,13 @@ def _rows(
 ) -> list[Row]:
     metrics = in_order(metric for _, metric, _ in finite)
     wheres: tuple[Where, ...] = ("end", "matched")
-    wanted = [(arm, primary[1], metric, where) for where in wheres for metric in metrics for arm in arms]
-    wanted += [(primary[0], control, primary[2], where) for where in wheres for control in controls]
+    wanted = [Test(arm, primary.versus, metric, where) for where in wheres for metric in metrics for arm in arms]
+    wanted += [primary._replace(versus=control, where=where) for where in wheres for control in controls]
     rows: list[Row] = []
-    for arm, versus, metric, where in dict.fromkeys([*wanted, *family]):
-        at = ("end", "end") if where == "end" else (f"matched with {versus}", f"matched with {arm}")
-        sides = [(a, metric, kind) for a, kind in zip((arm, versus), at, strict=True)]
+    for test in dict.fromkeys([*wanted, *family]):
+        arm, versus, metric, where = test
+        against = (versus, arm) if where == "matched" else (None, None)
+        sides = [(arm, metric, against[0]), (versus, metric, against[1])]
         own, other = (finite.get(side, {}) for side in sides)
         if not own:
             continue
@@ -274,27 +281,26 @@ def _rows(
             if difference.n < MIN_PAIRS:
                 difference = replace(difference, p=None)
             bound = math.fsum(bounds.get(side, {}).get(seed, 0.0) for side in sides for seed in shared) / len(shared)
-        test = (arm, versus, metric, where)
         role: Role = "primary" if test == primary else "family" if test in family else "exploratory"
-        rows.append(Row(arm, versus, metric, where, mean(list(own.values())), difference, role, interpolation=bound))
+        rows.append(Row(*test, mean(list(own.values())), difference, role, interpolation=bound))
     tested = [(row, row.difference) for row in rows if row.difference is not None and row.difference.p is not None]
     differ = {row.test: found.p for row, found in tested}
     corrected = holm({test: differ.get(test) for test in family})
     alike = {
         row.test: equivalence_p(found, margin)
         for row, found in tested
-        if margin is not None and row.metric == primary[2]
+        if margin is not None and row.metric == primary.metric
     }
-    alike |= holm({test: alike.get(test) for test in family if test[2] == primary[2]})
+    alike |= holm({test: alike.get(test) for test in family if test.metric == primary.metric})
     return [replace(row, p_holm=corrected.get(row.test), p_equivalent=alike.get(row.test)) for row in rows]
 
 
 def _correlation(finite: _Finite, arms: Sequence[str], baseline: str) -> Correlation | None:
     """Correlation of minima distance and OOD gain across arms."""
-    reference = finite.get((baseline, "ood_loss", "end"), {})
+    reference = finite.get((baseline, "ood_loss", None), {})
     points: list[list[float]] = []
     for arm in arms:
-        distances, losses = (finite.get((arm, metric, "end"), {}) for metric in ("minima_distance", "ood_loss"))
+        distances, losses = (finite.get((arm, metric, None), {}) for metric in ("minima_distance", "ood_loss"))
         shared = sorted(distances.keys() & (distances if arm == baseline else losses.keys() & reference.keys()))
         gains = [0.0 if arm == baseline else reference[seed] - losses[seed] for seed in shared]
         if shared:

@@ -4,10 +4,11 @@ from ..evaluation.lm_eval.model_arguments import model_arguments
 from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
 from ..evaluation.lm_eval.tasks import Task, select_tasks
 from ..hub.benchmarks import record_scores
+from ..lock import locked
 from ..pretrain.parsing import parse_arguments
 from .config import ComparisonConfig
 from .records import RunRecord
-from .runs import CONFIG_NAME, Run
+from .runs import SETTINGS_NAME, Run
 
 __all__ = ["check_benchmarks", "missing_tasks", "score_benchmarks"]
 
@@ -39,27 +40,29 @@ def score_benchmarks(run: Run) -> RunRecord:
 
     Raises:
         RuntimeError: a task failed. The scores of the others are saved.
+        ValueError: another process trains or measures the run.
     """
-    record = RunRecord.load(run.folder)
-    training = parse_arguments(["--config", str(run.folder / CONFIG_NAME)]).training
-    results = run_tasks(
-        model_arguments(str(run.folder)),
-        missing_tasks(run.config, record),
-        run.folder,
-        batch_size=training.per_device_eval_batch_size,
-        device="cpu" if training.use_cpu else None,
-    )
-    errors = []
-    for result in results:
-        if result.error is not None:
-            errors.append(result.error)
-            continue
-        for score in result.scores:
-            name = result.task.name if result.task.benchmark else score.name
-            record.downstream[f"{name}/{score.metric}"] = score.value
-        record.benchmarks[result.task.name] = result.task.limit
-        record.save(run.folder)
-        record_scores(run.folder, result.scores)
-    if errors:
-        raise RuntimeError("; ".join(errors))
-    return record
+    with locked(run.folder):
+        record = RunRecord.load(run.folder)
+        training = parse_arguments(["--config", str(run.folder / SETTINGS_NAME)]).training
+        results = run_tasks(
+            model_arguments(str(run.folder)),
+            missing_tasks(run.config, record),
+            run.folder,
+            batch_size=training.per_device_eval_batch_size,
+            device="cpu" if training.use_cpu else None,
+        )
+        errors = []
+        for result in results:
+            if result.error is not None:
+                errors.append(result.error)
+                continue
+            for score in result.scores:
+                name = result.task.name if result.task.benchmark else score.name
+                record.downstream[f"{name}/{score.metric}"] = score.value
+            record.benchmarks[result.task.name] = result.task.limit
+            record.save(run.folder)
+            record_scores(run.folder, result.scores)
+        if errors:
+            raise RuntimeError("; ".join(errors))
+        return record

@@ -62,10 +62,10 @@ def call_in_jobs(calls: Sequence[Call], executor: submitit.AutoExecutor) -> Iter
     for job in as_completed(jobs, poll_frequency=1):
         call = calls[jobs.index(job)]
         error = job.exception()
-        yield CallResult(call, job.results()[0]) if error is None else CallResult(call, error=_reason(error))
+        yield CallResult(call, job.results()[0]) if error is None else CallResult(call, error=_failure(error))
 
 
-def _reason(error: Exception) -> str:
+def _failure(error: Exception) -> str:
     """The last line of the traceback in the job, or what submitit knows of a job that left none."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     ends = [i for i, line in enumerate(lines) if set(line) == {"-"}]

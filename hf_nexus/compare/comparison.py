@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
-import yaml
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -26,15 +25,17 @@ from ..hub.facts import describe_hardware, installed_versions
 from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
+from ..pretrain.command_line import from_sections
 from ..pretrain.fields import PretrainArguments, PretrainConfig
-from ..pretrain.parsing import parse_arguments
+from ..pretrain.parsing import resolve
 from ..pretrain.run import load_tokenizer
 from ..quiet import is_live
+from .analysis import Test
 from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
-from .records import METRICS, RECORD_NAME, RunRecord, in_order
+from .records import METRICS, RunRecord, finished_runs, in_order
 from .report import console_table, write_report
 from .runs import MINIMA_NAME, Run, read_questions
 from .workers import Call, CallResult, call_in_workers, worker_count
@@ -130,17 +131,12 @@ class Comparison:
         """Parse the configuration of every arm and trial, and return one: all have the same model and data."""
         rows: dict[str, float] = {}
         for arm in self.config.arms:
-            for number, trial in enumerate(list(self.config.trials(arm)) or [{}]):
+            for trial in list(self.config.trials(arm)) or [{}]:
                 settings = {**self.config.settings(arm), **trial, "output_dir": str(self.folder)}
-                path = self.folder / "configs" / f"{arm}-{number}.yaml"
-                text = yaml.safe_dump(self.config.run_config(settings), sort_keys=False, allow_unicode=True)
-                write_atomic(path, text)
-                try:  # jobs run on other machines than this one
-                    arguments = parse_arguments(["--config", str(path), *["--dry_run"] * (self._jobs is not None)])
-                    _check_training(arguments.training, self.config.devices_per_run)
-                except ValueError as error:  # name the arm, not this file, which the user did not write
-                    where = f"arms.{arm}" + f" with {trial}" * bool(trial)
-                    raise ValueError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
+                where = f"arms.{arm}" + f" with {trial}" * bool(trial)
+                on_others = self._jobs is not None  # jobs run on other machines than this one
+                arguments = resolve(from_sections(where, self.config.run_config(settings), on_others))
+                _check_supported(where, arguments.training, self.config.devices_per_run)
                 t = arguments.training
                 length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
                 batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
@@ -171,25 +167,20 @@ class Comparison:
             known = ", ".join(in_order(measured))
             raise ValueError(f"metric: {', '.join(map(repr, unknown))} is not measured. Use one of {known}.")
 
-    def _finished(self) -> list[Path]:
-        """The folders of the finished runs, also of those that the configuration does not name."""
-        return sorted(path.parent for path in self.folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))
-
     def _declaration(self) -> dict[str, Any]:
         """The primary comparison, the tests of the family, arms and seeds, as plain data."""
-        config = self.config
-        primary = (config.primary.arm, config.baseline, config.primary.metric, config.primary.where)
+        planned = self.config.analyse([])
         return {
-            "primary": _named(primary),
-            "equivalence_margin": config.equivalence_margin,
-            "tests": [list(test) for test in config.analyse([]).family],
-            "arms": list(config.arms),
-            "seeds": config.seeds,
+            "primary": str(planned.primary),
+            "equivalence_margin": planned.margin,
+            "tests": planned.family,
+            "arms": list(self.config.arms),
+            "seeds": self.config.seeds,
         }
 
     def _declare(self) -> None:
         """Keep the declaration in the folder. It may change until a run has finished: no results have been seen."""
-        if not self._finished():
+        if not finished_runs(self.folder):
             write_atomic(self.folder / _DECLARED_NAME, json.dumps(self._declaration()) + "\n")
         self._declared()
 
@@ -201,7 +192,7 @@ class Comparison:
         path, now = self.folder / _DECLARED_NAME, self._declaration()
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            before = {key: content[key] for key in now}
+            before = {key: content[key] for key in now} | {"tests": [Test(*test) for test in content["tests"]]}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}: it does not say what was declared before the runs. Restore it, or choose another output_dir."
@@ -213,7 +204,7 @@ class Comparison:
         # The family follows from arms and primary comparison: only the cause is named.
         wrong = [f"arms: {arm} is missing" for arm in gone]
         wrong = wrong or [f"{key}: {before[key]} was declared" for key in other]
-        wrong = wrong or [f"family: {_named(t)} is {how}" for ts, how in ((old, "missing"), (new, "new")) for t in ts]
+        wrong = wrong or [f"family: {t} is {how}" for ts, how in ((old, "missing"), (new, "new")) for t in ts]
         if wrong:
             raise ValueError(
                 f"{'; '.join(wrong)}. {self.folder} has finished runs, and comparisons chosen after seeing results "
@@ -291,18 +282,23 @@ class Comparison:
             ValueError: no run or not the tuning has finished, or the folder holds runs with other settings.
         """
         scipy_stats()  # is installed
-        if not self._finished():
+        if not finished_runs(self.folder):
             raise ValueError(f"--report: no run has finished in {self.folder}. Check output_dir, or run it first.")
         self._choose()
         return self._report()
 
     def _choose(self) -> None:
-        """Choose the trial with the lowest validation loss for each arm, once all have been tried."""
+        """
+        Choose the trial with the lowest validation loss for each arm, once all have been tried. Check that the folder
+        holds no runs with other settings.
+        """
+        for run in self._trial_runs():
+            run.check()
         failed = {result.call.name for result in self.failed}
-        if missing := [r.name for r in self._trial_runs() if r.record() is None and str(r) not in failed]:
+        if missing := [r.name for r in self._trial_runs() if r.load() is None and str(r) not in failed]:
             raise ValueError(f"tuning: {len(missing)} runs are missing, the first is {missing[0]!r}. Run them first.")
         for trial in self._trials:
-            records = [run.record() for run in trial.runs]
+            records = [run.load() for run in trial.runs]
             losses = [math.inf if record is None else record.end.validation_loss for record in records]
             trial.loss = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.inf
         for arm in self.config.arms if self._trials else ():
@@ -310,6 +306,8 @@ class Comparison:
             if best.loss == math.inf:
                 raise SystemExit(f"All trials of {arm} failed; see {self.folder / 'tuning' / arm}.")
             self._chosen[arm] = best.settings
+        for run in self.runs():
+            run.check()
 
     def _tuning_table(self) -> list[dict[str, Any]]:
         return [
@@ -323,7 +321,7 @@ class Comparison:
         ]
 
     def _train(self, stage: str, runs: Sequence[Run]) -> None:
-        missing = [run for run in runs if run.record() is None]
+        missing = [run for run in runs if run.load() is None]
         for run in missing:
             run.write()
         calls = [Call(str(run), run.train, _log(run), self.config.devices_per_run) for run in missing]
@@ -331,15 +329,15 @@ class Comparison:
 
     def _measure(self, runs: Sequence[Run]) -> None:
         """Search the minima near the ends of runs, and score the runs on the benchmarks."""
-        finished = [(run, record) for run in runs if (record := run.record()) is not None]
+        finished = [(run, record) for run in runs if (record := run.load()) is not None]
         wanted = self.config.minima
         seeds = () if wanted is None else wanted.seeds or self.config.seeds
         searched = [(run, record) for run, record in finished if run.seed in seeds]
         missing = [run for run, record in searched if record.minima is None]
-        searches = [Call(f"minima of {run}", partial(run.alone, search_minima), _log(run)) for run in missing]
+        searches = [Call(f"minima of {run}", partial(search_minima, run), _log(run)) for run in missing]
         self._call("minima", searches, done=len(searched) - len(missing))
         missing = [run for run, record in finished if missing_tasks(self.config, record)]
-        scores = [Call(f"benchmarks of {run}", partial(run.alone, score_benchmarks), _log(run)) for run in missing]
+        scores = [Call(f"benchmarks of {run}", partial(score_benchmarks, run), _log(run)) for run in missing]
         self._call("benchmarks", scores, done=len(finished) - len(missing))
 
     def _call(self, stage: str, calls: Sequence[Call], done: int) -> None:
@@ -382,11 +380,13 @@ class Comparison:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
         arms = list(self.config.arms)
         runs = self.runs()
-        records = [record for run in runs if (record := run.record()) is not None]
+        records = [record for run in runs if (record := run.load()) is not None]
         declared = self._declared()
-        analysis = self.config.analyse(records, [tuple(test) for test in declared["tests"]])
+        analysis = self.config.analyse(records, declared["tests"])
         named = {run.folder for run in runs}
-        ignored = [f"{folder.parent.name}/{folder.name}" for folder in self._finished() if folder not in named]
+        ignored = [
+            f"{folder.parent.name}/{folder.name}" for folder in finished_runs(self.folder) if folder not in named
+        ]
         analysis = replace(analysis, declared=(declared["arms"], declared["seeds"]), ignored=ignored)
         if self._trials:
             write_atomic(self.folder / _TUNING_NAME, json.dumps(self._tuning_table(), indent=1) + "\n")
@@ -428,7 +428,7 @@ class Comparison:
     def _update_cards(self) -> None:
         """Compare the card of each run with that of the arm that it is declared to be compared with, and push it."""
         summarized = [run for run in self.runs() if (run.folder / SUMMARY_NAME).exists()]
-        records = [(run, run.record()) for run in summarized]
+        records = [(run, run.load()) for run in summarized]
         finished = {(run.arm, run.seed): run for run, record in records if record and not record.diverged}
         others = dict.fromkeys(self.config.arms, self.config.baseline)
         others |= {test.arm: test.versus for test in reversed(self.config.family or []) if test.versus is not None}
@@ -453,23 +453,20 @@ class Comparison:
         target = {"private": training.get("hub_private_repo"), "revision": training.get("hub_revision")}
         publisher = Publisher(str(run.repo_id), run.folder, **target)
         if changed or not publisher.status().commit:
-            record = run.record()
+            record = run.load()
             assert record is not None
             publisher.check()
             publisher.submit(record.end.step, "Compare with other arms")
         FinalFlush(publisher, training.get("hub_flush_timeout", 600.0)).end()
 
 
-def _named(test: Sequence[str]) -> str:
-    arm, versus, metric, where = test
-    return f"{arm} against {versus}, {metric} ({where})"
-
-
-def _check_training(training: PretrainConfig, devices: int) -> None:
+def _check_supported(where: str, training: PretrainConfig, devices: int) -> None:
     if training.fsdp and devices == 1:
-        raise ValueError("fsdp needs several devices per run. Set devices_per_run, or remove fsdp.")
+        raise ValueError(f"{where}: fsdp needs several devices per run. Set devices_per_run, or remove fsdp.")
     if training.load_best_model_at_end:
-        raise ValueError("load_best_model_at_end is not supported: losses belong to the last weights. Remove it.")
+        raise ValueError(
+            f"{where}: load_best_model_at_end is not supported: losses belong to the last weights. Remove it."
+        )
 
 
 def _log(run: Run) -> Path:

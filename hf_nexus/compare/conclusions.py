@@ -33,9 +33,9 @@ def conclusions(analysis: Analysis) -> list[str]:
     Paragraphs in Markdown: the primary comparison, the controls, all other comparisons, and the correlation.
 
     Example:
-        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.analysis import Test, compare_arms
         >>> from hf_nexus.compare.conclusions import conclusions
-        >>> conclusions(compare_arms([], baseline="adamw", primary=("nexus", "ood_loss")))[0]
+        >>> conclusions(compare_arms([], Test("nexus", "adamw", "ood_loss", "end")))[0]
         '**No conclusion** on the primary comparison: no seed has the OOD loss of both nexus and adamw.'
     """
     return [
@@ -57,14 +57,14 @@ def plain_words(analysis: Analysis) -> str:
     The question and its answer, for a reader who knows no statistics.
 
     Example:
-        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.analysis import Test, compare_arms
         >>> from hf_nexus.compare.conclusions import plain_words
-        >>> plain_words(compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))).partition(".")[0]
+        >>> plain_words(compare_arms([], Test("nexus", "adamw", "ood_loss", "end"))).partition(".")[0]
         'Each of the 2 arms is one way to train the same model'
     """
-    (arm, metric), row = analysis.primary, analysis.primary_row
+    (arm, _, metric, where), row = analysis.primary, analysis.primary_row
     found = row.difference if row is not None else None
-    label = _label(metric, analysis.where)
+    label = _label(metric, where)
     text = (
         f"Each of the {len(analysis.arms)} arms is one way to train the same model. An arm is trained several times, "
         f"each time from another random start (a seed), because a single run may be better by luck. The question was "
@@ -72,7 +72,7 @@ def plain_words(analysis: Analysis) -> str:
     )
     text += "A loss measures how badly a model predicts text: lower is better. " * _is_loss(metric)
     text += "OOD stands for text of kinds that no arm was trained on. " * (metric == "ood_loss")
-    text += "The arms are compared where they fit their training text equally well. " * (analysis.where == "matched")
+    text += "The arms are compared where they fit their training text equally well. " * (where == "matched")
     if row is None or found is None or found.p is None or found.deviation is None:
         return text + "There are too few finished runs for an answer."
     change = f"{rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'}"
@@ -96,7 +96,7 @@ def plain_words(analysis: Analysis) -> str:
 
 def _plain_controls(analysis: Analysis) -> str:
     """What the controls show of a difference that matters, in one sentence."""
-    arm, row = analysis.primary[0], analysis.primary_row
+    arm, row = analysis.primary.arm, analysis.primary_row
     if not analysis.controls:
         return f"No arm lacks just one ingredient of {arm}, so nothing shows which of them has an effect."
     text = f"Other arms lack one ingredient of {arm} each"
@@ -131,7 +131,7 @@ def limitations(analysis: Analysis) -> list[str]:
         lines.append(f"{arm}, seed {seed}: not finite, and in no mean or test: {', '.join(metrics[:3])}{more}.")
     for arm, (_, names) in analysis.unclean.items():
         fields = " and ".join(names)
-        lines.append(f"{arm}: no control of {analysis.primary[0]}, since they differ in {fields} as well.")
+        lines.append(f"{arm}: no control of {analysis.primary.arm}, since they differ in {fields} as well.")
     unconverged, searches = analysis.unconverged
     if unconverged:
         lines.append(
@@ -140,7 +140,7 @@ def limitations(analysis: Analysis) -> list[str]:
         )
     for row in analysis.rows:
         half = row.difference.half or 0.0 if row.difference is not None else math.inf
-        if row.metric == analysis.primary[1] and row.interpolation > _INTERPOLATION * half:
+        if row.metric == analysis.primary.metric and row.interpolation > _INTERPOLATION * half:
             lines.append(
                 f"{row.arm} against {row.versus}: the evaluations are too sparse around the matched training loss. "
                 f"Interpolation may move the difference of the {metric_label(row.metric)} by up to "
@@ -169,11 +169,10 @@ def p_text(p: float) -> str:
 
 
 def _primary(analysis: Analysis) -> str:
-    arm, metric = analysis.primary
-    row = analysis.primary_row
+    (arm, _, metric, where), row = analysis.primary, analysis.primary_row
     nothing = "**No conclusion** on the primary comparison:"
     if row is None or row.difference is None:
-        return f"{nothing} no seed has the {_label(metric, analysis.where)} of both {arm} and {analysis.baseline}."
+        return f"{nothing} no seed has the {_label(metric, where)} of both {arm} and {analysis.baseline}."
     found, measured = row.difference, _sentence(row)
     if found.n < MIN_PAIRS:
         return f"{nothing} {_count(found.n, 'paired seed')}, and a test needs {MIN_PAIRS} or more. {measured}"
@@ -187,7 +186,7 @@ def _primary(analysis: Analysis) -> str:
 
 def _left_out(analysis: Analysis) -> str:
     """The runs that the primary comparison lacks."""
-    arms, metrics = (analysis.primary[0], analysis.baseline), {analysis.primary[1], "train_loss"}
+    arms, metrics = analysis.primary[:2], {analysis.primary.metric, "train_loss"}
     diverged = [
         f"{arm}, seed {seed}" for arm, seed, found in analysis.non_finite if arm in arms and metrics & {*found}
     ]
@@ -200,15 +199,15 @@ def _left_out(analysis: Analysis) -> str:
 
 def _primary_elsewhere(analysis: Analysis) -> Iterable[str]:
     """The primary arm's training loss, and its primary metric at matched training loss or at the end."""
-    arm, metric = analysis.primary
+    arm, _, metric, where = analysis.primary
     train = analysis.row(arm, "train_loss") if metric != "train_loss" else None
-    for row in (train, analysis.row(arm, metric, "end" if analysis.where == "matched" else "matched")):
+    for row in (train, analysis.row(arm, metric, "end" if where == "matched" else "matched")):
         if row is not None and row.difference is not None:
             yield f"{_sentence(row)} {_verdict(row, analysis)}"
 
 
 def _controls(analysis: Analysis) -> Iterable[str]:
-    (arm, metric), where, row = analysis.primary, analysis.where, analysis.primary_row
+    (arm, _, metric, where), row = analysis.primary, analysis.primary_row
     if row is None or row.difference is None:
         return
     for control, kind in analysis.controls.items():
@@ -235,7 +234,7 @@ def _controls(analysis: Analysis) -> Iterable[str]:
 
 def _share(analysis: Analysis, control: str) -> str:
     """How much of the primary difference a control has, by its differences to the baseline and to the primary arm."""
-    (arm, metric), where, row = analysis.primary, analysis.where, analysis.primary_row
+    (arm, _, metric, where), row = analysis.primary, analysis.primary_row
     own, direct = analysis.row(control, metric, where), analysis.row(arm, metric, where, versus=control)
     assert row is not None and row.difference is not None
     effect, share = row.difference.mean, _OPEN

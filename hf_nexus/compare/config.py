@@ -278,27 +278,25 @@ class ComparisonConfig:
             raise ValueError(f"primary.arm: {self.baseline!r} is the baseline. Choose another arm.")
         if self.primary.versus not in (None, self.baseline):
             raise ValueError("primary.versus: the primary arm is compared with the baseline. Remove it.")
-        primary = (self.primary.arm, self.baseline, self.primary.metric, self.primary.where)
-        for i, test in enumerate(tests := self.tests() or []):
-            if unknown := {*test[:2]} - {*self.arms}:
+        primary, tests = self.test(self.primary), [self.test(declared) for declared in self.family or []]
+        for i, test in enumerate(tests):
+            if unknown := {test.arm, test.versus} - {*self.arms}:
                 raise ValueError(f"family: {', '.join(unknown)} is not among the arms {', '.join(self.arms)}.")
-            if test[0] == test[1] or test == primary or test in tests[:i]:
+            if test.arm == test.versus or test == primary or test in tests[:i]:
                 raise ValueError(f"family: {test} is the primary comparison, a repetition, or of one arm. Remove it.")
 
-    def tests(self) -> list[Test] | None:
-        """The declared family, as `compare_arms` takes it."""
-        if self.family is None:
-            return None
-        return [(test.arm, test.versus or self.baseline, test.metric, test.where) for test in self.family]
+    def test(self, declared: DeclaredTest) -> Test:
+        """A declared comparison, as `compare_arms` takes it."""
+        return Test(declared.arm, declared.versus or self.baseline, declared.metric, declared.where)
 
     def analyse(self, records: Sequence[RunRecord], family: list[Test] | None = None) -> Analysis:
         """The statistics of the runs, with the declared tests, or those of another `family`."""
+        if family is None and self.family is not None:
+            family = [self.test(declared) for declared in self.family]
         return compare_arms(
             records,
-            baseline=self.baseline,
-            primary=(self.primary.arm, self.primary.metric),
-            where=self.primary.where,
-            family=self.tests() if family is None else family,
+            self.test(self.primary),
+            family=family,
             margin=self.equivalence_margin,
             arms={arm: self.run_config(self.settings(arm))["training"] for arm in self.arms},
             tuned={arm: {name for trial in self.trials(arm) for name in trial} for arm in self.arms},

@@ -1,19 +1,17 @@
 """The plan of a comparison before it runs: runs, tokens, device hours, and the seeds that a difference needs."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ..evaluation.statistics import ALPHA, POWER, detectable, highest_deviation, pairs_needed
-from ..pretrain.parsing import parse_arguments
+from ..pretrain.command_line import from_sections
+from ..pretrain.parsing import resolve
 from ..pretrain.plan import RunPlan, plan_run
 from .analysis import Where, compare_arms
 from .config import ComparisonConfig
-from .records import RECORD_NAME, RunRecord, metric_label
+from .records import RunRecord, finished_runs, metric_label
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +57,7 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
     """
     from rich.table import Table
 
-    pilot, own = (_finished(Path(config.output_dir, folder)) for folder in (_PILOT, ""))
+    pilot, own = (_records(Path(config.output_dir, folder)) for folder in (_PILOT, ""))
     records, left = pilot | own, [(a, s) for a in config.arms for s in config.seeds if (a, s) not in own]
     size = Table(title=f"Plan of {config.output_dir}", show_header=False)
     for row in _size(config, len(left), list(records.values())).items():
@@ -91,9 +89,9 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
     )
 
 
-def _finished(folder: Path) -> dict[tuple[str, int], RunRecord]:
+def _records(folder: Path) -> dict[tuple[str, int], RunRecord]:
     """The finished runs of a comparison, of which the plan needs no settings."""
-    records = [RunRecord.load(path.parent) for path in sorted(folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))]
+    records = map(RunRecord.load, finished_runs(folder))
     return {(record.arm, record.seed): record for record in records}
 
 
@@ -126,23 +124,19 @@ def _size(config: ComparisonConfig, left: int, records: Sequence[RunRecord]) -> 
 
 def _plan(config: ComparisonConfig, settings: Mapping[str, Any]) -> RunPlan:
     """The plan of a run of the baseline with other training fields; all arms train on as many tokens."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        own = {**config.settings(config.baseline), **settings, "output_dir": config.output_dir}
-        yaml.safe_dump(config.run_config(own), file, allow_unicode=True)
-        file.flush()
-        arguments = parse_arguments(["--config", file.name, "--dry_run"])
-    return plan_run(arguments, devices=config.devices_per_run)
+    own = {**config.settings(config.baseline), **settings, "output_dir": config.output_dir}
+    command_line = from_sections(f"arms.{config.baseline}", config.run_config(own), dry_run=True)
+    return plan_run(resolve(command_line), devices=config.devices_per_run)
 
 
 def _spreads(config: ComparisonConfig, records: Sequence[RunRecord]) -> dict[str, tuple[float, int]]:
     """Standard deviation of the paired differences of the primary metric and their number, by where."""
     if not records:
         return {}
-    primary = (config.primary.arm, config.primary.metric)
-    analysis = compare_arms(records, baseline=config.baseline, primary=primary)
+    analysis = compare_arms(records, config.test(config.primary))
     found = {}
     for where, label in _LABELS.items():
-        row = analysis.row(*primary, where)
+        row = analysis.row(config.primary.arm, config.primary.metric, where)
         if row is not None and row.difference is not None and row.difference.deviation is not None:
             found[label] = (row.difference.deviation, row.difference.n)
     return found

@@ -18,6 +18,7 @@ __all__ = [
     "Minima",
     "Pairs",
     "RunRecord",
+    "finished_runs",
     "in_order",
     "metric_label",
 ]
@@ -152,12 +153,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RunRecord":
-        """
-        Read `record.json` from `folder`.
-
-        Raises:
-            ValueError: the file is not a record.
-        """
+        """Read `record.json` from `folder`. A damaged one is a `ValueError`."""
         path = Path(folder, RECORD_NAME)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +168,11 @@ class RunRecord:
             raise ValueError(
                 f"{path} is not the record of a run: {what}. Restore it, or delete it to make the run again."
             ) from error
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """The folders of the finished runs of a comparison, also of those that its configuration does not name."""
+    return sorted(path.parent for path in folder.glob(f"arms/*/seed-*/{RECORD_NAME}"))
 
 
 def in_order(metrics: Iterable[str]) -> list[str]:

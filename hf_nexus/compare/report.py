@@ -20,7 +20,7 @@ from .records import RunRecord, metric_label
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CSV_NAME", "JSON_NAME", "REPORT_NAME", "console_table", "write_report"]
+__all__ = ["CSV_NAME", "JSON_NAME", "REPORT_NAME", "console_table", "value_rows", "write_report"]
 
 REPORT_NAME, CSV_NAME, JSON_NAME = "report.md", "results.csv", "results.json"
 # Columns of metrics in one table.
@@ -46,9 +46,9 @@ def write_report(
 
     Example:
         >>> from tempfile import mkdtemp
-        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.analysis import Test, compare_arms
         >>> from hf_nexus.compare.report import write_report
-        >>> analysis = compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))
+        >>> analysis = compare_arms([], Test("nexus", "adamw", "ood_loss", "end"))
         >>> write_report(analysis, [], mkdtemp(), title="Nothing yet", details={"seeds": [1, 2, 3]}).name
         'report.md'
     """
@@ -57,8 +57,8 @@ def write_report(
     with (folder / CSV_NAME).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["arm", "seed", "metric", "where", "value"])
-        writer.writerows(analysis.values)
-    results = {
+        writer.writerows(value_rows(analysis))
+    results: dict[str, Any] = {
         "title": title,
         "details": dict(details),
         "settings": {f"{record.arm}/{record.seed}": record.settings for record in records},
@@ -73,8 +73,8 @@ def write_report(
         "## In plain words",
         plain_words(analysis),
         "## Conclusions",
-        *conclusions(analysis),
-        *_setup(analysis, records, details),
+        *results["conclusions"],
+        *_setup(analysis, records, results),
         *_metrics(analysis, records),
         *_tuning(trials),
         *_plots(plots, folder),
@@ -85,14 +85,22 @@ def write_report(
     return folder / REPORT_NAME
 
 
+def value_rows(analysis: Analysis) -> list[tuple[str, int, str, str, float]]:
+    """The lines of `results.csv`: arm, seed, metric, where, and value."""
+    return [
+        (arm, seed, metric, "end" if versus is None else f"matched with {versus}", value)
+        for arm, seed, metric, versus, value in analysis.values
+    ]
+
+
 def console_table(analysis: Analysis) -> "Table":
     """
     Table of the main metrics for the console: the mean of each arm, and its difference to the baseline.
 
     Example:
-        >>> from hf_nexus.compare.analysis import compare_arms
+        >>> from hf_nexus.compare.analysis import Test, compare_arms
         >>> from hf_nexus.compare.report import console_table
-        >>> console_table(compare_arms([], baseline="adamw", primary=("nexus", "ood_loss"))).row_count
+        >>> console_table(compare_arms([], Test("nexus", "adamw", "ood_loss", "end"))).row_count
         2
     """
     metrics = _main_metrics(analysis)
@@ -105,8 +113,8 @@ def console_table(analysis: Analysis) -> "Table":
     return table
 
 
-def _setup(analysis: Analysis, records: Sequence[RunRecord], details: Mapping[str, Any]) -> list[str]:
-    roles = {analysis.baseline: "baseline", analysis.primary[0]: "primary", **analysis.controls}
+def _setup(analysis: Analysis, records: Sequence[RunRecord], results: Mapping[str, Any]) -> list[str]:
+    roles = {analysis.baseline: "baseline", analysis.primary.arm: "primary", **analysis.controls}
     lines = []
     for arm in analysis.arms:
         runs = sorted((run for run in records if run.arm == arm and run.curve), key=lambda run: run.seed)
@@ -117,11 +125,11 @@ def _setup(analysis: Analysis, records: Sequence[RunRecord], details: Mapping[st
         lines.append([arm, roles.get(arm, ""), _plain(settings) or "-", seeds, seconds])
     paragraphs = [
         "## Setup",
-        "\n".join(f"- {name}: {_plain(value)}" for name, value in details.items()),
+        "\n".join(f"- {name}: {_plain(value)}" for name, value in results["details"].items()),
         _markdown(["arm", "role", "settings", "completed seeds", "seconds per run"], lines),
     ]
-    if lines_of_limitations := limitations(analysis):
-        paragraphs += ["Limitations:", "\n".join(f"- {line}" for line in lines_of_limitations)]
+    if results["limitations"]:
+        paragraphs += ["Limitations:", "\n".join(f"- {line}" for line in results["limitations"])]
     return [paragraph for paragraph in paragraphs if paragraph]
 
 

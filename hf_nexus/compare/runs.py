@@ -5,7 +5,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainerCallback
 
 from ..evaluation.answers import ANSWER_MARK, final_answer
-from ..evaluation.losses import mean_losses
+from ..evaluation.losses import losses_of, mean_losses
 from ..evaluation.questions import answer_scores
 from ..files import write_atomic
 from ..lock import locked
@@ -33,9 +33,9 @@ from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
 if TYPE_CHECKING:
     from ..mixture.loading import Mixture
 
-__all__ = ["CONFIG_NAME", "MEASURED_NAME", "MINIMA_NAME", "Run", "read_questions", "train_sample"]
+__all__ = ["MEASURED_NAME", "MINIMA_NAME", "SETTINGS_NAME", "Run", "read_questions", "train_sample"]
 
-CONFIG_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
+SETTINGS_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
 _NOT_COMPUTED = ("output_dir", "push_to_hub", "hub_model_id")
 _PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
@@ -65,7 +65,7 @@ class Run:
             own |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gradient_cosine_steps": 0}
         sections = self.config.run_config({**self.settings, **own})
         sections["model"] = {**sections["model"], "tokenizer": self.tokenizer}
-        files: dict[str, dict[str, Any]] = {CONFIG_NAME: sections}
+        files: dict[str, dict[str, Any]] = {SETTINGS_NAME: sections}
         if not self.trial:
             questions = {name: asdict(questions) for name, questions in self.config.question_sets.items()}
             rows = self.config.train_sample_rows
@@ -86,13 +86,13 @@ class Run:
             return None
         return f"{self.config.push_to}-{self.arm}-seed-{self.seed}"
 
-    def write(self, names: Iterable[str] = (CONFIG_NAME, MEASURED_NAME)) -> None:
+    def write(self, names: Iterable[str] = (SETTINGS_NAME, MEASURED_NAME)) -> None:
         """Write some of `files` into the folder: by default those that `train` needs."""
         files = self.files()
         for name in (name for name in names if name in files):
             write_atomic(self.folder / name, yaml.safe_dump(files[name], sort_keys=False, allow_unicode=True))
 
-    def check(self, names: Iterable[str] = (CONFIG_NAME, MEASURED_NAME, MINIMA_NAME)) -> None:
+    def check(self, names: Iterable[str] = (SETTINGS_NAME, MEASURED_NAME, MINIMA_NAME)) -> None:
         """
         Check that the folder holds no run with other settings.
 
@@ -107,14 +107,8 @@ class Run:
                     "output_dir for the comparison, or delete that folder."
                 )
 
-    def record(self) -> RunRecord | None:
-        """
-        The record of the run, `None` if it has not completed.
-
-        Raises:
-            ValueError: the folder holds a run with other settings.
-        """
-        self.check()
+    def load(self) -> RunRecord | None:
+        """The record of the run, `None` if it has not completed."""
         return RunRecord.load(self.folder) if (self.folder / RECORD_NAME).exists() else None
 
     def train(self) -> RunRecord:
@@ -126,21 +120,11 @@ class Run:
             ValueError: another process trains the run.
         """
         with locked(self.folder) if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
-            return self.record() or self._train()
-
-    def alone(self, measure: "Callable[[Run], RunRecord]") -> RunRecord:
-        """
-        Add a measurement to the record while no other process does.
-
-        Raises:
-            ValueError: another process trains or measures the run.
-        """
-        with locked(self.folder):
-            return measure(self)
+            return self.load() or self._train()
 
     def _train(self) -> RunRecord:
         resume = ["--resume_from_checkpoint", "last"] if last_checkpoint(self.folder) else []
-        run = prepare_run(parse_arguments(["--config", str(self.folder / CONFIG_NAME), *resume]))
+        run = prepare_run(parse_arguments(["--config", str(self.folder / SETTINGS_NAME), *resume]))
         if not self.trial:
             sample = train_sample(run, self.config.train_sample_rows)
             run.trainer.add_callback(_EvaluateSample(run.trainer, sample))
@@ -148,10 +132,8 @@ class Run:
         record = self._measure(run)
         if run.trainer.is_world_process_zero():
             record.save(self.folder)
-        if (publisher := run.trainer.publisher) is not None:
-            publisher.submit(record.end.step, "Add the record of the run")
-            publisher.flush(min(60.0, run.trainer.args.hub_flush_timeout))
-            publisher.close()  # else the upload process stays until this one ends
+        run.trainer.publish("Add the record of the run")
+        run.trainer.end_publishing(60.0)  # this process goes on with other runs
         run.trainer.accelerator.wait_for_everyone()  # no rank leaves while another still communicates
         return record
 
@@ -276,19 +258,15 @@ def _curve(log: list[dict[str, Any]], mixture: "Mixture", step_tokens: int) -> l
         LossPoint(
             step=step,
             tokens=step * step_tokens,
-            train=_losses(metrics, _SAMPLE, train),
-            validation=_losses(metrics, "eval", train),
-            ood=_losses(metrics, "eval", ood),
+            train=losses_of(metrics, train, _SAMPLE),
+            validation=losses_of(metrics, train),
+            ood=losses_of(metrics, ood),
             train_loss=mean_losses(metrics, [*train], weights, _SAMPLE).get(f"{_SAMPLE}_loss", math.nan),
             validation_loss=mean_losses(metrics, [*train], weights).get("eval_loss", math.nan),
             ood_loss=metrics.get("eval_ood_loss"),
         )
         for step, metrics in sorted(measured.items())
     ]
-
-
-def _losses(metrics: dict[str, Any], prefix: str, names: Iterable[str]) -> dict[str, float]:
-    return {name: metrics[f"{prefix}_{name}_loss"] for name in names if f"{prefix}_{name}_loss" in metrics}
 
 
 def _logged_cosines(log: list[dict[str, Any]], names: list[str]) -> list[tuple[int, Pairs]]:

@@ -7,14 +7,14 @@ import pytest
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.records import LossPoint, RunRecord
 from hf_nexus.evaluation.statistics import equivalence_p, holm
-from tests.support.comparison import diverge, make_record, make_records
+from tests.support.comparison import against_baseline, diverge, make_record, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
 PLAIN = {"adamw": 0.0, "nexus-0.05": 0.0}
 
 
-def analyse(records, primary=PRIMARY, **options):
-    return compare_arms(records, baseline="adamw", primary=primary, **options)
+def analyse(records, primary=PRIMARY, where="end", **options):
+    return compare_arms(records, against_baseline(*primary, where), **options)
 
 
 @pytest.mark.parametrize("where", ["end", "matched"])
@@ -37,11 +37,11 @@ def test_the_family_is_the_primary_metric_of_the_arms(where):
 
 
 def test_a_declared_family_replaces_the_default():
-    family = [("other", "nexus-0.05", "validation_loss", "matched")]
+    family = [against_baseline("other", "validation_loss", "matched")._replace(versus="nexus-0.05")]
     records = make_records({"adamw": 0.0, "nexus-0.05": 0.01, "other": 0.02})
     analysis = analyse(records, family=family)
     (row,) = [row for row in analysis.rows if row.role == "family"]
-    assert (row.arm, row.versus, row.metric, row.where) == family[0] and row.p_holm == row.difference.p
+    assert row.test == family[0] and row.p_holm == row.difference.p
 
 
 def test_arms_without_runs_count_in_the_family():
@@ -106,7 +106,7 @@ def test_a_diverged_run_is_in_no_mean():
     analysis = analyse(records)
     assert analysis.row(*PRIMARY) == without.row(*PRIMARY) and analysis.row(*PRIMARY).difference.n == 3
     assert [(arm, seed) for arm, seed, _ in analysis.non_finite] == [("nexus-0.05", 2)]
-    assert analysis.pairs == 3 and not [v for v in analysis.values if v[:2] == ("nexus-0.05", 2) and v[3] != "end"]
+    assert analysis.pairs == 3 and not [v for v in analysis.values if v[:2] == ("nexus-0.05", 2) and v[3] is not None]
     assert analysis.row("nexus-0.05", "downstream/sums/exact_match").mean.n == 3
 
 
@@ -137,7 +137,7 @@ def test_a_bad_arm_does_not_move_the_match_of_the_others():
     analysis = analyse([*records, *bad])
     assert analysis.row(*PRIMARY, "matched").difference == alone.difference
     ends = {r.seed: r.end.ood_loss for r in bad}
-    read = {v[1]: v[4] for v in analysis.values if v[:1] + v[2:4] == ("bad", "ood_loss", "matched with adamw")}
+    read = {v[1]: v[4] for v in analysis.values if v[:1] + v[2:4] == ("bad", "ood_loss", "adamw")}
     assert read == pytest.approx(ends)  # the higher of the two is that of the bad arm, at its end
 
 

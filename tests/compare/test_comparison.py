@@ -375,7 +375,7 @@ def test_a_part_of_a_benchmark_is_scored_again(copied, in_process, monkeypatch, 
     comparison = Comparison(replace(copied, benchmarks=["gsm8k"]), Console(quiet=True))
     comparison._choose()
     run = next(run for run in comparison.runs() if run.name == "nexus/seed-1")
-    record = run.record()
+    record = run.load()
     record.benchmarks, record.downstream = {"gsm8k": 100}, {"gsm8k/exact_match": 7.0}
     record.save(run.folder)
     found = benchmarks.score_benchmarks(run)

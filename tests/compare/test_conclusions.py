@@ -8,15 +8,15 @@ import pytest
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.conclusions import conclusions, limitations, plain_words
 from hf_nexus.evaluation.statistics import power
-from tests.support.comparison import SETTINGS, diverge, make_records
+from tests.support.comparison import SETTINGS, against_baseline, diverge, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
 PLAIN = {"adamw": 0.0, "nexus-0.05": 0.0}
 SHAKEN = "normalization with a perturbation in any direction alone"
 
 
-def analyse(records, primary=PRIMARY, **options):
-    return compare_arms(records, baseline="adamw", primary=primary, **options)
+def analyse(records, primary=PRIMARY, where="end", **options):
+    return compare_arms(records, against_baseline(*primary, where), **options)
 
 
 def concluded(records, primary=PRIMARY, **options):

@@ -13,7 +13,7 @@ from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.config import ComparisonConfig
 from hf_nexus.compare.plan import pilot_of, print_plan
 from hf_nexus.evaluation.statistics import detectable, pairs_needed
-from tests.support.comparison import make_records
+from tests.support.comparison import against_baseline, make_records
 
 
 def planned(config: ComparisonConfig, differences=(0.012,)) -> str:
@@ -47,7 +47,7 @@ def test_a_plan_without_runs_says_what_it_cannot_know(config):
 def test_a_plan_reads_the_runs_and_the_pilot(config):
     arms = {"adamw": 0.0, "nexus-0.05": 0.0}
     records = save(config.output_dir, arms, [1]) + save(pilot_of(config).output_dir, arms, range(4, 9))
-    analysis = compare_arms(records, baseline="adamw", primary=("nexus-0.05", "ood_loss"))
+    analysis = compare_arms(records, against_baseline())
     text = planned(config)
     assert f"{3 * len(config.arms) - 2} not finished" in text
     speed = records[0].end.tokens / records[0].seconds

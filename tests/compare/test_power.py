@@ -10,6 +10,7 @@ import pytest
 from hf_nexus.compare.analysis import Analysis, compare_arms
 from hf_nexus.compare.records import LossPoint, RunRecord
 from hf_nexus.evaluation.statistics import pairs_needed, power
+from tests.support.comparison import against_baseline
 
 SPREAD = 0.03  # standard deviation of the paired differences of two arms
 
@@ -31,7 +32,7 @@ def simulate(gains: dict[str, float], seeds: int, studies: int, **options: Any) 
                     for i, x in enumerate((5.0, 3.0, 2.0 - 0.1 * place))
                 ]
                 records.append(RunRecord(arm, seed, curve=curve))
-        yield compare_arms(records, baseline="adamw", primary=("nexus", "ood_loss"), where="matched", **options)
+        yield compare_arms(records, against_baseline("nexus", where="matched"), **options)
 
 
 def test_false_positives_are_as_rare_as_alpha():

@@ -14,13 +14,13 @@ from rich.console import Console
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.report import console_table, write_report
 from hf_nexus.plots.style import new_plot, save_plot
-from tests.support.comparison import diverge, make_records
+from tests.support.comparison import against_baseline, diverge, make_records
 
 PRIMARY = ("nexus-0.05", "ood_loss")
 
 
 def analyse(records, **options):
-    return compare_arms(records, baseline="adamw", primary=PRIMARY, **options)
+    return compare_arms(records, against_baseline(*PRIMARY), **options)
 
 
 def write(records, folder: Path, seeds=(), **options) -> str:

@@ -15,6 +15,8 @@ from hf_nexus.compare.config import ComparisonConfig, QuestionSet
 from hf_nexus.compare.minima import search_minima
 from hf_nexus.compare.records import RunRecord
 from hf_nexus.compare.runs import Run, read_questions, train_sample
+from hf_nexus.hub.publisher import FinalFlush
+from hf_nexus.hub.queue import QUEUE_NAME
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import PretrainRun, prepare_run
 from hf_nexus.trainer.mixin import NexusTrainer
@@ -75,7 +77,7 @@ def test_a_record_holds_all_measurements(finished):
     assert all(entry["inner_lr"] == 0.05 for entry in record.path)
     assert set(record.downstream) == {"quiz/answer_loss"}
     assert record.seconds > 0
-    assert RunRecord.load(run.folder) == record == run.record()
+    assert RunRecord.load(run.folder) == record == run.load()
 
 
 def test_other_weights_are_compared_on_those_of_the_base(base, tmp_path):
@@ -177,11 +179,21 @@ def test_the_sample_of_a_stream_is_what_all_arms_read_first(streams, tmp_path, m
 def test_a_folder_with_other_settings_is_refused(finished):
     run, record = finished
     pushed = replace(run, config=replace(run.config, push_to="alice/study"))
-    assert pushed.repo_id == "alice/study-nexus-seed-1" and pushed.record() == record  # only pushes are new
+    assert pushed.repo_id == "alice/study-nexus-seed-1" and pushed.load() == record  # only pushes are new
+    pushed.check()
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        replace(run, settings=run.settings | {"inner_lr": 0.1}).record()
+        replace(run, settings=run.settings | {"inner_lr": 0.1}).check()
     with pytest.raises(ValueError, match=r"other settings \(see measured\.yaml"):
-        replace(run, config=replace(run.config, train_sample_rows=5)).record()
+        replace(run, config=replace(run.config, train_sample_rows=5)).check()
+
+
+def test_the_end_of_a_worker_does_not_wait_for_the_hub(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = make_comparison(Path(finished[0].config.base), tmp_path, push_to="alice/study")
+    run = one_run(config, tmp_path / "run")
+    run.train()
+    queue = run.folder.resolve() / QUEUE_NAME
+    assert any(queue.iterdir()) and queue not in FinalFlush._open
 
 
 def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monkeypatch):
@@ -199,7 +211,7 @@ def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monke
     monkeypatch.setattr(Trainer, "training_step", fail)
     with pytest.raises(RuntimeError, match="power"):
         broken.train()
-    assert broken.record() is None
+    assert broken.load() is None
     saved = json.loads((broken.folder / "checkpoint-3" / "trainer_state.json").read_text())
     again = broken.train()
     assert len(calls) < 2 * STEPS * 4  # not from the start
@@ -218,7 +230,7 @@ def test_minima_are_found_and_saved(finished):
     other = replace(run, config=replace(run.config, minima=replace(run.config.minima, learning_rate=1.0)))
     with pytest.raises(ValueError, match=r"minima\.yaml"):
         other.check()
-    assert run.record().minima == found
+    assert run.load().minima == found
     assert set(found.steps) == {"letters", "digits"}
     for name in found.steps:
         assert found.end_loss[name] < found.start_loss[name]
@@ -232,7 +244,7 @@ def test_minima_are_found_and_saved(finished):
     assert found.relative_distance == found.pairwise[0][2] / found.parameter_norm
     after = AutoModelForCausalLM.from_pretrained(run.folder).state_dict()
     assert all(torch.equal(p, after[name]) for name, p in weights.items())
-    assert before.curve == run.record().curve
+    assert before.curve == run.load().curve
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", '{"question": "a"}', '{"question": "a", "answer": 1}'])

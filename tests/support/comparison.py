@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_nexus.compare.analysis import Test, Where
 from hf_nexus.compare.config import ComparisonConfig
 from hf_nexus.compare.records import LossPoint, Minima, RunRecord
 from hf_nexus.strict import read
@@ -36,6 +37,10 @@ def comparison_fields(base: Path, output: Path, **changes: Any) -> dict[str, Any
 
 def make_comparison(base: Path, output: Path, **changes: Any) -> ComparisonConfig:
     return read(ComparisonConfig, comparison_fields(base, output, **changes))
+
+
+def against_baseline(arm: str = "nexus-0.05", metric: str = "ood_loss", where: Where = "end") -> Test:
+    return Test(arm, "adamw", metric, where)
 
 
 def make_record(
