@@ -1,6 +1,7 @@
 """Totals of a run, and averages since the last log line."""
 
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +22,19 @@ __all__ = ["TrainingMeter", "peak_flops"]
 
 logger = logging.get_logger(__name__)
 
-# Dense bfloat16 peak in FLOP/s, from the makers' data sheets, by the start of the device's name.
+# Dense bfloat16 peak in FLOP/s, from the makers' data sheets. The name of a device may go on with its memory or form.
 _PEAK_FLOPS = {
+    "NVIDIA GB200": 2500e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L4": 121e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
@@ -38,8 +44,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or `None` if it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for start, peak in _PEAK_FLOPS.items() if name.startswith(start)), None)
+    return _PEAK_FLOPS.get(re.sub(r"(-\S+| \d+GB( \S+)?)$", "", torch.cuda.get_device_name(device)))
 
 
 @dataclass

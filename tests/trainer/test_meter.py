@@ -142,8 +142,25 @@ def test_a_plain_dataset_is_counted_but_not_named():
     assert not [key for key in logs if "/" in key]
 
 
-def test_the_peak_is_known_by_the_name_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_flops(torch.device("cuda", 0)) == 989e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus")
-    assert peak_flops(torch.device("cuda", 0)) is None
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        # parts and other chips of a similar name
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Abacus", None),
+    ],
+)
+def test_the_peak_is_known_by_the_name_of_the_device(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
