@@ -50,8 +50,23 @@ class Windows:
 
 class DynamicSchedule:
     """
-    The source of each micro-batch where the weights are decided during training. With constant weights, it equals
-    [`SourceSchedule`], whose other arguments it takes.
+    The source of each micro-batch where the shares of the sources are known when it is asked for.
+
+    Args:
+        names (`Sequence[str]`):
+            The sources.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draws.
+        kind (`str`, *optional*, defaults to `"random"`):
+            `"random"`: independent draws from the weights, as in the paper. `"stratified"`: always the source furthest
+            below its target share, which keeps every prefix as balanced as possible. A source that is below its
+            target at the end of a stage stays so in the next, if it has a weight there. Two are controls. `"mixed"`:
+            each micro-batch has rows of all sources, the product of rows and share of each, rounded up or down.
+            `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
+        windows ([`Windows`], *optional*):
+            The windows of micro-batches, for `"blocked"`.
+        rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
+            For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
 
     Raises:
         ValueError: The kind is unknown, or mixes micro-batches of one row.
@@ -92,7 +107,10 @@ class DynamicSchedule:
         self._balance: dict[str, Any] = {"taken": 0, "since": 0, "before": none, "counts": none.copy(), "shares": none}
 
     def points(self, start: int, stop: int) -> np.ndarray:
-        """Where the micro-batches `start <= i < stop` fall between 0 and 1, as in [`SourceSchedule.sources`]."""
+        """
+        Where the micro-batches `start <= i < stop` fall between 0 and 1, float64 of shape `(stop - start,)`, or
+        `(stop - start, rows)` for `"mixed"`.
+        """
         if self.kind == "blocked":
             assert self._windows is not None
             first, last = self._windows.numbers(np.array([start, stop])).tolist()
@@ -134,24 +152,14 @@ class DynamicSchedule:
 
 class SourceSchedule(DynamicSchedule):
     """
-    The source of each micro-batch of a run. Micro-batch `i = outer step * k + inner step` (both from 0) has the same
-    source for any number of ranks, workers or restarts.
+    The [`DynamicSchedule`] of weights that are known for the whole run. Micro-batch `i = outer step * k + inner step`
+    (both from 0) has the same source for any number of ranks, workers or restarts.
 
     Args:
         weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):
             Mixture weights, >= 0, normalized to sum to one. For stages: the first micro-batch and the weights of each.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draws.
-        kind (`str`, *optional*, defaults to `"random"`):
-            `"random"`: independent draws from the weights, as in the paper. `"stratified"`: always the source furthest
-            below its target share, which keeps every prefix as balanced as possible. A source that is below its
-            target at the end of a stage stays so in the next, if it has a weight there. Two are controls. `"mixed"`:
-            each micro-batch has rows of all sources, the product of rows and share of each, rounded up or down.
-            `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
-        windows ([`Windows`], *optional*):
-            The windows of micro-batches, for `"blocked"`.
-        rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
-            For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
+        seed, kind, windows, rows, ranks:
+            As in [`DynamicSchedule`].
 
     Attributes:
         names (`list[str]`), shares (`np.ndarray`):
