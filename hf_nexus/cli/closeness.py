@@ -1,7 +1,6 @@
 """The command `hf-nexus closeness`."""
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import require_folder
-from ..quiet import new_table
+from ..quiet import is_live, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +50,7 @@ def closeness(
         raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
     require_folder(path.parent, "output")
     from rich.console import Console
+    from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluation.closeness import measure_closeness
@@ -66,7 +66,7 @@ def closeness(
         projection=projection,
         seed=seed,
         minima=models,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        track=lambda text, parts: track(parts, text, console=console, transient=True, disable=not is_live(console)),
     )
     found.save(path)
     print_closeness(found, console)

@@ -1,7 +1,7 @@
 """How close the sources of a saved model are: held-out losses, gradient cosines, distances between minimizers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def measure_closeness(
     projection: int | None = None,
     seed: int = 0,
     minima: Mapping[str, str] | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    track: Callable[[str, Sequence], Iterable] = lambda text, parts: parts,
 ) -> Closeness:
     """
     Measure held-out losses of a model and gradient cosines between its training sources. With models that were
@@ -72,7 +72,8 @@ def measure_closeness(
     Gradients, and losses between minimizers, are computed on the first `batches * batch_size` held-out rows of each
     source. Losses of the model itself are computed on all of them. `projection` and `seed` are those of
     [`gradient_cosines`]. `minima` has, for two or more training sources, the folder or Hub id of `model` trained
-    further on that source alone. `say` is called with what begins.
+    further on that source alone. `track` takes what is measured and its parts, and gives the parts one by one, for a
+    progress bar.
 
     Raises:
         ValueError: no held-out rows, unknown sources, or minimizers of another model.
@@ -88,17 +89,11 @@ def measure_closeness(
     sources = [name for name in loaded.train if name in held_out]
     if not sources:
         raise ValueError("No training source has held-out rows. Give them eval_rows or an eval_split.")
-    measured = {}
-    for name, rows in held_out.items():
-        say(f"Held-out loss of {name}")
-        measured[name] = rows.mean_loss()
+    measured = {name: held_out[name].mean_loss() for name in track("Held-out losses", list(held_out))}
     losses = {name: loss for name, (loss, _) in measured.items()}
     means = mean_losses({f"eval_{name}_loss": loss for name, loss in losses.items()}, list(losses), loaded.weights)
     sample = {name: held_out[name].first(batches) for name in sources}
-    say("Gradients")
-    cosines = gradient_cosines(sample, list(params.values()), projection=projection, seed=seed)
-    if minima:
-        say("Losses between the minimizers")
+    cosines = _measure_cosines(sample, list(params.values()), projection, seed, track)
     return Closeness(
         model=model,
         base=base,
@@ -109,11 +104,36 @@ def measure_closeness(
         macro_loss=means["eval_loss"],
         ood_loss=means.get(f"eval_{OOD}_loss"),
         tokens={name: tokens for name, (_, tokens) in measured.items()},
-        cosines=[(a, b, value) for (a, b), value in cosines.items()],
+        cosines=cosines,
         cosine_tokens={name: int(sum(tokens for _, tokens in rows)) for name, rows in sample.items()},
         projection=projection,
         minima=_measure_minima(minima, base, params, sample) if minima else None,
     )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Batches that advance `ticks`, each time that they are read."""
+
+    batches: Iterable
+    ticks: Iterator
+
+    def __iter__(self) -> Iterator:
+        for batch in self.batches:
+            next(self.ticks, None)
+            yield batch
+
+
+def _measure_cosines(
+    sample: Mapping[str, HeldOutSet], params: list[Tensor], projection: int | None, seed: int, track: Callable
+) -> list[tuple[str, str, float]]:
+    passes = [1 if projection else i + (i < len(sample) - 1) for i in range(len(sample))]  # over each source
+    total = sum(n * -(-len(rows.rows) // rows.batch_size) for n, rows in zip(passes, sample.values(), strict=True))
+    ticks = iter(track("Gradients", range(total)))
+    counted = {name: _Counted(rows, ticks) for name, rows in sample.items()}
+    cosines = gradient_cosines(counted, params, projection=projection, seed=seed)
+    next(ticks, None)  # the last one is done
+    return [(a, b, value) for (a, b), value in cosines.items()]
 
 
 def _check_minima(minima: Mapping[str, str], mixture: MixtureConfig) -> None:

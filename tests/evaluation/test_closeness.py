@@ -98,13 +98,6 @@ def test_the_model_is_measured_on_any_accelerator(run, measure, monkeypatch):
     assert places == [torch.device("xpu")]
 
 
-def test_each_part_of_a_measurement_is_announced(run, measure):
-    said = []
-    measure(run, batches=1, minima={"code": str(run), "math": str(run)}, say=said.append)
-    losses = [f"Held-out loss of {name}" for name in ("web", "code", "math", "law")]
-    assert said == [*losses, "Gradients", "Losses between the minimizers"]
-
-
 def test_dropout_is_off(measure, tmp_path):
     save(tiny_llama(vocab_size=300, attention_dropout=0.5), tmp_path / "model")
     assert measure(tmp_path / "model") == measure(tmp_path / "model")
@@ -214,3 +207,17 @@ def test_the_base_of_an_adapter_can_be_given(run, measure, adapters):
     other = measure(folder / "adapter", base=str(folder / "other"))
     assert other.base == str(folder / "other")
     assert other.losses != measure(folder / "adapter").losses
+
+
+@pytest.mark.parametrize("projection", [None, 64])
+def test_the_progress_ends_with_the_last_gradient(run, measure, projection):
+    left = {}
+
+    def track(text, parts):
+        for number, part in enumerate(parts):
+            left[text] = len(parts) - number
+            yield part
+        left[text] = 0
+
+    measure(run, batches=2, batch_size=2, projection=projection, track=track)
+    assert left == {"Held-out losses": 0, "Gradients": 0}
