@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     failed = 0
     for rung in [] if options.table else options.rungs:
-        chosen = Comparison(comparison(rung, options.workers), Console())
+        chosen = Comparison(comparison(rung, options.workers), Console(markup=False))
         with locked(chosen.folder):
             chosen.check()
             chosen.run()

@@ -245,7 +245,7 @@ def env() -> None:
     table = new_table("hf-nexus env", "", "", texts=2)
     for name, version in {**installed_versions(optional=True), "hardware": describe_hardware()}.items():
         table.add_row(name, version)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def main(argv: list[str] | None = None) -> None:

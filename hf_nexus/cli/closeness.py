@@ -56,7 +56,7 @@ def closeness(
     from ..evaluation.closeness import measure_closeness
 
     disable_progress_bar()  # while weights are loaded
-    console = Console()
+    console = Console(markup=False)
     found = measure_closeness(
         model,
         mixture,

@@ -48,7 +48,7 @@ def compare(
     from ..compare.comparison import Comparison
     from ..compare.plan import pilot_of, print_plan
 
-    console, differences = Console(), difference or ()
+    console, differences = Console(markup=False), difference or ()
     command = f"hf-nexus compare {config}" + (f" --output_dir {output_dir}" if output_dir else "")
     if plan:
         print_plan(whole, command, differences, console)

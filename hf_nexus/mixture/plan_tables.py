@@ -19,10 +19,10 @@ def plan_table(
     ood_tokens: Mapping[str, int | None] | None = None,
 ) -> "Table":
     """The plan as a table with a total row. The OOD sources and their sizes are listed below the training sources."""
-    from rich.markup import escape
+    from rich.text import Text
 
-    def licence(name: str) -> str:
-        return "" if licenses is None else escape(printable(licenses.get(name) or "unknown"))
+    def licence(name: str) -> Text:
+        return Text("" if licenses is None else printable(licenses.get(name) or "unknown"))
 
     table = _table("Mixture", "source", "role", "licence", "tokens")
     for row in rows:

@@ -50,7 +50,7 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
             console.print(f"Fastest inner_sync: {plan.sync}", highlight=False)
     for warning in warnings_of(arguments, plan):
         if loaded is None or warning != ONE_INNER_STEP:  # the trainer warns of it too
-            console.print(f"[yellow]{warning}")
+            console.print(warning, style="yellow")
 
 
 def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:
@@ -119,9 +119,7 @@ def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:
     stable = plan.steps - warmup - decay
     text = f"{t.learning_rate:g}: {warmup} steps up, {max(0, stable)} stable, {decay} down"
     if stable < 0:
-        text += (
-            "\n[yellow]The run ends before its schedule: lower warmup_steps and num_decay_steps (lr_scheduler_kwargs)."
-        )
+        text += "\nThe run ends before its schedule: lower warmup_steps and num_decay_steps (lr_scheduler_kwargs)."
     return text
 
 

@@ -111,7 +111,7 @@ def dry_run(arguments: PretrainArguments) -> None:
     launched = arguments.training.world_size
     devices = arguments.hardware.devices or (launched if launched > 1 else max(1, arguments.model.accelerators))
     if arguments.training.process_index == 0:
-        print_plan(arguments, plan_run(arguments, devices), Console())
+        print_plan(arguments, plan_run(arguments, devices), Console(markup=False))
 
 
 def pretrain(arguments: PretrainArguments) -> NexusTrainer:
@@ -227,7 +227,7 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
             "(docs/distributed.md)."
         )
     checkpoint = find_checkpoint(arguments)
-    console = Console(quiet=args.process_index > 0)
+    console = Console(quiet=args.process_index > 0, markup=False)
     if args.cpu_threads is not None:
         torch.set_num_threads(args.cpu_threads)
     set_seed(args.seed)

@@ -18,6 +18,7 @@ from hf_nexus import __version__
 from hf_nexus.cli import app as cli
 from hf_nexus.hub.job import Target
 from hf_nexus.hub.queue import QueueStatus
+from hf_nexus.strict import packaged
 
 NAMES = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
 
@@ -41,6 +42,16 @@ def test_plan_prints_the_numbers_and_takes_overrides(capsys):
     printed = capsys.readouterr().out
     assert "132,144,384" in printed.replace("\n", "")
     assert "computed" in printed and "10" in printed
+
+
+def test_a_plan_shows_brackets_in_names_as_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("my[red]", "a[/b].yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text(packaged("pretrain")["130m"].read_text())
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(path)])
+    assert not stop.value.code and f"Plan of {path}" in capsys.readouterr().out
 
 
 def test_env_names_the_versions(capsys):
