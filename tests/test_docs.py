@@ -209,7 +209,7 @@ def test_contributing_names_files_and_code_that_exist():
                 [file] = [file for file in (ROOT / quote, PACKAGE / quote) if file.exists()]
                 text = file.read_text() if file.is_file() else ""
             elif text and re.fullmatch(r"[A-Za-z_]+", quote):
-                assert quote in text, (quote, item)
+                assert re.search(rf"\b{quote}\b", text), (quote, item)
 
 
 def anchors(page: Path) -> set[str]:
