@@ -219,11 +219,18 @@ def from_text(text: str, kind: Any, key: str) -> Any:
         value = _BOOLEANS[text.lower()]
     elif int in kinds or float in kinds:
         with suppress(ValueError):  # refused below
-            value = _not_rounded_to_zero(float(text), text)
-            if int in kinds and value.is_integer():
-                value = int(text) if text.strip("+- ").isdecimal() else int(value)  # a float is rounded at 2**53
+            value = _number(text, whole=int in kinds)
     check(value, kind, key)
     return value
+
+
+def _number(text: str, whole: bool) -> float:
+    """A number of the command line. A whole one may be written as `1e3`."""
+    if whole:
+        with suppress(ValueError):
+            return int(text)
+    value: float = _not_rounded_to_zero(float(text), text)
+    return int(value) if whole and value.is_integer() else value
 
 
 def _not_rounded_to_zero(value: Any, text: str) -> Any:

@@ -132,6 +132,7 @@ def test_an_error_starts_with_the_path_of_its_key(mapping, message):
         ("3", float, 3.0),
         ("1e3", int, 1000),
         ("9007199254740993", int, 2**53 + 1),
+        ("1e3", float, 1000.0),
         ("3", str, "3"),
         ("no", bool, False),
         ("no", bool | str, "no"),

@@ -87,12 +87,8 @@ class _FieldsCommand(_Completing):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         if (flag := ctx.params["config"]).startswith("-"):
             raise SystemExit(f"error: Name the configuration first: hf-nexus {self.name} CONFIG {printable(flag)} ...")
-        chosen = {"config": "CONFIG"}
-        if self.name == "plan":
-            chosen |= dict.fromkeys(("dry_run", "no_dry_run"), "plan")
-        for word in ctx.args:
-            if word.startswith("--") and (given := chosen.get(word[2:].partition("=")[0].replace("-", "_"))):
-                raise SystemExit(f"error: {printable(word)} contradicts {given}. Remove it.")
+        if any(word.partition("=")[0] == "--config" for word in ctx.args):
+            raise SystemExit("error: --config contradicts CONFIG, which comes first. Remove one of the two.")
         return super().invoke(ctx)
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
@@ -160,7 +156,7 @@ def plan(context: typer.Context, config: _Config) -> None:
     from ..pretrain.command_line import read_command_line
 
     with one_line_errors(debug=context.obj):
-        command_line = read_command_line(["--dry_run", "--config", config, *context.args])
+        command_line = read_command_line(["--config", config, *context.args, "--dry_run"])
     from ..pretrain.run import run_command_line
 
     run_command_line(command_line, debug=context.obj)

@@ -102,5 +102,5 @@ def _license_problems(metadata: dict[str, Any]) -> Iterator[str]:
 def _index_problems(metadata: dict[str, Any]) -> Iterator[str]:
     try:
         json.dumps(metadata.get("model-index"), allow_nan=False, skipkeys=True, default=str)
-    except ValueError as error:  # the Hub reads the metadata as JSON, which has no NaN
-        yield f"`model-index` must have finite numbers only: {error}"
+    except (ValueError, RecursionError) as error:  # the Hub reads the metadata as JSON, which has no NaN
+        yield f"`model-index` cannot be written as JSON: {error}"

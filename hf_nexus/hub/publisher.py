@@ -20,7 +20,7 @@ from ..lock import locked
 from ..strict import Count, check, dump_yaml, parse_data
 from .card import save_card
 from .job import FINISHED_RUN, Target, is_repo_path, slot_of
-from .queue import QUEUE_NAME, QueueStatus, UploadQueue
+from .queue import QUEUE_NAME, QueueStatus, UploadQueue, sending
 from .retries import RetryPolicy
 from .run_summary import SUMMARY_NAME, RunSummary
 from .uploader_process import UploaderProcess
@@ -180,25 +180,25 @@ class Publisher:
         Raises:
             ValueError: the folder holds no model, another process uses it, its card or summary is damaged, or its
                 files are not approved.
+            QueueBusyError: another process is sending an earlier call.
             OSError: the files cannot be queued.
         """
         folder = self.output_dir
-        earlier = self.queue.jobs()
-        if any(job.message != FINISHED_RUN for job in earlier):
+        if any(job.message != FINISHED_RUN for job in self.queue.jobs()):
             return
         source = next((path for path in (folder, *reversed(checkpoints_of(folder))) if _holds_model(path)), None)
         if source is None:
             raise ValueError(f"{folder} holds no model: give the output_dir of a finished run.")
+        if (folder / SUMMARY_NAME).is_file() and "/" not in self.target.repo_id:
+            raise ValueError(f"--repo {self.target.repo_id}: the card names the repository. Pass --repo user/name.")
         with locked(folder):
             model = {} if source == folder else checkpoint_files(source, "every_save")[0]
             foreign = self._approved(_sent_files(folder) | model, approve)
             run = RunSummary.load(folder) if (folder / SUMMARY_NAME).is_file() else None
             if run is not None:
-                if "/" not in (name := self.target.repo_id):
-                    raise ValueError(f"--repo {name}: the card names the repository, so pass --repo user/{name}.")
                 if run.model_name == run.repo_id:  # and not what the user has called it
-                    run.model_name = name
-                run.repo_id = name
+                    run.model_name = self.target.repo_id
+                run.repo_id = self.target.repo_id
                 save_card(run, folder)
                 run.save(folder)
                 if model and run.hyperparameters.get("save_dtype") == "bfloat16":
@@ -211,11 +211,13 @@ class Publisher:
             step = step_of(source) if model else _last_step(folder)
             once = None if foreign else folder  # a copy is this user's
             try:
-                self.queue.add(self._public(files), ("",), step, FINISHED_RUN, self.target, once)
+                with sending(self.queue.folder):
+                    earlier = self.queue.jobs()
+                    self.queue.add(self._public(files), ("",), step, FINISHED_RUN, self.target, once)
+                    for job in earlier:
+                        self.queue.remove(job)
             finally:
                 delete(self._scratch)
-            for job in earlier:
-                self.queue.remove(job)
 
     def _approved(self, files: Mapping[str, Path], approve: Callable[[str], bool]) -> bool:
         """Whether this user may not have written the files. Raise `ValueError` if they are not approved."""

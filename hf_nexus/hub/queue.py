@@ -8,17 +8,19 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..files import delete, printable, read_plain, write_atomic
 from ..strict import check
 from .job import Job, RefusedJobError, Target
 
-__all__ = ["LOG_NAME", "QUEUE_NAME", "QueueStatus", "UploadQueue"]
+__all__ = ["LOG_NAME", "QUEUE_NAME", "QueueBusyError", "QueueStatus", "UploadQueue", "sending"]
 
 QUEUE_NAME = "hub_queue"  # inside the output folder
 LOG_NAME = "uploader.log"
@@ -36,6 +38,29 @@ _STATE: dict[str, tuple[Any, set[str]]] = {
     "lost": (list[str], set()),
     "refused": (list[str], set()),
 }
+
+
+class QueueBusyError(RuntimeError):
+    """Another process is sending this queue."""
+
+
+@contextmanager
+def sending(folder: Path, timeout: float = 0.0) -> Iterator[None]:
+    """
+    Send the jobs of a queue, or replace them, inside the context. Another process has `timeout` seconds to end.
+
+    Raises:
+        QueueBusyError: another process is sending them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / "lock", timeout=timeout).acquire()
+    except Timeout as error:
+        raise QueueBusyError(
+            f"Another process is sending {folder}: wait until it is done, or end the training run first."
+        ) from error
+    with held:
+        yield
 
 
 class UploadQueue:

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
@@ -18,19 +17,15 @@ from huggingface_hub.utils import tqdm
 from ..files import hidden, printable, read_plain
 from .check import check_card
 from .job import FINISHED_RUN, Job, RefusedJobError, SpoiledJobError, Target
-from .queue import QUEUE_NAME, QueueStatus, UploadQueue
+from .queue import QUEUE_NAME, QueueStatus, UploadQueue, sending
 from .retries import CONFLICTS, CardRefusedError, RetryPolicy, deadline, http_status, is_permanent, limit_requests
 
-__all__ = ["QueueBusyError", "Uploader", "prepare", "push_queue"]
+__all__ = ["Uploader", "prepare", "push_queue"]
 
 _CARD = "README.md"
 # Differs for each attempt. The log of the upload process has it.
 _REQUEST = re.compile(r" ?\((Request ID|Amzn Trace ID|Amz CF ID): [^)]*\)")
 _MOST_FILES = 100_000  # of one folder of a repository; a server could list files without end
-
-
-class QueueBusyError(RuntimeError):
-    """Another process is sending this queue."""
 
 
 def push_queue(
@@ -72,26 +67,21 @@ def push_queue(
         return approve(f"{_describe(job, queue.destination(job))} It may not be yours: {printable(doubts)}.")
 
     queue, lost = UploadQueue(folder, instead, ask), QueueStatus.read(folder).lost
-    try:
-        with FileLock(folder / "lock", timeout=lock_timeout):
-            queue.finish_deletions()
-            limit_requests(retry.request)
-            uploader = Uploader(queue, HfApi(endpoint=endpoint, token=token, library_name="hf-nexus"), retry)
-            jobs = [job for job, _ in queue.pending()]
-            for job in jobs:
-                print(_describe(job, queue.destination(job)))
-            with tqdm(total=len(jobs), desc="Pushing", unit="checkpoint", disable=not jobs) as bar:
-                for failures in range(1, attempts + 1):
-                    failure = uploader.send_all(lambda job: bar.set_description(f"Pushing step {job.step}"))
-                    bar.update(len(jobs) - len(queue.pending()) - bar.n)
-                    if failure is None or is_permanent(failure):
-                        break
-                    if failures < attempts:
-                        time.sleep(retry.delay(failures))
-    except Timeout as error:
-        raise QueueBusyError(
-            f"Another process is sending {folder}: wait until it is done, or end the training run first."
-        ) from error
+    with sending(folder, lock_timeout):
+        queue.finish_deletions()
+        limit_requests(retry.request)
+        uploader = Uploader(queue, HfApi(endpoint=endpoint, token=token, library_name="hf-nexus"), retry)
+        jobs = [job for job, _ in queue.pending()]
+        for job in jobs:
+            print(_describe(job, queue.destination(job)))
+        with tqdm(total=len(jobs), desc="Pushing", unit="checkpoint", disable=not jobs) as bar:
+            for failures in range(1, attempts + 1):
+                failure = uploader.send_all(lambda job: bar.set_description(f"Pushing step {job.step}"))
+                bar.update(len(jobs) - len(queue.pending()) - bar.n)
+                if failure is None or is_permanent(failure):
+                    break
+                if failures < attempts:
+                    time.sleep(retry.delay(failures))
     status = QueueStatus.read(folder)
     return status, status.complete and status.lost == lost
 

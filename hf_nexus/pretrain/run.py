@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import one_line_errors
@@ -79,7 +80,8 @@ def _run(command_line: CommandLine, debug: bool) -> None:
         try:
             run = prepare_run(arguments)
         except KeyboardInterrupt:
-            print("Interrupted before the first step. The same command starts again.", file=sys.stderr, flush=True)
+            if arguments.training.process_index == 0:
+                print("Interrupted before the first step. The same command starts again.", file=sys.stderr, flush=True)
             raise
     disable_progress_bar()  # of writing shards
     run.train()
@@ -266,7 +268,8 @@ def _build(
     saved = {"pretrained_model_name_or_path": arguments.model.path, "revision": arguments.model.revision}
     new = checkpoint is not None or not arguments.model.continues  # a checkpoint has all weights
     model = build_model(config, arguments.model.attn_implementation, **({} if new else saved))
-    if checkpoint is not None:  # of which the Trainer loads the weights only
+    # The Trainer loads the weights only.
+    if checkpoint is not None and Path(checkpoint, GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model
 

@@ -51,6 +51,8 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     if repeated := [path for path in files if os.path.realpath(path) in ood_files]:  # by a glob of the shell
         _say(f"{', '.join(repeated)}: only evaluated, because --ood names it")
         files = [path for path in files if path not in repeated]
+        if not files:
+            raise ValueError("--ood names all files. Name one to train on.")
     sources, characters = {}, 0
     for name, path in _names([*files, *ood]):
         sources[name], bytes_read = _source(name, path, "ood" if path in ood else "train", loaded)

@@ -343,11 +343,6 @@ class StagedCheckpoints:
                 state.best_model_checkpoint = str(best)
                 return
 
-    @property
-    def staging_shards(self) -> bool:
-        """Whether a checkpoint is being written whose model and optimizer follow in sharded files."""
-        return self.staging and self._args.checkpoint_async
-
     def folder(self, run_dir: str) -> str:
         """The folder into which the Trainer writes: the run's, or `_incomplete` in it while one is written."""
         return os.path.join(run_dir, STAGING_DIR) if self.staging else run_dir

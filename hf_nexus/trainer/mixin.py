@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer, default_data_collator
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import _is_peft_model
@@ -708,11 +709,18 @@ class NexusTrainerMixin(_Base):
         """The folder of checkpoints, or of incomplete ones while a checkpoint is written."""
         return self._checkpoints.folder(super()._get_output_dir(trial))
 
+    @property
+    def _weights_follow(self) -> bool:
+        """Whether a checkpoint is being written whose weights follow in sharded files."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        sharded = plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT
+        return self._checkpoints.staging and (self.args.checkpoint_async or sharded)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the restored weights. With `push_to_hub`, those of the output folder are queued as well."""
         with self._walker.at_start():
-            if self._checkpoints.staging_shards:
-                self._save(output_dir, {})  # the weights follow
+            if self._weights_follow:
+                self._save(output_dir, {})
             elif self.is_fsdp_enabled and not self._checkpoints.staging:
                 # The base class saves nothing with SHARDED_STATE_DICT. All ranks gather the whole weights.
                 self._save(output_dir, self.accelerator.get_state_dict(self.model))
@@ -733,7 +741,7 @@ class NexusTrainerMixin(_Base):
         with changed(self.args, **public):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            if self._checkpoints.staging_shards:  # an empty file, for models that are not of transformers
+            if self._weights_follow:  # an empty file, for models that are not of transformers
                 Path(output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
             dtype = None if self._checkpoints.staging else self.args.save_dtype
             if dtype is not None or self.args.nexus:

@@ -200,12 +200,11 @@ def check_arguments(
     for name, bound in _RANGES.items():
         if not bound.holds(getattr(args, name)):
             raise ValueError(f"{name}: {getattr(args, name)} is not allowed; it must be a number {bound}.")
-    for name, syncs in (("reduce_dtype", ["global", "node"]), ("node_size", ["node"])):
-        if args.nexus and getattr(args, name) and args.inner_sync not in syncs:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} has no effect with inner_sync={args.inner_sync!r}. Leave it out, or "
-                f"set inner_sync to {' or '.join(map(repr, syncs))}."
-            )
+    if args.nexus and args.reduce_dtype and args.inner_sync == "local":
+        raise ValueError(
+            f"reduce_dtype={args.reduce_dtype!r} is for inner gradients, which inner_sync='local' does not send. "
+            "Leave it out, or set inner_sync to 'node' or 'global'."
+        )
     if args.checkpoint_async:
         _check_async(args)
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known

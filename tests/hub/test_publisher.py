@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from hf_nexus.hub.publisher import FinalFlush, Publisher, checkpoint_files
-from hf_nexus.hub.queue import QUEUE_NAME, UploadQueue
+from hf_nexus.hub.queue import QUEUE_NAME, QueueBusyError, UploadQueue
 from hf_nexus.hub.uploader import push_queue
 from tests.support.hub.runs import (
     CARD,
@@ -166,6 +167,14 @@ def test_a_configuration_that_multiplies_is_sent_as_text(tmp_path: Path) -> None
     assert job.files()["pretrain.yaml"].read_text().strip() == text.replace("/home/alice/out", "out").strip()
 
 
+def test_a_call_that_is_being_sent_is_not_replaced(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2)
+    (publisher := Publisher("alice/first", tmp_path)).queue_run()
+    with FileLock(publisher.queue.folder / "lock"), pytest.raises(QueueBusyError, match="Another process is sending"):
+        Publisher(REPO, tmp_path).queue_run()
+    assert [str(job.target) for job in publisher.queue.jobs()] == ["alice/first@main"]
+
+
 def test_the_card_of_a_finished_run_names_its_repository(tmp_path: Path) -> None:
     """As at the end of a run with `push_to_hub`. The checkpoint holds a template of peft, and float32 weights."""
     checkpoint = write_checkpoint(tmp_path, 2)
@@ -194,7 +203,7 @@ def test_a_push_to_another_repository_names_that_one(tmp_path: Path, named: bool
     card = job.files()["README.md"].read_text()
     assert str(job.target) == f"{REPO}@main" and f'path = "{REPO}"' in card
     assert f"\n# {'My model' if named else REPO}\n" in card and "alice/first" not in card and "refused" not in card
-    with pytest.raises(ValueError, match="--repo model: the card names the repository, so pass --repo user/model"):
+    with pytest.raises(ValueError, match=r"--repo model: the card names the repository\. Pass --repo user/name"):
         Publisher("model", tmp_path).queue_run()
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from hf_nexus.hub.publisher import Publisher
-from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus
-from hf_nexus.hub.uploader import QueueBusyError, push_queue
+from hf_nexus.hub.queue import QUEUE_NAME, QueueBusyError, QueueStatus
+from hf_nexus.hub.uploader import push_queue
 from tests.support.hub.runs import (
     LARGE,
     QUICK,

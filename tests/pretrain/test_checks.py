@@ -29,7 +29,6 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ("--fp16", "does not support fp16"),
         ("--optim lomo", "optim='lomo' updates weights inside the backward pass"),
         ("--optim galore_adamw_layerwise", "inside the backward pass"),
-        ("--node_size 2", "node_size=2 has no effect with inner_sync='global'"),
         ("--checkpoint_async --optim schedule_free_adamw", "does not support optim='schedule_free_adamw'"),
         ("--checkpoint_async --save_on_each_node True", "a folder that all machines share"),
         ("--checkpoint_async --push_to_hub True --hub_strategy every_save", "no model that hub_strategy='every_save'"),

@@ -117,7 +117,7 @@ def test_a_reduction_dtype_without_effect_is_not_planned():
     bf16 = ("--reduce_dtype", "bfloat16")
     with pytest.raises(ValueError, match="has no effect on a sharded model"):
         plan_run(planned("3b", "--sharding", "fsdp2", *bf16), 8)
-    with pytest.raises(ValueError, match="has no effect with inner_sync='local'"):
+    with pytest.raises(ValueError, match="which inner_sync='local' does not send"):
         planned("3b", "--inner_sync", "local", *bf16)
 
 

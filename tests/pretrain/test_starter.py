@@ -121,6 +121,8 @@ def test_an_ood_file_among_the_files_is_only_evaluated(fast, capsys):
     roles = [source.get("role") for source in loaded["data"]["sources"].values()]
     assert roles == [None] * (len(FILES) - 1) + ["ood"]
     assert f"{FILES[0]}, ./{FILES[0]}: only evaluated" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--ood names all files"):
+        starter.starter_yaml(FILES[:1], ood=FILES[:1])
 
 
 def test_names_are_those_of_files_and_differ():

@@ -383,10 +383,11 @@ def test_push_sends_what_a_killed_run_was_uploading(
 
 def test_a_push_without_a_queue_fails_with_one_line(tmp_path: Path) -> None:
     """The error names the folder and the expected one."""
-    done = push(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    done = push(tmp_path / "empty")
     assert done.returncode == 1
     started, error = done.stderr.splitlines()
-    assert started.startswith("hf-nexus") and re.fullmatch(r"error: .*absent holds nothing to push: .*", error)
+    assert started.startswith("hf-nexus") and re.fullmatch(r"error: .*empty holds nothing to push: .*", error)
 
 
 @pytest.mark.parametrize("refused", [True, False])

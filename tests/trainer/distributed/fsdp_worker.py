@@ -118,8 +118,9 @@ def resumed(out: Path, state_dict: str, **config: Any) -> dict[str, Any]:
     trainer = make(out, **saving)
     whole, saved = trained(trainer), saves_whole(trainer, out)
     again = make(out / "again", llama(seed=5), **saving)
-    resume = str(out / "checkpoint-3")
-    return {"whole": whole, "saved": saved, "again": trained(again, resume_from_checkpoint=resume)}
+    resume = out / "checkpoint-3"
+    found = {"whole": whole, "saved": saved, "again": trained(again, resume_from_checkpoint=str(resume))}
+    return found | {"files": sorted(path.name for path in resume.iterdir())}
 
 
 def saves_whole(trainer: NexusTrainer, out: Path, dtype: torch.dtype = torch.float32) -> bool:

@@ -65,6 +65,13 @@ def test_resume_is_bit_exact(two, state_dict):
 
 
 @pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_checkpoint_has_what_a_run_builds_its_model_from(two, state_dict):
+    for rank in two:
+        assert {"config.json", "generation_config.json"} <= set(rank[state_dict]["files"])
+        assert ("model.safetensors" in rank[state_dict]["files"]) == (state_dict == "FULL_STATE_DICT")
+
+
+@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_the_final_model_is_saved_whole(two, state_dict):
     assert all(rank[state_dict]["saved"] for rank in two)
 
