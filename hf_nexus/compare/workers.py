@@ -20,6 +20,7 @@ from ..files import printable
 __all__ = ["Call", "CallResult", "call_in_workers", "call_on_rank", "worker_count"]
 
 _PARENT_CHECK_SECONDS = 1.0
+_KILLED = "the process was killed (out of memory?)"
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,37 @@ def call_in_workers(calls: Sequence[Call], workers: int) -> Iterator[CallResult]
     equal number of cores.
     """
     threads = max(1, (os.cpu_count() or 1) // (workers * calls[0].devices))
-    every = [_Worker(devices, threads) for devices in _devices(workers, calls[0].devices)]
-    left, idle = deque((call, False) for call in calls), [*every]  # and whether the process of a call was killed
-    busy: dict[Any, tuple[_Worker, Call, bool]] = {}
+    every, killed = [_Worker(devices, threads) for devices in _devices(workers, calls[0].devices)], []
+    for result in _results(calls, every):
+        if result.error == _KILLED:
+            killed.append(result.call)
+        else:
+            yield result
+    for call in killed:
+        yield from _results([call], every[:1])
+
+
+def _results(calls: Sequence[Call], workers: "list[_Worker]") -> Iterator[CallResult]:
+    """Make each call once. The processes of all workers have ended after it."""
+    left, idle = deque(calls), [*workers]
+    busy: dict[Any, tuple[_Worker, Call]] = {}
     try:
         while left or busy:
-            while left and idle and not (busy and left[0][1]):
-                worker = idle.pop()
-                worker.start(left[0][0])
-                busy[worker.pipe] = worker, *left.popleft()
+            while left and idle:
+                worker, call = idle.pop(), left.popleft()
+                worker.start(call)
+                busy[worker.pipe] = worker, call
             for worker in idle:
-                worker.stop()  # the others may need its memory
+                worker.end()  # the others may need its memory
             for pipe in wait(busy):
-                worker, call, again = busy.pop(pipe)
+                worker, call = busy.pop(pipe)
                 idle.append(worker)
-                result = worker.result(call)
-                if result is None and not again:
-                    left.append((call, True))
-                else:
-                    yield result or CallResult(call, error="the process was killed (out of memory?)")
+                yield worker.result(call)
     finally:
-        for worker in every:
-            worker.stop(now=bool(left or busy))  # interrupted: a run that has not finished is made again
+        for worker in workers:
+            worker.end(now=bool(left or busy))  # interrupted: a run that has not finished is made again
+        for worker in workers:
+            worker.join()
 
 
 class _Worker:
@@ -102,19 +112,25 @@ class _Worker:
         with suppress(OSError):  # it was killed, as `result` finds
             self.pipe.send(call)
 
-    def result(self, call: Call) -> CallResult | None:
-        """The result of the call in progress, `None` if the process was killed."""
+    def result(self, call: Call) -> CallResult:
+        """The result of the call in progress."""
         try:
             return CallResult(call, *self.pipe.recv())
         except (EOFError, OSError):
-            self.stop()
-            return None
+            self.end()
+            self.join()
+            return CallResult(call, error=_KILLED)
 
-    def stop(self, now: bool = False) -> None:
+    def end(self, now: bool = False) -> None:
+        """Let the process end after its call, or `now`, without waiting for it."""
         if self._process is not None:
             self.pipe.close()
             if now:
                 self._process.terminate()
+
+    def join(self) -> None:
+        """Wait for the end of the process. The next call starts another."""
+        if self._process is not None:
             self._process.join()
             self._process = None
 
@@ -137,6 +153,9 @@ def _make_calls(pipe: Any, devices: str | None, threads: int) -> None:
     its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        # The parent notices the end of this process by the pipe, which a forked process would keep open.
+        os.register_at_fork(after_in_child=pipe.close)
     _start_processes_as_usual()
     Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
     if devices is not None:

@@ -1,6 +1,7 @@
 """Worker processes: a call that fails or dies does not stop the others."""
 
 # Each worker imports this module: only light imports here.
+import atexit
 import multiprocessing
 import os
 import signal
@@ -73,6 +74,43 @@ def test_a_killed_call_is_made_again_after_the_others(tmp_path):
     assert values == {"killed": "enough memory", "other": None}
 
 
+def _fork_and_die(child: Path, late: Path) -> bool:
+    if child.exists():
+        os.kill(int(child.read_text()), signal.SIGKILL)
+        return late.exists()
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(60)
+        late.touch()
+        os._exit(0)
+    child.write_text(str(forked))
+    os._exit(9)
+
+
+def test_a_killed_call_is_noticed_before_its_children_end(tmp_path):
+    call = Call("killed", partial(_fork_and_die, tmp_path / "child", tmp_path / "late"), tmp_path / "log.txt")
+    assert [(result.value, result.error) for result in call_in_workers([call], 1)] == [(False, None)]
+
+
+def _meet_at_the_end(own: Path, other: Path, met: Path) -> None:
+    _meet(own, other)
+    met.touch()
+
+
+def _end_after(*paths: Path) -> None:
+    atexit.register(_meet_at_the_end, *paths)
+
+
+def test_results_do_not_wait_for_a_worker_that_ends(tmp_path):
+    ending, seen, met = tmp_path / "ending", tmp_path / "seen", tmp_path / "met"
+    made = {"pushes": partial(_end_after, ending, seen, met), "other": partial(_meet, tmp_path / "other", ending)}
+    for result in call_in_workers([Call(name, function, tmp_path / "log") for name, function in made.items()], 2):
+        assert result.error is None
+        if result.call.name == "other":
+            seen.touch()
+    assert met.exists()
+
+
 def _start_method() -> str:
     return multiprocessing.get_start_method()
 
@@ -88,27 +126,33 @@ def test_processes_of_a_call_are_started_as_in_any_run(tmp_path):
     assert result.value == usual
 
 
-def _wait(started: str) -> None:
-    Path(started).touch()
+def _wait_and_end_with(other: Path, own: Path) -> None:
+    def end(*_: object) -> None:
+        _meet_at_the_end(own.with_suffix(".ending"), other.with_suffix(".ending"), own.with_suffix(".met"))
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    own.touch()
     time.sleep(600)
 
 
-def test_an_interrupt_ends_the_calls_in_progress(tmp_path):
-    started = tmp_path / "started"
+def test_an_interrupt_ends_all_calls_in_progress_at_once(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
 
     def interrupt():
-        while not started.exists():
+        while not (a.exists() and b.exists()):
             time.sleep(0.05)
         for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:  # as a terminal
             os.kill(process, signal.SIGINT)
 
     Thread(target=interrupt, daemon=True).start()
-    call = Call("wait", partial(_wait, str(started)), tmp_path / "log.txt")
+    calls = [Call("wait", partial(_wait_and_end_with, *paths), tmp_path / "log.txt") for paths in ((a, b), (b, a))]
     with pytest.raises(KeyboardInterrupt):
-        list(call_in_workers([call, call], 1))
+        list(call_in_workers([*calls, *calls], 2))
     signal.signal(signal.SIGINT, before)
-    assert not multiprocessing.active_children() and call.log.read_text() == ""
+    assert not multiprocessing.active_children() and calls[0].log.read_text() == ""
+    assert a.with_suffix(".met").exists() and b.with_suffix(".met").exists()
 
 
 def _rank_of_two() -> int:
