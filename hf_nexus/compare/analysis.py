@@ -265,8 +265,8 @@ def _rows(
 ) -> list[Row]:
     metrics = in_order(metric for _, metric, _ in finite)
     wheres: tuple[Where, ...] = ("end", "matched")
-    wanted = [Test(arm, primary.versus, metric, where) for where in wheres for metric in metrics for arm in arms]
-    wanted += [primary._replace(versus=control, where=where) for where in wheres for control in controls]
+    wanted = [primary._replace(arm=a, metric=metric, where=w) for w, metric, a in product(wheres, metrics, arms)]
+    wanted += [primary._replace(versus=control, where=w) for w, control in product(wheres, controls)]
     rows: list[Row] = []
     for test in dict.fromkeys([*wanted, *family]):
         arm, versus, metric, where = test

@@ -44,50 +44,52 @@ def search_minima(run: Run) -> RunRecord:
     Raises:
         ValueError: another process trains or measures the run.
     """
+    with locked(run.folder):
+        return _search_minima(run)
+
+
+def _search_minima(run: Run) -> RunRecord:
     wanted = run.config.minima
     assert wanted is not None
-    with locked(run.folder):
-        record = RunRecord.load(run.folder)
-        if record.diverged:
-            return record
-        arguments = parse_arguments(["--config", str(run.folder / SETTINGS_NAME)])
-        if arguments.training.cpu_threads is not None:
-            torch.set_num_threads(arguments.training.cpu_threads)
-        tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
-        mixture = load_mixture(arguments.mixture, tokenizer)
-        sources = wanted.sources or list(mixture.train)
-        held_out = {name: mixture.eval[name].take(min(wanted.eval_rows, len(mixture.eval[name]))) for name in sources}
-        attention = arguments.model.attn_implementation
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            run.folder, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-        )
-        model.to(arguments.training.device)
-        parameters = dict(model.named_parameters())  # tied parameters once
-        start = _copy(parameters)
-        searches = {}
-        for name in sources:
-            _move(parameters, start)
-            single = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
-            searches[name] = _search(model, single, arguments, wanted)
-        _move(parameters, start)
-        rows = held_out_sets(
-            model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size
-        )
-        found = minima_landscape(
-            parameters,
-            {name: search.best for name, search in searches.items()},
-            {name: rows[name].loss for name in sources},
-            positions=wanted.grid,
-            resolution=wanted.grid,
-        )
-        record.minima = Minima(
-            steps={name: search.step for name, search in searches.items()},
-            converged={name: search.converged for name, search in searches.items()},
-            **found,
-        )
-        run.write([MINIMA_NAME])
-        record.save(run.folder)
+    record = RunRecord.load(run.folder)
+    if record.diverged:
         return record
+    arguments = parse_arguments(["--config", str(run.folder / SETTINGS_NAME)])
+    if arguments.training.cpu_threads is not None:
+        torch.set_num_threads(arguments.training.cpu_threads)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
+    mixture = load_mixture(arguments.mixture, tokenizer)
+    sources = wanted.sources or list(mixture.train)
+    held_out = {name: mixture.eval[name].take(min(wanted.eval_rows, len(mixture.eval[name]))) for name in sources}
+    attention = arguments.model.attn_implementation
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        run.folder, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
+    model.to(arguments.training.device)
+    parameters = dict(model.named_parameters())  # tied parameters once
+    start = _copy(parameters)
+    searches = {}
+    for name in sources:
+        _move(parameters, start)
+        single = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
+        searches[name] = _search(model, single, arguments, wanted)
+    _move(parameters, start)
+    rows = held_out_sets(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
+    found = minima_landscape(
+        parameters,
+        {name: search.best for name, search in searches.items()},
+        {name: rows[name].loss for name in sources},
+        positions=wanted.grid,
+        resolution=wanted.grid,
+    )
+    record.minima = Minima(
+        steps={name: search.step for name, search in searches.items()},
+        converged={name: search.converged for name, search in searches.items()},
+        **found,
+    )
+    run.write([MINIMA_NAME])
+    record.save(run.folder)
+    return record
 
 
 @dataclass

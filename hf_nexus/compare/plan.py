@@ -9,6 +9,7 @@ from ..evaluation.statistics import ALPHA, POWER, detectable, highest_deviation,
 from ..pretrain.command_line import from_sections
 from ..pretrain.parsing import resolve
 from ..pretrain.plan import RunPlan, plan_run
+from ..quiet import new_table
 from .analysis import Where, compare_arms
 from .config import ComparisonConfig
 from .records import RunRecord, finished_runs, metric_label
@@ -55,11 +56,9 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
     downloaded or written. `command` runs the comparison. The numbers of seeds are those for each of `differences`, or
     for some common ones.
     """
-    from rich.table import Table
-
     pilot, own = (_records(Path(config.output_dir, folder)) for folder in (_PILOT, ""))
     records, left = pilot | own, [(a, s) for a in config.arms for s in config.seeds if (a, s) not in own]
-    size = Table(title=f"Plan of {config.output_dir}", show_header=False)
+    size = new_table(f"Plan of {config.output_dir}", "", "", texts=2)
     for row in _size(config, len(left), list(records.values())).items():
         size.add_row(*row)
     console.print(size)
@@ -72,7 +71,7 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
         )
         return
     seeds, higher = len(config.seeds), {key: highest_deviation(*spread) for key, spread in spreads.items()}
-    table = Table(metric_label(config.primary.metric), *spreads)
+    table = new_table("", metric_label(config.primary.metric), *spreads)
     spread_cells = [f"{spread:.2g} to {higher[key]:.2g}, {n} seeds" for key, (spread, n) in spreads.items()]
     table.add_row("spread of the paired differences", *spread_cells)
     unseen = [f"{detectable(spread, seeds):.2g}" if seeds > 1 else "any" for spread, _ in spreads.values()]

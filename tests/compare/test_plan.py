@@ -59,8 +59,8 @@ def test_a_plan_reads_the_runs_and_the_pilot(config):
         assert found.n == 6
         unseen.append(f"{detectable(found.deviation, 3):.2g}")
         needed.append(f"{pairs_needed(0.012, found.deviation):,} to ")
-    assert re.search(rf"differences below +│ {unseen[0]} +│ {unseen[1]}", text)
-    assert re.search(rf"0\.012 +│ {needed[0]}\d+ +│ {needed[1]}\d+", text)
+    assert re.search(rf"differences below +│ +{unseen[0]} │ +{unseen[1]} ", text)
+    assert re.search(rf"0\.012 +│ +{needed[0]}\d+ │ +{needed[1]}\d+ ", text)
 
 
 def test_a_pilot_trains_the_primary_arm_on_other_seeds(config):
