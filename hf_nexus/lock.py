@@ -74,7 +74,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 def _read(holder: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_plain(holder))
-    except (OSError, ValueError):  # not written yet
+    except (OSError, ValueError, RecursionError):  # not written yet
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -50,7 +50,10 @@ def test_a_process_may_enter_its_own_folder_again(tmp_path, monkeypatch):
     assert not (tmp_path / LOCK_NAME).exists()
 
 
-@pytest.mark.parametrize("left", ["", "{", "[]", '{"pid": 7, "host": "elsewhere", "since": "yesterday"}'])
+@pytest.mark.parametrize(
+    "left",
+    ["", "{", "[]", pytest.param("[" * 100_000, id="nested"), '{"pid": 7, "host": "elsewhere", "since": "yesterday"}'],
+)
 def test_what_a_lost_process_left_does_not_lock(tmp_path, left, caplog):
     (tmp_path / LOCK_NAME).touch()
     (tmp_path / HOLDER_NAME).write_text(left)

@@ -193,7 +193,7 @@ class Comparison:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             before = {key: content[key] for key in now} | {"tests": [Test(*test) for test in content["tests"]]}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{path}: it does not say what was declared before the runs. Restore it, or choose another output_dir."
             ) from error

@@ -163,7 +163,7 @@ class RunRecord:
                 lists = {key: _tuples(minima[key]) for key in ("pairwise", "segments", "barriers")}
                 fields["minima"] = Minima(**minima | lists)
             return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
                 f"{path} is not the record of a run: {what}. Restore it, or delete it to make the run again."

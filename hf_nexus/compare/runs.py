@@ -221,7 +221,7 @@ def read_questions(questions: QuestionSet) -> list[dict[str, Any]]:
         try:
             rows = [json.loads(line) for line in itertools.islice(lines, questions.max_rows)]
             valid = bool(rows) and all(isinstance(row[key], str) for row in rows for key in ("question", "answer"))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             valid = False
     if not valid:
         raise ValueError(

@@ -73,7 +73,7 @@ def _read(folder: Path) -> tuple[str | None, list[BenchmarkScore]]:
     try:
         saved = json.loads(text)
         return saved["model"], [BenchmarkScore(**row) for row in saved["scores"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise ValueError(f"{path} was not written by hf-nexus: {what}. Move it away.") from error
 

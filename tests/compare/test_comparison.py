@@ -211,7 +211,9 @@ def test_everything_may_change_before_the_first_results(declare):
     )
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"arm": "nexus", "metric": "ood_loss"}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", pytest.param("[" * 100_000, id="nested"), '{"arm": "nexus", "metric": "ood_loss"}']
+)
 def test_a_damaged_declaration_is_named(declare, tmp_path, content):
     finish_a_run(tmp_path)
     if content is not None:

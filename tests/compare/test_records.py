@@ -13,6 +13,7 @@ from tests.support.comparison import make_record
     [
         (lambda text: text[:40], "line"),
         (lambda text: "[]", "list"),
+        (lambda text: "[" * 100_000, "recursion"),
         (lambda text: json.dumps({**json.loads(text), "newer": 1}), "newer"),
         (lambda text: text.replace('"curve"', '"curves"'), "it lacks 'curve'"),
         (lambda text: text.replace('"pairwise"', '"pairs"'), "it lacks 'pairwise'"),

@@ -247,7 +247,10 @@ def test_minima_are_found_and_saved(finished):
     assert before.curve == run.load().curve
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", '{"question": "a"}', '{"question": "a", "answer": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "no JSON", pytest.param("[" * 100_000, id="nested"), '{"question": "a"}', '{"question": "a", "answer": 1}'],
+)
 def test_a_file_that_is_no_question_set_is_an_error(text, tmp_path):
     (tmp_path / "quiz.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"quiz\.jsonl: each line must be a JSON object"):

@@ -67,7 +67,16 @@ def test_a_folder_never_mixes_two_models(tmp_path):
         claim_scores(tmp_path / "results", "org/two")
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"model": null}', '{"model": null, "scores": [{"name": "gsm8k"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        pytest.param("[" * 100_000, id="nested"),
+        '{"model": null}',
+        '{"model": null, "scores": [{"name": "gsm8k"}]}',
+    ],
+)
 def test_a_file_that_holds_no_scores_is_named(text, tmp_path):
     (tmp_path / SCORES_NAME).write_text(text)
     with pytest.raises(ValueError, match=f"{SCORES_NAME} was not written by hf-nexus: .* Move it away"):

@@ -140,7 +140,7 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"The task file {path} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"The task file {path} must be a mapping, got {type(config).__name__}.")

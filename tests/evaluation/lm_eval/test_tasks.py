@@ -64,7 +64,8 @@ def test_tasks_are_read_from_files_and_folders(tmp_path):
         select_tasks([str(tmp_path)])
     assert [task.name for task in select_tasks([str(tmp_path)], allow_code_execution=True)[0]] == ["first", "second"]
     assert select_tasks([str(tmp_path / "group.yaml")])[0][0].needs_defaults
-    for bad in ("_part.yaml", "none.yaml"):
+    (tmp_path / "nested.yaml").write_text("[" * 10_000)
+    for bad in ("_part.yaml", "none.yaml", "nested.yaml"):
         with pytest.raises(ValueError, match=bad):
             select_tasks([str(tmp_path / bad)])
 
