@@ -13,6 +13,7 @@ __all__ = [
     "Snapshot",
     "accelerator_or_cpu",
     "add_scaled_",
+    "as_float64",
     "clear_gradients",
     "find_gradients",
     "float64_device",
@@ -30,6 +31,11 @@ def accelerator_or_cpu() -> torch.device:
 def float64_device(tensor: Tensor) -> torch.device:
     """The device of a tensor, or the CPU if that device has no float64."""
     return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on [`float64_device`]. It is moved first: one step may cast on a device without float64."""
+    return tensor.to(float64_device(tensor)).double()
 
 
 @torch.no_grad()

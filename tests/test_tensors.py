@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_nexus import Nexus, controls
 from hf_nexus import tensors as tensors_module
-from hf_nexus.tensors import Buffers, Snapshot, add_scaled_, float64_device, global_norm
+from hf_nexus.tensors import Buffers, Snapshot, add_scaled_, as_float64, float64_device, global_norm
 
 
 def test_global_norm_is_wide_enough_for_all_elements():
@@ -103,3 +103,14 @@ def test_an_offloaded_snapshot_gives_the_same_update(monkeypatch, direction, gam
 def test_sums_of_a_device_without_float64_are_taken_on_the_cpu():
     for name, expected in (("mps", "cpu"), ("cuda:1", "cuda:1"), ("xpu:0", "xpu:0"), ("cpu", "cpu")):
         assert float64_device(SimpleNamespace(device=torch.device(name))) == torch.device(expected)
+
+
+def test_a_tensor_is_moved_before_it_becomes_float64(monkeypatch):
+    """A device without float64 may cast before it copies."""
+
+    def moved(self, *args, **kwargs):
+        assert args == (torch.device("cpu"),) and not kwargs
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    assert as_float64(torch.ones(2)).dtype == torch.float64

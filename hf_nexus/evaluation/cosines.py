@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..tensors import float64_device
+from ..tensors import as_float64, float64_device
 
 __all__ = ["dot", "gradient_cosines"]
 
@@ -108,7 +108,7 @@ def _gradients(batches: Batches, params: Sequence[Tensor]) -> Iterator[tuple[lis
 def dot(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """Inner product of two points in parameter space, summed in float64."""
     products = [
-        torch.dot(x.to(float64_device(x), torch.float64), y.to(float64_device(y), torch.float64))
+        torch.dot(as_float64(x), as_float64(y))
         for whole_x, whole_y in zip(a, b, strict=True)
         for x, y in zip(whole_x.reshape(-1).split(BLOCK), whole_y.reshape(-1).split(BLOCK), strict=True)
     ]
@@ -129,5 +129,5 @@ def count_sketch(tensors: Sequence[Tensor], size: int, seed: int) -> Tensor:
             key = hashlib.blake2b(repr((seed, i, j)).encode(), digest_size=7).digest()
             generator.manual_seed(int.from_bytes(key, "big"))
             places = torch.randint(2 * size, (block.numel(),), generator=generator, device=device)
-            bins.index_add_(0, places, block.to(device, torch.float64))
+            bins.index_add_(0, places, as_float64(block))
     return bins[:size] - bins[size:]

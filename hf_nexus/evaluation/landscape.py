@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors import float64_device
+from ..tensors import as_float64
 from .cosines import BLOCK, dot
 
 __all__ = ["minima_landscape"]
@@ -35,7 +35,7 @@ def inner(a: Point, b: Point, c: Point, d: Point) -> float:
     total = 0.0
     for tensors in zip(a, b, c, d, strict=True):
         for w, x, y, z in zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True):
-            w, x, y, z = (block.to(float64_device(tensors[0]), torch.float64) for block in (w, x, y, z))
+            w, x, y, z = (as_float64(block.to(tensors[0].device)) for block in (w, x, y, z))
             total += float(torch.dot(w - x, y - z))
     return total
 

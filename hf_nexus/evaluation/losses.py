@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..tensors import float64_device
+from ..tensors import as_float64
 
 __all__ = ["OOD", "TokenMean", "losses_of", "mean_losses", "perplexities", "perplexity"]
 
@@ -40,10 +40,10 @@ class TokenMean:
         """
         if mean is None or tokens is None:
             return
-        device = float64_device(mean)
-        mean, tokens = mean.detach().to(device).double(), torch.as_tensor(tokens).to(device).double()
+        mean = as_float64(mean.detach())
+        tokens = torch.as_tensor(tokens).to(mean.device).double()
         total = torch.where(tokens > 0, mean * tokens, 0.0)
-        self.sums = self.sums.to(device) + torch.stack([total, tokens])
+        self.sums = self.sums.to(mean.device) + torch.stack([total, tokens])
 
 
 def perplexity(loss: float) -> float:

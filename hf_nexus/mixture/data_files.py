@@ -7,7 +7,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -119,7 +119,7 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     return {"path": "csv" if builder == "tsv" else builder, "data_files": lists, **options}
 
 
-@cache  # a command may list the files of a source several times
+@cache  # once for each path: a command may list the files of a source several times
 def _warn_of_left_out(name: str, path: str, files: str) -> None:
     logger.warning(
         f"Source {name!r} leaves out {files}: files without rows, of another split (`split: train+test` reads both), "
@@ -274,11 +274,14 @@ def _csv_options(files: Iterable[str], separator: str, quoting: int) -> dict[str
     converters: dict[str, type] = {}
     for file in files:
         compression = _COMPRESSIONS.get(_suffixes(file)[1])
-        first = pandas.read_csv(file, nrows=1, sep=separator, quoting=quoting, compression=compression)
-        if len(first.columns) == 1 and {";", "\t", ","}.intersection(first.columns[0]) - {separator}:
-            raise ValueError(
-                f"{file!r} has one column, {first.columns[0]!r}. Save it with {separator!r} between cells."
-            )
+        read = partial(pandas.read_csv, file, compression=compression)
+        first = read(nrows=1, sep=separator, quoting=quoting)
+        if len(first.columns) == 1:
+            lines = read(nrows=2, sep="\1", quoting=csv.QUOTE_NONE, header=None, dtype=str)[0]  # as they are written
+            if any(len(counts := {line.count(other) for line in lines}) == 1 and 0 not in counts for other in ";\t,"):
+                raise ValueError(
+                    f"{file!r} has one column, {first.columns[0]!r}. Save it with {separator!r} between cells."
+                )
         if len(first) and not isinstance(first.index, pandas.RangeIndex):  # pandas would shift the columns
             advice = "Quote text that holds commas." if separator == "," else "Replace tabs in text."
             raise ValueError(f"{file!r} has rows with more cells than its header. {advice}")

@@ -153,10 +153,11 @@ def advice_on_rows(cause: BaseException) -> str:
         return f"Install the package that reads this path: pip install {cause.name}"
     if what == "Compression type zstd not supported" or "zstandard" in what:
         return "Install the package that reads .zst files: pip install zstandard"
-    if "column names don't match" in what or "Schema at index" in what:
-        return "Its files have different columns. Name each kind of file as a separate source, by a glob or folder."
-    if what.startswith("Couldn't cast"):
-        return "Columns get types from the first 10 MB of JSON or first Parquet file. Put a row with all keys there."
+    if what.startswith("Couldn't cast") or "column names don't match" in what or "Schema at index" in what:
+        return (
+            "A key first occurs after the first 10 MB of JSON or first Parquet file, or files have different columns. "
+            "Put a row with all keys first, or name each kind of file as a separate source, by a glob or folder."
+        )
     return ""
 
 

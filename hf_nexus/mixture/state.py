@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence, Sized
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def _path(folder: str, rank: int) -> Path:
 
 def describe_sources(data: TrainingData) -> dict[str, Any]:
     """What is read of each source, as plain data by name. Some rows are read for it."""
-    return {f"source {name!r}": _describe(name, of, data.mixture) for name, of in data.dataset.sources.items()}
+    fingerprint = cache(tokenizer_fingerprint)  # each takes a second if the vocabulary is large
+    sources = data.dataset.sources.items()
+    return {f"source {name!r}": _describe(name, of, data.mixture, fingerprint) for name, of in sources}
 
 
 def describe_data(
@@ -133,7 +135,12 @@ def _unsigned(path: str) -> str:
     return path.partition("?")[0] if is_remote(path) else path
 
 
-def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]:
+def _describe(
+    name: str,
+    source: Any,
+    mixture: Mixture | None,
+    fingerprint: Callable[[Any], str] = tokenizer_fingerprint,
+) -> dict[str, Any]:
     facts = {} if mixture is None else _settings(mixture.config.sources[name])
     documents = source
     if isinstance(source, StreamedDocuments):
@@ -143,7 +150,7 @@ def _describe(name: str, source: Any, mixture: Mixture | None) -> dict[str, Any]
             facts["path"] = _address(path)
         facts["held_out"] = [len(source.held_out), sum(source.held_out)]
         facts["sequence_length"] = source.sequence_length
-        facts["tokenizer"] = tokenizer_fingerprint(source.encoder.tokenizer)
+        facts["tokenizer"] = fingerprint(source.encoder.tokenizer)
     if isinstance(documents, Sized):
         return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):
@@ -205,18 +212,23 @@ def _decided(value: Any, paths: list[list[str]] | None = None) -> Any:
 
 
 def compare_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The differences between two descriptions of data, as phrases."""
-    found = [_difference(name, saved.get(name), current.get(name)) for name in _differing(saved, current)]
-    return [difference for difference in found if difference]
+    """The differences between two descriptions of data, as phrases. Sources that differ alike share one."""
+    found: list[str] = []
+    alike: dict[str, list[str]] = {}
+    for name in _differing(saved, current):
+        before, now = saved.get(name), current.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes = [f"{key} {_change(before.get(key), now.get(key))}" for key in _differing(before, now)]
+            alike.setdefault(", ".join(changes), []).append(name)
+        else:
+            found.append(f"{name} {_change(before, now)}")
+    return found + [f"{', '.join(names)}: {changes}" for changes, names in alike.items() if changes]
 
 
-def _difference(name: str, saved: Any, current: Any) -> str:
-    if isinstance(saved, dict) and isinstance(current, dict):
-        keys = _differing(saved, current)
-        return ", ".join(f"{name}: {key} was {saved.get(key)!r} and is {current.get(key)!r}" for key in keys)
+def _change(saved: Any, current: Any) -> str:
     if saved is None or current is None:
-        return f"{name} is new" if saved is None else f"{name} is gone"
-    return f"{name} was {saved!r} and is {current!r}"
+        return "is new" if saved is None else "is gone"
+    return f"was {saved!r} and is {current!r}"
 
 
 def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

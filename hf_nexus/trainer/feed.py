@@ -234,16 +234,17 @@ class Feed:
             self._progress.begin(step, self._resumed)
 
     def follow_epochs(self, sampler: Any) -> None:
-        """Let a sampler draw the order of each epoch from the seed and the epoch."""
+        """Let a sampler draw the order of each epoch from the seed and the epoch. It may be of any class."""
         self._sampler = sampler
-        if getattr(sampler, "generator", self) is None:  # one of the Trainer's, which uses the global random state
+        self._generator.manual_seed(self._seed)
+        if getattr(sampler, "generator", self) is None:  # it would draw from the global random state
             sampler.generator = self._generator
 
     def begin_epoch(self, epoch: int) -> None:
         """Go to an epoch. On resume, Accelerate does not, and the order is drawn before random states are loaded."""
         self._generator.manual_seed(self._seed + epoch)
-        if hasattr(self._sampler, "set_epoch"):
-            self._sampler.set_epoch(epoch)
+        if (set_epoch := getattr(self._sampler, "set_epoch", None)) is not None:
+            set_epoch(epoch)
 
     def check_ranks(self, batch_size: int, evaluation: Any, settings: dict[str, Any]) -> None:
         """
@@ -347,17 +348,17 @@ class Feed:
         if checkpoint is None:
             self._resumed = None
         elif checkpoint != self._resumed_from:
-            self._resumed = self._positions(checkpoint, self._args.train_batch_size)
+            self._resumed = self._positions(checkpoint)
         self._resumed_from = checkpoint
 
-    def _positions(self, checkpoint: str, batch_size: int) -> Mapping[str, Any] | None:
+    def _positions(self, checkpoint: str) -> Mapping[str, Any] | None:
         """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
         if not self.data.stages:
             if self._args.nexus:
-                self._warn_of_other_rows(checkpoint, batch_size)
+                self._warn_of_other_rows(checkpoint)
             return None
         saved, missing = load_data_state(checkpoint, self._args.process_index, self._layout)
-        differences = compare_data(saved["description"], self._describe(batch_size)) if saved else []
+        differences = compare_data(saved["description"], self._describe(self._args.train_batch_size)) if saved else []
         if isinstance(self.data.dataset, MixtureStream) and missing and not differences:
             differences = [f"it has no {missing} (was it saved with save_only_model, or on another disk?)"]
         elif isinstance(self.data.dataset, MixtureStream) and saved and not differences:
@@ -373,17 +374,17 @@ class Feed:
         logger.warning("%s Training goes on, and the data is read from its beginning.", found)
         return None
 
-    def _warn_of_other_rows(self, checkpoint: str, batch_size: int) -> None:
+    def _warn_of_other_rows(self, checkpoint: str) -> None:
         """Warn if a plain dataset, which the Trainer samples, may go on with other rows."""
         args, size, reason = self._args, _size(self.data.dataset), None
         state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         if size is None:
             if (state.epoch or 0) > 1:  # the Trainer skips rows as in the first pass
                 reason = "in a later pass over a dataset without a length"
-        elif state.train_batch_size not in (None, batch_size):
-            repeats = size % (batch_size * self._ranks) and not args.dataloader_drop_last
+        elif not args.auto_find_batch_size and state.train_batch_size not in (None, args.train_batch_size):
+            repeats = size % (args.train_batch_size * self._ranks) and not args.dataloader_drop_last
             if repeats or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-                reason = f"with {state.train_batch_size} rows per rank, and now there are {batch_size}"
+                reason = f"with {state.train_batch_size} rows per rank, and now there are {args.train_batch_size}"
         if reason is not None:
             remedy = 'Pass train_dataset as a dict from the start: {"name": dataset}.'
             logger.warning("%s was saved %s: micro-batches may hold other rows. %s", checkpoint, reason, remedy)

@@ -44,7 +44,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or `None` if it is not known."""
     if device.type != "cuda":
         return None
-    return _PEAK_FLOPS.get(re.sub(r"(-\S+| \d+GB( \S+)?)$", "", torch.cuda.get_device_name(device)))
+    return _PEAK_FLOPS.get(re.sub(r"(-\S+| \d+GB?( \S+)?)$", "", torch.cuda.get_device_name(device)))
 
 
 @dataclass

@@ -136,7 +136,7 @@ class NexusTrainerMixin(_Base):
         self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
-        self._trl = SourcePreparation(self._feed, parent, settings)
+        self._trl = SourcePreparation(self._feed, parent)
         optimizer = (given.get("optimizers") or (None,))[0] or given.get("optimizer_cls_and_kwargs")
         self._feed.check(self.data.evaluation, optimizer)
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown
@@ -267,15 +267,15 @@ class NexusTrainerMixin(_Base):
         token = hidden(token)
         self.hub_model_id = self.card_details["repo_id"] = self._publishing.connect(token, private)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, *args: Any) -> Any:
         """TRL's preparation of a dataset. For the first source, prepare all sources."""
         prepare = naming_a_missing_template()(super()._prepare_dataset)  # type: ignore[misc]  # of TRL's trainers
-        return self._trl.apply(dataset, lambda source: prepare(source, *args, **kwargs))
+        return self._trl.prepare(prepare, *args)
 
-    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's log-probabilities of the reference model, for each source."""
         compute = super()._precompute_ref_logps  # type: ignore[misc]  # of TRL's trainers
-        return self._trl.apply(dataset, lambda source: compute(source, *args, **kwargs))
+        return self._trl.apply(dataset, lambda _, source: compute(source, name, batch_size), name)
 
     # ---- Before the first step ----
 
@@ -904,7 +904,7 @@ class NexusTrainerMixin(_Base):
         self._publishing.push_run(self.state.global_step, commit_message, revision)
 
     def end_publishing(self, seconds: float) -> None:
-        """Wait for the Hub up to `seconds`, or `hub_flush_timeout`, now and not at the end of the process."""
+        """Wait for the Hub now, not when the process ends: at most `seconds`, and at most `hub_flush_timeout`."""
         self._publishing.end(seconds)
 
 

@@ -206,7 +206,7 @@ def check_arguments(
             "Leave it out, or set inner_sync to 'node' or 'global'."
         )
     if args.checkpoint_async:
-        _check_async(args)
+        _refuse_async(_async_problem(args))
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
     _check_optimizer(args, optimizer)
     if sources:
@@ -255,17 +255,23 @@ def _check_optimizer(args: Any, optimizer: Any) -> None:
         )
 
 
-def _check_async(args: Any) -> None:
-    """Refuse settings that checkpoints which are written while training goes on cannot meet."""
-    reason = None
+def _refuse_async(problem: str | None) -> None:
+    """Refuse checkpoints that are written while training goes on, if there is a problem."""
+    if problem is not None:
+        raise ValueError(f"checkpoint_async=True {problem}, or leave checkpoint_async out.")
+
+
+def _async_problem(args: Any) -> str | None:
+    """A setting that such checkpoints cannot meet, and what to set."""
     if OptimizerNames(args.optim).value.startswith("schedule_free"):
-        reason = f"does not support optim={OptimizerNames(args.optim).value!r}, whose state is not known at a resume"
-    elif args.save_on_each_node:
-        reason = "needs a folder that all machines share, which save_on_each_node=True excludes"
-    elif args.push_to_hub and args.hub_strategy == "every_save":
-        reason = "writes no model that hub_strategy='every_save' could push"
-    if reason is not None:
-        raise ValueError(f"checkpoint_async=True {reason}. Leave one of the two out.")
+        optim = OptimizerNames(args.optim).value
+        return f"does not support optim={optim!r}, whose state is not known at a resume. Set another optim"
+    if args.save_on_each_node:
+        return "needs a folder that all machines share. Set save_on_each_node to False"
+    if args.push_to_hub and args.hub_strategy == "every_save":
+        remedy = "Set hub_strategy to 'end', 'checkpoint' or 'all_checkpoints'"
+        return f"writes no model that hub_strategy='every_save' could push. {remedy}"
+    return None
 
 
 def _check_loader(args: Any, streams: bool) -> None:
@@ -324,7 +330,7 @@ class Launch:
 def check_launch(args: Any, launch: Launch) -> None:
     """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
     if args.checkpoint_async:
-        _check_async_launch(launch)
+        _refuse_async(_async_launch_problem(launch))
     if launch.fsdp_version is not None or launch.sharded_at_load:
         check_fsdp(args, launch.fsdp_version or 2)
     if not args.nexus:
@@ -369,17 +375,15 @@ def check_launch(args: Any, launch: Launch) -> None:
         )
 
 
-def _check_async_launch(launch: Launch) -> None:
-    """Refuse checkpoints that are written while training goes on where their files would not be complete."""
-    reason = None
+def _async_launch_problem(launch: Launch) -> str | None:
+    """Why the files of such checkpoints would not be complete, and what to do."""
     if launch.kind not in _DDP | {DistributedType.NO} and launch.fsdp_version != 2:
-        reason = f"supports DDP, FSDP2 and a single process, but not {launch.kind.value}"
-    elif launch.spread_at_load or launch.sharded_at_load:
-        reason = "does not support models that are spread over devices when they are loaded"
-    elif launch.adapters:
-        reason = "does not support adapters, whose checkpoints are small"
-    if reason is not None:
-        raise ValueError(f"checkpoint_async=True {reason}. Leave one of the two out.")
+        return f"does not support {launch.kind.value}. Use DDP, FSDP2 or a single process"
+    if launch.spread_at_load or launch.sharded_at_load:
+        return "does not support models that are spread over devices when they are loaded. Use DDP or FSDP2"
+    if launch.adapters:
+        return "does not support adapters, whose checkpoints are small. Train the whole model"
+    return None
 
 
 def check_fsdp(args: Any, version: int) -> None:

@@ -62,9 +62,8 @@ class SourcePreparation:
             left of a source.
     """
 
-    def __init__(self, feed: Feed, parent: type | None, args: Any):
+    def __init__(self, feed: Feed, parent: type | None):
         self._feed = feed
-        self._args = args
         self.shown: Any = None  # the `train_dataset` for TRL; None for a plain dataset and without TRL
         if parent is not None and feed.data.stages:
             if not hasattr(parent, "_prepare_dataset"):
@@ -76,28 +75,36 @@ class SourcePreparation:
             # A copy, which TRL does not mistake for an evaluation set.
             self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])
 
-    def apply(self, dataset: Any, function: Callable[[Any], Any]) -> Any:
-        """A step of TRL's preparation of a dataset, or of each source if the dataset stands for all of them."""
+    def prepare(
+        self, prepare: Callable[..., Any], dataset: Any, processing_class: Any, args: Any, *others: Any
+    ) -> Any:
+        """
+        `_prepare_dataset` of TRL, where `others` begin with `packing` if a trainer packs, and end with `dataset_name`.
+        A warning says how many examples are left out, unless packing made fewer rows of them.
+        """
+
+        def complete(what: str, given: Any) -> Any:
+            prepared = prepare(given, processing_class, args, *others)
+            if isinstance(given, Sized) and others[0] is not True and len(prepared) < len(given):
+                message = (
+                    f"{what}: {len(given) - len(prepared)} of {len(given)} examples are left out, for example because "
+                    f"their prompts fill max_length={args.max_length}. Raise max_length, or shorten them."
+                )
+                if not len(prepared):
+                    raise ValueError(message)
+                logger.warning(message)
+            return prepared
+
+        return self.apply(dataset, complete, others[-1])
+
+    def apply(self, dataset: Any, step: Callable[[str, Any], Any], name: str) -> Any:
+        """A step on a dataset of TRL with a name, or on each source if the dataset stands for all of them."""
         data = self._feed.data
         if self.shown is None or not (dataset is self.shown or dataset is data.dataset):
-            return self._complete("A dataset", dataset, function(dataset))
-        sources = data.dataset.sources.items()
-        sources = {name: self._complete(f"Source {name!r}", source, function(source)) for name, source in sources}
+            return step(f"Dataset {name!r}", dataset)
+        sources = {name: step(f"Source {name!r}", source) for name, source in data.dataset.sources.items()}
         self._feed.set_data(sources, data.evaluation)
         return self._feed.data.dataset
-
-    def _complete(self, what: str, given: Any, prepared: Any) -> Any:
-        """A prepared dataset. A warning says how many examples it lacks, unless packing made fewer rows of them."""
-        packed = any(getattr(self._args, name, False) for name in ("packing", "eval_packing"))
-        if isinstance(given, Sized) and not packed and len(prepared) < len(given):
-            message = (
-                f"{what}: {len(given) - len(prepared)} of {len(given)} examples are left out, because they are too "
-                f"long for max_length={self._args.max_length}. Raise max_length, or shorten them."
-            )
-            if not len(prepared):
-                raise ValueError(message)
-            logger.warning(message)
-        return prepared
 
 
 @contextmanager

@@ -214,7 +214,7 @@ def test_files_of_other_columns_are_told_apart(suffix: str) -> None:
     for name, row in rows.items():
         text = json.dumps(row) if suffix == "jsonl" else f"{','.join(row)}\n{','.join(row.values())}"
         Path(f"{name}.{suffix}").write_text(f"{text}\n")
-    with pytest.raises(ValueError, match="Its files have different columns"):
+    with pytest.raises(ValueError, match="or files have different columns"):
         documents(f"[ab].{suffix}")
 
 
@@ -271,6 +271,16 @@ def test_cells_that_end_at_another_sign_are_an_error(name: str, text: str, right
     Path(name).write_text(text)
     with pytest.raises(ValueError, match=f"'{name}' has one column, .*Save it with {re.escape(repr(right))} between"):
         documents(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", '"text; cleaned"\nfox\n'), ("a.csv", "text; cleaned\nfox\n"), ("a.tsv", "a, b\nfox\n")],
+)
+def test_one_column_may_have_any_name(name: str, text: str) -> None:
+    Path(name).write_text(text)
+    loaded, columns = load_documents("a", SourceConfig(name), "train", "cache", every_column=True)
+    assert [row[columns[0]] for row in loaded] == ["fox"]
 
 
 def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:

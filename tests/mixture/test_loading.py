@@ -356,7 +356,9 @@ def test_late_keys_are_an_error_that_says_where_to_put_them(load: Any, column: s
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(json.dumps({"text": "fox", column: [value]}) + "\n")
     web = {"path": "d", "weight": 1}
-    advice = "first 10 MB of JSON or first Parquet file. Put a row with all keys there"
+    advice = (
+        "first 10 MB of JSON or first Parquet file, or files have different columns. Put a row with all keys first"
+    )
     with pytest.raises(ValueError, match=advice):
         load(web=web)
     stream = {**web, "streaming": True}
@@ -364,6 +366,16 @@ def test_late_keys_are_an_error_that_says_where_to_put_them(load: Any, column: s
         stream_texts(load(web=stream).train["web"], 9)
     Path("d/2.jsonl").rename("d/0.jsonl")
     assert "fox" in stream_texts(load(web=stream).train["web"], 9)
+
+
+def test_a_late_key_at_top_level_is_an_error_that_says_so(load: Any) -> None:
+    rows = [json.dumps({"text": "x" * 1_000_000})] * 12
+    Path("a.jsonl").write_text("\n".join([*rows, json.dumps({"text": "y", "late": 1})]))
+    for streaming in (False, True):
+        with pytest.raises(
+            (ValueError, SourceError), match=r"A key first occurs after the first 10 MB .* Put a row with all keys first"
+        ):
+            stream_texts(load(web={"path": "a.jsonl", "weight": 1, "streaming": streaming}).train["web"], 99)
 
 
 # --- cache

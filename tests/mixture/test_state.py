@@ -1,5 +1,6 @@
 """What a checkpoint knows of the data, so that other data is noticed."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,12 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from torch.utils.data import ConcatDataset
 
 from hf_nexus.hub.facts import public_path
+from hf_nexus.mixture import MixtureConfig, load_mixture, state
 from hf_nexus.mixture.config import SourceConfig
 from hf_nexus.mixture.documents import DocumentEncoder
-from hf_nexus.mixture.state import _describe, _settings, compare_data
+from hf_nexus.mixture.state import _describe, _settings, compare_data, describe_sources
 from hf_nexus.mixture.stream.documents import StreamedDocuments
+from hf_nexus.mixture.training_data import prepare_data
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROWS = Dataset.from_dict({"x": list(range(100)), "text": [str(i) for i in range(100)]})
@@ -197,3 +200,26 @@ def test_a_description_has_no_signature_or_password():
     assert public_path("https://host/web.jsonl?signature=secret") == "web.jsonl"
     path = described_path("ftp://me:secret@host/web.jsonl")
     assert path.startswith("web.jsonl") and "secret" not in path
+
+
+def test_a_tokenizer_is_described_once_and_compared_once(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "fox"}\n' * 9)
+    source = {"path": str(tmp_path / "a.jsonl"), "streaming": True, "weight": 1}
+
+    def described(length, tokenizer):
+        config = MixtureConfig.from_dict({"sequence_length": length, "sources": dict.fromkeys("abc", source)})
+        mixture = load_mixture(config, tokenizer, cache_dir=str(tmp_path / "cache"))
+        return describe_sources(prepare_data(mixture, None, None, False, 0))
+
+    one, longer, other = (
+        described(8, tiny_tokenizer()),
+        described(16, tiny_tokenizer()),
+        described(8, tiny_tokenizer("x")),
+    )
+    names = "source 'a', source 'b', source 'c'"
+    assert compare_data(one, longer) == [f"{names}: sequence_length was 8 and is 16"]
+    assert re.fullmatch(rf"{names}: tokenizer was '\w+' and is '\w+'", *compare_data(one, other))
+    calls = []
+    monkeypatch.setattr(state, "tokenizer_fingerprint", lambda tokenizer: calls.append(1) or "x")
+    described(8, tiny_tokenizer())
+    assert len(calls) == 1

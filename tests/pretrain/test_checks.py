@@ -31,7 +31,10 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ("--optim galore_adamw_layerwise", "inside the backward pass"),
         ("--checkpoint_async --optim schedule_free_adamw", "does not support optim='schedule_free_adamw'"),
         ("--checkpoint_async --save_on_each_node True", "a folder that all machines share"),
-        ("--checkpoint_async --push_to_hub True --hub_strategy every_save", "no model that hub_strategy='every_save'"),
+        (
+            "--checkpoint_async --push_to_hub True --hub_strategy every_save",
+            "Set hub_strategy to 'end', 'checkpoint' or",
+        ),
         ("--optim adafactor --matrix_optimizer muon", "exclude each other"),
         ("--report_to nonsense", "nonsense is not supported"),
         ("--report_to none,wandb", "none,wandb is not supported"),

@@ -149,6 +149,7 @@ def test_a_plain_dataset_is_counted_but_not_named():
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GH200 144G HBM3e", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA A100 80GB PCIe", 312e12),
         ("NVIDIA L4", 121e12),

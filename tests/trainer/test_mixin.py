@@ -354,6 +354,7 @@ def test_random_direction_runs_and_differs(make_trainer, sources):
         (13, {"nexus": False}, False),
         (13, {"per_device_train_batch_size": 1}, False),
         (16, {"train_sampling_strategy": "group_by_length"}, True),
+        (13, {"auto_find_batch_size": True}, False),  # the Trainer goes on with that of the checkpoint
     ],
 )
 def test_other_rows_on_other_ranks_warn(make_trainer, caplog, tmp_path, rows, config, warns):

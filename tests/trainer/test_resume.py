@@ -151,6 +151,16 @@ def test_a_plain_dataset_resumes_in_the_middle_of_an_epoch(tmp_path: Path, order
         assert differences(run(tmp_path, data(), checkpoint(expected, step), **config), expected, step) == []
 
 
+@pytest.mark.parametrize("order", [{}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_loader_before_training_depends_on_the_seed(tmp_path: Path, order: dict[str, Any]) -> None:
+    def first(seed: int) -> list[Any]:
+        settings = {"accelerator_config": {"use_seedable_sampler": False}, "seed": seed, **order}
+        trainer = make(tmp_path, table(64).remove_columns("x"), **settings)
+        return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
+
+    assert first(1) == first(1) != first(2)
+
+
 @pytest.mark.parametrize(("step", "warns"), [(1, False), (2, False), (3, True)])
 def test_a_stream_without_a_name_warns_in_a_later_pass(tmp_path: Path, caplog, step: int, warns: bool) -> None:
     """A pass has two outer steps. The Trainer resumes in the first."""

@@ -424,11 +424,30 @@ def test_examples_that_are_too_long_are_counted(make, tokenizer, caplog, preferr
     build(with_long(12))
     assert "left out" not in caplog.text
     build(with_long(9))
-    assert "Source 'digits': 3 of 12 examples are left out, because they are too long for max_length=48" in caplog.text
+    assert "Source 'digits': 3 of 12 examples are left out, for example because their prompts fill" in caplog.text
     build(rows(), eval_dataset=with_long(8))
-    assert "A dataset: 4 of 12 examples are left out" in caplog.text
+    assert "Dataset 'digits': 4 of 12 examples are left out" in caplog.text
     with pytest.raises(ValueError, match="Source 'digits': 12 of 12 examples are left out"):
         build(with_long(0))
+
+
+def test_examples_are_counted_with_arguments_of_any_class(tokenizer, caplog, tmp_path):
+    """They are converted, and the limit is that of TRL's own."""
+    plain = NexusConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    prompts = Dataset.from_dict({"prompt": ["a", "a", " a" * 5000], "completion": ["b"] * 3})
+    build = partial(NexusSFTTrainer, llama(tokenizer), plain, processing_class=tokenizer)
+    build(train_dataset={"one": prompts, "two": prompts})
+    build(train_dataset=prompts)
+    for what in ("Source 'one'", "Source 'two'", "Dataset 'train'"):
+        assert f"{what}: 1 of 3 examples are left out, for example because their prompts fill max_length=1024" in (
+            caplog.text
+        )
+
+
+def test_rows_that_packing_joins_are_not_counted(make, caplog):
+    sources = {name: rows.select_columns("text") for name, rows in texts().items()}
+    make(sources, packing=True, eval_packing=False, eval_dataset=sources, max_length=512)
+    assert "left out" not in caplog.text
 
 
 def test_sources_of_several_formats_are_refused(make):

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -110,8 +111,11 @@ def _dataset(task: Task, configs: Mapping[str, Any], name: str) -> str:
     config: Mapping[str, Any] = configs.get(name) or next(iter(configs.values()), {})
     dataset = str(config.get("dataset_path"))
     local = task.path is not None and (task.path.parent / dataset).exists()
-    known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset) and not local
-    return dataset if known else re.sub(r"\W+", "_", task.name).strip("_")[:96]
+    if not local and "/" in dataset:
+        with suppress(HFValidationError):
+            validate_repo_id(dataset)
+            return dataset
+    return re.sub(r"[^A-Za-z0-9]+", "_", task.name)[:96].strip("_") or "local"
 
 
 def _finite(value: Any) -> bool:

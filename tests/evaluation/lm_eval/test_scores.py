@@ -37,6 +37,14 @@ def test_groups_tags_and_other_metrics_are_read():
     assert other.value == 37.5 and other.dataset == "some/data"  # not a fraction
     (local,) = read_scores(Task("sums/local"), raw("sums/local", configs={"sums/local": {"dataset_path": "json"}}))
     assert local.dataset == "sums_local"
+    for name, path, dataset in (
+        ("prüfung", "json", "pr_fung"),
+        ("任务", "json", "local"),
+        ("task", "data/my--set", "task"),
+        ("a" * 95 + "_b", "json", "a" * 95),
+    ):
+        (named,) = read_scores(Task(name), raw(name, configs={name: {"dataset_path": path}}))
+        assert named.dataset == dataset
     nothing = raw("wikitext", "word_perplexity,none", float("nan"))
     with pytest.raises(ValueError, match="no finite score"):
         read_scores(Task("wikitext"), nothing)
