@@ -429,3 +429,14 @@ def test_the_store_of_all_processes_is_found(one_rank):
     store.compare_set("step", "", "3")
     store.compare_set("step", "", "4")
     assert store.check(["step"]) and int(store.get("step")) == 3
+
+
+def test_trl_prepares_a_dataset_with_these_arguments():
+    trl = pytest.importorskip("trl")
+    for trainer in (trl.SFTTrainer, trl.DPOTrainer, trl.KTOTrainer, trl.RewardTrainer):
+        names = list(inspect.signature(trainer._prepare_dataset).parameters)[1:]
+        packing = ["packing", "formatting_func"] if trainer is trl.SFTTrainer else []
+        assert names == ["dataset", "processing_class", "args", *packing, "dataset_name"]
+    for trainer in (trl.DPOTrainer, trl.KTOTrainer):
+        names = list(inspect.signature(trainer._precompute_ref_logps).parameters)
+        assert names == ["self", "dataset", "name", "batch_size"]

@@ -277,8 +277,8 @@ def _csv_options(files: Iterable[str], separator: str, quoting: int) -> dict[str
         read = partial(pandas.read_csv, file, compression=compression)
         first = read(nrows=1, sep=separator, quoting=quoting)
         if len(first.columns) == 1:
-            lines = read(nrows=2, sep="\1", quoting=csv.QUOTE_NONE, header=None, dtype=str)[0]  # as they are written
-            if any(len(counts := {line.count(other) for line in lines}) == 1 and 0 not in counts for other in ";\t,"):
+            lines = [*read(nrows=2, sep="\1", quoting=csv.QUOTE_NONE, header=None, dtype=str)[0]]  # as written
+            if any(0 < lines[0].count(sign) == lines[-1].count(sign) for sign in {*";\t,"} - {separator}):
                 raise ValueError(
                     f"{file!r} has one column, {first.columns[0]!r}. Save it with {separator!r} between cells."
                 )

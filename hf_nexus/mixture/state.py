@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,8 @@ def _path(folder: str, rank: int) -> Path:
 
 def describe_sources(data: TrainingData) -> dict[str, Any]:
     """What is read of each source, as plain data by name. Some rows are read for it."""
-    fingerprint = cache(tokenizer_fingerprint)  # each takes a second if the vocabulary is large
-    sources = data.dataset.sources.items()
-    return {f"source {name!r}": _describe(name, of, data.mixture, fingerprint) for name, of in sources}
+    sources, hash_of = data.dataset.sources, cache(tokenizer_fingerprint)  # which is slow for a large vocabulary
+    return {f"source {name!r}": _describe(name, of, data.mixture, hash_of) for name, of in sources.items()}
 
 
 def describe_data(
@@ -135,12 +134,7 @@ def _unsigned(path: str) -> str:
     return path.partition("?")[0] if is_remote(path) else path
 
 
-def _describe(
-    name: str,
-    source: Any,
-    mixture: Mixture | None,
-    fingerprint: Callable[[Any], str] = tokenizer_fingerprint,
-) -> dict[str, Any]:
+def _describe(name: str, source: Any, mixture: Mixture | None, hash_of: Any = tokenizer_fingerprint) -> dict[str, Any]:
     facts = {} if mixture is None else _settings(mixture.config.sources[name])
     documents = source
     if isinstance(source, StreamedDocuments):
@@ -150,7 +144,7 @@ def _describe(
             facts["path"] = _address(path)
         facts["held_out"] = [len(source.held_out), sum(source.held_out)]
         facts["sequence_length"] = source.sequence_length
-        facts["tokenizer"] = fingerprint(source.encoder.tokenizer)
+        facts["tokenizer"] = hash_of(source.encoder.tokenizer)
     if isinstance(documents, Sized):
         return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):

@@ -75,17 +75,13 @@ class SourcePreparation:
             # A copy, which TRL does not mistake for an evaluation set.
             self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])
 
-    def prepare(
-        self, prepare: Callable[..., Any], dataset: Any, processing_class: Any, args: Any, *others: Any
-    ) -> Any:
-        """
-        `_prepare_dataset` of TRL, where `others` begin with `packing` if a trainer packs, and end with `dataset_name`.
-        A warning says how many examples are left out, unless packing made fewer rows of them.
-        """
+    def prepare(self, prepare: Callable[..., Any], dataset: Any, *others: Any) -> Any:
+        """TRL's `_prepare_dataset`. A warning counts what it leaves out, unless packing made fewer rows of examples."""
+        args, packed, name = others[1], others[2] is True, others[-1]
 
         def complete(what: str, given: Any) -> Any:
-            prepared = prepare(given, processing_class, args, *others)
-            if isinstance(given, Sized) and others[0] is not True and len(prepared) < len(given):
+            prepared = prepare(given, *others)
+            if isinstance(given, Sized) and not packed and len(prepared) < len(given):
                 message = (
                     f"{what}: {len(given) - len(prepared)} of {len(given)} examples are left out, for example because "
                     f"their prompts fill max_length={args.max_length}. Raise max_length, or shorten them."
@@ -95,7 +91,7 @@ class SourcePreparation:
                 logger.warning(message)
             return prepared
 
-        return self.apply(dataset, complete, others[-1])
+        return self.apply(dataset, complete, name)
 
     def apply(self, dataset: Any, step: Callable[[str, Any], Any], name: str) -> Any:
         """A step on a dataset of TRL with a name, or on each source if the dataset stands for all of them."""

@@ -275,12 +275,17 @@ def test_cells_that_end_at_another_sign_are_an_error(name: str, text: str, right
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.csv", '"text; cleaned"\nfox\n'), ("a.csv", "text; cleaned\nfox\n"), ("a.tsv", "a, b\nfox\n")],
+    [
+        ("a.csv", '"text; cleaned"\nfox\n'),
+        ("a.csv", "text; cleaned\nfox\n"),
+        ("a.csv", '"a, b"\n"c, d"\n'),
+        ("a.tsv", "a, b\nfox\n"),
+    ],
 )
 def test_one_column_may_have_any_name(name: str, text: str) -> None:
     Path(name).write_text(text)
     loaded, columns = load_documents("a", SourceConfig(name), "train", "cache", every_column=True)
-    assert [row[columns[0]] for row in loaded] == ["fox"]
+    assert len(columns) == len(loaded) == 1
 
 
 def test_a_file_that_looks_like_a_trace_is_read_by_line() -> None:

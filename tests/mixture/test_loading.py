@@ -373,7 +373,8 @@ def test_a_late_key_at_top_level_is_an_error_that_says_so(load: Any) -> None:
     Path("a.jsonl").write_text("\n".join([*rows, json.dumps({"text": "y", "late": 1})]))
     for streaming in (False, True):
         with pytest.raises(
-            (ValueError, SourceError), match=r"A key first occurs after the first 10 MB .* Put a row with all keys first"
+            (ValueError, SourceError),
+            match=r"A key first occurs after the first 10 MB .* Put a row with all keys first",
         ):
             stream_texts(load(web={"path": "a.jsonl", "weight": 1, "streaming": streaming}).train["web"], 99)
 

@@ -154,7 +154,7 @@ def test_a_plain_dataset_resumes_in_the_middle_of_an_epoch(tmp_path: Path, order
 @pytest.mark.parametrize("order", [{}, {"train_sampling_strategy": "group_by_length"}])
 def test_a_loader_before_training_depends_on_the_seed(tmp_path: Path, order: dict[str, Any]) -> None:
     def first(seed: int) -> list[Any]:
-        settings = {"accelerator_config": {"use_seedable_sampler": False}, "seed": seed, **order}
+        settings = {"accelerator_config": {"use_seedable_sampler": False}, "data_seed": seed, **order}
         trainer = make(tmp_path, table(64).remove_columns("x"), **settings)
         return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
 
