@@ -76,7 +76,7 @@ class SourcePreparation:
             self.shown = copy.copy(feed.data.dataset.sources[feed.data.names[0]])
 
     def prepare(self, prepare: Callable[..., Any], dataset: Any, *others: Any) -> Any:
-        """TRL's `_prepare_dataset`. A warning counts what it leaves out, unless packing made fewer rows of examples."""
+        """TRL's `_prepare_dataset`. A warning counts what it leaves out, unless packing made fewer rows of them."""
         args, packed, name = others[1], others[2] is True, others[-1]
 
         def complete(what: str, given: Any) -> Any:
