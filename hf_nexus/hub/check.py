@@ -1,6 +1,6 @@
 """The Hub's rules for the metadata of a card, checked before the upload."""
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -100,7 +100,26 @@ def _license_problems(metadata: dict[str, Any]) -> Iterator[str]:
 
 
 def _index_problems(metadata: dict[str, Any]) -> Iterator[str]:
-    try:
-        json.dumps(metadata.get("model-index"), allow_nan=False, skipkeys=True, default=str)
-    except (ValueError, RecursionError) as error:  # the Hub reads the metadata as JSON, which has no NaN
-        yield f"`model-index` cannot be written as JSON: {error}"
+    """Problems of `model-index`. The Hub rejects a card with NaN, which JSON does not have."""
+    models = metadata.get("model-index", [])
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        yield f"`model-index` must be a list of mappings, got {models!r}"
+        return
+    for model in models:
+        if not isinstance(model.get("name"), str) or not isinstance(model.get("results"), list):
+            yield f"`model-index` entries need a `name` and a list of `results`, got {model!r}"
+            continue
+        for result in model["results"]:
+            try:
+                needed = [result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
+                needed += [metric["type"] for metric in result["metrics"]]
+                values = [metric["value"] for metric in result["metrics"]]
+            except (KeyError, TypeError) as error:
+                yield f"a result of `model-index` lacks {error} (it needs task, dataset and metrics): {result!r}"
+                continue
+            if not values or not all(isinstance(text, str) and text for text in needed):
+                yield f"a result of `model-index` needs a metric, and strings as types and names: {result!r}"
+            if bad := [
+                v for v in values if isinstance(v, bool | None) or (isinstance(v, float) and not math.isfinite(v))
+            ]:
+                yield f"metric values in `model-index` must be finite numbers, got {bad}: {result['dataset']!r}"

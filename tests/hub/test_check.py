@@ -31,8 +31,18 @@ def test_our_cards_are_valid():
         ("datasets: ['data/a/b.jsonl']", "ids of the Hub"),
         ("base_model: ''", "`base_model` must be"),
         ("pipeline_tag: [a]", "`pipeline_tag` must be"),
-        ("model-index: [{name: a, results: [{metrics: [{type: m, value: .nan}]}]}]", "Out of range float"),
-        ("model-index: {name: a, value: -.inf, 2026-01-01: 2026-01-01}", "Out of range float"),
+        ("model-index: {name: a}", "list of mappings"),
+        ("model-index: [{name: a}]", "list of `results`"),
+        ("model-index: [{name: a, results: [{task: {type: t}}]}]", "lacks 'dataset'"),
+        (
+            "model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: n}, metrics: []}]}]",
+            "needs a metric",
+        ),
+        (
+            "model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: n}, "
+            "metrics: [{type: m, value: .nan}]}]}]",
+            "finite",
+        ),
     ],
 )
 def test_invalid_metadata_is_named(head, message):

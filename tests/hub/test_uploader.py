@@ -176,7 +176,7 @@ def test_a_job_with_an_invalid_card_is_sent_without_it(hub: HubServer, tmp_path:
     card = queue.jobs()[0].files()["README.md"]
     good = card.read_text()
     if found_by == "us":
-        card.write_text("---\nlicense: nonsense\n---\n")
+        card.write_text("---\nmodel-index: nonsense\n---\n")
     elif found_by == "validate-yaml":
         hub.fail("/validate-yaml", status=400, body='{"errors": [{"message": "no"}], "warnings": []}')
     else:
