@@ -1,7 +1,6 @@
 """A command line and its YAML file, read in less than a second, without torch."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from ..mixture.config import MixtureConfig
 from ..mixture.data_files import find_files, is_remote, means_files
 from .flags import RUN, read_flags
 from .kinds import check_sections, known_kinds
-from .sections import DEFAULT_CONFIG, load_config, naming
+from .sections import DEFAULT_CONFIG, complete_config, load_config, naming
 
 __all__ = ["CommandLine", "from_sections", "read_command_line"]
 
@@ -38,15 +37,18 @@ def read_command_line(argv: list[str]) -> CommandLine:
     """
     flags = read_flags(hide_token(argv), {"run": RUN, **known_kinds()})
     name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)
-    return from_sections(name, None, dry_run, flags)
+    return _with_flags(name, load_config(name), flags, dry_run)
 
 
-def from_sections(
-    name: str, content: dict[str, Any] | None, dry_run: bool = False, flags: Mapping[str, dict[str, Any]] = {}
+def from_sections(name: str, content: dict[str, Any], dry_run: bool = False) -> CommandLine:
+    """As [`read_command_line`], for the content of a YAML file without flags. Errors start with `name`."""
+    return _with_flags(name, complete_config(name, content), {section: {} for section in known_kinds()}, dry_run)
+
+
+def _with_flags(
+    name: str, config: dict[str, dict[str, Any]], flags: dict[str, dict[str, Any]], dry_run: bool
 ) -> CommandLine:
-    """As [`read_command_line`], for the content of a YAML file, or the file `name`. Errors start with `name`."""
-    kinds, config = known_kinds(), load_config(name, content)
-    flags = {section: flags.get(section, {}) for section in kinds}
+    kinds = known_kinds()
     check_sections(config, kinds, {**config.get("model", {}), **flags["model"]}, f"{name}: ")
     with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})

@@ -10,7 +10,7 @@ from ..hub.results import HeldOutLoss
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
-from ..quiet import new_table
+from ..terminal import new_table
 from ..trainer.support import ONE_INNER_STEP
 from .advice import warnings_of
 from .cost import CostEstimate

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..quiet import is_live
+from ..terminal import is_live
 from .console import say
 
 __all__ = ["SaveOnSignal", "TrainingProgress"]

@@ -9,7 +9,16 @@ from typing import Any
 from ..files import Secret, nearest, shown
 from ..strict import check, load_yaml, parse_yaml
 
-__all__ = ["CONFIG_NAME", "DEFAULT_CONFIG", "SECTION_NAMES", "STARTER", "check_values", "load_config", "naming"]
+__all__ = [
+    "CONFIG_NAME",
+    "DEFAULT_CONFIG",
+    "SECTION_NAMES",
+    "STARTER",
+    "check_values",
+    "complete_config",
+    "load_config",
+    "naming",
+]
 
 DEFAULT_CONFIG = "3b"
 CONFIG_NAME = "pretrain.yaml"  # of the configuration that a run saves in its output folder
@@ -17,17 +26,25 @@ STARTER = resources.files(__package__).joinpath("starter.yaml").read_text(encodi
 SECTION_NAMES = ("model", "data", "training")
 
 
-def load_config(name_or_path: str, content: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+def load_config(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
-    Read a configuration by name (`"demo"`) or path, or its `content`: the fields of its sections as plain data. A
-    mixture alone, with its fields at the top level, gets the training settings of `hf-nexus init`. If no steps are
-    named, the run logs every 10, and evaluates 10 times if it has held-out rows. The Trainer would log every 500, and
-    not evaluate.
+    Read a configuration by name (`"demo"`) or path, and complete it.
 
     Raises:
         ValueError: no such configuration, an unknown section, or no sources. The message names the file.
     """
-    config = load_yaml(name_or_path, "pretrain", "configuration") if content is None else content
+    return complete_config(name_or_path, load_yaml(name_or_path, "pretrain", "configuration"))
+
+
+def complete_config(name_or_path: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """
+    The fields of all sections, from the content of a YAML file. A mixture alone, with its fields at the top level,
+    gets the training settings of `hf-nexus init`. If no steps are named, the run logs every 10, and evaluates 10 times
+    if it has held-out rows. The Trainer would log every 500, and not evaluate.
+
+    Raises:
+        ValueError: an unknown section, or no sources. The message starts with the name of the file.
+    """
     if "sources" in config:
         if section := next((name for name in SECTION_NAMES if name in config), None):
             raise ValueError(
