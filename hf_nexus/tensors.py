@@ -1,4 +1,4 @@
-"""Operations on lists of tensors, and the snapshot of the parameters."""
+"""Operations on lists of tensors, the snapshot of the parameters, and the devices of tensors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

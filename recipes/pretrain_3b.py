@@ -26,7 +26,7 @@ Every field of the configuration is also a flag. `--resume_from_checkpoint last`
 
 import sys
 
-from hf_nexus.quiet import quieten
+from hf_nexus.terminal import quieten
 
 if __name__ == "__main__":
     quieten()  # before heavy packages are imported

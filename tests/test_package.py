@@ -37,7 +37,7 @@ ROOMS = [
     "files",
     "lazy",
     "version",
-    "quiet",
+    "terminal",
 ]
 
 

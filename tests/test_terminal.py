@@ -12,7 +12,7 @@ CHANGED = "Warning: The following arguments do not match the ones in the `traine
 directory: "
 PRINT = """
 import warnings
-from hf_nexus.quiet import quieten
+from hf_nexus.terminal import quieten
 quieten()
 from tqdm import tqdm
 for step in tqdm(range(3)): pass
@@ -35,7 +35,7 @@ warnings.warn("the user's")
     ],
 )
 def test_only_what_the_user_cannot_change_is_left_out(monkeypatch, record, kept):
-    from hf_nexus.quiet import quieten
+    from hf_nexus.terminal import quieten
 
     logger = logging.getLogger("transformers.trainer")
     monkeypatch.setattr(logger, "filters", [])

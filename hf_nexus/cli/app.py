@@ -13,8 +13,8 @@ from typer.core import TyperCommand
 from .. import __version__
 from ..errors import one_line_errors
 from ..files import Secret, hide_token, printable
-from ..quiet import new_table, quieten
 from ..strict import packaged
+from ..terminal import new_table, quieten
 from .benchmark import benchmark
 from .closeness import closeness
 from .compare import compare

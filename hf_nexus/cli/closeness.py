@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import require_folder
-from ..quiet import is_live, new_table
+from ..terminal import is_live, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console

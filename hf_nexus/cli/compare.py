@@ -37,9 +37,7 @@ def compare(
     """Compare arms over seeds and write a report: hf-nexus compare mine.yaml --output_dir runs/mine"""
     from ..compare.config import ComparisonConfig
 
-    modes = {"--plan": plan, "--report": report, "--run": run is not None, "--pilot": pilot and plan}
-    if len(given := [flag for flag, is_given in modes.items() if is_given]) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other. Give one of them.")
+    _check_modes({"--plan": plan, "--report": report, "--run": run is not None, "--pilot": pilot and plan})
     if difference and not (plan or pilot):
         raise ValueError("--difference is only printed with --plan or --pilot. Add one of them.")
     whole = ComparisonConfig.load(config, output_dir)  # before heavy packages are imported
@@ -68,3 +66,8 @@ def compare(
         print_plan(whole, command, differences, console)
     if comparison.failed:
         raise SystemExit(f"{len(comparison.failed)} runs failed; the same command runs only what is missing.")
+
+
+def _check_modes(modes: dict[str, bool]) -> None:
+    if len(given := [flag for flag, is_given in modes.items() if is_given]) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other. Give one of them.")

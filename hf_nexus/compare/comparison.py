@@ -29,7 +29,7 @@ from ..pretrain.command_line import from_sections
 from ..pretrain.fields import PretrainArguments, PretrainConfig
 from ..pretrain.parsing import resolve
 from ..pretrain.run import load_tokenizer
-from ..quiet import is_live
+from ..terminal import is_live
 from .analysis import Test
 from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
 from .config import ComparisonConfig

@@ -9,7 +9,7 @@ from ..evaluation.statistics import ALPHA, POWER, detectable, highest_deviation,
 from ..pretrain.command_line import from_sections
 from ..pretrain.parsing import resolve
 from ..pretrain.plan import RunPlan, plan_run
-from ..quiet import new_table
+from ..terminal import new_table
 from .analysis import Where, compare_arms
 from .config import ComparisonConfig
 from .records import RunRecord, finished_runs, metric_label

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from ..evaluation.statistics import Estimate
 from ..files import finite_json
-from ..quiet import new_table
+from ..terminal import new_table
 from .analysis import Analysis, Row, Where
 from .conclusions import conclusions, limitations, p_text, plain_words, rounded
 from .page import write_page

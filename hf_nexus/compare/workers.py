@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -153,7 +154,7 @@ def _make_calls(pipe: Any, devices: str | None, threads: int) -> None:
     its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "register_at_fork"):  # not on Windows
+    if sys.platform != "win32":
         # The parent notices the end of this process by the pipe, which a forked process would keep open.
         os.register_at_fork(after_in_child=pipe.close)
     _start_processes_as_usual()

@@ -335,7 +335,9 @@ class StagedCheckpoints:
         if self._resumed is None:
             return
         recorded = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).best_model_checkpoint
-        for resumed in (Path(self._resumed), Path(self._resumed).resolve()) if recorded else ():
+        if recorded is None:
+            return
+        for resumed in (Path(self._resumed), Path(self._resumed).resolve()):
             best = resumed.with_name(Path(recorded).name)
             if best.is_dir():
                 if str(best) != state.best_model_checkpoint:

@@ -231,10 +231,10 @@ def compress(model: nn.Module, wanted: Callable[[], bool]) -> None:
         return hook(ddp().process_group, bucket)
 
     for module in _ddp_modules(model):
-        for hook, _ in module._comm_hooks:
+        if module._comm_hooks:
             raise ValueError(
-                f"The communication hook {getattr(hook, '__qualname__', hook)!r} with reduce_dtype='bfloat16' is not "
-                "allowed: DDP takes one hook. Leave one of the two out."
+                "reduce_dtype='bfloat16' with another communication hook is not allowed: DDP takes one hook. Leave "
+                "one of the two out."
             )
         module.register_comm_hook(weakref.ref(module), reduce)  # DDP would keep itself alive
 

@@ -66,7 +66,7 @@ class SourcePreparation:
         self._feed = feed
         self.shown: Any = None  # the `train_dataset` for TRL; None for a plain dataset and without TRL
         if parent is not None and feed.data.stages:
-            if not hasattr(parent, "_prepare_dataset"):
+            if "_prepare_dataset" not in dir(parent):  # its constructor prepares the dataset
                 raise ValueError(
                     f"{parent.__name__} prepares one dataset, but got {', '.join(feed.data.names)}. Pass one plain "
                     "dataset, such as datasets.concatenate_datasets(list(sources.values()))."
