@@ -36,8 +36,9 @@ def read_command_line(argv: list[str]) -> CommandLine:
             With `--dry_run`, data files may be missing.
     """
     flags = read_flags(hide_token(argv), {"run": RUN, **known_kinds()})
-    name, dry_run = flags["run"].get("config", DEFAULT_CONFIG), flags["run"].get("dry_run", False)
-    return _with_flags(name, load_config(name), flags, dry_run)
+    run = flags.pop("run")
+    name = run.get("config", DEFAULT_CONFIG)
+    return _with_flags(name, load_config(name), flags, run.get("dry_run", False))
 
 
 def from_sections(name: str, content: dict[str, Any], dry_run: bool = False) -> CommandLine:

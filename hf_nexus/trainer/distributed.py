@@ -232,9 +232,10 @@ def compress(model: nn.Module, wanted: Callable[[], bool]) -> None:
 
     for module in _ddp_modules(model):
         if module._comm_hooks:
+            hook, _ = module._comm_hooks[0]
             raise ValueError(
-                "reduce_dtype='bfloat16' with another communication hook is not allowed: DDP takes one hook. Leave "
-                "one of the two out."
+                f"The communication hook {getattr(hook, '__qualname__', hook)!r} with reduce_dtype='bfloat16' is not "
+                "allowed: DDP takes one hook. Leave one of the two out."
             )
         module.register_comm_hook(weakref.ref(module), reduce)  # DDP would keep itself alive
 
