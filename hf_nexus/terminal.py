@@ -30,12 +30,18 @@ def is_live(console: Any) -> bool:
 
 
 def new_table(title: str, *columns: str, texts: int = 1) -> "Table":
-    """A table whose first `texts` columns are text, on the left, and the others numbers, on the right."""
+    """
+    A table whose first `texts` columns are text, on the left, and the others numbers, on the right. In a narrow
+    terminal, text is wrapped and numbers keep their width.
+    """
     from rich.table import Table
 
     table = Table(title=title, show_header=any(columns))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < texts else "right")
+        if index < texts:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Which warnings of other packages our commands leave out."""
+"""Tables, and which warnings of other packages our commands leave out."""
 
 import logging
 import os
@@ -22,6 +22,20 @@ import tempfile, torch.distributed.checkpoint
 torch.distributed.checkpoint.save({}, checkpoint_id=tempfile.mkdtemp())
 warnings.warn("the user's")
 """
+
+
+def test_narrow_tables_wrap_text_and_keep_numbers(capsys):
+    from rich.console import Console
+
+    from hf_nexus.terminal import new_table
+
+    table = new_table("", "source", "tokens")
+    table.add_row("a-name-of-many-letters", "1,234,567")
+    Console(width=26).print(table)
+    shown = capsys.readouterr().out
+    assert "1,234,567" in shown and "a-name-of-man" not in shown and "…" not in shown
+    names = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") == 3]
+    assert "".join(names) == "a-name-of-many-letters"
 
 
 @pytest.mark.parametrize(

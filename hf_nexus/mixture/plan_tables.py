@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..files import printable
+from ..terminal import new_table
 from .plan import PlanRow
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["plan_table", "stage_table"]
+
+_SEEN = ("share", "seen", "epochs")
 
 
 def plan_table(
@@ -24,7 +27,7 @@ def plan_table(
     def licence(name: str) -> Text:
         return Text("" if licenses is None else printable(licenses.get(name) or "unknown"))
 
-    table = _table("Mixture", "source", "role", "licence", "tokens")
+    table = new_table("Mixture", "source", "role", "licence", "tokens", *_SEEN, texts=3)
     for row in rows:
         limit = "" if row.max_epochs is None else f" (max {row.max_epochs:g})"
         seen = _compact(row.train_tokens), _epochs(row.epochs) + limit
@@ -41,26 +44,13 @@ def plan_table(
 
 def stage_table(rows: Sequence[PlanRow], titles: Sequence[str]) -> "Table":
     """The plan of each stage as a table, with a title for each."""
-    table = _table("Stages", "stage", "source")
+    table = new_table("Stages", "stage", "source", *_SEEN, texts=2)
     for stage, title in enumerate(titles):
         table.add_section()
         for row, first_cell in zip(rows, [title] + [""] * len(rows), strict=False):
             tokens = row.stage_tokens[stage]
             numbers = f"{row.stage_shares[stage]:.1%}", _compact(tokens), _epochs(row.epochs_of(tokens))
             table.add_row(first_cell, row.source, *numbers)
-    return table
-
-
-def _table(title: str, *columns: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in (*columns, "share", "seen", "epochs"):
-        # In a narrow terminal, names are wrapped and numbers keep their width.
-        if column in ("stage", "source", "licence"):
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="left" if column == "role" else "right", no_wrap=True)
     return table
 
 
