@@ -138,7 +138,7 @@ def _body(run: RunSummary) -> str:
     template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
     environment = {
         "Hardware": run.hardware and _cell(run.hardware),
-        "Training time": run.seconds if run.seconds is None else timedelta(seconds=round(run.seconds)),
+        "Training time": _duration(run.seconds),
         f"{run.unit.capitalize()} per second": run.tokens_per_second and _number(run.tokens_per_second),
         "Commit of `hf_nexus`": run.commit and _code(run.commit),
         **{_cell(name): _cell(version) for name, version in run.versions.items()},
@@ -196,6 +196,11 @@ def _number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return _cell(value)
     return f"{round(value):,}" if isinstance(value, int) or 999.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
+def _duration(seconds: float | None) -> timedelta | None:
+    """Whole seconds, or `None` if they are not known: a damaged summary can hold NaN."""
+    return None if seconds is None or not math.isfinite(seconds) else timedelta(seconds=round(seconds))
 
 
 def _yaml(settings: dict[str, Any]) -> str:

@@ -110,6 +110,12 @@ def test_sets_of_one_dataset_are_not_merged_in_the_index():
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in model["results"]] == [("a", 1.0), ("b", 2.0)]
 
 
+def test_a_training_time_that_is_not_known_is_left_out():
+    assert "Training time: 0:03:20" in str(run_card(make_run(seconds=200.2)))
+    for seconds in (None, math.nan, math.inf):
+        assert "Training time" not in str(run_card(make_run(seconds=seconds)))
+
+
 def test_the_card_of_a_diverged_run_is_valid():
     card = run_card(
         make_run(evaluations=[HeldOutLoss("a", "train", 8.0, math.nan), HeldOutLoss("b", "ood", 8.0, 1e4)])
