@@ -548,6 +548,7 @@ def test_a_conversation_that_is_none_is_an_error(load: Any) -> None:
     [
         ({"path": "missing.jsonl"}, r"sources\.a: 'missing\.jsonl'.*no file matches"),
         ({"path": "data/*.parquet"}, r"sources\.a: .*no file matches"),
+        ({"path": "token files"}, r"sources\.a: 'token files'.*token files"),
         ({"path": "{a.jsonl,b.csv}"}, r"sources\.a"),
         ({"path": "a.*"}, r"sources\.a: .*use files of one of"),
         ({"path": "org/web"}, r"sources\.a: 'org/web'.*looked up on the Hub"),
