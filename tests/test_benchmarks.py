@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.tiny import distance
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,10 +41,6 @@ def trained(arms: Any, arm: str, k: int = 4) -> torch.Tensor:
     before = weights(trainer)
     trainer.train()
     return weights(trainer) - before
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def test_the_naive_implementation_is_the_same_update(arms):

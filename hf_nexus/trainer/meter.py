@@ -51,7 +51,7 @@ def peak_flops(device: torch.device) -> float | None:
 class _Interval:
     """
     Sums since the last log line, given to `add_*`, counted by `_count_*` and logged by `read`. Tensors stay on the
-    device until then. Both sums of a logged ratio are `new_*` or neither is: these also end at each checkpoint.
+    device until then. `new_*` are also read and cleared at each checkpoint: a logged ratio has two of them, or none.
     """
 
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))  # of micro-batches of one source

@@ -685,8 +685,9 @@ class NexusTrainerMixin(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
-        Write a checkpoint of the restored weights, complete or not at all, then push it. Files of our own are written
-        after those of the base class, by the rank with `args.should_save`, and not if `_plain`.
+        Write a checkpoint of the restored weights, complete or not at all, then push it. A file of the run is written
+        after the call of the base class, by the rank with `args.should_save`, and not if `_plain`; a file of each rank
+        in `_save_rng_state`.
         """
         with self.meter.paused():
             self.meter.update_totals(self.state.global_step)

@@ -45,3 +45,9 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: A
         "eos_token_id": None,
     }
     return LlamaForCausalLM(LlamaConfig(**(shape | overrides))).to(dtype)
+
+
+def distance(weights: Any, expected: Any) -> float:
+    """L2 distance relative to the norm of `expected`, in float64."""
+    a, b = torch.as_tensor(weights, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
+    return float((a - b).norm() / b.norm())

@@ -189,7 +189,7 @@ def test_one_plain_dataset_uses_the_stock_loader(make_trainer, sources):
     trainer.train()
     logs = last_log(trainer)
     assert "path_cosine" in logs
-    assert not [key for key in logs if key.startswith(("loss/", "tokens/"))]
+    assert not [key for key in logs if "/" in key]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Checkpoints that are written while training goes on, by two ranks."""
 
 import pytest
-import torch
 
+from tests.support.tiny import distance
 from tests.trainer.distributed.fsdp_worker import llama, trained
 from tests.trainer.distributed.worker import make, sources
 
@@ -10,11 +10,6 @@ from tests.trainer.distributed.worker import make, sources
 @pytest.fixture(scope="module")
 def two(two_ranks: list[dict]) -> list[dict]:
     return [rank["async"] for rank in two_ranks]
-
-
-def distance(a, b) -> float:
-    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -1,7 +1,8 @@
 """FSDP2 on CPU processes with tied embeddings and uneven shards, on two and on four ranks."""
 
 import pytest
-import torch
+
+from tests.support.tiny import distance
 
 pytest.importorskip("peft")
 
@@ -9,11 +10,6 @@ pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def two(two_ranks: list[dict]) -> list[dict]:
     return [rank["fsdp"] for rank in two_ranks]
-
-
-def distance(a, b) -> float:
-    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("run", ["fsdp", "cpu_copy", "between_steps"])

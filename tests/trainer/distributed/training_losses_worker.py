@@ -131,7 +131,7 @@ def measure(out: Path, kind: str, nexus: bool, ranks: int) -> dict[str, float]:
     trainer.train()
     logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
     metrics = trainer.evaluate(sets(kind, 7))
-    found = {key: value for key, value in logs.items() if key.startswith("loss")}
+    found = {key: value for key, value in logs.items() if key.partition("/")[0] == "loss"}
     return found | {key: value for key, value in metrics.items() if key in ("eval_text_loss", "eval_code_loss")}
 
 
