@@ -18,10 +18,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.garbage import freeze
 from tests.support.tiny import Rows, tiny_llama
 
 settings.register_profile("no deadline", deadline=None)  # the first call may take long
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze_modules() -> None:
+    freeze()
 
 
 @pytest.fixture

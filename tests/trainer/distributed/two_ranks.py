@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from tests.support.garbage import freeze
 from tests.support.launcher import report
 from tests.trainer.distributed import (
     agreement_worker,
@@ -29,6 +30,7 @@ WORKERS = {
 
 
 def main(out: Path) -> None:
+    freeze()
     found = {}
     for name, module in WORKERS.items():
         (out / name).mkdir(exist_ok=True)
