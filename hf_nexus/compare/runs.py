@@ -145,8 +145,7 @@ class Run:
             seed=self.seed,
             settings=self.settings,
             curve=_curve(log, run.mixture, window * run.arguments.mixture.sequence_length),
-            seconds=run.trainer.meter.earlier_seconds
-            + next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), 0.0),
+            seconds=run.trainer.meter.seconds,
         )
         if self.trial:
             return record

@@ -55,7 +55,7 @@ class RunFacts:
     rows: Mapping[str, int]  # of each source so far
     unit: str  # "tokens" or "rows" that were trained on
     nexus: dict[str, Any]  # the resolved Nexus fields
-    earlier_seconds: float = 0.0  # of the sessions before the last resume
+    seconds: float = 0.0  # of training so far, over all sessions
     dynamic_weights: bool = False  # whether mixture weights are decided while training
 
 
@@ -89,7 +89,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
         "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
         "hardware": describe_hardware(args.device.type, args.world_size),
         "commit": find_commit(),
-        "seconds": facts.earlier_seconds + last["train_runtime"] if "train_runtime" in last else None,
+        "seconds": facts.seconds or None,
         "tokens_per_second": last.get("tokens_per_second"),
         "versions": installed_versions(),
         **find_origin(model),

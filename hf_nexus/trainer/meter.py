@@ -90,12 +90,18 @@ class TrainingMeter:
         self._device = device
         self._masked, self._copies = masked or {}, copies
         self.begin(None)
+        self._began: float | None = None  # when training began, while it runs
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training so far, over all sessions of the run."""
+        return self._seconds if self._began is None else self._seconds + time.perf_counter() - self._began
 
     def state(self) -> dict[str, Any]:
         """The totals up to the last update, in the form that `trainer_state.json` has."""
         totals = ("trained_tokens", "rows", "inner_steps_skipped", "unit")
         attributes: dict[str, Any] = {name: getattr(self, name) for name in totals}
-        attributes["seconds"] = self.earlier_seconds + time.perf_counter() - self._began
+        attributes["seconds"] = self.seconds
         return {"args": {"sources": self.sources}, "attributes": attributes}
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
@@ -110,13 +116,17 @@ class TrainingMeter:
         )
         # Inner steps without a usable gradient, on average over the ranks.
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
-        self.earlier_seconds: float = totals.get("seconds", 0.0)  # of the sessions before the last resume
+        self._seconds: float = totals.get("seconds", 0.0)  # of the sessions that have ended
         self._began = time.perf_counter()
         self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
         self._pauses = 0  # of those that are not over, one inside the other
         self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
         self._step = -1  # the outer step of that window
+
+    def end(self) -> None:
+        """Stop the time of training."""
+        self._seconds, self._began = self.seconds, None
 
     # ---- Counting ----
 
@@ -167,11 +177,12 @@ class TrainingMeter:
             share = tokens if len(rows) == 1 else tokens * (count / sum(rows.values()))
             interval.new_tokens[source] = interval.new_tokens[source] + share
             interval.new_rows[source] += count
-        if len(rows) == 1:
-            interval.loss[source] = interval.loss[source] + loss
-            interval.tokens[source] = interval.tokens[source] + tokens
-        else:
+        if len(rows) > 1:
             interval.mixed_tokens = interval.mixed_tokens + tokens
+            return
+        [source] = rows
+        interval.loss[source] = interval.loss[source] + loss
+        interval.tokens[source] = interval.tokens[source] + tokens
 
     def _count_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
         self._interval.skipped += skipped

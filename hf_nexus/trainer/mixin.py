@@ -306,6 +306,8 @@ class NexusTrainerMixin(_Base):
                     f"{error}\nTraining stopped after step {step}, and a checkpoint was saved in "
                     f"{self.args.output_dir!r}. Fix the cause, then go on with resume_from_checkpoint=True."
                 ) from error
+            finally:
+                self.meter.end()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, and warn of settings that have changed."""
@@ -814,7 +816,7 @@ class NexusTrainerMixin(_Base):
             rows=self.meter.rows,
             unit=self.meter.unit,
             nexus=self.resolved_settings(),
-            earlier_seconds=self.meter.earlier_seconds,
+            seconds=self.meter.seconds,
             dynamic_weights=self._feed.dynamic_weights,
         )
 
