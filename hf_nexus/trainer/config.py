@@ -122,7 +122,7 @@ class NexusConfigMixin:
             self.use_cpu = True  # otherwise each process would train a model alone, without a message
         check_fields(self, NexusConfigMixin)
         self.mixture_weights = _parse_weights(self.mixture_weights)
-        if self.matrix_optimizer is not None:
+        if self.matrix_optimizer == "muon":
             muon_options(self.optim_args)  # type: ignore[attr-defined]
         args: Any = self  # joined with TrainingArguments
         if args.greater_is_better is None and lower_is_better(args.metric_for_best_model):

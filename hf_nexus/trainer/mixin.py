@@ -38,7 +38,7 @@ from .distributed import is_wrapped, parallelism_of, reduce_over
 from .evaluation import Evaluation, countable, held_back, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter
-from .optimizers import create_muon_with_adamw
+from .optimizers import create_matrix_optimizer
 from .precision import precision_is_chosen, widen_weights
 from .publishing import Publishing, card_fields
 from .sharded import is_sharded, load_model, load_optimizer
@@ -233,6 +233,12 @@ class NexusTrainerMixin(_Base):
         return self.is_fsdp_enabled or self._sharded_at_load
 
     @property
+    def _shards(self) -> int:
+        """The largest number of ranks over which a parameter is sharded."""
+        mesh = self.accelerator.parallelism_config
+        return self.args.world_size // (mesh.dp_replicate_size if mesh else 1) if self.sharded else 1
+
+    @property
     def _plain(self) -> bool:
         """Whether the run is the base class's: without the update, on data without sources."""
         return not self.args.nexus and not self.data.stages
@@ -393,7 +399,7 @@ class NexusTrainerMixin(_Base):
             model = self.model if model is None else model
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
             decaying = self.get_decay_parameter_names(model)
-            self.optimizer = create_muon_with_adamw(model, self.args, adamw, decaying, self.sharded)
+            self.optimizer = create_matrix_optimizer(model, self.args, adamw, decaying, self._shards)
         return super().create_optimizer(model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

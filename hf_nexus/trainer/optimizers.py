@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
-__all__ = ["MuonWithAdamW", "create_muon_with_adamw", "muon_options"]
+__all__ = ["MuonWithAdamW", "create_matrix_optimizer", "muon_options"]
 
 # The options of Muon in `optim_args`, and their types.
 _OPTIONS: dict[str, Callable[[str], Any]] = {"muon_lr": float, "muon_momentum": float, "muon_adjust_lr_fn": str}
@@ -87,15 +87,15 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
     return options
 
 
-def create_muon_with_adamw(
-    model: nn.Module, args: Any, adamw: dict[str, Any], decaying: Iterable[str], sharded: bool = False
+def create_matrix_optimizer(
+    model: nn.Module, args: Any, adamw: dict[str, Any], decaying: Iterable[str], shards: int = 1
 ) -> MuonWithAdamW:
     """
     The optimizer of `matrix_optimizer="muon"`: Muon for trainable 2-D weights of at least two rows and columns that
     are not an embedding or the output layer, AdamW for the other parameters.
 
-    `adamw` has the options of AdamW, and `decaying` the names of the parameters with weight decay. `sharded` says
-    whether the model will be sharded over the ranks.
+    `adamw` has the options of AdamW, and `decaying` the names of the parameters with weight decay. `shards` is the
+    number of ranks over which the model will be sharded.
 
     Raises:
         ValueError: there is no matrix for Muon, or one with fewer rows than there are ranks to shard it.
@@ -107,9 +107,9 @@ def create_muon_with_adamw(
         if p.requires_grad:
             is_matrix = p.ndim == 2 and min(p.shape) > 1 and id(p) not in tables
             (matrices if is_matrix else others)[name not in decaying].append(p)
-            if is_matrix and sharded and len(p) < args.world_size:  # torch fails at the first step
+            if is_matrix and len(p) < shards:  # torch fails at the first step
                 raise ValueError(
-                    f"matrix_optimizer='muon' cannot shard {name!r} of shape {tuple(p.shape)} over {args.world_size} "
+                    f"matrix_optimizer='muon' cannot shard {name!r} of shape {tuple(p.shape)} over {shards} "
                     "ranks: torch's Muon needs a row for each rank. Use fewer ranks, DDP, or leave it out."
                 )
     if not any(matrices):

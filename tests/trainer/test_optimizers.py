@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from hf_nexus import NexusConfig
-from hf_nexus.trainer.optimizers import MuonWithAdamW, muon_options
+from hf_nexus.trainer.optimizers import MuonWithAdamW, create_matrix_optimizer, muon_options
 from tests.support.tiny import Rows, tiny_llama
 
 STEPS = 10
@@ -206,6 +207,16 @@ def test_muon_leaves_output_adapters_and_single_rows_to_adamw(build) -> None:
         names = {id(p): name for name, p in model.named_parameters()}
         groups = [group for group in trainer.create_optimizer().param_groups if "momentum" in group]
         assert {names[id(p)].split(".lora")[0].split(".")[-1] for g in groups for p in g["params"]} == expected
+
+
+def test_muon_needs_a_row_of_each_matrix_for_each_shard(build) -> None:
+    trainer = build("muon", model=tiny_llama(intermediate_size=3))
+    create = partial(create_matrix_optimizer, trainer.model, trainer.args, {}, [])
+    assert len(create(shards=3).param_groups) == len(create().param_groups)
+    with pytest.raises(
+        ValueError, match=r"mlp\.gate_proj\.weight' of shape \(3, 16\) over 4 ranks"
+    ):
+        create(shards=4)
 
 
 def test_one_learning_rate_serves_both_by_default(build) -> None:
