@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
 _FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
+_TEXT = ("json", "csv", "tsv", "text")  # those that may be compressed as a whole
 _COMPRESSIONS: dict[str, Any] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # with pandas' names
 # Files that describe a dataset.
 _METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
@@ -95,6 +96,9 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     builder, *others = dict.fromkeys(formats.values())
     if others:
         raise _several_formats(base, found, formats)
+    packed = [file for file in formats if _suffixes(file)[1] in _COMPRESSIONS]
+    if packed and builder not in _TEXT:
+        raise ValueError(f"{_listed(packed)}: files of this format are not read compressed. Decompress them.")
     if changed := [file for file in formats if "::" in file or os.path.expandvars(file) != file]:
         raise ValueError(f"{_listed(changed)}: a name must not hold '::' or a variable. Rename the files.")
     splits: dict[str, list[str]] = {}

@@ -182,6 +182,14 @@ def test_the_format_of_most_bytes_is_proposed() -> None:
         files("l")
 
 
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.arrow.zst"])
+def test_a_compressed_file_of_a_binary_format_is_refused(name: str) -> None:
+    write(f"packed/{name}")
+    for path in ("packed", f"packed/{name}"):
+        with pytest.raises(ValueError, match=rf"packed/{name}.*Decompress"):
+            files(path)
+
+
 @pytest.mark.parametrize("name", ["state.json", "config.json"])
 def test_a_glob_of_a_name_of_metadata_reads_it(name: str) -> None:
     for folder in "xy":
