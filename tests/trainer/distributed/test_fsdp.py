@@ -98,7 +98,7 @@ def test_paths_of_other_ranks_than_the_shards_are_an_error(four_ranks):
 
 @pytest.mark.parametrize(("run", "ddp", "bound"), [("hsdp", "ddp", 1e-5), ("muon_hsdp", "muon_ddp", 1e-2)])
 def test_hybrid_sharding_on_four_ranks_matches_ddp(four_ranks, run, ddp, bound):
-    """Muon needs a row of each matrix for each shard, and those of the adapters have three. It computes in bfloat16."""
+    """Muon needs a row of each matrix for each shard: adapters have three here. It computes in bfloat16."""
     ranks = [rank["hybrid"] for rank in four_ranks]
     assert distance(ranks[0][run], ranks[0][ddp]) < bound
     assert all(rank[run] == ranks[0][run] for rank in ranks)
