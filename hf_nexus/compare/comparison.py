@@ -332,7 +332,8 @@ class Comparison:
         finished = [(run, record) for run in runs if (record := run.load()) is not None]
         wanted = self.config.minima
         seeds = () if wanted is None else wanted.seeds or self.config.seeds
-        searched = [(run, record) for run, record in finished if run.seed in seeds]
+        arms = () if wanted is None else wanted.arms or self.config.arms
+        searched = [(run, record) for run, record in finished if run.seed in seeds and run.arm in arms]
         missing = [run for run, record in searched if record.minima is None]
         searches = [Call(f"minima of {run}", partial(search_minima, run), _log(run)) for run in missing]
         self._call("minima", searches, done=len(searched) - len(missing))

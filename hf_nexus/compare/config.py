@@ -102,8 +102,8 @@ class MinimaSearch:
     Args:
         sources (`list[str]`, *optional*):
             Training sources to search for; all if unset. The first three span the plane of the landscape plot.
-        seeds (`list[int]`, *optional*):
-            Seeds of the runs to search from; all if unset.
+        arms (`list[str]`, *optional*), seeds (`list[int]`, *optional*):
+            Arms and seeds of the runs to search from; all if unset.
         learning_rate (`float`, *optional*, defaults to 1e-3):
             Constant learning rate.
         max_steps (`int`, *optional*, defaults to 200), eval_steps (`int`, *optional*, defaults to 10):
@@ -117,6 +117,7 @@ class MinimaSearch:
     """
 
     sources: list[Text] | None = None
+    arms: list[Text] | None = None
     seeds: list[Seed] | None = None
     learning_rate: Positive = 1e-3
     max_steps: Count = 200
@@ -127,8 +128,9 @@ class MinimaSearch:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.seeds is not None:
-            _check_different("seeds", self.seeds)
+        for key in ("arms", "seeds"):
+            if (values := getattr(self, key)) is not None:
+                _check_different(key, values)
         if self.sources is not None:
             _check_different("sources", self.sources, least=2)
 
@@ -253,8 +255,10 @@ class ComparisonConfig:
                 f"tuning.seeds: {both} are seeds of the comparison, too. Runs must not be judged on the seeds that "
                 "their settings were chosen on. Choose other seeds."
             )
-        if self.minima is not None and (unknown := sorted(set(self.minima.seeds or []) - set(self.seeds))):
-            raise ValueError(f"minima.seeds: {unknown} are not among the seeds {self.seeds}.")
+        if self.minima is not None:
+            for key, known in (("arms", [*self.arms]), ("seeds", self.seeds)):
+                if unknown := sorted({*(getattr(self.minima, key) or [])} - {*known}):
+                    raise ValueError(f"minima.{key}: {unknown} are not among the {key} {known}.")
 
     def _check_arms(self) -> None:
         if len(self.arms) < 2:

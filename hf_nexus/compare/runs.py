@@ -71,7 +71,7 @@ class Run:
             rows = self.config.train_sample_rows
             files[MEASURED_NAME] = {"train_sample_rows": rows, "question_sets": questions}
             if self.config.minima is not None:
-                files[MINIMA_NAME] = asdict(replace(self.config.minima, seeds=None))
+                files[MINIMA_NAME] = asdict(replace(self.config.minima, arms=None, seeds=None))
         return files
 
     @property

@@ -88,6 +88,20 @@ def copied(finished: tuple[ComparisonConfig, str], tmp_path: Path) -> Comparison
     return replace(finished[0], output_dir=str(shutil.copytree(finished[0].output_dir, tmp_path / "moved")))
 
 
+def test_minima_are_searched_from_the_chosen_runs(copied, monkeypatch):
+    """Those of runs that are chosen later are added, and found ones are kept."""
+    searched: list[str] = []
+
+    def record(calls: Sequence[Call], workers: int) -> Iterator[CallResult]:
+        searched.extend(call.name for call in calls)
+        return iter(())
+
+    monkeypatch.setattr(module, "call_in_workers", record)
+    wider = replace(copied, minima=replace(copied.minima, arms=["nexus"], seeds=[1, 2]))
+    run(wider)
+    assert searched == ["minima of nexus seed 2"]
+
+
 def test_several_processes_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Start it as one process"):

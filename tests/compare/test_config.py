@@ -56,6 +56,8 @@ def make(**changes: Any) -> ComparisonConfig:
         ({"tuning": {"grid": {"learning_rat": [1e-3]}}}, "tuning.grid.learning_rat: not a training field"),
         ({"tuning": {"grid": {"learning_rate": [1e-3]}, "seeds": [3]}}, "are seeds of the comparison, too"),
         ({"minima": {"seeds": [9]}}, "minima.seeds: .9. are not among"),
+        ({"minima": {"arms": ["sgd"]}}, "minima.arms: .'sgd'. are not among the arms .'adamw'"),
+        ({"minima": {"arms": []}}, "minima.arms: .*give 1 or more, each once"),
         ({"minima": {"sources": ["digits"]}}, "minima.sources: .* 2 or more, each once"),
         ({"minima": {"grid": 1}}, "minima.grid: 1"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown key"),
