@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hf_nexus.compare.analysis import compare_arms
-from hf_nexus.compare.conclusions import conclusions, limitations, plain_words
+from hf_nexus.compare.conclusions import conclusions, limitations, p_text, plain_words, rounded
 from hf_nexus.evaluation.statistics import power
 from tests.support.comparison import SETTINGS, against_baseline, diverge, make_records
 
@@ -23,6 +23,28 @@ def concluded(records, primary=PRIMARY, **options):
     return "\n".join(conclusions(analyse(records, primary, **options)))
 
 
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.0009, "p < 0.001"),
+        (0.0012, "p = 0.001"),
+        (0.0499, "p = 0.0499"),
+        (0.0503, "p = 0.0503"),
+        (0.0561, "p = 0.056"),
+    ],
+)
+def test_a_p_value_shows_on_which_side_of_5_percent_it_is(p, text):
+    assert p_text(p) == text
+
+
+@pytest.mark.parametrize(
+    ("half", "text"),
+    [(None, "1.2346"), (2.0, "1.2346"), (0.0012, "1.2346"), (0.00012, "1.23457"), (1e-20, "1.234567891")],
+)
+def test_numbers_have_two_digits_of_half_the_interval(half, text):
+    assert rounded(1.23456789123, half) == text
+
+
 def test_a_known_effect_is_found():
     gains = {"adamw": 0.0, "gamma-0": 0.0, "random": 0.0, "nexus-0.05": 0.03}
     text = concluded(make_records(gains, noise=0.0005))
@@ -30,6 +52,11 @@ def test_a_known_effect_is_found():
     assert "This **supports a difference**, in favour of nexus-0.05." in text
     assert "So normalization alone does not give the whole effect, and whether it gives a part is open." in text
     assert not re.search("no effect|no conclusion", text, re.IGNORECASE)
+
+
+def test_only_a_lower_loss_is_in_favour_of_an_arm():
+    first = concluded(make_records({"adamw": 0.0, "nexus-0.05": 0.03}), primary=("nexus-0.05", "minima_distance"))
+    assert "This **supports a difference**." in first.partition("\n")[0]
 
 
 def test_a_known_harm_is_found():
@@ -48,6 +75,14 @@ def test_an_inconclusive_comparison_names_what_it_could_see():
     assert re.search(r"Control gamma-0 .*95 % interval, not corrected, .*, Holm-corrected p = ", text)
     assert re.search(r"at matched .*, exploratory, not corrected, p = ", text)
     assert "No control by random direction or source mixing was run." in text
+
+
+def test_a_family_could_see_larger_differences_only():
+    analysis = analyse(make_records({"adamw": 0.0, "gamma-0": 0.0, "nexus-0.05": 0.0}, noise=0.02))
+    (control,) = [text for text in conclusions(analysis) if text.startswith("Control gamma-0")]
+    smallest = re.search(r"\*\*Inconclusive\*\*: differences below ([\d.]+) could", control)
+    found = analysis.row("gamma-0", "ood_loss").difference
+    assert power(float(smallest[1]), found.deviation, found.n, 0.05 / 2) == pytest.approx(0.8, abs=0.01)
 
 
 def explained(random, margin=None, noise=0.002):
@@ -192,6 +227,15 @@ def test_two_seeds_give_no_conclusion_and_no_p_value():
     assert not re.search(r"\bp (=|<|0)|supports a difference|is significant", text)
 
 
+def test_comparisons_that_are_not_tested_are_counted_by_their_reason():
+    few = concluded(make_records(PLAIN, seeds=[0, 1]))
+    assert re.search(r"\d+ comparisons not tested: fewer than 3 paired seeds", few)
+    assert "difference is the same" not in few
+    alike = concluded(make_records(PLAIN, noise=0.0))
+    assert re.search(r"\d+ comparisons not tested: the difference is the same at every seed", alike)
+    assert "fewer than 3" not in alike
+
+
 def test_the_same_difference_at_every_seed_gives_no_conclusion():
     text = concluded(make_records(PLAIN, noise=0.0))
     assert text.startswith("**No conclusion**") and "Check that the seed changes these runs." in text
@@ -207,6 +251,19 @@ def test_only_an_equivalence_test_shows_that_arms_are_alike():
     shifted = make_records({"adamw": 0.0, "nexus-0.05": 0.012}, range(8))
     assert "**Equivalent**" not in concluded(shifted, margin=0.01)
     assert "The difference is small, and not 0." in concluded(shifted, margin=0.1)
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.049, "probably real"), (0.051, "the question stays open")])
+def test_plain_words_follow_the_p_value(p, said):
+    analysis = analyse(make_records(PLAIN))
+    row = analysis.primary_row
+    changed = replace(row, difference=replace(row.difference, p=p))
+    assert said in plain_words(replace(analysis, rows=[changed]))
+
+
+def test_plain_words_ask_for_about_four_times_the_seeds_for_half_the_difference():
+    words = plain_words(analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.0}, range(30))))
+    assert 110 < int(re.search(r"one half as large, about (\d+) seeds are needed", words)[1]) < 130
 
 
 def test_plain_words_answer_the_question():
@@ -230,6 +287,23 @@ def test_sparse_evaluations_are_named():
     assert not [line for line in limitations(analyse(make_records(PLAIN))) if "too sparse" in line]
 
 
+def test_a_fifth_of_the_half_interval_is_left_to_interpolation():
+    analysis = analyse(make_records(PLAIN))
+    row = analysis.primary_row
+    for share in (0.19, 0.21):
+        changed = replace(row, interpolation=share * row.difference.half)
+        named = [line for line in limitations(replace(analysis, rows=[changed])) if "too sparse" in line]
+        assert len(named) == (share > 0.2)
+
+
+def test_twelve_exploratory_comparisons_are_listed_and_the_others_counted():
+    gains = {"adamw": 0.0, **{f"arm-{i}": 0.03 for i in range(6)}, "nexus-0.05": 0.03}
+    text = concluded(make_records(gains))
+    found = int(re.search(r"not corrected: (\d+) below 0.05", text)[1])
+    *listed, rest = [line for line in text.split("\n") if line.startswith("- ")]
+    assert found > 12 == len(listed) and rest == f"- and {found - 12} more, in the tables"
+
+
 def test_other_comparisons_need_the_corrected_p_value():
     """30 arms of pure noise: some raw p-values are below 0.05, and none may be called significant."""
     arms = dict.fromkeys(["adamw", *(f"arm-{i}" for i in range(30)), "nexus-0.05"], 0.0)
@@ -250,11 +324,27 @@ def test_a_diverged_run_is_named():
     assert "It holds only for runs that stay finite; left out: nexus-0.05, seed 2." in concluded(records)
 
 
+@pytest.mark.parametrize(
+    ("metric", "left_out"), [("train_loss", True), ("ood_loss", True), ("validation_loss", False)]
+)
+def test_what_the_primary_comparison_leaves_out_is_named(metric, left_out):
+    analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03}))
+    first = conclusions(replace(analysis, non_finite=[("nexus-0.05", 2, [metric])]))[0]
+    assert ("left out: nexus-0.05, seed 2." in first) == left_out
+
+
 def test_a_loss_that_is_not_finite_during_training_is_named():
     records = make_records(PLAIN)
     diverge(records[0], at=2)
     (line,) = [line for line in limitations(analyse(records)) if line.startswith("adamw, seed 0")]
     assert "train_loss at step 20" in line
+
+
+def test_three_metrics_that_are_not_finite_are_named_and_the_others_counted():
+    few, many = ("adamw", 0, ["a", "b", "c"]), ("adamw", 1, ["a", "b", "c", "d", "e"])
+    first, second = limitations(replace(analyse(make_records(PLAIN)), non_finite=[few, many]))[:2]
+    assert first == "adamw, seed 0: not finite, and in no mean or test: a, b, c."
+    assert second == "adamw, seed 1: not finite, and in no mean or test: a, b, c and 2 more."
 
 
 def test_missing_runs_are_named():
@@ -281,6 +371,11 @@ def test_the_family_counts_what_was_not_tested():
         make_records({"adamw": 0.0, "nexus-0.05": 0.03}), arms={"a": {}, "b": {}, "gamma-0": {"inner_lr": 0}}
     )
     assert "Declared family: 4 comparisons, with p-values" in text and "method. Not tested, and counted: 4." in text
+
+
+def test_the_family_counts_what_has_too_few_seeds():
+    text = concluded(make_records({"adamw": 0.0, "gamma-0": 0.0, "nexus-0.05": 0.03}, seeds=[0, 1]))
+    assert "Declared family: 2 comparisons, with p-values" in text and "Not tested, and counted: 2." in text
 
 
 def test_an_exploratory_equivalence_is_only_a_hint():
