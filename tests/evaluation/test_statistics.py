@@ -202,8 +202,15 @@ def test_between_two_points():
     assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 4.0) == (8.0, 0.0)
 
 
+def test_the_bound_is_that_of_the_larger_curvature_on_either_side():
+    """The second divided differences at 3 and at 2 are -0.5 and -1.5. Around the first gap, only one is known."""
+    assert value_at([4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 5.0, 0.0], 2.5) == (6.0, 0.375)
+    assert value_at([4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 5.0, 0.0], 3.5) == (7.5, 0.125)
+
+
 def test_without_a_third_point_the_bound_is_the_gap():
     assert value_at([4.0, 2.0], [8.0, 7.0], 3.0) == (7.5, 1.0)
+    assert value_at([4.0, 2.0], [8.0, 7.0], 2.0) == (7.0, 0.0)
 
 
 def test_the_bound_holds_for_a_curve_that_turns():
@@ -273,6 +280,7 @@ def test_small_ranks_are_counted():
     assert correlate([1, 2, 3, 4, 5], [1, 4, 9, 16, 26]).spearman_p == pytest.approx(1 / 60)
     assert correlate([1, 2, 3], [9, 5, 1]).spearman_p == pytest.approx(1 / 3)
     assert correlate([1, 2, 3], [9, 5, 1]).spearman == pytest.approx(-1)
+    assert correlate(range(8), range(8)).spearman_p == pytest.approx(2 / math.factorial(8))
 
 
 @settings(max_examples=25)
