@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, default_data_co
 
 from hf_nexus.mixture import SourceConfig
 from hf_nexus.mixture.documents import DocumentEncoder
-from hf_nexus.mixture.packing import BATCH_SIZE, RowPacker, SourcePacker, tokenizer_fingerprint
+from hf_nexus.mixture.packing import BATCH_SIZE, RowPacker, SourcePacker, pack_rows, tokenizer_fingerprint
 
 from ..support.tiny_tokenizer import BOS, EOS, adding_bos, count_tokenized, tiny_tokenizer
 
@@ -58,6 +58,19 @@ def test_rows_are_the_documents_end_to_end_in_any_batches(docs: list, length: in
     # Each token's distance from the start of its document, or of its row if that is nearer.
     inside = [i for document in docs for i in range(len(document))]
     assert positions == [[min(inside[i + j], j) for j in range(length)] for i in starts]
+
+
+def test_rows_without_a_target_are_left_out() -> None:
+    """The first token of a document is no target. A row of such tokens stays if all of them are trained on."""
+    tokens, starts = [[5, 6], [~7, 8], [~7, 8], [~7, ~8]], [[1, 1], [1, 0], [1, 1], [1, 0]]
+    rows = pack_rows(np.array(tokens), np.array(starts, dtype=bool))
+    assert rows["input_ids"].tolist() == [[5, 6], [7, 8]] and rows["labels"].tolist() == [[5, 6], [-100, 8]]
+
+
+@pytest.mark.parametrize("length", [1 << 16, (1 << 16) + 1])
+def test_positions_of_long_rows_are_stored_whole(length: int) -> None:
+    packed = RowPacker(length)(pa.table({"input_ids": pa.array([range(length)], pa.list_(pa.int32()))}))
+    assert packed["position_ids"].to_pylist() == [list(range(length))]
 
 
 def test_an_eos_ends_each_document_and_only_a_rest_is_lost(tmp_path: Path) -> None:
