@@ -281,6 +281,13 @@ def test_an_adapter_names_its_base_model_and_peft():
     assert "base_model" not in again and "base_model_relation" not in again and "fine-tuning" not in again["tags"]
 
 
+def test_the_tag_of_a_base_model_is_not_kept():
+    """Peft writes it, also for a folder of the training machine, which the Hub refuses."""
+    card = run_card(make_run(), existing="---\ntags: ['base_model:adapter:/home/alice/base', by-hand]\n---\n")
+    check_card(card)
+    assert "by-hand" in card.data.tags and not [tag for tag in card.data.tags if tag.startswith("base_model:")]
+
+
 def test_an_adapter_without_a_base_model_has_no_example():
     card = run_card(make_run(adapter="LoRA", trainable_parameters=1_234))
     check_card(card)
