@@ -240,6 +240,14 @@ def test_a_queue_behind_a_link_is_an_error(tmp_path: Path, name: str) -> None:
         UploadQueue(tmp_path / QUEUE_NAME)
 
 
+def test_a_link_to_a_whole_job_is_refused(tmp_path: Path) -> None:
+    queue = _good(tmp_path / "run")
+    link = queue.folder / "000002-step-2"
+    link.symlink_to(_job(tmp_path / "elsewhere", 2))
+    [reason] = queue.refused()
+    assert str(link) in reason and "it is a link" in reason
+
+
 def test_links_in_a_queue_are_not_followed(tmp_path: Path) -> None:
     """Neither by a new job nor by a deletion."""
     victim = tmp_path / "victim"
