@@ -6,6 +6,7 @@ from collections.abc import Collection
 import pytest
 import torch
 
+from hf_nexus.trainer.distributed import path_size
 from tests.trainer.distributed.node_worker import POISONED
 from tests.trainer.distributed.test_ddp import distance
 from tests.trainer.distributed.worker import WEIGHTS, make, sources
@@ -127,3 +128,12 @@ def test_resume_on_four_ranks_is_bit_exact(ranks):
 
 def test_groups_of_different_sizes_are_an_error(ranks):
     assert "4 ranks were to be split into groups of 3" in ranks[0]["uneven"]
+
+
+def test_machines_of_different_sizes_are_an_error(monkeypatch):
+    """Each rank knows the ranks of its own machine only."""
+    monkeypatch.setattr("hf_nexus.trainer.distributed._ranks", lambda: 4)
+    monkeypatch.setattr("hf_nexus.trainer.distributed.gather", lambda size: [size, 4])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="4 ranks were to be split into groups of 2, 4"):
+        path_size("node", None)
