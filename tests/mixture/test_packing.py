@@ -40,7 +40,7 @@ def tokens_of(rows: Dataset) -> list[int]:
     return rows["input_ids"][:].flatten().tolist()
 
 
-documents = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30), max_size=30)
+documents = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=30), max_size=30)
 
 
 @given(documents, st.integers(1, 20), st.integers(1, 7))
@@ -201,6 +201,12 @@ def test_too_few_tokens_for_a_row_are_an_error_with_a_fix(tmp_path: Path) -> Non
             packer(tmp_path, eval_rows=1).pack_documents(Dataset.from_dict({"text": docs}), 99, held_out=True)
     with pytest.raises(ValueError, match="within max_tokens=8"):
         packer(tmp_path, max_tokens=8).pack_documents(Dataset.from_dict({"text": ["the fox"] * 9}), 8)
+
+
+def test_tokens_for_one_row_are_enough(tmp_path: Path) -> None:
+    stream = flat(tiny_tokenizer(), ["the fox"])
+    rows = packer(tmp_path).pack_documents(Dataset.from_dict({"text": ["the fox"]}), len(stream))
+    assert tokens_of(rows) == stream
 
 
 def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:
