@@ -213,9 +213,7 @@ def test_muon_needs_a_row_of_each_matrix_for_each_shard(build) -> None:
     trainer = build("muon", model=tiny_llama(intermediate_size=3))
     create = partial(create_matrix_optimizer, trainer.model, trainer.args, {}, [])
     assert len(create(shards=3).param_groups) == len(create().param_groups)
-    with pytest.raises(
-        ValueError, match=r"mlp\.gate_proj\.weight' of shape \(3, 16\) over 4 ranks"
-    ):
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight' of shape \(3, 16\) over 4 ranks"):
         create(shards=4)
 
 
