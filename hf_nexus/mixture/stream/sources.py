@@ -4,6 +4,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -188,7 +189,7 @@ class ResumableStream(Source):
 
     def _read(self, partition: Partition, pass_: int, part: ShardSlice, position: dict[str, Any]) -> Iterator[Block]:
         # A new object each time: `load_state_dict` also affects later iterations of the same object.
-        dataset = self.dataset.shard(self.shards, part.shard)
+        dataset = self.dataset.shard(self.shards, part.shard) if self.divisible else _anew(self.dataset)
         if self.divisible:
             dataset = dataset.reshard()  # into row groups where there are any, which are skipped without being read
         if position["state"] is not None:
@@ -224,7 +225,7 @@ class ReplayedStream(Source):
     def blocks(self, partition: Partition, pass_: int, position: dict[str, Any] | None) -> Iterator[Block]:
         row, ended = position["row"] if position else 0, False
         # A new object where possible: iterators of one stream share its position.
-        dataset = self.dataset.shard(1, 0) if is_streaming(self.dataset) else self.dataset
+        dataset = _anew(self.dataset) if is_streaming(self.dataset) else self.dataset
         set_epoch = getattr(dataset, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(pass_)
@@ -290,6 +291,27 @@ def layers(dataset: Any) -> list[Any]:
         todo += vars(layer).get("ex_iterables", [])
         todo += [vars(layer)["ex_iterable"]] if "ex_iterable" in vars(layer) else []
     return found
+
+
+def _anew(dataset: Any) -> Any:
+    """
+    A new object of a `datasets.IterableDataset`, with its own position. `shard(1, 0)` alone would cut the datasets of
+    a concatenation into their shards, each of which would count its rows anew.
+    """
+    new = dataset.shard(1, 0)
+    new._ex_iterable = _layer_anew(dataset._ex_iterable)
+    return new
+
+
+def _layer_anew(layer: Any) -> Any:
+    if "ex_iterables" in vars(layer):
+        new = copy(layer)
+        new.ex_iterables = [_layer_anew(of) for of in layer.ex_iterables]
+        return new
+    new = layer.shard_data_sources(1, 0)
+    if "ex_iterable" in vars(layer):
+        new.ex_iterable = _layer_anew(layer.ex_iterable)
+    return new
 
 
 def _is_divisible(layer: Any) -> bool:

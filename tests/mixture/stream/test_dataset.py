@@ -137,6 +137,12 @@ def kinds(tmp_path: Path) -> dict[str, Any]:
         "joined": generated.batch(7, drop_last_batch=True).map(lambda rows: {"x": sum(rows["x"])}),
         "added column": stream.remove_columns("x").add_column("x", list(range(90))),
         "concatenated": concatenate_datasets([stream, generated]),
+        "numbered and concatenated": concatenate_datasets(
+            [generated.filter(lambda row, i: i % 10, with_indices=True), generated.skip(50).map(lambda row: row)]
+        ),
+        "concatenated and filtered": concatenate_datasets([stream.skip(20), stream.take(9)]).filter(lambda row: True),
+        "concatenated and shuffled": concatenate_datasets([generated.take(40), generated.skip(20)]).shuffle(seed=0),
+        "side by side": concatenate_datasets([stream.select_columns("x"), stream.select_columns("ids")], axis=1),
         "repeated": generated.repeat(2),
         "skipped": stream.skip(20),
         "taken": generated.take(60),
