@@ -163,8 +163,10 @@ class Divisors:
             times = torch.where(_part(loss, self.steps).abs() > loss.abs() / 2, self._count, 1)
         if self._leaf is None or self._tokens is None:
             return loss * times / self._count
-        part = _part(loss, self._leaf) if self._measured else loss
-        return (part + (loss - part) * (self._tokens / self._leaf.detach())) * times
+        part, items = _part(loss, self._leaf) if self._measured else loss, self._leaf.detach()
+        divided = (part + (loss - part) * (self._tokens / items)) * times
+        # BERT's mean over no token is not a number. Other ranks or micro-batches have tokens.
+        return torch.where((self._tokens == 0) & (items > 0), 0.0, divided)
 
 
 def _part(loss: Tensor, divisor: Tensor) -> Tensor:

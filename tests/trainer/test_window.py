@@ -117,6 +117,24 @@ def test_a_part_that_is_not_divided_is_a_mean() -> None:
     assert float(divisors.divide(loss.detach())) == pytest.approx(3.0 + 0.5 * 4 / 2)
 
 
+@pytest.mark.parametrize(("own", "whole"), [(0.0, True), (1.5, True), (1.5, False)])
+def test_a_mean_over_no_token_adds_nothing(own: float, whole: bool) -> None:
+    """Other micro-batches of the window have tokens, or other ranks in this one."""
+    window = Window([{"a": 2}, {"b": 2}], unit="tokens", tokens=torch.tensor([0, 3]), items=torch.tensor([own, 4.5]))
+    divisors = window.divisors(0, measured=True, whole=whole)
+    logits = torch.zeros(2, 5, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([-100, -100]))
+    loss.backward()
+    part = divisors.divide(loss.detach())
+    assert loss.isnan() and float(part) == 0.0
+    assert float(window.summed(0, window.mean_of_part(0, part) if whole else part)[1]) == 0.0
+
+
+def test_a_loss_that_is_not_a_number_stays_so() -> None:
+    window = Window([{"a": 2}], unit="tokens", tokens=torch.tensor([3]), items=torch.tensor([3.0]))
+    assert window.divisors(0, measured=True).divide(torch.tensor(math.nan)).isnan()
+
+
 def test_without_token_labels_rows_are_counted() -> None:
     rows, loss, count = Window([{"a": 3, "b": 1}], mixed=True).summed(0, torch.tensor(2.0))
     assert (rows, float(loss), int(count)) == ({"a": 3, "b": 1}, 8.0, 4)
