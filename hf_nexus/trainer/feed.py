@@ -253,20 +253,23 @@ class Feed:
         Raises:
             ValueError: on all ranks, if they differ.
         """
-        sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
         size, dataset = _size(self.data.dataset), self.data.dataset
         described = self._describe(batch_size) if self.data.stages else {}
         if not self.data.stages and size is not None and self._args.world_size > 1:
             described["sample"] = sample(dataset)
         own = {
             "rows": size,
-            "evaluation rows": {name: _size(rows) for name, rows in sets.items()},
+            **_describe_sets(evaluation),
             **settings,
             **described,
         }
-        given = gather(own)
-        for rank, other in enumerate(given):
-            check_same(rank, compare_data(given[0], other))
+        _compare(own)
+
+    def check_evaluation(self, sets: Any) -> None:
+        """
+        Compare the sets of an evaluation, as `check_ranks`: the ranks evaluate them in turn, and add up their losses.
+        """
+        _compare(_describe_sets(sets))
 
     # ---- During training ----
 
@@ -408,6 +411,17 @@ class Feed:
         data = self.data
         sets = [(name, data.indexable(name, evaluation)) for name in data.names if data.stages]
         return {name: [rows[i] for i in range(min(len(rows), count))] for name, rows in sets if rows is not None}
+
+
+def _describe_sets(evaluation: Any) -> dict[str, Any]:
+    sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+    return {"evaluation sets": [*sets], "evaluation rows": {name: _size(rows) for name, rows in sets.items()}}
+
+
+def _compare(own: dict[str, Any]) -> None:
+    given = gather(own)
+    for rank, other in enumerate(given):
+        check_same(rank, compare_data(given[0], other))
 
 
 def _size(dataset: Any) -> int | None:

@@ -632,6 +632,7 @@ class NexusTrainerMixin(_Base):
             if self._plain or not isinstance(sets, Mapping):
                 return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
             check_sets((), sets)
+            self._feed.check_evaluation(sets)
             with held_back(self.callback_handler, self.state.log_history):
                 weights = self.mixture_weights or {}
                 metrics = self._evaluation.each(list(sets), evaluate_set, weights, metric_key_prefix)

@@ -101,6 +101,18 @@ def unfrozen(out: Path, again: bool) -> str:
     return error(trainer)
 
 
+def evaluated(out: Path, train: bool) -> str:
+    """The second rank has the evaluation sets in another order."""
+    trainer = make(out, sources(), max_steps=1)
+    trainer.eval_dataset = sources() if dist.get_rank() == 0 else reordered()
+    if train:
+        return error(trainer)
+    try:
+        return str(trainer.evaluate())
+    except ValueError as refusal:
+        return str(refusal)
+
+
 def make_optimizer(model: Any) -> Any:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -134,6 +146,7 @@ def main(out: Path) -> dict[str, Any]:
         found[name] = error(make(out, data(), **config))
     for again in (False, True):
         found[f"unfrozen/{again}"] = unfrozen(out, again)
+    found |= {f"evaluated/{train}": evaluated(out, train) for train in (False, True)}
     found["windows"] = other_windows(out)
     found["optimizer"] = other_optimizer(out)
     found |= {f"changed {what}": changed(out, what) for what in ("lr", "layer")}

@@ -38,6 +38,13 @@ def test_ranks_that_were_given_something_else_are_refused(ranks: list[dict], nam
         assert SAYS[name] in rank[name]
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_evaluation_sets_in_another_order_are_refused(ranks: list[dict], train: bool) -> None:
+    for rank in ranks:
+        said = rank[f"evaluated/{train}"]
+        assert "evaluation sets was ['text', 'code', 'math'] and is ['math', 'code', 'text']" in said
+
+
 @pytest.mark.parametrize("mode", ["", "/bf16", "/off"])
 @pytest.mark.parametrize("how", ["evaluate", "predict"])
 def test_an_evaluation_before_training_changes_nothing(ranks: list[dict], how: str, mode: str) -> None:
