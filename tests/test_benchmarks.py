@@ -75,6 +75,7 @@ def rows_of(*groups: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
 
 
+@pytest.mark.slow
 def test_each_arm_gets_a_row_and_nexus_holds_one_copy():
     plain, nexus = rows_of("nexus")
     assert (plain[2], nexus[2]) == ("plain accumulation", "Nexus, gamma 0.05")

@@ -139,7 +139,7 @@ def test_each_strategy_leaves_what_its_documentation_says(
     assert torch.load(out / "checkpoint-4/training_args.bin", weights_only=False).hub_token is None
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("adapters", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_folder_of_the_machine_arrives(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, adapters: bool
 ) -> None:

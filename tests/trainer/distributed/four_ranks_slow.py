@@ -14,6 +14,7 @@ def main(out: Path) -> None:
     works = {**layouts_worker.SLOW, "tensor": layouts_worker.tensor}
     found = {name: work(out / name) for name, work in works.items()}
     found["resumed paths"] = fsdp_worker.resumed_paths(out / "resumed")
+    found["hybrid muon"] = fsdp_worker.muon(out / "muon")
     report(found, out)
 
 

@@ -6,6 +6,8 @@ from tests.support.faults import IN_WINDOWS, STEPS, K
 from tests.support.launcher import launch
 from tests.trainer.distributed.fault_worker import INTERRUPTED
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
