@@ -53,6 +53,7 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         files = [path for path in files if path not in repeated]
         if not files:
             raise ValueError("--ood names all files. Name one to train on.")
+    files, ood = _each_once(files), _each_once(ood)
     sources, characters = {}, 0
     for name, path in _names([*files, *ood]):
         sources[name], bytes_read = _source(name, path, "ood" if path in ood else "train", loaded)
@@ -187,6 +188,12 @@ def _tokens_per_second(model: ModelArguments, length: int, rows: int) -> float:
         next(network.parameters()).sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return rows * length / min(seconds)
+
+
+def _each_once(paths: Sequence[str]) -> list[str]:
+    """The paths of different files."""
+    real = [os.path.realpath(path) for path in paths]
+    return [path for i, path in enumerate(paths) if real[i] not in real[:i]]
 
 
 def _names(paths: Sequence[str]) -> list[tuple[str, str]]:

@@ -125,6 +125,12 @@ def test_an_ood_file_among_the_files_is_only_evaluated(fast, capsys):
         starter.starter_yaml(FILES[:1], ood=FILES[:1])
 
 
+def test_a_file_that_is_named_twice_is_one_source(fast):
+    again = [f"./{FILES[0]}", f"./{FILES[1]}"]
+    loaded = yaml.safe_load(starter.starter_yaml([*FILES[1:], again[1]], ood=[FILES[0], again[0]]))
+    assert [source["path"] for source in loaded["data"]["sources"].values()] == [*FILES[1:], FILES[0]]
+
+
 def test_names_are_those_of_files_and_differ():
     paths = ["a/web.jsonl.gz", "b/web.jsonl", "c/*.parquet", "ood.txt", "my text (1).csv", "*.jsonl"]
     names = [name for name, _ in starter._names(paths)]
