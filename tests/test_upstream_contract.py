@@ -222,6 +222,9 @@ def test_an_iterable_dataset_shows_its_layers():
     assert stream._ex_iterable.iter_arrow is not None
     mapped = stream.map(lambda row: row)
     assert hasattr(mapped._ex_iterable, "ex_iterable")
+    joined = datasets.concatenate_datasets([stream, mapped])._ex_iterable
+    assert [type(layer) for layer in joined.ex_iterables] == [type(s._ex_iterable) for s in (stream, mapped)]
+    assert type(stream._ex_iterable.shard_data_sources(1, 0)) is type(stream._ex_iterable)
     split = import_module("datasets.distributed").split_dataset_by_node(stream, rank=0, world_size=2)
     assert split._distributed is not None
     assert stream.with_format("arrow")._formatting.is_table
