@@ -227,7 +227,7 @@ def test_two_seeds_give_no_conclusion_and_no_p_value():
     assert not re.search(r"\bp (=|<|0)|supports a difference|is significant", text)
 
 
-def test_comparisons_that_are_not_tested_are_counted_by_their_reason():
+def test_untested_comparisons_are_counted_by_reason():
     few = concluded(make_records(PLAIN, seeds=[0, 1]))
     assert re.search(r"\d+ comparisons not tested: fewer than 3 paired seeds", few)
     assert "difference is the same" not in few
@@ -261,7 +261,7 @@ def test_plain_words_follow_the_p_value(p, said):
     assert said in plain_words(replace(analysis, rows=[changed]))
 
 
-def test_plain_words_ask_for_about_four_times_the_seeds_for_half_the_difference():
+def test_plain_words_ask_for_four_times_the_seeds():
     words = plain_words(analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.0}, range(30))))
     assert 110 < int(re.search(r"one half as large, about (\d+) seeds are needed", words)[1]) < 130
 
@@ -296,7 +296,7 @@ def test_a_fifth_of_the_half_interval_is_left_to_interpolation():
         assert len(named) == (share > 0.2)
 
 
-def test_twelve_exploratory_comparisons_are_listed_and_the_others_counted():
+def test_twelve_exploratory_comparisons_are_listed():
     gains = {"adamw": 0.0, **{f"arm-{i}": 0.03 for i in range(6)}, "nexus-0.05": 0.03}
     text = concluded(make_records(gains))
     found = int(re.search(r"not corrected: (\d+) below 0.05", text)[1])
@@ -340,7 +340,7 @@ def test_a_loss_that_is_not_finite_during_training_is_named():
     assert "train_loss at step 20" in line
 
 
-def test_three_metrics_that_are_not_finite_are_named_and_the_others_counted():
+def test_three_metrics_that_are_not_finite_are_named():
     few, many = ("adamw", 0, ["a", "b", "c"]), ("adamw", 1, ["a", "b", "c", "d", "e"])
     first, second = limitations(replace(analyse(make_records(PLAIN)), non_finite=[few, many]))[:2]
     assert first == "adamw, seed 0: not finite, and in no mean or test: a, b, c."

@@ -202,7 +202,7 @@ def test_between_two_points():
     assert value_at([4.0, 3.0, 2.0], [8.0, 7.0, 5.0], 4.0) == (8.0, 0.0)
 
 
-def test_the_bound_is_that_of_the_larger_curvature_on_either_side():
+def test_the_bound_is_that_of_the_larger_curvature():
     """The second divided differences at 3 and at 2 are -0.5 and -1.5. Around the first gap, only one is known."""
     assert value_at([4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 5.0, 0.0], 2.5) == (6.0, 0.375)
     assert value_at([4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 5.0, 0.0], 3.5) == (7.5, 0.125)
