@@ -48,6 +48,7 @@ class Study:
 
 
 LADDER = {rung: Study(ROOT / "docs" / "studies" / f"ladder-{rung}.csv") for rung in RUNGS}
+PILOT = Study(ROOT / "docs" / "studies" / "ladder-0.03M-pilot.csv")  # with other seeds
 CONTROLS = ("gamma-0", "random-0.2", "mixed-0.2", "follow-0.2")
 
 
@@ -108,9 +109,24 @@ def test_pages_state_the_primary_comparison_of_the_ladder():
 
 def test_the_ladder_calls_faster_training_exploratory():
     small, middle = (LADDER[rung].difference("gamma-0", "adamw", "train_loss", "end") for rung in RUNGS[:2])
-    assert small.mean < 0 and middle.mean < 0 and middle.p < 1e-6
-    text = flat(PAGES["results_ladder"])
-    assert f"perhaps at 0.03M (p = {small.p:.3f}; both are exploratory and not corrected)" in text
+    assert small.mean < 0 and middle.mean < 0 and max(small.p, middle.p) < 1e-3
+    at_end = f"({small.mean:+.4f} in training loss at the end, p = {small.p:.2g})"
+    stated = f"0.03M {at_end} and at 0.1M ({middle.mean:+.4f}; "
+    assert f"{stated}both are exploratory and not corrected)" in flat(PAGES["results_ladder"])
+
+
+def test_the_ladder_excludes_a_path_as_large_as_reported():
+    """On the smallest rung, where normalized gradients without a path have the whole effect."""
+    smallest, text = LADDER["0.03M"], flat(PAGES["results_ladder"])
+    assert smallest.difference("nexus-0.2", "adamw").high < 0
+    found = [smallest.difference("nexus-0.2", control) for control in ("gamma-0", "random-0.2")]
+    assert all(-REPORTED < each.low < 0 < each.high < REPORTED for each in found)
+    gaps = [(REPORTED - abs(each.mean)) / (each.deviation / math.sqrt(each.n)) for each in found]
+    margins = [stats.t.sf(gap, each.n - 1) for gap, each in zip(gaps, found, strict=True)]
+    assert "which was not declared before the runs, gives p = {:.2g} and {:.2g}".format(*margins) in text
+    pilot = [PILOT.difference("nexus-0.2", versus) for versus in ("adamw", "gamma-0")]
+    cells = [f"{each.mean:+.4f} ± {each.half:.4f}" for each in pilot]
+    assert "gave {} against AdamW and {} against gamma 0".format(*cells) in text
 
 
 def test_the_ladder_states_its_corrected_p_values():
@@ -120,14 +136,13 @@ def test_the_ladder_states_its_corrected_p_values():
         tests += [("nexus-0.2", control) for control in CONTROLS]
         holms.append(holm({test: study.difference(*test).p for test in tests}))
     text, mixed = flat(PAGES["results_ladder"]), ("nexus-0.2", "mixed-0.2")
-    assert {(i, test) for i, family in enumerate(holms) for test, p in family.items() if p < 0.05} == {
-        (0, mixed),
-        (1, mixed),
-    }
-    assert f"(Holm p = {holms[0][mixed]:.3f} and {holms[1][mixed]:.3f})" in text
+    holds = [{test for test, p in family.items() if p < 0.05} for family in holms]
+    assert holds[0] == {mixed, *((arm, "adamw") for arm in ("gamma-0", "random-0.2", "mixed-0.2", "nexus-0.05"))}
+    assert holds[1:] == [{mixed}, set()]
+    assert f"(Holm p = {holms[0][mixed]:.2g} and {holms[1][mixed]:.3f})" in text
     assert f"(Holm p = {holms[1]['nexus-0.2', 'follow-0.2']:.2f})" in text
-    shuffled = LADDER["0.03M"].difference("adamw-mixed", "adamw")
-    assert f"(p = {shuffled.p:.3f}, Holm p = {holms[0]['adamw-mixed', 'adamw']:.3f})" in text
+    for arm in ("gamma-0", "random-0.2"):
+        assert f"(Holm p = {holms[0][arm, 'adamw']:.2g})" in text
     assert "all Holm p = 1" in text and set(holms[2].values()) == {1.0}
 
 
@@ -144,14 +159,16 @@ def test_the_ladder_says_which_runs_are_read_early():
 
 def test_the_ladder_has_only_differences_of_its_runs():
     known = set()
-    for study in LADDER.values():
+    for study in [*LADDER.values(), PILOT]:
         for arm, versus in itertools.permutations(study.arms, 2):
             for metric, where in (("ood_loss", "matched"), ("ood_loss", "end"), ("train_loss", "end")):
                 if study.sides(arm, versus, metric, where):
                     found = study.difference(arm, versus, metric, where)
                     known |= {f"{abs(number):.4f}" for number in (found.mean, found.half, found.low, found.high)}
     ladder_row = next(line for line in PAGES["evidence"].splitlines() if "[our ladder]" in line)
-    numbers = re.findall(r"\d\.\d{4}(?!\d)", PAGES["results_ladder"] + PAGES["results_ladder_table"] + ladder_row)
+    pages = PAGES["results_ladder"] + PAGES["results_ladder_table"] + ladder_row
+    pages = re.sub(r"p = [\d.e-]+( and [\d.e-]+)?", "", flat(pages))  # other tests compute them
+    numbers = re.findall(r"\d\.\d{4}(?!\d)", pages)
     assert len(numbers) > 100 and [number for number in numbers if number not in known] == []
 
 
