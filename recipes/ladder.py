@@ -13,6 +13,7 @@ import argparse
 import csv
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -69,10 +70,13 @@ def table(rungs: list[str]) -> str:
         if not records:
             continue
         analysis, name = config.analyse(records), f"ladder-{rung}"
-        rows = [row for row in value_rows(analysis) if row[2] in columns.values()]
+        rows = [row for row in value_rows(analysis) if row[2] in {*columns.values(), "minima_distance"}]
         values = {(a, s, m, w): value for a, s, m, w, value in rows}
         with folder.with_name(f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("arm", "seed", "metric", "where", "value"), *rows])
+        for arm in config.arms:
+            if far := [value for of, _, metric, _, value in rows if (of, metric) == (arm, "minima_distance")]:
+                notes.append(f"{name}: {arm} has a relative minima distance of {fmean(far):.2f} ({len(far)} seeds).")
         pairs = [(arm, config.baseline) for arm in config.arms if arm != config.baseline]
         for arm, versus in pairs + [(config.primary.arm, control) for control in analysis.controls]:
             both = [{s for a, s, _, _ in values if a == of} for of in (arm, versus)]

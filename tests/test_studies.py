@@ -129,6 +129,16 @@ def test_the_ladder_excludes_a_path_as_large_as_reported():
     assert "gave {} against AdamW and {} against gamma 0".format(*cells) in text
 
 
+def test_the_ladder_states_its_minima_distances():
+    smallest, text = LADDER["0.03M"], flat(PAGES["results_ladder"])
+    arms, seeds = ("nexus-0.2", "adamw", "gamma-0", "random-0.2"), ("17", "18", "19")
+    far = [[smallest.values[arm, seed, "minima_distance", "end"] for seed in seeds] for arm in arms]
+    stated = "{} parameter norms apart with Nexus 0.2, {} with AdamW, {} with gamma 0 and {} with random directions"
+    assert stated.format(*(f"{sum(found) / 3:.1f}" for found in far)) in text
+    gap = smallest.difference("nexus-0.2", "adamw", "minima_distance", "end")
+    assert f"Nexus differs from AdamW by {gap.mean:+.2f} ± {gap.half:.2f}" in text
+
+
 def test_the_ladder_states_its_corrected_p_values():
     holms = []
     for study in LADDER.values():
