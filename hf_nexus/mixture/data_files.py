@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
 _FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
-_TEXT = ("json", "csv", "tsv", "text")  # those that may be compressed as a whole
+_COMPRESSIBLE = ("json", "csv", "tsv", "text")
 _COMPRESSIONS: dict[str, Any] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # with pandas' names
 # Files that describe a dataset.
 _METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
@@ -73,8 +73,9 @@ def card_lists_files(folder: str) -> bool:
 
 def data_files(name: str, path: str, source: SourceConfig, split: str, streaming: bool = False) -> dict[str, Any]:
     """
-    The arguments with which `load_dataset` reads the files of a path, each literally. From a path alone, `datasets`
-    takes brackets for patterns, and silently leaves out files by their names and formats.
+    The arguments with which `load_dataset` reads the files of a path, each literally, or the lists of `token_files`,
+    for which it has no builder. From a path alone, `datasets` takes brackets for patterns, and silently leaves out
+    files by their names and formats.
 
     If every file is named after a split, and not all after the same, each is of its split. Else all are of "train".
 
@@ -97,7 +98,7 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
     if others:
         raise _several_formats(base, found, formats)
     packed = [file for file in formats if _suffixes(file)[1] in _COMPRESSIONS]
-    if packed and builder not in _TEXT:
+    if packed and builder not in _COMPRESSIBLE:
         raise ValueError(f"{_listed(packed)}: files of this format are not read compressed. Decompress them.")
     if changed := [file for file in formats if "::" in file or os.path.expandvars(file) != file]:
         raise ValueError(f"{_listed(changed)}: a name must not hold '::' or a variable. Rename the files.")
@@ -118,6 +119,8 @@ def data_files(name: str, path: str, source: SourceConfig, split: str, streaming
         place = _stream_of_text if streaming and builder == "text" else str
     lists = {key: DataFilesList([*map(place, files)], [found[f] for f in files]) for key, files in splits.items()}
     options = _options(builder, formats, source)
+    if builder == "token files":
+        return {"token_files": lists}
     if is_remote(path) and not all(found[file][0].startswith(_VERSION) for file in formats):
         options["download_mode"] = "force_redownload"  # by default, an old copy of the file is taken
     return {"path": "csv" if builder == "tsv" else builder, "data_files": lists, **options}

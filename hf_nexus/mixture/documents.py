@@ -83,8 +83,8 @@ def load_documents(
             files: dict[str, Any] = {"path": path, "name": source.subset, "revision": source.revision}
             if means_files(path) and not card_lists_files(path):
                 files = data_files(name, path, source, split, streaming)
-            if files["path"] == "token files" and "data_files" in files:
-                documents = _load_tokens(files["data_files"], split)
+            if "token_files" in files:
+                documents = _load_tokens(files["token_files"], split)
             else:
                 columns = list(named.values())
                 documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
