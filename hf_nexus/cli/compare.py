@@ -1,11 +1,14 @@
 """The command `hf-nexus compare`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..files import require_folder
 from ..lock import locked
+
+if TYPE_CHECKING:
+    from ..compare.comparison import Comparison
 
 __all__ = ["compare"]
 
@@ -54,7 +57,17 @@ def compare(
     comparison = Comparison(pilot_of(whole) if pilot else whole, console)
     if report:
         comparison.report()
-    elif run is not None:  # other machines may make others: the run locks its own folder
+    else:
+        _train(comparison, run)
+    if pilot:
+        print_plan(whole, command, differences, console)
+    if comparison.failed:
+        raise SystemExit(f"{len(comparison.failed)} runs failed; the same command runs only what is missing.")
+
+
+def _train(comparison: "Comparison", run: str | None) -> None:
+    """Make one run, or all that are missing."""
+    if run is not None:  # other machines may make others: the run locks its own folder
         require_folder(comparison.folder)
         comparison.check()
         comparison.run_one(run)
@@ -62,10 +75,6 @@ def compare(
         with locked(comparison.folder):
             comparison.check()
             comparison.run()
-    if pilot:
-        print_plan(whole, command, differences, console)
-    if comparison.failed:
-        raise SystemExit(f"{len(comparison.failed)} runs failed; the same command runs only what is missing.")
 
 
 def _check_modes(modes: dict[str, bool]) -> None:
