@@ -151,7 +151,7 @@ def test_the_ladder_states_its_corrected_p_values():
     assert holds[1:] == [{mixed}, set()]
     assert f"(Holm p = {holms[0][mixed]:.2g} and {holms[1][mixed]:.3f})" in text
     assert f"(Holm p = {holms[1]['nexus-0.2', 'follow-0.2']:.2f})" in text
-    for arm in ("gamma-0", "random-0.2"):
+    for arm in ("gamma-0", "random-0.2", "mixed-0.2", "nexus-0.05"):
         assert f"(Holm p = {holms[0][arm, 'adamw']:.2g})" in text
     assert "all Holm p = 1" in text and set(holms[2].values()) == {1.0}
 
