@@ -158,7 +158,7 @@ def _make_calls(pipe: Any, devices: str | None, threads: int) -> None:
         # The parent notices the end of this process by the pipe, which a forked process would keep open.
         os.register_at_fork(after_in_child=pipe.close)
     _start_processes_as_usual()
-    parent: Any = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()  # getppid() is another process if the parent has ended already
     Thread(target=_exit_without, args=(parent.pid,), daemon=True).start()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices

@@ -234,9 +234,10 @@ class NexusTrainerMixin(_Base):
 
     @property
     def _shards(self) -> int:
-        """The largest number of ranks over which a parameter is sharded."""
-        mesh = self.accelerator.parallelism_config
-        return self.args.world_size // (mesh.dp_replicate_size if mesh else 1) if self.sharded else 1
+        """The largest number of ranks over which a parameter is sharded, 1 if none is."""
+        config = self.accelerator.parallelism_config
+        replicas = 1 if config is None else config.dp_replicate_size
+        return self.args.world_size // replicas if self.sharded else 1
 
     @property
     def _plain(self) -> bool:

@@ -295,8 +295,8 @@ def layers(dataset: Any) -> list[Any]:
 
 def _anew(dataset: Any) -> Any:
     """
-    A new object of a `datasets.IterableDataset`, with its own position. `shard(1, 0)` alone would cut the datasets of
-    a concatenation into their shards, each of which would count its rows anew.
+    A new object of a `datasets.IterableDataset`, with its own position. `shard(1, 0)` alone cuts the datasets of a
+    concatenation into their shards, and each shard counts its rows from zero.
     """
     new = dataset.shard(1, 0)
     new._ex_iterable = _layer_anew(dataset._ex_iterable)

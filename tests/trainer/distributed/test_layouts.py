@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tests.support.tiny import Rows
+from tests.support.tiny import Rows, distance
 from tests.trainer.distributed.layouts_worker import SLOW, adapters, experts, llama, make, trained
-from tests.trainer.distributed.test_ddp import distance
 
 
 @pytest.fixture(scope="module")

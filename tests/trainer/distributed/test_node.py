@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_nexus.trainer.distributed import path_size
+from tests.support.tiny import distance
 from tests.trainer.distributed.node_worker import POISONED
-from tests.trainer.distributed.test_ddp import distance
 from tests.trainer.distributed.worker import WEIGHTS, make, sources
 
 
@@ -131,7 +131,7 @@ def test_groups_of_different_sizes_are_an_error(ranks):
 
 
 def test_machines_of_different_sizes_are_an_error(monkeypatch):
-    """Each rank knows the ranks of its own machine only."""
+    """A rank knows only how many ranks its own machine has."""
     monkeypatch.setattr("hf_nexus.trainer.distributed._ranks", lambda: 4)
     monkeypatch.setattr("hf_nexus.trainer.distributed.gather", lambda size: [size, 4])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
