@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from hf_nexus import NexusConfig
+from hf_nexus import NexusConfig, NexusTrainerMixin
 from hf_nexus.trainer.optimizers import MuonWithAdamW, create_matrix_optimizer, muon_options
 from tests.support.tiny import Rows, tiny_llama
 
@@ -215,6 +216,14 @@ def test_muon_needs_a_row_of_each_matrix_for_each_shard(build) -> None:
     assert len(create(shards=3).param_groups) == len(create().param_groups)
     with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight' of shape \(3, 16\) over 4 ranks"):
         create(shards=4)
+
+
+@pytest.mark.parametrize(("replicas", "sharded", "shards"), [(None, True, 4), (2, True, 2), (2, False, 1)])
+def test_replicas_are_not_shards(replicas: int | None, sharded: bool, shards: int) -> None:
+    mesh = replicas and SimpleNamespace(dp_replicate_size=replicas)
+    args, accelerator = SimpleNamespace(world_size=4), SimpleNamespace(parallelism_config=mesh)
+    trainer: Any = SimpleNamespace(args=args, accelerator=accelerator, sharded=sharded)
+    assert NexusTrainerMixin._shards.fget(trainer) == shards
 
 
 def test_one_learning_rate_serves_both_by_default(build) -> None:
