@@ -76,9 +76,13 @@ docs: .venv/.docs
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
-# Every command in the headers of recipes/, including those that take minutes.
-recipes: $(READY)
+# Every command of the README and of the headers of recipes/, including those that take minutes.
+recipes: .venv/.eval
 	$(PYTEST) -n 2 tests/recipes
+
+.venv/.eval: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[eval]'
+	@touch $@
 
 # Run the large configurations whole, narrow and on stand-ins of their data. ARGS=3b rehearses only one, ARGS=paper only the comparison.
 rehearsal: $(READY)

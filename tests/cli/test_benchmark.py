@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,19 @@ def test_a_local_task_runs_offline_from_file_to_card(real, monkeypatch):
     assert "| tiny_choice | tiny_choice | acc |" in card and "| tiny_written |" in card
     kept = (model / "benchmarks" / "tiny_choice.json").read_text()
     assert str(real) not in kept and "pretty_env_info" not in kept  # may be published
+
+
+def test_answers_that_exceed_the_context_are_cut(real):
+    """The task of lm-eval says nothing of the length, so its default of 256 tokens holds: the whole context."""
+    task = yaml.safe_load((real / "tasks/tiny_written.yaml").read_text()) | {"task": "tiny_long"}
+    del task["generation_kwargs"]["max_gen_toks"]
+    (real / "tasks/tiny_long.yaml").write_text(yaml.safe_dump(task))
+    model = real / "model of long answers"
+    shutil.copytree(real / MODEL, model)
+    result = run(model, "--tasks", real / "tasks/tiny_long.yaml", "--limit", "1", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "answers cut at 128 tokens by the model's context" in result.output
+    assert load_scores(model)[-1].notes.endswith("context, local task file")
 
 
 def test_an_adapter_is_scored_on_its_base_model(real):

@@ -9,10 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
+from huggingface_hub import constants
 
 from hf_nexus.pretrain.sections import load_config
+from tests.support.hub.server import HubServer
+from tests.support.hub.stand_ins import upload_benchmarks
+from tests.trainer import test_publishing
 
+hub = test_publishing.hub  # the fixture
 ROOT = Path(__file__).parents[2]
 # Commands that need several accelerators or machines, the Hub, files of the reader, or hours.
 ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "mine.yaml", "ladder.py")
@@ -84,15 +90,20 @@ training: {max_steps: 4, eval_steps: 2}
 """
 
 
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run_in_order(run):
+def readme_commands() -> list[str]:
+    """The commands of the README in order, without their comments, and without those that install."""
     lines = [
         " ".join(line.partition(" #")[0].split())
         for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
         for line in block.splitlines()
     ]
-    commands = [line for line in lines if line and not line.startswith(("#", "pip install", "hf-nexus benchmark"))]
-    assert len(commands) == 7
+    return [line for line in lines if line and not line.startswith(("#", "pip install"))]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_order(run):
+    *commands, benchmark = readme_commands()
+    assert len(commands) == 7 and benchmark.startswith("hf-nexus benchmark")  # the next test
     folder = run("mkdir data")[1]
     rows = {name: [{"text": f"{name} {i}: " + TEXT * (i % 7)} for i in range(400)] for name in ("code", "docs", "law")}
     for name in ("code", "docs"):
@@ -105,6 +116,22 @@ def test_the_commands_of_the_readme_run_in_order(run):
     ]
     assert (folder / "runs/mine/model.safetensors").exists() and (folder / "runs/arms/report.html").exists()
     assert "Saved in runs/nexus-demo/closeness.json" in outputs[-1]
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_the_readme(run, hub: HubServer, tmp_path, monkeypatch):
+    """The last command of the README, with real tasks of lm-eval on stand-ins of their data."""
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
+    _, folder = run("mkdir -p runs")
+    if not (folder / "runs/nexus-demo").exists():
+        run("hf-nexus train demo " + FLAGS["torchrun"])
+    tasks = Path(lm_eval.__path__[0], "tasks/mmlu/default").glob("mmlu_*.yaml")
+    subjects = sorted(yaml.safe_load(task.read_text())["dataset_name"] for task in tasks)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    upload_benchmarks(hub, tmp_path / "data", subjects)
+    run(readme_commands()[-1])
+    card = (folder / "runs/nexus-demo/README.md").read_text()
+    assert "| GSM8K |" in card and "| MMLU |" in card
 
 
 @pytest.mark.slow

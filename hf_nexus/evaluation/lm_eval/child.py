@@ -23,6 +23,7 @@ def main(settings: dict[str, Any]) -> None:
     if folder is not None:
         os.chdir(folder)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    shortened = _shorten_answers()
     results = simple_evaluate(
         model="hf",
         model_args=settings["model_args"],
@@ -37,11 +38,35 @@ def main(settings: dict[str, Any]) -> None:
     )
     assert results is not None, "one process is rank 0"
     kept: dict[str, Any] = {name: value for name, value in results.items() if name not in _PRIVATE}
+    kept |= shortened
     kept["config"].pop("model_args")  # has local paths, as has `config_source`
     for config in kept["configs"].values():
         (config.get("metadata") or {}).pop("config_source", None)
     with open(settings["results"], "w", encoding="utf-8") as file:
         json.dump(kept, file, indent=1, ensure_ascii=False, default=handle_non_serializable)
+
+
+def _shorten_answers() -> dict[str, int]:
+    """
+    Let answers take half of a context that is too short for those of a task. lm-eval refuses such a task.
+
+    Returns a dictionary with the `answer_tokens` that were allowed, which is filled when a task is shortened.
+    """
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found, unused-ignore]
+
+    shortened: dict[str, int] = {}
+    generate_until = HFLM.generate_until
+
+    def within_context(self: Any, requests: list[Any], **options: Any) -> list[str]:
+        for request in requests:
+            prompt, generation = request.args
+            if self.backend == "causal" and generation.get("max_gen_toks", self.max_gen_toks) >= self.max_length:
+                shortened["answer_tokens"] = self.max_length // 2
+                request.arguments = (prompt, {**generation, "max_gen_toks": shortened["answer_tokens"]})
+        return generate_until(self, requests, **options)
+
+    HFLM.generate_until = within_context
+    return shortened
 
 
 if __name__ == "__main__":

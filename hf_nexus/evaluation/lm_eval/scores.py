@@ -89,6 +89,8 @@ def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Map
     notes += [kind] * (kind != "none") + [f"lm-eval {results['lm_eval_version']}"]
     if task.limit is not None:
         notes.append(f"first {task.limit} examples" + " per subtask" * (len(configs) > 1))
+    if "answer_tokens" in results:
+        notes.append(f"answers cut at {results['answer_tokens']} tokens by the model's context")
     if task.path is not None:
         notes.append("local task file")
     benchmark = task.benchmark

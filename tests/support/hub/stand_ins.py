@@ -9,6 +9,7 @@ The shapes are those of the public repositories; only the texts and their number
 - `nvidia/OpenMathReasoning`: dataset card, splits `cot`, `tir`, `genselect`, `additional_problems`
 - `EleutherAI/lambada_openai`: one JSON lines file per language
 - `openai/gsm8k`: Parquet of the configs `main` and `socratic`
+- `cais/mmlu`: Parquet of a config for each subject
 - `HuggingFaceTB/SmolLM2-1.7B`: `tokenizer_config.json`; 49152 entries, no padding token, `model_max_length` 8192
 """
 
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.support.hub.server import HubServer
 
-__all__ = ["upload_stand_ins"]
+__all__ = ["upload_benchmarks", "upload_stand_ins"]
 
 Row = dict[str, Any]
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"]
@@ -36,13 +37,24 @@ _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<repo
 def upload_stand_ins(hub: HubServer, scratch: Path) -> None:
     """Create all repositories on the Hub. `scratch` is an empty folder for their files."""
     for repo_id, write in _DATASETS.items():
-        folder = scratch / repo_id
-        card = write(folder)
-        (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n# {repo_id}\n", encoding="utf-8")
-        _upload(hub, repo_id, "dataset", folder)
+        _upload_dataset(hub, scratch, repo_id, write)
     folder = scratch / "HuggingFaceTB/SmolLM2-1.7B"
     write_smollm2(folder)
     _upload(hub, "HuggingFaceTB/SmolLM2-1.7B", "model", folder)
+
+
+def upload_benchmarks(hub: HubServer, scratch: Path, subjects: list[str]) -> None:
+    """Create the repositories of the benchmarks GSM8K and MMLU with few questions, MMLU with these subjects."""
+    writers = {"openai/gsm8k": lambda folder: _gsm8k(folder, 16), "cais/mmlu": lambda folder: _mmlu(folder, subjects)}
+    for repo_id, write in writers.items():
+        _upload_dataset(hub, scratch, repo_id, write)
+
+
+def _upload_dataset(hub: HubServer, scratch: Path, repo_id: str, write: Callable[[Path], Row]) -> None:
+    folder = scratch / repo_id
+    card = write(folder)
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n# {repo_id}\n", encoding="utf-8")
+    _upload(hub, repo_id, "dataset", folder)
 
 
 def _upload(hub: HubServer, repo_id: str, kind: str, folder: Path) -> None:
@@ -206,15 +218,29 @@ def _lambada(folder: Path) -> Row:
     return {"license": "mit", "configs": [default, *configs]}
 
 
-def _gsm8k(folder: Path) -> Row:
+def _gsm8k(folder: Path, count: int = 300) -> Row:
     configs = []
     for config in ("main", "socratic"):
-        rows = [{"question": text, "answer": f"{text}#### 4"} for text in _texts(300, _MATH, 7)]
+        rows = [{"question": text, "answer": f"{text}#### 4"} for text in _texts(count, _MATH, 7)]
         for split in ("train", "test"):
             _parquet(folder / config / f"{split}-00000-of-00001.parquet", rows)
         files = [{"split": split, "path": f"{config}/{split}-*"} for split in ("train", "test")]
         configs.append({"config_name": config, "data_files": files})
     return {"license": ["mit"], "configs": configs}
+
+
+def _mmlu(folder: Path, subjects: list[str]) -> Row:
+    configs = []
+    for subject in subjects:
+        rows = [
+            {"question": text, "subject": subject, "choices": ["0", "1", "x", "none"], "answer": number % 4}
+            for number, text in enumerate(_texts(5, _PROSE, 8))
+        ]
+        for split in ("test", "validation", "dev"):
+            _parquet(folder / subject / f"{split}-00000-of-00001.parquet", rows)
+        files = [{"split": split, "path": f"{subject}/{split}-*"} for split in ("test", "validation", "dev")]
+        configs.append({"config_name": subject, "data_files": files})
+    return {"license": "mit", "configs": configs}
 
 
 _DATASETS: dict[str, Callable[[Path], Row]] = {
