@@ -26,6 +26,7 @@ __all__ = [
     "require_folder",
     "shown",
     "step_of",
+    "without_credentials",
     "without_folders",
     "write_atomic",
 ]
@@ -47,6 +48,11 @@ _LARGEST = 64 << 20  # bytes of a text file that is read whole
 _ROOT = r"(?:file://)?(?:(?:~[\w.-]*|[a-zA-Z]:)[\\/]+|//?|\\\\)"
 _FOLDERS = re.compile(
     rf"^{_ROOT}(?:[^\\/\n]+[\\/]+)*(?=[^\s\\/])|(?:(?<=[\s\"'=,;])|(?<=:)(?!//)){_ROOT}(?:[^\\/\s\"'=,;]+[\\/]+)+(?=[^\s\\/])"
+)
+# What stands before the host of a URL, and a query that holds a key or a signature.
+_USER = re.compile(r"(?<=://)[^\s/@?#\"']+@")
+_SIGNED = re.compile(
+    r"(://[^\s?\"']+)\?(?=[^\s\"']*(?:sig|token|key|secret|passw|credential)[\w.-]*=)[^\s\"']*", re.IGNORECASE
 )
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b.?")
 
@@ -156,7 +162,8 @@ def _finite(value: Any) -> Any:
 
 def without_folders(value: Any) -> Any:
     """
-    Plain data whose absolute paths, at any depth and also within texts, are reduced to their names.
+    Plain data whose absolute paths, at any depth and also within texts, are reduced to their names. URLs are
+    [`without_credentials`].
 
     Example:
         >>> from hf_nexus.files import without_folders
@@ -167,7 +174,19 @@ def without_folders(value: Any) -> Any:
         return {without_folders(key): without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [without_folders(item) for item in value]
-    return _FOLDERS.sub("", os.fspath(value)) if isinstance(value, str | os.PathLike) else value
+    return _FOLDERS.sub("", without_credentials(os.fspath(value))) if isinstance(value, str | os.PathLike) else value
+
+
+def without_credentials(text: str) -> str:
+    """
+    A text in which URLs have no user, password, key or signature.
+
+    Example:
+        >>> from hf_nexus.files import without_credentials
+        >>> without_credentials("https://alice:pw@host/a.jsonl and s3://bucket/a?X-Amz-Signature=f00 are gone")
+        'https://host/a.jsonl and s3://bucket/a are gone'
+    """
+    return _SIGNED.sub(r"\1", _USER.sub("", text))
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from ..files import printable
+from ..files import printable, without_credentials
 from .config import BUILTIN_PREFIX, SourceConfig
 from .data_files import card_lists_files, data_files, is_saved, means_files
 from .token_files import index_of, read_token_files
@@ -137,9 +137,10 @@ def _naming_source(name: str, source: SourceConfig, split: str) -> Iterator[None
         cause = error.__cause__ or error
         what = "it has no rows" if isinstance(error, StopIteration) else str(cause) or repr(cause)
         advice = advice_on_rows(cause) or _advice_on_path(what)
-        raise ValueError(
-            f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
-        ) from error
+        message = f"sources.{name}: {source.path!r} (split {split!r}) could not be loaded: {what}\n{advice}"
+        shown = without_credentials(message)
+        # Errors before this one show the whole URL.
+        raise ValueError(shown) from (error if shown == message else None)
 
 
 def advice_on_rows(cause: BaseException) -> str:
