@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: ranks that differ, and models that were evaluated before training."""
+"""Run on 2 CPU processes: ranks that differ, and models that were evaluated before training."""
 
 from collections.abc import Callable
 from pathlib import Path

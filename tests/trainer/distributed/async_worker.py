@@ -1,4 +1,4 @@
-"""Run by torchrun on two CPU processes: checkpoints that are written while training goes on, under DDP and FSDP2."""
+"""Run on two CPU processes: checkpoints that are written while training goes on, under DDP and FSDP2."""
 
 import contextlib
 import errno

@@ -1,9 +1,8 @@
-"""Run by torchrun: on 4 CPU processes, a run over streams that is killed; then on 2, the rest of it."""
+"""Run on 4 CPU processes, a run over streams that is killed; then on 2, the rest of it."""
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,3 @@ def train(out: Path, ranks: int, rank: int) -> dict[int, Any]:
 
 def main(out: Path) -> None:
     report(train(out, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])), out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,6 +1,5 @@
-"""Run by torchrun on four CPU processes: the scenarios of slow tests in one launch."""
+"""Run on four CPU processes: the scenarios of slow tests in one launch."""
 
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +15,3 @@ def main(out: Path) -> None:
     found["resumed paths"] = fsdp_worker.resumed_paths(out / "resumed")
     found["hybrid muon"] = fsdp_worker.muon(out / "muon")
     report(found, out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Run by torchrun on CPU processes: FSDP2 scenarios. Each rank writes its results to `<out>/rank<r>.json`."""
+"""Run on CPU processes: FSDP2 scenarios. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import contextlib
 from pathlib import Path

@@ -1,6 +1,5 @@
-"""Run by torchrun on 2 CPU processes: push to the Hub at HF_ENDPOINT, first without write access."""
+"""Run on 2 CPU processes: push to the Hub at HF_ENDPOINT, first without write access."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ from tests.support.tiny import Rows
 from tests.trainer.distributed.worker import make
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+def main(out: Path) -> None:
     found: dict[str, Any] = {}
     data = {"text": Rows(40, 0), "code": Rows(32, 1)}
     config: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
@@ -25,7 +23,3 @@ def main() -> None:
     found["waiting"] = None if trainer.publisher is None else trainer.publisher.status().waiting
     del trainer
     report(found, out)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: evaluate uneven rows. Each rank writes its metrics to `<out>/rank<r>.json`."""
+"""Run on 2 CPU processes: evaluate uneven rows. Each rank writes its metrics to `<out>/rank<r>.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path

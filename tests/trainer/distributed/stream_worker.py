@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
+"""Run on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import os
 from itertools import islice
@@ -16,9 +16,13 @@ from tests.support.faults import AtEvents, weights
 from tests.support.stream_documents import documents_of
 from tests.support.streams import LENGTH, Recorder, Replayed, differences, make, mixture, run, sharded, table, texts
 
-RANK = int(os.environ.get("RANK", "0"))
 # Sources of five shards, of two, and of one for both ranks; an iterable one; and a map-style one.
 FIRST = {"five": 0, "two": 60, "one": 120, "replayed": 180, "map": 240}
+
+
+def rank() -> int:
+    """This rank, also in a process of a data loader."""
+    return int(os.environ["RANK"])
 
 
 def uneven() -> Any:
@@ -62,7 +66,7 @@ class BrokenHere:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         self.rows += 1
-        if self.rows == self.at and self.rank == RANK:
+        if self.rows == self.at and self.rank == rank():
             raise ValueError("bad bytes")
         return row
 
@@ -74,7 +78,7 @@ def failing(at: int) -> Any:
 
 def function(step: int) -> dict[str, float]:
     """Different weights on each rank."""
-    return {"a": 1.0 + step, "b": 1.0 + 5 * RANK, "c": 2.0 - RANK}
+    return {"a": 1.0 + step, "b": 1.0 + 5 * rank(), "c": 2.0 - rank()}
 
 
 class Agreement:
@@ -157,7 +161,7 @@ def isolation(out: Path) -> list[bool]:
     found = []
     for able in (0, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(feed, "isolation_problem", lambda model, able=able: None if able == RANK else "it leaks")
+            patch.setattr(feed, "isolation_problem", lambda model, able=able: None if able == rank() else "it leaks")
             data = mixture({"a": documents_of(texts(20).to_iterable_dataset(3), LENGTH)})
             data.config.isolate_documents = None
             found.append(make(out / str(able), data).data_collator.isolate)

@@ -1,4 +1,4 @@
-"""DDP on two CPU processes under torchrun, with one launch for all tests."""
+"""DDP on two CPU processes, with one launch for all tests."""
 
 import pytest
 import torch

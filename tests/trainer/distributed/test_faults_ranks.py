@@ -16,7 +16,7 @@ def launched(tmp_path_factory):
         patch.setenv("PET_MAX_RESTARTS", "1")  # an option of torchrun
         # Otherwise the second attempt may find the address of the killed rank in the store.
         patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        return out, launch("tests.trainer.distributed.fault_worker", 2, out)
+        return out, launch("tests.trainer.distributed.fault_worker", 2, out, torchrun=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Streams on two CPU processes under torchrun, with one launch for all tests."""
+"""Streams on two CPU processes, with one launch for all tests."""
 
 import pytest
 

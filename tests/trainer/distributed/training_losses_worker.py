@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: losses that are divided in different ways, trained and evaluated."""
+"""Run on 2 CPU processes: losses that are divided in different ways, trained and evaluated."""
 
 from collections.abc import Callable
 from pathlib import Path

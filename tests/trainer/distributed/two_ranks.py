@@ -1,6 +1,5 @@
-"""Run by torchrun on two CPU processes: all scenarios in one launch, because a launch is slow."""
+"""Run on two CPU processes: all scenarios in one launch, because a launch is slow."""
 
-import sys
 from pathlib import Path
 
 from tests.support.garbage import freeze
@@ -36,7 +35,3 @@ def main(out: Path) -> None:
         (out / name).mkdir(exist_ok=True)
         found[name] = module.main(out / name)
     report(found, out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

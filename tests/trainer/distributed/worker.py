@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
+"""Run on 2 CPU processes: all scenarios once. Each rank writes its results to `<out>/rank<r>.json`."""
 
 import contextlib
 import errno
