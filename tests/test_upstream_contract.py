@@ -110,6 +110,16 @@ def test_a_model_with_adapters_is_recognized():
     assert _is_peft_model(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])))
 
 
+def test_a_causal_model_is_known_by_the_name_of_its_class(tmp_path):
+    """The mixin corrects both attributes for a class of another name."""
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    model = tiny_llama()
+    assert Trainer(model, args).label_smoother is not None and Trainer(model, args)._loss_shifts_labels
+    assert model.loss_type == "ForCausalLM"
+    other = type("Other", (type(model),), {})(model.config)
+    assert not Trainer(other, args)._loss_shifts_labels and other.loss_type is None
+
+
 def test_a_run_that_is_resumed_at_its_end_trains_one_step(tmp_path):
     """The mixin skips `_run_epoch` in this case."""
     options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer, default_data_collator
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import _is_peft_model
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
@@ -154,6 +155,8 @@ class NexusTrainerMixin(_Base):
         self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked, copies)
         if self.data.eos_token_id is not None:
             self._isolate_documents(collate_packed, self.data_collator)
+        if not self._plain:
+            self._shift_labels()
         self._check()
         choose_direction(self.args)
 
@@ -183,6 +186,18 @@ class NexusTrainerMixin(_Base):
             # Later than the accelerator, the type in which it computes is chosen.
             widen_weights(self.model, self.args, self._precision_is_chosen)
             self._precision_is_chosen = True
+
+    def _shift_labels(self) -> None:
+        """
+        Compare the outputs of a causal model with the next tokens. The Trainer knows such a model by the name of its
+        class, which FSDP2 changes, and a subclass does not have.
+        """
+        whole: Any = self.model.base_model.model if _is_peft_model(self.model) else self.model
+        names = {base.__name__ for base in type(whole).__mro__} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+        if getattr(whole, "loss_type", None) is None:
+            self._loss_shifts_labels |= any(name.endswith("ForCausalLM") for name in names)
+        if names and self.label_smoother is not None:
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
 
     def _check(self) -> None:
         """Refuse launches and names that are not supported."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
@@ -89,6 +89,18 @@ def test_other_settings_of_evaluation_change_nothing(make_trainer, sources, rows
     assert trainer.args.average_tokens_across_devices == config.get("average_tokens_across_devices", True)
 
 
+class Subclass(LlamaForCausalLM):
+    """A causal model that the Trainer does not know by the name of its class."""
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_a_subclass_has_the_loss_of_its_model(make_trainer, sources, rows, batch):
+    own = Subclass(tiny_llama().config)
+    own.load_state_dict(tiny_llama().state_dict())
+    found = make_trainer(sources, own, per_device_eval_batch_size=batch).evaluate(rows)["eval_loss"]
+    assert found == pytest.approx(token_loss(tiny_llama(), rows), rel=1e-6)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_losses_of_other_kinds_are_means_over_tokens_too(make_trainer, sources, rows, batch):
     config = {"per_device_eval_batch_size": batch}
@@ -96,8 +108,10 @@ def test_losses_of_other_kinds_are_means_over_tokens_too(make_trainer, sources, 
     with torch.no_grad():
         outputs = model(input_ids=rows.ids)
         smoothed = float(LabelSmoother(0.1)(outputs, rows.labels, shift_labels=True))
-    found = make_trainer(sources, label_smoothing_factor=0.1, **config).evaluate(rows)["eval_loss"]
-    assert found == pytest.approx(smoothed, rel=1e-6)
+    for own in (tiny_llama(), Subclass(tiny_llama().config)):
+        own.load_state_dict(model.state_dict())
+        found = make_trainer(sources, own, label_smoothing_factor=0.1, **config).evaluate(rows)["eval_loss"]
+        assert found == pytest.approx(smoothed, rel=1e-6)
     assert abs(smoothed - token_loss(model, rows)) > 1e-5
     found = make_trainer(sources, trainer_kwargs={"compute_loss_func": own_loss}, **config).evaluate(rows)
     assert found["eval_loss"] == pytest.approx(token_loss(model, rows) / 2, rel=1e-6)

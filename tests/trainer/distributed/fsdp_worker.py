@@ -175,6 +175,8 @@ def main(out: Path) -> dict[str, Any]:
         "muon": trained(make(out, matrix_optimizer="muon")),
         "muon_ddp": trained(make(out, matrix_optimizer="muon", fsdp=False)),
         "random": trained(make(out, inner_direction="random")),
+        "smoothed": trained(make(out, label_smoothing_factor=0.1)),
+        "smoothed_ddp": trained(make(out, label_smoothing_factor=0.1, fsdp=False)),
         "lora_ddp": trained(make(out, lora(), fsdp=False)),
         "lora": trained(make(out, lora())),
         "bfloat16": narrow(out),

@@ -18,6 +18,12 @@ def test_three_steps_match_ddp(two, run):
     assert distance(two[0][run], two[0]["ddp"]) < 1e-6
 
 
+def test_smoothed_losses_match_ddp(two):
+    """FSDP2 renames the class of a model, by which the Trainer knows whether labels are those of the next tokens."""
+    assert distance(two[0]["smoothed"], two[0]["smoothed_ddp"]) < 1e-5
+    assert distance(two[0]["smoothed"], two[0]["fsdp"]) > 1e-4
+
+
 def test_adapters_match_ddp(two):
     assert distance(two[0]["lora"], two[0]["lora_ddp"]) < 1e-6
 
