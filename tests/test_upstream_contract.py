@@ -366,12 +366,12 @@ def test_fsdp2_shards_over_the_configured_dimensions():
 
 
 def test_states_without_a_callback_are_saved_and_loaded(tmp_path):
-    """The totals and the status of publishing are saved in `stateful_callbacks`."""
+    """The status of publishing is saved in `stateful_callbacks`."""
     trainer = stock_trainer(tmp_path)
-    trainer.state.stateful_callbacks["TrainingMeter"] = {"args": {}, "attributes": {"unit": "rows"}}
+    trainer.state.stateful_callbacks["Publisher"] = {"args": {}, "attributes": {"status": {"waiting": 1}}}
     trainer.save_state()
     loaded = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
-    assert loaded.stateful_callbacks["TrainingMeter"]["attributes"] == {"unit": "rows"}
+    assert loaded.stateful_callbacks["Publisher"]["attributes"] == {"status": {"waiting": 1}}
 
 
 def test_pipelines_name_the_auto_class_of_each_task():

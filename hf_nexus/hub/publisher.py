@@ -40,6 +40,7 @@ _RESUME_ONLY = (
     "global_step",
     "data_state",
     "manifest",
+    "totals",
 )
 RUN_NAME = "RUN.md"  # quotes held-out rows, which may be private
 # Files that may hold paths of this machine.

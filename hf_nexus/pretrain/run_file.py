@@ -25,7 +25,7 @@ _FILES = {
     "checkpoint-*": "checkpoints; `--resume_from_checkpoint last` continues the newest",
     CONFIG_NAME: "configuration; `hf-nexus train` with its path and another `--output_dir` repeats the run",
     "nexus.yaml": "settings of the Nexus update",
-    "trainer_state.json": "all log entries and totals",
+    "trainer_state.json": "all log entries",
     "run_summary.json": "content of the card; `hf-nexus card` renders it again",
     "training_args.bin": "arguments of the Trainer",
     "hub_queue": "uploads; `hf-nexus push` sends those that wait",

@@ -1,5 +1,6 @@
 """Totals of a run, and averages since the last log line."""
 
+import json
 import math
 import re
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from ..nexus import Nexus
 from .distributed import sum_over_ranks
 from .window import Window
 
-__all__ = ["TrainingMeter", "peak_flops"]
+__all__ = ["TOTALS_NAME", "TrainingMeter", "peak_flops", "read_totals"]
 
 logger = logging.get_logger(__name__)
+
+TOTALS_NAME = "totals.json"
 
 # Dense bfloat16 peak in FLOP/s, from the makers' data sheets. The name of a device may go on with its memory or form.
 _PEAK_FLOPS = {
@@ -47,6 +51,22 @@ def peak_flops(device: torch.device) -> float | None:
     return _PEAK_FLOPS.get(re.sub(r"(-\S+| \d+GB?( \S+)?)$", "", torch.cuda.get_device_name(device)))
 
 
+def read_totals(checkpoint: str | None) -> dict[str, Any]:
+    """
+    The [`~TrainingMeter.state`] in a checkpoint, empty if it has none, as one of the Trainer.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(checkpoint or "", TOTALS_NAME)
+    if checkpoint is None or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
+
+
 @dataclass
 class _Interval:
     """
@@ -70,7 +90,7 @@ class _Interval:
 
 class TrainingMeter:
     """
-    Counts losses and tokens of each source. The totals are saved in `trainer_state.json` and resumed from it.
+    Counts losses and tokens of each source. The totals are saved in `totals.json` of a checkpoint and resumed from it.
 
     A window counts after its optimizer step, when the number of the outer step has increased. A checkpoint that is
     saved before the step repeats the window after a resume.
@@ -89,7 +109,7 @@ class TrainingMeter:
         self.sources = list(sources)
         self._device = device
         self._masked, self._copies = masked or {}, copies
-        self.begin(None)
+        self.begin({})
         self._began: float | None = None  # when training began, while it runs
 
     @property
@@ -98,15 +118,16 @@ class TrainingMeter:
         return self._seconds if self._began is None else self._seconds + time.perf_counter() - self._began
 
     def state(self) -> dict[str, Any]:
-        """The totals up to the last update, in the form that `trainer_state.json` has."""
-        totals = ("trained_tokens", "rows", "inner_steps_skipped", "unit")
-        attributes: dict[str, Any] = {name: getattr(self, name) for name in totals}
-        attributes["seconds"] = self.seconds
-        return {"args": {"sources": self.sources}, "attributes": attributes}
+        """The totals up to the last update, in the form that `totals.json` has."""
+        totals = ("trained_tokens", "rows", "inner_steps_skipped", "unit", "seconds")
+        return {name: getattr(self, name) for name in totals}
 
-    def begin(self, saved: Mapping[str, Any] | None) -> None:
+    def save(self, folder: str | Path) -> None:
+        """Write the totals, which are those of all ranks, into a checkpoint."""
+        Path(folder, TOTALS_NAME).write_text(json.dumps(self.state(), indent=1), encoding="utf-8")
+
+    def begin(self, totals: Mapping[str, Any]) -> None:
         """Start from the [`~TrainingMeter.state`] of a checkpoint, or at zero."""
-        totals: Mapping[str, Any] = {} if saved is None else saved["attributes"]
         # A resumed mixture may have more or fewer sources.
         self.trained_tokens: dict[str, int]  # loss tokens (or rows, see `unit`) of each source over all ranks
         self.rows: dict[str, int]  # as well; a plain dataset has the empty name

@@ -38,7 +38,7 @@ from .config import nexus_settings, save_settings, warn_of_changes
 from .distributed import is_wrapped, parallelism_of, reduce_over
 from .evaluation import Evaluation, countable, held_back, without_speed_of_sets
 from .feed import Feed
-from .meter import TrainingMeter
+from .meter import TrainingMeter, read_totals
 from .optimizers import create_matrix_optimizer
 from .precision import precision_is_chosen, widen_weights
 from .publishing import Publishing, card_fields
@@ -370,7 +370,7 @@ class NexusTrainerMixin(_Base):
             self._feed.follow_epochs(sampler)
         return sampler
 
-    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step
         self._walker.reset()  # the wrapped model and its parameters may be new
@@ -381,7 +381,7 @@ class NexusTrainerMixin(_Base):
             # An evaluation before training marks the model as prepared. Accelerate would not wrap it any more.
             bare: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             bare._is_accelerate_prepared, self.model_wrapped = False, bare
-        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.nexus:
             if self.is_fsdp_enabled:
                 check_sharded(prepared[0])
@@ -391,8 +391,7 @@ class NexusTrainerMixin(_Base):
         self._feed.begin(step)
         self._random_states.begin()
         self._checkpoints.find_best(self.state)
-        saved: Any = self.state.stateful_callbacks
-        self.meter.begin(saved.get("TrainingMeter") if step else None)
+        self.meter.begin(read_totals(resume_from_checkpoint))
         return prepared
 
     def _check_start(self, max_steps: int) -> None:
@@ -720,15 +719,15 @@ class NexusTrainerMixin(_Base):
             run_dir = self._get_output_dir(trial)
             with self._walker.at_start(), self._checkpoints.stage(run_dir, self.state) as folder:
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save and not self._plain:
+                    self.meter.save(folder)
                 if self.args.checkpoint_async:
                     optimizer = None if self.args.save_only_model else self.optimizer
                     self._checkpoints.write_later(folder, self.model, optimizer)
 
     def _record_status(self) -> None:
-        """Put the totals and the status of publishing into the part of the saved state for collaborators."""
+        """Put the status of publishing into the part of the saved state for collaborators."""
         states: Any = self.state.stateful_callbacks
-        if not self._plain:
-            states["TrainingMeter"] = self.meter.state()
         self._publishing.record(states)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -801,7 +800,7 @@ class NexusTrainerMixin(_Base):
         self._checkpoints.rotate(checkpoint, self.state.best_model_checkpoint)
 
     def save_state(self) -> None:
-        """Save `trainer_state.json`, with the totals and the status of publishing at this moment."""
+        """Save `trainer_state.json`, with the status of publishing at this moment."""
         self._record_status()
         super().save_state()
 

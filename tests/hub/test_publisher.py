@@ -44,7 +44,7 @@ def test_the_strategy_selects_files_and_folders(tmp_path: Path) -> None:
     """The root holds the model; a folder named by the strategy holds all that resuming needs."""
     checkpoint = write_checkpoint(tmp_path, 2)
     everything = set(content(checkpoint))
-    model = everything - {"optimizer.pt", "rng_state.pth"}
+    model = everything - {"optimizer.pt", "rng_state.pth", "totals.json"}
     for strategy, folder in {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.items():
         files, slots = checkpoint_files(checkpoint, strategy)
         assert set(files) == model | {f"{folder}/{name}" for name in everything}
@@ -136,7 +136,7 @@ def test_any_finished_run_can_be_pushed(
         checkpoint = write_checkpoint(out, step)
     if saved == "root":
         shutil.copytree(checkpoint, out, dirs_exist_ok=True)
-        for name in ("optimizer.pt", "rng_state.pth"):
+        for name in ("optimizer.pt", "rng_state.pth", "totals.json"):
             (out / name).unlink()
         shutil.rmtree(checkpoint)
     (out / "training_args.bin").write_bytes(b"hub_token")

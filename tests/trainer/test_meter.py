@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_nexus.trainer.meter import TrainingMeter, peak_flops
+from hf_nexus.trainer.meter import TOTALS_NAME, TrainingMeter, peak_flops, read_totals
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_totals_of_a_checkpoint_are_not_counted_twice():
     meter = meter_of("text")
     step = count(meter, "text", 2.0, 10)
     meter.update_totals(step)
-    assert meter.state()["attributes"]["trained_tokens"] == {"text": 10}
+    assert meter.state()["trained_tokens"] == {"text": 10}
     logs = meter.read(step)
     assert logs["tokens/text"] == 10
     assert logs["loss/text"] == 2.0  # of the whole interval
@@ -91,8 +91,20 @@ def test_a_resumed_run_continues_the_totals_of_its_sources():
     meter = meter_of("text", "new")
     meter.begin(old.state())
     assert meter.trained_tokens == {"text": 10, "new": 0} and meter.rows == {"text": 1, "new": 0}
-    old.begin(None)
+    old.begin({})
     assert old.trained_tokens == {"text": 0, "gone": 0}
+
+
+def test_totals_are_read_as_they_were_saved(tmp_path):
+    meter = meter_of("text", "code")
+    meter.update_totals(count(meter, "text", 2.0, 10))
+    meter.end()
+    assert read_totals(None) == read_totals(str(tmp_path)) == {}
+    meter.save(tmp_path)
+    assert read_totals(str(tmp_path)) == meter.state()
+    (tmp_path / TOTALS_NAME).write_bytes(bytes(64))  # after a power failure
+    with pytest.raises(ValueError, match=r"totals\.json is damaged .*another checkpoint"):
+        read_totals(str(tmp_path))
 
 
 def test_tokens_that_are_read_are_logged_where_they_differ():
