@@ -222,6 +222,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("a: !!set {b}", "a: the tag in line 1"),
         ("a: !!binary eA==", "a: the tag in line 1"),
         ("a: !!map b", "a: the tag in line 1"),
+        *((f"a: {text}", f"a: {text} in line 1 of mixture.yaml is") for text in ("010", "-007", "1:30", "1:30.5")),
         *((f"a: {value}", "a: the value in line 1") for value in ("!!float ''", "!!int x", "!!bool 7")),
         *((f"a: {value}", "a: the value in line 1") for value in (".inf", "-.inf", ".nan", "1e400", "9" * 400)),
         *((f"a: {value}", "rounds to zero") for value in ("1e-400", "-0.1E-400", f"0.{'0' * 400}1")),
@@ -246,6 +247,10 @@ def test_an_error_of_the_parser_shows_no_line_of_the_file() -> None:
 def test_aliases_and_merges_are_read() -> None:
     text = "base: &base {path: a, weight: 1}\nall: [*base, {<<: *base, weight: 2}]"
     assert parse_yaml(text, "f")["all"] == [{"path": "a", "weight": 1}, {"path": "a", "weight": 2}]
+
+
+def test_numbers_are_read_as_they_look() -> None:
+    assert parse_yaml("a: [0, 0.5, 1_000, 0x1F, 0e1, '010', 2:a]", "f")["a"] == [0, 0.5, 1000, 31, 0, "010", "2:a"]
 
 
 def test_dates_are_strings() -> None:
