@@ -269,7 +269,8 @@ class Feed:
         """
         Compare the sets of an evaluation, as `check_ranks`: the ranks evaluate them in turn, and add up their losses.
         """
-        _compare(_describe_sets(sets))
+        if self._args.world_size > 1:
+            _compare(_describe_sets(sets))
 
     # ---- During training ----
 
@@ -415,7 +416,9 @@ class Feed:
 
 def _describe_sets(evaluation: Any) -> dict[str, Any]:
     sets = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
-    return {"evaluation sets": [*sets], "evaluation rows": {name: _size(rows) for name, rows in sets.items()}}
+    sizes = {name: _size(rows) for name, rows in sets.items()}
+    samples = {name: None if sizes[name] is None else sample(rows) for name, rows in sets.items()}
+    return {"evaluation sets": [*sets], "evaluation rows": sizes, "evaluation sample": samples}
 
 
 def _compare(own: dict[str, Any]) -> None:

@@ -101,10 +101,10 @@ def unfrozen(out: Path, again: bool) -> str:
     return error(trainer)
 
 
-def evaluated(out: Path, train: bool) -> str:
-    """The second rank has the evaluation sets in another order."""
+def evaluated(out: Path, train: bool, first: Any, second: Any) -> str:
+    """Each rank has its own evaluation sets."""
     trainer = make(out, sources(), max_steps=1)
-    trainer.eval_dataset = sources() if dist.get_rank() == 0 else reordered()
+    trainer.eval_dataset = first if dist.get_rank() == 0 else second
     if train:
         return error(trainer)
     try:
@@ -146,7 +146,8 @@ def main(out: Path) -> dict[str, Any]:
         found[name] = error(make(out, data(), **config))
     for again in (False, True):
         found[f"unfrozen/{again}"] = unfrozen(out, again)
-    found |= {f"evaluated/{train}": evaluated(out, train) for train in (False, True)}
+    found |= {f"evaluated/{train}": evaluated(out, train, sources(), reordered()) for train in (False, True)}
+    found["evaluated rows"] = evaluated(out, False, *({"text": [*Rows(8, seed)]} for seed in (1, 2)))
     found["windows"] = other_windows(out)
     found["optimizer"] = other_optimizer(out)
     found |= {f"changed {what}": changed(out, what) for what in ("lr", "layer")}

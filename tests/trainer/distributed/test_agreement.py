@@ -39,10 +39,11 @@ def test_ranks_that_were_given_something_else_are_refused(ranks: list[dict], nam
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_evaluation_sets_in_another_order_are_refused(ranks: list[dict], train: bool) -> None:
+def test_other_evaluation_sets_are_refused(ranks: list[dict], train: bool) -> None:
     for rank in ranks:
         said = rank[f"evaluated/{train}"]
         assert "evaluation sets was ['text', 'code', 'math'] and is ['math', 'code', 'text']" in said
+        assert "evaluation sample: text was " in rank["evaluated rows"]
 
 
 @pytest.mark.parametrize("mode", ["", "/bf16", "/off"])
