@@ -1,5 +1,11 @@
 """Function calls as jobs of a cluster, such as one with Slurm, through submitit."""
 
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +13,14 @@ from typing import Any
 import submitit
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment, as_completed
 
+from ..files import write_atomic
 from .workers import Call, CallResult, call_on_rank
 
 __all__ = ["call_in_jobs", "make_executor"]
+
+_JOBS_NAME = "submitted.json"
+_CONSTRUCTED = ("slurm_max_num_timeout", "slurm_python")  # parameters of the executor itself
+_QUEUE_SECONDS = 15.0  # between two looks at the queue, and for a shared file to appear
 
 
 class _Job(Checkpointable):
@@ -22,9 +33,37 @@ class _Job(Checkpointable):
         self.call = call
 
     def __call__(self) -> Any:
+        _keep_signal_to_this_process(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"))
+        preempted: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: preempted.append(number))
         if self.call.devices > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        return call_on_rank(self.call)
+        try:
+            return call_on_rank(self.call)
+        except Exception:
+            time.sleep(1)  # processes that read data may get the signal first
+            if preempted:  # the job is queued again, and an error would be its result
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Queue the job again. It is about to end: that a process which reads data ends first is no error."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return super().checkpoint(*args, **kwargs)
+
+
+def _keep_signal_to_this_process(number: int) -> None:
+    """
+    Let processes that read data ignore the signal before a time limit, which Slurm sends to all processes of a job.
+    They would inherit submitit's handler and queue the job again, too: the second request fails, and with it the run.
+    """
+    handler = signal.signal(number, signal.SIG_IGN)
+    if multiprocessing.get_all_start_methods()[0] == "forkserver":  # from Python 3.14; it keeps what is ignored now
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+    signal.signal(number, handler)
+    os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_IGN))
 
 
 def make_executor(
@@ -46,9 +85,10 @@ def make_executor(
         raise ValueError(f"submitit.{key}: devices_per_run sets it. Remove it.")
     if devices % nodes:
         raise ValueError(f"submitit.nodes: {nodes} cannot share {devices} devices (devices_per_run) equally.")
+    constructed = {key: given.pop(key) for key in _CONSTRUCTED if key in given}
     own = {"nodes": nodes, "tasks_per_node": devices // nodes, "name": "hf-nexus"}
     try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster)
+        executor = submitit.AutoExecutor(folder, cluster=cluster, **constructed)
         executor.update_parameters(**own, gpus_per_node=devices // nodes if accelerators else None, **given)
     except (AssertionError, NameError, RuntimeError, TypeError) as error:
         raise ValueError(f"submitit: {error}") from error
@@ -56,13 +96,74 @@ def make_executor(
 
 
 def call_in_jobs(calls: Sequence[Call], executor: submitit.AutoExecutor) -> Iterator[CallResult]:
-    """Submit each call as a job, and yield each result when it is there. The jobs go on if this process ends."""
-    with executor.batch():
-        jobs = [executor.submit(_Job(call)) for call in calls]
-    for job in as_completed(jobs, poll_frequency=1):
-        call = calls[jobs.index(job)]
-        error = job.exception()
-        yield CallResult(call, job.results()[0]) if error is None else CallResult(call, error=_failure(error))
+    """
+    Submit each call as a job, unless Slurm still has a job of an earlier command that makes it. Yield each result when
+    it is there. The jobs go on if this process ends.
+    """
+    jobs: dict[str, Any] = dict(_still_queued(executor.folder))
+    new = [call for call in calls if call.name not in jobs]
+    if new:
+        with executor.batch():
+            submitted = [executor.submit(_Job(call)) for call in new]
+        jobs |= {call.name: job for call, job in zip(new, submitted, strict=True)}
+    mine = {jobs[call.name]: call for call in calls}
+    ended: Iterator[Any]
+    if not all(isinstance(job, submitit.SlurmJob) for job in mine):
+        ended = as_completed([*mine], poll_frequency=1)
+    else:
+        names = {call.name: [job.job_id, job.num_tasks] for job, call in mine.items()}
+        write_atomic(executor.folder / _JOBS_NAME, json.dumps(names))
+        ended = _ended([*mine])
+    for job in ended:
+        first = job.task(0)  # another rank may have left an error when the job was queued again
+        if isinstance(job, submitit.SlurmJob) and not _has_result(job):
+            error = f"job {job.job_id} left no result (cancelled, or out of memory or time); see {first.paths.stderr}"
+            yield CallResult(mine[job], error=error)
+        elif (failure := first.exception()) is not None:
+            yield CallResult(mine[job], error=_failure(failure))
+        else:
+            yield CallResult(mine[job], first.result())
+
+
+def _still_queued(folder: Path) -> dict[str, submitit.SlurmJob]:
+    """The jobs of the last command that have not ended, by the name of their call."""
+    path = folder / _JOBS_NAME
+    submitted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    queued = _queue([number for number, _ in submitted.values()]) if submitted else set()
+    return {
+        name: submitit.SlurmJob(folder, number, [*range(tasks)])
+        for name, (number, tasks) in submitted.items()
+        if number in queued
+    }
+
+
+def _ended(jobs: list[submitit.SlurmJob]) -> Iterator[submitit.SlurmJob]:
+    """Each job when it has a result, or has left the queue. submitit asks for accounting, which may be off."""
+    looked, gone = time.monotonic(), set[str]()
+    while jobs:
+        done = [job for job in jobs if _has_result(job)]
+        if not done and time.monotonic() - looked > _QUEUE_SECONDS:
+            missing = {job.job_id for job in jobs} - _queue([job.job_id for job in jobs])
+            done = [job for job in jobs if job.job_id in gone & missing]  # in two looks: its files may be late
+            looked, gone = time.monotonic(), missing
+        for job in done:
+            jobs.remove(job)
+            yield job
+        if not done:
+            time.sleep(1)
+
+
+def _has_result(job: submitit.Job) -> bool:
+    return job.task(0).paths.result_pickle.exists()
+
+
+def _queue(ids: Sequence[str]) -> set[str]:
+    """Those of the jobs that wait or run, or all of them if Slurm does not answer."""
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    try:
+        return {*subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()} & {*ids}
+    except (OSError, subprocess.CalledProcessError):
+        return {*ids}
 
 
 def _failure(error: Exception) -> str:

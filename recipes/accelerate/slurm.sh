@@ -9,7 +9,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # Fill in what your cluster requires:
@@ -18,7 +18,7 @@
 set -uo pipefail
 # source .venv/bin/activate  # activate your environment here
 
-accelerate_file=$1
+accelerate_file=${1:?the first argument is the accelerate file, such as recipes/accelerate/multi_node.yaml}
 shift
 for argument in "$@"; do
   case $argument in
@@ -43,5 +43,5 @@ srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_N
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) --main_process_ip "$MAIN_HOST" "$@"' \
   "$accelerate_file" recipes/pretrain_3b.py --config 3b --output_dir "$output" "${resume[@]}" "$@" &
 run=$!
-trap 'scontrol requeue "$SLURM_JOB_ID"' TERM
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1 # not TERM, which scancel sends
 wait "$run"

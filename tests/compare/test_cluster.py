@@ -1,13 +1,18 @@
 """Runs as jobs of submitit, whose local executor stands in for Slurm."""
 
+import json
 import os
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import submitit
 import yaml
+from submitit.core.utils import JobPaths, cloudpickle_dump
 
 from hf_nexus.cli.app import main
-from hf_nexus.compare.cluster import call_in_jobs, make_executor
+from hf_nexus.compare.cluster import _Job, _keep_signal_to_this_process, _queue, call_in_jobs, make_executor
 from hf_nexus.compare.records import RunRecord
 from hf_nexus.compare.workers import Call
 from tests.support.comparison import ARMS, comparison_fields
@@ -40,7 +45,9 @@ def test_a_job_has_a_task_and_an_accelerator_per_device(tmp_path, monkeypatch):
     found = make_executor(tmp_path, parameters, devices=16).parameters
     expected = {"nodes": 2, "ntasks_per_node": 8, "gpus_per_node": 8, "time": 60, "partition": "gpu"}
     assert expected.items() <= found.items()
-    single = make_executor(tmp_path, parameters, devices=1, accelerators=False).parameters
+    single = make_executor(tmp_path, {**parameters, "slurm_max_num_timeout": 9}, devices=1, accelerators=False)
+    assert single._executor.max_num_timeout == 9
+    single = single.parameters
     assert single["nodes"] == single["ntasks_per_node"] == 1 and "gpus_per_node" not in single
 
 
@@ -51,6 +58,98 @@ def _fail() -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "-1"))
+
+
+class Slurm:
+    """An executor whose jobs have the numbers 9, 10, ...; `finish` writes the result of one."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.submitted = folder, list[str]()
+
+    def batch(self):
+        return nullcontext()
+
+    def submit(self, job):
+        self.submitted.append(job.call.name)
+        return submitit.SlurmJob(self.folder, str(8 + len(self.submitted)))
+
+    def finish(self, number: str, *outcome: object) -> None:
+        path = JobPaths(self.folder, number, 0).result_pickle
+        path.parent.mkdir(exist_ok=True)
+        cloudpickle_dump(outcome, path)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Slurm:
+    monkeypatch.setattr("hf_nexus.compare.cluster.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hf_nexus.compare.cluster._QUEUE_SECONDS", 0.0)
+    return Slurm(tmp_path)
+
+
+def test_jobs_that_go_on_are_waited_for_and_not_repeated(slurm, monkeypatch):
+    calls = [Call(name, _rank, slurm.folder / name) for name in "abc"]
+    monkeypatch.setattr("hf_nexus.compare.cluster._queue", lambda ids: {*ids} & {"3", "9", "10"})
+    (slurm.folder / "submitted.json").write_text('{"a": ["3", 1], "b": ["4", 1], "old": ["3", 1]}')
+    for number in ("3", "9", "10"):
+        slurm.finish(number, "success", f"of {number}")
+    found = {result.call.name: result.value for result in call_in_jobs(calls, slurm)}
+    assert found == {"a": "of 3", "b": "of 9", "c": "of 10"} and slurm.submitted == ["b", "c"]
+    assert json.loads((slurm.folder / "submitted.json").read_text()) == {
+        name: [number, 1] for name, number in zip("abc", ("3", "9", "10"), strict=True)
+    }
+
+
+def test_a_cancelled_job_ends_without_accounting(slurm, monkeypatch):
+    queued = [{"9", "10"}, {"10"}, {"10"}]
+    monkeypatch.setattr("hf_nexus.compare.cluster._queue", lambda ids: queued.pop(0) if queued else {*ids})
+    results = call_in_jobs([Call(name, _rank, slurm.folder / name) for name in "ab"], slurm)
+    cancelled = next(results)
+    assert cancelled.call.name == "a" and cancelled.error.startswith("job 9 left no result (cancelled, or out of")
+    slurm.finish("10", "error", "Traceback\n")
+    assert next(results).error
+
+
+def test_without_an_answer_all_jobs_are_taken_as_queued(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _queue(["1", "2"]) == {"1", "2"}
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 2\necho 7\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert _queue(["1", "2"]) == {"2"}
+
+
+@pytest.fixture
+def handlers():
+    """The handlers of signals that a job sets, restored afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    saved = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, saved, strict=True):
+        signal.signal(number, handler)
+
+
+def _preempted() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+
+def test_a_preempted_job_has_no_error_as_its_result(slurm, handlers):
+    with pytest.raises(SystemExit):
+        _Job(Call("a", _preempted, slurm.folder / "log"))()
+    with pytest.raises(ValueError, match="no luck"):
+        _Job(Call("a", _fail, slurm.folder / "log"))()
+
+
+def test_readers_ignore_the_signal_before_a_time_limit(handlers):
+    """Otherwise each of them would queue the job again."""
+    seen = []
+    signal.signal(signal.SIGUSR2, lambda *args: seen.append(args))
+    _keep_signal_to_this_process(signal.SIGUSR2)
+    if not (child := os.fork()):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os._exit(len(seen))
+    assert os.waitpid(child, 0)[1] == 0
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert len(seen) == 1
 
 
 @pytest.mark.slow

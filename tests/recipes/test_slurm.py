@@ -72,7 +72,7 @@ def test_the_job_resumes_and_is_requeued_before_the_time_limit(start, tmp_path):
         deadline = time.monotonic() + 180
         while not (tmp_path / "launched").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
+        job.send_signal(signal.SIGUSR1)
         job.wait(180)
         _, recipe = launched(tmp_path)
         assert " ".join(recipe).endswith("--output_dir mine --resume_from_checkpoint last")
