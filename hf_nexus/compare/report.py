@@ -109,7 +109,8 @@ def console_table(analysis: Analysis) -> "Table":
     for arm in analysis.arms:
         rows = [analysis.row(arm, metric) for metric in metrics]
         cells = [f"{_mean(row, analysis)}\n{_difference(row, analysis, interval=False)}".rstrip("\n") for row in rows]
-        table.add_row(arm, *(cell.replace("**", "").replace(", ", "\n") for cell in cells), end_section=True)
+        lines = (cell.replace("**", "").replace(", ", "\n").replace(" ± ", "\n± ") for cell in cells)
+        table.add_row(arm, *lines, end_section=True)
     return table
 
 

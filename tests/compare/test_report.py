@@ -120,7 +120,7 @@ def test_the_page_holds_the_report_and_needs_no_other_file(tmp_path):
 
 def test_the_console_table_shows_every_arm_and_its_difference():
     analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03, "other": 0.01}), arms={"never-run": {}})
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(console_table(analysis))
     text = console.export_text()
     assert all(arm in text for arm in ("adamw", "nexus-0.05", "never-run"))
