@@ -116,7 +116,7 @@ def print_closeness(found: "Closeness", console: "Console") -> None:
         method = "exact" if found.projection is None else f"from sketches of {found.projection} numbers"
         fewest = min(found.cosine_tokens.values())
         title = f"Gradient cosines on held-out rows ({method}; at least {fewest:,} tokens per source)"
-        console.print(_pairs_table(title, list(found.losses), found.cosines, "{:+.3f}"))
+        console.print(_pairs_table(title, list(found.losses), found.cosines, "{:+.3f}", console.width))
         console.print(f"Mean over pairs: {found.mean_cosine:+.4f}")
     if found.minima:
         _print_minima(found.minima, console)
@@ -136,9 +136,21 @@ def _losses_table(found: "Closeness") -> "Table":
 
 
 def _pairs_table(
-    title: str, names: Sequence[str], pairs: Sequence[tuple[str, str, float]], form: str, diagonal: str = "1"
+    title: str,
+    names: Sequence[str],
+    pairs: Sequence[tuple[str, str, float]],
+    form: str,
+    width: int,
+    diagonal: str = "1",
 ) -> "Table":
+    """A matrix of sources, or a list of pairs if the console of `width` columns is too narrow for it."""
     cells = {(a, b): form.format(value) for a, b, value in pairs}
+    widest = max(map(len, cells.values()), default=0)
+    if 4 + max(map(len, names)) + sum(3 + max(len(name), widest) for name in names) > width:
+        table = new_table(title, "", "", "", texts=2)
+        for (a, b), cell in cells.items():
+            table.add_row(a, b, cell)
+        return table
     table = new_table(title, "", *names)
     for i, a in enumerate(names):
         table.add_row(a, *(diagonal if a == b else cells[a, b] if i < j else cells[b, a] for j, b in enumerate(names)))
@@ -153,7 +165,9 @@ def _print_minima(minima: Mapping[str, Any], console: "Console") -> None:
         table.add_row(name, f"{distance:.4g}", f"{distance / norm:.4f}", f"{before:.4f}", f"{after:.4f}")
     console.print(table)
     if minima["pairwise"]:
-        console.print(_pairs_table("Distances between minimizers", names, minima["pairwise"], "{:.4g}", "0"))
-        mean = sum(value for *_, value in minima["pairwise"]) / len(minima["pairwise"])
+        distances = minima["pairwise"]
+        console.print(_pairs_table("Distances between minimizers", names, distances, "{:.4g}", console.width, "0"))
+        mean = sum(value for *_, value in distances) / len(distances)
         console.print(f"Minima distance (mean over pairs): {mean:.4g}, {mean / norm:.4f} of the parameter norm")
-        console.print(_pairs_table("Barriers between minimizers (nats)", names, minima["barriers"], "{:.4f}", "0"))
+        title, barriers = "Barriers between minimizers (nats)", minima["barriers"]
+        console.print(_pairs_table(title, names, barriers, "{:.4f}", console.width, "0"))

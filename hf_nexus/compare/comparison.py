@@ -400,7 +400,7 @@ class Comparison:
             trials=self._tuning_table(),
             plots=self._plot(records),
         )
-        self.console.print(console_table(analysis))
+        self.console.print(console_table(analysis, self.console.width))
         self.console.print(f"Report: {path}")
         self._update_cards()
         return path

@@ -93,25 +93,41 @@ def value_rows(analysis: Analysis) -> list[tuple[str, int, str, str, float]]:
     ]
 
 
-def console_table(analysis: Analysis) -> "Table":
+def console_table(analysis: Analysis, width: int) -> "Table":
     """
-    Table of the main metrics for the console: the mean of each arm, and its difference to the baseline.
+    Table of main metrics for a console of `width` columns: the mean of each arm, and its difference to the baseline.
+    If not all fit, the primary metric is kept, and the last ones are left to the report.
 
     Example:
         >>> from hf_nexus.compare.analysis import Test, compare_arms
         >>> from hf_nexus.compare.report import console_table
-        >>> console_table(compare_arms([], Test("nexus", "adamw", "ood_loss", "end"))).row_count
+        >>> console_table(compare_arms([], Test("nexus", "adamw", "ood_loss", "end")), 80).row_count
         2
     """
     metrics = _main_metrics(analysis)
+    columns = {metric: [_console_cell(analysis, arm, metric) for arm in analysis.arms] for metric in metrics}
+    left = width - 4 - max(map(len, ("arm", *analysis.arms)))
+    kept = set[str]()
+    for metric in sorted(metrics, key=lambda metric: metric != analysis.primary.metric):
+        left -= 3 + max(len(line) for cell in (metric_label(metric), *columns[metric]) for line in cell.split("\n"))
+        if left >= 0 or not kept:
+            kept.add(metric)
+    shown = [metric for metric in metrics if metric in kept]
     title = f"End of training: mean ± half of the 95 % interval; difference to {analysis.baseline}"
-    table = new_table(title, "arm", *map(metric_label, metrics))
-    for arm in analysis.arms:
-        rows = [analysis.row(arm, metric) for metric in metrics]
-        cells = [f"{_mean(row, analysis)}\n{_difference(row, analysis, interval=False)}".rstrip("\n") for row in rows]
-        lines = (cell.replace("**", "").replace(", ", "\n").replace(" ± ", "\n± ") for cell in cells)
-        table.add_row(arm, *lines, end_section=True)
+    table = new_table(title, "arm", *map(metric_label, shown))
+    for row, arm in enumerate(analysis.arms):
+        table.add_row(arm, *(columns[metric][row] for metric in shown), end_section=True)
+    if len(shown) < len(columns):
+        table.caption = (
+            f"More metrics are in the report: {', '.join(metric_label(m) for m in columns if m not in kept)}"
+        )
     return table
+
+
+def _console_cell(analysis: Analysis, arm: str, metric: str) -> str:
+    row = analysis.row(arm, metric)
+    text = f"{_mean(row, analysis)}\n{_difference(row, analysis, interval=False)}".rstrip("\n").replace("**", "")
+    return text.replace(", ", "\n").replace(" ± ", "\n± ")
 
 
 def _setup(analysis: Analysis, records: Sequence[RunRecord], results: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import combinations
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_nexus.cli.app import app
-from hf_nexus.cli.closeness import find_mixture, parse_minima, print_closeness
+from hf_nexus.cli.closeness import _pairs_table, find_mixture, parse_minima, print_closeness
 from hf_nexus.evaluation.closeness import Closeness
 from tests.support.closeness import write_run
 
@@ -90,3 +91,14 @@ def test_all_numbers_are_printed():
     expected += ["1.5000", "2.0625", "4.1250", "nan", "+0.500", "-0.250", "1024", "777"]
     expected += ["1.25", "0.1250", "3.5000", "2.7500", "3.125", "0.3125 of the parameter norm", "0.0625"]
     assert [word for word in expected if word not in text] == []
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_matrix_that_is_too_wide_is_a_list_of_pairs(width):
+    names = ["documentation", "mathematics", "conversations"]
+    pairs = [(a, b, i / 8) for i, (a, b) in enumerate(combinations(names, 2))]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(_pairs_table("Cosines", names, pairs, "{:+.3f}", width))
+    text = console.export_text()
+    assert "…" not in text and all(word in text for word in (*names, "+0.000", "+0.125", "+0.250"))
+    assert text.count("+0.125") == (1 if width == 60 else 2)

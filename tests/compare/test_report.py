@@ -118,12 +118,15 @@ def test_the_page_holds_the_report_and_needs_no_other_file(tmp_path):
     assert "<td>&lt;b&gt;</td>" in page
 
 
-def test_the_console_table_shows_every_arm_and_its_difference():
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_console_table_shows_every_arm_and_its_difference(width):
+    """In a narrow terminal, with fewer metrics, but never with cut names or numbers."""
     analysis = analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03, "other": 0.01}), arms={"never-run": {}})
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(console_table(analysis))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(console_table(analysis, width))
     text = console.export_text()
-    assert all(arm in text for arm in ("adamw", "nexus-0.05", "never-run"))
+    assert all(arm in text for arm in ("adamw", "nexus-0.05", "never-run")) and "…" not in text
     difference = analysis.row(*PRIMARY).difference
     assert "Holm p " in text
     assert f"{difference.mean:+.4f}" in text and f"p {difference.p:.3f}" in text.replace("p < 0.001", "p 0.000")
+    assert ("More metrics are in the report: " in " ".join(text.split())) == (width < 200)
