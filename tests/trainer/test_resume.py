@@ -488,8 +488,7 @@ def scheduled(shares: Any, kind: str = "random") -> list[str]:
     return [schedule.names[s] for s in schedule.sources(0, STEPS * K)]
 
 
-@pytest.mark.parametrize("kind", ["map-style", "mix"])
-@pytest.mark.parametrize("schedule", ["random", "stratified"])
+@pytest.mark.parametrize(("kind", "schedule"), [("map-style", "stratified"), ("mix", "random")])
 def test_stages_change_sources_and_decide_the_macro_loss(tmp_path: Path, kind: str, schedule: str) -> None:
     held_out = {"trainer_kwargs": {"eval_dataset": {name: table(4, 9) for name in "abc"}}}
     trainer = run(tmp_path / "whole", mixture(kinds()[kind](), STAGES), source_schedule=schedule, **held_out)
@@ -554,8 +553,16 @@ def run_with(function: Any, out: Path, resume: Any = None, kind: str = "mix", **
     return trainer
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("make_function", [lambda: pure, Wandering], ids=["pure", "stateful"])
+@pytest.mark.parametrize(
+    ("make_function", "workers"),
+    [
+        (Wandering, 0),
+        pytest.param(Wandering, 2, marks=pytest.mark.slow),
+        pytest.param(lambda: pure, 0, marks=pytest.mark.slow),
+        (lambda: pure, 2),
+    ],
+    ids=["stateful-0", "stateful-2", "pure-0", "pure-2"],
+)
 def test_a_weights_function_is_resumed_exactly(tmp_path: Path, make_function: Any, workers: int) -> None:
     for schedule in ("random", "stratified") if workers == 0 else ("stratified",):
         config = {"dataloader_num_workers": workers, "source_schedule": schedule}
@@ -588,7 +595,7 @@ def limited() -> Any:
     return mixture(sources, {"a": 3, "b": 2, "c": 1}, a=1)
 
 
-@pytest.mark.parametrize("schedule", ["random", "stratified"])
+@pytest.mark.parametrize("schedule", ["random", pytest.param("stratified", marks=pytest.mark.slow)])
 def test_a_source_at_max_epochs_hands_over_its_weight(
     tmp_path: Path, schedule: str, caplog: pytest.LogCaptureFixture
 ) -> None:

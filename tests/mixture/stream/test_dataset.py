@@ -170,7 +170,7 @@ def test_a_pass_of_all_readers_gives_the_rows_of_the_dataset(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "workers", "batch", "buffer_size"),
-    [(1, 1, 3, 30), (2, 2, 1, 200), pytest.param(1, 2, 2, 10, marks=pytest.mark.slow)],
+    [(2, 2, 3, 30), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 2, 1, 200), (1, 2, 2, 10)))],
 )
 def test_every_kind_of_source_resumes_with_the_same_rows(
     tmp_path: Path, ranks: int, workers: int, batch: int, buffer_size: int
