@@ -152,8 +152,9 @@ def rehearse_comparison(hub: HubServer, folder: Path, environment: dict[str, str
 def main(argv: list[str] | None = None) -> None:
     """Rehearse the named configurations, or all."""
     parser = argparse.ArgumentParser(description="Rehearse the large configurations on stand-ins of their data.")
-    parser.add_argument("configs", nargs="*", default=CONFIGS, choices=CONFIGS)
-    configs = parser.parse_args(argv).configs
+    parser.add_argument("configs", nargs="*", choices=[*CONFIGS, "all"], default="all")
+    named = parser.parse_args(argv).configs
+    configs = CONFIGS if "all" in named else named
     with tempfile.TemporaryDirectory() as name, HubServer(Path(name, "hub")) as hub:
         folder = Path(name)
         upload_stand_ins(hub, folder / "stand_ins")
