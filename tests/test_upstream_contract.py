@@ -34,6 +34,9 @@ HOOKS = {
     "_get_train_sampler": ["train_dataset"],
     "_get_collator_with_removed_columns": ["data_collator", "description"],
     "create_optimizer": ["model"],
+    "_init_training_state": [
+        *("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial")
+    ],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_run_epoch": [
         *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),

@@ -380,18 +380,29 @@ class Feed:
 
     def _warn_of_other_rows(self, checkpoint: str) -> None:
         """Warn if a plain dataset, which the Trainer samples, may go on with other rows."""
-        args, size, reason = self._args, _size(self.data.dataset), None
-        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        if size is None:
-            if (state.epoch or 0) > 1:  # the Trainer skips rows as in the first pass
-                reason = "in a later pass over a dataset without a length"
-        elif not args.auto_find_batch_size and state.train_batch_size not in (None, args.train_batch_size):
-            repeats = size % (args.train_batch_size * self._ranks) and not args.dataloader_drop_last
-            if repeats or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-                reason = f"with {state.train_batch_size} rows per rank, and now there are {args.train_batch_size}"
-        if reason is not None:
-            remedy = 'Pass train_dataset as a dict from the start: {"name": dataset}.'
-            logger.warning("%s was saved %s: micro-batches may hold other rows. %s", checkpoint, reason, remedy)
+        args, size = self._args, _size(self.data.dataset)
+        saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).train_batch_size
+        if size is None or args.auto_find_batch_size or saved in (None, args.train_batch_size):
+            return
+        repeats = size % (args.train_batch_size * self._ranks) and not args.dataloader_drop_last
+        if repeats or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            logger.warning(
+                "%s was saved with %s rows per rank, and now there are %s: micro-batches may hold other rows. Pass "
+                'train_dataset as a dict from the start: {"name": dataset}.',
+                *(checkpoint, saved, args.train_batch_size),
+            )
+
+    def place(self, checkpoint: str, epochs: int, batches: int) -> tuple[int, int]:
+        """
+        The passes over the data before a checkpoint, and the micro-batches of the pass after them: those given, which
+        the Trainer computes from the length, or those of the checkpoint, if the data is one dataset without a length.
+        """
+        if self.data.stages or _size(self.data.dataset) is not None:
+            return epochs, batches
+        saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        passes, part = divmod(saved.epoch or 0.0, 1)
+        # A pass over such a dataset counts as one of all steps.
+        return int(passes), round(part * saved.max_steps * self._args.gradient_accumulation_steps)
 
     def _reads_too_far(self, saved: Mapping[str, Any]) -> list[str]:
         """That a source with `max_epochs` would be left out later than in the saved run, in words."""

@@ -370,6 +370,15 @@ class NexusTrainerMixin(_Base):
             self._feed.follow_epochs(sampler)
         return sampler
 
+    def _init_training_state(
+        self, max_steps: int, updates: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """The state of a run, and where it goes on in the data: in passes, and in micro-batches of the next pass."""
+        place = super()._init_training_state(max_steps, updates, epochs, resume_from_checkpoint, trial)
+        if self._plain or resume_from_checkpoint is None or self.args.ignore_data_skip or not self.state.global_step:
+            return place
+        return self._feed.place(resume_from_checkpoint, *place)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step

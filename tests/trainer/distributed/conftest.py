@@ -18,6 +18,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def two_ranks_folder(two_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with those of the workers."""
+    return shared(tmp_path_factory) / "two_ranks"
+
+
+@pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of each rank, by the name of the worker."""
     return launched("four_ranks", 4, tmp_path_factory)
@@ -29,11 +35,14 @@ def slow_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, 
     return launched("four_ranks_slow", 4, tmp_path_factory)
 
 
-def launched(name: str, ranks: int, factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of pytest-xdist."""
     root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    out = Path(root, name)
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+def launched(name: str, ranks: int, factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = shared(factory) / name
     with FileLock(f"{out}.lock"):
         if all((out / f"rank{r}.json").exists() for r in range(ranks)):
             return reports(out, ranks)

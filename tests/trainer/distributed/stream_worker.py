@@ -178,6 +178,7 @@ def main(out: Path) -> dict[str, Any]:
         "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
         "mixed": scenario(out / "mixed", rows_only, (3,), source_schedule="mixed"),
         "blocked": scenario(out / "blocked", rows_only, (3,), source_schedule="blocked"),
+        "plain": scenario(out / "plain", lambda: Replayed(36, 0), (2, 4)),
         "isolation": isolation(out / "isolation"),
         "splitting": splitting(out / "splitting"),
         "failing": failure(out / "failing", 14),

@@ -4,7 +4,7 @@ import pytest
 
 from hf_nexus.mixture.schedule import DynamicSchedule
 from tests.support.faults import K
-from tests.support.streams import STEPS
+from tests.support.streams import STEPS, Replayed, run
 from tests.trainer.distributed.stream_worker import FIRST
 
 SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
@@ -42,6 +42,18 @@ def test_ranks_read_other_rows_whatever_the_shards(ranks: list[dict], source: st
 @pytest.mark.parametrize("scenario", [*SCENARIOS, *CONTROLS])
 def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: str) -> None:
     assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
+
+
+def test_a_plain_stream_is_resumed_on_any_number_of_ranks(ranks, two_ranks_folder, tmp_path) -> None:
+    """A pass has 9 micro-batches on two ranks and on one: two windows, and one micro-batch that fills none."""
+    assert [rank["plain"]["differences"] for rank in ranks] == [[], []]
+    first, second = (rank["plain"]["rows"][""] for rank in ranks)
+    together = [first[i : i + 2] + second[i : i + 2] for i in range(0, len(first), 2)]
+    for step in (1, 3, 5):
+        checkpoint = two_ranks_folder / f"streams/plain/whole/checkpoint-{step}"
+        alone = run(tmp_path, Replayed(36, 0), str(checkpoint), per_device_train_batch_size=4)
+        read = [rows for of_step in alone.micro_batches.values() for _, rows in of_step]
+        assert len(read) >= (STEPS - step) * K and read == together[-len(read) :]
 
 
 def test_a_source_that_ends_on_one_rank_ends_on_both(ranks: list[dict]) -> None:
