@@ -19,7 +19,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import Trainer, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import _is_peft_model
+from transformers.trainer_utils import _is_peft_model, unwrap_peft_model
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..evaluation.cosines import gradient_cosines
@@ -192,7 +192,7 @@ class NexusTrainerMixin(_Base):
         Compare the outputs of a causal model with the next tokens. The Trainer knows such a model by the name of its
         class, which FSDP2 changes, and a subclass does not have.
         """
-        whole: Any = self.model.base_model.model if _is_peft_model(self.model) else self.model
+        whole: Any = unwrap_peft_model(self.model)
         names = {base.__name__ for base in type(whole).__mro__} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
         if getattr(whole, "loss_type", None) is None:
             self._loss_shifts_labels |= any(name.endswith("ForCausalLM") for name in names)

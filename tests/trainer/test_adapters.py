@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny import VOCAB, Rows, tiny_llama
 
 peft = pytest.importorskip("peft")
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -51,6 +51,16 @@ def test_adapters_on_a_frozen_base(make_trainer, sources, tmp_path, dtype):
         merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)(ids).logits.float()
     rounding = (expected - merged).norm() / (expected - start).norm()
     assert rounding < (1e-4 if dtype == torch.float32 else 0.2)
+
+
+def test_prompts_that_are_trained_as_adapters(make_trainer, sources):
+    """peft does not wrap the modules of such a base, here one whose body is not called `model`."""
+    shape = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(GPT2LMHeadModel(GPT2Config(**shape)), prompts)
+    start = adapters(model)
+    make_trainer(sources, model, max_steps=1).train()
+    assert start.numel() == 2 * 16 and not torch.equal(adapters(model), start)
 
 
 def test_adapters_on_a_base_of_four_bits(make_trainer, sources, tmp_path):
