@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 def launch(module: str, ranks: int, out: Path, torchrun: bool = False) -> list[dict]:
     """
-    Run `module.main(out)` on `ranks` CPU processes; returns the contents of each rank's `rank<r>.json`. `torchrun` can
-    restart them.
+    Run `module.main(out)` on `ranks` CPU processes; returns the contents of each rank's `rank<r>.json`. Under
+    `torchrun` they can be restarted, and end as other programs do: forked ones leave out what Python does at its exit.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = ["tests.support.launcher", module, str(ranks), str(out)]

@@ -410,7 +410,7 @@ def test_of_two_ranks_only_the_main_process_sends(
     """Only the main rank sends, no rank waits, a rejected token ends both ranks, and the model arrives."""
     monkeypatch.setenv("HF_TOKEN", ALICE)
     hub.fail("/commit/", action="slow", seconds=10.0, times=1)
-    first, second = launch("tests.trainer.distributed.hub_worker", ranks=2, out=tmp_path)
+    first, second = launch("tests.trainer.distributed.hub_worker", ranks=2, out=tmp_path, torchrun=True)
     assert "The Hub refuses" in first["refusal"] and "main process" in second["refusal"]
     assert first["waiting"] and second["waiting"] is None, "all had passed a barrier after training"
     files = hub.files(REPO)

@@ -1,5 +1,6 @@
-"""Run on 2 CPU processes: push to the Hub at HF_ENDPOINT, first without write access."""
+"""Run by torchrun on 2 CPU processes: push to the Hub at HF_ENDPOINT, first without write access."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,7 @@ def main(out: Path) -> None:
     found["waiting"] = None if trainer.publisher is None else trainer.publisher.status().waiting
     del trainer
     report(found, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
