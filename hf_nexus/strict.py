@@ -496,5 +496,6 @@ def _check_node(loader: _Loader, node: Any, path: tuple[str, ...], where: str, s
         if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
             raise refused("the value in {line} is not a finite number, rounds to zero, or is not of its tag.")
         if not isinstance(value, str) and re.fullmatch(r"[-+]?0[0-9_]+|[-+]?[0-9].*:.*", node.value):
-            raise refused(f"{node.value} in {{line}} is {value} in YAML. Write that number, or put it in quotes.")
+            given = f"{node.value:.40} in {{line}} is {value!s:.40} in YAML"
+            raise refused(f"{given}. Write that number, or put it in quotes.")
     return size

@@ -223,6 +223,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("a: !!binary eA==", "a: the tag in line 1"),
         ("a: !!map b", "a: the tag in line 1"),
         *((f"a: {text}", f"a: {text} in line 1 of mixture.yaml is") for text in ("010", "-007", "1:30", "1:30.5")),
+        ("a: 0" + "1" * 300, "in line 1 of mixture.yaml is"),
         *((f"a: {value}", "a: the value in line 1") for value in ("!!float ''", "!!int x", "!!bool 7")),
         *((f"a: {value}", "a: the value in line 1") for value in (".inf", "-.inf", ".nan", "1e400", "9" * 400)),
         *((f"a: {value}", "rounds to zero") for value in ("1e-400", "-0.1E-400", f"0.{'0' * 400}1")),

@@ -117,10 +117,8 @@ def console_table(analysis: Analysis, width: int) -> "Table":
     table = new_table(title, "arm", *map(metric_label, shown))
     for row, arm in enumerate(analysis.arms):
         table.add_row(arm, *(columns[metric][row] for metric in shown), end_section=True)
-    if len(shown) < len(columns):
-        table.caption = (
-            f"More metrics are in the report: {', '.join(metric_label(m) for m in columns if m not in kept)}"
-        )
+    if left_out := [metric_label(metric) for metric in metrics if metric not in kept]:
+        table.caption = f"More metrics are in the report: {', '.join(left_out)}"
     return table
 
 

@@ -197,7 +197,8 @@ class NexusTrainerMixin(_Base):
         if getattr(whole, "loss_type", None) is None:
             self._loss_shifts_labels |= any(name.endswith("ForCausalLM") for name in names)
         if names and self.label_smoother is not None:
-            self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
+            shifting: Any = partial(self.label_smoother, shift_labels=True)
+            self.label_smoother = shifting
 
     def _check(self) -> None:
         """Refuse launches and names that are not supported."""
@@ -371,10 +372,17 @@ class NexusTrainerMixin(_Base):
         return sampler
 
     def _init_training_state(
-        self, max_steps: int, updates: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
     ) -> tuple[int, int]:
         """The state of a run, and where it goes on in the data: in passes, and in micro-batches of the next pass."""
-        place = super()._init_training_state(max_steps, updates, epochs, resume_from_checkpoint, trial)
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         if self._plain or resume_from_checkpoint is None or self.args.ignore_data_skip or not self.state.global_step:
             return place
         return self._feed.place(resume_from_checkpoint, *place)

@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def main(module: str, ranks: int, out: Path) -> int:
         processes.remove(process)
         if status:
             for other in processes:
-                os.kill(other, 9)
+                os.kill(other, signal.SIGKILL)
             return 1
     return 0
 
