@@ -29,9 +29,17 @@ from hf_nexus.strict import load_yaml, read
 FILE = Path(__file__).with_name("ladder.yaml")
 # Shape of the Llama, outer steps, seeds and learning rates of each rung. Warm-up, decay and evaluations keep their
 # fractions of the steps. A pilot at 0.03M used the seeds 1 to 16 and rates up to 2e-2, which all its arms chose.
+# That at 0.1M used the seeds 1 to 12. Its matched losses lie in the last two thirds, which have more evaluations now.
 RUNGS: dict[str, Any] = {
     "0.03M": {"shape": (24, 64, 2, 2), "steps": 75, "seeds": range(17, 84), "rates": [2e-2, 4e-2, 8e-2]},
-    "0.1M": {"shape": (48, 128, 3, 3), "steps": 300, "seeds": range(1, 13), "rates": [1e-2, 2e-2, 4e-2]},
+    "0.1M": {
+        "shape": (48, 128, 3, 3),
+        "steps": 300,
+        "seeds": range(13, 101),
+        "rates": [1e-2, 2e-2, 4e-2],
+        "training": {"eval_steps": 10, "eval_delay": 100},
+        "equivalence_margin": 0.012,
+    },
     "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": range(1, 6), "rates": [5e-3, 1e-2, 2e-2]},
     "1M": {"shape": (136, 384, 5, 8), "steps": 3000, "seeds": range(1, 6), "rates": [4e-3, 8e-3, 1.6e-2]},
 }
@@ -52,6 +60,8 @@ def comparison(rung: str, workers: int | None) -> ComparisonConfig:
         fields[name] = round(fields[name] * times)
     decay = training["lr_scheduler_kwargs"]
     decay["num_decay_steps"] = round(decay["num_decay_steps"] * times)
+    training |= RUNGS[rung].get("training", {})
+    given["equivalence_margin"] = RUNGS[rung].get("equivalence_margin")
     if rung != "0.03M":
         del given["minima"]
     if workers is not None:
