@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..evaluation.statistics import scipy_stats
+from ..evaluation.statistics import import_scipy
 from ..files import nearest, write_atomic
 from ..hub.card import save_card
 from ..hub.facts import describe_hardware, installed_versions
@@ -79,7 +79,7 @@ class Comparison:
                 devices.
             ImportError: scipy is not installed, or a package that the configuration needs.
         """
-        scipy_stats()  # is installed
+        import_scipy()  # is installed
         check_benchmarks(self.config)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
@@ -281,7 +281,7 @@ class Comparison:
         Raises:
             ValueError: no run or not the tuning has finished, or the folder holds runs with other settings.
         """
-        scipy_stats()  # is installed
+        import_scipy()  # is installed
         if not finished_runs(self.folder):
             raise ValueError(f"--report: no run has finished in {self.folder}. Check output_dir, or run it first.")
         self._choose()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.statistics import scipy_stats
+from ..evaluation.statistics import import_scipy
 from ..plots.style import MARKERS, draw_matrix, new_plot, save_plot, series_style, shorten, tidy
 from .records import Minima, RunRecord, in_order, metric_label
 
@@ -114,7 +114,7 @@ def _spread(runs: Iterable[Mapping[int, float]]) -> Spread:
     values[~np.isfinite(values)] = math.nan
     mean, half = values.mean(0), 0.0
     if len(runs) > 1:
-        half = scipy_stats().t.ppf(0.975, len(runs) - 1) * values.std(0, ddof=1) / math.sqrt(len(runs))
+        half = import_scipy().stats.t.ppf(0.975, len(runs) - 1) * values.std(0, ddof=1) / math.sqrt(len(runs))
     return np.stack([steps, mean, mean - half, mean + half])
 
 
