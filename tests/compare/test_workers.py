@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from hf_nexus.compare.workers import Call, call_in_workers
+from hf_nexus.compare.workers import Call, CallResult, call_in_workers
 
 
 def _die() -> str:
@@ -24,20 +24,6 @@ def _fail() -> None:
     raise OSError("no\nspace")
 
 
-def test_failed_and_killed_calls_do_not_stop_others(tmp_path):
-    calls = [
-        Call("bad", _fail, tmp_path / "bad" / "log.txt"),
-        Call("killed", _die, tmp_path / "killed.txt"),
-        Call("good", partial(sum, [1, 2]), tmp_path / "good.txt"),
-    ]
-    results = {result.call.name: result for result in call_in_workers(calls, 1)}
-    assert results["bad"].error == "OSError: no space"
-    assert str(results["killed"].error).startswith("the process was killed")
-    assert results["good"].value == 3 and results["good"].error is None
-    log = (tmp_path / "bad" / "log.txt").read_text()
-    assert log.startswith("before the error") and "Traceback" in log
-
-
 def _meet(own: Path, other: Path) -> None:
     own.touch()
     for _ in range(600):
@@ -45,15 +31,6 @@ def _meet(own: Path, other: Path) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError(f"{other} was not there")
-
-
-def test_a_killed_call_leaves_no_worker_idle(tmp_path):
-    """After it, as many calls are made at a time as before."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    made = {"killed": _die, "a": partial(_meet, a, b), "b": partial(_meet, b, a)}
-    calls = [Call(name, function, tmp_path / "log.txt") for name, function in made.items()]
-    errors = {result.call.name: result.error for result in call_in_workers(calls, 2)}
-    assert errors.pop("killed") and errors == {"a": None, "b": None}
 
 
 def _die_unless(path: Path, reached: Path) -> str:
@@ -66,12 +43,57 @@ def _write_after(reached: Path, path: Path) -> None:
     path.write_text("enough memory")
 
 
-def test_a_killed_call_is_made_again_after_the_others(tmp_path):
-    path, reached = tmp_path / "path", tmp_path / "reached"
-    made = {"killed": partial(_die_unless, path, reached), "other": partial(_write_after, reached, path)}
-    calls = [Call(name, function, tmp_path / "log.txt") for name, function in made.items()]
-    values = {result.call.name: result.value for result in call_in_workers(calls, 2)}
-    assert values == {"killed": "enough memory", "other": None}
+def _start_method() -> str:
+    return multiprocessing.get_start_method()
+
+
+USUAL = multiprocessing.get_all_start_methods()[0]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CallResult]:
+    """Of many calls in two workers, because a process imports torch for seconds."""
+    folder = tmp_path_factory.mktemp("calls")
+    reached, path, a, b = (folder / name for name in ("reached", "path", "a", "b"))
+    made = {
+        "killed": partial(_die_unless, path, reached),
+        "other": partial(_write_after, reached, path),
+        "a": partial(_meet, a, b),
+        "b": partial(_meet, b, a),
+        "bad": _fail,
+        "method": _start_method,
+        "good": partial(sum, [1, 2]),
+        "always killed": _die,
+    }
+    calls = [Call(name, function, folder / name / "log.txt") for name, function in made.items()]
+    multiprocessing.set_start_method("spawn", force=True)  # which the process of a call would take over
+    try:
+        return {result.call.name: result for result in call_in_workers(calls, 2)}
+    finally:
+        multiprocessing.set_start_method(USUAL, force=True)
+
+
+def test_failed_and_killed_calls_do_not_stop_others(results):
+    assert results["bad"].error == "OSError: no space"
+    assert str(results["always killed"].error).startswith("the process was killed")
+    assert results["good"].value == 3 and results["good"].error is None
+    log = results["bad"].call.log.read_text()
+    assert log.startswith("before the error") and "Traceback" in log
+
+
+def test_a_killed_call_leaves_no_worker_idle(results):
+    """After it, as many calls are made at a time as before."""
+    assert results["a"].error is None and results["b"].error is None
+
+
+def test_a_killed_call_is_made_again_after_the_others(results):
+    assert results["killed"].value == "enough memory" and results["other"].error is None
+    assert [*results][-2:] == ["killed", "always killed"]
+
+
+def test_processes_of_a_call_are_started_as_in_any_run(results):
+    """Each evaluation starts workers of its data loader. Spawned ones would import torch for seconds."""
+    assert results["method"].value == USUAL
 
 
 def _fork_and_die(child: Path, late: Path) -> bool:
@@ -109,21 +131,6 @@ def test_results_do_not_wait_for_a_worker_that_ends(tmp_path):
         if result.call.name == "other":
             seen.touch()
     assert met.exists()
-
-
-def _start_method() -> str:
-    return multiprocessing.get_start_method()
-
-
-def test_processes_of_a_call_are_started_as_in_any_run(tmp_path):
-    """Each evaluation starts workers of its data loader. Spawned ones would import torch for seconds."""
-    usual = multiprocessing.get_all_start_methods()[0]
-    multiprocessing.set_start_method("spawn", force=True)  # which the process of a call would take over
-    try:
-        (result,) = call_in_workers([Call("method", _start_method, tmp_path / "log.txt")], 1)
-    finally:
-        multiprocessing.set_start_method(usual, force=True)
-    assert result.value == usual
 
 
 def _wait_and_end_with(other: Path, own: Path) -> None:
