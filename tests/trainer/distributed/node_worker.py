@@ -1,6 +1,7 @@
 """Scenarios of four ranks: two paths of two ranks each, as on two machines with two GPUs."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -117,13 +118,16 @@ class Normed(torch.nn.Module):
         return self.llama(input_ids=input_ids, labels=labels)
 
 
-def run(out: Path, data: Any, model: Any = None, poisoned: set[int] | None = None, **config: Any) -> dict[str, Any]:
+def run(
+    out: Path, data: Any, model: Any = None, *, poisoned: set[int] | None = None, seen: bool = False, **config: Any
+) -> dict[str, Any]:
+    """A run. What it sends is `seen` only if asked for: a dispatch mode doubles the time."""
     watch = ByGroup()
     trainer = watch.trainer = make(out, data, model, **{**NODE, **config})
     trainer.add_callback(watch)
     if poisoned:
         poison(trainer, 1, poisoned)
-    with Collectives(watch):
+    with Collectives(watch) if seen else nullcontext():
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     return {
@@ -151,20 +155,23 @@ def hooked(out: Path, sync: str) -> str:
 
 
 def main(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"plain": run(out / "plain", sources(True, 3), mixture_weights=WEIGHTS)}
-    found["bf16"] = run(out / "bf16", sources(True, 3), mixture_weights=WEIGHTS, reduce_dtype="bfloat16")
+    weighted: dict[str, Any] = {"mixture_weights": WEIGHTS}
+    short: dict[str, Any] = {"max_steps": 2, "logging_steps": 2}
+    found: dict[str, Any] = {"plain": run(out / "plain", sources(True, 3), seen=True, **weighted)}
+    found["bf16"] = run(out / "bf16", sources(True, 3), seen=True, reduce_dtype="bfloat16", **weighted)
     found["random"] = run(out / "random", sources(), inner_direction="random")
     found["ragged"] = run(out / "ragged", sources(), max_steps=-1, num_train_epochs=2)
     found["none"] = run(out / "none", Rows(64, 3), Switch(), weight_decay=0.1)
-    found["nan"] = run(out / "nan", sources(True, 3), mixture_weights=WEIGHTS, poisoned=POISONED)
+    found["nan"] = run(out / "nan", sources(True, 3), poisoned=POISONED, **weighted)
     found["unlike"] = run(out / "unlike", sources(), tiny_llama(seed=dist.get_rank()))
     for sync in ("global", "node", "local"):
-        found[f"{sync}_normed"] = run(out / "normed", sources(), Normed(), inner_sync=sync)
+        found[f"{sync}_normed"] = run(out / "normed", sources(), Normed(), inner_sync=sync, **short)
     for sync in ("node", "local"):
         found[f"{sync}_large"] = average_large(sync)
         for k in (2, 6):
-            found[f"{sync}_{k}"] = run(out / "k", sources(), inner_sync=sync, gradient_accumulation_steps=k)
-    found["off"] = run(out / "off", sources(), nexus=False)
+            paths = {"inner_sync": sync, "gradient_accumulation_steps": k}
+            found[f"{sync}_{k}"] = run(out / "k", sources(), seen=True, **paths, **short)
+    found["off"] = run(out / "off", sources(), seen=True, nexus=False)
     turned_off = make(out / "turned_off", sources(), **NODE)
     turned_off.train()
     turned_off.args.nexus = False

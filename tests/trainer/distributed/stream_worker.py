@@ -2,6 +2,7 @@
 
 import os
 from itertools import islice
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.support.faults import AtEvents, weights
 from tests.support.stream_documents import documents_of
 from tests.support.streams import LENGTH, Recorder, Replayed, differences, make, mixture, run, sharded, table, texts
 
+UNSAVED = {"save_strategy": "no"}
 # Sources of five shards, of two, and of one for both ranks; an iterable one; and a map-style one.
 FIRST = {"five": 0, "two": 60, "one": 120, "replayed": 180, "map": 240}
 
@@ -110,8 +112,8 @@ def facts(trainer: Recorder, agreement: Agreement | None = None) -> dict[str, An
 
 
 def scenario(out: Path, data: Any, resumed: tuple[int, ...] = (), **config: Any) -> dict[str, Any]:
-    """A run, and its differences after a resume."""
-    trainer = make(out / "whole", data(), **config)
+    """A run, and its differences after a resume from each of some steps."""
+    trainer = make(out / "whole", data(), **{"save_steps": gcd(*resumed)} | config)
     agreement = Agreement(trainer)
     trainer.train()
     found = facts(trainer, agreement)
@@ -119,15 +121,16 @@ def scenario(out: Path, data: Any, resumed: tuple[int, ...] = (), **config: Any)
     for step in resumed:
         dist.barrier()
         folder = str(out / "whole" / f"checkpoint-{step}")
-        again = run(out / "again", data(), folder, **config)
+        again = run(out / "again", data(), folder, **config | UNSAVED)
         found["differences"] += differences(again, trainer, step)
     return found
 
 
 def failure(out: Path, at: int, **config: Any) -> dict[str, Any]:
     """A run in which a source fails on one rank, and the run without the failure."""
+    config |= UNSAVED
     whole = run(out / "whole", failing(-1), **config)
-    trainer = make(out / "broken", failing(at), **config | {"save_strategy": "no"})
+    trainer = make(out / "broken", failing(at), **config)
     found: dict[str, Any] = {}
     try:
         trainer.train()
@@ -173,12 +176,12 @@ def main(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "uneven": scenario(out / "uneven", uneven, (4,), max_steps=8, source_schedule="stratified"),
         "small": scenario(out / "small", small, (1, 3, 5)),
-        "ending": scenario(out / "ending", ending, (2, 4), max_steps=7, save_steps=2),
+        "ending": scenario(out / "ending", ending, (2, 4), max_steps=7),
         "dynamic": scenario(out / "dynamic", small, (3,), **dynamic),
         "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
         "mixed": scenario(out / "mixed", rows_only, (3,), source_schedule="mixed"),
         "blocked": scenario(out / "blocked", rows_only, (3,), source_schedule="blocked"),
-        "plain": scenario(out / "plain", lambda: Replayed(36, 0), (2, 4)),
+        "plain": scenario(out / "plain", lambda: Replayed(36, 0), (2, 4), save_steps=1),
         "isolation": isolation(out / "isolation"),
         "splitting": splitting(out / "splitting"),
         "failing": failure(out / "failing", 14),
