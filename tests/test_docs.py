@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -197,13 +198,22 @@ def test_troubleshooting_quotes_messages_that_exist():
         assert longest in strings, longest
 
 
-def test_contributing_names_files_and_code_that_exist():
-    """Each list item: its files exist, and a file has the names that follow it."""
+def lists_of_changes() -> Iterator[tuple[str, str]]:
+    """Items of CONTRIBUTING, and of the comments that list the files of a change, each with the text it is about."""
     page = (ROOT / "CONTRIBUTING.md").read_text().partition("## The mixin")[2].partition("## House rules")[0]
-    items = re.findall(r"^\d+\. (.*?)(?=\n\d+\. |\n\n)", page, re.MULTILINE | re.DOTALL)
-    assert len(items) > 30
-    for item in items:
-        text = ""
+    for item in re.findall(r"^(?:\d+\.|-) (.*?)(?=\n\d+\. |\n- |\n\n)", page, re.MULTILINE | re.DOTALL):
+        yield item, ""
+    for path in PACKAGE.rglob("*.py"):
+        for block in re.findall(r"also needs,\n((?: *#.*\n)+)", path.read_text()):
+            for item in re.split(r"^ *# - ", block, flags=re.MULTILINE)[1:]:
+                yield item, path.read_text()
+
+
+def test_contributing_names_files_and_code_that_exist():
+    """Files exist, and each has the names that follow it. Names before the first file are in the file of a comment."""
+    items = list(lists_of_changes())
+    assert len(items) > 45
+    for item, text in items:
         for quote in re.findall(r"`([^`]*)`", item):
             if re.fullmatch(r"[\w/]+/(\w+\.\w+)?|\w+\.\w{2,}", quote):
                 [file] = [file for file in (ROOT / quote, PACKAGE / quote) if file.exists()]

@@ -28,7 +28,18 @@ RECORD_NAME = "record.json"
 # A value for each pair of sources: `(source, source, value)`.
 Pairs = list[tuple[str, str, float]]
 
-# Metrics and their labels, in the order of the report. The last three are prefixes, as in `ood/<source>`.
+# Metrics and their labels, in the order of the report. The last three are prefixes, as in `ood/<source>`. The value of
+# another is in `metrics` of `RunRecord`, or of `LossPoint` and in `ON_CURVE` if each evaluation has one. Tables,
+# missing values, matched values and a plot follow. Diverged runs are left out of all metrics. A metric also needs,
+# - if it is measured, not computed from the curve: a field with a default, `tests/support/comparison.py`
+#   (`make_record`), `compare/runs.py` (`_measure` after training, or a callback like `_EvaluateSample`),
+#   `tests/compare/test_runs.py`, and what measures it in `evaluation/`;
+# - if it is on the curve: `tests/compare/test_plots.py`;
+# - if it is a loss whose name does not say so: `compare/conclusions.py` (`_is_loss`); if it is no loss and has a
+#   better direction: `_verdict`; if it has larger values: `rounded`; if it needs an explanation: `plain_words`, and
+#   `compare/report.py` (`_metrics`); for each of them `tests/compare/test_conclusions.py`;
+# - if some comparisons cannot have it: `compare/comparison.py` (`_check_measured`),
+#   `tests/compare/test_comparison.py`.
 METRICS = {
     "train_loss": "training loss",
     "validation_loss": "validation loss",

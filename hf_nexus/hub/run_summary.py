@@ -40,6 +40,15 @@ class MixtureRow:
     dataset: str | None = None  # origin of the data: a Hub id, `builtin/<name>` or a file name
 
 
+# A fact has a default, for summaries that were saved without it. In place of `RunSummary`, one of each training source
+# is a field of `MixtureRow` (`trainer/card.py`, `_mixture_rows`), one of each evaluation set of `HeldOutLoss` in
+# `hub/results.py`. The last value of a logged key needs only `trainer/card.py` (`_NUMBERS`). No page lists the facts.
+# A fact also needs,
+# - if a trainer must tell it: `trainer/card.py` (`RunFacts`), `trainer/mixin.py` (`run_facts`);
+# - if nothing measures it yet: `trainer/meter.py` (`state` and `begin`, if it is summed over sessions),
+#   `tests/trainer/test_meter.py`;
+# - if the list "Environment" shows it (hardware, time and versions): `hub/card.py` (`_body`), in place of
+#   `hub/template.md`; if the front matter shows it: `hub/card.py` (`_metadata`).
 @dataclass
 class RunSummary:
     """

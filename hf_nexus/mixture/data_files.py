@@ -18,7 +18,13 @@ __all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "is_save
 
 logger = logging.getLogger(__name__)
 
-# Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder.
+# Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder. Another also needs,
+# - if its builder has options: `_options`;
+# - if `datasets` has no builder for it: a module with an Arrow-based one, or for files that stay in place a reader
+#   like `mixture/token_files.py`, called in `mixture/documents.py` (`load_documents`); a test of the module,
+#   `tests/test_upstream_contract.py` for what it uses of upstream, `docs/streaming_resume.md`;
+# - if its builder is neither Arrow- nor generator-based: `mixture/stream/sources.py` (`_DIVISIBLE`);
+# - if it needs a package that `datasets` does not bring: `pyproject.toml` (`test`), `make lock`.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}
 _FORMATS |= {".csv": "csv", ".tsv": "tsv", ".txt": "text", ".ds": "token files", ".bin": "token files"}
 _COMPRESSIBLE = ("json", "csv", "tsv", "text")

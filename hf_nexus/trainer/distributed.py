@@ -73,6 +73,22 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+# Another wrapper whose `modules()` hold DDP's or FSDP2's needs only tests and docs. Any other also needs,
+# - if it can walk several paths: `reduce_over`, `share_buffers`; if `reduce_dtype` works with it: `compress`;
+# - if it shards weights: `trainer/mixin.py` (`sharded`), runs like those of
+#   `tests/trainer/distributed/fsdp_worker.py`;
+# - if it has no `no_sync`, or does not average gradients: `trainer/mixin.py` (`_walk_window`); if the model inside
+#   cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
+# - if Accelerate has a type for it, or a setting is not possible with it: `trainer/support.py` (`check_launch`, or for
+#   the wrapped model a check like `check_sharded`; under FSDP the type is `FSDP` on any device),
+#   `tests/trainer/test_support.py`, `docs/troubleshooting.md`. `tests/trainer/distributed/fsdp_worker.py`
+#   (`launched_as`) pretends a type;
+# - if the model inside is not what `from_pretrained` loads, or its class has another name: the hooks under "Saving" in
+#   `trainer/mixin.py`, and a module like `trainer/sharded.py`;
+# - if several paths are tested: `tests/trainer/distributed/four_ranks.py` (`WORKERS`);
+# - if its memory or traffic are not those of DDP or FSDP2: `pretrain/layout.py`, `pretrain/memory.py`,
+#   `pretrain/cost.py`, `pretrain/console.py`, `docs/cost.md`, `docs/cost_traffic.md`;
+# - if it is launched in another way: `docs/trainer.md` (row "launches"), a file in `recipes/accelerate/`.
 def is_wrapped(model: nn.Module) -> bool:
     """Whether the gradients of a model are reduced over the ranks, by DDP, FSDP2 or tensor parallelism."""
     wrapped = any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())

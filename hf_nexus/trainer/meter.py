@@ -67,6 +67,15 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
 
 
+# One more number per source: with and without Nexus, the meter gets rows, summed loss and loss tokens (there may be
+# none) of each micro-batch that took a step, on its rank. `read` sums over ranks. The progress bar, plots, cards and
+# tests of several ranks take chosen keys only. The number also needs,
+# - if it is not a sum over ranks: `trainer/distributed.py` (`max_over_ranks`);
+# - if it counts inner steps: `add_walk` in place of `_count_micro_batch`;
+# - if it counts since the beginning: `update_totals`, `state` and `begin`, `tests/trainer/test_resume.py`,
+#   `docs/checkpoints.md`;
+# - if other counts of a micro-batch are needed: `trainer/window.py` (`summed`); if other content of its rows:
+#   `mixture/tags.py` (`MicroBatchTag`); and their tests.
 @dataclass
 class _Interval:
     """

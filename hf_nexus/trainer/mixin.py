@@ -724,12 +724,18 @@ class NexusTrainerMixin(_Base):
 
     # ---- Saving ----
 
+    # A file of the run is written here after the call of the base class, by the rank with `args.should_save`, and not
+    # if `_plain`. What is summed over ranks is summed before. The folder is renamed when it is complete, with a
+    # manifest of any files. Older checkpoints lack a new file. It also needs,
+    # - if each rank has one: `_save_rng_state`; if it is a state of the data: `trainer/feed.py` (`resume`), with the
+    #   state of streams from `mixture/stream/progress.py`, and `tests/trainer/test_resume.py`;
+    # - if it is only for resuming: `hub/publisher.py` (`_RESUME_ONLY`), `tests/hub/test_publisher.py`,
+    #   `tests/support/hub/runs.py` (`write_checkpoint`);
+    # - if a resume is refused without it: `trainer/checkpoints.py` (`_STATES`); if the manifest changes:
+    #   `tests/trainer/test_checkpoints.py`;
+    # - if a page names its data: that page, and the old place of data that moves.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """
-        Write a checkpoint of the restored weights, complete or not at all, then push it. A file of the run is written
-        after the call of the base class, by the rank with `args.should_save`, and not if `_plain`; a file of each rank
-        in `_save_rng_state`.
-        """
+        """Write a checkpoint of the restored weights, complete or not at all, then push it."""
         with self.meter.paused():
             self.meter.update_totals(self.state.global_step)
             self._record_status()
