@@ -22,6 +22,7 @@ __all__ = [
     "hide_token",
     "nearest",
     "printable",
+    "read_json",
     "read_plain",
     "require_folder",
     "shown",
@@ -92,6 +93,19 @@ def require_folder(folder: str | os.PathLike[str], name: str = "output_dir") -> 
         raise ValueError(
             f"{name}: {shown(str(folder))} is not a folder that can be written to ({error.strerror}). Choose another."
         ) from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """
+    The content of a JSON file. `remedy` says what to do if it is damaged.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
 
 
 def read_plain(path: str | Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import submitit
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment, as_completed
 
-from ..files import write_atomic
+from ..files import read_json, write_atomic
 from .workers import Call, CallResult, call_on_rank
 
 __all__ = ["call_in_jobs", "make_executor"]
@@ -128,7 +128,8 @@ def call_in_jobs(calls: Sequence[Call], executor: submitit.AutoExecutor) -> Iter
 def _still_queued(folder: Path) -> dict[str, submitit.SlurmJob]:
     """The jobs of the last command that have not ended, by the name of their call."""
     path = folder / _JOBS_NAME
-    submitted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    remedy = "Delete it when the jobs of the earlier command have ended."
+    submitted = read_json(path, remedy) if path.exists() else {}
     queued = _queue([number for number, _ in submitted.values()]) if submitted else set()
     return {
         name: submitit.SlurmJob(folder, number, [*range(tasks)])

@@ -83,7 +83,7 @@ class Comparison:
         check_benchmarks(self.config)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("A comparison starts its own processes, one per device. Start it as one process.")
-        arguments = self._check_settings()
+        of_arms = self._check_settings()
         here = torch.accelerator.device_count()
         if self._jobs is not None:
             self._executor(self.config.devices_per_run)
@@ -94,9 +94,9 @@ class Comparison:
             )
         for questions in self.config.question_sets.values():
             read_questions(questions)
-        tokenizer = load_tokenizer(arguments, None)
+        tokenizer = load_tokenizer(of_arms[0], None)
         self._keep_tokenizer(tokenizer)
-        mixture = load_mixture(arguments.mixture, tokenizer)
+        mixture = load_mixture(of_arms[0].mixture, tokenizer)
         if self.config.minima is not None:
             names = list(mixture.train)
             searched = set(self.config.minima.sources or names)
@@ -104,7 +104,7 @@ class Comparison:
                 raise ValueError(f"minima.sources: {unknown} are not among the training sources {', '.join(names)}.")
             if lacking := sorted(searched - set(mixture.eval)):
                 raise ValueError(f"minima.sources: {lacking} have no held-out rows. Give them eval_rows.")
-        self._check_measured(mixture, sharded=bool(arguments.training.fsdp))
+        self._check_measured(mixture, sharded=any(arguments.training.fsdp for arguments in of_arms))
         self._declare()
         for run in self._trial_runs() or self.runs():
             run.check()
@@ -127,9 +127,10 @@ class Comparison:
                 "the tokenizer."
             )
 
-    def _check_settings(self) -> PretrainArguments:
-        """Parse the configuration of every arm and trial, and return one: all have the same model and data."""
+    def _check_settings(self) -> list[PretrainArguments]:
+        """Parse the configuration of every arm and trial, and return one of each arm: all have one model and data."""
         rows: dict[str, float] = {}
+        of_arms = []
         for arm in self.config.arms:
             for trial in list(self.config.trials(arm)) or [{}]:
                 settings = {**self.config.settings(arm), **trial, "output_dir": str(self.folder)}
@@ -141,9 +142,10 @@ class Comparison:
                 length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
                 batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
                 rows[f"{arm} {trial or ''}".strip()] = length * batch
+            of_arms.append(arguments)
         if len(set(rows.values())) > 1:
             raise ValueError(f"arms: all must train on the same number of rows, not {rows}.")
-        return arguments
+        return of_arms
 
     def _check_measured(self, mixture: "Mixture", sharded: bool) -> None:
         """Check that the runs will have the declared metrics."""

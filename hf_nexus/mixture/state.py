@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
 
+from ..files import read_json
 from .config import SourceConfig
 from .data_files import is_remote, means_files
 from .digest import are_numbers, digest, sample
@@ -75,7 +76,7 @@ def _merged(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _read(folder: str, rank: int) -> dict[str, Any] | None:
     path = _path(folder, rank)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "Resume from another checkpoint.") if path.is_file() else None
 
 
 def _path(folder: str, rank: int) -> Path:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..files import read_json
 from ..nexus import Nexus
 from .distributed import sum_over_ranks
 from .window import Window
@@ -61,10 +62,7 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
     path = Path(checkpoint or "", TOTALS_NAME)
     if checkpoint is None or not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
+    return dict(read_json(path, "Resume from another checkpoint."))
 
 
 # One more number per source: with and without Nexus, the meter gets rows, summed loss and loss tokens (there may be

@@ -126,7 +126,8 @@ def test_several_processes_are_refused(base, tmp_path, monkeypatch):
         ({"family": [{"arm": "nexus", "metric": "ood/letters"}]}, "'ood/letters' is not measured"),
         (
             {
-                "training": {"fsdp": True, "gradient_cosine_steps": 0, "use_cpu": True},
+                "arms": {"adamw": ARMS["adamw"] | {"fsdp": True, "gradient_cosine_steps": 0}, "nexus": ARMS["nexus"]},
+                "training": {"use_cpu": True},
                 "devices_per_run": 2,
                 "primary": {"arm": "nexus", "metric": "gradient_cosine"},
             },

@@ -440,7 +440,7 @@ def test_a_processor_trains_and_resumes_a_mixture(tmp_path: Path) -> None:
     assert differences(resumed, expected, 2) == []
 
 
-def test_a_missing_data_state_is_refused(whole: Whole, tmp_path: Path) -> None:
+def test_a_missing_or_damaged_data_state_is_refused(whole: Whole, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoint(whole("mix"), 2), folder)
     file = folder / "data_state_0.json"
@@ -449,6 +449,9 @@ def test_a_missing_data_state_is_refused(whole: Whole, tmp_path: Path) -> None:
     file.write_text(json.dumps(state))
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"it has no data_state_1\.json"):
+        run(tmp_path, mixture(kinds()["mix"]()), str(folder))
+    file.write_bytes(bytes(64))  # after a power failure
+    with pytest.raises(ValueError, match=r"data_state_0\.json is damaged .*another checkpoint"):
         run(tmp_path, mixture(kinds()["mix"]()), str(folder))
     file.unlink()
     with pytest.raises(ValueError, match=r"it has no data_state_0\.json"):
