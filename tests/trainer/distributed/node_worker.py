@@ -171,8 +171,8 @@ def main(out: Path) -> dict[str, Any]:
         for k in (2, 6):
             paths = {"inner_sync": sync, "gradient_accumulation_steps": k}
             found[f"{sync}_{k}"] = run(out / "k", sources(), seen=True, **paths, **short)
-    found["off"] = run(out / "off", sources(), seen=True, nexus=False)
-    turned_off = make(out / "turned_off", sources(), **NODE)
+    found["off"] = run(out / "off", sources(), seen=True, nexus=False, **short)
+    turned_off = make(out / "turned_off", sources(), **NODE, **short)
     turned_off.train()
     turned_off.args.nexus = False
     turned_off.train()
@@ -181,10 +181,9 @@ def main(out: Path) -> dict[str, Any]:
     turned_off.train()
     found["turned_on"] = dist.get_process_group_ranks(turned_off.model_wrapped.process_group)
     found["hooked"] = [hooked(out, sync) for sync in ("node", "global", "local")]
-    save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
-    whole = make(out / "whole", sources(), **NODE, **save)
+    whole = make(out / "whole", sources(), **NODE, max_steps=8, save_strategy="steps", save_steps=6)
     whole.train()
-    again = make(out / "again", sources(), **NODE, **save)
+    again = make(out / "again", sources(), **NODE, max_steps=8)
     again.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
     found["resumed"] = [weights(whole), weights(again)]
     try:
