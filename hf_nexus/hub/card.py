@@ -6,6 +6,7 @@ import math
 import os
 import re
 from datetime import timedelta
+from functools import cache
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
@@ -127,15 +128,19 @@ def _user_text(text: str) -> tuple[str, str]:
     return above.strip(), below.strip()
 
 
-def _body(run: RunSummary) -> str:
-    """Generated Markdown, without the comments around it."""
+@cache
+def _template() -> Any:
     import jinja2
 
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     jinja.filters |= {"cell": _cell, "code": _code, "code_cell": _code_cell, "escaped": _escaped, "line": printable}
     jinja.filters |= {"number": _number, "count": _count, "loss": _loss, "percent": _percent}
     jinja.filters |= {"yaml": _yaml, "setting": _setting}
-    template = jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
+    return jinja.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
+
+
+def _body(run: RunSummary) -> str:
+    """Generated Markdown, without the comments around it."""
     environment = {
         "Hardware": run.hardware and _cell(run.hardware),
         "Training time": _duration(run.seconds),
@@ -149,7 +154,7 @@ def _body(run: RunSummary) -> str:
     roles = dict(ROLES)
     if base_model is not None or run.adapter:  # the training data of the base model is unknown
         roles["ood"] = "OOD source, not trained on in this run"
-    text = template.render(
+    text = _template().render(
         run=run,
         k=run.nexus["gradient_accumulation_steps"],
         length="at most " * (run.nexus.get("inner_lr_schedule") == "follow") + str(run.nexus["inner_lr"]),

@@ -19,6 +19,7 @@ __all__ = ["check_sections", "known_kinds"]
 _LLAMA = ("configuration_utils.py", "models/llama/configuration_llama.py")
 
 
+@cache
 def known_kinds() -> dict[str, dict[str, Any]]:
     """
     The types of the fields of each section. The fields of other packages are those of the JSON schema, and those in

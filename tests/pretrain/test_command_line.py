@@ -111,13 +111,21 @@ def test_fields_of_every_model_are_accepted(write):
     assert "attention_bias" in LlamaConfig.__dataclass_fields__.keys() - described("model").keys()
 
 
-def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch):
+@pytest.fixture
+def other_kinds():
+    """For tests that change what is known of the fields, which is read once."""
+    kinds.known_kinds.cache_clear()
+    yield
+    kinds.known_kinds.cache_clear()
+
+
+def test_of_a_newer_transformers_only_the_types_are_known(write, monkeypatch, other_kinds):
     monkeypatch.setattr("hf_nexus.pretrain.kinds.version", lambda name: "5.99")
     read_command_line(["--config", write(training={"optim": "of_the_future"})])
     assert "max_steps: 'many'" in refusal("--config", write(training={"max_steps": "many"}))
 
 
-def test_a_flag_newer_than_the_schema_gets_its_type(write, monkeypatch):
+def test_a_flag_newer_than_the_schema_gets_its_type(write, monkeypatch, other_kinds):
     known = described("training")
     older = {name: field for name, field in known.items() if name not in ("max_steps", "bf16", "lr_scheduler_kwargs")}
     monkeypatch.setattr(kinds, "described", lambda name: older if name == "training" else described(name))

@@ -1,6 +1,7 @@
 """Shared by the tests of publishing: checkpoints, hashes, waiting, and a client with short timeouts."""
 
 import hashlib
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from hf_nexus.hub.retries import RetryPolicy, limit_requests
 from tests.support.hub.server import ALICE, HubServer
 
+CERTIFICATES = ssl.create_default_context()  # each client reads them, which takes longer than a request
 REPO = "alice/model"
 CARD = "---\nlicense: mit\n---\n# A model\n"
 QUICK = RetryPolicy(request=1.0, first_retry=0.05, last_retry=0.2)
@@ -76,6 +78,7 @@ def impatient_client(monkeypatch: pytest.MonkeyPatch, xet: bool) -> Iterator[Non
     sleep = _http.time.sleep
     quick: Any = SimpleNamespace(**{**vars(_http.time), "sleep": lambda seconds: sleep(min(seconds, 0.01))})
     monkeypatch.setattr(_http, "time", quick)
+    monkeypatch.setattr(ssl, "create_default_context", lambda *args, **options: CERTIFICATES)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     disable_progress_bars()
