@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["is_live", "new_table", "quieten"]
+__all__ = ["format_bytes", "is_live", "new_table", "quieten"]
 
 # Records of the Trainer that are left out.
 _RECORDS = re.compile(
@@ -43,6 +43,11 @@ def new_table(title: str, *columns: str, texts: int = 1) -> "Table":
         else:
             table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def format_bytes(count: int) -> str:
+    """A size with its unit."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def quieten() -> None:

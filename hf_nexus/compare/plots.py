@@ -219,7 +219,7 @@ def _ood_against_train(arms: Sequence[_Arm]) -> "Figure | None":
 
 
 def _losses(arms: Sequence[_Arm]) -> "Figure | None":
-    """Two panels for each source: its held-out loss, and its differences to the baseline."""
+    """Two panels for each metric on the curve: its values, and their differences to the baseline."""
     points = [point.metrics() for arm in arms for run in arm.runs for point in run.curve]
     if not any(math.isfinite(loss) for point in points for loss in point.values()):
         return None

@@ -34,7 +34,8 @@ Pairs = list[tuple[str, str, float]]
 # - if it is measured, not computed from the curve: a field with a default, `tests/support/comparison.py`
 #   (`make_record`), `compare/runs.py` (`_measure` after training, or a callback like `_EvaluateSample`),
 #   `tests/compare/test_runs.py`, and what measures it in `evaluation/`;
-# - if it is on the curve: `tests/compare/test_plots.py`;
+# - if it is on the curve: `tests/compare/test_plots.py`; if it is also no loss, or small next to one:
+#   `compare/plots.py` (`_losses` for the title, `_on_scale`);
 # - if it is a loss whose name does not say so: `compare/conclusions.py` (`_is_loss`); if it is no loss and has a
 #   better direction: `_verdict`; if it has larger values: `rounded`; if it needs an explanation: `plain_words`, and
 #   `compare/report.py` (`_metrics`); for each of them `tests/compare/test_conclusions.py`;

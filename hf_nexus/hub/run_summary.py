@@ -45,8 +45,9 @@ class MixtureRow:
 # `hub/results.py`. The last value of a logged key needs only `trainer/card.py` (`_NUMBERS`). No page lists the facts.
 # A fact also needs,
 # - if a trainer must tell it: `trainer/card.py` (`RunFacts`), `trainer/mixin.py` (`run_facts`);
-# - if nothing measures it yet: `trainer/meter.py` (`state` and `begin`, if it is summed over sessions),
-#   `tests/trainer/test_meter.py`;
+# - if training must measure it: `trainer/meter.py` (`state` and `begin`, if it is summed over sessions),
+#   `tests/trainer/test_meter.py`; if the loading of data must: `mixture/loading.py` (`Mixture`), `mixture/packing.py`
+#   (`pack_documents`; packed rows may come from a cache) and their tests;
 # - if the list "Environment" shows it (hardware, time and versions): `hub/card.py` (`_body`), in place of
 #   `hub/template.md`; if the front matter shows it: `hub/card.py` (`_metadata`).
 @dataclass

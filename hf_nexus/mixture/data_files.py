@@ -20,9 +20,11 @@ logger = logging.getLogger(__name__)
 
 # Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder. Another also needs,
 # - if its builder has options: `_options`;
-# - if `datasets` has no builder for it: a module with an Arrow-based one, or for files that stay in place a reader
-#   like `mixture/token_files.py`, called in `mixture/documents.py` (`load_documents`); a test of the module,
-#   `tests/test_upstream_contract.py` for what it uses of upstream, `docs/streaming_resume.md`;
+# - if `datasets` has no builder for it: a module with an Arrow-based one (whose `_generate_more_gen_kwargs` lets a
+#   resume skip parts of a file), called in `mixture/documents.py` (`load_documents`);
+# - if its files stay in place: a reader like `mixture/token_files.py`, called there as well;
+# - for each of these two: a test of the module, `docs/streaming_resume.md`, and `tests/test_upstream_contract.py` for
+#   what it uses of upstream;
 # - if its builder is neither Arrow- nor generator-based: `mixture/stream/sources.py` (`_DIVISIBLE`);
 # - if it needs a package that `datasets` does not bring: `pyproject.toml` (`test`), `make lock`.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}

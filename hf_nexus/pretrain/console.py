@@ -10,7 +10,7 @@ from ..hub.results import HeldOutLoss
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
-from ..terminal import new_table
+from ..terminal import format_bytes, new_table
 from ..trainer.support import ONE_INNER_STEP
 from .advice import warnings_of
 from .cost import CostEstimate
@@ -19,7 +19,7 @@ from .memory import SYMBOLS, MemoryEstimate
 from .model import config_of, joined_documents, planned_attention
 from .plan import RunPlan
 
-__all__ = ["cost_table", "format_bytes", "loss_table", "print_plan", "say"]
+__all__ = ["cost_table", "loss_table", "print_plan", "say"]
 
 
 def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, loaded: Mixture | None = None) -> None:
@@ -161,11 +161,6 @@ def _range(low: float, high: float, unit: str = "") -> str:
     """Both numbers with three digits and no exponent, or one if they agree."""
     first, last = (f"{float(f'{value:.3g}'):,.10g}" for value in (low, high))
     return f"{first if first == last else f'{first} to {last}'} {unit}".strip()
-
-
-def format_bytes(count: int) -> str:
-    """A size with its unit."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def say(console: Console, text: str) -> None:

@@ -74,17 +74,19 @@ def gather(value: Any) -> list[Any]:
 
 
 # Another wrapper whose `modules()` hold DDP's or FSDP2's needs only tests and docs. Any other also needs,
-# - if it can walk several paths: `reduce_over`, `share_buffers`; if `reduce_dtype` works with it: `compress`;
+# - if it can walk several paths: `reduce_over`, `share_buffers`; if `reduce_dtype` works with it: `compress`; all
+#   three find DDP by `_ddp_modules`;
+# - if the user applies it, and not Accelerate: `trainer/mixin.py` (`_prepare_for_training`);
 # - if it shards weights: `trainer/mixin.py` (`sharded`), runs like those of
 #   `tests/trainer/distributed/fsdp_worker.py`;
-# - if it has no `no_sync`, or does not average gradients: `trainer/mixin.py` (`_walk_window`); if the model inside
-#   cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
+# - if it does not average gradients, or walks a path on each rank and has no `no_sync`: `trainer/mixin.py`
+#   (`_walk_window`); if the model inside cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
 # - if Accelerate has a type for it, or a setting is not possible with it: `trainer/support.py` (`check_launch`, or for
 #   the wrapped model a check like `check_sharded`; under FSDP the type is `FSDP` on any device),
 #   `tests/trainer/test_support.py`, `docs/troubleshooting.md`. `tests/trainer/distributed/fsdp_worker.py`
 #   (`launched_as`) pretends a type;
-# - if the model inside is not what `from_pretrained` loads, or its class has another name: the hooks under "Saving" in
-#   `trainer/mixin.py`, and a module like `trainer/sharded.py`;
+# - if the class of the model gets another name: `trainer/mixin.py` (`_save`); if the model inside has other weights
+#   than a saved one: the other hooks under "Saving" there, and a module like `trainer/sharded.py`;
 # - if several paths are tested: `tests/trainer/distributed/four_ranks.py` (`WORKERS`);
 # - if its memory or traffic are not those of DDP or FSDP2: `pretrain/layout.py`, `pretrain/memory.py`,
 #   `pretrain/cost.py`, `pretrain/console.py`, `docs/cost.md`, `docs/cost_traffic.md`;

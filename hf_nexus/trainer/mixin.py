@@ -729,8 +729,9 @@ class NexusTrainerMixin(_Base):
     # manifest of any files. Older checkpoints lack a new file. It also needs,
     # - if each rank has one: `_save_rng_state`; if it is a state of the data: `trainer/feed.py` (`resume`), with the
     #   state of streams from `mixture/stream/progress.py`, and `tests/trainer/test_resume.py`;
-    # - if it is only for resuming: `hub/publisher.py` (`_RESUME_ONLY`), `tests/hub/test_publisher.py`,
-    #   `tests/support/hub/runs.py` (`write_checkpoint`);
+    # - if the main folder of a repository must not have it: `hub/publisher.py` (`_RESUME_ONLY`),
+    #   `tests/hub/test_publisher.py`, `tests/support/hub/runs.py` (`write_checkpoint`). Pushed checkpoints have all
+    #   files of their manifest;
     # - if a resume is refused without it: `trainer/checkpoints.py` (`_STATES`); if the manifest changes:
     #   `tests/trainer/test_checkpoints.py`;
     # - if a page names its data: that page, and the old place of data that moves.

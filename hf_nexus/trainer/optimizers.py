@@ -92,8 +92,9 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
 # - if it can be sharded, runs like those of Muon: `tests/trainer/distributed/fsdp_worker.py` (`muon`),
 #   `tests/trainer/distributed/test_fsdp.py`; if not, an error: `trainer/support.py` (`check_fsdp`),
 #   `tests/trainer/test_support.py`, `docs/distributed.md`;
-# - if its state is larger than AdamW's: `pretrain/memory.py`, `pretrain/console.py` (`_memory_table`),
-#   `tests/pretrain/test_memory.py`, `docs/cost.md`;
+# - if its state is larger than AdamW's: `pretrain/memory.py`, `pretrain/plan.py` (`checkpoint_copy`),
+#   `pretrain/console.py` (`_run_rows`, `_memory_table`), `tests/pretrain/test_memory.py`,
+#   `tests/pretrain/test_plan.py`, `docs/cost.md`, `docs/checkpoints.md`;
 # - if it needs a package: `pretrain/checks.py` (`_try_optimizer`), `pyproject.toml`, `make lock`.
 def create_matrix_optimizer(
     model: nn.Module, args: Any, adamw: dict[str, Any], decaying: Iterable[str], shards: int = 1

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from hf_nexus.pretrain.console import format_bytes
 from hf_nexus.pretrain.cost import choose_sync, estimate_cost
 from hf_nexus.pretrain.layout import layout_of
 from hf_nexus.pretrain.model import count_parameters, model_config
 from hf_nexus.pretrain.plan import plan_run
+from hf_nexus.terminal import format_bytes
 from tests.support.tiny_config import planned
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrain_3b.md"

@@ -46,7 +46,7 @@ def fake_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     path.mkdir(parents=True)
     if complete:
         for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (path / name).write_text("{}")
+            (path / name).write_text(json.dumps({"global_step": step}))
         sizes = {file.name: file.stat().st_size for file in path.iterdir()}
         (path / MANIFEST_NAME).write_text(json.dumps(sizes))
     return path
