@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, ParallelismConfig
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim.sgd import sgd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import _is_peft_model
@@ -216,8 +218,7 @@ def test_the_running_loss_and_batch_size_have_these_names(make_trainer):
 
 def test_a_loader_counts_the_real_rows_of_its_last_batch():
     """With several ranks, Accelerate completes the last batch with rows of the first."""
-    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
-    from torch.utils.data import BatchSampler, SequentialSampler
+    from accelerate.data_loader import DataLoaderShard
 
     dataset = Rows(5, 0)
     sampler = BatchSamplerShard(BatchSampler(SequentialSampler(dataset), 2, False), 2, 0)
@@ -226,6 +227,19 @@ def test_a_loader_counts_the_real_rows_of_its_last_batch():
     ends = [(loader.end_of_dataloader, loader.remainder, len(batch["labels"])) for batch in loader]
     assert ends == [(False, 1, 2), (True, 1, 2)]
     assert loader.total_batch_size == 4
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 21])
+def test_several_ranks_have_the_same_rows_in_a_micro_batch(size):
+    """Of 8 rows. One rank alone has no `BatchSamplerShard`, so its last micro-batch has fewer."""
+
+    def rows(ranks: int) -> list[list[int]]:
+        sampler = BatchSampler(range(size), 8 // ranks, False)
+        of_ranks = zip(*(BatchSamplerShard(sampler, ranks, rank) for rank in range(ranks)), strict=True)
+        return [sorted(row for of_rank in batch for row in of_rank) for batch in of_ranks]
+
+    assert rows(2) == rows(4) == rows(8)
+    assert ([*BatchSampler(range(size), 8, False)] == rows(2)) == (size == 8)
 
 
 def test_an_iterable_dataset_shows_its_layers():

@@ -384,8 +384,10 @@ class Feed:
         saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).train_batch_size
         if size is None or args.auto_find_batch_size or saved in (None, args.train_batch_size):
             return
-        repeats = size % (args.train_batch_size * self._ranks) and not args.dataloader_drop_last
-        if repeats or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        rows = args.train_batch_size * self._ranks  # of a micro-batch
+        # Accelerate fills the last one with rows of the beginning, in the same way on any number of ranks but one.
+        fills = size % rows and not args.dataloader_drop_last and rows in (saved, args.train_batch_size)
+        if fills or args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             logger.warning(
                 "%s was saved with %s rows per rank, and now there are %s: micro-batches may hold other rows. Pass "
                 'train_dataset as a dict from the start: {"name": dataset}.',

@@ -366,6 +366,16 @@ def test_other_rows_on_other_ranks_warn(make_trainer, caplog, tmp_path, rows, co
     assert ("with 1 rows per rank, and now there are 4: micro-batches may hold other rows" in caplog.text) == warns
 
 
+@pytest.mark.parametrize(("ranks", "warns"), [(1, True), (2, False)])
+def test_several_ranks_share_the_rows_as_any_others(make_trainer, caplog, tmp_path, monkeypatch, ranks, warns):
+    """As if there had been two ranks in place of one, or four in place of two."""
+    make_trainer(Rows(13, 0), save_strategy="steps", save_steps=1, per_device_train_batch_size=1).train()
+    trainer = make_trainer(Rows(13, 0), per_device_train_batch_size=2)
+    monkeypatch.setattr(type(trainer._feed), "_ranks", ranks)
+    trainer._feed.resume(str(tmp_path / "out" / "checkpoint-1"))
+    assert ("other rows" in caplog.text) == warns
+
+
 def test_k_1_warns(make_trainer, sources, caplog):
     import logging
 
