@@ -45,11 +45,11 @@ class MixtureRow:
 # `hub/results.py`. The last value of a logged key needs only `trainer/card.py` (`_NUMBERS`). No page lists the facts.
 # A fact also needs,
 # - if a trainer must tell it: `trainer/card.py` (`RunFacts`), `trainer/mixin.py` (`run_facts`);
-# - if training must measure it: `trainer/meter.py` (`state` and `begin`, if it is summed over sessions),
-#   `tests/trainer/test_meter.py`; if the loading of data must: `mixture/loading.py` (`Mixture`), `mixture/packing.py`
-#   (`pack_documents`; packed rows may come from a cache) and their tests;
-# - if the list "Environment" shows it (hardware, time and versions): `hub/card.py` (`_body`), in place of
-#   `hub/template.md`; if the front matter shows it: `hub/card.py` (`_metadata`).
+# - if training must measure it: `trainer/meter.py` (`update_totals`, where all ranks meet; `state` and `begin`, and
+#   `docs/checkpoints.md`, if it is of all sessions), `tests/trainer/test_meter.py`; if the loading of data must:
+#   `mixture/loading.py` (`Mixture`), `mixture/packing.py` (`pack_documents`; packed rows may come from a cache) and
+#   their tests;
+# - if the front matter shows it: `hub/card.py` (`_metadata`).
 @dataclass
 class RunSummary:
     """

@@ -724,17 +724,19 @@ class NexusTrainerMixin(_Base):
 
     # ---- Saving ----
 
-    # A file of the run is written here after the call of the base class, by the rank with `args.should_save`, and not
-    # if `_plain`. What is summed over ranks is summed before. The folder is renamed when it is complete, with a
-    # manifest of any files. Older checkpoints lack a new file. It also needs,
-    # - if each rank has one: `_save_rng_state`; if it is a state of the data: `trainer/feed.py` (`resume`), with the
-    #   state of streams from `mixture/stream/progress.py`, and `tests/trainer/test_resume.py`;
+    # A new file of the run is written here after the call of the base class, by the rank with `args.should_save`, and
+    # not if `_plain`. What is summed over ranks is summed before. The folder is renamed when it is complete, with a
+    # manifest of any files. Older checkpoints lack the file. A file that moves is also looked for in its old place. It
+    # needs the module that writes it, the test of it, and what a search for its name finds. A file also needs,
+    # - if each rank has one: `_save_rng_state`;
+    # - if it is a state of the data: `mixture/state.py` (`save_data_state`, `load_data_state`) for its place, and for
+    #   its content `trainer/feed.py` (`resume`) and, of streams, `mixture/stream/progress.py`;
+    #   `tests/trainer/test_resume.py`;
     # - if the main folder of a repository must not have it: `hub/publisher.py` (`_RESUME_ONLY`),
     #   `tests/hub/test_publisher.py`, `tests/support/hub/runs.py` (`write_checkpoint`). Pushed checkpoints have all
     #   files of their manifest;
     # - if a resume is refused without it: `trainer/checkpoints.py` (`_STATES`); if the manifest changes:
-    #   `tests/trainer/test_checkpoints.py`;
-    # - if a page names its data: that page, and the old place of data that moves.
+    #   `tests/trainer/test_checkpoints.py`.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint of the restored weights, complete or not at all, then push it."""
         with self.meter.paused():
