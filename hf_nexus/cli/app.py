@@ -63,8 +63,10 @@ class _Completing(TyperCommand):
 
 # A command is a function with `_Command`, like `card`. What it computes is in the room of its topic, with a test
 # there. A command also needs,
-# - if it reads the file of a run: `pretrain/command_line.py` (`read_command_line`), which does not import torch;
-# - if it prints a table, as `env` does: `terminal.py` (`new_table`, `format_bytes`);
+# - if it takes a configuration (`_Config`), as `plan` does: `pretrain/command_line.py` (`read_command_line`), which
+#   does not import torch;
+# - if it prints a table, as `env` does: `terminal.py` (`new_table`, `format_bytes`); if it prints paths or text of
+#   others: `files.py` (`printable`, `without_credentials`);
 # - if it changes the folder of a run: `lock.py` (`locked`); if it writes a file there: `pretrain/run_file.py`
 #   (`_FILES`);
 # - if it has a module: a test of it in `tests/cli/`.

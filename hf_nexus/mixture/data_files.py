@@ -19,7 +19,10 @@ __all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "is_save
 logger = logging.getLogger(__name__)
 
 # Builders of `datasets` by suffix. `load_documents` reads the files of a label that is no builder. Another also needs,
-# - if its builder has options: `_options`;
+# - if its builder has options: `_options`; if it opens files as text: `_stream_of_text`; if its files may be
+#   compressed: `_COMPRESSIBLE`;
+# - if its text is in a column that is not guessed yet: `mixture/texts.py` (`_COLUMNS`), `tests/mixture/test_texts.py`,
+#   `docs/own_data.md`;
 # - if `datasets` has no builder for it: a module with an Arrow-based one (whose `_generate_more_gen_kwargs` lets a
 #   resume skip parts of a file), called in `mixture/documents.py` (`load_documents`);
 # - if its files stay in place: a reader like `mixture/token_files.py`, called there as well;
