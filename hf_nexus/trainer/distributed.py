@@ -77,8 +77,9 @@ def gather(value: Any) -> list[Any]:
 # - if it can walk several paths: `reduce_over`, `share_buffers`; if `reduce_dtype` works with it: `compress`; all
 #   three find DDP by `_ddp_modules`;
 # - if the user applies it, and not Accelerate: `trainer/mixin.py` (`_prepare_for_training`);
-# - if it shards weights: `trainer/mixin.py` (`sharded`), runs like those of
-#   `tests/trainer/distributed/fsdp_worker.py`;
+# - if it shards weights: `Shards`, `reshard`, `trainer/mixin.py` (`sharded`), `trainer/support.py` (`check_sharded`),
+#   `docs/distributed_sharded.md`; if its parameters are no DTensors, whose sizes are those of all ranks: `controls.py`
+#   (`min_inner_lr`), `nexus.py`, `trainer/window.py` (`begin`), `trainer/card.py` (`_size`);
 # - if it does not average gradients, or walks a path on each rank and has no `no_sync`: `trainer/mixin.py`
 #   (`_walk_window`); if the model inside cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
 # - if Accelerate has a type for it, or a setting is not possible with it: `trainer/support.py` (`check_launch`, or for
