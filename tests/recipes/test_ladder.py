@@ -20,3 +20,19 @@ def test_failed_runs_are_an_error_after_the_table(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="1 runs failed; the same command"):
         runpy.run_path(str(RECIPE), run_name="__main__")
     assert "| rung |" in capsys.readouterr().out
+
+
+def test_rungs_are_the_same_comparison_at_other_sizes():
+    """Evaluations, warm-up and decay keep their fractions, except where a rung says otherwise."""
+    recipe = runpy.run_path(str(RECIPE))
+    configs = {rung: recipe["comparison"](rung, None) for rung in recipe["RUNGS"]}
+    for rung, config in configs.items():
+        training = config.run_config({})["training"]
+        steps, decay = training["max_steps"], training["lr_scheduler_kwargs"]["num_decay_steps"]
+        assert (steps, len(config.seeds)) == (recipe["RUNGS"][rung]["steps"], len({*config.seeds}))
+        assert training["warmup_steps"] / steps == pytest.approx(5 / 75, abs=1e-3)
+        assert decay / steps == pytest.approx(20 / 75, abs=1e-3)
+        assert (steps / training["eval_steps"] == pytest.approx(15, abs=0.1)) == (rung != "0.1M")
+        assert (config.minima is None) == (rung != "0.03M")
+    assert configs["0.1M"].equivalence_margin == 0.012 and configs["0.03M"].equivalence_margin is None
+    assert [config.arms for config in configs.values()] == [configs["0.03M"].arms] * len(configs)
