@@ -24,22 +24,28 @@ def _fail() -> None:
     raise OSError("no\nspace")
 
 
-def _meet(own: Path, other: Path) -> None:
-    own.touch()
+def _wait_for(path: Path) -> None:
     for _ in range(600):
-        if other.exists():
+        if path.exists():
             return
         time.sleep(0.1)
-    raise RuntimeError(f"{other} was not there")
+    raise RuntimeError(f"{path} was not there")
 
 
-def _die_unless(path: Path, reached: Path) -> str:
+def _meet(own: Path, other: Path) -> None:
+    own.touch()
+    _wait_for(other)
+
+
+def _die_once(path: Path, reached: Path) -> str:
+    if reached.exists():
+        return path.read_text()
     reached.touch()
-    return path.read_text() if path.exists() else _die()
+    return _die()
 
 
 def _write_after(reached: Path, path: Path) -> None:
-    _meet(reached, reached)
+    _wait_for(reached)
     path.write_text("enough memory")
 
 
@@ -56,7 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CallResult]:
     folder = tmp_path_factory.mktemp("calls")
     reached, path, a, b = (folder / name for name in ("reached", "path", "a", "b"))
     made = {
-        "killed": partial(_die_unless, path, reached),
+        "killed": partial(_die_once, path, reached),
         "other": partial(_write_after, reached, path),
         "a": partial(_meet, a, b),
         "b": partial(_meet, b, a),
