@@ -48,7 +48,8 @@ class Study:
 
 
 LADDER = {rung: Study(ROOT / "docs" / "studies" / f"ladder-{rung}.csv") for rung in RUNGS}
-PILOT = Study(ROOT / "docs" / "studies" / "ladder-0.03M-pilot.csv")  # with other seeds
+# With other seeds.
+PILOTS = {rung: Study(ROOT / "docs" / "studies" / f"ladder-{rung}-pilot.csv") for rung in ("0.03M", "0.1M")}
 CONTROLS = ("gamma-0", "random-0.2", "mixed-0.2", "follow-0.2")
 
 
@@ -83,12 +84,13 @@ def test_a_table_holds_the_differences_of_its_runs(path):
 
 def test_pages_state_the_seeds_of_the_ladder():
     counts = {rung: str(len(study.seeds)) for rung, study in LADDER.items()}
-    for name in ("evidence", "choosing"):
+    of_gammas = counts | {"0.1M": str(len(PILOTS["0.1M"].seeds))}  # which alone has both
+    for name, expected in (("evidence", counts), ("choosing", of_gammas)):
         found = re.findall(r"(0\.\d+M)(?: parameters)?,? \(?(\d+) seeds", flat(PAGES[name]))
-        assert dict(found) == counts and len(found) == len(counts), name
+        assert dict(found) == expected and len(found) == len(expected), name
     (found,) = re.findall(r"\(docs/results_ladder\.md\) \((\d+), (\d+) and (\d+) seeds\)", flat(README))
     assert list(found) == list(counts.values())
-    declared = "{} seeds at 0.03M, {} at 0.1M, and {} at 0.3M".format(*counts.values())
+    declared = "{} seeds at 0.03M, {} seeds at 0.1M, and {} at 0.3M".format(*counts.values())
     assert declared in flat(PAGES["results_ladder_table"])
 
 
@@ -115,16 +117,20 @@ def test_the_ladder_calls_faster_training_exploratory():
     assert f"{stated}both are exploratory and not corrected)" in flat(PAGES["results_ladder"])
 
 
+def equivalence(found: Estimate) -> float:
+    """The p-value that a difference is below the reported one."""
+    return float(stats.t.sf((REPORTED - abs(found.mean)) / (found.deviation / math.sqrt(found.n)), found.n - 1))
+
+
 def test_the_ladder_excludes_a_path_as_large_as_reported():
     """On the smallest rung, where normalized gradients without a path have the whole effect."""
     smallest, text = LADDER["0.03M"], flat(PAGES["results_ladder"])
     assert smallest.difference("nexus-0.2", "adamw").high < 0
     found = [smallest.difference("nexus-0.2", control) for control in ("gamma-0", "random-0.2")]
     assert all(-REPORTED < each.low < 0 < each.high < REPORTED for each in found)
-    gaps = [(REPORTED - abs(each.mean)) / (each.deviation / math.sqrt(each.n)) for each in found]
-    margins = [stats.t.sf(gap, each.n - 1) for gap, each in zip(gaps, found, strict=True)]
+    margins = [equivalence(each) for each in found]
     assert "which was not declared before the runs, gives p = {:.2g} and {:.2g}".format(*margins) in text
-    pilot = [PILOT.difference("nexus-0.2", versus) for versus in ("adamw", "gamma-0")]
+    pilot = [PILOTS["0.03M"].difference("nexus-0.2", versus) for versus in ("adamw", "gamma-0")]
     cells = [f"{each.mean:+.4f} ± {each.half:.4f}" for each in pilot]
     assert "gave {} against AdamW and {} against gamma 0".format(*cells) in flat(PAGES["results_ladder_table"])
 
@@ -139,21 +145,32 @@ def test_the_ladder_states_its_minima_distances():
     assert f"Nexus differs from AdamW by {gap.mean:+.2f} ± {gap.half:.2f}" in text
 
 
+def corrected(study: Study) -> dict[tuple[str, str], float | None]:
+    """Holm's p-values of the declared family, in which tests of arms without runs count."""
+    arms = [arm for arm in LADDER["0.03M"].arms if arm not in ("adamw", "nexus-0.2")]
+    tests = [(arm, "adamw") for arm in arms] + [("nexus-0.2", control) for control in CONTROLS]
+    return holm({test: study.difference(*test).p if {*test} <= {*study.arms} else None for test in tests})
+
+
 def test_the_ladder_states_its_corrected_p_values():
-    holms = []
-    for study in LADDER.values():
-        tests = [(arm, "adamw") for arm in study.arms if arm not in ("adamw", "nexus-0.2")]
-        tests += [("nexus-0.2", control) for control in CONTROLS]
-        holms.append(holm({test: study.difference(*test).p for test in tests}))
-    text, mixed = flat(PAGES["results_ladder"]), ("nexus-0.2", "mixed-0.2")
-    holds = [{test for test, p in family.items() if p < 0.05} for family in holms]
-    assert holds[0] == {mixed, *((arm, "adamw") for arm in ("gamma-0", "random-0.2", "mixed-0.2", "nexus-0.05"))}
-    assert holds[1:] == [{mixed}, set()]
-    assert f"(Holm p = {holms[0][mixed]:.2g} and {holms[1][mixed]:.3f})" in text
-    assert f"(Holm p = {holms[1]['nexus-0.2', 'follow-0.2']:.2f})" in text
-    for arm in ("gamma-0", "random-0.2", "mixed-0.2", "nexus-0.05"):
-        assert f"(Holm p = {holms[0][arm, 'adamw']:.2g})" in text
-    assert "all Holm p = 1" in text and set(holms[2].values()) == {1.0}
+    small, middle, large, pilot = (corrected(study) for study in (*LADDER.values(), PILOTS["0.1M"]))
+    text, mixed, path = flat(PAGES["results_ladder"]), ("nexus-0.2", "mixed-0.2"), ("nexus-0.2", "gamma-0")
+    holds = [{test for test, p in found.items() if p is not None and p < 0.05} for found in (small, large, pilot)]
+    against = [(arm, "adamw") for arm in ("gamma-0", "random-0.2", "mixed-0.2", "nexus-0.05")]
+    assert holds == [{mixed, *against}, set(), {mixed}]
+    assert f"(Holm p = {small[mixed]:.2g} and {pilot[mixed]:.3f})" in text
+    assert f"(Holm p = {pilot['nexus-0.2', 'follow-0.2']:.2f})" in text
+    assert all(f"(Holm p = {small[test]:.2g})" in text for test in against)
+    random = [("random-0.2", "adamw"), ("nexus-0.2", "random-0.2")]
+    assert all(f"(Holm p = {middle[test]:.2g})" in text for test in (path, ("gamma-0", "adamw"), *random))
+    assert "all Holm p = 1" in text and set(large.values()) == {1.0}
+
+
+def test_the_ladder_finds_no_equivalence_at_the_second_rung():
+    """With the margin that was declared before the runs."""
+    study = LADDER["0.1M"]
+    found = [study.difference("nexus-0.2", versus) for versus in ("adamw", "gamma-0")]
+    assert found[1].high < 0 and min(map(equivalence, found)) > 0.05
 
 
 def test_the_ladder_says_which_runs_are_read_early():
@@ -169,7 +186,7 @@ def test_the_ladder_says_which_runs_are_read_early():
 
 def test_the_ladder_has_only_differences_of_its_runs():
     known = set()
-    for study in [*LADDER.values(), PILOT]:
+    for study in [*LADDER.values(), *PILOTS.values()]:
         for arm, versus in itertools.permutations(study.arms, 2):
             for metric, where in (("ood_loss", "matched"), ("ood_loss", "end"), ("train_loss", "end")):
                 if study.sides(arm, versus, metric, where):
