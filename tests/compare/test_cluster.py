@@ -87,6 +87,12 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
     return Slurm(tmp_path)
 
 
+def test_a_damaged_list_of_jobs_is_named(slurm):
+    (slurm.folder / "submitted.json").write_text('{"a": [')
+    with pytest.raises(ValueError, match=r"submitted\.json is damaged .*\. Delete it when the jobs"):
+        list(call_in_jobs([Call("a", _rank, slurm.folder / "a")], slurm))
+
+
 def test_jobs_that_go_on_are_waited_for_and_not_repeated(slurm, monkeypatch):
     calls = [Call(name, _rank, slurm.folder / name) for name in "abc"]
     monkeypatch.setattr("hf_nexus.compare.cluster._queue", lambda ids: {*ids} & {"3", "9", "10"})
