@@ -1,7 +1,7 @@
 """Operations on lists of tensors, the snapshot of the parameters, and the devices of tensors."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "find_gradients",
     "float64_device",
     "global_norm",
+    "random_state_kept",
     "set_gradients",
     "shard",
 ]
@@ -36,6 +37,13 @@ def float64_device(tensor: Tensor) -> torch.device:
 def as_float64(tensor: Tensor) -> Tensor:
     """A tensor in float64, on [`float64_device`]. It is moved first: one step may cast on a device without float64."""
     return tensor.to(float64_device(tensor)).double()
+
+
+def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """A context that restores the random state of the CPU and of a device at its end."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 @torch.no_grad()

@@ -9,7 +9,15 @@ from torch import nn
 
 from hf_nexus import Nexus, controls
 from hf_nexus import tensors as tensors_module
-from hf_nexus.tensors import Buffers, Snapshot, add_scaled_, as_float64, float64_device, global_norm
+from hf_nexus.tensors import (
+    Buffers,
+    Snapshot,
+    add_scaled_,
+    as_float64,
+    float64_device,
+    global_norm,
+    random_state_kept,
+)
 
 
 def test_global_norm_is_wide_enough_for_all_elements():
@@ -24,6 +32,22 @@ def test_add_scaled_keeps_targets_if_the_flag_is_false():
     assert torch.equal(target, torch.ones(3))
     add_scaled_([target], [torch.arange(3.0)], torch.tensor(2.0), torch.tensor(True))
     assert torch.equal(target, torch.tensor([1.0, 3.0, 5.0]))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])
+def test_random_states_of_cpu_and_device_are_kept(monkeypatch, kind):
+    """The device is a stand-in."""
+    before, of_device = torch.get_rng_state(), ["before"]
+    if kind != "cpu":
+        monkeypatch.setattr(torch.get_device_module(kind), "get_rng_state", lambda device: of_device[-1])
+        monkeypatch.setattr(
+            torch.get_device_module(kind), "set_rng_state", lambda state, device: of_device.append(state)
+        )
+    with random_state_kept(torch.device(kind)):
+        of_device.append("drawn from")
+        torch.randn(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert of_device[-1] == ("drawn from" if kind == "cpu" else "before")
 
 
 def test_a_snapshot_restores_exactly_in_place_and_once():

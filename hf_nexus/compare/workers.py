@@ -21,6 +21,8 @@ from ..files import printable
 __all__ = ["Call", "CallResult", "call_in_workers", "call_on_rank", "worker_count"]
 
 _PARENT_CHECK_SECONDS = 1.0
+# The variables that choose among the devices of a type other than CUDA, as in Accelerate's launcher.
+_VISIBLE = {"xpu": "ZE_AFFINITY_MASK", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 _KILLED = "the process was killed (out of memory?)"
 
 
@@ -136,19 +138,21 @@ class _Worker:
             self._process = None
 
 
-def _devices(workers: int, each: int) -> list[str | None]:
-    """The accelerators of each worker, by their ids in `CUDA_VISIBLE_DEVICES`; `None` without accelerators."""
+def _devices(workers: int, each: int) -> list[dict[str, str]]:
+    """The variable of each worker's environment that shows it only its accelerators; empty without accelerators."""
     import torch
 
-    count = torch.accelerator.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return [{}] * workers
+    count, variable = torch.accelerator.device_count(), _VISIBLE.get(accelerator.type, "CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(variable)
     ids = visible.split(",") if visible else [str(i) for i in range(count)]
-    return [
-        ",".join(ids[(worker * each + i) % count] for i in range(each)) if count else None for worker in range(workers)
-    ]
+    chosen = [[ids[(worker * each + i) % count] for i in range(each)] for worker in range(workers)]
+    return [{variable: ",".join(of_worker)} for of_worker in chosen]
 
 
-def _make_calls(pipe: Any, devices: str | None, threads: int) -> None:
+def _make_calls(pipe: Any, devices: dict[str, str], threads: int) -> None:
     """
     Make the calls of a worker. Devices are chosen before anything initializes them. Ctrl-C is ignored: the parent ends
     its workers.
@@ -160,8 +164,7 @@ def _make_calls(pipe: Any, devices: str | None, threads: int) -> None:
     _start_processes_as_usual()
     parent: Any = multiprocessing.parent_process()  # getppid() is another process if the parent has ended already
     Thread(target=_exit_without, args=(parent.pid,), daemon=True).start()
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    os.environ.update(devices)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that this one starts
     import torch
 

@@ -60,8 +60,8 @@ def describe_hardware(device: str | None = None, processes: int | None = None) -
     """
     kind = device or accelerator_or_cpu().type
     if kind != "cpu":
-        name = torch.cuda.get_device_name() if kind == "cuda" else kind
-        return f"{processes or torch.accelerator.device_count()} x {name}"
+        get_name = getattr(torch.get_device_module(kind), "get_device_name", None)  # mps has none
+        return f"{processes or torch.accelerator.device_count()} x {get_name() if get_name else kind}"
     threads, more = torch.get_num_threads(), f", {processes} processes" if processes and processes > 1 else ""
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}{more}"
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..tensors import random_state_kept
+
 __all__ = [
     "PackedRowCollator",
     "attention_of",
@@ -112,7 +114,7 @@ def _undisturbed(model: Any, attention: str) -> Iterator[torch.device]:
     modes = {module: module.training for module in model.modules()}
     # These take the documents from the same positions as sdpa. One is compiled for minutes, the others need a GPU.
     replaced = attention == "flex_attention" or (needs_flat_rows(attention) and device.type != "cuda")
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with random_state_kept(device):
         try:
             if replaced:
                 text_config(model)._attn_implementation = "sdpa"

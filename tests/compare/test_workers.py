@@ -9,9 +9,11 @@ import time
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
+from hf_nexus.compare import workers
 from hf_nexus.compare.workers import Call, CallResult, call_in_workers
 
 
@@ -166,6 +168,22 @@ def test_an_interrupt_ends_all_calls_in_progress_at_once(tmp_path):
     signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children() and calls[0].log.read_text() == ""
     assert a.with_suffix(".met").exists() and b.with_suffix(".met").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable"),
+    [("cuda", "CUDA_VISIBLE_DEVICES"), ("xpu", "ZE_AFFINITY_MASK"), ("npu", "ASCEND_RT_VISIBLE_DEVICES")],
+)
+def test_each_worker_sees_its_own_devices(monkeypatch, kind, variable):
+    import torch
+
+    accelerator = SimpleNamespace(type=kind)  # without its extension, torch does not know the type npu
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.delenv(variable, raising=False)
+    assert workers._devices(2, 2) == [{variable: "0,1"}, {variable: "2,3"}]
+    monkeypatch.setenv(variable, "4,5,6,7")
+    assert workers._devices(3, 2) == [{variable: "4,5"}, {variable: "6,7"}, {variable: "4,5"}]
 
 
 def _rank_of_two() -> int:

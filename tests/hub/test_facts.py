@@ -34,8 +34,11 @@ def test_the_hardware_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: accelerator)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Intel Max 1550")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert describe_hardware() == "8 x NVIDIA H100"
     assert describe_hardware("cuda", 2) == "2 x NVIDIA H100"
+    assert describe_hardware("xpu", 2) == "2 x Intel Max 1550"
+    assert describe_hardware("mps", 1) == "1 x mps"
     assert describe_hardware("cpu", 2) == "CPU, 4 threads, 2 processes"
     assert describe_hardware("cpu", 1) == "CPU, 4 threads"
