@@ -128,7 +128,7 @@ def test_python_blocks_compile_and_import_names_that_exist(block):
     "page", [*PAGES, ROOT / "Makefile", *(ROOT / ".github").rglob("*.*")], ids=lambda page: page.name
 )
 def test_files_that_a_page_names_exist(page):
-    for path in re.findall(r"\b(?:tests|recipes|benchmarks|docs|hf_nexus)/[\w/]+\.\w+", page.read_text()):
+    for path in re.findall(r"\b(?:tests|recipes|benchmarks|docs|hf_nexus)/[\w/]+(?:\.\w+)+", page.read_text()):
         assert (ROOT / path).exists(), path
 
 

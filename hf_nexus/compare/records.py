@@ -31,7 +31,7 @@ Pairs = list[tuple[str, str, float]]
 # Metrics and their labels, in the order of the report. The last three are prefixes, as in `ood/<source>`. The value of
 # another is in `metrics` of `RunRecord`, or of `LossPoint` and in `ON_CURVE` if each evaluation has one. Tables,
 # missing values, matched values and a plot follow. Diverged runs are left out of all metrics. A metric also needs,
-# - if it is measured, not computed from the curve: a field with a default, `tests/support/comparison.py`
+# - if it is neither on the curve nor in the record: a field with a default, `tests/support/comparison.py`
 #   (`make_record`), `compare/runs.py` (`_measure` after training, or a callback like `_EvaluateSample`),
 #   `tests/compare/test_runs.py`, and what measures it in `evaluation/`;
 # - if it is on the curve: `tests/compare/test_plots.py`; if it is also no loss, or small next to one:
@@ -40,7 +40,8 @@ Pairs = list[tuple[str, str, float]]
 #   better direction: `_verdict`; if it has larger values: `rounded`; if it needs an explanation: `plain_words`, and
 #   `compare/report.py` (`_metrics`); for each of them `tests/compare/test_conclusions.py`;
 # - if some comparisons cannot have it: `compare/comparison.py` (`_check_measured`),
-#   `tests/compare/test_comparison.py`.
+#   `tests/compare/test_comparison.py`; if it differs when a run is repeated: the same test file;
+# - if it was in the table "Setup": `compare/report.py` (`_setup`), which drops it.
 METRICS = {
     "train_loss": "training loss",
     "validation_loss": "validation loss",
@@ -129,7 +130,7 @@ class RunRecord:
     downstream: dict[str, float] = field(default_factory=dict)  # `<question set or benchmark>/<score>`
     # Tasks of lm-eval that are among `downstream`, and their number of examples, `None` for all.
     benchmarks: dict[str, int | None] = field(default_factory=dict)
-    seconds: float = 0.0  # training time
+    seconds: float = 0.0  # training time over all sessions, with evaluations and checkpoints, without set-up
     minima: Minima | None = None
 
     @property

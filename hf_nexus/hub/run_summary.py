@@ -44,7 +44,10 @@ class MixtureRow:
 # is a field of `MixtureRow` (`trainer/card.py`, `_mixture_rows`), one of each evaluation set of `HeldOutLoss` in
 # `hub/results.py`. The last value of a logged key needs only `trainer/card.py` (`_NUMBERS`). No page lists the facts.
 # A fact also needs,
-# - if a trainer must tell it: `trainer/card.py` (`RunFacts`), `trainer/mixin.py` (`run_facts`);
+# - if a trainer must tell it: `trainer/card.py` (`RunFacts`), `trainer/mixin.py` (`run_facts`). Its arguments do not
+#   have what the Trainer computes when it starts, such as the steps of a run of epochs: its `state` has;
+# - if a planned run has it: `model_cards/render.py` (`plan`). The other cards in `model_cards/` keep what their runs
+#   saved;
 # - if training must measure it: `trainer/meter.py` (`update_totals`, where all ranks meet; `state` and `begin`, and
 #   `docs/checkpoints.md`, if it is of all sessions), `tests/trainer/test_meter.py`; if the loading of data must:
 #   `mixture/loading.py` (`Mixture`), `mixture/packing.py` (`pack_documents`; packed rows may come from a cache) and

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 # - if `datasets` has no builder for it: a module with an Arrow-based one (whose `_generate_more_gen_kwargs` lets a
 #   resume skip parts of a file), called in `mixture/documents.py` (`load_documents`);
 # - if its files stay in place: a reader like `mixture/token_files.py`, called there as well;
-# - for each of these two: a test of the module, `docs/streaming_resume.md`, and `tests/test_upstream_contract.py` for
-#   what it uses of upstream;
+# - for each of these two: a test of the module, and `tests/test_upstream_contract.py` for what it uses of upstream;
+# - if its builder is new: `tests/mixture/test_state.py`;
 # - if its builder is neither Arrow- nor generator-based: `mixture/stream/sources.py` (`_DIVISIBLE`);
 # - if it needs a package that `datasets` does not bring: `pyproject.toml` (`test`), `make lock`.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}

@@ -68,7 +68,8 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
 # One more number per source: with and without Nexus, the meter gets rows, summed loss and loss tokens (there may be
 # none) of each micro-batch that took a step, on its rank, as 0-d tensors on the device. `read` sums over ranks. The
 # progress bar, plots, cards and tests of several ranks take chosen keys only. The number also needs,
-# - if it is not a sum over ranks: `max_over_ranks` from `trainer/distributed.py`, as it is;
+# - if it is a maximum: `max_over_ranks(tensor)` from `trainer/distributed.py`, elementwise, of -inf on a rank that has
+#   no value; a NaN may get lost;
 # - if it counts inner steps: `add_walk` in place of `_count_micro_batch`;
 # - if it counts since the beginning: `update_totals`, `state` and `begin`, `tests/trainer/test_resume.py`,
 #   `docs/checkpoints.md`;

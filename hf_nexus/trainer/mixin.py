@@ -31,6 +31,7 @@ from ..mixture.isolation import PackedRowCollator
 from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData
+from ..tensors import random_state_kept
 from .arguments import adopt, arguments_by_name, changed, own_arguments, samples_sources
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
@@ -426,7 +427,7 @@ class NexusTrainerMixin(_Base):
         self._feed.check_ranks(self._train_batch_size, self.eval_dataset, settings)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with Muon."""
+        """The base class's optimizer, or with `matrix_optimizer` its AdamW joined with that."""
         if self.optimizer is None and self.args.matrix_optimizer is not None:
             model = self.model if model is None else model
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
@@ -588,9 +589,7 @@ class NexusTrainerMixin(_Base):
 
         losses = {name: partial(loss, self._prepare_inputs(collate(of_source))) for name, of_source in rows.items()}
         self.model.eval()
-        on_cpu = device.type == "cpu"
-        kept = torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type)
-        with kept, metrics_aside(self):
+        with random_state_kept(device), metrics_aside(self):
             cosines = gradient_cosines(losses, trained)
         self.model.train()
         return cosines
@@ -726,13 +725,14 @@ class NexusTrainerMixin(_Base):
 
     # A new file of the run is written here after the call of the base class, by the rank with `args.should_save`, and
     # not if `_plain`. What is summed over ranks is summed before. The folder is renamed when it is complete, with a
-    # manifest of any files. Older checkpoints lack the file. A file that moves is also looked for in its old place. It
-    # needs the module that writes it, the test of it, and what a search for its name finds. A file also needs,
+    # manifest of any files, also in folders. Checkpoints of older releases lack the file, or have it in its old place.
+    # One that moves needs the module that writes it, the test of it, and what a search for its name finds; callers of
+    # `write_checkpoint` take any files. A file also needs,
     # - if each rank has one: `_save_rng_state`;
     # - if it is a state of the data: `mixture/state.py` (`save_data_state`, `load_data_state`) for its place, and for
     #   its content `trainer/feed.py` (`resume`) and, of streams, `mixture/stream/progress.py`;
     #   `tests/trainer/test_resume.py`;
-    # - if the main folder of a repository must not have it: `hub/publisher.py` (`_RESUME_ONLY`),
+    # - if the main folder of a repository must not have it: `hub/publisher.py` (`_RESUME_ONLY`, the starts of paths),
     #   `tests/hub/test_publisher.py`, `tests/support/hub/runs.py` (`write_checkpoint`). Pushed checkpoints have all
     #   files of their manifest;
     # - if a resume is refused without it: `trainer/checkpoints.py` (`_STATES`); if the manifest changes:

@@ -74,6 +74,8 @@ _LAYERWISE = {name for name in OptimizerNames if name.value.endswith("_layerwise
 _FUSED_BACKWARD = {OptimizerNames.LOMO, OptimizerNames.ADALOMO}
 # Values of `optim` that can be combined with `matrix_optimizer`.
 _ADAMW = {OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED}
+# Devices and their names follow `torch.accelerator`. A device whose peak `trainer/meter.py` (`_PEAK_FLOPS`) does not
+# know has no MFU in the log.
 _DDP = {
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
