@@ -32,14 +32,14 @@ Pairs = list[tuple[str, str, float]]
 # another is in `metrics` of `RunRecord`, or of `LossPoint` and in `ON_CURVE` if each evaluation has one. Tables,
 # missing values, matched values and a plot follow. Diverged runs are left out of all metrics. A metric also needs,
 # - if it is neither on the curve nor in the record: a field with a default, `tests/support/comparison.py`
-#   (`make_record`), `compare/runs.py` (`_measure` after training, or a callback like `_EvaluateSample`),
-#   `tests/compare/test_runs.py`, and what measures it in `evaluation/`;
+#   (`make_record`), `compare/runs.py` (`_measure`, where `run.trainer.meter` has the totals of the training, or a
+#   callback like `_EvaluateSample`), `tests/compare/test_runs.py`, and what measures it in `evaluation/`;
 # - if it is on the curve: `tests/compare/test_plots.py`; if it is also no loss, or small next to one:
 #   `compare/plots.py` (`_losses` for the title, `_on_scale`);
 # - if it is a loss whose name does not say so: `compare/conclusions.py` (`_is_loss`); if it is no loss and has a
 #   better direction: `_verdict`; if it has larger values: `rounded`; if it needs an explanation: `plain_words`, and
 #   `compare/report.py` (`_metrics`); for each of them `tests/compare/test_conclusions.py`;
-# - if some comparisons cannot have it: `compare/comparison.py` (`_check_measured`),
+# - if some comparisons cannot have it (all others count as measured): `compare/comparison.py` (`_check_measured`),
 #   `tests/compare/test_comparison.py`; if it differs when a run is repeated: the same test file;
 # - if it was in the table "Setup": `compare/report.py` (`_setup`), which drops it.
 METRICS = {

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 #   resume skip parts of a file), called in `mixture/documents.py` (`load_documents`);
 # - if its files stay in place: a reader like `mixture/token_files.py`, called there as well;
 # - for each of these two: a test of the module, and `tests/test_upstream_contract.py` for what it uses of upstream;
-# - if its builder is new: `tests/mixture/test_state.py`;
+# - if its builder is new: `tests/mixture/test_state.py`, `docs/streaming_resume.md` (table);
+# - if its builder is that of text: `docs/own_data.md`, because `init` splits a few such files;
 # - if its builder is neither Arrow- nor generator-based: `mixture/stream/sources.py` (`_DIVISIBLE`);
 # - if it needs a package that `datasets` does not bring: `pyproject.toml` (`test`), `make lock`.
 _FORMATS = dict.fromkeys((".jsonl", ".json", ".ndjson"), "json") | {".parquet": "parquet", ".arrow": "arrow"}

@@ -71,6 +71,7 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
 # - if it is a maximum: `max_over_ranks(tensor)` from `trainer/distributed.py`, elementwise, of -inf on a rank that has
 #   no value; a NaN may get lost;
 # - if it counts inner steps: `add_walk` in place of `_count_micro_batch`;
+# - if it is a count: the division by `_copies`, as of tokens; sources that were not seen have 0;
 # - if it counts since the beginning: `update_totals`, `state` and `begin`, `tests/trainer/test_resume.py`,
 #   `docs/checkpoints.md`;
 # - if other counts of a micro-batch are needed: `trainer/window.py` (`summed`); if other content of its rows:
@@ -144,6 +145,7 @@ class TrainingMeter:
             for name in ("trained_tokens", "rows")
         )
         # Inner steps without a usable gradient, on average over the ranks.
+        # For any reason, as a mean over ranks; 0 without Nexus.
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
         self._seconds: float = totals.get("seconds", 0.0)  # of the sessions that have ended
         self._began = time.perf_counter()

@@ -87,11 +87,12 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
     return options
 
 
-# Another value of `matrix_optimizer` also needs,
-# - if torch lacks the algorithm: a module with it;
-# - if it can be sharded, runs like those of Muon: `tests/trainer/distributed/fsdp_worker.py` (`muon`),
-#   `tests/trainer/distributed/test_fsdp.py`; if not, an error: `trainer/support.py` (`check_fsdp`),
-#   `tests/trainer/test_support.py`, `docs/distributed.md`;
+# Another value of `matrix_optimizer` shares the classes below, and `trainer/mixin.py` calls this function for each. It
+# also needs,
+# - if torch lacks the algorithm: a module with it, and its test;
+# - if it can be sharded (what computes each element alone can): runs like those of Muon,
+#   `tests/trainer/distributed/fsdp_worker.py` (`muon`), `tests/trainer/distributed/test_fsdp.py`; if not, an error:
+#   `trainer/support.py` (`check_fsdp`), `tests/trainer/test_support.py`, `docs/distributed.md`;
 # - if its state is larger than AdamW's: `pretrain/memory.py`, `pretrain/plan.py` (`checkpoint_copy`),
 #   `pretrain/console.py` (`_run_rows`, `_memory_table`), `tests/pretrain/test_memory.py`,
 #   `tests/pretrain/test_plan.py`, `docs/cost.md`, `docs/checkpoints.md`;
@@ -103,8 +104,8 @@ def create_matrix_optimizer(
     The optimizer of `matrix_optimizer="muon"`: Muon for trainable 2-D weights of at least two rows and columns that
     are not an embedding or the output layer, AdamW for the other parameters.
 
-    `adamw` has the options of AdamW, and `decaying` the names of the parameters with weight decay. `shards` is the
-    number of ranks over which the model will be sharded.
+    `adamw` has the options of AdamW, without `optim_args`, and `decaying` the names of the parameters with weight
+    decay. `shards` is the number of ranks over which the model will be sharded.
 
     Raises:
         ValueError: there is no matrix for Muon, or one with fewer rows than there are ranks to shard it.
