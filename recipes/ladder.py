@@ -30,6 +30,8 @@ FILE = Path(__file__).with_name("ladder.yaml")
 # Shape of the Llama, outer steps, seeds and learning rates of each rung. Warm-up, decay and evaluations keep their
 # fractions of the steps. A pilot at 0.03M used the seeds 1 to 16 and rates up to 2e-2, which all its arms chose.
 # That at 0.1M used the seeds 1 to 12. Its matched losses lie in the last two thirds, which have more evaluations now.
+# There the arms chose different rates. 0.1M-rate has one rate for four of them, the middle one, and other seeds: it
+# separates the path from the rate. Its seeds, rate and margin were declared before its first run.
 RUNGS: dict[str, Any] = {
     "0.03M": {"shape": (24, 64, 2, 2), "steps": 75, "seeds": range(17, 84), "rates": [2e-2, 4e-2, 8e-2]},
     "0.1M": {
@@ -39,6 +41,15 @@ RUNGS: dict[str, Any] = {
         "rates": [1e-2, 2e-2, 4e-2],
         "training": {"eval_steps": 10, "eval_delay": 100},
         "equivalence_margin": 0.012,
+    },
+    "0.1M-rate": {
+        "shape": (48, 128, 3, 3),
+        "steps": 300,
+        "seeds": range(101, 156),
+        "rates": [2e-2],
+        "training": {"eval_steps": 10, "eval_delay": 100},
+        "equivalence_margin": 0.012,
+        "arms": ["adamw", "gamma-0", "random-0.2", "nexus-0.2"],
     },
     "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": range(1, 6), "rates": [5e-3, 1e-2, 2e-2]},
     "1M": {"shape": (136, 384, 5, 8), "steps": 3000, "seeds": range(1, 6), "rates": [4e-3, 8e-3, 1.6e-2]},
@@ -54,6 +65,7 @@ def comparison(rung: str, workers: int | None) -> ComparisonConfig:
     given["seeds"] = [*RUNGS[rung]["seeds"]]
     given["model"] |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     given["model"] |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    given["arms"] = {arm: given["arms"][arm] for arm in RUNGS[rung].get("arms", given["arms"])}
     training, tuning = given["training"], given["tuning"]
     tuning["grid"] = {"learning_rate": RUNGS[rung]["rates"]}
     for fields, name in [(training, n) for n in ("max_steps", "warmup_steps", "eval_steps")] + [(tuning, "max_steps")]:
@@ -64,6 +76,9 @@ def comparison(rung: str, workers: int | None) -> ComparisonConfig:
     given["equivalence_margin"] = RUNGS[rung].get("equivalence_margin")
     if rung != "0.03M":
         del given["minima"]
+    if len(RUNGS[rung]["rates"]) == 1:
+        training["learning_rate"] = RUNGS[rung]["rates"][0]
+        del given["tuning"]
     if workers is not None:
         given["workers"] = workers
     return read(ComparisonConfig, given)
@@ -110,7 +125,7 @@ def table(rungs: list[str]) -> str:
 def main() -> None:
     """Run the rungs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["0.03M", "0.1M", "0.3M"])
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=["0.03M", "0.1M", "0.1M-rate", "0.3M"])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()

@@ -32,7 +32,19 @@ def test_rungs_are_the_same_comparison_at_other_sizes():
         assert (steps, len(config.seeds)) == (recipe["RUNGS"][rung]["steps"], len({*config.seeds}))
         assert training["warmup_steps"] / steps == pytest.approx(5 / 75, abs=1e-3)
         assert decay / steps == pytest.approx(20 / 75, abs=1e-3)
-        assert (steps / training["eval_steps"] == pytest.approx(15, abs=0.1)) == (rung != "0.1M")
+        assert (steps / training["eval_steps"] == pytest.approx(15, abs=0.1)) == ("0.1M" not in rung)
         assert (config.minima is None) == (rung != "0.03M")
-    assert configs["0.1M"].equivalence_margin == 0.012 and configs["0.03M"].equivalence_margin is None
-    assert [config.arms for config in configs.values()] == [configs["0.03M"].arms] * len(configs)
+        assert (config.equivalence_margin == 0.012) == ("0.1M" in rung)
+        assert config.arms.items() <= configs["0.03M"].arms.items()
+        assert (len(config.arms) == 4) == (config.tuning is None) == (rung == "0.1M-rate")
+
+
+def test_the_rung_of_one_rate_differs_from_its_size_in_that_alone():
+    recipe = runpy.run_path(str(RECIPE))
+    tuned, of_one = recipe["comparison"]("0.1M", None), recipe["comparison"]("0.1M-rate", None)
+    assert not {*tuned.seeds} & {*of_one.seeds}
+    for arm in of_one.arms:
+        one, other = (config.run_config(config.settings(arm)) for config in (of_one, tuned))
+        assert one["training"].pop("learning_rate") == 2e-2
+        other["training"].pop("learning_rate", None)
+        assert one == other
