@@ -67,6 +67,8 @@ class _Completing(TyperCommand):
 #   does not import torch;
 # - if it prints a table, as `env` does: `terminal.py` (`new_table`, `format_bytes`); if it prints paths or text of
 #   others: `files.py` (`printable`, `without_credentials`);
+# - if it reads the checkpoint that a resume would take: `trainer/checkpoints.py` (`last_checkpoint`), in a test one
+#   that `tests/conftest.py` (`make_trainer`) trains;
 # - if it changes the folder of a run: `lock.py` (`locked`); if it writes a file there: `pretrain/run_file.py`
 #   (`_FILES`);
 # - if it has a module: a test of it in `tests/cli/`.

@@ -48,6 +48,7 @@ class MixtureRow:
 #   have what the Trainer computes when it starts, such as the steps of a run of epochs: its `state` has;
 # - if a planned run has it: `model_cards/render.py` (`plan`). The other cards in `model_cards/` keep what their runs
 #   saved;
+# - if the model, the machine or the code tells it: `hub/facts.py`;
 # - if training must measure it: `trainer/meter.py` (`update_totals`, where all ranks meet; `state` and `begin`, and
 #   `docs/checkpoints.md`, if it is of all sessions), `tests/trainer/test_meter.py`; if the loading of data must:
 #   `mixture/loading.py` (`Mixture`), `mixture/packing.py` (`pack_documents`; packed rows may come from a cache) and

@@ -732,9 +732,9 @@ class NexusTrainerMixin(_Base):
     # - if it is a state of the data: `mixture/state.py` (`save_data_state`, `load_data_state`) for its place, and for
     #   its content `trainer/feed.py` (`resume`) and, of streams, `mixture/stream/progress.py`;
     #   `tests/trainer/test_resume.py`;
-    # - if the main folder of a repository must not have it: `hub/publisher.py` (`_RESUME_ONLY`, the starts of paths),
-    #   `tests/hub/test_publisher.py`, `tests/support/hub/runs.py` (`write_checkpoint`). Pushed checkpoints have all
-    #   files of their manifest;
+    # - if only checkpoints have it, and not `output_dir`: `hub/publisher.py` (`_RESUME_ONLY`, the starts of paths that
+    #   the main folder of a repository does not have), `tests/hub/test_publisher.py`, `tests/support/hub/runs.py`
+    #   (`write_checkpoint`). Pushed checkpoints have all files of their manifest;
     # - if a resume is refused without it: `trainer/checkpoints.py` (`_STATES`); if the manifest changes:
     #   `tests/trainer/test_checkpoints.py`.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

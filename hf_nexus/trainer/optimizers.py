@@ -87,8 +87,8 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
     return options
 
 
-# Another value of `matrix_optimizer` shares the classes below, and `trainer/mixin.py` calls this function for each. It
-# also needs,
+# Another value of `matrix_optimizer` shares the class above, which knows AdamW's groups by `betas`. `trainer/mixin.py`
+# calls this function for each value. It also needs,
 # - if torch lacks the algorithm: a module with it, and its test;
 # - if it can be sharded (what computes each element alone can): runs like those of Muon,
 #   `tests/trainer/distributed/fsdp_worker.py` (`muon`), `tests/trainer/distributed/test_fsdp.py`; if not, an error:
