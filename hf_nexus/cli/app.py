@@ -64,7 +64,10 @@ class _Completing(TyperCommand):
 # A command is a function with `_Command`, like `card`. What it computes is in the room of its topic, with a test
 # there. A command also needs,
 # - if it takes a configuration (`_Config`), as `plan` does: `pretrain/command_line.py` (`read_command_line`), which
-#   does not import torch;
+#   does not import torch; if it needs its data or tokenizer: `pretrain/parsing.py` (`resolve`), `pretrain/run.py`
+#   (`load_tokenizer`), `mixture/loading.py` (`load_mixture`); in a test `tests/support/tiny_config.py`
+#   (`write_config`);
+# - if it reads pending pushes: `hub/queue.py`;
 # - if it prints a table, as `env` does: `terminal.py` (`new_table`, `format_bytes`); if it prints paths or text of
 #   others: `files.py` (`printable`, `without_credentials`);
 # - if it reads the checkpoint that a resume would take: `trainer/checkpoints.py` (`last_checkpoint`), in a test one

@@ -43,7 +43,8 @@ class MixtureRow:
 # A fact has a default, for summaries that were saved without it. In place of `RunSummary`, one of each training source
 # is a field of `MixtureRow` (`trainer/card.py`, `_mixture_rows`), one of each evaluation set of `HeldOutLoss` in
 # `hub/results.py`. The last value of a logged key needs only `trainer/card.py` (`_NUMBERS`). No page lists the facts.
-# A fact also needs,
+# All training arguments are in `hyperparameters` already, and need neither `RunSummary` nor `trainer/card.py`. A fact
+# also needs,
 # - if a trainer must tell it: `trainer/card.py` (`RunFacts`), `trainer/mixin.py` (`run_facts`). Its arguments do not
 #   have what the Trainer computes when it starts, such as the steps of a run of epochs: its `state` has;
 # - if a planned run has it: `model_cards/render.py` (`plan`). The other cards in `model_cards/` keep what their runs
