@@ -5,12 +5,13 @@ import os
 import re
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-__all__ = ["format_bytes", "is_live", "new_table", "quieten"]
+__all__ = ["format_bytes", "is_live", "new_console", "new_table", "quieten"]
 
 # Records of the Trainer that are left out.
 _RECORDS = re.compile(
@@ -21,10 +22,17 @@ _RECORDS = re.compile(
 )
 
 
-def is_live(console: Any) -> bool:
+def new_console(quiet: bool = False) -> "Console":
+    """A console that prints names and paths as they are: `[a]` is no markup, and `:a:` no emoji."""
+    from rich.console import Console
+
+    return Console(quiet=quiet, markup=False, emoji=False)
+
+
+def is_live(console: "Console") -> bool:
     """
-    Whether a `rich.console.Console` can update lines in place. A command that a notebook starts takes its output for a
-    terminal, but the notebook keeps each update.
+    Whether a console can update lines in place. A command that a notebook starts takes its output for a terminal, but
+    the notebook keeps each update.
     """
     return console.is_terminal and not console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
 

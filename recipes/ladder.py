@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-
 from hf_nexus.compare.comparison import Comparison
 from hf_nexus.compare.config import ComparisonConfig
 from hf_nexus.compare.records import RunRecord, finished_runs
@@ -25,6 +23,7 @@ from hf_nexus.compare.report import value_rows
 from hf_nexus.evaluation.statistics import paired_difference
 from hf_nexus.lock import locked
 from hf_nexus.strict import load_yaml, read
+from hf_nexus.terminal import new_console
 
 FILE = Path(__file__).with_name("ladder.yaml")
 # Shape of the Llama, outer steps, seeds and learning rates of each rung. Warm-up, decay and evaluations keep their
@@ -131,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     failed = 0
     for rung in [] if options.table else options.rungs:
-        chosen = Comparison(comparison(rung, options.workers), Console(markup=False))
+        chosen = Comparison(comparison(rung, options.workers), new_console())
         with locked(chosen.folder):
             chosen.check()
             chosen.run()

@@ -24,6 +24,16 @@ warnings.warn("the user's")
 """
 
 
+def test_names_and_paths_are_printed_as_they_are(capsys):
+    from hf_nexus.terminal import new_console, new_table
+
+    table = new_table("s3://a:100:b", "source")
+    table.add_row("[red]a:b:c")
+    new_console().print("[bold]:x:", table)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[bold]:x:", "s3://a:100:b", "[red]a:b:c"))
+
+
 def test_narrow_tables_wrap_text_and_keep_numbers(capsys):
     from rich.console import Console
 

@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import one_line_errors
 from ..files import Secret, hide_token, printable
 from ..strict import packaged
-from ..terminal import new_table, quieten
+from ..terminal import new_console, new_table, quieten
 from .benchmark import benchmark
 from .closeness import closeness
 from .compare import compare
@@ -248,14 +248,13 @@ def schema() -> None:
 @app.command()
 def env() -> None:
     """Print the versions of the packages and the devices, for bug reports: hf-nexus env"""
-    from rich.console import Console
 
     from ..hub.facts import describe_hardware, installed_versions
 
     table = new_table("hf-nexus env", "", "", texts=2)
     for name, version in {**installed_versions(optional=True), "hardware": describe_hardware()}.items():
         table.add_row(name, version)
-    Console(markup=False).print(table)
+    new_console().print(table)
 
 
 def main(argv: list[str] | None = None) -> None:

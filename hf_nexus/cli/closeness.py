@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import require_folder
-from ..terminal import is_live, new_table
+from ..terminal import is_live, new_console, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,14 +49,13 @@ def closeness(
     if path.is_dir():
         raise ValueError(f"output: {path} is a folder. Give a file, such as {path / _OUTPUT_NAME}.")
     require_folder(path.parent, "output")
-    from rich.console import Console
     from rich.progress import track
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluation.closeness import measure_closeness
 
     disable_progress_bar()  # while weights are loaded
-    console = Console(markup=False)
+    console = new_console()
     found = measure_closeness(
         model,
         mixture,

@@ -44,12 +44,12 @@ def compare(
     if difference and not (plan or pilot):
         raise ValueError("--difference is only printed with --plan or --pilot. Add one of them.")
     whole = ComparisonConfig.load(config, output_dir)  # before heavy packages are imported
-    from rich.console import Console
 
     from ..compare.comparison import Comparison
     from ..compare.plan import pilot_of, print_plan
+    from ..terminal import new_console
 
-    console, differences = Console(markup=False), difference or ()
+    console, differences = new_console(), difference or ()
     command = f"hf-nexus compare {config}" + (f" --output_dir {output_dir}" if output_dir else "")
     if plan:
         print_plan(whole, command, differences, console)

@@ -411,7 +411,7 @@ class Comparison:
         try:
             return plot_comparison(records, self.folder, baseline=self.config.baseline) if records else []
         except Exception as error:  # the report does not depend on its plots
-            self.console.print(f"Plots failed: {type(error).__name__}: {error}", markup=False)
+            self.console.print(f"Plots failed: {type(error).__name__}: {error}")
             return []
 
     def _details(self, records: Sequence[RunRecord], seconds: float | None) -> dict[str, Any]:
@@ -446,7 +446,7 @@ class Comparison:
                     save_card(summary, run.folder)
                     summary.save(run.folder)
                 except ValueError as error:
-                    self.console.print(f"The card of {run} is not compared: {error}", markup=False)
+                    self.console.print(f"The card of {run} is not compared: {error}")
             if run.repo_id is not None:
                 self._push(run, changed=summary != before)
 

@@ -66,8 +66,7 @@ def print_plan(config: ComparisonConfig, command: str, differences: Sequence[flo
     if not spreads:
         console.print(
             "Seeds that a difference needs: not known, because no two seeds of both arms have finished. A pilot of "
-            f"{_PILOT_SEEDS} other seeds shows the spread: {command} --pilot",
-            markup=False,
+            f"{_PILOT_SEEDS} other seeds shows the spread: {command} --pilot"
         )
         return
     seeds, higher = len(config.seeds), {key: highest_deviation(*spread) for key, spread in spreads.items()}

@@ -165,7 +165,7 @@ def _range(low: float, high: float, unit: str = "") -> str:
 
 def say(console: Console, text: str) -> None:
     """Print text as it is, without breaking its lines."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def loss_table(rows: Sequence[HeldOutLoss]) -> Table:

@@ -25,6 +25,7 @@ from ..lock import locked
 from ..mixture.isolation import choose_isolation, isolation_problem
 from ..mixture.loading import Mixture, load_mixture
 from ..mixture.texts import tokenizer_of_sources
+from ..terminal import new_console
 from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.mixin import NexusTrainer
 from .command_line import CommandLine, read_command_line
@@ -113,7 +114,7 @@ def dry_run(arguments: PretrainArguments) -> None:
     launched = arguments.training.world_size
     devices = arguments.hardware.devices or (launched if launched > 1 else max(1, arguments.model.accelerators))
     if arguments.training.process_index == 0:
-        print_plan(arguments, plan_run(arguments, devices), Console(markup=False))
+        print_plan(arguments, plan_run(arguments, devices), new_console())
 
 
 def pretrain(arguments: PretrainArguments) -> NexusTrainer:
@@ -229,7 +230,7 @@ def _prepare(arguments: PretrainArguments) -> PretrainRun:
             "(docs/distributed.md)."
         )
     checkpoint = find_checkpoint(arguments)
-    console = Console(quiet=args.process_index > 0, markup=False)
+    console = new_console(quiet=args.process_index > 0)
     if args.cpu_threads is not None:
         torch.set_num_threads(args.cpu_threads)
     set_seed(args.seed)
