@@ -39,7 +39,7 @@ def test_rungs_are_the_same_comparison_at_other_sizes():
         assert (len(config.arms) == 4) == (config.tuning is None) == (rung == "0.1M-rate")
 
 
-def test_the_rung_of_one_rate_differs_from_its_size_in_that_alone():
+def test_the_rung_of_one_rate_differs_in_that_alone():
     recipe = runpy.run_path(str(RECIPE))
     tuned, of_one = recipe["comparison"]("0.1M", None), recipe["comparison"]("0.1M-rate", None)
     assert not {*tuned.seeds} & {*of_one.seeds}
