@@ -31,7 +31,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
 )
 
-# `train` and `plan` pass the fields of a configuration on, to the parser of `recipes/pretrain_3b.py`.
+# `train` and `plan` pass the fields of a configuration on, to `pretrain/command_line.py`.
 _FIELDS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _Config = Annotated[
     str,

@@ -183,7 +183,7 @@ class PretrainConfig(NexusConfig):
 
     cpu_threads: Annotated[int, Bound(least=1, most=10_000)] | None = None
     overwrite_output_dir: bool = False
-    # Other types and defaults for the same behavior: saved configurations hold these values.
+    # Types and defaults that a saved configuration can hold. They mean the same as those of transformers.
     bf16: bool = False  # type: ignore[assignment]  # the model is built in float32
     debug: str | None = None  # type: ignore[assignment]
     include_num_input_tokens_seen: bool | str = False

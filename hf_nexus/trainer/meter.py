@@ -80,7 +80,8 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
 class _Interval:
     """
     Sums since the last log line, given to `add_*`, counted by `_count_*` and logged by `read`. Tensors stay on the
-    device until then. `new_*` are also read and cleared at each checkpoint: a logged ratio has two of them, or none.
+    device until then. A checkpoint adds `new_*` to the totals and clears them. So a ratio that is logged is one of two
+    `new_*`, or of two others.
     """
 
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))  # of micro-batches of one source
@@ -144,8 +145,7 @@ class TrainingMeter:
             {source: totals.get(name, {}).get(source, 0) for source in self.sources}
             for name in ("trained_tokens", "rows")
         )
-        # Inner steps without a usable gradient, on average over the ranks.
-        # For any reason, as a mean over ranks; 0 without Nexus.
+        # Inner steps whose gradient was zero or not finite, on average over the ranks; none without Nexus.
         self.inner_steps_skipped: float = totals.get("inner_steps_skipped", 0)
         self._seconds: float = totals.get("seconds", 0.0)  # of the sessions that have ended
         self._began = time.perf_counter()

@@ -220,7 +220,8 @@ class NexusTrainerMixin(_Base):
         )
         check_launch(self.args, launch)
         if self.args.nexus:
-            # The filter would wait for the device at each of the window's zero losses, and a NaN would replace all.
+            # The filter waits for the device at each loss, also at the zeros before the last micro-batch of a window.
+            # `_walk_window` replaces losses that are not finite.
             self.args.logging_nan_inf_filter = False
 
     def _isolate_documents(self, collate: Any, others: Any) -> None:
@@ -461,7 +462,7 @@ class NexusTrainerMixin(_Base):
     # ---- One outer step ----
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Fetch the micro-batches of one window, and note their sources."""
+        """Fetch the micro-batches of one window, note their sources, and count the loss tokens of each."""
         if self._plain:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         mixed, settings = self.args.source_schedule == "mixed", optimizer_settings(self.optimizer)
@@ -469,33 +470,29 @@ class NexusTrainerMixin(_Base):
         self.meter.begin_window(self.state.global_step)
         untagged = window.take(self._feed.in_order(epoch_iterator), tagged=bool(self.data.stages))
         try:
-            batches, items = super().get_batch_samples(untagged, num_batches, device)
+            batches, _ = super().get_batch_samples(untagged, num_batches, device)
         finally:
             window.fetching = False
-        if batches:
-            self.meter.unit = window.unit
-        return batches, items
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count the loss tokens of the window, and of each of its micro-batches."""
-        base_count: Any = super()._get_num_items_in_batch
-
-        def count(batches: list, device: torch.device) -> Any:
-            if not self._plain:
-                batches = [countable(batch, self.model) for batch in batches]
-            items = base_count(batches, device)
-            if items is None or self.args.average_tokens_across_devices:
-                return items
-            # The Trainer divides by the number of ranks that read the same rows, even if it counts on one rank only.
-            return items * self._feed.copies
-
-        if not self._window.fetching:  # a batch of an evaluation
-            return count(batch_samples, device)
-        self._feed.agree(self._window, self.state.global_step)
+        self._feed.agree(window, self.state.global_step)
+        count: Any = self._get_num_items_in_batch
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         with changed(self.args, average_tokens_across_devices=False):  # local counts first, then one reduction of all
-            total = self._window.count(batch_samples, lambda batch: count([batch], device), ranks)
-        return count(batch_samples, device) if total is None else total
+            items = window.count(batches, lambda batch: count([batch], device), ranks)
+        if batches:
+            self.meter.unit = window.unit
+        return batches, count(batches, device) if items is None else items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The base class's count of loss tokens, of labels that it can count."""
+        if self._window.fetching:  # each micro-batch is counted after it
+            return None
+        if not self._plain:
+            batch_samples = [countable(batch, self.model) for batch in batch_samples]
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or self.args.average_tokens_across_devices:
+            return items
+        # The Trainer divides by the number of ranks that read the same rows, even if it counts on one rank only.
+        return items * self._feed.copies
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """

@@ -36,7 +36,7 @@ class Window:
     settings: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer, by `optimizer_settings`
     states: list[StreamState] = field(default_factory=list)  # positions of the streams after the micro-batches
     error: SourceError | None = None  # why no more micro-batches could be read
-    fetching: bool = False
+    fetching: bool = False  # by the base class
     unit: str = "rows"  # of losses per source; "tokens" where labels are one per token
     tokens: Tensor | None = None  # loss tokens on this rank, (k,)
     items: Tensor | None = None  # divisors of the losses, (k,): loss tokens, or their mean over the ranks
@@ -148,7 +148,7 @@ class Divisors:
     """
 
     def __init__(self, items: Tensor | None, tokens: Tensor | None, steps: int, measured: bool):
-        self._tokens, self._measured, self._count = tokens, measured, steps
+        self._tokens, self._measured, self._steps = tokens, measured, steps
         self._leaf = None if items is None else items.clone().requires_grad_(measured)
         self.items = self._leaf if self._leaf is None else self._leaf * 1  # a loss function may change it in place
         self.steps: Any = steps if steps == 1 else torch.tensor(float(steps), requires_grad=True)
@@ -160,9 +160,9 @@ class Divisors:
         """
         times: Any = 1
         if isinstance(self.steps, Tensor):
-            times = torch.where(_part(loss, self.steps).abs() > loss.abs() / 2, self._count, 1)
+            times = torch.where(_part(loss, self.steps).abs() > loss.abs() / 2, self._steps, 1)
         if self._leaf is None or self._tokens is None:
-            return loss * times / self._count
+            return loss * times / self._steps
         part, items = _part(loss, self._leaf) if self._measured else loss, self._leaf.detach()
         divided = (part + (loss - part) * (self._tokens / items)) * times
         # BERT's mean over no token is not a number. Other ranks or micro-batches have tokens.

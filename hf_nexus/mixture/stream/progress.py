@@ -37,7 +37,7 @@ class StreamProgress:
     The main process's view of a [`MixtureStream`]. It decides the source of each micro-batch when the data loader asks
     for it, which is ahead of training with workers. It keeps the positions of the rows that were trained on.
 
-    `weights` is called once for each outer step, in order. `seed`, `kind` and `rows` are those of [`SourceSchedule`].
+    `weights` is called once for each outer step, in order. `seed`, `kind` and `rows` are those of [`DynamicSchedule`].
     After `max_epochs` passes over a source, the others get its share in proportion. `read_ahead` micro-batches are
     asked of the workers of the data loader before it is their turn. `broadcast` returns the shares of the first rank
     on all ranks.
@@ -142,7 +142,7 @@ class StreamProgress:
         return steps_ahead(self.stream.owners, len(self.stream.names), self._read_ahead, self._k)
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The micro-batches of a data loader, which come in the order of requests, in the order of training."""
+        """Yield micro-batches in the order of training. The data loader gives them in the order of requests."""
         while self.ahead == 0:
             if (batch := next(batches, None)) is None:
                 return
