@@ -140,7 +140,8 @@ def load_mixture(
         name: packers[name].pack_documents(found, length, held_out=name in config.train_sources)
         for name, found in held_out.items()
     }
-    return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id, encoder.bos_token_id)
+    bos_token_id = next(iter(packers.values())).encoder.bos_token_id  # all sources have the same
+    return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id, bos_token_id)
 
 
 def _check_tokenizer(config: MixtureConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
