@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from transformers import TrainerCallback
 
 from ..evaluation.answers import ANSWER_MARK, final_answer
@@ -25,7 +24,7 @@ from ..mixture.stream.documents import StreamedDocuments
 from ..mixture.stream.lanes import Lanes
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
-from ..strict import read_yaml
+from ..strict import dump_yaml, read_yaml
 from ..trainer.checkpoints import last_checkpoint
 from .config import ComparisonConfig, QuestionSet
 from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
@@ -65,11 +64,11 @@ class Run:
             own |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gradient_cosine_steps": 0}
         sections = self.config.run_config({**self.settings, **own})
         sections["model"] = {**sections["model"], "tokenizer": self.tokenizer}
-        files: dict[str, dict[str, Any]] = {SETTINGS_NAME: sections}
+        # Devices multiply the batch.
+        files = {SETTINGS_NAME: sections, MEASURED_NAME: {"devices_per_run": self.config.devices_per_run}}
         if not self.trial:
             questions = {name: asdict(questions) for name, questions in self.config.question_sets.items()}
-            rows = self.config.train_sample_rows
-            files[MEASURED_NAME] = {"train_sample_rows": rows, "question_sets": questions}
+            files[MEASURED_NAME] |= {"train_sample_rows": self.config.train_sample_rows, "question_sets": questions}
             if self.config.minima is not None:
                 files[MINIMA_NAME] = asdict(replace(self.config.minima, arms=None, seeds=None))
         return files
@@ -90,7 +89,7 @@ class Run:
         """Write some of `files` into the folder: by default those that `train` needs."""
         files = self.files()
         for name in (name for name in names if name in files):
-            write_atomic(self.folder / name, yaml.safe_dump(files[name], sort_keys=False, allow_unicode=True))
+            write_atomic(self.folder / name, dump_yaml(files[name]))
 
     def check(self, names: Iterable[str] = (SETTINGS_NAME, MEASURED_NAME, MINIMA_NAME)) -> None:
         """

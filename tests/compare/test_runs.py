@@ -14,7 +14,7 @@ from hf_nexus.compare import runs
 from hf_nexus.compare.config import ComparisonConfig, QuestionSet
 from hf_nexus.compare.minima import search_minima
 from hf_nexus.compare.records import RunRecord
-from hf_nexus.compare.runs import Run, read_questions, train_sample
+from hf_nexus.compare.runs import MEASURED_NAME, Run, read_questions, train_sample
 from hf_nexus.hub.publisher import FinalFlush
 from hf_nexus.hub.queue import QUEUE_NAME
 from hf_nexus.pretrain.parsing import parse_arguments
@@ -185,6 +185,9 @@ def test_a_folder_with_other_settings_is_refused(finished):
         replace(run, settings=run.settings | {"inner_lr": 0.1}).check()
     with pytest.raises(ValueError, match=r"other settings \(see measured\.yaml"):
         replace(run, config=replace(run.config, train_sample_rows=5)).check()
+    for trial in (False, True):  # more devices have a larger batch
+        with pytest.raises(ValueError, match=r"other settings \(see measured\.yaml"):
+            replace(run, config=replace(run.config, devices_per_run=2), trial=trial).check([MEASURED_NAME])
 
 
 def test_the_end_of_a_worker_does_not_wait_for_the_hub(finished, tmp_path, monkeypatch):
