@@ -337,7 +337,13 @@ def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | f
     return int(value) if value.is_integer() and abs(value) <= _LARGEST_INT else value
 
 
-_Loader.add_implicit_resolver("!number", re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
+    """Quotes texts that `_Loader` reads as numbers, such as the commit `1234e56`."""
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+$")
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver("!number", _NUMBER, list("-+0123456789"))
 _Loader.add_constructor("!number", _construct_number)
 
 
@@ -379,7 +385,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 def dump_yaml(value: Any, one_line: bool = False) -> str:
     """Plain data as YAML, with the keys in their order and all characters as they are."""
     style: dict[str, Any] = {"default_flow_style": True, "width": 10**9} if one_line else {}
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **style)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
 
 
 def parse_data(text: str, where: str, language: str = "YAML") -> Any:

@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from hf_nexus.schema import documented, help_of, json_schema
-from hf_nexus.strict import Bound, Count, Positive, Text, check, check_fields, from_text, parse_yaml, read, read_yaml
+from hf_nexus.strict import (
+    Bound,
+    Count,
+    Positive,
+    Text,
+    check,
+    check_fields,
+    dump_yaml,
+    from_text,
+    parse_yaml,
+    read,
+    read_yaml,
+)
 
 
 class Color(enum.Enum):
@@ -283,6 +295,8 @@ def test_odd_json_of_the_command_line_is_refused(text: str) -> None:
 
 
 def test_numbers_in_scientific_notation_are_numbers() -> None:
+    texts = {"commit": "1234e56", "subset": "1e5", "day": "2026-01-02", "rate": 3e-5, "count": 10**20}
+    assert parse_yaml(dump_yaml(texts), "f") == texts
     values = parse_yaml("a: 2e9\nb: 3e-4\nc: 1.5e3\nd: 2_000\ne: e9\nf: '2e9'", "f")
     assert values == {"a": 2_000_000_000, "b": 3e-4, "c": 1500, "d": 2000, "e": "e9", "f": "2e9"}
     assert isinstance(values["a"], int)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..files import hidden, write_atomic
 from ..mixture.stages import Weight, parse_stages
 from ..schema import documented
-from ..strict import Bound, check, check_fields, parse_data, read_yaml
+from ..strict import Bound, check, check_fields, dump_yaml, parse_data, read_yaml
 from .optimizers import muon_options
 
 __all__ = [
@@ -174,7 +173,7 @@ def nexus_settings(args: TrainingArguments) -> dict[str, Any]:
 
 def save_settings(settings: dict[str, Any], folder: str) -> None:
     """Save the Nexus settings next to a model."""
-    write_atomic(Path(folder, SETTINGS_NAME), yaml.safe_dump(settings, sort_keys=False))
+    write_atomic(Path(folder, SETTINGS_NAME), dump_yaml(settings))
 
 
 def warn_of_changes(settings: dict[str, Any], checkpoint: str) -> None:
