@@ -91,8 +91,9 @@ def run_tasks(
                 scores = read_scores(task, json.loads(new.read_text(encoding="utf-8")))
                 new.replace(new.with_suffix(""))
         except (OSError, ValueError, KeyError) as problem:  # a JSONDecodeError is a ValueError
-            error = f"left no results that can be read ({problem!r})"
-        new.unlink(missing_ok=True)
+            error = f"left no results that can be read in {new} ({problem!r})"
+        else:
+            new.unlink(missing_ok=True)
         message = None if error is None else f"{task.name} {error}. See its output: {log}"
         yield TaskResult(task, tuple(scores), time.monotonic() - started, log, message)
 

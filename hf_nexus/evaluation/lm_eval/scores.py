@@ -16,6 +16,7 @@ __all__ = ["BenchmarkScore", "read_scores"]
 
 # Fractions, which leaderboards and cards show in percent. Other metrics keep their unit.
 _FRACTIONS = {"acc", "acc_norm", "exact_match", "f1", "math_verify", "pass@1", "pass_at_1"}
+_IN_PERCENT = ("squadv2", "scrolls_")  # starts of the names of tasks that report F1 in percent already
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,17 @@ class BenchmarkScore:
 def read_scores(task: Task, results: Mapping[str, Any]) -> list[BenchmarkScore]:
     """
     Read the scores of a task in the results of `lm_eval.simple_evaluate`: the headline metric of a benchmark of the
-    suite, or all metrics of another task, or of each task of a tag.
+    suite, or all metrics of another task, or of each task of a tag or of a group without metrics.
 
     Raises:
         ValueError: the headline metric is missing, or no metric is finite.
     """
     all_rows = {**results["results"], **results.get("groups", {})}
-    rows = {task.name: all_rows[task.name]} if task.name in all_rows else all_rows
+    found = {name: [key for key, x in row.items() if _is_score(key) and _finite(x)] for name, row in all_rows.items()}
+    rows = {task.name: all_rows[task.name]} if found.get(task.name) else all_rows
     scores = []
     for name, row in rows.items():
-        keys = [key for key, value in row.items() if "," in key and "_stderr," not in key and _finite(value)]
+        keys = found[name]
         if task.benchmark is not None:
             if task.benchmark.metric not in keys:
                 raise ValueError(f"lm-eval reports no {task.benchmark.metric!r} for {task.name}, only {keys}.")
@@ -81,7 +83,8 @@ def read_scores(task: Task, results: Mapping[str, Any]) -> list[BenchmarkScore]:
 
 def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> BenchmarkScore:
     metric, _, kind = key.partition(",")
-    unit = 100 if metric in _FRACTIONS else 1
+    in_percent = float(row[key]) > 1 or (metric == "f1" and name.startswith(_IN_PERCENT))
+    unit = 100 if metric in _FRACTIONS and not in_percent else 1
     stderr = row.get(f"{metric}_stderr,{kind}")
     configs = results["configs"]
     shots = sorted({results["n-shot"][subtask] for subtask in configs if subtask in results["n-shot"]})
@@ -118,6 +121,10 @@ def _dataset(task: Task, configs: Mapping[str, Any], name: str) -> str:
             validate_repo_id(dataset)
             return dataset
     return re.sub(r"[^A-Za-z0-9]+", "_", task.name)[:96].strip("_") or "local"
+
+
+def _is_score(key: str) -> bool:
+    return "," in key and "_stderr," not in key
 
 
 def _finite(value: Any) -> bool:

@@ -19,6 +19,15 @@ def test_the_headline_metric_is_read_in_percent():
     assert found.notes == "5-shot, strict-match, lm-eval 0.4.13" and found.date == "2023-11-14"
 
 
+@pytest.mark.parametrize(
+    ("task", "reported", "shown"),
+    [("squadv2", 52.3, 52.3), ("squadv2", 0.8, 0.8), ("scrolls_qasper", 31.0, 31.0), ("coqa", 0.6, 60.0)],
+)
+def test_an_f1_is_shown_in_percent_once(task, reported, shown):
+    (found,) = read_scores(Task(task), raw(task, "f1,none", reported))
+    assert found.value == pytest.approx(shown)
+
+
 def test_a_limited_score_is_not_a_registered_result():
     (found,) = read_scores(Task("gsm8k", SUITE["gsm8k"], limit=10), raw())
     assert found.task_id is None and "first 10 examples" in found.notes
@@ -33,6 +42,8 @@ def test_groups_tags_and_other_metrics_are_read():
     assert found.value == pytest.approx(30) and found.notes.startswith("5-shot, lm-eval")
     assert found.notes.endswith("first 4 examples per subtask")
     assert [row.name for row in read_scores(Task("a_tag"), group)] == ["mmlu_a", "mmlu_b", "mmlu"]
+    bare = group | {"groups": {"a_group": {"alias": "a_group", "name": "a_group"}}}  # of a group without metrics
+    assert [row.name for row in read_scores(Task("a_group"), bare)] == ["mmlu_a", "mmlu_b"]
     (other,) = read_scores(Task("wikitext"), raw("wikitext", "word_perplexity,none", 37.5))
     assert other.value == 37.5 and other.dataset == "some/data"  # not a fraction
     (local,) = read_scores(Task("sums/local"), raw("sums/local", configs={"sums/local": {"dataset_path": "json"}}))
