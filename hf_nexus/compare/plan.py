@@ -37,7 +37,7 @@ def pilot_of(config: ComparisonConfig) -> ComparisonConfig:
         (['adamw', 'nexus-0.05'], [4, 5, 6, 7, 8], 'runs/compare/pilot')
     """
     first = 1 + max([*config.seeds, *(config.tuning.seeds if config.tuning else [])])
-    minima = replace(config.minima, seeds=None) if config.minima else None
+    minima = replace(config.minima, arms=None, seeds=None) if config.minima else None
     return replace(
         config,
         arms={arm: config.arms[arm] for arm in (config.baseline, config.primary.arm)},

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_nexus.cli.app import app
 from hf_nexus.compare.analysis import compare_arms
-from hf_nexus.compare.config import ComparisonConfig
+from hf_nexus.compare.config import ComparisonConfig, MinimaSearch
 from hf_nexus.compare.plan import pilot_of, print_plan
 from hf_nexus.evaluation.statistics import detectable, pairs_needed
 from tests.support.comparison import against_baseline, make_records
@@ -67,6 +68,13 @@ def test_a_pilot_trains_the_primary_arm_on_other_seeds(config):
     pilot = pilot_of(config)
     assert set(pilot.arms) == {"adamw", "nexus-0.05"} and not {*pilot.seeds} & {*config.seeds, *config.tuning.seeds}
     assert len(pilot.seeds) == 5 and Path(pilot.output_dir).parent == Path(config.output_dir)
+
+
+def test_a_pilot_has_the_minima_of_its_two_arms(config):
+    primary = replace(config.primary, metric="minima_distance")
+    minima = MinimaSearch(sources=["code", "records"], arms=["adamw", "gamma-0", "nexus-0.05"])
+    pilot = pilot_of(replace(config, primary=primary, minima=minima))
+    assert pilot.minima is not None and pilot.minima.arms is None
 
 
 def test_a_large_streaming_base_is_planned_offline(tmp_path):
