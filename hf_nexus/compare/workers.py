@@ -146,6 +146,8 @@ def _devices(workers: int, each: int) -> list[dict[str, str]]:
     if accelerator is None:
         return [{}] * workers
     count, variable = torch.accelerator.device_count(), _VISIBLE.get(accelerator.type, "CUDA_VISIBLE_DEVICES")
+    if torch.version.hip and os.environ.get("HIP_VISIBLE_DEVICES"):  # which ROCm prefers
+        variable = "HIP_VISIBLE_DEVICES"
     visible = os.environ.get(variable)
     ids = visible.split(",") if visible else [str(i) for i in range(count)]
     chosen = [[ids[(worker * each + i) % count] for i in range(each)] for worker in range(workers)]

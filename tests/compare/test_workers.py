@@ -184,6 +184,11 @@ def test_each_worker_sees_its_own_devices(monkeypatch, kind, variable):
     assert workers._devices(2, 2) == [{variable: "0,1"}, {variable: "2,3"}]
     monkeypatch.setenv(variable, "4,5,6,7")
     assert workers._devices(3, 2) == [{variable: "4,5"}, {variable: "6,7"}, {variable: "4,5"}]
+    if kind == "cuda":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,3")
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert workers._devices(2, 1) == [{"HIP_VISIBLE_DEVICES": "2"}, {"HIP_VISIBLE_DEVICES": "3"}]
 
 
 def _rank_of_two() -> int:
