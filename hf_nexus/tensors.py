@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def global_norm(tensors: Sequence[Tensor], copies: Tensor | None = None) -> Tens
     L2 norm (0-d) over all elements of all tensors, at least one, computed in float32 or wider. The square of each
     tensor is divided by its number in `copies`, if given.
     """
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
     return torch.linalg.vector_norm(norms if copies is None else norms / copies.to(norms.dtype).sqrt())
 
@@ -103,13 +104,17 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Ten
     This is a fused SGD step with learning rate `-scale` (0-d), whose kernel reads the flag on the device. A factor of
     zero would not do, because NaN times zero is NaN.
     """
-    # The fused kernels pair elements by their place in memory, which fits tensors of the same layout only.
+    if scale.device.type == "mps":
+        _add_scaled_where_(targets, tensors, scale, apply)
+        return
+    # The fused kernels pair elements by their place in memory, which fits tensors of the same dense layout only.
+    dense = [t if _is_dense(t) else t.contiguous() for t in targets]
     aligned = [
         t if t.stride() == target.stride() else torch.empty_like(target).copy_(t)
-        for target, t in zip(targets, tensors, strict=True)
+        for target, t in zip(dense, tensors, strict=True)
     ]
     sgd(
-        list(targets),
+        dense,
         aligned,
         [None] * len(aligned),
         fused=True,
@@ -121,6 +126,20 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Ten
         nesterov=False,
         maximize=False,
     )
+    for target, stepped in zip(targets, dense, strict=True):
+        if stepped is not target:
+            target.copy_(stepped)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps, in any order, unlike those of `weight[:, :8]`."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _add_scaled_where_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Tensor, apply: Tensor) -> None:
+    """`add_scaled_` for MPS, whose fused kernel takes the step in spite of the flag before torch 2.13."""
+    for target, t in zip(targets, tensors, strict=True):
+        target.copy_(torch.where(apply, target + scale * t, target))
 
 
 class _SideStream:

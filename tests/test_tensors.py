@@ -26,6 +26,28 @@ def test_global_norm_is_wide_enough_for_all_elements():
     assert float(global_norm(tensors)) == pytest.approx(300 * 101**0.5)  # its square overflows float16
 
 
+def test_a_norm_covers_parameters_of_several_types():
+    tensors = [torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.float64)]
+    assert all(float(global_norm(of)) == 5 for of in (tensors, tensors[::-1]))
+
+
+def test_views_with_gaps_are_stepped_and_nothing_beside_them():
+    base = torch.zeros(4, 10)
+    views = [base[:, :3], base[:, 5:8].t()]
+    add_scaled_(views, [torch.ones(4, 3), torch.ones(3, 4)], torch.tensor(2.0), torch.tensor(True))
+    assert base.sum() == 48 and all(view.eq(2).all() for view in views)
+
+
+def test_steps_without_the_fused_kernel_are_the_same():
+    apply, nan = torch.tensor([True, False]), torch.tensor(float("nan"))
+    for flag, scale in ((apply[0], torch.tensor(-0.3)), (apply[1], nan)):
+        fused, other = [torch.arange(5.0), torch.ones(2, 2)], [torch.arange(5.0), torch.ones(2, 2)]
+        add_scaled_(fused, [torch.ones(5), torch.eye(2)], scale, flag)
+        tensors_module._add_scaled_where_(other, [torch.ones(5), torch.eye(2)], scale, flag)
+        for one, same in zip(fused, other, strict=True):
+            torch.testing.assert_close(one, same)
+
+
 def test_add_scaled_keeps_targets_if_the_flag_is_false():
     target, tensor = torch.ones(3), torch.tensor([1.0, float("nan"), float("inf")])
     add_scaled_([target], [tensor], torch.tensor(float("nan")), torch.tensor(False))
