@@ -185,6 +185,8 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
             if sum(map(len, planned)) > self.ahead:
                 yield (index := planned[worker].popleft())
                 source, worker = index[1], (worker + 1) % self.owners
+        if any(planned) and source not in ends:  # so few are left that none was requested yet
+            source = next(iter(ends))
         while any(planned):
             if not planned[worker]:  # it reads what the run does not ask for, because the next worker has more to do
                 ends[source] += (worker - ends[source]) % self.owners + 1

@@ -127,6 +127,16 @@ def test_each_worker_is_asked_for_its_own_turns_only(workers: int, skipped: int)
             assert mine == sorted(mine)
 
 
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_run_may_resume_a_few_micro_batches_before_its_end(workers: int, left: int) -> None:
+    """Also where none of them is of the first source, and the worker that comes first has none."""
+    expected = [(21 + i, 1) for i in range(left)]
+    requests = list(MicroBatchSampler(lambda number: expected[number], left, 1, workers, (workers - 1) * 3))
+    assert {*expected} <= {*requests} and len({*requests}) == len(requests)
+    assert all(ordinal % workers == i % workers for i, (ordinal, _) in enumerate(requests))
+
+
 @pytest.mark.parametrize("kind", ["one file", "documents"])
 def test_lanes_in_one_process_share_one_reading(kind: str) -> None:
     read: list[int] = []
