@@ -31,7 +31,7 @@ from ..mixture.stream.progress import StreamProgress, WeightsFunction, steps_ahe
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
-from .distributed import broadcast, gather, max_over_ranks, sum_over_ranks
+from .distributed import broadcast, gather, max_over_ranks
 from .support import check_arguments, check_exchange, check_same
 from .window import Window
 
@@ -314,9 +314,9 @@ class Feed:
         """`skipped_rows/<source>` for each source with rows that could not be used, over all ranks."""
         if self._progress is None:
             return {}
-        counts = torch.tensor(list(self._progress.skipped_rows(step).values()), device=self._args.device)
-        counted = zip(self.data.names, sum_over_ranks(counts).tolist(), strict=True)
-        return {f"skipped_rows/{name}": count // self.copies for name, count in counted if count}
+        of_lanes = max_over_ranks(torch.tensor(self._progress.skipped_rows(step), device=self._args.device))
+        counted = zip(self.data.names, of_lanes.sum(dim=1).tolist(), strict=True)
+        return {f"skipped_rows/{name}": count for name, count in counted if count}
 
     # ---- Saving and resuming ----
 

@@ -216,16 +216,15 @@ class StreamProgress:
                 state.store(self._positions)
             self._window = (step, [])
 
-    def skipped_rows(self, step: int) -> dict[str, int]:
-        """Rows of each source that this rank has skipped before an outer step because they could not be used."""
+    def skipped_rows(self, step: int) -> list[list[int]]:
+        """
+        Rows of each source and lane that were skipped before an outer step because they could not be used, as far as
+        this rank knows: it may not have read a lane, or another rank later.
+        """
         self._commit(step)
-        counts = dict.fromkeys(self.stream.names, 0)
-        stream, lanes = self.stream, self.stream.lanes
-        for name, states in self._positions.items():
-            for lane, state in states.items():
-                if int(lane) // lanes.turns * stream.ranks // lanes.slots == stream.rank:  # the first of its ranks
-                    counts[name] += state.get("skipped", 0)
-        return counts
+        lanes = range(self.stream.lanes.slots * self.stream.lanes.turns)
+        states = [self._positions.get(name, {}) for name in self.stream.names]
+        return [[of.get(str(lane), {}).get("skipped", 0) for lane in lanes] for of in states]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """State for [`~StreamProgress.begin`] to continue after `step` outer steps, as JSON types."""
