@@ -201,12 +201,17 @@ def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
         found = system.find(path, detail=True)
     base = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
     unknown = ("unknown",)  # such a file is downloaded at each start
+    start = url.rstrip("/").removesuffix(path)  # with the host and user, which the paths of some stores leave out
+
+    def full(file: str) -> str:
+        return start + file if start != url.rstrip("/") else system.unstrip_protocol(file)
+
     facts = {
-        system.unstrip_protocol(file): tuple(f"{key} {info[key]}" for key in _CHANGING if info.get(key)) or unknown
+        full(file): tuple(f"{key} {info[key]}" for key in _CHANGING if info.get(key)) or unknown
         for file, info in sorted(found.items())
         if info.get("type", "file") == "file" and info.get("size") != 0 and "/." not in f"/{file.removeprefix(base)}"
     }
-    return system.unstrip_protocol(base), facts
+    return full(base), facts
 
 
 def find_files(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -282,7 +287,7 @@ def _holds_rows(file: str, path: str) -> bool:
 
 def _named_split(file: str) -> str:
     """The split after which a file or one of its folders is named, "" if there is none."""
-    matches = map(_SPLIT_NAME.search, reversed(file.lower().split(os.sep)))
+    matches = map(_SPLIT_NAME.search, reversed(file.lower().replace(os.sep, "/").split("/")))
     return next((_SPLITS[match[1]] for match in matches if match), "")
 
 

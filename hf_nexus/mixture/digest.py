@@ -78,7 +78,7 @@ def _add(found: Any, value: Any) -> None:
         return
     if isinstance(value, torch.Tensor):
         found.update(str(value.dtype).encode())  # numpy does not have all types
-        value = value.detach().cpu().reshape(*value.shape, 1).view(torch.uint8).numpy()
+        value = value.detach().cpu().contiguous().reshape(*value.shape, 1).view(torch.uint8).numpy()
     if isinstance(value, np.ndarray | np.generic) and value.dtype.hasobject:
         _add(found, value.tolist())
     elif isinstance(value, np.ndarray | np.generic):

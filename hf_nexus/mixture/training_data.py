@@ -206,6 +206,8 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
         raise ValueError(
             f"The dataset's `source` column is empty in {missing} of {len(column)} rows: name theirs, {otherwise}"
         )
+    if any(isinstance(value, list | dict) for value in column):
+        raise ValueError(f"The dataset's `source` column does not hold names: write a name in each row, {otherwise}")
     labels = np.asarray(column)
     # A transform may read the column, and chooses what the rows hold.
     rows = train_dataset if train_dataset.format["type"] == "custom" else train_dataset.remove_columns("source")

@@ -15,9 +15,10 @@ from typing import Any
 import fsspec
 import pytest
 from datasets import Dataset
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from hf_nexus.mixture import SourceConfig
-from hf_nexus.mixture.data_files import data_files
+from hf_nexus.mixture.data_files import _find_remote, data_files
 from hf_nexus.mixture.documents import load_documents
 
 
@@ -378,6 +379,23 @@ def upload(url: str, content: bytes) -> None:
 
 def line(text: str) -> bytes:
     return json.dumps({"text": text}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("path", ["data/a.jsonl", "data", "data/", "data/*.jsonl"])
+def test_the_host_of_a_url_stays_in_those_of_its_files(path: str) -> None:
+    """The paths of some stores have no host."""
+
+    class Store(MemoryFileSystem):
+        protocol = "elsewhere"
+        store, pseudo_dirs = {"/data/a.jsonl": MemoryFile(None, "/data/a.jsonl", b"1")}, ["", "/data"]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("elsewhere://me@host:8/").strip("/")
+
+    fsspec.register_implementation("elsewhere", Store, clobber=True)
+    start, files = _find_remote(f"elsewhere://me@host:8/{path}")
+    assert list(files) == ["elsewhere://me@host:8/data/a.jsonl"] and start.startswith("elsewhere://me@host:8/data")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -17,6 +17,14 @@ from hf_nexus.mixture.state import compare_data
 ROWS = Dataset.from_dict({"x": list(range(100)), "ids": [[i, None] for i in range(100)]})
 
 
+@pytest.mark.parametrize(
+    "view", [lambda t: t.T, lambda t: t[:, 0], lambda t: t[::2], lambda t: t[0].expand(3, 4), lambda t: t[0, 0]]
+)
+def test_tensors_of_any_layout_are_read(view):
+    tensor = view(torch.arange(24.0).reshape(6, 4))
+    assert digest(tensor) == digest(tensor.contiguous()) != digest(tensor.contiguous() + 1)
+
+
 class Unreadable(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 3

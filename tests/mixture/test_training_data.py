@@ -159,6 +159,8 @@ def test_a_source_column_makes_sources():
             ["a", None, "a", "b"],
             r"`source` column is empty in 1 of 4 rows: name theirs, or, .*remove_columns\('source'\)",
         ),
+        ([["a"], ["a", "b"], [], ["a"]], r"does not hold names: .*remove_columns"),
+        ([{"name": "a"}] * 4, r"does not hold names: .*remove_columns"),
         (["http://1", "http://2", "http://3", "http://1"], r"holds 3 different values in 4 rows: .*remove_columns"),
     ],
 )
