@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         finally:
             _held.discard(path)
             holder.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # of an open file on Windows, where filelock deletes it
+                path.unlink(missing_ok=True)
 
 
 def _read(holder: Path) -> dict[str, Any]:

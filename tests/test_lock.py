@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,21 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, number, monkeypat
     with locked(tmp_path):
         pass
     assert "cannot be locked" in caplog.text
+
+
+def test_a_lock_that_cannot_be_deleted_while_open_is_left(tmp_path, monkeypatch):
+    """On Windows, filelock deletes it."""
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.name == LOCK_NAME:
+            raise PermissionError(13, "used by another process")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with locked(tmp_path):
+        pass
+    assert not (tmp_path / HOLDER_NAME).exists()
 
 
 @pytest.mark.parametrize("name", [LOCK_NAME, HOLDER_NAME])

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from ..strict import check
 from .job import Job, RefusedJobError, Target
 
 __all__ = ["LOG_NAME", "QUEUE_NAME", "QueueBusyError", "QueueStatus", "UploadQueue", "sending"]
+
+logger = logging.getLogger(__name__)
 
 QUEUE_NAME = "hub_queue"  # inside the output folder
 LOG_NAME = "uploader.log"
@@ -47,18 +50,23 @@ class QueueBusyError(RuntimeError):
 @contextmanager
 def sending(folder: Path, timeout: float = 0.0) -> Iterator[None]:
     """
-    Send the jobs of a queue, or replace them, inside the context. Another process has `timeout` seconds to end.
+    Send the jobs of a queue, or replace them, inside the context. Another process has `timeout` seconds to end, any
+    number if it is negative. A queue on a file system that has no locks is used without.
 
     Raises:
         QueueBusyError: another process is sending them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(folder / "lock", timeout=timeout).acquire()
+        held = FileLock(folder / "lock", timeout=timeout, fallback_to_soft=False).acquire()
     except Timeout as error:
         raise QueueBusyError(
             f"Another process is sending {folder}: wait until it is done, or end the training run first."
         ) from error
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error}). Make sure that no other process sends it.")
+        yield
+        return
     with held:
         yield
 
@@ -97,6 +105,11 @@ class UploadQueue:
         self._unwritten: dict[str, Any] | None = None
 
     # ---- The process that saves ----
+
+    def clean(self) -> None:
+        """Delete what a process that was killed in `add` has left. No other process may add jobs."""
+        for scratch in self.folder.glob("new-*"):
+            delete(scratch)
 
     def add(
         self,

@@ -17,13 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ..files import Secret, hidden, printable
 from .job import Target
-from .queue import LOG_NAME, UploadQueue
+from .queue import LOG_NAME, UploadQueue, sending
 from .retries import RetryPolicy, is_permanent, limit_requests
 from .uploader import Uploader, prepare
 
@@ -121,7 +120,8 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     settings["token"] = hidden(settings["token"])
     retry = RetryPolicy(**settings["retry"])
-    os.nice(10)  # training has priority
+    if sys.platform != "win32":
+        os.nice(10)  # training has priority
     limit_requests(retry.request)
     api = HfApi(token=settings["token"], library_name="hf-nexus")
     if "target" in settings:
@@ -157,8 +157,7 @@ def _serve(folder: Path, api: HfApi, retry: RetryPolicy) -> None:
         os._exit(0)  # the training process has ended
 
     threading.Thread(target=listen, daemon=True).start()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with sending(folder, timeout=-1):
         queue.finish_deletions()
         uploader, failures = Uploader(queue, api, retry), 0
         while True:

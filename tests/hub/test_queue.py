@@ -1,5 +1,6 @@
 """The upload queue: jobs are what was saved, the newest is never dropped, and damaged jobs block nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_nexus.hub.job import Target
 from hf_nexus.hub.publisher import checkpoint_files
-from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus, UploadQueue, _inodes
+from hf_nexus.hub.queue import QUEUE_NAME, QueueStatus, UploadQueue, _inodes, sending
 from tests.support.hub.runs import REPO, content, digests, write_checkpoint
 
 
@@ -65,6 +66,19 @@ def test_a_job_holds_what_was_saved_when_it_was_queued(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 2).joinpath("model.safetensors").write_bytes(b"another")
     assert digests({name: path.read_bytes() for name, path in job.files().items()}) == saved
     job.verify(job.files())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_sent_without(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with sending(tmp_path / QUEUE_NAME):
+        pass
+    assert "cannot be locked" in caplog.text and os.listdir(tmp_path / QUEUE_NAME) == ["lock"]
 
 
 def test_an_unreadable_job_blocks_no_other(tmp_path: Path) -> None:
