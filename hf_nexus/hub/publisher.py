@@ -113,8 +113,6 @@ class Publisher:
         # The newest save of each folder of a target that could not be queued, and why.
         self._unqueued: dict[tuple[Target, str], tuple[_Save, str]] = {}
         self._reported: str | None = None
-        for scratch in self.queue.folder.glob("new-*"):
-            delete(scratch)  # of a run that was killed during a save
 
     # ---- Before the first step ----
 
@@ -193,6 +191,7 @@ class Publisher:
         if (folder / SUMMARY_NAME).is_file() and "/" not in self.target.repo_id:
             raise ValueError(f"--repo {self.target.repo_id}: the card names the repository. Pass --repo user/name.")
         with locked(folder):
+            self.queue.clean()
             model = {} if source == folder else checkpoint_files(source, "every_save")[0]
             foreign = self._approved(_sent_files(folder) | model, approve)
             run = RunSummary.load(folder) if (folder / SUMMARY_NAME).is_file() else None

@@ -167,6 +167,24 @@ def test_a_configuration_that_multiplies_is_sent_as_text(tmp_path: Path) -> None
     assert job.files()["pretrain.yaml"].read_text().strip() == text.replace("/home/alice/out", "out").strip()
 
 
+def test_only_the_holder_of_a_folder_deletes_unfinished_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that holds it may be writing one."""
+    write_checkpoint(tmp_path, 2)
+    (unfinished := tmp_path / QUEUE_NAME / "new-7").mkdir(parents=True)
+
+    @contextmanager
+    def held(folder: Path) -> Iterator[None]:
+        raise ValueError("used by process 7")
+        yield
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="process 7"):
+        patched.setattr("hf_nexus.hub.publisher.locked", held)
+        Publisher(REPO, tmp_path).queue_run()
+    assert unfinished.exists()
+    Publisher(REPO, tmp_path).queue_run()
+    assert not unfinished.exists()
+
+
 def test_a_call_that_is_being_sent_is_not_replaced(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 2)
     (publisher := Publisher("alice/first", tmp_path)).queue_run()
