@@ -150,10 +150,10 @@ def build_model(config: PreTrainedConfig, attn_implementation: str | None = None
         ) from error
 
 
-def count_parameters(config: PreTrainedConfig, attn_implementation: str | None = None) -> int:
-    """Number of parameters, with tied ones counted once, on the meta device."""
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Number of parameters, with tied ones counted once, on the meta device. Any attention has the same."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config, attn_implementation).parameters())
+        return sum(p.numel() for p in build_model(config).parameters())
 
 
 def planned_attention(arguments: PretrainArguments) -> str:

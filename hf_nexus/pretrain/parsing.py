@@ -67,7 +67,8 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
     with naming(name, "model.", flags["model"]):
         model = ModelArguments(**values["model"])
     if dry_run:
-        values["training"]["use_cpu"] = True
+        # These are checked on the devices of this process, which need not be those of the run.
+        values["training"] |= {"use_cpu": True, "tf32": None, "ddp_backend": None}
     elif model.accelerators > 0 and not torch.accelerator.is_available():
         raise ValueError(
             f"The configuration {name!r} needs an accelerator, and this machine has none. Run the demo: "

@@ -43,7 +43,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     """
     t, length, layout = arguments.training, arguments.mixture.sequence_length, layout_of(arguments, devices)
     joined_documents(arguments)
-    parameters = count_parameters(model_config(arguments.model, length), arguments.model.attn_implementation)
+    parameters = count_parameters(model_config(arguments.model, length))
     rows = t.per_device_train_batch_size * layout.replicas
     window = t.gradient_accumulation_steps
     sources = arguments.mixture.train_sources

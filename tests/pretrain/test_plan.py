@@ -64,6 +64,13 @@ def test_isolation_must_be_possible(config):
         plan_run(planned(config, *flags), 1)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--attn_implementation", "flash_attention_2"], ["--tf32", "true"], ["--ddp_backend", "nccl"]]
+)
+def test_a_run_on_accelerators_is_planned_anywhere(config, flags):
+    assert plan_run(planned(config, *flags), 8).parameters == plan_run(planned(config), 8).parameters
+
+
 @pytest.mark.parametrize(("field", "value"), [("inner_sync", "local"), ("gradient_cosine_steps", "10")])
 def test_what_fsdp2_cannot_do_is_refused_as_in_training(field, value):
     with pytest.raises(ValueError, match=f"{field}=.*{value}.* is not possible for a sharded model"):
