@@ -326,6 +326,7 @@ class Launch:
     tensor_size: int = 1
     pipeline_size: int = 1
     sequence_sizes: int = 1  # product of the sizes of context and sequence parallelism
+    has_sources: bool = False  # whether losses are counted by source, also without Nexus
     adapters: bool = False  # whether adapters are trained
 
 
@@ -335,13 +336,13 @@ def check_launch(args: Any, launch: Launch) -> None:
         _refuse_async(_async_launch_problem(launch))
     if launch.fsdp_version is not None or launch.sharded_at_load:
         check_fsdp(args, launch.fsdp_version or 2)
-    if not args.nexus:
-        return
-    if args.n_gpu > 1:
+    if args.n_gpu > 1 and (args.nexus or launch.has_sources):
         raise ValueError(
             f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
             f"`torchrun --nproc_per_node {args.n_gpu} your_script.py ...`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
+    if not args.nexus:
+        return
     if launch.spread_at_load:
         raise ValueError(
             "Nexus does not support models that are spread over devices by device_map, where one process has all "

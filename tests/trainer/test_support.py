@@ -1,5 +1,8 @@
 """The constructor rejects unsupported settings and suggests an alternative."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -110,6 +113,10 @@ def test_data_parallel_is_refused_with_the_torchrun_line(build, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     with pytest.raises(ValueError, match=f"{INSTEAD} 4"):
         build()
+    for has_sources in (False, True):  # without Nexus, only their losses are counted in another way
+        off = SimpleNamespace(nexus=False, n_gpu=4, checkpoint_async=False)
+        with pytest.raises(ValueError, match=f"{INSTEAD} 4") if has_sources else nullcontext():
+            support.check_launch(off, launch(kind=DistributedType.NO, has_sources=has_sources))
 
 
 def test_models_spread_at_load_time_are_refused(build):
