@@ -64,6 +64,7 @@ HOOKS = {
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "predict": None,
     "_maybe_log_save_evaluate": None,
+    "_determine_best_metric": ["metrics", "trial"],
     "_get_output_dir": ["trial"],
     "_save_checkpoint": ["model", "trial"],
     "_save_rng_state": ["output_dir"],

@@ -65,10 +65,11 @@ class Run:
         sections = self.config.run_config({**self.settings, **own})
         sections["model"] = {**sections["model"], "tokenizer": self.tokenizer}
         # Devices multiply the batch.
-        files = {SETTINGS_NAME: sections, MEASURED_NAME: {"devices_per_run": self.config.devices_per_run}}
+        measured: dict[str, Any] = {"devices_per_run": self.config.devices_per_run}
+        files: dict[str, dict[str, Any]] = {SETTINGS_NAME: sections, MEASURED_NAME: measured}
         if not self.trial:
             questions = {name: asdict(questions) for name, questions in self.config.question_sets.items()}
-            files[MEASURED_NAME] |= {"train_sample_rows": self.config.train_sample_rows, "question_sets": questions}
+            measured |= {"train_sample_rows": self.config.train_sample_rows, "question_sets": questions}
             if self.config.minima is not None:
                 files[MINIMA_NAME] = asdict(replace(self.config.minima, arms=None, seeds=None))
         return files

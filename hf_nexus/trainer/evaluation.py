@@ -54,7 +54,8 @@ class Evaluation:
 
     def token_loss(self, mean: TokenMean) -> float | None:
         """Loss per token over all ranks; `None` if no token was counted. All ranks must call it."""
-        total, tokens = sum_over_ranks(mean.sums.to(self._args.device)).tolist()
+        sums = mean.sums.to(self._args.device) if self._args.world_size > 1 else mean.sums  # MPS has no float64
+        total, tokens = sum_over_ranks(sums).tolist()
         return total / tokens if tokens else None
 
     def counting(self, collate: Callable[[list], Any], dataset: Any) -> Callable[[list], Any]:

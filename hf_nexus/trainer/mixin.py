@@ -217,6 +217,7 @@ class NexusTrainerMixin(_Base):
             pipeline_size=self.model.config.distributed_config.pp_size if self._sharded_at_load else 1,
             sequence_sizes=self.get_cp_size() * self.get_sp_size(),
             adapters=_is_peft_model(self.model),
+            has_sources=bool(self.data.stages),
         )
         check_launch(self.args, launch)
         if self.args.nexus:
@@ -318,6 +319,8 @@ class NexusTrainerMixin(_Base):
         """
         run_dir = self._get_output_dir(kwargs.get("trial", args[0] if args else None))
         with self._checkpoints.run(run_dir, resume_from_checkpoint) as checkpoint:
+            if self.publisher is not None:
+                self.publisher.queue.clean()
             self._feed.resume(checkpoint)
             try:
                 return super().train(checkpoint, *args, **kwargs)
@@ -600,6 +603,10 @@ class NexusTrainerMixin(_Base):
         self._checkpoints.seal_again()
         if not self._plain and (self.state.global_step >= self.state.max_steps or self.control.should_training_stop):
             self._log_source_cosines(at_end=True)  # after the losses: a log line clears `should_log`
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether to save with `save_strategy="best"`: the best so far, or one that a callback asked to be saved."""
+        return super()._determine_best_metric(metrics, trial) or self.control.should_save
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
 from hf_nexus.mixture import MixtureConfig, load_mixture
-from hf_nexus.trainer.evaluation import countable
+from hf_nexus.trainer.evaluation import Evaluation, countable
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.trainer.distributed.losses_worker import METRICS, Classes, Isolated, Pixels, own_loss, segmenter
@@ -304,3 +305,10 @@ def test_millions_of_tokens_are_counted_one_by_one():
     for tokens in (2**24, 1, 1):  # float32 would lose the last two digits
         mean.add(torch.tensor(1.0), torch.tensor(tokens))
     assert mean.sums.tolist() == [2**24 + 2, 2**24 + 2]
+
+
+def test_a_single_process_keeps_sums_off_its_device():
+    """They are in float64, which Apple GPUs do not have."""
+    mean = TokenMean()
+    mean.add(torch.tensor(2.0), 3)
+    assert Evaluation(SimpleNamespace(world_size=1, device=torch.device("meta"))).token_loss(mean) == 2

@@ -464,6 +464,24 @@ def test_several_sets_are_one_evaluation_with_macro_and_ood(make_trainer, source
     assert metrics["eval_ood_loss"] == pytest.approx((metrics["eval_law_loss"] + metrics["eval_poems_loss"]) / 2)
 
 
+def test_a_save_asked_for_in_an_evaluation_is_made(make_trainer, sources, tmp_path):
+    """With `save_strategy="best"`, the Trainer replaces what callbacks ask for by whether it is the best."""
+
+    class SaveAndStop(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                control.should_save = control.should_training_stop = True
+
+    best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "worst"}
+    kwargs = {"eval_dataset": Rows(8, 0), "callbacks": [SaveAndStop()]}
+    trainer = make_trainer(sources, trainer_kwargs=kwargs, output_dir=str(tmp_path), max_steps=4, **best)
+    trainer.evaluate = lambda *args, evaluate=trainer.evaluate, **kwargs: (
+        evaluate(*args, **kwargs) | {"eval_worst": -trainer.state.global_step}
+    )
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_parent_that_does_not_keep_a_line_loses_no_other(make_trainer, sources):
     class Quiet(Trainer):
         def log(self, logs, start_time=None):
