@@ -95,6 +95,7 @@ class Analysis:
     unconverged: tuple[int, int]  # minima searches that did not converge, and all searches
     # Of relative minima distance and OOD gain over the baseline: over the means of arms, with the baseline at gain 0.
     across_arms: Correlation | None
+    baseline_kind: str | None = None  # if the baseline lacks just one ingredient of the primary arm: that of a control
     declared: tuple[list[str], list[int]] | None = None  # arms and seeds before the first results, if known
     ignored: list[str] = field(default_factory=list)  # finished runs of arms or seeds that are not planned
 
@@ -157,6 +158,7 @@ def compare_arms(
     values = _end_values(runs, names)
     settings = {**{arm: run.settings for (arm, _), run in runs.items()}, **arms}
     controls, unclean = find_controls(settings, primary.arm, tuned)
+    baseline_kind, _ = controls.pop(primary.versus, None), unclean.pop(primary.versus, None)
     if family is None:
         family = _default_family(names, primary, controls)
     tested = [(arm, primary.versus) for arm in names if arm != primary.versus]
@@ -177,6 +179,7 @@ def compare_arms(
         rows=_rows(finite, bounds, names, primary, family, controls, margin),
         controls=controls,
         unclean=unclean,
+        baseline_kind=baseline_kind,
         missing={arm: gaps for arm in names if (gaps := [seed for seed in planned if (arm, seed) not in runs])},
         non_finite=[(*key, metrics) for key, run in sorted(runs.items()) if (metrics := _non_finite(run))],
         pairs=pairs,

@@ -73,6 +73,10 @@ def plain_words(analysis: Analysis) -> str:
     text += "A loss measures how badly a model predicts text: lower is better. " * _is_loss(metric)
     text += "OOD stands for text of kinds that no arm was trained on. " * (metric == "ood_loss")
     text += "The arms are compared where they fit their training text equally well. " * (where == "matched")
+    if found is not None and found.p is None and found.n >= MIN_PAIRS:
+        return (
+            f"{text}The difference is {rounded(found.mean, None)} at every seed, which leaves nothing to test."
+        )
     if row is None or found is None or found.p is None or found.deviation is None:
         return text + "There are too few finished runs for an answer."
     change = f"{rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'}"
@@ -225,7 +229,7 @@ def _controls(analysis: Analysis) -> Iterable[str]:
             text.append(f"So {_share(analysis, control)}.")
         yield " ".join(text)
     needed = ("gamma 0", "random direction", "source mixing")
-    if lacking := [kind for kind in needed if kind not in analysis.controls.values()]:
+    if lacking := [kind for kind in needed if kind not in (*analysis.controls.values(), analysis.baseline_kind)]:
         kinds = " or ".join(", ".join(lacking).rsplit(", ", 1))
         line = f"No control by {kinds} was run. Whether it would have the same effect is not known."
         unclean = ", ".join(arm for arm, (kind, _) in analysis.unclean.items() if kind in lacking)
@@ -284,7 +288,7 @@ def _correlation(analysis: Analysis) -> str:
     if arms is None:
         return f"{what}: needs at least 3 arms that differ."
     return (
-        f"{what}, {arms.n} arms ({analysis.baseline} at gain 0): Pearson's r {arms.pearson:+.2f} "
+        f"{what}, {arms.n} arms: Pearson's r {arms.pearson:+.2f} "
         f"({p_text(arms.pearson_p)}), Spearman's rho {arms.spearman:+.2f} ({p_text(arms.spearman_p)}). Negative "
         "values mean that closer minima go with a larger gain. The p-values are not corrected, and correlation is not "
         "causation."

@@ -129,7 +129,8 @@ def _console_cell(analysis: Analysis, arm: str, metric: str) -> str:
 
 
 def _setup(analysis: Analysis, records: Sequence[RunRecord], results: Mapping[str, Any]) -> list[str]:
-    roles = {analysis.baseline: "baseline", analysis.primary.arm: "primary", **analysis.controls}
+    baseline = "baseline" if analysis.baseline_kind is None else f"baseline, {analysis.baseline_kind}"
+    roles = {analysis.baseline: baseline, analysis.primary.arm: "primary", **analysis.controls}
     lines = []
     for arm in analysis.arms:
         runs = sorted((run for run in records if run.arm == arm and run.curve), key=lambda run: run.seed)

@@ -75,6 +75,7 @@ class RunSummary:
     unit: Literal["tokens", "rows"] = "tokens"  # what the mixture counts: "rows" for models without a label per token
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[HeldOutLoss] = field(default_factory=list)
+    best_step: int | None = None  # outer step of the checkpoint whose weights were loaded at the end as the best
     arm: str | None = None  # name of the arm that `arm_loss` and `arm_value` come from, see `against`
     benchmarks: list[BenchmarkScore] = field(default_factory=list)
     # All training arguments, and those that differ from their defaults, without tokens and local folders.
@@ -159,6 +160,8 @@ class RunSummary:
                 f"{self.model_name} was trained on {self.tokens:,} {self.unit} and {name} on {other.tokens:,}. "
                 "Compare runs with equal numbers."
             )
+        if self._macro_weights() != other._macro_weights():
+            del losses["macro"]  # another mean of the same losses
         values = {score.setting: score.value for score in other.benchmarks}
         return replace(
             self,
@@ -166,6 +169,9 @@ class RunSummary:
             evaluations=[replace(row, arm_loss=losses.get(row.name)) for row in self.evaluations],
             benchmarks=[replace(score, arm_value=values.get(score.setting)) for score in self.benchmarks],
         )
+
+    def _macro_weights(self) -> dict[str, Any]:
+        return {**self.stages[-1].weights} if self.stages else {row.source: row.weight for row in self.mixture}
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `run_summary.json`, from which the card can be rendered again, into a folder."""

@@ -28,14 +28,17 @@ _TRAINED_COLORS = ("#0072B2", "#009E73", "#56B4E9", "#332288", "#117733", "#44AA
 _OOD_COLORS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#AA4499", "#999933")
 
 
-def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path) -> list[Path]:
+def plot_run(
+    log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path, unit: str = "tokens"
+) -> list[Path]:
     """
     Draw each plot that the log has data for: `training.png` and `gradient_cosines.png`. Returns their paths. Without
-    matplotlib, a warning says how to install it.
+    matplotlib, a warning says how to install it. Losses are means over a `unit`, "tokens" or "rows".
 
     `training.png` shows the held-out losses: training sources solid, OOD sources dashed, means thick. If no evaluation
-    set has the name of a source, all are solid. The training loss, a path loss, is dotted. A log without an evaluation
-    shows the training losses of the sources. The lower panel shows `path_cosine`, and `inner_lr` if it changes.
+    set has the name of a source, all are solid. The training loss, of Nexus a path loss, is dotted. A log without an
+    evaluation shows the training losses of the sources. The lower panel shows `path_cosine`, and `inner_lr` if it
+    changes.
     `gradient_cosines.png` shows the cosines of `gradient_cosine_steps` as curves, and the last ones as a matrix.
 
     Example:
@@ -46,7 +49,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], f
         ['training.png']
     """
     try:
-        plots = {TRAINING_PLOT: _training(log_history, sources), COSINES_PLOT: _cosines(log_history, sources)}
+        plots = {TRAINING_PLOT: _training(log_history, sources, unit), COSINES_PLOT: _cosines(log_history, sources)}
     except ImportError as error:
         logger.warning(f"The plots of the run are left out. {error}")
         return []
@@ -67,8 +70,9 @@ def _last(points: _Points) -> float:
 # ---- Losses and path cosines ----
 
 
-def _training(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figure | None":
+def _training(log: Sequence[Mapping[str, Any]], sources: Sequence[str], unit: str) -> "Figure | None":
     losses, axis_label = _loss_curves(log, sources)
+    axis_label += " (nats per token)" * (unit == "tokens")
     cosine, inner_lr = _series(log, "path_cosine"), _series(log, "inner_lr")
     if len({value for value in inner_lr.values() if math.isfinite(value)}) < 2:
         inner_lr = {}
@@ -114,11 +118,13 @@ def _loss_curves(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> tu
         ood = []
     rows = [(name, f"eval_{name}_loss", name in ood) for name in sorted(evaluated, key=lambda name: name in ood)]
     means = [("mean" if evaluated else "held out", "eval_loss", False), ("OOD mean", "eval_ood_loss", True)]
-    axis_label = "held-out loss (nats per token)"
+    axis_label = "held-out loss"
+    has_path = any({"path_cosine", "pseudo_gradient_norm"} & entry.keys() for entry in log)
+    path = "path loss" if has_path else "loss"
     if not any(_series(log, key) for _, key, _ in rows + means):
         rows = [(name, f"loss/{name}", False) for name in sources]
         means = [("mean", "loss", False)]
-        axis_label = "path loss in training (nats per token)"
+        axis_label = f"{path} in training"
     curves = []
     colors = {False: itertools.cycle(_TRAINED_COLORS), True: itertools.cycle(_OOD_COLORS)}
     for index, (name, key, dashed) in enumerate(rows + means):
@@ -131,7 +137,8 @@ def _loss_curves(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> tu
         if points := _series(log, key):
             curves.append((name, points, style))
     if "held-out" in axis_label and (points := _series(log, "loss")):
-        curves.append(("training (path loss)", points, {"linestyle": _SHORT, "color": "0.3", "linewidth": 1.6}))
+        name = "training (path loss)" if has_path else "training"
+        curves.append((name, points, {"linestyle": _SHORT, "color": "0.3", "linewidth": 1.6}))
     return curves, axis_label
 
 

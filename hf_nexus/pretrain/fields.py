@@ -38,7 +38,7 @@ class HardwareArguments:
         peak_tflops (`float`, *optional*, defaults to 989.0):
             Peak of one device, in TFLOP/s. The default is the stated dense bfloat16 peak of an H100 or H200.
         mfu (`float`, *optional*, defaults to 0.4):
-            Share of the peak that the run reaches. An assumption until it is measured (`mfu` in the logs).
+            Share of the peak that the run reaches, which docs/cost.md explains. An assumption until it is measured.
         link (`float`, *optional*, defaults to 50.0):
             GB/s that one device sends to other machines. The default is one 400 Gb/s adapter per device.
         devices_per_node (`int`, *optional*):

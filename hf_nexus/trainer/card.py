@@ -57,6 +57,8 @@ class RunFacts:
     nexus: dict[str, Any]  # the resolved Nexus fields
     seconds: float = 0.0  # of training so far, over all sessions
     dynamic_weights: bool = False  # whether mixture weights are decided while training
+    # The outer step of the best checkpoint, if its weights were loaded at the end, and how long the log was then.
+    best: tuple[int, int] | None = None
 
 
 def summarize(facts: RunFacts, **known: Any) -> RunSummary:
@@ -66,6 +68,11 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     """
     args, log, model, mixture = facts.args, facts.log_history, facts.model, facts.data.mixture
     last = {key: value for entry in log for key, value in entry.items()}
+    if facts.best is not None:  # the losses of later weights, which are not published, are left out
+        step, length = facts.best
+        log = [entry for i, entry in enumerate(log) if i >= length or entry.get("step", 0) <= step]
+        evaluated = {key: value for entry in log for key, value in entry.items() if key.startswith("eval_")}
+        last = {key: value for key, value in last.items() if not key.startswith("eval_")} | evaluated
     sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
     parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
     rows, purpose = _mixture_rows(facts), find_pipeline_tag(model)
@@ -84,6 +91,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
         **_hyperparameters(args),
         "numbers": {key: float(last[key]) for key in (*_NUMBERS, *metrics) if key in last},
         **purpose,
+        "best_step": None if facts.best is None else facts.best[0],
         "repo_id": args.hub_model_id,
         "trainable_parameters": trainable if trainable < parameters else None,
         "datasets": [row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
@@ -107,7 +115,7 @@ def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **kno
     """
     summary = summarize(facts, **known)
     if plots:
-        drawn = {path.name for path in plot_run(facts.log_history, facts.data.names, folder)}
+        drawn = {path.name for path in plot_run(facts.log_history, facts.data.names, folder, facts.unit)}
         summary.plot = TRAINING_PLOT if TRAINING_PLOT in drawn else None
         summary.cosine_plot = COSINES_PLOT if COSINES_PLOT in drawn else None
     save_card(summary, folder)

@@ -135,6 +135,7 @@ class NexusTrainerMixin(_Base):
         self._publishing = Publishing(settings)
         self.card_details: dict[str, Any] = {}
         self.wait_after_training = True
+        self._best: tuple[int, int] | None = None  # see `RunFacts`
         self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
@@ -322,6 +323,7 @@ class NexusTrainerMixin(_Base):
             if self.publisher is not None:
                 self.publisher.queue.clean()
             self._feed.resume(checkpoint)
+            self._best = None
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except SourceError as error:
@@ -622,7 +624,7 @@ class NexusTrainerMixin(_Base):
             self.meter.update_totals(step)
         super().log(logs, start_time)
         if ended:
-            send_plots(self.callback_handler.callbacks, self.state, self.data.names)
+            send_plots(self.callback_handler.callbacks, self.state, self.data.names, self.meter.unit)
 
     # ---- Evaluation ----
 
@@ -847,6 +849,8 @@ class NexusTrainerMixin(_Base):
             load_model(self.model, best)
         else:
             super()._load_best_model()
+        if self.state.best_global_step:
+            self._best = self.state.best_global_step, len(self.state.log_history)
 
     def _finish_current_push(self) -> None:
         """Wait for the Hub after training, on a single process."""
@@ -870,6 +874,7 @@ class NexusTrainerMixin(_Base):
             nexus=self.resolved_settings(),
             seconds=self.meter.seconds,
             dynamic_weights=self._feed.dynamic_weights,
+            best=self._best,
         )
 
     def write_card(self, folder: str | Path | None = None, *, plots: bool = True, **known: Any) -> RunSummary:

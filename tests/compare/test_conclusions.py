@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from hf_nexus.compare import analysis as analyses
 from hf_nexus.compare.analysis import compare_arms
 from hf_nexus.compare.conclusions import conclusions, limitations, p_text, plain_words, rounded
 from hf_nexus.evaluation.statistics import power
@@ -200,6 +201,23 @@ def test_plain_words_say_that_controls_are_missing():
     assert plain_words(analyse(make_records({"adamw": 0.0, "nexus-0.05": 0.03}))).endswith(
         "No arm lacks just one ingredient of nexus-0.05, so nothing shows which of them has an effect."
     )
+
+
+def test_a_baseline_may_be_a_control():
+    """Its comparison is the primary one, and in no family."""
+    records = make_records({"gamma-0": 0.0, "adamw": 0.01, "nexus-0.05": 0.03})
+    analysis = compare_arms(records, analyses.Test("nexus-0.05", "gamma-0", "ood_loss", "end"))
+    assert analysis.controls == {} and analysis.baseline_kind == "gamma 0"
+    assert [test[:2] for test in analysis.family] == [("adamw", "gamma-0")]
+    text = "\n".join(conclusions(analysis))
+    assert "No control by random direction or source mixing" in text and "counted" not in text
+
+
+def test_plain_words_of_a_difference_without_spread():
+    records = make_records({"adamw": 0.0, "nexus-0.05": 0.0}, range(5))
+    for record in records:
+        record.curve[-1] = replace(record.end, ood_loss=2.0)
+    assert plain_words(analyse(records)).endswith("is 0.0000 at every seed, which leaves nothing to test.")
 
 
 def test_a_control_with_a_larger_effect_is_named():
@@ -404,4 +422,4 @@ def test_the_correlation_says_what_it_lacks():
     assert "needs minima searches" in text and "**supports a difference**" in text
     assert "needs at least 3 arms" in concluded(make_records(PLAIN))
     text = concluded(make_records({"adamw": 0.0, "random": 0.01, "nexus-0.05": 0.02, "nexus-0.2": 0.03}))
-    assert re.search(r"4 arms \(adamw at gain 0\): Pearson's r (-1\.00|-0\.9)", text)
+    assert re.search(r"4 arms: Pearson's r (-1\.00|-0\.9)", text)

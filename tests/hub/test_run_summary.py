@@ -24,6 +24,13 @@ def test_unequal_runs_cannot_be_compared(changes, message):
         make_run().against(make_run(**changes), "other")
 
 
+def test_means_with_other_weights_are_not_compared():
+    rows = [MixtureRow("code", 0.9, 0.9, 1.0, 1_200_000), MixtureRow("maths", 0.1, 0.1, 0.5, 800_000)]
+    for other, compared in ((make_run(), True), (make_run(mixture=rows), False)):
+        losses = {row.name: row.arm_loss for row in make_run().against(other, "other").evaluations}
+        assert (losses.pop("macro") is not None) == compared and None not in losses.values()
+
+
 def test_a_saved_summary_is_complete(tmp_path):
     run = full_run()
     run.save(tmp_path)

@@ -79,7 +79,16 @@ def test_without_evaluation_path_losses_are_drawn_and_labeled(drawn, monkeypatch
     assert drawn([entry for entry in make_log() if "loss" in entry])["code"][1] == [4.0, 3.5, 3.0]
     assert "path loss" in labels[0]
     drawn(make_log())
-    assert "held-out loss" in labels[2]
+    assert labels[2] == "held-out loss (nats per token)"
+
+
+def test_a_plain_loss_is_no_path_loss(drawn, monkeypatch):
+    labels = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_ylabel", lambda axes, text, **style: labels.append(text))
+    log = [{key: value for key, value in entry.items() if key != "path_cosine"} for entry in make_log()]
+    assert "training" in drawn(log) and "code" in drawn([entry for entry in log if "loss" in entry])
+    run._training(log, SOURCES, "rows")
+    assert labels == ["held-out loss (nats per token)", "loss in training (nats per token)", "held-out loss"]
 
 
 def test_only_sets_beside_a_set_of_a_source_are_ood(drawn):

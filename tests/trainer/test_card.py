@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from hf_nexus.hub.card import run_card
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.results import BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
@@ -89,6 +90,21 @@ def test_the_training_time_is_that_of_all_sessions(make_trainer, sources, tmp_pa
     seconds = summarize(again.run_facts()).seconds
     assert 1000.0 < during[0] < during[1] < seconds < 1000.0 + again.state.log_history[-1]["train_runtime"] + 1
     assert again.meter.state()["seconds"] == seconds == summarize(again.run_facts()).seconds
+
+
+def test_a_card_has_the_losses_of_the_best_weights(make_trainer, sources):
+    """Of those that were loaded at the end, and not of the last evaluation."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # the worst
+    steps = {"save_steps": 1, "save_strategy": "steps", "eval_steps": 1, "eval_strategy": "steps", "max_steps": 3}
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": Rows(8, 0)}, **best, **steps)
+    trainer.train()
+    run = summarize(trainer.run_facts())
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert run.best_step == 1 and losses[3] < losses[1]
+    (row,) = run.evaluations
+    assert row.last_loss == losses[1] and "outer step 1, the best" in str(run_card(run))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[1])
+    assert summarize(trainer.run_facts()).evaluations[0].last_loss == pytest.approx(losses[1])
 
 
 def test_the_card_has_its_files_and_keeps_the_users_text(trained, tmp_path):
