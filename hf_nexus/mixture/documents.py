@@ -37,6 +37,7 @@ __all__ = [
     "rows_of",
     "split_text",
     "unmarked",
+    "vocabulary_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,11 @@ def _load_columns(
         return whole(), []
     try:
         builder = datasets.load_dataset_builder(**files)
-    except ValueError:  # without a network, the columns of an earlier call may be in the cache
-        return whole(columns=columns), columns
+    except ValueError as error:  # without a network, the columns of an earlier call may be in the cache
+        try:
+            return whole(columns=columns), columns
+        except Exception:
+            raise error from None  # such as one that lists the subsets
     if not isinstance(builder, Parquet):
         return whole(), []
     every = next(iter(builder.as_streaming_dataset().values()))
@@ -120,6 +124,11 @@ def _load_columns(
         return whole(columns=columns), every.column_names
     builder.config.columns = columns  # a second builder would list the files of the repository again
     return builder.as_streaming_dataset(split), every.column_names
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The largest id and 1. The length is less if ids are not used."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def rows_of(name: str, source: SourceConfig, split: str, documents: IterableDataset) -> Iterator[dict[str, Any]]:
@@ -254,6 +263,10 @@ class DocumentEncoder:
         return bos if add else None
 
     @cached_property
+    def _vocabulary_size(self) -> int:
+        return vocabulary_size(self.tokenizer)
+
+    @cached_property
     def eos_token_id(self) -> int:
         """The token that ends each document. Asking the tokenizer takes several microseconds."""
         return self.tokenizer.eos_token_id
@@ -378,7 +391,7 @@ class DocumentEncoder:
 
     def _given(self, row: Any, number: int) -> np.ndarray:
         """The tokens of a row, `(n,)` int32, checked."""
-        tokens, size = np.asarray(row), len(self.tokenizer)
+        tokens, size = np.asarray(row), self._vocabulary_size
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
             problem = f"holds {repr(tokens.tolist())[:80]}, not a list of token ids. Repair or remove such rows"
         elif len(tokens) and not 0 <= tokens.min() <= tokens.max() < size:

@@ -34,6 +34,8 @@ __all__ = ["RowPacker", "SourcePacker", "count_targets", "document_positions", "
 
 # In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
 CACHE_VERSION = 3
+# Text whose tokens show the settings of a slow tokenizer: case, accents, spaces, digits, special tokens.
+_PROBE = " The  Café\tNaïve's\n\n1234 567,89 <s></s> <pad> Ω中文🙂 don't. "
 # Documents per batch, enough to keep the threads of a tokenizer busy. Batches of long documents are smaller.
 BATCH_SIZE = 256
 BYTES_PER_BATCH = 64 << 20
@@ -46,15 +48,20 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     Hash of everything in a tokenizer that affects the tokens of a document. Unlike a hash of the object, it stays the
     same after saving and loading, and across versions of transformers.
     """
-    if not tokenizer.is_fast:
-        return Hasher.hash(tokenizer)
+    if not tokenizer.is_fast:  # it has the names of its files
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        probe = tokenizer(_PROBE, split_special_tokens=tokenizer.split_special_tokens)["input_ids"]
+        return Hasher.hash([type(tokenizer).__name__, vocabulary, probe, *_settings(tokenizer)])
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.pop("truncation")  # both are left over from the tokenizer's last call
     backend.pop("padding")
+    return Hasher.hash([json.dumps(backend, sort_keys=True), _settings(tokenizer)])
+
+
+def _settings(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     template = tokenizer.chat_template
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in str(template)}
-    settings = [tokenizer.eos_token_id, tokenizer.split_special_tokens, template, named]
-    return Hasher.hash([json.dumps(backend, sort_keys=True), settings])
+    return [tokenizer.eos_token_id, tokenizer.split_special_tokens, template, named]
 
 
 def document_positions(starts: np.ndarray) -> np.ndarray:

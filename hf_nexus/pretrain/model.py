@@ -95,14 +95,16 @@ def model_config(
             given = shape.get("rope_parameters") or {}  # more specific than rope_theta, which has a default
             shape["rope_parameters"] = {**rotary, "rope_theta": shape.pop("rope_theta"), **given}
         if config is None:
-            if "max_position_embeddings" in known:
+            if "max_position_embeddings" in known and cls.attribute_map.get("max_position_embeddings") not in shape:
                 shape.setdefault("max_position_embeddings", sequence_length)
             config = AutoConfig.for_model(model.model_type or "llama", **shape)
-            if "pad_token_id" not in shape:
-                _drop_foreign_padding(config.get_text_config())
+        else:
+            for name, value in shape.items():
+                setattr(config, name, value)
+        if not model.continues:
+            _drop_padding(config.get_text_config())
+        if model.path is None:
             return config
-        for name, value in shape.items():
-            setattr(config, name, value)
     except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:
         raise ValueError(f"model: {' '.join(str(error).split())}") from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length
@@ -114,14 +116,18 @@ def model_config(
     return config
 
 
-def _drop_foreign_padding(text: PreTrainedConfig) -> None:
-    """Drop a padding token that the class has for another vocabulary."""
-    if (getattr(text, "pad_token_id", None) or 0) < text.vocab_size:
+def _drop_padding(text: PreTrainedConfig) -> None:
+    """
+    Drop a padding token that the class has for another vocabulary, or that starts or ends documents: a new model does
+    not train the input embedding of its padding token.
+    """
+    pad = getattr(text, "pad_token_id", None) or 0
+    if pad < text.vocab_size and pad not in (getattr(text, "bos_token_id", None), getattr(text, "eos_token_id", None)):
         return
     try:
         text.pad_token_id = None
     except StrictDataclassError:  # it must have one: any will do until the tokenizer is known
-        text.pad_token_id = 0
+        text.pad_token_id = pad if pad < text.vocab_size else 0
 
 
 def config_of(arguments: PretrainArguments) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
@@ -22,8 +23,10 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import one_line_errors
 from ..files import printable
 from ..lock import locked
+from ..mixture.documents import vocabulary_size
 from ..mixture.isolation import choose_isolation, isolation_problem
 from ..mixture.loading import Mixture, load_mixture
+from ..mixture.packing import tokenizer_fingerprint
 from ..mixture.texts import tokenizer_of_sources
 from ..terminal import new_console
 from ..trainer.checkpoints import last_checkpoint, recover
@@ -280,7 +283,8 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
     The tokenizer of the checkpoint, that of the configuration, or one trained on the training sources.
 
     Raises:
-        ValueError: the model has no embeddings for some of its tokens.
+        ValueError: the model has no embeddings for some of its tokens, or transformers loads another tokenizer with
+            the saved model.
     """
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
@@ -292,10 +296,20 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
     else:
         revision = model.revision if model.tokenizer is None else None
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    entries = max(tokenizer.get_vocab().values()) + 1
+    entries = vocabulary_size(tokenizer)
     if entries > size:
         raise ValueError(
             f"The tokenizer {name!r} has {entries} entries, more than vocab_size={size}. Raise vocab_size, or choose "
             "the tokenizer of the model."
+        )
+    with TemporaryDirectory() as folder:  # of some types, transformers ignores the saved class
+        tokenizer.save_pretrained(folder)
+        config_of(arguments).save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer_fingerprint(loaded) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"model: with a {config_of(arguments).model_type}, transformers loads the tokenizer {name!r} as a "
+            f"{type(loaded).__name__}, which gives other tokens. Choose another model_type (qwen3 for qwen2), or the "
+            "tokenizer of such a model."
         )
     return tokenizer

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..mixture.config import RESERVED_NAMES, MixtureConfig, SourceConfig
-from ..mixture.documents import check_tokenizer, load_documents
+from ..mixture.documents import check_tokenizer, load_documents, vocabulary_size
 from ..mixture.loading import load_mixture
 from ..mixture.texts import guess_source, tokenizer_of_sources
 from ..nexus import Nexus
@@ -71,7 +71,7 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
     length = next((size for size in (512, 256, 128, 64) if size <= longest and 32 * size <= least), 32)
     rows = max(1, min(rows, least // (4 * length)))
     total, threads = sum(tokens.values()), None if accelerator else _fastest_threads()
-    model, steps, speed = _fit(len(loaded), total, length, rows)
+    model, steps, speed = _fit(vocabulary_size(loaded), total, length, rows)
     assert model.hidden_size is not None
     options = [word for path in ood for word in ("--ood", path)] + (["--tokenizer", tokenizer] if tokenizer else [])
     seen = steps * _K * rows * length

@@ -255,6 +255,14 @@ def test_a_copy_of_a_hub_dataset_has_its_subsets_and_splits() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_subset_is_said_with_all_names(streaming: bool) -> None:
+    write("d/en/a.jsonl", "d/en/b.jsonl", "d/de/c.jsonl")
+    Path("d/README.md").write_text(CARD)
+    with pytest.raises(ValueError, match="pick one among the available configs"):
+        documents("d", streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_columns_of_csv_files_are_text_as_written(streaming: bool) -> None:
     words = ["fox", "None", "NA", "nan", "null", "007", "1e5"]
     Path("a.csv").write_text("id,text\n" + "".join(f",{word}\n" for word in words) + "x,\n")

@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, List, Value, load_dataset
-from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, default_data_collator
+from tokenizers import Tokenizer
+from transformers import (
+    ByT5Tokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
 
 from hf_nexus.mixture import Mixture, MixtureConfig, SourceConfig, load_mixture
-from hf_nexus.mixture.documents import DocumentEncoder, check_tokenizer
+from hf_nexus.mixture.documents import DocumentEncoder, check_tokenizer, vocabulary_size
 from hf_nexus.mixture.isolation import PackedRowCollator
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.reader import SourceError
@@ -223,6 +229,17 @@ def test_given_tokens_get_the_rows_of_their_text(tmp_path, streaming, bos):
         found = first_rows(load(tmp_path, streaming, tokenized(tokenizer, end), 16, tokenizer, **TOKENS), 6)
         for text, row in zip(expected, found, strict=True):
             assert all(text[key].equal(row[key]) and text[key].dtype == row[key].dtype for key in text)
+
+
+def test_ids_that_no_token_has_do_not_lower_the_largest(tmp_path):
+    tokenizer = tiny_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    largest = len(tokenizer) + 5
+    backend["model"]["vocab"] = backend["model"]["vocab"] | {"~~~": largest}
+    gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token=EOS)
+    assert vocabulary_size(gap) == largest + 1 > len(gap)
+    rows = [{"input_ids": [largest, 20, 21]}] * 9
+    assert largest in load(tmp_path, False, rows, 4, gap, **TOKENS).train["a"][0]["input_ids"].tolist()
 
 
 def test_packed_rows_do_not_read_the_cache_of_unpacked_ones(tmp_path):

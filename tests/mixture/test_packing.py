@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, default_data_collator
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, default_data_collator
 
 from hf_nexus.mixture import SourceConfig
 from hf_nexus.mixture.documents import DocumentEncoder
@@ -242,6 +242,14 @@ def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(tiny_tokenizer("hello world")) != fingerprint
     tokenizer.eos_token = "a"
     assert tokenizer_fingerprint(tokenizer) != fingerprint
+
+
+def test_the_fingerprint_of_a_slow_tokenizer_survives_saving(tmp_path: Path) -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_fingerprint(tokenizer)
+    tokenizer.add_tokens(["Café"])
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) != tokenizer_fingerprint(tokenizer)
 
 
 def test_the_fingerprint_has_the_tokens_that_the_template_names() -> None:

@@ -17,10 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_nexus.pretrain.model import build_model, model_config
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.plan import plan_run
-from hf_nexus.pretrain.run import dry_run, pretrain
+from hf_nexus.pretrain.run import dry_run, load_tokenizer, pretrain
 from tests.support.hub.server import ALICE, HubServer
 from tests.support.saved_weights import saved_weights
 from tests.support.tiny import tiny_llama
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 WIDTH = {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 2}
 DENSE = {**WIDTH, "intermediate_size": 64, "num_attention_heads": 4}
@@ -129,6 +130,27 @@ def test_a_shape_that_cannot_be_is_refused(write, model, words):
     with pytest.raises(ValueError, match=words) as error:
         parse_arguments(["--config", write(**model)])
     assert "model.yaml: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_end_token_that_is_also_padding_is_trained(write):
+    """Of a padding token, an embedding has neither a random start nor a gradient."""
+    arguments = parse_arguments(["--config", write(model_type="llama", **GROUPED)])
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    built = build_model(model_config(arguments.model, 32, tokenizer))
+    assert built.get_input_embeddings().padding_idx is None and built.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_type_that_changes_the_tokenizer_is_refused(write):
+    """transformers ignores the class that is saved with the model."""
+    arguments = parse_arguments(["--config", write(model_type="qwen2", **DENSE)])
+    with pytest.raises(ValueError, match=r"with a qwen2, .* as a Qwen2Tokenizer, which gives other tokens"):
+        load_tokenizer(arguments, None)
+
+
+def test_positions_have_the_name_that_a_type_gives_them(write):
+    arguments = parse_arguments(["--config", write(model_type="gpt2", n_positions=99, n_embd=32, n_head=4)])
+    assert model_config(arguments.model, 32).n_positions == 99
 
 
 @pytest.mark.parametrize("kind", ["phi3", "glm4", "smollm3"])
