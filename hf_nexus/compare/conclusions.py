@@ -74,9 +74,7 @@ def plain_words(analysis: Analysis) -> str:
     text += "OOD stands for text of kinds that no arm was trained on. " * (metric == "ood_loss")
     text += "The arms are compared where they fit their training text equally well. " * (where == "matched")
     if found is not None and found.p is None and found.n >= MIN_PAIRS:
-        return (
-            f"{text}The difference is {rounded(found.mean, None)} at every seed, which leaves nothing to test."
-        )
+        return f"{text}The difference is {rounded(found.mean, None)} at every seed, which leaves nothing to test."
     if row is None or found is None or found.p is None or found.deviation is None:
         return text + "There are too few finished runs for an answer."
     change = f"{rounded(abs(found.mean), found.half)} {'lower' if found.mean < 0 else 'higher'}"

@@ -7,6 +7,8 @@ from ..files import write_atomic
 
 __all__ = ["convert_weights"]
 
+_OTHERS = ("checkpoint-", "_")  # folders of an output folder that hold other models
+
 
 def convert_weights(source: Path, target: Path, dtype: str | None) -> dict[str, Path]:
     """
@@ -21,17 +23,21 @@ def convert_weights(source: Path, target: Path, dtype: str | None) -> dict[str, 
 
     target.mkdir(parents=True, exist_ok=True)
     written, config = {}, source / "config.json"
-    for path in source.glob("*model*.safetensors") if dtype else ():
+    # Adapters with a name are in a folder of that name.
+    named = [path for path in source.glob("*/adapter_model*.safetensors") if not path.parent.name.startswith(_OTHERS)]
+    for path in [*source.glob("*model*.safetensors"), *named] if dtype else ():
+        name = path.relative_to(source)
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
             metadata = file.metadata()
-        narrow = {name: t.to(getattr(torch, str(dtype))) for name, t in tensors.items() if t.dtype == torch.float32}
-        scratch = target / f"{path.name}.tmp"
+        narrow = {key: t.to(getattr(torch, str(dtype))) for key, t in tensors.items() if t.dtype == torch.float32}
+        scratch = target / f"{name}.tmp"
+        scratch.parent.mkdir(exist_ok=True)
         try:
             save_file(tensors | narrow, scratch, metadata)
         except SafetensorError as error:
             raise OSError(f"{scratch}: {error}") from error  # the disk is full
-        written[path.name] = scratch.replace(target / path.name)
+        written[name.as_posix()] = scratch.replace(target / name)
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     if content and (dtype or content.get("dtype") in ("bfloat16", "float16")):
         content["dtype"] = dtype or "float32"

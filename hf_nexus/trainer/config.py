@@ -1,7 +1,7 @@
 """The Nexus fields of the training arguments."""
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,7 +141,8 @@ class NexusConfig(NexusConfigMixin, TrainingArguments):
         0.05
     """
 
-    bf16: bool | None = None  # type: ignore[assignment]  # `None`: not chosen
+    # `None`: not chosen. `--bf16` alone is true, as for the other flags.
+    bf16: bool | None = field(default=None, metadata={"nargs": "?", "const": True})  # type: ignore[assignment]
 
 
 def lower_is_better(metric: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Evaluation: several sets at once, and losses weighted by tokens at any batch size and on any number of ranks."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -146,12 +147,18 @@ class Evaluation:
         Returns:
             `dict[str, float]`: their metrics, the means over the sets, and perplexities if all labels are tokens.
         """
-        metrics: dict[str, float] = {}
+        found: dict[str, Mapping[str, float]] = {}
         tokens = True
         for name in sets:
-            of_set = f"{prefix}_{name}"
-            metrics |= {metric_of_set(key, of_set): value for key, value in evaluate(name, of_set).items()}
+            found[name] = evaluate(name, f"{prefix}_{name}")
             tokens = tokens and self.labels_are_tokens
+        times = Counter(key for of_set in found.values() for key in of_set)
+        metrics: dict[str, float] = {}
+        for name, of_set in found.items():
+            # sentence-transformers runs an evaluator once, with the first set: its metrics are of no set.
+            metrics |= {key: value for key, value in of_set.items() if times[key] == 1}
+            shared = [key for key in of_set if times[key] > 1 or len(sets) == 1]
+            metrics |= {metric_of_set(key, f"{prefix}_{name}"): of_set[key] for key in shared}
         metrics |= mean_losses(metrics, sets, weights, prefix)
         return metrics | (perplexities(metrics, sets, prefix) if tokens else {})
 

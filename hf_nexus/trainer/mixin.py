@@ -175,6 +175,8 @@ class NexusTrainerMixin(_Base):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model of `model_init`, in float32."""
         self.model = super().call_model_init(trial)
+        if "_awaits_model" not in vars(self):  # sentence-transformers calls it before the constructor of the Trainer
+            return self.model
         if self._awaits_model:
             self.create_accelerator_and_postprocess()
         self._widen_weights()
@@ -439,7 +441,7 @@ class NexusTrainerMixin(_Base):
             _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
             decaying = self.get_decay_parameter_names(model)
             self.optimizer = create_matrix_optimizer(model, self.args, adamw, decaying, self._shards)
-        return super().create_optimizer(model)
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the optimizer as the base class does, or from sharded files."""
@@ -663,11 +665,12 @@ class NexusTrainerMixin(_Base):
         evaluate: Any = super().evaluate
 
         def evaluate_set(name: str, prefix: str) -> dict[str, float]:
-            return evaluate(name if eval_dataset is None else sets[name], ignore_keys, prefix, **kwargs)
+            dataset = name if eval_dataset is None else sets[name]
+            return evaluate(dataset, ignore_keys=ignore_keys, metric_key_prefix=prefix, **kwargs)
 
         with self.meter.paused(), self._walker.at_start():
             if self._plain or not isinstance(sets, Mapping):
-                return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+                return evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs)
             check_sets((), sets)
             self._feed.check_evaluation(sets)
             with held_back(self.callback_handler, self.state.log_history):
@@ -687,11 +690,12 @@ class NexusTrainerMixin(_Base):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The base class's loop; its loss is replaced by the mean over tokens."""
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        options: dict[str, Any] = {"prediction_loss_only": prediction_loss_only, "ignore_keys": ignore_keys}
+        options |= {"description": description, "metric_key_prefix": metric_key_prefix}
         if self._plain:
-            return super().evaluation_loop(*arguments)
+            return super().evaluation_loop(dataloader, **options)
         with self._evaluation.loop(dataloader) as mean:
-            output = super().evaluation_loop(*arguments)
+            output = super().evaluation_loop(dataloader, **options)
         loss = self._evaluation.token_loss(mean)
         if loss is not None and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = loss

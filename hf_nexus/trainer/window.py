@@ -216,7 +216,9 @@ class Walker:
         assert nexus is not None
         nexus.outer_step = step
         nexus.inner_lr = args.inner_lr * inner_lr_scale(args.inner_lr_schedule, optimizer, args.learning_rate)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if self._new else {}
+        # Those of quantized models are integers and large.
+        named = model.named_buffers() if self._new else ()
+        buffers = {name: buffer.clone() for name, buffer in named if buffer.is_floating_point()}
         losses: list[Tensor] = []
         try:
             with nexus.window():

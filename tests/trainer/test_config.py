@@ -16,6 +16,12 @@ def parse(*arguments: str) -> NexusConfig:
     return HfArgumentParser(NexusConfig).parse_args_into_dataclasses([*arguments, "--report_to", "none"])[0]
 
 
+@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--bf16"], True), (["--bf16", "false"], False)])
+def test_a_flag_without_a_value_is_true(flags, expected):
+    """As with TrainingArguments, whose `bf16` is not None by default."""
+    assert parse("--output_dir", "out", *flags, "--use_cpu").bf16 is expected
+
+
 def test_defaults_change_nobodys_batch():
     args = parse("--output_dir", "out")
     assert args.gradient_accumulation_steps == TrainingArguments(output_dir="out").gradient_accumulation_steps == 1

@@ -37,6 +37,68 @@ from tests.support.tiny import VOCAB, Rows, tiny_llama
 Batch = dict[str, torch.Tensor]
 
 
+class Narrow(Trainer):
+    """Overrides with fewer or other arguments, as the examples of transformers have them."""
+
+    def create_optimizer(self):
+        return super().create_optimizer()
+
+    def evaluate(self, eval_dataset=None, examples=None, ignore_keys=None, metric_key_prefix="eval"):
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, **kwargs):
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, **kwargs)
+
+
+class InitFirst(Trainer):
+    """Makes the model before the constructor of the Trainer, as sentence-transformers does."""
+
+    def __init__(self, model=None, args=None, model_init=None, **kwargs):
+        self.model_init = model_init
+        super().__init__(self.call_model_init() if model is None else model, args, **kwargs)
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_overrides_with_other_arguments_are_called(make_trainer, sources, nexus, several):
+    class Ours(NexusTrainerMixin, Narrow):
+        pass
+
+    held_out = {"text": Rows(4, 0), "law": Rows(4, 5)} if several else Rows(4, 0)
+    args = make_trainer(sources, nexus=nexus, max_steps=1).args
+    trainer = Ours(tiny_llama(), args, train_dataset=sources, eval_dataset=held_out)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_a_model_may_be_made_before_the_trainer(make_trainer, sources, nexus):
+    class Ours(NexusTrainerMixin, InitFirst):
+        pass
+
+    args = make_trainer(sources, nexus=nexus, max_steps=1).args
+    trainer = Ours(args=args, model_init=lambda: tiny_llama(), train_dataset=sources)
+    assert trainer.train().global_step == 1
+
+
+def test_a_metric_of_no_set_keeps_its_name(make_trainer, sources):
+    """sentence-transformers runs its evaluator once, with the first set."""
+
+    class Once(Trainer):
+        def evaluation_loop(self, *args, metric_key_prefix, **kwargs):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics.update({"eval_similarity": 0.5} if metric_key_prefix == "eval_text" else {})
+            return output
+
+    class Ours(NexusTrainerMixin, Once):
+        pass
+
+    args = make_trainer(sources).args
+    for names in (["text"], ["text", "law"]):
+        trainer = Ours(tiny_llama(), args, train_dataset=sources, eval_dataset={name: Rows(4, 0) for name in names})
+        assert trainer.evaluate()["eval_similarity"] == 0.5
+
+
 def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 

@@ -205,6 +205,16 @@ def test_a_save_holds_the_chosen_type_and_checkpoints_float32(make_trainer, sour
     assert torch.equal(weights(again), weights(whole))
 
 
+def test_adapters_with_names_are_converted(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="sft")
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        model.save_pretrained(folder)
+    assert [*convert_weights(tmp_path, tmp_path / "new", "bfloat16")] == ["sft/adapter_model.safetensors"]
+    tensors = load_file(tmp_path / "new/sft/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {BF16}
+
+
 def test_a_model_of_several_files_is_converted(tmp_path):
     tiny_llama().save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
