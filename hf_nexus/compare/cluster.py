@@ -126,16 +126,18 @@ def call_in_jobs(calls: Sequence[Call], executor: submitit.AutoExecutor) -> Iter
 
 
 def _still_queued(folder: Path) -> dict[str, submitit.SlurmJob]:
-    """The jobs of the last command that have not ended, by the name of their call."""
+    """The jobs of the last command that have neither ended nor failed, by the name of their call."""
     path = folder / _JOBS_NAME
     remedy = "Delete it when the jobs of the earlier command have ended."
     submitted = read_json(path, remedy) if path.exists() else {}
     queued = _queue([number for number, _ in submitted.values()]) if submitted else set()
-    return {
+    jobs: dict[str, submitit.SlurmJob] = {
         name: submitit.SlurmJob(folder, number, [*range(tasks)])
         for name, (number, tasks) in submitted.items()
         if number in queued
     }
+    # Other tasks of a failed one may wait for it for long.
+    return {name: job for name, job in jobs.items() if not (_has_result(job) and job.task(0).exception())}
 
 
 def _ended(jobs: list[submitit.SlurmJob]) -> Iterator[submitit.SlurmJob]:

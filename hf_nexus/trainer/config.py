@@ -181,6 +181,11 @@ def warn_of_changes(settings: dict[str, Any], checkpoint: str) -> None:
     """Warn of settings that are not those of a checkpoint."""
     path = Path(checkpoint, SETTINGS_NAME)
     saved = read_yaml(path) if path.is_file() else {}
+    before, now = (int(of.get("paths", 1)) for of in (saved, settings))
+    if saved and before != now:
+        logger.warning(
+            f"Resuming with {now} paths (inner_sync); the checkpoint was trained with {before}: another algorithm."
+        )
     for name, value in settings.items():
-        if name in saved and saved[name] != value:
+        if name != "paths" and name in saved and saved[name] != value:
             logger.warning(f"Resuming with {name}={value!r}; the checkpoint was trained with {saved[name]!r}.")

@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "broadcast",
     "check_paths",
     "compress",
+    "count_paths",
     "gather",
     "is_wrapped",
     "max_over_ranks",
@@ -185,11 +187,20 @@ def path_size(inner_sync: str, node_size: int | None) -> int:
     Raises:
         ValueError: the ranks cannot be split into groups of this size.
     """
+    size = _own_path_size(inner_sync, node_size)
+    check_paths(_ranks(), set(gather(size)))
+    return size
+
+
+def count_paths(inner_sync: str, node_size: int | None) -> int:
+    """The number of paths, as far as this rank knows: it asks no other."""
+    return _ranks() // _own_path_size(inner_sync, node_size)
+
+
+def _own_path_size(inner_sync: str, node_size: int | None) -> int:
     ranks = _ranks()
     node = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    size = {"global": ranks, "local": 1, "node": node}[inner_sync]
-    check_paths(ranks, set(gather(size)))
-    return size
+    return {"global": ranks, "local": 1, "node": node}[inner_sync]
 
 
 def check_paths(ranks: int, sizes: set[int]) -> None:
@@ -264,13 +275,14 @@ class PathGroups:
     The ranks that walk one path together, and the average over the paths.
 
     With `inner_sync="global"`, all ranks walk one path, and with `"local"` each rank walks its own. With `"node"`, it
-    is `node_size` ranks, by default those of a machine, as torchrun says.
+    is `node_size` ranks, by default those of a machine, as torchrun says. `timeout` is that of their collectives, by
+    default that of the backend.
 
     Raises:
         ValueError: the ranks cannot be split into groups of this size.
     """
 
-    def __init__(self, inner_sync: str, node_size: int | None = None):
+    def __init__(self, inner_sync: str, node_size: int | None = None, timeout: timedelta | None = None):
         self.settings = inner_sync, node_size
         ranks, rank = _ranks(), dist.get_rank() if dist.is_initialized() else 0
         self.size = size = path_size(inner_sync, node_size)  # ranks per path
@@ -280,8 +292,8 @@ class PathGroups:
         if 1 < size < ranks:  # every rank must make every group
             paths = [list(range(first, first + size)) for first in range(0, ranks, size)]
             across = [list(ranks_at) for ranks_at in zip(*paths, strict=True)]
-            self.inside = [dist.new_group(path) for path in paths][self.path]
-            self._across = [dist.new_group(ranks_at) for ranks_at in across][self._place]
+            self.inside = [dist.new_group(path, timeout) for path in paths][self.path]
+            self._across = [dist.new_group(ranks_at, timeout) for ranks_at in across][self._place]
         self.paths, self.several = ranks // size, size < ranks
         self.alone = size == 1 < ranks  # whether each rank has its own path
 

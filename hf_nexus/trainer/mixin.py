@@ -36,7 +36,7 @@ from .arguments import adopt, arguments_by_name, changed, own_arguments, samples
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings, save_settings, warn_of_changes
-from .distributed import is_wrapped, parallelism_of, reduce_over
+from .distributed import count_paths, is_wrapped, parallelism_of, reduce_over
 from .evaluation import Evaluation, countable, held_back, without_speed_of_sets
 from .feed import Feed
 from .meter import TrainingMeter, read_totals
@@ -799,8 +799,15 @@ class NexusTrainerMixin(_Base):
         # Saved arguments are uploaded.
         public = {} if self.hub_model_id is None else without_folders(given)
         public = {name: value for name, value in public.items() if value != given[name]} | {"hub_token": None}
-        with changed(self.args, **public):
-            super()._save(output_dir, state_dict)
+        # transformers writes the weights on the first rank only, and a machine without a shared disk needs them, too.
+        everywhere = self.args.save_on_each_node and not self._sharded_at_load
+        whole = vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)) if everywhere else {}
+        whole["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+        try:
+            with changed(self.args, **public):
+                super()._save(output_dir, state_dict)
+        finally:
+            del whole["should_save_on_this_rank"]  # the method of the class is back
         if self.args.should_save:
             if self._weights_follow:  # an empty file, for models that are not of transformers
                 Path(output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -811,8 +818,10 @@ class NexusTrainerMixin(_Base):
             save_settings(self.resolved_settings(), output_dir)
 
     def resolved_settings(self) -> dict[str, Any]:
-        """The resolved Nexus fields with the mixture weights, as plain data."""
-        return {**nexus_settings(self.args), "mixture_weights": self.mixture_weights}
+        """The resolved Nexus fields with the mixture weights, and the number of paths if several, as plain data."""
+        paths = count_paths(self.args.inner_sync, self.args.node_size) if self.args.nexus else 1
+        own = {"mixture_weights": self.mixture_weights} | ({"paths": paths} if paths > 1 else {})
+        return {**nexus_settings(self.args), **own}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save both as the base class does, or the scheduler if the optimizer follows in sharded files."""

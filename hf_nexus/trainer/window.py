@@ -256,7 +256,7 @@ class Walker:
         # A loss function can have parameters as well.
         params = list({id(p): p for p in [*model.parameters(), *trained] if p.requires_grad}.values())
         if before[0] != wrapped or self.groups.settings != (args.inner_sync, args.node_size):
-            self.groups = PathGroups(args.inner_sync, args.node_size)
+            self.groups = PathGroups(args.inner_sync, args.node_size, args.ddp_timeout_delta)
         if args.reduce_dtype and self._compressed != wrapped:
             self._compressed = wrapped
             compress(model, lambda: args.nexus and args.reduce_dtype is not None)

@@ -106,6 +106,16 @@ def test_jobs_that_go_on_are_waited_for_and_not_repeated(slurm, monkeypatch):
     }
 
 
+def test_a_failed_job_that_still_runs_is_submitted_again(slurm, monkeypatch):
+    """Other tasks of it wait for the one that failed."""
+    monkeypatch.setattr("hf_nexus.compare.cluster._queue", lambda ids: {*ids})
+    (slurm.folder / "submitted.json").write_text('{"a": ["3", 2]}')
+    slurm.finish("3", "error", "Traceback\nValueError: mended by now")
+    slurm.finish("9", "success", "new")
+    (result,) = call_in_jobs([Call("a", _rank, slurm.folder / "a")], slurm)
+    assert (result.value, result.error) == ("new", None) and slurm.submitted == ["a"]
+
+
 def test_a_cancelled_job_ends_without_accounting(slurm, monkeypatch):
     queued = [{"9", "10"}, {"10"}, {"10"}]
     monkeypatch.setattr("hf_nexus.compare.cluster._queue", lambda ids: queued.pop(0) if queued else {*ids})

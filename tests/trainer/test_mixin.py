@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_nexus import MixtureConfig, NexusConfig, NexusTrainer, NexusTrainerMixin, load_mixture
+from hf_nexus.trainer.config import save_settings, warn_of_changes
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -464,6 +466,24 @@ def test_several_sets_are_one_evaluation_with_macro_and_ood(make_trainer, source
     assert metrics["eval_ood_loss"] == pytest.approx((metrics["eval_law_loss"] + metrics["eval_poems_loss"]) / 2)
 
 
+def test_each_machine_without_a_shared_disk_has_the_weights(make_trainer, sources, tmp_path, monkeypatch):
+    """transformers writes them on the first rank of all only."""
+    monkeypatch.setattr(PreTrainedModel, "should_save_on_this_rank", lambda model, is_main_process: False)
+    for everywhere in (False, True):
+        trainer = make_trainer(sources, save_on_each_node=everywhere)
+        trainer.save_model(str(tmp_path / str(everywhere)))
+        assert (tmp_path / str(everywhere) / "model.safetensors").exists() == everywhere
+        assert "should_save_on_this_rank" not in vars(trainer.model)
+
+
+def test_another_number_of_paths_is_warned_of(tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    save_settings({"inner_sync": "local", "paths": 4}, str(tmp_path))
+    for paths, warned in (({"paths": 4}, 0), ({}, 1), ({"paths": 2}, 2)):
+        warn_of_changes({"inner_sync": "local", **paths}, str(tmp_path))
+        assert caplog.text.count("the checkpoint was trained with 4: another algorithm") == warned
+
+
 def test_a_save_asked_for_in_an_evaluation_is_made(make_trainer, sources, tmp_path):
     """With `save_strategy="best"`, the Trainer replaces what callbacks ask for by whether it is the best."""
 
@@ -715,8 +735,6 @@ def test_token_counts_are_complete_at_the_end(make_trainer, sources):
 
 
 def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):
-    import logging
-
     trainer = make_trainer(sources, save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.save_model()
