@@ -50,6 +50,7 @@ class Study:
 LADDER = {rung: Study(ROOT / "docs" / "studies" / f"ladder-{rung}.csv") for rung in RUNGS}
 # With other seeds.
 PILOTS = {rung: Study(ROOT / "docs" / "studies" / f"ladder-{rung}-pilot.csv") for rung in ("0.03M", "0.1M")}
+RATE = Study(ROOT / "docs" / "studies" / "ladder-0.1M-rate.csv")  # all arms with one learning rate
 CONTROLS = ("gamma-0", "random-0.2", "mixed-0.2", "follow-0.2")
 
 
@@ -173,6 +174,26 @@ def test_the_ladder_finds_no_equivalence_at_the_second_rung():
     assert found[1].high < 0 and min(map(equivalence, found)) > 0.05
 
 
+def test_the_ladder_states_what_is_left_with_one_rate():
+    text, path = flat(PAGES["results_ladder"]), ("nexus-0.2", "gamma-0")
+    tests = [("gamma-0", "adamw"), ("random-0.2", "adamw"), path, ("nexus-0.2", "random-0.2")]
+    p = holm({test: RATE.difference(*test).p for test in tests})
+    primary = RATE.difference("nexus-0.2", "adamw")
+    cells = [f"{primary.mean:+.4f} ± {primary.half:.4f} (p = {primary.p:.2g})"]
+    for test in (path, ("nexus-0.2", "random-0.2")):
+        found = RATE.difference(*test)
+        cells.append(f"{found.mean:+.4f} ± {found.half:.4f} (Holm p = {p[test]:.2g})")
+    assert "from AdamW by {}, from gamma 0 by {} and from random directions by {}".format(*cells) in text
+    unseen = [RATE.difference("nexus-0.2", versus) for versus in ("adamw", "gamma-0", "random-0.2")]
+    unseen = [f"{detectable(each.deviation, each.n):.2g}" for each in unseen]
+    assert "Differences below {}, {} and {} could not have been seen. AdamW ends".format(*unseen) in text
+    ends = [RATE.values["adamw", seed, "ood_loss", "end"] for seed in RATE.seeds]
+    before = LADDER["0.1M"]
+    chosen = [before.values["adamw", seed, "ood_loss", "end"] for seed in before.seeds]
+    assert stats.ttest_ind(ends, chosen).pvalue < 1e-6 and sum(ends) / len(ends) < sum(chosen) / len(chosen)
+    assert f"{len(RATE.seeds)} of the 55 seeds that were declared" in text
+
+
 def test_the_ladder_says_which_runs_are_read_early():
     early = []
     for study in LADDER.values():
@@ -186,7 +207,7 @@ def test_the_ladder_says_which_runs_are_read_early():
 
 def test_the_ladder_has_only_differences_of_its_runs():
     known = set()
-    for study in [*LADDER.values(), *PILOTS.values()]:
+    for study in [*LADDER.values(), *PILOTS.values(), RATE]:
         for arm, versus in itertools.permutations(study.arms, 2):
             for metric, where in (("ood_loss", "matched"), ("ood_loss", "end"), ("train_loss", "end")):
                 if study.sides(arm, versus, metric, where):

@@ -11,7 +11,7 @@ from hf_nexus.evaluation.statistics import Estimate, paired_difference
 from hf_nexus.plots.style import COLORS, MARKERS, new_plot, save_plot, tidy
 
 STUDIES = Path(__file__).parents[1] / "studies"
-RUNGS = ("0.03M", "0.1M", "0.3M")
+RUNGS = {"0.03M": "0.03M", "0.1M": "0.1M", "0.1M-rate": "0.1M, one rate", "0.3M": "0.3M"}
 PAIRS = {
     "Nexus 0.2 minus AdamW (primary)": ("nexus-0.2", "adamw"),
     "gamma 0 minus AdamW (no path)": ("gamma-0", "adamw"),
@@ -37,7 +37,9 @@ def main() -> None:
     seeds = {rung: effect(rung, "nexus-0.2", "adamw").n for rung in RUNGS}
     for i, (label, (arm, versus)) in enumerate(PAIRS.items()):
         found = [effect(rung, arm, versus) for rung in RUNGS]
-        fewer = [f"{each.n} seeds at {rung}" for rung, each in zip(RUNGS, found, strict=True) if each.n < seeds[rung]]
+        fewer = [
+            f"{each.n} seeds at {RUNGS[rung]}" for rung, each in zip(RUNGS, found, strict=True) if each.n < seeds[rung]
+        ]
         label = f"{label}, {', '.join(fewer)}" if fewer else label
         places = [place + 0.15 * (i - 1.5) for place in range(len(RUNGS))]
         halves = [each.half or 0.0 for each in found]
@@ -45,7 +47,7 @@ def main() -> None:
         axes.errorbar(places, [each.mean for each in found], halves, label=label, **style)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axhline(REPORTED, color="0.4", linewidth=1, linestyle="--", label=f"reported by the paper at 3B ({REPORTED})")
-    axes.set_xticks(range(len(RUNGS)), [f"{rung}, {n} seeds" for rung, n in seeds.items()])
+    axes.set_xticks(range(len(RUNGS)), [f"{RUNGS[rung]}\n{n} seeds" for rung, n in seeds.items()])
     title = "Effect on the OOD loss by size, at matched training loss (lower is better):\n"
     title += "mean and 95 % interval of differences paired by seed, not corrected"
     tidy(axes, title, "parameters", "difference, nats per token")
