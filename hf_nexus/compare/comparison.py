@@ -316,6 +316,7 @@ class Comparison:
             {
                 "arm": trial.arm,
                 **trial.settings,
+                "seeds": len(trial.runs),
                 "validation_loss": trial.loss if math.isfinite(trial.loss) else None,
                 "chosen": trial.settings == self._chosen[trial.arm],
             }

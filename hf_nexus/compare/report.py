@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ __all__ = ["CSV_NAME", "JSON_NAME", "REPORT_NAME", "console_table", "value_rows"
 REPORT_NAME, CSV_NAME, JSON_NAME = "report.md", "results.csv", "results.json"
 # Columns of metrics in one table.
 _COLUMNS = 6
+# Facts about a trial of the tuning that are no settings, and the number of seeds from which on a choice is trusted.
+_OF_TRIALS = ("arm", "seeds", "validation_loss", "chosen")
+_FEW_SEEDS = 3
 
 
 def write_report(
@@ -65,7 +68,7 @@ def write_report(
         "tuning": [dict(trial) for trial in trials],
         "analysis": asdict(analysis),
         "conclusions": conclusions(analysis),
-        "limitations": limitations(analysis),
+        "limitations": [*limitations(analysis), *_limits_of_tuning(trials)],
     }
     (folder / JSON_NAME).write_text(finite_json(results, indent=1, default=str) + "\n", encoding="utf-8")
     paragraphs = [
@@ -222,6 +225,19 @@ def _tuning(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(key for trial in trials for key in trial))
     lines = [[_plain(trial.get(key)) for key in columns] for trial in trials]
     return ["## Tuning", "All arms have the same number of trials.", _markdown(columns, lines)]
+
+
+def _limits_of_tuning(trials: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where few seeds have chosen, a difference of arms may be one of their settings."""
+    chosen = [trial for trial in trials if trial.get("chosen")]
+    names = dict.fromkeys(name for trial in chosen for name in trial if name not in _OF_TRIALS)
+    other = [name for name in names if len({str(trial[name]) for trial in chosen if name in trial}) > 1]
+    seeds = min((trial.get("seeds", 1) for trial in chosen), default=0)
+    if other and seeds < _FEW_SEEDS:
+        yield (
+            f"The tuning chose other values of {', '.join(other)} for some arms, by {seeds} seed{'s' * (seeds > 1)}: "
+            f"a difference may be theirs. Tune on {_FEW_SEEDS} seeds or more (tuning.seeds), or give arms one value."
+        )
 
 
 def _plots(plots: Sequence[Path], folder: Path) -> list[str]:

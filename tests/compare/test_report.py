@@ -94,6 +94,19 @@ def test_results_json_holds_the_statistics(tmp_path):
     assert kept["details"]["versions"] == {"torch": "2.13"} and kept["tuning"][0]["validation_loss"] is None
 
 
+@pytest.mark.parametrize(
+    ("seeds", "rates", "warned"), [(1, (1e-3, 2e-3), True), (1, (1e-3, 1e-3), False), (3, (1e-3, 2e-3), False)]
+)
+def test_settings_that_few_seeds_chose_are_a_limitation(tmp_path, seeds, rates, warned):
+    trials = [
+        {"arm": arm, "learning_rate": rate, "seeds": seeds, "validation_loss": 2.0, "chosen": True}
+        for arm, rate in zip(("adamw", "nexus-0.05"), rates, strict=True)
+    ]
+    trials += [trials[0] | {"learning_rate": 0.5, "chosen": False}]
+    text = write(make_records({"adamw": 0.0, "nexus-0.05": 0.03}), tmp_path, trials=trials)
+    assert ("- The tuning chose other values of learning_rate for some arms, by 1 seed:" in text) == warned
+
+
 def test_the_report_shows_tuning_details_and_plots(tmp_path):
     trials = [{"arm": "adamw", "learning_rate": 1e-3, "chosen": True}, {"arm": "a|b", "inner_lr": 0.05}]
     plots = [save_plot(new_plot(1, 1), tmp_path / "plots" / "ood against train.png")]
