@@ -161,7 +161,7 @@ class RunSummary:
                 "Compare runs with equal numbers."
             )
         if self._macro_weights() != other._macro_weights():
-            del losses["macro"]  # another mean of the same losses
+            losses.pop("macro", None)  # another mean of the same losses
         values = {score.setting: score.value for score in other.benchmarks}
         return replace(
             self,

@@ -29,6 +29,8 @@ def test_means_with_other_weights_are_not_compared():
     for other, compared in ((make_run(), True), (make_run(mixture=rows), False)):
         losses = {row.name: row.arm_loss for row in make_run().against(other, "other").evaluations}
         assert (losses.pop("macro") is not None) == compared and None not in losses.values()
+    one = [row for row in make_run().evaluations if row.name == "code"]
+    assert make_run().against(make_run(mixture=rows, evaluations=one), "other").evaluations[0].arm_loss is not None
 
 
 def test_a_saved_summary_is_complete(tmp_path):
