@@ -13,6 +13,7 @@ import yaml
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_nexus import MixtureConfig, NexusConfig, NexusTrainer, NexusTrainerMixin, load_mixture
+from hf_nexus.hub.publisher import Publisher
 from hf_nexus.trainer.config import save_settings, warn_of_changes
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -474,6 +475,15 @@ def test_each_machine_without_a_shared_disk_has_the_weights(make_trainer, source
         trainer.save_model(str(tmp_path / str(everywhere)))
         assert (tmp_path / str(everywhere) / "model.safetensors").exists() == everywhere
         assert "should_save_on_this_rank" not in vars(trainer.model)
+
+
+def test_a_run_deletes_what_a_killed_one_was_queueing(make_trainer, sources, tmp_path):
+    (unfinished := tmp_path / "hub_queue/new-7").mkdir(parents=True)
+    trainer = make_trainer(sources, max_steps=1, output_dir=str(tmp_path))
+    trainer._publishing.publisher = Publisher("alice/nexus", tmp_path)
+    assert unfinished.exists()
+    trainer.train()
+    assert not unfinished.exists()
 
 
 def test_another_number_of_paths_is_warned_of(tmp_path, caplog):
