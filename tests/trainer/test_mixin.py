@@ -486,6 +486,22 @@ def test_a_run_deletes_what_a_killed_one_was_queueing(make_trainer, sources, tmp
     assert not unfinished.exists()
 
 
+def test_buffers_of_quantized_models_are_not_copied(make_trainer, sources, monkeypatch):
+    """They are integers and large. Running statistics, which a path may change, are not."""
+    model, changed = tiny_llama(), []
+    model.register_buffer("packed", torch.zeros(3, dtype=torch.int32))
+    model.register_buffer("mean", torch.zeros(3))
+
+    def count(*_):
+        model.packed.add_(1)
+        model.mean.add_(1)
+
+    model.register_forward_hook(count)
+    monkeypatch.setattr("hf_nexus.trainer.window.warn_of_buffers", changed.extend)
+    make_trainer(sources, model=model, max_steps=1).train()
+    assert changed == ["mean"] and model.packed[0] > 0
+
+
 def test_another_number_of_paths_is_warned_of(tmp_path, caplog):
     logging.getLogger("transformers").propagate = True
     save_settings({"inner_sync": "local", "paths": 4}, str(tmp_path))
