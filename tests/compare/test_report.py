@@ -105,6 +105,7 @@ def test_settings_that_few_seeds_chose_are_a_limitation(tmp_path, seeds, rates, 
     trials += [trials[0] | {"learning_rate": 0.5, "chosen": False}]
     text = write(make_records({"adamw": 0.0, "nexus-0.05": 0.03}), tmp_path, trials=trials)
     assert ("- The tuning chose other values of learning_rate for some arms, by 1 seed:" in text) == warned
+    assert ("The tuning chose" in text) == warned
 
 
 def test_the_report_shows_tuning_details_and_plots(tmp_path):

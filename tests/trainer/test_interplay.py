@@ -96,7 +96,8 @@ def test_a_metric_of_no_set_keeps_its_name(make_trainer, sources):
     args = make_trainer(sources).args
     for names in (["text"], ["text", "law"]):
         trainer = Ours(tiny_llama(), args, train_dataset=sources, eval_dataset={name: Rows(4, 0) for name in names})
-        assert trainer.evaluate()["eval_similarity"] == 0.5
+        metrics = trainer.evaluate()
+        assert metrics["eval_similarity"] == 0.5 and ("eval_text_similarity" in metrics) == (len(names) == 1)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
