@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -76,6 +76,7 @@ def run_command_line(command_line: CommandLine, *, debug: bool = False) -> None:
 
 
 def _run(command_line: CommandLine, debug: bool) -> None:
+    # Its trainer is gone when it returns, as `leaving_process_group` requires.
     with one_line_errors(debug=debug):
         arguments = resolve(command_line)
         if arguments.dry_run:
@@ -145,7 +146,7 @@ class PretrainRun:
     mixture: Mixture
     checkpoint: str | None
     console: Console
-    lock: ExitStack = field(default_factory=ExitStack)  # of the output folder
+    lock: ExitStack  # of the output folder
 
     def train(self) -> None:
         """
@@ -216,53 +217,47 @@ def _write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: 
 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     """Lock the output folder, load the data, print the plan, build the trainer and claim the folder."""
-    with ExitStack() as stack:
-        if arguments.training.process_index == 0:
-            stack.enter_context(locked(arguments.folder))
-            recover(arguments.folder)
-        run = _prepare(arguments)
-        run.lock = stack.pop_all()
-        return run
-
-
-def _prepare(arguments: PretrainArguments) -> PretrainRun:
     args = arguments.training
     if (tp := arguments.hardware.tp_size) > 1:
         raise ValueError(
             f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "
             "(docs/distributed.md)."
         )
-    checkpoint = find_checkpoint(arguments)
-    console = new_console(quiet=args.process_index > 0)
-    if args.cpu_threads is not None:
-        torch.set_num_threads(args.cpu_threads)
-    set_seed(args.seed)
-    names = ", ".join(arguments.mixture.sources)
-    say(console, f"Reading the sources: {names}")
-    with args.main_process_first(desc="tokenizer and datasets"):
-        tokenizer = load_tokenizer(arguments, checkpoint)
-        model = _build(arguments, tokenizer, checkpoint)
-        if arguments.mixture.isolate_documents:  # before minutes of tokenizing
-            choose_isolation(True, isolation_problem(model, use_cache=False))
-        mixture = load_mixture(arguments.mixture, tokenizer)
-    print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
-    if not args.report_to:
-        curves = f"pip install trackio, add --report_to trackio, and run: trackio show --project {args.project}"
-        say(console, f"Live curves in a browser: {curves}")
-    trainer = NexusTrainer(model=model, args=args, train_dataset=mixture, processing_class=tokenizer)
-    trainer.wait_after_training = False  # an evaluation and a report follow
-    if not arguments.model.continues:
-        trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
-    for noisy in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(noisy)
-    if checkpoint is not None:
-        trainer.check_data(checkpoint)  # before the folder is changed
-        step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
-        say(console, f"Resuming after step {step} from {checkpoint}")
-    if args.should_save:
-        claim_folder(arguments, checkpoint, console)
-    trainer.accelerator.wait_for_everyone()
-    return PretrainRun(arguments, trainer, mixture, checkpoint, console)
+    with ExitStack() as stack:
+        if args.process_index == 0:
+            stack.enter_context(locked(arguments.folder))
+            recover(arguments.folder)
+        checkpoint = find_checkpoint(arguments)
+        console = new_console(quiet=args.process_index > 0)
+        if args.cpu_threads is not None:
+            torch.set_num_threads(args.cpu_threads)
+        set_seed(args.seed)
+        names = ", ".join(arguments.mixture.sources)
+        say(console, f"Reading the sources: {names}")
+        with args.main_process_first(desc="tokenizer and datasets"):
+            tokenizer = load_tokenizer(arguments, checkpoint)
+            model = _build(arguments, tokenizer, checkpoint)
+            if arguments.mixture.isolate_documents:  # before minutes of tokenizing
+                choose_isolation(True, isolation_problem(model, use_cache=False))
+            mixture = load_mixture(arguments.mixture, tokenizer)
+        print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
+        if not args.report_to:
+            curves = f"pip install trackio, add --report_to trackio, and run: trackio show --project {args.project}"
+            say(console, f"Live curves in a browser: {curves}")
+        trainer = NexusTrainer(model=model, args=args, train_dataset=mixture, processing_class=tokenizer)
+        trainer.wait_after_training = False  # an evaluation and a report follow
+        if not arguments.model.continues:
+            trainer.card_details["base_model"] = None  # a new model, also if its configuration has a name
+        for noisy in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(noisy)
+        if checkpoint is not None:
+            trainer.check_data(checkpoint)  # before the folder is changed
+            step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+            say(console, f"Resuming after step {step} from {checkpoint}")
+        if args.should_save:
+            claim_folder(arguments, checkpoint, console)
+        trainer.accelerator.wait_for_everyone()
+        return PretrainRun(arguments, trainer, mixture, checkpoint, console, stack.pop_all())
 
 
 def _build(
