@@ -246,7 +246,7 @@ class PackedLane:
 
 def _read_documents(lanes: Sequence[PackedLane]) -> None:
     """Read the next documents of some lanes, with one read of each block and one call of the tokenizer."""
-    short: list[list[Any]] = []  # the documents of one segment
+    found: list[tuple[PackedLane, Held, Any]] = []
     to_read = [(lane, *lane.to_read()) for lane in lanes]
     for (part, _), group in groupby(to_read, key=lambda of: (of[0].part, of[1].first)):
         members = list(group)
@@ -254,10 +254,9 @@ def _read_documents(lanes: Sequence[PackedLane]) -> None:
         rows = iter(part.fetch(held, np.concatenate([places for *_, places in members])))
         for lane, _, places in members:
             for place in places:
-                segments = lane.segments(next(rows), held.block, place)
-                lane.documents.append((held, segments))
-                if segments is not None and len(segments) == 1:
-                    short.append(segments)
-    encoded = lanes[0].packing.encoder.encode([document for (document,) in short])
-    for segments, tokens in zip(short, encoded, strict=True):
-        segments[0] = tokens
+                found.append((lane, held, lane.segments(next(rows), held.block, place)))
+    short = [segments[0] for *_, segments in found if segments is not None and len(segments) == 1]
+    encoded = iter(lanes[0].packing.encoder.encode(short))
+    for lane, held, segments in found:
+        is_short = segments is not None and len(segments) == 1
+        lane.documents.append((held, [next(encoded)] if is_short else segments))
