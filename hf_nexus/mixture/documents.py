@@ -106,7 +106,7 @@ def _load_columns(
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """Documents with these columns of Parquet files (all if none are given), and the names of all columns."""
     whole = partial(datasets.load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
-    if not columns:
+    if not columns or ("data_files" in files and files["path"] != "parquet"):
         return whole(), []
     try:
         builder = datasets.load_dataset_builder(**files)
