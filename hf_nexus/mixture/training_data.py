@@ -29,8 +29,6 @@ class TrainingData:
         dataset (`MixtureDataset`, `MixtureStream` or `Dataset`):
             A `MixtureDataset` if all sources can be indexed. A `MixtureStream` if one is a stream, or if the weights
             are decided while training. A plain dataset is kept as it is.
-        evaluation (`Dataset` or `dict[str, Dataset]`, *optional*):
-            The evaluation sets.
         stages (`list[Stage]`):
             The stages, whose weights sum to one: one stage if they are constant, none for a plain dataset.
         mixture ([`Mixture`], *optional*):
@@ -38,7 +36,6 @@ class TrainingData:
     """
 
     dataset: Any
-    evaluation: Any = None
     stages: list[Stage] = field(default_factory=list)
     mixture: Mixture | None = None
 
@@ -125,11 +122,9 @@ class StageWeights:
         return next(weights for first, weights in reversed(self.borders) if first <= step)
 
 
-def prepare_data(
-    train: Any, evaluation: Any, weights: Any, dynamic: bool, seed: int, whole: bool = False
-) -> TrainingData:
+def prepare_data(train: Any, weights: Any, dynamic: bool, seed: int, whole: bool = False) -> TrainingData:
     """
-    Prepare `train_dataset` and `eval_dataset` for reading.
+    Prepare `train_dataset` for reading.
 
     `weights` is the field `mixture_weights`, which takes precedence over the weights of a mixture; `dynamic` says
     whether weights are decided while training; `seed` is that of the order of rows; `whole` says that the trainer
@@ -140,7 +135,6 @@ def prepare_data(
     """
     mixture = train if isinstance(train, Mixture) else None
     if mixture is not None:
-        evaluation = mixture.eval if evaluation is None else evaluation
         train = mixture.train
     if whole and (weights is not None or dynamic):
         raise ValueError(
@@ -149,14 +143,14 @@ def prepare_data(
         )
     sources = None if whole else split_sources(train)
     if sources is None:
-        return TrainingData(train, evaluation).with_weights({} if dynamic and weights is None else weights)
+        return TrainingData(train).with_weights({} if dynamic and weights is None else weights)
     dataset: MixtureDataset | MixtureStream
     if dynamic or any(map(_is_stream, sources.values())):
         buffer: dict[str, Any] = {} if mixture is None else {"buffer_size": mixture.config.buffer_size}
         dataset = MixtureStream(sources, seed=seed, **buffer)
     else:
         dataset = MixtureDataset(sources)
-    return TrainingData(dataset, evaluation, mixture=mixture).with_weights(weights)
+    return TrainingData(dataset, mixture=mixture).with_weights(weights)
 
 
 def _is_stream(source: Any) -> bool:

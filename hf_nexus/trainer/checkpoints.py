@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..files import checkpoints_of, printable, step_of
 from ..lock import locked
+from ..mixture.step_effects import StepEffects
 from .config import SETTINGS_NAME
 from .distributed import max_over_ranks
 from .sharded import ShardedWriter
@@ -494,8 +495,7 @@ class RandomStates:
     The random states that a checkpoint saves.
 
     A checkpoint that is saved during a window (the Trainer saves in `on_pre_optimizer_step` after a SIGTERM) is
-    resumed at the window's start, so it holds the states of that moment. A window is in progress until the number of
-    the outer step has changed.
+    resumed at the window's start, so it holds the states of that moment.
     """
 
     def __init__(self) -> None:
@@ -503,13 +503,16 @@ class RandomStates:
 
     def begin(self) -> None:
         """Discard an interrupted window, before training."""
-        self._epoch: tuple | None = None
-        self._window: tuple | None = None
-        self._step = 0
+        self._effects = StepEffects()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._epoch: tuple | None = None  # the states at the start of an epoch whose first window was not stepped on
+        self._window: tuple | None = None  # those at the start of the window
 
     def begin_epoch(self, step: int, epoch: float | None) -> None:
         """Note the states at an epoch's start, where the Trainer resumes before the data loader draws its seed."""
-        self._forget(step)
+        self._effects.apply(step)
         self._epoch = _random_states() if float(epoch or 0).is_integer() else None
 
     def loaded(self) -> None:
@@ -519,17 +522,14 @@ class RandomStates:
 
     def begin_window(self, step: int) -> None:
         """Note the states before the first micro-batch of an outer step."""
-        self._forget(step)
-        self._window, self._step = self._epoch or _random_states(), step
-
-    def _forget(self, step: int) -> None:
-        if self._window is not None and self._step < step:
-            self._epoch = self._window = None
+        self._effects.begin(step)
+        self._window = self._epoch or _random_states()
+        self._effects.add(self._forget)
 
     @contextmanager
     def to_save(self, step: int) -> Iterator[None]:
         """The states from which a checkpoint of an outer step is resumed, inside the context."""
-        self._forget(step)
+        self._effects.apply(step)
         start, now = self._window or self._epoch, _random_states()
         if start is not None:
             _set_random_states(start)

@@ -51,7 +51,6 @@ class Feed:
     def __init__(
         self,
         train: Any,
-        evaluation: Any,
         args: Any,
         weights_function: WeightsFunction | None = None,
         whole: bool = False,
@@ -66,15 +65,13 @@ class Feed:
         self.copies = 1  # number of ranks that read the same rows, as under tensor parallelism
         self._sampler: Any = None
         self._generator = torch.Generator()  # of the Trainer's samplers
-        self.set_data(train, evaluation)
+        self.set_data(train)
 
-    def set_data(self, train: Any, evaluation: Any) -> None:
+    def set_data(self, train: Any) -> None:
         """Replace the data."""
         self._weights = self._args.mixture_weights
         self._sources: dict[str, Any] | None = None  # their description, for which rows are read
-        self.data: TrainingData = prepare_data(
-            train, evaluation, self._weights, self.dynamic_weights, self._seed, self._whole
-        )
+        self.data: TrainingData = prepare_data(train, self._weights, self.dynamic_weights, self._seed, self._whole)
 
     def check(self, evaluation: Any, optimizer: Any = None) -> None:
         """Refuse arguments that cannot be combined, with each other, this data or an `optimizer` of the user."""

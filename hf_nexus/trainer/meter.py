@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..files import read_json
+from ..mixture.step_effects import StepEffects
 from ..nexus import Nexus
 from .distributed import sum_over_ranks
 from .window import Window
@@ -102,8 +103,7 @@ class TrainingMeter:
     """
     Counts losses and tokens of each source. The totals are saved in `totals.json` of a checkpoint and resumed from it.
 
-    A window counts after its optimizer step, when the number of the outer step has increased. A checkpoint that is
-    saved before the step repeats the window after a resume.
+    A window counts after its optimizer step, as [`~hf_nexus.mixture.step_effects.StepEffects`].
 
     `masked` has the tokens of a row of each source that is trained on a part of its tokens. `copies` is the number of
     ranks that read the same rows, which count once.
@@ -152,8 +152,7 @@ class TrainingMeter:
         self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
         self._pauses = 0  # of those that are not over, one inside the other
-        self._window: list[Callable[[], None]] = []  # what to count once the optimizer has stepped
-        self._step = -1  # the outer step of that window
+        self._window = StepEffects()  # what to count
 
     def end(self) -> None:
         """Stop the time of training."""
@@ -161,25 +160,20 @@ class TrainingMeter:
 
     # ---- Counting ----
 
-    def begin_window(self, step: int) -> None:
-        """Begin the window of an outer step. An interrupted window of the same step is discarded."""
-        self._count(step)
-        self._window.clear()
-        self._step = step
-
-    def _count(self, step: int) -> None:
-        """Count the last window if it belongs to a step before `step`."""
-        if self._step < step:
-            for count in self._window:
-                count()
-            self._window.clear()
+    def begin_window(self, step: int, unit: str = "tokens") -> None:
+        """
+        Begin the window of an outer step, whose losses per source are of tokens or `"rows"`. An interrupted window of
+        the same step is discarded.
+        """
+        self._window.begin(step)
+        self.unit = unit
 
     def add_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
         """
         Add a trained micro-batch: its rows by source, the sum of its loss over its loss tokens on this rank, and their
         number, both 0-d. The loss of a mixed one counts for no source, and its tokens in proportion to the rows.
         """
-        self._window.append(partial(self._count_micro_batch, rows, loss, tokens))
+        self._window.add(partial(self._count_micro_batch, rows, loss, tokens))
 
     def add_walk(self, window: Window, losses: Tensor, nexus: Nexus) -> None:
         """Add a window that was walked: its path, and its micro-batches with their mean losses, (k,)."""
@@ -188,8 +182,8 @@ class TrainingMeter:
         self.add_path(nexus.pseudo_gradient_norm, cosine, skipped, losses.isfinite().any())
         if not nexus.steps_taken:
             logger.warning_once(
-                f"Step {self._step}: no inner step had a usable gradient (zero or not finite), so the weights stay as "
-                "they are. Further steps like this show up in inner_steps_skipped only."
+                f"Step {self._window.step}: no inner step had a usable gradient (zero or not finite), so the "
+                "weights stay as they are. Further steps like this show up in inner_steps_skipped only."
             )
         for i, taken in enumerate(nexus.taken):
             if taken:
@@ -200,7 +194,7 @@ class TrainingMeter:
         Add the path of a window: the norm of its pseudo-gradient, its path cosine, the number of skipped inner steps,
         and whether any of its losses was finite (0-d bool).
         """
-        self._window.append(partial(self._count_path, norm, cosine, skipped, finite))
+        self._window.add(partial(self._count_path, norm, cosine, skipped, finite))
 
     def _count_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
@@ -239,7 +233,7 @@ class TrainingMeter:
 
     def update_totals(self, step: int) -> None:
         """Bring the totals up to date with all windows before an outer step. All ranks must call it."""
-        self._count(step)
+        self._window.apply(step)
         interval = self._interval
         tokens, rows = ([new[source] for source in self.sources] for new in (interval.new_tokens, interval.new_rows))
         *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, *rows, interval.skipped, 1])).tolist()

@@ -7,7 +7,7 @@ step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +124,10 @@ class NexusTrainerMixin(_Base):
             given["args"] = for_parent(settings) if converted else settings
         self._precision_is_chosen = precision_is_chosen(settings)
         whole = samples_sources(type(self), NexusTrainerMixin)
-        self._feed = Feed(
-            given.get("train_dataset"), given.get("eval_dataset"), settings, mixture_weights_function, whole
-        )
+        self._feed = Feed(given.get("train_dataset"), settings, mixture_weights_function, whole)
+        evaluation, mixture = given.get("eval_dataset"), self.data.mixture
+        if evaluation is None and mixture is not None:
+            evaluation = mixture.eval
         self._window = Window()
         self._walker = Walker(settings)
         self._evaluation = Evaluation(settings)
@@ -141,9 +142,9 @@ class NexusTrainerMixin(_Base):
             check_trl_arguments(parent, users, on=not self._plain)
         self._trl = SourcePreparation(self._feed, parent)
         optimizer = (given.get("optimizers") or (None,))[0] or given.get("optimizer_cls_and_kwargs")
-        self._feed.check(self.data.evaluation, optimizer)
+        self._feed.check(evaluation, optimizer)
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown
-        given |= {"train_dataset": shown, "eval_dataset": self.data.evaluation}
+        given |= {"train_dataset": shown, "eval_dataset": evaluation}
         collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
         if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
             given["data_collator"] = collate_packed  # the Trainer's would ask the tokenizer for a padding token
@@ -153,7 +154,8 @@ class NexusTrainerMixin(_Base):
         super().__init__(**given)
         if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
-        copies = self._feed.copies = self._evaluation.copies = self.get_tp_size()  # these ranks read the same rows
+        # As many ranks read the same rows, which is known with the model.
+        copies = self._feed.copies = self._evaluation.copies = self.get_tp_size()
         self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked, copies)
         if self.data.eos_token_id is not None:
             self._isolate_documents(collate_packed, self.data_collator)
@@ -474,7 +476,6 @@ class NexusTrainerMixin(_Base):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         mixed, settings = self.args.source_schedule == "mixed", optimizer_settings(self.optimizer)
         self._window = window = Window(fetching=True, mixed=mixed, settings=settings)
-        self.meter.begin_window(self.state.global_step)
         untagged = window.take(self._feed.in_order(epoch_iterator), tagged=bool(self.data.stages))
         try:
             batches, _ = super().get_batch_samples(untagged, num_batches, device)
@@ -483,11 +484,19 @@ class NexusTrainerMixin(_Base):
         self._feed.agree(window, self.state.global_step)
         count: Any = self._get_num_items_in_batch
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
-        with changed(self.args, average_tokens_across_devices=False):  # local counts first, then one reduction of all
+        with self._without_averages():  # local counts first, then one reduction of all
             items = window.count(batches, lambda batch: count([batch], device), ranks)
         if batches:
-            self.meter.unit = window.unit
+            self.meter.begin_window(self.state.global_step, window.unit)
+        # The count of the whole window is for overrides of `training_step`. Each micro-batch is divided by its own.
         return batches, count(batches, device) if items is None else items
+
+    def _without_averages(self) -> AbstractContextManager[None]:
+        """
+        Count loss tokens on this rank only, and multiply no loss by the number of ranks, inside the context. The
+        Trainer does so with `average_tokens_across_devices` if the model takes a count, even if it ignores it.
+        """
+        return changed(self.args, average_tokens_across_devices=False)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The base class's count of loss tokens, of labels that it can count."""
@@ -532,19 +541,13 @@ class NexusTrainerMixin(_Base):
 
     def _micro_step(self, model: nn.Module, base_step: Any, i: int, whole: bool = False) -> Tensor:
         """
-        The base class's `training_step` of micro-batch `i`.
-
-        The Trainer multiplies a loss by the number of ranks if the model takes a count, even if it ignores the count.
-        Here the count is the mean over the ranks instead.
+        The base class's `training_step` of micro-batch `i`, whose count is the mean over the ranks.
 
         Returns:
             `Tensor`: the mean loss, 0-d. With `whole`, its part of the window's loss.
         """
         divisors = self._window.divisors(i, measured=not self.sharded, whole=whole)
-        with (
-            changed(self.args, average_tokens_across_devices=False),
-            changed(self, current_gradient_accumulation_steps=divisors.steps),
-        ):
+        with self._without_averages(), changed(self, current_gradient_accumulation_steps=divisors.steps):
             return divisors.divide(base_step(model, self._window.inputs[i], divisors.items))
 
     def _walk_window(self, model: nn.Module, base_step: Any) -> Tensor:
@@ -718,8 +721,7 @@ class NexusTrainerMixin(_Base):
             with metrics_aside(self):  # TRL's were collected with the loss
                 return step(inputs, False)
 
-        # Over all ranks, the base class would multiply by their number even a loss that ignores the count.
-        with changed(self.args, average_tokens_across_devices=False):
+        with self._without_averages():
             count = self._get_num_items_in_batch
             return evaluation.step(
                 inputs, prediction_loss_only, step, again, lambda rows: count([rows], self.args.device)

@@ -99,7 +99,7 @@ class SourcePreparation:
         if self.shown is None or not (dataset is self.shown or dataset is data.dataset):
             return step(f"Dataset {name!r}", dataset)
         sources = {name: step(f"Source {name!r}", source) for name, source in data.dataset.sources.items()}
-        self._feed.set_data(sources, data.evaluation)
+        self._feed.set_data(sources)
         return self._feed.data.dataset
 
 

@@ -18,7 +18,7 @@ def meter_of(*sources: str) -> TrainingMeter:
 
 def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> int:
     """Count one window with one micro-batch, and return the next step."""
-    step = meter._step + 1
+    step = meter._window.step + 1
     meter.begin_window(step)
     meter.add_micro_batch({source: 1}, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
     return step + 1

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ..schedule import DynamicSchedule, Windows
 from ..stages import normalized
+from ..step_effects import StepEffects
 from ..tags import StreamState, tag_of
 from .dataset import MixtureStream
 from .lanes import Lanes
@@ -97,7 +99,8 @@ class StreamProgress:
             name: {lane: state for lane, state in lanes.items() if int(lane) // stream.lanes.turns in stream.slots}
             for name, lanes in saved.get("positions", {}).items()
         }
-        self._window: tuple[int, list[StreamState]] = (step, [])
+        self._window: list[StreamState] = []  # after its micro-batches
+        self._effects = StepEffects()
         self.stream.begin(self._positions)
 
     def index_of(self, number: int) -> Any:
@@ -183,7 +186,7 @@ class StreamProgress:
 
     def exhausted(self) -> list[str]:
         """Sources in use that the last window has read `max_epochs` times on this rank."""
-        passes = [(s.source, state["pass"]) for s in self._window[1] for state in s.lanes.values()]
+        passes = [(s.source, state["pass"]) for s in self._window for state in s.lanes.values()]
         finished = {source for source, pass_ in passes if pass_ >= self._limit(source)}
         return [name for name in self.stream.names if name in finished and name not in self.left_out]
 
@@ -201,34 +204,28 @@ class StreamProgress:
 
     def note_window(self, step: int, states: Sequence[StreamState]) -> None:
         """Note the positions of the sources after the window of an outer step."""
-        self._commit(step)
-        self._window = (step, list(states))
+        self._effects.begin(step)
+        self._window = list(states)
+        for state in states:
+            self._effects.add(partial(state.store, self._positions))
         for past in [s for s in self._shares if s < step]:
             del self._shares[past]
         for past in [s for s in self._starts if s < step]:
             del self._starts[past]
-
-    def _commit(self, step: int) -> None:
-        """Add the window to the positions if it belongs to a step before `step`."""
-        of_step, states = self._window
-        if of_step < step:
-            for state in states:
-                state.store(self._positions)
-            self._window = (step, [])
 
     def skipped_rows(self, step: int) -> list[list[int]]:
         """
         Rows of each source and lane that were skipped before an outer step because they could not be used, as far as
         this rank knows: it may not have read a lane, or another rank later.
         """
-        self._commit(step)
+        self._effects.apply(step)
         lanes = range(self.stream.lanes.slots * self.stream.lanes.turns)
         states = [self._positions.get(name, {}) for name in self.stream.names]
         return [[of.get(str(lane), {}).get("skipped", 0) for lane in lanes] for of in states]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """State for [`~StreamProgress.begin`] to continue after `step` outer steps, as JSON types."""
-        self._commit(step)
+        self._effects.apply(step)
         state = {
             "lanes": [self.stream.lanes.slots, self.stream.lanes.turns],
             "first": self._first,
