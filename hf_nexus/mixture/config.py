@@ -1,5 +1,6 @@
 """The configuration of a mixture: its sources and how they are packed and weighted."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):
-            self.path = re.sub("^(?:file|local)://", "", self.path)
+            self.path = os.path.expanduser(re.sub("^(?:file|local)://", "", self.path))
         if self.weight == 0:
             raise ValueError("weight: 0 is not allowed. To evaluate on a source without training, set `role: ood`.")
         check_fields(self)
@@ -223,7 +224,8 @@ class MixtureConfig:
         num_proc (`int`, *optional*):
             Number of processes that tokenize. Defaults to one, in which a fast tokenizer uses one thread per core.
         buffer_size (`int`, *optional*, defaults to 10000):
-            Number of rows among which a streaming source is shuffled. At most this many are read again on resume.
+            Rows of a streaming source in memory, which are shuffled in blocks of half as many. At most this many rows
+            are read again on resume.
         stages (`list[Stage]`, *optional*):
             Weights that change during training, in place of the weights of the sources. Each stage ends at a fraction
             of the outer steps (`until`), and its `weights` name every training source.

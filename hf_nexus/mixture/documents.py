@@ -73,11 +73,11 @@ def load_documents(
     Raises:
         ValueError: Nothing is there, it has no such split, subset or column, or it has no documents.
     """
-    path, named = os.path.expanduser(source.path), {} if every_column else source.columns
+    path, named = source.path, {} if every_column else source.columns
     available: list[str] = []
     with _naming_source(name, source, split):
-        if source.path.startswith(BUILTIN_PREFIX):
-            documents = _load_builtin(source.path.removeprefix(BUILTIN_PREFIX))
+        if path.startswith(BUILTIN_PREFIX):
+            documents = _load_builtin(path.removeprefix(BUILTIN_PREFIX))
         elif is_saved(path):
             documents = _load_saved(path, split)
         else:

@@ -139,7 +139,7 @@ def _describe(name: str, source: Any, mixture: Mixture | None, hash_of: Any = to
     facts = {} if mixture is None else _settings(mixture.config.sources[name])
     documents = source
     if isinstance(source, StreamedDocuments):
-        documents, path = source.documents, os.path.expanduser(source.encoder.source.path)
+        documents, path = source.documents, source.encoder.source.path
         facts |= _settings(source.encoder.source)
         if is_remote(path) or not means_files(path):
             facts["path"] = _address(path)

@@ -85,6 +85,13 @@ def test_brackets_in_the_name_of_a_file_are_literal(write, tmp_path):
         assert "no file matches" in refusal("--config", write(data={"sources": {"a": {"path": f"{tmp_path}/{path}"}}}))
 
 
+def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "web.jsonl").touch()
+    found = read_command_line(["--config", write(data={"sources": {"a": {"path": "~/web.jsonl"}}})])
+    assert found.mixture.sources["a"].path == str(tmp_path / "web.jsonl")
+
+
 def test_a_file_may_be_missing_where_the_run_is_only_planned(write):
     argv = ["--config", write(data={"sources": {"a": {"path": "gone.jsonl"}}})]
     assert read_command_line([*argv, "--dry-run"]).dry_run
