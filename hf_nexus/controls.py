@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .tensors import Buffers, Snapshot, add_scaled_, global_norm, shard
+from .tensors import Buffers, Snapshot, add_scaled_, global_norm
 
 __all__ = ["GradientSum", "RandomPath", "Settings", "fill_normal_"]
 
@@ -90,7 +90,7 @@ class Settings:
             return GradientSum(self._sum)
         if self.direction == "random":
             keys = [(*key, self.outer_step) for key in self._keys]
-            return RandomPath(self.params, self._snapshot, self.inner_lr, self._sum, self._norm, keys)
+            return RandomPath(self._snapshot, self.inner_lr, self._sum, self._norm, keys)
         return None
 
 
@@ -120,7 +120,6 @@ class RandomPath(GradientSum):
 
     def __init__(
         self,
-        params: list[Tensor],
         snapshot: Snapshot,
         inner_lr: float,
         total: Buffers,
@@ -128,7 +127,7 @@ class RandomPath(GradientSum):
         keys: list[tuple[int, ...]],
     ):
         super().__init__(total)
-        self._params, self._snapshot, self._inner_lr = params, snapshot, inner_lr
+        self._snapshot, self._inner_lr = snapshot, inner_lr
         self._norm, self._keys, self._steps = norm, keys, 0
         snapshot.save()
 
@@ -141,7 +140,7 @@ class RandomPath(GradientSum):
         self._steps += 1
         length = self._norm(indices, directions)
         self._snapshot.wait()
-        add_scaled_([shard(self._params[i]) for i in indices], directions, -self._inner_lr / length, usable)
+        add_scaled_(self._snapshot.tensors_at(indices), directions, -self._inner_lr / length, usable)
 
 
 def fill_normal_(tensors: Sequence[Tensor], key: tuple[int, ...]) -> None:

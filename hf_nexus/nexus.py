@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .controls import Settings
-from .tensors import Snapshot, add_scaled_, clear_gradients, find_gradients, set_gradients, shard
+from .tensors import Snapshot, add_scaled_, clear_gradients, find_gradients, set_gradients
 
 __all__ = ["Nexus"]
 
@@ -29,13 +29,13 @@ __all__ = ["Nexus"]
 class Path:
     """Steps (1) to (3) of one window. The snapshot holds theta_0, the parameters hold theta_m."""
 
-    def __init__(self, params: list[Tensor], snapshot: Snapshot, inner_lr: float):
-        self._params, self._snapshot, self._inner_lr = params, snapshot, inner_lr
+    def __init__(self, snapshot: Snapshot, inner_lr: float):
+        self._snapshot, self._inner_lr = snapshot, inner_lr
         snapshot.save()  # (1)
 
     def step(self, indices: list[int], gradients: list[Tensor], norm: Tensor, usable: Tensor) -> None:
         self._snapshot.wait()  # an offloaded snapshot may still be on its way
-        add_scaled_([shard(self._params[i]) for i in indices], gradients, -self._inner_lr / norm, usable)  # (2)
+        add_scaled_(self._snapshot.tensors_at(indices), gradients, -self._inner_lr / norm, usable)  # (2)
 
     def pseudo_gradient(self, indices: list[int], steps: int) -> list[Tensor]:
         p = self._snapshot.minus_current(indices)
@@ -99,7 +99,7 @@ class Nexus(Settings):
                 self._usable: list[Tensor] = []  # per inner step: 0-d bool
                 self._indices: list[list[int]] = []  # per inner step: which parameters had a gradient
                 clear_gradients(self.params)
-                self._path = self._start_control() or Path(self.params, self._snapshot, self.inner_lr)
+                self._path = self._start_control() or Path(self._snapshot, self.inner_lr)
                 yield self
                 self._load_pseudo_gradient()
             except BaseException:

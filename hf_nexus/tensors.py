@@ -177,6 +177,10 @@ class Buffers:
         """Local shards of the tensors as they are now: FSDP2 moves its shards at the first forward."""
         return [shard(tensor) for tensor in self._all_tensors]
 
+    def tensors_at(self, indices: Sequence[int]) -> list[Tensor]:
+        """Local shards of some of the tensors."""
+        return [shard(self._all_tensors[i]) for i in indices]
+
     @property
     def values(self) -> list[Tensor]:
         """The buffers, one per tensor."""
@@ -198,7 +202,7 @@ class Buffers:
 
     def to_device(self, indices: Sequence[int]) -> list[Tensor]:
         """Copies of the buffers at `indices`, on the device of the tensors."""
-        copies = [torch.empty_like(shard(self._all_tensors[i])) for i in indices]
+        copies = [torch.empty_like(tensor) for tensor in self.tensors_at(indices)]
         torch._foreach_copy_(copies, [self.values[i] for i in indices], non_blocking=True)
         return copies
 
@@ -255,5 +259,5 @@ class Snapshot(Buffers):
         """New tensors `snapshot - tensor` at `indices`, on the device of the tensors."""
         self.wait()
         differences = self.to_device(indices)
-        torch._foreach_sub_(differences, [shard(self._all_tensors[i]) for i in indices])
+        torch._foreach_sub_(differences, self.tensors_at(indices))
         return differences

@@ -20,7 +20,7 @@ BREAKS = {
         "inner step not normalized": ("-self._inner_lr / norm", "-self._inner_lr * (norm / norm)"),
         "pseudo-gradient not divided by k": ("self._inner_lr * steps)", "self._inner_lr)"),
         "pseudo-gradient not divided by gamma": ("self._inner_lr * steps)", "steps)"),
-        "no path: all gradients taken at theta_0": ("        add_scaled_([", "        1 or add_scaled_(["),
+        "no path: all gradients taken at theta_0": ("        add_scaled_(self.", "        1 or add_scaled_(self."),
         "no snapshot": ("snapshot.save()  # (1)", "snapshot.values"),
         "the path of an inner_lr of 0": ("self._start_control() or Path", "Path"),
         "no restore": ("self._snapshot.restore()\n", "pass\n"),
