@@ -45,9 +45,9 @@ from hf_nexus.mixture.builtin.corpus import builtin_documents
 from hf_nexus.mixture.builtin.tokenizer import train_tokenizer
 from hf_nexus.mixture.isolation import PackedRowCollator
 from hf_nexus.mixture.loading import Mixture
-from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
+from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.lanes import Lanes
-from hf_nexus.mixture.stream.progress import StreamProgress
+from hf_nexus.mixture.stream.progress import MicroBatchSampler, StreamProgress
 from hf_nexus.mixture.tags import TaggingCollator
 
 BARE = "bare loader"

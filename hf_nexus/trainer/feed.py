@@ -25,9 +25,9 @@ from ..mixture.plan import mixture_plan
 from ..mixture.schedule import SourceSchedule, Windows
 from ..mixture.stages import stage_borders
 from ..mixture.state import compare_data, describe_data, describe_sources, load_data_state, save_data_state
-from ..mixture.stream.dataset import MicroBatchSampler, MixtureStream
+from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.lanes import Lanes
-from ..mixture.stream.progress import StreamProgress, WeightsFunction, steps_ahead
+from ..mixture.stream.progress import MicroBatchSampler, StreamProgress, WeightsFunction, steps_ahead
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
@@ -123,32 +123,30 @@ class Feed:
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
         rows, k = batch_size * self._ranks, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
-            weights = self._weights_function or StageWeights(self.data.stages, args.max_steps)
+            staged = StageWeights(self.data.stages, args.max_steps)
             several = self.dynamic_weights and args.world_size > 1
             workers, mixed = max(1, args.dataloader_num_workers), args.source_schedule == "mixed"
             lanes = self._lanes(rows, workers)
             dataset.place(args.process_index // self.copies, self._ranks, workers, lanes, mixed)
-            self._progress = StreamProgress(
+            self._progress = progress = StreamProgress(
                 dataset,
-                weights,
+                self._weights_function or staged,
                 k,
-                self._seed,
-                args.source_schedule,
-                rows,
-                self.data.max_epochs,
-                self._read_ahead,
-                self._shares_of_first_rank if several else None,
+                seed=self._seed,
+                kind=args.source_schedule,
+                rows=rows,
+                max_epochs=self.data.max_epochs,
+                read_ahead=self._read_ahead,
+                broadcast=self._shares_of_first_rank if several else None,
             )
-            planned = self._progress
             if not self.dynamic_weights:
-                borders = [(step * k, shares) for step, shares in stage_borders(self.data.stages, args.max_steps)]
+                borders = [(step * k, shares) for step, shares in staged.borders]
                 self._check_epochs(borders, args.max_steps * k, rows)
-            return MicroBatchSampler(planned.index_of, args.max_steps * k, rows, dataset.owners, planned.ahead)
+            return MicroBatchSampler(progress.index_of, args.max_steps * k, rows, dataset.owners, progress.ahead)
         if isinstance(dataset, MixtureDataset):
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
-            kind, ranks = args.source_schedule, self._ranks
-            schedule = SourceSchedule(borders, self._seed, kind, windows, rows, ranks)
+            schedule = SourceSchedule(borders, self._seed, args.source_schedule, windows, rows, self._ranks)
             sampler = MixtureSampler(dataset, schedule, rows, self._seed)
             self._check_epochs(borders, windows.micro_batches(steps), rows)
             return sampler
@@ -234,7 +232,7 @@ class Feed:
         """Let a sampler draw the order of each epoch from the seed and the epoch. It may be of any class."""
         self._sampler = sampler
         self._generator.manual_seed(self._seed)
-        if getattr(sampler, "generator", self) is None:  # it would draw from the global random state
+        if getattr(sampler, "generator", self) is None:  # with none, it would draw from the global random state
             sampler.generator = self._generator
 
     def begin_epoch(self, epoch: int) -> None:
@@ -287,7 +285,7 @@ class Feed:
             # The other ranks continued: their loaders have requested more, and wait for the first rank's weights.
             for further in range(step, min(step + progress.steps_ahead, args.max_steps - 1) + 1):
                 progress.decide_shares(further)
-        ended, names = set(progress.exhausted()), self.data.names
+        ended, names = set(progress.exhausted(window.states)), self.data.names
         marks = [[s.mark for s in window.states if s.source == name and s.mark is not None] for name in names]
         highest, lowest = ([max((sign * mark for mark in of), default=-(2**32)) for of in marks] for sign in (1, -1))
         own = [window.error is not None, *(name in ended for name in names), *highest, *lowest]
@@ -391,7 +389,7 @@ class Feed:
                 *(checkpoint, saved, args.train_batch_size),
             )
 
-    def place(self, checkpoint: str, epochs: int, batches: int) -> tuple[int, int]:
+    def passes_before(self, checkpoint: str, epochs: int, batches: int) -> tuple[int, int]:
         """
         The passes over the data before a checkpoint, and the micro-batches of the pass after them: those given, which
         the Trainer computes from the length, or those of the checkpoint, if the data is one dataset without a length.

@@ -1,8 +1,7 @@
 """Mixtures of streams: the rows of each micro-batch, read during training from where each source stands."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from .lanes import Lanes
 from .reader import RowReader
 from .sources import open_source
 
-__all__ = ["MicroBatchSampler", "MixtureStream"]
+__all__ = ["MixtureStream"]
 
 
 class MixtureStream(torch.utils.data.Dataset):
@@ -129,67 +128,3 @@ class MixtureStream(torch.utils.data.Dataset):
             packed = isinstance(source, StreamedDocuments)
             self._readers[name, owner] = PackedRowReader(source, *reading) if packed else RowReader(*reading)
         return self._readers[name, owner]
-
-
-class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """
-    Indices of a [`MixtureStream`], once for each of the rows of a micro-batch on all ranks.
-
-    A data loader gives its requests to its workers in turn. With workers, micro-batches are requested in an order in
-    which each worker gets those of the lanes that it owns, and the run puts them back in order.
-
-    `index_of` returns number and source of a micro-batch, or of each of its rows if they are mixed, or `None` if a
-    resumed run skips it. It is called in order, `ahead` micro-batches before the request. With
-    `(owners - 1) * (sources + 1)` planned ahead, there is always one for the next worker. `rows` are those of a
-    micro-batch over all ranks.
-    """
-
-    def __init__(
-        self,
-        index_of: Callable[[int], Any],
-        micro_batches: int,
-        rows: int,
-        owners: int = 1,
-        ahead: int = 0,
-    ):
-        self.index_of = index_of
-        self.micro_batches = micro_batches
-        self.rows = rows
-        self.owners = owners
-        self.ahead = ahead
-
-    def __len__(self) -> int:
-        return self.micro_batches * self.rows
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in self._requests():
-            if isinstance(index, list):
-                yield from index
-            else:
-                yield from ((index[0] * self.rows + row, index[1]) for row in range(self.rows))
-
-    def _requests(self) -> Iterator[Any]:
-        planned: list[deque[tuple[int, int]]] = [deque() for _ in range(self.owners)]
-        ends: dict[int, int] = {}  # the number after those of each source
-        source = worker = 0  # of the last request, and the worker that gets the next one
-        for number in range(self.micro_batches):
-            index = self.index_of(number)
-            if index is None:
-                yield 0, 0
-                continue
-            if isinstance(index, list):
-                yield index
-                continue
-            planned[index[0] % self.owners].append(index)
-            ends[index[1]] = index[0] + 1
-            if sum(map(len, planned)) > self.ahead:
-                yield (index := planned[worker].popleft())
-                source, worker = index[1], (worker + 1) % self.owners
-        if any(planned) and source not in ends:  # so few are left that none was requested yet
-            source = next(iter(ends))
-        while any(planned):
-            if not planned[worker]:  # it reads what the run does not ask for, because the next worker has more to do
-                ends[source] += (worker - ends[source]) % self.owners + 1
-                planned[worker].append((ends[source] - 1, source))
-            yield (index := planned[worker].popleft())
-            source, worker = index[1], (worker + 1) % self.owners

@@ -46,9 +46,8 @@ class PackedRowReader(RowReader):
 
     def __init__(self, packing: StreamedDocuments, *reading: Any):
         super().__init__(*reading)
-        states = reading[-1]
         self._of_number = {
-            lane.number: PackedLane(packing, self._parts[lane.part], lane, states.get(str(lane.number)))
+            lane.number: PackedLane(packing, self._parts[lane.part], lane, self._states.get(str(lane.number)))
             for lanes in self._of_part.values()
             for lane in lanes
         }
@@ -113,9 +112,9 @@ class PackedLane:
             if more:
                 self._row_at = self._read
             elif dropped > PATIENCE and self._a_pass_since(self._row_at):
-                part = self.packing.encoder.source.loss_on
+                loss_on = self.packing.encoder.source.loss_on
                 raise self.part.error(
-                    f"no row of a whole pass has a token to train on (loss_on={part!r}). Raise sequence_length, or "
+                    f"no row of a whole pass has a token to train on (loss_on={loss_on!r}). Raise sequence_length, or "
                     "check the columns."
                 )
         return rows

@@ -54,7 +54,10 @@ class Lanes:
 
     @classmethod
     def of_run(cls, rows: int, ranks: int, workers: int) -> "Lanes":
-        """The cut of a new run with `rows` rows in a micro-batch of all ranks: 64 lanes, if its numbers divide 8."""
+        """
+        The cut of a new run with `rows` rows in a micro-batch of all ranks: 64 lanes, if 8 divides the rows, and ranks
+        and workers divide 8.
+        """
         slots = max(n for n in range(ranks, max(_LEAST, ranks) + 1, ranks) if rows % n == 0)
         return cls(slots, workers * -(-_LEAST // workers))
 

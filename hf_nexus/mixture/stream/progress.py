@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ..schedule import DynamicSchedule, Windows
@@ -17,7 +18,7 @@ from .dataset import MixtureStream
 from .lanes import Lanes
 from .reader import SourceError
 
-__all__ = ["StreamProgress", "WeightsFunction", "steps_ahead"]
+__all__ = ["MicroBatchSampler", "StreamProgress", "WeightsFunction", "steps_ahead"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,6 @@ class StreamProgress:
             name: {lane: state for lane, state in lanes.items() if int(lane) // stream.lanes.turns in stream.slots}
             for name, lanes in saved.get("positions", {}).items()
         }
-        self._window: list[StreamState] = []  # after its micro-batches
         self._effects = StepEffects()
         self.stream.begin(self._positions)
 
@@ -119,17 +119,17 @@ class StreamProgress:
         self.sent = number
         drawn = self._schedule.source(number - self._first * self._k, self.shares(step))
         if self.stream.mixed:
-            return [self._next(int(position)) for position in drawn]
-        ordinal, position = self._next(int(drawn))
+            return [self._next(int(source)) for source in drawn]
+        ordinal, source = self._next(int(drawn))
         if self.ahead:
-            self._order.append((self.stream.names[position], ordinal))
-        return ordinal, position
+            self._order.append((self.stream.names[source], ordinal))
+        return ordinal, source
 
-    def _next(self, position: int) -> tuple[int, int]:
+    def _next(self, source: int) -> tuple[int, int]:
         """The next micro-batch of a source, or the next row if they are mixed."""
-        name = self.stream.names[position]
+        name = self.stream.names[source]
         self._counts[name] += 1
-        return self._counts[name] - 1, position
+        return self._counts[name] - 1, source
 
     def _start(self) -> dict[str, Any]:
         return {"schedule": self._schedule.state_dict(), "micro_batches": dict(self._counts)}
@@ -146,10 +146,10 @@ class StreamProgress:
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield micro-batches in the order of training. The data loader gives them in the order of requests."""
-        while self.ahead == 0:
-            if (batch := next(batches, None)) is None:
-                return
-            yield batch  # not `yield from`, which would close the data loader with this generator
+        if self.ahead == 0:
+            while (batch := next(batches, None)) is not None:
+                yield batch  # not `yield from`, which would close the data loader with this generator
+            return
         while True:
             while len(self._early) <= self.ahead:
                 batch = next(batches, None)
@@ -184,9 +184,9 @@ class StreamProgress:
     def _limit(self, source: str) -> float:
         return self.max_epochs.get(source, np.inf)
 
-    def exhausted(self) -> list[str]:
-        """Sources in use that the last window has read `max_epochs` times on this rank."""
-        passes = [(s.source, state["pass"]) for s in self._window for state in s.lanes.values()]
+    def exhausted(self, states: Sequence[StreamState]) -> list[str]:
+        """Sources in use that have been read `max_epochs` times on this rank after a window with these positions."""
+        passes = [(s.source, state["pass"]) for s in states for state in s.lanes.values()]
         finished = {source for source, pass_ in passes if pass_ >= self._limit(source)}
         return [name for name in self.stream.names if name in finished and name not in self.left_out]
 
@@ -205,7 +205,6 @@ class StreamProgress:
     def note_window(self, step: int, states: Sequence[StreamState]) -> None:
         """Note the positions of the sources after the window of an outer step."""
         self._effects.begin(step)
-        self._window = list(states)
         for state in states:
             self._effects.add(partial(state.store, self._positions))
         for past in [s for s in self._shares if s < step]:
@@ -238,3 +237,67 @@ class StreamProgress:
         if isinstance(self._weights, Stateful):
             state["weights_function"] = self._weights.state_dict()
         return state
+
+
+class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
+    """
+    Indices of a [`MixtureStream`], once for each of the rows of a micro-batch on all ranks.
+
+    A data loader gives its requests to its workers in turn. With workers, micro-batches are requested in an order in
+    which each worker gets those of the lanes that it owns, and the run puts them back in order.
+
+    `index_of` returns number and source of a micro-batch, or of each of its rows if they are mixed, or `None` if a
+    resumed run skips it. It is called in order, `ahead` micro-batches before the request. With
+    `(owners - 1) * (sources + 1)` planned ahead, there is always one for the next worker. `rows` are those of a
+    micro-batch over all ranks.
+    """
+
+    def __init__(
+        self,
+        index_of: Callable[[int], Any],
+        micro_batches: int,
+        rows: int,
+        owners: int = 1,
+        ahead: int = 0,
+    ):
+        self.index_of = index_of
+        self.micro_batches = micro_batches
+        self.rows = rows
+        self.owners = owners
+        self.ahead = ahead
+
+    def __len__(self) -> int:
+        return self.micro_batches * self.rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self._requests():
+            if isinstance(index, list):
+                yield from index
+            else:
+                yield from ((index[0] * self.rows + row, index[1]) for row in range(self.rows))
+
+    def _requests(self) -> Iterator[Any]:
+        planned: list[deque[tuple[int, int]]] = [deque() for _ in range(self.owners)]
+        ends: dict[int, int] = {}  # the number after those of each source
+        source = worker = 0  # of the last request, and the worker that gets the next one
+        for number in range(self.micro_batches):
+            index = self.index_of(number)
+            if index is None:
+                yield 0, 0
+                continue
+            if isinstance(index, list):
+                yield index
+                continue
+            planned[index[0] % self.owners].append(index)
+            ends[index[1]] = index[0] + 1
+            if sum(map(len, planned)) > self.ahead:
+                yield (index := planned[worker].popleft())
+                source, worker = index[1], (worker + 1) % self.owners
+        if any(planned) and source not in ends:  # so few are left that none was requested yet
+            source = next(iter(ends))
+        while any(planned):
+            if not planned[worker]:  # it reads what the run does not ask for, because the next worker has more to do
+                ends[source] += (worker - ends[source]) % self.owners + 1
+                planned[worker].append((ends[source] - 1, source))
+            yield (index := planned[worker].popleft())
+            source, worker = index[1], (worker + 1) % self.owners

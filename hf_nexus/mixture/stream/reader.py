@@ -67,7 +67,10 @@ class Held:
     owners: dict[int, np.ndarray] = field(default_factory=dict)  # by the number of lanes
 
     def dealt(self, lane: Lane) -> np.ndarray:
-        """Which rows of the block are those of a lane. Each is dealt to the lane with the least text of the block."""
+        """
+        Which rows of the block are those of a lane. Each is dealt to the lane with the least text of the block so far,
+        or in turn if the rows are few or their sizes are not known.
+        """
         if lane.sharing not in self.owners:
             self.owners[lane.sharing] = self._owners(lane.sharing)
         return np.flatnonzero(self.owners[lane.sharing] == lane.place)
@@ -77,10 +80,10 @@ class Held:
         if lanes == 1 or len(owners) < _FEW * lanes or self.block.sizes is None:
             return owners
         # Among equal lanes, a random order: the last ones get less text.
-        lightest = [(0, turn, int(lane)) for turn, lane in enumerate(self.rng().permutation(lanes))]
+        lightest = [(0, rank, int(place)) for rank, place in enumerate(self.rng().permutation(lanes))]
         for i, size in enumerate(self.block.sizes()[self.block.order].tolist()):
-            load, turn, owners[i] = lightest[0]
-            heapq.heapreplace(lightest, (load + max(size, 1), turn, int(owners[i])))
+            load, rank, owners[i] = lightest[0]
+            heapq.heapreplace(lightest, (load + max(size, 1), rank, int(owners[i])))
         return owners
 
 
@@ -191,6 +194,7 @@ class RowReader:
     ):
         self.source = source
         self.lanes = lanes
+        self._states = states
         self._cut = lanes.parts(source.parts)
         self._parts: dict[int, PartReader] = {}
         self._pass: dict[int, int] = {}  # of the last row of each part

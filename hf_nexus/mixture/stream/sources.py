@@ -164,7 +164,7 @@ class ResumableStream(Source):
     def __init__(self, dataset: Any, block_rows: int):
         self.divisible = all(_is_divisible(layer) for layer in layers(dataset))
         self.shards = dataset.num_shards if self.divisible else 1
-        self.parts = self.shards // _SHARDS
+        self.parts = max(1, self.shards // _SHARDS)
         self.block_rows = block_rows
         self.format = dataset._formatting.format_type if dataset._formatting else None
         # Tables take less memory than rows until rows are asked for.

@@ -16,8 +16,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import BatchSampler, DataLoader
 
-from hf_nexus.mixture.stream.dataset import MicroBatchSampler, MixtureStream
-from hf_nexus.mixture.stream.progress import StreamProgress
+from hf_nexus.mixture.stream.dataset import MixtureStream
+from hf_nexus.mixture.stream.progress import MicroBatchSampler, StreamProgress
 from hf_nexus.mixture.stream.reader import SourceError, wait
 from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, layers, open_source
 from hf_nexus.mixture.tags import _KEY, StreamState, TaggingCollator

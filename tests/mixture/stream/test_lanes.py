@@ -9,8 +9,8 @@ from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_nexus.mixture.stream.dataset import MicroBatchSampler
 from hf_nexus.mixture.stream.lanes import Lanes
+from hf_nexus.mixture.stream.progress import MicroBatchSampler
 from hf_nexus.mixture.stream.reader import RowReader
 from hf_nexus.mixture.stream.sources import open_source
 
