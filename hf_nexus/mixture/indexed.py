@@ -91,9 +91,8 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
     Row indices of a [`MixtureDataset`]. Each group of `rows` indices (batch size per device * number of ranks)
     is one micro-batch, of one source or mixed.
 
-    The run is one sequence of micro-batches. Epoch e is the e-th part of `total rows // rows` micro-batches, for any
-    weights. Each source is read in an order drawn from (seed, source, pass): each pass has another order, and holds
-    every row once.
+    The run is one sequence of micro-batches, and `total rows // rows` of them make an epoch, for any weights. Each
+    source is read in an order drawn from (seed, source, pass): each pass has another order, and holds every row once.
 
     Raises:
         ValueError: a source of positive weight has fewer rows than one micro-batch.
@@ -127,8 +126,8 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.micro_batches_per_epoch()
         before = self.schedule.sources(0, start)
-        rows = np.bincount(before.ravel(), minlength=len(self.dataset.names)) * (self.rows if before.ndim == 1 else 1)
-        readers = [self._read(source, int(count)) for source, count in enumerate(rows)]
+        read = np.bincount(before.ravel(), minlength=len(self.dataset.names)) * (self.rows if before.ndim == 1 else 1)
+        readers = [self._read(source, int(count)) for source, count in enumerate(read)]
         for sources in self.schedule.sources(start, start + self.micro_batches_per_epoch()):
             for source in np.broadcast_to(sources, self.rows):
                 yield next(readers[source])
@@ -137,8 +136,8 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         """Endless indices of one source, from its `skip`-th read on."""
         size, offset = self.dataset.sizes[source], int(self.dataset.offsets[source])
         name = zlib.crc32(self.dataset.names[source].encode())
-        epoch, position = divmod(skip, size)
+        pass_, position = divmod(skip, size)
         while True:
-            order = np.random.default_rng((self.seed, name, epoch)).permutation(size)
+            order = np.random.default_rng((self.seed, name, pass_)).permutation(size)
             yield from (order[position:] + offset).tolist()
-            epoch, position = epoch + 1, 0
+            pass_, position = pass_ + 1, 0

@@ -125,8 +125,8 @@ def load_mixture(
     packers, licenses, documents, held_out = {}, {}, {}, {}
     for name, source in config.sources.items():
         loaded, columns = load_documents(name, source, source.split, files, source.streaming)
-        packed = config.sequence_length if source.packed else None
-        encoder = DocumentEncoder(name, source, tokenizer, columns, config.add_bos_token, packed)
+        packed_length = length if source.packed else None
+        encoder = DocumentEncoder(name, source, tokenizer, columns, config.add_bos_token, packed_length)
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
         licenses[name] = source.license or loaded.info.license or None
         documents[name] = _text_only(loaded, source)

@@ -1,4 +1,4 @@
-"""Which source each micro-batch comes from: a pure function of the seed, the weights and the micro-batch's number."""
+"""Which source each micro-batch comes from: a function of the seed, of its number, and of the weights up to it."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -32,7 +32,7 @@ class StreamState:
 class MicroBatchTag:
     """
     Facts about a micro-batch that its tensors do not show: collators may pair rows or concatenate them. `take_rows`
-    makes it, `MixtureStream` adds the states, and `Window.take` keeps it. Micro-batches of other loaders have none.
+    makes it, `MixtureStream` adds the states, and `Window.take` removes it. Micro-batches of other loaders have none.
     """
 
     rows: Mapping[str, int]  # by source

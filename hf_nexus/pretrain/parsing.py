@@ -53,17 +53,17 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
     name, config, dry_run = command_line.config, command_line.sections, command_line.dry_run
     kinds = {section: field_types(cls) for section, cls in {"hardware": HardwareArguments, **SECTIONS}.items()}
     flags = {section: _typed(command_line.flags[section], kinds[section]) for section in kinds}
-    plain = {section: {**config.get(section, {}), **flags[section]} for section in SECTIONS}
+    plain = {section: {**config.get(section, {}), **flags[section]} for section in ("data", "training")}
     with naming(name, "model.", {}):
         plain["model"] = _fold(config.get("model", {}), flags["model"])
     mixture = command_line.mixture
-    # The values of flags, and the mixture, have their types already.
+    # The mixture was built with the command line.
     known = shape_fields(plain["model"]) or ()
     values = {
         section: check_values(section, plain[section], kinds, f"{name}: ", known) for section in ("model", "training")
     }
     values["data"] = {key: getattr(mixture, key) for key in plain["data"]}
-    resolved = {section: _resolve(section, plain[section], values[section]) for section in SECTIONS}
+    resolved = {section: _every_field(section, plain[section], values[section]) for section in SECTIONS}
     with naming(name, "model.", flags["model"]):
         model = ModelArguments(**values["model"])
     if dry_run:
@@ -113,7 +113,7 @@ def _count_steps(training: PretrainConfig) -> None:
             setattr(training, name, math.ceil(training.max_steps * getattr(training, name)))
 
 
-def _resolve(section: str, plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _every_field(section: str, plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """All fields of a section as plain data. Mappings and lists are kept as given."""
     typed = {key: plain[key] if isinstance(plain[key], dict | list) else value for key, value in values.items()}
     every = {**_defaults(SECTIONS[section]), **typed}

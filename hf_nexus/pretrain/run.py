@@ -284,26 +284,26 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     model, name = arguments.model, arguments.model.tokenizer or arguments.model.path
-    size = config_of(arguments).vocab_size
+    config = config_of(arguments)
     tokenizer: PreTrainedTokenizerBase
     if name == "train":
-        tokenizer = tokenizer_of_sources(arguments.mixture, size)
+        tokenizer = tokenizer_of_sources(arguments.mixture, config.vocab_size)
     else:
         revision = model.revision if model.tokenizer is None else None
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     entries = vocabulary_size(tokenizer)
-    if entries > size:
+    if entries > config.vocab_size:
         raise ValueError(
-            f"The tokenizer {name!r} has {entries} entries, more than vocab_size={size}. Raise vocab_size, or choose "
-            "the tokenizer of the model."
+            f"The tokenizer {name!r} has {entries} entries, more than vocab_size={config.vocab_size}. Raise "
+            "vocab_size, or choose the tokenizer of the model."
         )
     with TemporaryDirectory() as folder:  # of some types, transformers ignores the saved class
         tokenizer.save_pretrained(folder)
-        config_of(arguments).save_pretrained(folder)
+        config.save_pretrained(folder)
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer_fingerprint(loaded) != tokenizer_fingerprint(tokenizer):
         raise ValueError(
-            f"model: with a {config_of(arguments).model_type}, transformers loads the tokenizer {name!r} as a "
+            f"model: with a {config.model_type}, transformers loads the tokenizer {name!r} as a "
             f"{type(loaded).__name__}, which gives other tokens. Choose another model_type (qwen3 for qwen2), or the "
             "tokenizer of such a model."
         )

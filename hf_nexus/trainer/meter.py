@@ -81,15 +81,15 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
 class _Interval:
     """
     Sums since the last log line, given to `add_*`, counted by `_count_*` and logged by `read`. Tensors stay on the
-    device until then. A checkpoint adds `new_*` to the totals and clears them. So a ratio that is logged is one of two
-    `new_*`, or of two others.
+    device until then. A log line and a checkpoint add `new_*` to the totals and clear them. So a ratio that is logged
+    is one of two `new_*`, or of two others.
     """
 
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))  # of micro-batches of one source
-    tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # as well
+    tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # of micro-batches of one source
     mixed_tokens: Any = 0  # of all other micro-batches
     new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
-    new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # as well
+    new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
     cosines: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     finite: list[Tensor] = field(default_factory=list)  # of each window, whether any of its losses was finite
@@ -140,7 +140,7 @@ class TrainingMeter:
         """Start from the [`~TrainingMeter.state`] of a checkpoint, or at zero."""
         # A resumed mixture may have more or fewer sources.
         self.trained_tokens: dict[str, int]  # loss tokens (or rows, see `unit`) of each source over all ranks
-        self.rows: dict[str, int]  # as well; a plain dataset has the empty name
+        self.rows: dict[str, int]  # rows of each source over all ranks; a plain dataset has the empty name
         self.trained_tokens, self.rows = (
             {source: totals.get(name, {}).get(source, 0) for source in self.sources}
             for name in ("trained_tokens", "rows")
@@ -152,7 +152,7 @@ class TrainingMeter:
         self.unit: str = totals.get("unit", "tokens")  # or "rows", where labels are not one per token
         self._interval = _Interval()
         self._pauses = 0  # of those that are not over, one inside the other
-        self._window = StepEffects()  # what to count
+        self._effects = StepEffects()
 
     def end(self) -> None:
         """Stop the time of training."""
@@ -160,12 +160,12 @@ class TrainingMeter:
 
     # ---- Counting ----
 
-    def begin_window(self, step: int, unit: str = "tokens") -> None:
+    def begin_window(self, step: int, unit: str) -> None:
         """
         Begin the window of an outer step, whose losses per source are of tokens or `"rows"`. An interrupted window of
         the same step is discarded.
         """
-        self._window.begin(step)
+        self._effects.begin(step)
         self.unit = unit
 
     def add_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
@@ -173,7 +173,7 @@ class TrainingMeter:
         Add a trained micro-batch: its rows by source, the sum of its loss over its loss tokens on this rank, and their
         number, both 0-d. The loss of a mixed one counts for no source, and its tokens in proportion to the rows.
         """
-        self._window.add(partial(self._count_micro_batch, rows, loss, tokens))
+        self._effects.add(partial(self._count_micro_batch, rows, loss, tokens))
 
     def add_walk(self, window: Window, losses: Tensor, nexus: Nexus) -> None:
         """Add a window that was walked: its path, and its micro-batches with their mean losses, (k,)."""
@@ -182,7 +182,7 @@ class TrainingMeter:
         self.add_path(nexus.pseudo_gradient_norm, cosine, skipped, losses.isfinite().any())
         if not nexus.steps_taken:
             logger.warning_once(
-                f"Step {self._window.step}: no inner step had a usable gradient (zero or not finite), so the "
+                f"Step {self._effects.step}: no inner step had a usable gradient (zero or not finite), so the "
                 "weights stay as they are. Further steps like this show up in inner_steps_skipped only."
             )
         for i, taken in enumerate(nexus.taken):
@@ -194,7 +194,7 @@ class TrainingMeter:
         Add the path of a window: the norm of its pseudo-gradient, its path cosine, the number of skipped inner steps,
         and whether any of its losses was finite (0-d bool).
         """
-        self._window.add(partial(self._count_path, norm, cosine, skipped, finite))
+        self._effects.add(partial(self._count_path, norm, cosine, skipped, finite))
 
     def _count_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
@@ -233,7 +233,7 @@ class TrainingMeter:
 
     def update_totals(self, step: int) -> None:
         """Bring the totals up to date with all windows before an outer step. All ranks must call it."""
-        self._window.apply(step)
+        self._effects.apply(step)
         interval = self._interval
         tokens, rows = ([new[source] for source in self.sources] for new in (interval.new_tokens, interval.new_rows))
         *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, *rows, interval.skipped, 1])).tolist()

@@ -198,9 +198,9 @@ class NexusTrainerMixin(_Base):
         Compare the outputs of a causal model with the next tokens. The Trainer knows such a model by the name of its
         class, which FSDP2 changes, and a subclass does not have.
         """
-        whole: Any = unwrap_peft_model(self.model)
-        names = {base.__name__ for base in type(whole).__mro__} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-        if getattr(whole, "loss_type", None) is None:
+        unwrapped: Any = unwrap_peft_model(self.model)
+        names = {base.__name__ for base in type(unwrapped).__mro__} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+        if getattr(unwrapped, "loss_type", None) is None:
             self._loss_shifts_labels |= any(name.endswith("ForCausalLM") for name in names)
         if names and self.label_smoother is not None:
             shifting: Any = partial(self.label_smoother, shift_labels=True)
@@ -239,7 +239,7 @@ class NexusTrainerMixin(_Base):
 
     @property
     def args(self) -> Any:
-        """The training arguments with the Nexus fields: one object, which all collaborators have."""
+        """The training arguments with the Nexus fields: one object, which collaborators share."""
         return self._own_args
 
     @args.setter
@@ -396,7 +396,7 @@ class NexusTrainerMixin(_Base):
         )
         if self._plain or resume_from_checkpoint is None or self.args.ignore_data_skip or not self.state.global_step:
             return place
-        return self._feed.place(resume_from_checkpoint, *place)
+        return self._feed.passes_before(resume_from_checkpoint, *place)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
@@ -413,7 +413,7 @@ class NexusTrainerMixin(_Base):
         if self.args.nexus:
             if self.is_fsdp_enabled:
                 check_sharded(prepared[0])
-            self._walker.begin(prepared[0], self.optimizer, self.accelerator.mixed_precision == "bf16")
+            self._walker.begin(prepared[0], self.optimizer)
         else:
             reduce_over(prepared[0], None)
         self._feed.begin(step)
@@ -474,22 +474,19 @@ class NexusTrainerMixin(_Base):
         """Fetch the micro-batches of one window, note their sources, and count the loss tokens of each."""
         if self._plain:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        mixed, settings = self.args.source_schedule == "mixed", optimizer_settings(self.optimizer)
-        self._window = window = Window(fetching=True, mixed=mixed, settings=settings)
+        mixed, optimizer = self.args.source_schedule == "mixed", optimizer_settings(self.optimizer)
+        self._window = window = Window(mixed=mixed, optimizer=optimizer)
         untagged = window.take(self._feed.in_order(epoch_iterator), tagged=bool(self.data.stages))
-        try:
-            batches, _ = super().get_batch_samples(untagged, num_batches, device)
-        finally:
-            window.fetching = False
-        self._feed.agree(window, self.state.global_step)
-        count: Any = self._get_num_items_in_batch
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
-        with self._without_averages():  # local counts first, then one reduction of all
-            items = window.count(batches, lambda batch: count([batch], device), ranks)
+        count: Any = self._get_num_items_in_batch
+        with self._without_averages():  # a rank with an error has fewer micro-batches, and joins in `agree` only
+            batches, items = super().get_batch_samples(untagged, num_batches, device)
+            self._feed.agree(window, self.state.global_step)
+            total = window.count(batches, lambda batch: count([batch], device), ranks)
         if batches:
             self.meter.begin_window(self.state.global_step, window.unit)
         # The count of the whole window is for overrides of `training_step`. Each micro-batch is divided by its own.
-        return batches, count(batches, device) if items is None else items
+        return batches, items if total is None else total
 
     def _without_averages(self) -> AbstractContextManager[None]:
         """
@@ -500,8 +497,6 @@ class NexusTrainerMixin(_Base):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The base class's count of loss tokens, of labels that it can count."""
-        if self._window.fetching:  # each micro-batch is counted after it
-            return None
         if not self._plain:
             batch_samples = [countable(batch, self.model) for batch in batch_samples]
         items = super()._get_num_items_in_batch(batch_samples, device)
@@ -518,10 +513,10 @@ class NexusTrainerMixin(_Base):
         Returns:
             `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
         """
-        window, base_step = self._window, super().training_step
+        window = self._window
         if window.complete:  # no window was fetched
             if not self.args.nexus:
-                return base_step(model, inputs, num_items_in_batch)
+                return super().training_step(model, inputs, num_items_in_batch)
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
         if not window.inputs:
             self._random_states.begin_window(self.state.global_step)
@@ -529,17 +524,17 @@ class NexusTrainerMixin(_Base):
         window.inputs.append(inputs)
         if not self.args.nexus:
             i = len(window.inputs) - 1
-            loss = self._micro_step(model, base_step, i, whole=True)
+            loss = self._micro_step(model, i, whole=True)
             self.meter.add_micro_batch(*window.summed(i, window.mean_of_part(i, loss)))
             return loss
         if len(window.inputs) == len(window):
             if self.accelerator.gradient_state.sync_gradients:
-                return self._walk_window(model, base_step)
+                return self._walk_window(model)
             # The stream ended inside the window: the Trainer will not step.
             logger.warning(f"The data ended inside a window: its {len(window)} micro-batches were dropped.")
         return torch.zeros((), device=self.args.device)
 
-    def _micro_step(self, model: nn.Module, base_step: Any, i: int, whole: bool = False) -> Tensor:
+    def _micro_step(self, model: nn.Module, i: int, whole: bool = False) -> Tensor:
         """
         The base class's `training_step` of micro-batch `i`, whose count is the mean over the ranks.
 
@@ -548,20 +543,20 @@ class NexusTrainerMixin(_Base):
         """
         divisors = self._window.divisors(i, measured=not self.sharded, whole=whole)
         with self._without_averages(), changed(self, current_gradient_accumulation_steps=divisors.steps):
-            return divisors.divide(base_step(model, self._window.inputs[i], divisors.items))
+            return divisors.divide(super().training_step(model, self._window.inputs[i], divisors.items))
 
-    def _walk_window(self, model: nn.Module, base_step: Any) -> Tensor:
-        """Run the window with the Nexus update; `base_step` is the base class's `training_step`."""
+    def _walk_window(self, model: nn.Module) -> Tensor:
+        """Run the window with the Nexus update."""
         window = self._window
 
         def micro_step(i: int) -> Tensor:
             with self.accelerator.no_sync(model) if self._walker.groups.alone else nullcontext():
-                return self._micro_step(model, base_step, i)
+                return self._micro_step(model, i)
 
         # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
         self.optimizer.train()
-        step, autocast = self.state.global_step, self.accelerator.mixed_precision == "bf16"
-        losses = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step, autocast=autocast)
+        step = self.state.global_step
+        losses = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step)
         assert self._walker.nexus is not None
         self.meter.add_walk(window, losses, self._walker.nexus)
         self._walker.average_over_ranks(model)
@@ -803,13 +798,13 @@ class NexusTrainerMixin(_Base):
         public = {name: value for name, value in public.items() if value != given[name]} | {"hub_token": None}
         # transformers writes the weights on the first rank only, and a machine without a shared disk needs them, too.
         everywhere = self.args.save_on_each_node and not self._sharded_at_load
-        whole = vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)) if everywhere else {}
-        whole["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+        model = vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)) if everywhere else {}
+        model["should_save_on_this_rank"] = lambda is_main_process: is_main_process
         try:
             with changed(self.args, **public):
                 super()._save(output_dir, state_dict)
         finally:
-            del whole["should_save_on_this_rank"]  # the method of the class is back
+            del model["should_save_on_this_rank"]  # the method of the class is back
         if self.args.should_save:
             if self._weights_follow:  # an empty file, for models that are not of transformers
                 Path(output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)

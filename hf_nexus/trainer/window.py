@@ -33,14 +33,13 @@ class Window:
 
     rows: list[Mapping[str, int]] = field(default_factory=list)  # of each micro-batch, by source
     mixed: bool = False  # whether a micro-batch may hold several sources, and others on each rank
-    settings: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer, by `optimizer_settings`
+    optimizer: list[dict[str, Any]] = field(default_factory=list)  # its settings, by `optimizer_settings`
     states: list[StreamState] = field(default_factory=list)  # positions of the streams after the micro-batches
     error: SourceError | None = None  # why no more micro-batches could be read
-    fetching: bool = False  # by the base class
     unit: str = "rows"  # of losses per source; "tokens" where labels are one per token
     tokens: Tensor | None = None  # loss tokens on this rank, (k,)
     items: Tensor | None = None  # divisors of the losses, (k,): loss tokens, or their mean over the ranks
-    same: Tensor | None = None  # whether all ranks have the same sources and settings (0-d), if it was compared
+    same: Tensor | None = None  # whether the hashes of all ranks' sources and settings agree (0-d), if compared
     inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
@@ -75,22 +74,22 @@ class Window:
     @property
     def shared(self) -> tuple[list[str], list[dict[str, Any]]]:
         """What all ranks must share: the sources, and the settings of the optimizer."""
-        return self.sources, self.settings
+        return self.sources, self.optimizer
 
     @property
     def complete(self) -> bool:
         """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
 
-    def count(self, batches: Sequence[Any], count: Callable[[Any], Tensor | None], ranks: int) -> Tensor | None:
+    def count(self, batches: Sequence[Any], tokens_of: Callable[[Any], Tensor | None], ranks: int) -> Tensor | None:
         """
         Count the loss tokens of each micro-batch. Their mean over `ranks` divides the losses. All of these ranks must
         call it, and their sources and settings are compared in the same collective.
 
         Returns:
-            `Tensor`, *optional*: the loss tokens of the window over the ranks, 0-d; `None` if `count` gives none.
+            `Tensor`, *optional*: the loss tokens of the window over the ranks, 0-d; `None` if `tokens_of` gives none.
         """
-        counted = [n for n in map(count, batches) if isinstance(n, Tensor)]
+        counted = [n for n in map(tokens_of, batches) if isinstance(n, Tensor)]
         if not counted or len(counted) < len(batches):
             return None
         self.unit = "tokens" if has_token_labels(batches[0]) else "rows"
@@ -197,19 +196,17 @@ class Walker:
         *,
         optimizer: Any,
         step: int,
-        autocast: bool,
     ) -> Tensor:
         """
         Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`. `micro_step` runs forward
-        and backward pass of a micro-batch, given its index, and returns its mean loss. `autocast` is as for
-        [`~Walker.begin`].
+        and backward pass of a micro-batch, given its index, and returns its mean loss.
 
         Returns:
             `Tensor`: the losses, (k,).
         """
         # What is trained may have changed on a single rank.
         if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
-            self.begin(model, optimizer, autocast)
+            self.begin(model, optimizer)
         # A run without the update reduces over all ranks, and a callback can add a communication hook.
         reduce_over(model, self.groups.inside)
         nexus, args = self.nexus, self._args
@@ -238,10 +235,9 @@ class Walker:
             check_windows(gather(window.shared))
         return torch.stack(losses)
 
-    def begin(self, model: nn.Module, optimizer: Any, autocast: bool) -> None:
+    def begin(self, model: nn.Module, optimizer: Any) -> None:
         """
-        Take the parameters that the optimizer trains, once the model is wrapped. `autocast` says whether the model
-        computes in bfloat16.
+        Take the parameters that the optimizer trains, once the model is wrapped.
 
         Raises:
             ValueError: the model is not wrapped, or the optimizer does not train what is trainable.
@@ -270,7 +266,7 @@ class Walker:
             # Ranks with the same shard of the same path need the same random directions. Others need others.
             key=[(args.seed, part) for part in shards.parts],
         )
-        warn_of_short_steps(self.nexus, autocast)
+        warn_of_short_steps(self.nexus, args.mixed_precision == "bf16")
 
     def average_over_ranks(self, model: nn.Module) -> None:
         """

@@ -18,8 +18,8 @@ def meter_of(*sources: str) -> TrainingMeter:
 
 def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> int:
     """Count one window with one micro-batch, and return the next step."""
-    step = meter._window.step + 1
-    meter.begin_window(step)
+    step = meter._effects.step + 1
+    meter.begin_window(step, "tokens")
     meter.add_micro_batch({source: 1}, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
     return step + 1
 
@@ -66,11 +66,11 @@ def test_totals_of_a_checkpoint_are_not_counted_twice():
 
 def test_a_window_counts_once_its_step_is_over():
     meter = meter_of("text")
-    meter.begin_window(0)
+    meter.begin_window(0, "tokens")
     meter.add_micro_batch({"text": 2}, torch.tensor(20.0), torch.tensor(10))
     meter.update_totals(0)
     assert meter.trained_tokens == {"text": 0}
-    meter.begin_window(0)  # interrupted, and repeated
+    meter.begin_window(0, "tokens")  # interrupted, and repeated
     meter.add_micro_batch({"text": 2}, torch.tensor(20.0), torch.tensor(10))
     meter.update_totals(1)
     assert meter.trained_tokens == {"text": 10} and meter.rows == {"text": 2}
@@ -122,7 +122,7 @@ def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
 
     other_ranks(monkeypatch, with_an_idle_rank)
     meter = meter_of("text")
-    meter.begin_window(0)
+    meter.begin_window(0, "tokens")
     meter.add_path(torch.tensor(0.5), torch.tensor(-0.5), skipped=0, finite=torch.tensor(True))
     logs = meter.read(1)
     assert logs["pseudo_gradient_norm"] == 0.5
@@ -131,7 +131,7 @@ def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
 
 def test_an_interval_without_a_finite_loss_logs_nan():
     meter = meter_of("text")
-    meter.begin_window(0)
+    meter.begin_window(0, "tokens")
     meter.add_path(None, None, skipped=4, finite=torch.tensor(False))
     logs = meter.read(1)
     assert logs["loss"] != logs["loss"]
