@@ -98,6 +98,7 @@ def test_every_call_that_loads_says_whether_code_is_trusted():
     assert unclear == []
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_optional_package(tmp_path):
     """sklearn cannot be imported either: transformers uses it if it is there, and it needs scipy."""
     code = f"""

@@ -175,6 +175,7 @@ def test_a_local_task_runs_offline_from_file_to_card(real, monkeypatch):
     assert str(real) not in kept and "pretty_env_info" not in kept  # may be published
 
 
+@pytest.mark.slow
 def test_answers_that_exceed_the_context_are_cut(real):
     """The task of lm-eval says nothing of the length, so its default of 256 tokens holds: the whole context."""
     task = yaml.safe_load((real / "tasks/tiny_written.yaml").read_text()) | {"task": "tiny_long"}
@@ -188,6 +189,7 @@ def test_answers_that_exceed_the_context_are_cut(real):
     assert load_scores(model)[-1].notes.endswith("context, local task file")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_scored_on_its_base_model(real):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

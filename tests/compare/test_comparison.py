@@ -88,6 +88,7 @@ def copied(finished: tuple[ComparisonConfig, str], tmp_path: Path) -> Comparison
     return replace(finished[0], output_dir=str(shutil.copytree(finished[0].output_dir, tmp_path / "moved")))
 
 
+@pytest.mark.slow
 def test_minima_are_searched_from_the_chosen_runs(copied, monkeypatch):
     """Those of runs that are chosen later are added, and found ones are kept."""
     searched: list[str] = []

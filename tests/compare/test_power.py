@@ -35,6 +35,7 @@ def simulate(gains: dict[str, float], seeds: int, studies: int, **options: Any) 
         yield compare_arms(records, against_baseline("nexus", where="matched"), **options)
 
 
+@pytest.mark.slow
 def test_false_positives_are_as_rare_as_alpha():
     """0.05 within three standard errors, 0.0185, of 1250 studies; for the primary test and for the whole family."""
     arms = dict.fromkeys(("adamw", "nexus", "other", "third"), 0.0)
@@ -46,6 +47,7 @@ def test_false_positives_are_as_rare_as_alpha():
     assert family / 1250 <= 0.05 + 0.0185
 
 
+@pytest.mark.slow
 def test_false_equivalence_is_as_rare_as_alpha():
     """True differences of exactly the margin: 0.05 within three standard errors, 0.0253, of 666 studies."""
     margin, others = 2 * SPREAD, [f"arm-{i}" for i in range(5)]

@@ -94,6 +94,7 @@ def test_a_generated_text_counts_up_to_its_first_answer(tokenizer, batch):
     assert oracle.calls[0]["max_new_tokens"] == 99 and oracle.calls[0]["do_sample"] is False
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_the_answers_generates_them(tokenizer):
     """Through `generate` itself, with rows of different lengths in one batch."""
     rows = [{"question": str(i) * (i + 1), "answer": f"#### {i}"} for i in range(4)]

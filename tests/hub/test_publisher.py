@@ -509,7 +509,13 @@ def test_an_invalid_name_fails_without_a_network(tmp_path: Path) -> None:
         Publisher("a/b/c", tmp_path)
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"action": "hang"}, {"action": "drop"}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503},
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ({"status": 429}, {"action": "hang"}, {"action": "drop"})),
+    ],
+)
 def test_a_hub_that_is_down_at_the_start_is_retried_later(
     hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, fault: dict[str, Any]
 ) -> None:

@@ -81,7 +81,9 @@ def test_with_two_lines_changed_it_is_a_script_for_trainer(run, tmp_path):
         assert (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["map-style", "streaming"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=pytest.mark.slow), ["--streaming"]], ids=["map-style", "streaming"]
+)
 def test_resuming_is_exact(run, flags):
     whole = run(*flags)
     resumed = run(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-2"), "--seed", "3", out="resumed")
@@ -133,6 +135,7 @@ def test_the_pushed_model_is_the_saved_one(run, hub: HubServer, tmp_path, monkey
     assert AutoTokenizer.from_pretrained(downloaded)("ab").input_ids == ByT5Tokenizer()("ab").input_ids
 
 
+@pytest.mark.slow
 def test_pushed_adapters_load_on_their_base(run, adapted, hub: HubServer, tmp_path, monkeypatch: pytest.MonkeyPatch):
     from peft import PeftModel
 

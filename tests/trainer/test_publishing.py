@@ -100,7 +100,10 @@ def holders(token: str, *folders: Path) -> list[str]:
 # ---- What arrives ----
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=pytest.mark.slow) if s in ("end", "all_checkpoints") else s for s in STRATEGIES],
+)
 def test_each_strategy_leaves_what_its_documentation_says(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, strategy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +225,7 @@ def test_saving_the_model_queues_it_and_does_not_wait(
 # ---- What fails ----
 
 
-@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}])
+@pytest.mark.parametrize("fault", [pytest.param({"status": 500}, marks=pytest.mark.slow), {"status": 403}])
 def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, fault: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

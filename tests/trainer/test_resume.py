@@ -84,6 +84,7 @@ def saved_state(folder: str) -> dict[str, Any]:
 # ---- To the bit ----
 
 
+@pytest.mark.parametrize("steps", [(1, 4), pytest.param((2, 3, 5), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "schedule"),
     [
@@ -93,20 +94,26 @@ def saved_state(folder: str) -> dict[str, Any]:
     ],
 )
 def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
-    whole: Whole, tmp_path: Path, kind: str, schedule: str
+    whole: Whole, tmp_path: Path, kind: str, schedule: str, steps: tuple[int, ...]
 ) -> None:
     expected = whole(kind, schedule)
     if kind != "map-style":  # later passes are resumed as well
         positions = saved_state(checkpoint(expected, 4))["stream"]["positions"]
         assert max(lane["pass"] for lanes in positions.values() for lane in lanes.values()) >= 1
-    for step in range(1, STEPS):
+    for step in steps:
         data, config = mixture(kinds()[kind]()), {"source_schedule": schedule, "save_strategy": "no"}
         resumed = run(tmp_path, data, checkpoint(expected, step), **config)
         assert differences(resumed, expected, step) == [], step
 
 
-@pytest.mark.parametrize("kind", ["map-style", "rows"])
-@pytest.mark.parametrize("schedule", ["mixed", "blocked"])
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        ("map-style", "mixed"),
+        ("rows", "blocked"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("map-style", "blocked"), ("rows", "mixed"))),
+    ],
+)
 def test_controls_resume_to_the_bit_over_files_and_streams(
     whole: Whole, tmp_path: Path, kind: str, schedule: str
 ) -> None:
@@ -133,8 +140,8 @@ def test_controls_read_the_same_sources_from_files_and_streams(whole: Whole) -> 
     "order",
     [
         {},
-        {"train_sampling_strategy": "group_by_length"},
-        {"train_sampling_strategy": "batch_rebalance"},
+        pytest.param({"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.slow),
+        pytest.param({"train_sampling_strategy": "batch_rebalance"}, marks=pytest.mark.slow),
         {"accelerator_config": {"use_seedable_sampler": False}},
     ],
 )
@@ -161,8 +168,14 @@ def test_a_loader_before_training_depends_on_the_seed(tmp_path: Path, order: dic
     assert first(1) == first(1) != first(2)
 
 
-@pytest.mark.parametrize("rows", [4 * K, 5 * K + 1])
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(
+    ("shuffled", "rows"),
+    [
+        (False, 4 * K),
+        (True, 5 * K + 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 5 * K + 1), (True, 4 * K))),
+    ],
+)
 def test_a_plain_stream_resumes_in_any_pass(tmp_path: Path, rows: int, shuffled: bool) -> None:
     """A pass has two outer steps, and maybe rows that fill no third. The Trainer resumes in the first pass."""
 
@@ -567,10 +580,10 @@ def run_with(function: Any, out: Path, resume: Any = None, kind: str = "mix", **
 @pytest.mark.parametrize(
     ("make_function", "workers"),
     [
-        (Wandering, 0),
-        pytest.param(Wandering, 2, marks=pytest.mark.slow),
+        pytest.param(Wandering, 0, marks=pytest.mark.slow),
+        (Wandering, 2),
         pytest.param(lambda: pure, 0, marks=pytest.mark.slow),
-        (lambda: pure, 2),
+        pytest.param(lambda: pure, 2, marks=pytest.mark.slow),
     ],
     ids=["stateful-0", "stateful-2", "pure-0", "pure-2"],
 )

@@ -177,6 +177,7 @@ def test_tokens_are_dealt_by_their_size(kind: str) -> None:
     assert max(firsts) - min(firsts) <= 600
 
 
+@pytest.mark.slow
 def test_documents_of_small_blocks_are_dealt_in_turn() -> None:
     """By their size, lanes would drift apart: a block has too few documents to even it out."""
     rows = Dataset.from_dict({"text": ["fox " * (1 + x * 37 % 11) for x in range(6000)]}).to_iterable_dataset()

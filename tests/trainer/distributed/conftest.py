@@ -18,9 +18,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def two_ranks_folder(two_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with those of the workers."""
-    return shared(tmp_path_factory) / "two_ranks"
+def slow_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of each rank, by the name of the worker."""
+    return launched("two_ranks_slow", 2, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,12 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
 def slow_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of each rank, by the name of the worker."""
     return launched("four_ranks_slow", 4, tmp_path_factory)
+
+
+def results_of(launch: str, worker: str, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The results of a worker on each rank of a launch, or of its slow scenarios if the test is slow."""
+    slow = request.node.get_closest_marker("slow") is not None
+    return [rank[worker] for rank in request.getfixturevalue(f"slow_{launch}" if slow else launch)]
 
 
 def shared(factory: pytest.TempPathFactory) -> Path:

@@ -171,15 +171,10 @@ def main(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ddp": trained(make(out, fsdp=False)),
         "fsdp": trained(make(out)),
-        "cpu_copy": trained(make(out, snapshot_device="cpu")),
         "muon": trained(make(out, matrix_optimizer="muon")),
         "muon_ddp": trained(make(out, matrix_optimizer="muon", fsdp=False)),
-        "random": trained(make(out, inner_direction="random")),
-        "smoothed": trained(make(out, label_smoothing_factor=0.1)),
-        "smoothed_ddp": trained(make(out, label_smoothing_factor=0.1, fsdp=False)),
         "lora_ddp": trained(make(out, lora(), fsdp=False)),
         "lora": trained(make(out, lora())),
-        "bfloat16": narrow(out),
         "between_steps": between_steps(out),
         "scalar_reductions": scalar_reductions(out),
         "interrupted": interrupted(out),
@@ -187,6 +182,19 @@ def main(out: Path) -> dict[str, Any]:
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         found[kind] = resumed(out / kind, kind)
     return found
+
+
+def further(out: Path) -> dict[str, Any]:
+    """The scenarios of slow tests."""
+    return {
+        "ddp": trained(make(out, fsdp=False)),
+        "fsdp": trained(make(out)),
+        "cpu_copy": trained(make(out, snapshot_device="cpu")),
+        "random": trained(make(out, inner_direction="random")),
+        "smoothed": trained(make(out, label_smoothing_factor=0.1)),
+        "smoothed_ddp": trained(make(out, label_smoothing_factor=0.1, fsdp=False)),
+        "bfloat16": narrow(out),
+    }
 
 
 def four_ranks(out: Path) -> dict[str, Any]:

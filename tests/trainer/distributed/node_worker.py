@@ -154,15 +154,27 @@ def hooked(out: Path, sync: str) -> str:
     return ""
 
 
+WEIGHTED: dict[str, Any] = {"mixture_weights": WEIGHTS}
+
+
 def main(out: Path) -> dict[str, Any]:
-    weighted: dict[str, Any] = {"mixture_weights": WEIGHTS}
+    found: dict[str, Any] = {"plain": run(out / "plain", sources(True, 3), seen=True, **WEIGHTED)}
+    found["nan"] = run(out / "nan", sources(True, 3), poisoned=POISONED, **WEIGHTED)
+    try:
+        make(out / "uneven", sources(), inner_sync="node", node_size=3).train()
+    except ValueError as error:
+        found["uneven"] = str(error)
+    return found
+
+
+def further(out: Path) -> dict[str, Any]:
+    """The scenarios of slow tests."""
     short: dict[str, Any] = {"max_steps": 2, "logging_steps": 2}
-    found: dict[str, Any] = {"plain": run(out / "plain", sources(True, 3), seen=True, **weighted)}
-    found["bf16"] = run(out / "bf16", sources(True, 3), seen=True, reduce_dtype="bfloat16", **weighted)
+    found: dict[str, Any] = {"plain": run(out / "plain", sources(True, 3), **WEIGHTED)}
+    found["bf16"] = run(out / "bf16", sources(True, 3), seen=True, reduce_dtype="bfloat16", **WEIGHTED)
     found["random"] = run(out / "random", sources(), inner_direction="random")
     found["ragged"] = run(out / "ragged", sources(), max_steps=-1, num_train_epochs=2)
     found["none"] = run(out / "none", Rows(64, 3), Switch(), weight_decay=0.1)
-    found["nan"] = run(out / "nan", sources(True, 3), poisoned=POISONED, **weighted)
     found["unlike"] = run(out / "unlike", sources(), tiny_llama(seed=dist.get_rank()))
     for sync in ("global", "node", "local"):
         found[f"{sync}_normed"] = run(out / "normed", sources(), Normed(), inner_sync=sync, **short)
@@ -186,8 +198,4 @@ def main(out: Path) -> dict[str, Any]:
     again = make(out / "again", sources(), **NODE, max_steps=8)
     again.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
     found["resumed"] = [weights(whole), weights(again)]
-    try:
-        make(out / "uneven", sources(), inner_sync="node", node_size=3).train()
-    except ValueError as error:
-        found["uneven"] = str(error)
     return found

@@ -171,20 +171,28 @@ def isolation(out: Path) -> list[bool]:
     return found
 
 
+DYNAMIC = {"trainer_kwargs": {"mixture_weights_function": function}}
+
+
 def main(out: Path) -> dict[str, Any]:
-    dynamic = {"trainer_kwargs": {"mixture_weights_function": function}}
-    found: dict[str, Any] = {
+    return {
         "uneven": scenario(out / "uneven", uneven, (4,), max_steps=8, source_schedule="stratified"),
-        "small": scenario(out / "small", small, (1, 3, 5)),
-        "ending": scenario(out / "ending", ending, (2, 4), max_steps=7),
-        "dynamic": scenario(out / "dynamic", small, (3,), **dynamic),
-        "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **dynamic),
+        "small": scenario(out / "small", small, (3,)),
+        "ending": scenario(out / "ending", ending, (4,), max_steps=7),
+        "ahead": scenario(out / "ahead", small, (3,), dataloader_num_workers=2, **DYNAMIC),
         "mixed": scenario(out / "mixed", rows_only, (3,), source_schedule="mixed"),
-        "blocked": scenario(out / "blocked", rows_only, (3,), source_schedule="blocked"),
-        "plain": scenario(out / "plain", lambda: Replayed(36, 0), (2, 4), save_steps=1),
         "isolation": isolation(out / "isolation"),
         "splitting": splitting(out / "splitting"),
         "failing": failure(out / "failing", 14),
-        "failing_dynamic": failure(out / "failing_dynamic", 14, **dynamic),
     }
-    return found
+
+
+def further(out: Path) -> dict[str, Any]:
+    """The scenarios of slow tests."""
+    return {
+        "small at any step": scenario(out / "small", small, (1, 2, 4, 5)),
+        "dynamic": scenario(out / "dynamic", small, (3,), **DYNAMIC),
+        "blocked": scenario(out / "blocked", rows_only, (3,), source_schedule="blocked"),
+        "plain": scenario(out / "plain", lambda: Replayed(36, 0), (2, 4), save_steps=1),
+        "failing_dynamic": failure(out / "failing_dynamic", 14, **DYNAMIC),
+    }

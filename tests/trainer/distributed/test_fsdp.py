@@ -3,21 +3,23 @@
 import pytest
 
 from tests.support.tiny import distance
+from tests.trainer.distributed.conftest import results_of
 
 pytest.importorskip("peft")
 
 
-@pytest.fixture(scope="module")
-def two(two_ranks: list[dict]) -> list[dict]:
-    return [rank["fsdp"] for rank in two_ranks]
+@pytest.fixture
+def two(request: pytest.FixtureRequest) -> list[dict]:
+    return results_of("two_ranks", "fsdp", request)
 
 
-@pytest.mark.parametrize("run", ["fsdp", "cpu_copy", "between_steps"])
+@pytest.mark.parametrize("run", ["fsdp", "between_steps", pytest.param("cpu_copy", marks=pytest.mark.slow)])
 def test_three_steps_match_ddp(two, run):
     """Also with the snapshot on the host, and with an evaluation and a generation after every step."""
     assert distance(two[0][run], two[0]["ddp"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_smoothed_losses_match_ddp(two):
     """FSDP2 renames the class of a model, by which the Trainer knows whether labels are those of the next tokens."""
     assert distance(two[0]["smoothed"], two[0]["smoothed_ddp"]) < 1e-5
@@ -28,6 +30,7 @@ def test_adapters_match_ddp(two):
     assert distance(two[0]["lora"], two[0]["lora_ddp"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_bfloat16_checkpoint_is_trained_in_float32(two):
     for rank in two:
         assert rank["bfloat16"]["narrow"] == rank["bfloat16"]["wide"]
@@ -40,11 +43,12 @@ def test_muon_matches_ddp(two):
     assert distance(two[0]["muon"], two[0]["fsdp"]) > 5e-2
 
 
-@pytest.mark.parametrize("run", ["fsdp", "random", "lora", "muon"])
+@pytest.mark.parametrize("run", ["fsdp", "lora", "muon", pytest.param("random", marks=pytest.mark.slow)])
 def test_ranks_agree(two, run):
     assert two[0][run] == two[1][run]
 
 
+@pytest.mark.slow
 def test_the_random_control_walks_elsewhere(two):
     assert distance(two[0]["random"], two[0]["fsdp"]) > 1e-4
 

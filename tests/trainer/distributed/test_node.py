@@ -8,13 +8,14 @@ import torch
 
 from hf_nexus.trainer.distributed import path_size
 from tests.support.tiny import distance
+from tests.trainer.distributed.conftest import results_of
 from tests.trainer.distributed.node_worker import POISONED
 from tests.trainer.distributed.worker import WEIGHTS, make, sources
 
 
-@pytest.fixture(scope="module")
-def ranks(four_ranks: list[dict]) -> list[dict]:
-    return [rank["node"] for rank in four_ranks]
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> list[dict]:
+    return results_of("four_ranks", "node", request)
 
 
 def two_paths(out, poisoned: Collection[int] = ()) -> list[float]:
@@ -53,7 +54,11 @@ def test_two_paths_of_two_ranks_match_two_paths_in_one_process(ranks, tmp_path):
     assert distance(ranks[0]["plain"]["weights"], two_paths(tmp_path)) < 1e-5
 
 
-@pytest.mark.parametrize("scenario", ["plain", "bf16", "random", "ragged", "none", "nan", "unlike", "off"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["plain", "nan"]
+    + [pytest.param(s, marks=pytest.mark.slow) for s in ("bf16", "random", "ragged", "none", "unlike", "off")],
+)
 def test_all_ranks_are_bit_identical_after_every_outer_step(ranks, scenario):
     for rank in ranks:
         assert rank[scenario]["agree"] and all(rank[scenario]["agree"])
@@ -69,6 +74,7 @@ def test_traffic_between_paths_is_that_of_one_reduction(ranks):
 
 @pytest.mark.parametrize("k", [2, 6])
 @pytest.mark.parametrize("sync", ["node", "local"])
+@pytest.mark.slow
 def test_paths_meet_as_often_as_plain_accumulation(ranks, sync, k):
     """They send token counts, which gradients there are, the gradients and the buffers, as plain DDP."""
     for rank in ranks:
@@ -79,12 +85,14 @@ def test_paths_meet_as_often_as_plain_accumulation(ranks, sync, k):
 
 
 @pytest.mark.parametrize("sync", ["node", "local"])
+@pytest.mark.slow
 def test_all_ranks_hold_the_buffers_of_the_first(ranks, sync):
     for rank in ranks:
         assert rank[f"{sync}_normed"]["buffers"] == ranks[0]["global_normed"]["buffers"]
 
 
 @pytest.mark.parametrize("sync", ["node", "local"])
+@pytest.mark.slow
 def test_paths_are_averaged_in_one_bucket_of_memory(ranks, sync):
     """Of 25 MB, also for a parameter of 32 MB."""
     for rank in ranks:
@@ -92,25 +100,30 @@ def test_paths_are_averaged_in_one_bucket_of_memory(ranks, sync):
         assert rank[f"{sync}_large"]["peak"] < 25 * 2**20 + 1000
 
 
+@pytest.mark.slow
 def test_without_the_update_all_ranks_reduce_again(ranks):
     assert all(rank["turned_off"] == ranks[0]["turned_off"] for rank in ranks)
 
 
+@pytest.mark.slow
 def test_paths_reduce_inside_when_the_update_returns(ranks):
     assert [rank["turned_on"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
+@pytest.mark.slow
 def test_a_communication_hook_is_refused_with_node(ranks):
     for rank in ranks:
         assert "The communication hook 'allreduce_hook' with inner_sync='node'" in rank["hooked"][0]
         assert rank["hooked"][1:] == ["", ""]
 
 
+@pytest.mark.slow
 def test_inner_gradients_in_bfloat16_halve_the_traffic_inside(ranks):
     assert ranks[0]["bf16"]["sent"] == {"inside": [2.5] * 5, "between": [0.5] * 5}
     assert 1e-6 < distance(ranks[0]["bf16"]["weights"], ranks[0]["plain"]["weights"]) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_parameter_that_no_path_meets_is_left_alone(ranks):
     assert ranks[0]["none"]["never_moved"] == 3.0  # not shrunk by weight decay
 
@@ -121,6 +134,7 @@ def test_a_path_skips_the_steps_that_are_not_finite(ranks, tmp_path):
     assert distance(ranks[0]["nan"]["weights"], two_paths(tmp_path, POISONED)) < 1e-5
 
 
+@pytest.mark.slow
 def test_resume_on_four_ranks_is_bit_exact(ranks):
     for rank in ranks:
         assert rank["resumed"][0] == rank["resumed"][1]

@@ -1,19 +1,27 @@
 """Streams on two CPU processes, with one launch for all tests."""
 
+from typing import Any
+
 import pytest
 
 from hf_nexus.mixture.schedule import DynamicSchedule
 from tests.support.faults import K
 from tests.support.streams import STEPS, Replayed, run
+from tests.trainer.distributed.conftest import results_of, shared
 from tests.trainer.distributed.stream_worker import FIRST
 
-SCENARIOS = ["uneven", "small", "ending", "dynamic", "ahead"]
-CONTROLS = ["mixed", "blocked"]
+
+def slow(*scenarios: str) -> list[Any]:
+    return [pytest.param(scenario, marks=pytest.mark.slow) for scenario in scenarios]
 
 
-@pytest.fixture(scope="module")
-def ranks(two_ranks: list[dict]) -> list[dict]:
-    return [rank["streams"] for rank in two_ranks]
+SCENARIOS = ["uneven", "small", "ending", "ahead", *slow("small at any step", "dynamic")]
+CONTROLS = ["mixed", *slow("blocked")]
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> list[dict]:
+    return results_of("two_ranks", "streams", request)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -44,13 +52,14 @@ def test_a_run_is_resumed_to_the_bit_on_each_rank(ranks: list[dict], scenario: s
     assert [rank[scenario]["differences"] for rank in ranks] == [[], []]
 
 
-def test_a_plain_stream_is_resumed_on_any_number_of_ranks(ranks, two_ranks_folder, tmp_path) -> None:
+@pytest.mark.slow
+def test_a_plain_stream_is_resumed_on_any_number_of_ranks(ranks, tmp_path_factory, tmp_path) -> None:
     """A pass has 9 micro-batches on two ranks and on one: two windows, and one micro-batch that fills none."""
     assert [rank["plain"]["differences"] for rank in ranks] == [[], []]
     first, second = (rank["plain"]["rows"][""] for rank in ranks)
     together = [first[i : i + 2] + second[i : i + 2] for i in range(0, len(first), 2)]
     for step in (1, 3, 5):
-        checkpoint = two_ranks_folder / f"streams/plain/whole/checkpoint-{step}"
+        checkpoint = shared(tmp_path_factory) / f"two_ranks_slow/streams/plain/whole/checkpoint-{step}"
         alone = run(tmp_path, Replayed(36, 0), str(checkpoint), per_device_train_batch_size=4)
         read = [rows for of_step in alone.micro_batches.values() for _, rows in of_step]
         assert len(read) >= (STEPS - step) * K and read == together[-len(read) :]
@@ -68,7 +77,7 @@ def test_a_source_that_ends_on_one_rank_ends_on_both(ranks: list[dict]) -> None:
     assert max(long) >= 7 and len(set(long)) == len(long)  # the other rank was in its first pass
 
 
-@pytest.mark.parametrize("scenario", ["dynamic", "ahead"])
+@pytest.mark.parametrize("scenario", ["ahead", *slow("dynamic")])
 def test_the_first_rank_decides_the_weights(ranks: list[dict], scenario: str) -> None:
     schedule, expected = DynamicSchedule(["a", "b", "c"], seed=42), []
     for i in range(STEPS * K):
@@ -81,7 +90,7 @@ def test_a_source_that_splits_itself_over_ranks_is_refused(ranks: list[dict]) ->
     assert all("Source 'split' gives other rows on each rank" in rank["splitting"] for rank in ranks)
 
 
-@pytest.mark.parametrize("scenario", ["failing", "failing_dynamic"])
+@pytest.mark.parametrize("scenario", ["failing", *slow("failing_dynamic")])
 def test_a_source_failing_on_one_rank_stops_and_saves_both(ranks: list[dict], scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert "Another rank could not read" in first["error"]
