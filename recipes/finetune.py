@@ -36,6 +36,7 @@ LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. U
 
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local path of a model."})
     model_type: str = field(default="llama", metadata={"help": "Architecture of a model from scratch."})
-    config_overrides: str = field(default=TINY, metadata={"help": "Shape of a model from scratch: 'hidden_size=64'."})
+    config_overrides: str = field(default=TINY, metadata={"help": "Shape of a model from scratch, as a whole."})
     config_name: str | None = field(default=None, metadata={"help": "Saved configuration of a model from scratch."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's tokenizer, or bytes."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
@@ -161,21 +162,26 @@ def group_texts(examples: dict[str, list], block_size: int) -> dict[str, list]:
 
 
 def is_of(split: str, percent: int, number: int) -> bool:
-    """Whether a row is of a split if a part of the rows is held out for the other."""
+    """Whether the row or hash with a number is of a split if a part of the rows is held out for the other."""
     return (number * percent % 100 < percent) == (split == "validation")
 
 
 def tokenize(
     texts: Any, encoder: DocumentEncoder, args: DataTrainingArguments, taken: Callable[[int], bool] | None = None
 ) -> Any:
-    """Rows of `block_size` tokens, of all documents or those with a taken number. Each document ends with an EOS."""
+    """
+    Rows of `block_size` tokens, of all documents or those with a taken number. Each document ends with an EOS. Workers
+    of a data loader number the rows of a stream differently, so the number of a streamed document is its hash.
+    """
     options: dict[str, Any] = {"batched": True}
-    if isinstance(texts, Dataset):
+    streamed = not isinstance(texts, Dataset)
+    if not streamed:
         options |= {"num_proc": args.preprocessing_num_workers, "load_from_cache_file": not args.overwrite_cache}
 
     def encode(examples: Any, numbers: list[int]) -> dict[str, list]:
         read = encoder.documents(examples, numbers[0])
-        documents = [document for number, document in zip(numbers, read, strict=True) if not taken or taken(number)]
+        of = [document.hash for document in read] if streamed else numbers
+        documents = [document for number, document in zip(of, read, strict=True) if not taken or taken(number)]
         return {"input_ids": [tokens.tolist() for tokens in encoder.encode(documents)]}
 
     tokens = texts.map(encode, with_indices=True, remove_columns=list(next(iter(texts), {})), **options)
@@ -199,8 +205,10 @@ def load_model(args: ModelArguments) -> tuple[Any, Any]:
             "bos_token_id": None,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        config = CONFIG_MAPPING[args.model_type](vocab_size=len(tokenizer), **special)
-        config.update_from_string(args.config_overrides)
+        config = CONFIG_MAPPING[args.model_type]()
+        config.update_from_string(args.config_overrides)  # reads the values, and keeps what follows from the old ones
+        shape = {key: getattr(config, key) for key in re.findall(r"(\w+)=", args.config_overrides)}
+        config = type(config)(**{"vocab_size": len(tokenizer), **special, **shape})
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if args.lora_r:
         from peft import LoraConfig, get_peft_model

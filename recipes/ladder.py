@@ -51,7 +51,7 @@ RUNGS: dict[str, Any] = {
         "arms": ["adamw", "gamma-0", "random-0.2", "nexus-0.2"],
     },
     "0.3M": {"shape": (80, 224, 4, 5), "steps": 1000, "seeds": range(1, 6), "rates": [5e-3, 1e-2, 2e-2]},
-    "1M": {"shape": (136, 384, 5, 8), "steps": 3000, "seeds": range(1, 6), "rates": [4e-3, 8e-3, 1.6e-2]},
+    "1M": {"shape": (136, 384, 5, 4), "steps": 3000, "seeds": range(1, 6), "rates": [4e-3, 8e-3, 1.6e-2]},
 }
 
 

@@ -201,6 +201,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     after = trainer.evaluate()
+    if args.push_to_hub:
+        trainer.push_to_hub()  # with the card of this evaluation
     for name in sources:
         print(f"{name}: loss {before[f'eval_{name}_loss']:.3f} -> {after[f'eval_{name}_loss']:.3f}")
 

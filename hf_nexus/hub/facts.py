@@ -24,6 +24,7 @@ __all__ = [
     "find_pipeline_tag",
     "hub_id",
     "installed_versions",
+    "public_model",
     "public_path",
 ]
 
@@ -97,8 +98,14 @@ def find_origin(model: Any) -> dict[str, Any]:
             adapter = model.peft_config[model.active_adapter]
             base, kind = adapter.base_model_name_or_path or base, str(PeftType(adapter.peft_type).value)
             found = {"adapter": "LoRA" if kind == "LORA" else kind, "tags": [kind.lower()]}
-    # "./" marks a local folder, whose name alone could be taken for the id of a repository.
-    return found | {"base_model": f"./{Path(base).name}" if base and Path(base).exists() else base}
+    return found | {"base_model": base and public_model(base)}
+
+
+def public_model(model: str) -> str:
+    """
+    The id of a model on the Hub, or the name of a local folder. Before it is "./", or it could be taken for an id.
+    """
+    return f"./{Path(model).name}" if Path(model).exists() else model
 
 
 def find_pipeline_tag(model: Any) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, constants
 
+from ..hub.facts import public_model
 from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import RunSummary
 from .distributed import broadcast
@@ -112,6 +113,8 @@ def card_fields(args: tuple, given: Mapping[str, Any]) -> dict[str, Any]:
         name = _RENAMED.get(name, name)
         if name == "pipeline_tag" and not isinstance(value, str):
             value = value[0]  # a model has one task on the Hub
+        if name == "base_model":
+            value = public_model(value)
         if name in _LISTS:
             value = [value] if isinstance(value, str) else list(value)
         known[name] = value

@@ -111,6 +111,31 @@ def test_a_model_from_scratch_with_a_saved_configuration(run, adapted, tmp_path)
     assert shapes == {name: tensor.shape for name, tensor in saved_weights(base).items()}
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_what_follows_from_a_shape_follows_from_that_given(run, kind):
+    saved = json.loads((run("--model_type", kind) / "config.json").read_text())
+    assert len(saved["layer_types"]) == saved["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_held_out_documents_of_a_stream_are_the_same_in_all_workers(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    recipe, texts = runpy.run_path(str(SCRIPT)), [f"document {i:04d}" for i in range(300)]
+    for name, part in (("a", texts[:70]), ("b", texts[70:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    args = recipe["DataTrainingArguments"](train_file=str(tmp_path / "*.jsonl"), streaming=True, block_size=14)
+    splits, sources = recipe["load_texts"](args, None, None)
+    tokenizer, found = ByT5Tokenizer(), {}
+    for split in ("train", "validation"):
+        encoder = recipe["DocumentEncoder"]("a", sources["train"], tokenizer, [])
+        rows = recipe["tokenize"](splits["train"], encoder, args, partial(recipe["is_of"], split, 10))
+        loaded = torch.utils.data.DataLoader(
+            rows, batch_size=None, num_workers=workers if split == "validation" else 0
+        )
+        found[split] = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in loaded]
+    assert sorted(found["train"] + found["validation"]) == texts and 15 <= len(found["validation"]) <= 45
+
+
 def push(run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, downloaded: Path, *flags: str) -> Path:
     """Run and push. Returns the folder of the run, and writes the files of the Hub to `downloaded`."""
     monkeypatch.setattr(

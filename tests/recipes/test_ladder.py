@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from hf_nexus.compare import comparison
+from hf_nexus.pretrain.command_line import from_sections
+from hf_nexus.pretrain.parsing import resolve
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ladder.py"
 
@@ -37,6 +39,7 @@ def test_rungs_are_the_same_comparison_at_other_sizes():
         assert (config.equivalence_margin == 0.012) == ("0.1M" in rung)
         assert config.arms.items() <= configs["0.03M"].arms.items()
         assert (len(config.arms) == 4) == (config.tuning is None) == (rung == "0.1M-rate")
+        resolve(from_sections(rung, config.run_config(config.settings("adamw")), dry_run=True))
 
 
 def test_the_rung_of_one_rate_differs_in_that_alone():

@@ -248,6 +248,13 @@ def test_tasks_may_be_given_as_the_trainer_takes_them(given):
     assert "pipeline_tag" not in card_fields((), {"tasks": None})
 
 
+def test_a_local_base_model_is_no_id_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs/first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for given, known in (("runs/first", "./first"), ("org/model", "org/model")):
+        assert card_fields((), {"finetuned_from": given}) == {"base_model": known}
+
+
 class Labelled(Rows):
     """Rows of two classes."""
 
