@@ -117,6 +117,7 @@ def _fork_and_die(child: Path, late: Path) -> bool:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_killed_call_is_noticed_before_its_children_end(tmp_path):
     call = Call("killed", partial(_fork_and_die, tmp_path / "child", tmp_path / "late"), tmp_path / "log.txt")
     assert [(result.value, result.error) for result in call_in_workers([call], 1)] == [(False, None)]
@@ -131,6 +132,7 @@ def _end_after(*paths: Path) -> None:
     atexit.register(_meet_at_the_end, *paths)
 
 
+@pytest.mark.slow
 def test_results_do_not_wait_for_a_worker_that_ends(tmp_path):
     ending, seen, met = tmp_path / "ending", tmp_path / "seen", tmp_path / "met"
     made = {"pushes": partial(_end_after, ending, seen, met), "other": partial(_meet, tmp_path / "other", ending)}

@@ -179,9 +179,7 @@ def main(out: Path) -> dict[str, Any]:
         "scalar_reductions": scalar_reductions(out),
         "interrupted": interrupted(out),
     }
-    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        found[kind] = resumed(out / kind, kind)
-    return found
+    return found | {"SHARDED_STATE_DICT": resumed(out / "sharded", "SHARDED_STATE_DICT")}
 
 
 def further(out: Path) -> dict[str, Any]:
@@ -194,6 +192,7 @@ def further(out: Path) -> dict[str, Any]:
         "smoothed": trained(make(out, label_smoothing_factor=0.1)),
         "smoothed_ddp": trained(make(out, label_smoothing_factor=0.1, fsdp=False)),
         "bfloat16": narrow(out),
+        "FULL_STATE_DICT": resumed(out / "full", "FULL_STATE_DICT"),
     }
 
 

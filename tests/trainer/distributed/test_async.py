@@ -3,13 +3,16 @@
 import pytest
 
 from tests.support.tiny import distance
+from tests.trainer.distributed.conftest import results_of, shared
 from tests.trainer.distributed.fsdp_worker import llama, trained
 from tests.trainer.distributed.worker import make, sources
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(scope="module")
-def two(two_ranks: list[dict]) -> list[dict]:
-    return [rank["async"] for rank in two_ranks]
+
+@pytest.fixture
+def two(request: pytest.FixtureRequest) -> list[dict]:
+    return results_of("two_ranks", "async", request)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -22,8 +25,7 @@ def test_a_checkpoint_is_complete_and_resumed_to_the_bit(two, kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_run_goes_on_sharded_in_another_way_or_on_one_rank(two, kind, tmp_path_factory, tmp_path):
     assert distance(two[0][kind]["other"], two[0][kind]["whole"]) < 1e-6
-    root = tmp_path_factory.getbasetemp()
-    saved = next(folder for folder in (root, root.parent) if (folder / "two_ranks").exists()) / "two_ranks" / "async"
+    saved = shared(tmp_path_factory) / "two_ranks_slow/async"
     one = make(tmp_path, sources(), llama(seed=5), per_device_train_batch_size=4)
     one = trained(one, resume_from_checkpoint=str(saved / kind / "checkpoint-3"))
     assert distance(one, two[0][kind]["whole"]) < 1e-5

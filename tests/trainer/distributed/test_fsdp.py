@@ -7,6 +7,8 @@ from tests.trainer.distributed.conftest import results_of
 
 pytest.importorskip("peft")
 
+STATE_DICTS = ["SHARDED_STATE_DICT", pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow)]
+
 
 @pytest.fixture
 def two(request: pytest.FixtureRequest) -> list[dict]:
@@ -64,20 +66,20 @@ def test_an_interrupt_restores_shards_and_evaluation(two):
         assert rank["interrupted"]["loss"] == rank["interrupted"]["loss_after"]
 
 
-@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("state_dict", STATE_DICTS)
 def test_resume_is_bit_exact(two, state_dict):
     for rank in two:
         assert rank[state_dict]["again"] == rank[state_dict]["whole"]
 
 
-@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("state_dict", STATE_DICTS)
 def test_a_checkpoint_has_what_a_run_builds_its_model_from(two, state_dict):
     for rank in two:
         assert {"config.json", "generation_config.json"} <= set(rank[state_dict]["files"])
         assert ("model.safetensors" in rank[state_dict]["files"]) == (state_dict == "FULL_STATE_DICT")
 
 
-@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("state_dict", STATE_DICTS)
 def test_the_final_model_is_saved_whole(two, state_dict):
     assert all(rank[state_dict]["saved"] for rank in two)
 

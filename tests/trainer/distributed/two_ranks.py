@@ -6,7 +6,6 @@ from tests.support.garbage import freeze
 from tests.support.launcher import report
 from tests.trainer.distributed import (
     agreement_worker,
-    async_worker,
     fsdp_worker,
     losses_worker,
     memory_worker,
@@ -24,7 +23,6 @@ WORKERS = {
     "training_losses": training_losses_worker,
     "memory": memory_worker,
     "fsdp": fsdp_worker,
-    "async": async_worker,
 }
 
 
