@@ -26,9 +26,9 @@ def gradient_cosines(
     """
     Cosine between the loss gradients of each pair of sources at the current parameters. `.grad` is not touched.
 
-    For S sources, exact cosines take S (S + 1) / 2 passes over the batches and hold two gradients at a time, or three
-    if a source has several batches. With a `projection` they take S passes and hold one gradient and S vectors of
-    `projection` numbers. Each gradient is then reduced to a count sketch (Charikar, Chen, Farach-Colton 2002): each
+    For S sources, exact cosines take S (S + 1) / 2 - 1 passes over the batches and hold two gradients at a time, or
+    three if a source has several batches. With a `projection` they take S passes and hold one gradient and S vectors
+    of `projection` numbers. Each gradient is then reduced to a count sketch (Charikar, Chen, Farach-Colton 2002): each
     element is added, with a random sign, to a random number of the sketch. Inner products of sketches equal those of
     the gradients in expectation (Weinberger et al. 2009, "Feature hashing for large scale multitask learning"). The
     error of a cosine c has a standard deviation of about `(1 - c**2) / projection**0.5` at most: 0.03 for 1024

@@ -77,7 +77,8 @@ class SourceConfig:
             Largest number of passes over the source. A streaming source that reaches it (a whole number) leaves its
             weight to the others. A source of known size that would exceed it is an error before training.
         eval_rows (`int`, *optional*):
-            Number of documents to hold out, chosen by a hash of their text. Copies of them are not trained on.
+            Number of documents to hold out, chosen by a hash of their text. Of a streaming source, they are the first
+            different ones. Copies of them are not trained on.
         eval_split (`str`, *optional*):
             Split with the held-out documents, in place of `eval_rows`. For instance `"validation[:1000]"`.
         license (`str`, *optional*):
@@ -224,8 +225,7 @@ class MixtureConfig:
         num_proc (`int`, *optional*):
             Number of processes that tokenize. Defaults to one, in which a fast tokenizer uses one thread per core.
         buffer_size (`int`, *optional*, defaults to 10000):
-            Rows of a streaming source in memory, which are shuffled in blocks of half as many. At most this many rows
-            are read again on resume.
+            Rows of a streaming source in memory, which are shuffled in blocks of half as many.
         stages (`list[Stage]`, *optional*):
             Weights that change during training, in place of the weights of the sources. Each stage ends at a fraction
             of the outer steps (`until`), and its `weights` name every training source.

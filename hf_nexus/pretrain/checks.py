@@ -70,7 +70,8 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
 def _check_metric(metric: str | None, mixture: MixtureConfig) -> None:
     """Refuse a `metric_for_best_model` that no evaluation measures. It may begin with `eval_`."""
     held_out = [n for n, s in mixture.sources.items() if s.role == "ood" or s.eval_rows or s.eval_split]
-    means = ["", "ood_"] if any(s.role == "ood" for s in mixture.sources.values()) else [""]
+    roles = {mixture.sources[name].role for name in held_out}
+    means = ["", "ood_"] if roles == {"train", "ood"} else [""]  # OOD sources alone have one mean
     known = [f"{part}{kind}" for part in [*means, *(f"{n}_" for n in held_out)] for kind in ("loss", "perplexity")]
     if metric is not None and (name := metric.removeprefix("eval_")) not in known:
         raise ValueError(

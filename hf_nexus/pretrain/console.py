@@ -43,7 +43,8 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
     console.print(_memory_table(plan.memory))
     symbols = f"\n({SYMBOLS})" if plan.memory.activations else "."
     console.print(f"Activations: {plan.memory.formula}{symbols}", highlight=False)
-    if arguments.model.accelerators > 0:  # the hardware assumptions are those of an accelerator
+    # The hardware assumptions are those of an accelerator.
+    if arguments.model.accelerators > 0 or (arguments.dry_run and arguments.hardware != HardwareArguments()):
         console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
         console.print(f"Time: {plan.cost.formula}\n(N parameters, W devices)", highlight=False)
         if plan.sync is not None:

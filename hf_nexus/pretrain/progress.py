@@ -105,8 +105,9 @@ class TrainingProgress(ProgressCallback):
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            ood = f"   OOD {logs['eval_ood_loss']:.3f}" if "eval_ood_loss" in logs else ""
-            text = f"{step}   held-out loss   sources {logs['eval_loss']:.3f}{ood}"
+            text = f"{step}   held-out loss   {logs['eval_loss']:.3f}"
+            if "eval_ood_loss" in logs:
+                text = f"{step}   held-out loss   sources {logs['eval_loss']:.3f}   OOD {logs['eval_ood_loss']:.3f}"
             self.console.print(text, style="bold", highlight=False, soft_wrap=True)
         elif "loss" in logs:
             prefix = "loss/"

@@ -137,7 +137,7 @@ def _lacking(checkpoint: Path) -> str | None:
     """What a run cannot be resumed without. DeepSpeed (`latest`) has its own files."""
     if _read(checkpoint / TRAINER_STATE_NAME, "global_step") is None:
         return f"{TRAINER_STATE_NAME} is damaged"
-    missing = [p for p in _STATES if not any(path.is_dir() or _has_data(path) for path in checkpoint.glob(p))]
+    missing = [p for p in _STATES if not (found := [*checkpoint.glob(p)]) or not all(map(_has_data, found))]
     if not missing or (checkpoint / "latest").exists():
         return None
     return (
@@ -147,7 +147,11 @@ def _lacking(checkpoint: Path) -> str | None:
 
 
 def _has_data(path: Path) -> bool:
-    """Whether a file begins with data. After a power failure, a disk can hold zeros in its place."""
+    """
+    Whether a file, or each in a folder, begins with data. After a power failure, a disk can hold zeros in its place.
+    """
+    if path.is_dir():
+        return all(_has_data(file) for file in path.rglob("*") if file.is_file())
     with path.open("rb") as file:
         return any(file.read(64))
 
@@ -460,6 +464,10 @@ class StagedCheckpoints:
                 "end. Save at each evaluation (save_steps, eval_steps)."
             )
         self._saved = new
+
+    def has_saved(self, step: int) -> bool:
+        """Whether the last checkpoint that this run has saved is that of a step."""
+        return self._saved is not None and step_of(Path(self._saved)) == step
 
     def seal_again(self) -> None:
         """Renew the manifest of a new checkpoint that a callback has changed in `on_save`."""

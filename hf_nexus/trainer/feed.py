@@ -370,7 +370,9 @@ class Feed:
                 f"{found} Restore the data, or pass allow_mixture_change=True (--allow_mixture_change True): weights "
                 "and optimizer are resumed, and streams are read from their beginning."
             )
-        logger.warning("%s Training goes on, and the data is read from its beginning.", found)
+        streams = isinstance(self.data.dataset, MixtureStream)
+        what = ", and streams are read from their beginning" if streams else " at the same place in the schedule"
+        logger.warning("%s Training goes on%s.", found, what)
         return None
 
     def _warn_of_other_rows(self, checkpoint: str) -> None:

@@ -335,7 +335,8 @@ class NexusTrainerMixin(_Base):
                 step = self.state.global_step
                 if step == self._feed.first_step:  # there is nothing new to save
                     raise
-                self._save_checkpoint(self.model, trial=None)
+                if not self._checkpoints.has_saved(step):
+                    self._save_checkpoint(self.model, trial=None)
                 raise SourceError(
                     f"{error}\nTraining stopped after step {step}, and a checkpoint was saved in "
                     f"{self.args.output_dir!r}. Fix the cause, then go on with resume_from_checkpoint=True."
@@ -652,7 +653,7 @@ class NexusTrainerMixin(_Base):
 
         Args:
             eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*):
-                As in [`~transformers.Trainer.evaluate`]. The name `ood` is reserved.
+                As in [`~transformers.Trainer.evaluate`]. The names `ood` and `macro` are reserved.
             **kwargs:
                 Passed on to the base class (`Seq2SeqTrainer`'s generation arguments, for example).
 

@@ -1,11 +1,14 @@
 """A plan refuses what a run refuses, with the same message and before anything is loaded."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from hf_nexus.files import require_folder
+from hf_nexus.mixture.config import MixtureConfig
 from hf_nexus.pretrain import run as pretrain
+from hf_nexus.pretrain.checks import _check_metric
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import dry_run, prepare_run
 from tests.support.tiny_config import planned
@@ -72,6 +75,14 @@ def test_a_plan_and_a_run_refuse_the_same(config: Path, tmp_path: Path, monkeypa
             start()
         messages.append(str(error.value))
     assert words in messages[0] and messages[0] == messages[1] and not loaded
+
+
+@pytest.mark.parametrize(("rows", "measured"), [(4, True), (None, False)])
+def test_ood_sources_alone_have_no_second_mean(rows, measured) -> None:
+    sources = {"web": {"path": "web.jsonl", "eval_rows": rows}, "law": {"path": "law.jsonl", "role": "ood"}}
+    mixture = MixtureConfig.from_dict({"sources": sources})
+    with nullcontext() if measured else pytest.raises(ValueError, match="'ood_loss' is not measured"):
+        _check_metric("ood_loss", mixture)
 
 
 def run_arguments(config: Path, flags: list[str]):

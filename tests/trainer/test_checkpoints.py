@@ -288,6 +288,17 @@ def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(saving, tmp_path, capl
         saving().train(resume_from_checkpoint=str(file.parent))
 
 
+@pytest.mark.parametrize("name", ["rng_state_1.pth", "optimizer_0/.metadata"])
+def test_a_file_of_zeros_of_another_rank_is_found(saving, tmp_path, caplog, name):
+    saving().train()
+    file = tmp_path / "run/checkpoint-3" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(bytes(100))
+    (file.parents[len(Path(name).parents) - 1] / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"{name[:9]}.* is missing or empty"):
+        saving().train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+
+
 def test_converted_weights_are_resumed_by_their_path(saving, tmp_path):
     whole = saving()
     whole.train()

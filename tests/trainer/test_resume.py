@@ -385,7 +385,7 @@ def test_changed_data_is_refused_by_name_and_can_be_allowed(
     if change in ("weights", "sources", "stages"):
         trainer = run(tmp_path, build(), before, allow_mixture_change=True, **config)
         assert sorted(trainer.micro_batches) == list(range(2, STEPS))
-        assert "the data is read from its beginning" in caplog.text
+        assert "streams are read from their beginning" in caplog.text
         again = run(tmp_path / "again", build(), checkpoint(trainer, 4), **config)  # the run resumes exactly
         assert again.micro_batches == {step: trainer.micro_batches[step] for step in (4, 5)}
         assert torch.equal(weights(again), weights(trainer))
