@@ -44,6 +44,8 @@ class PackedRowReader(RowReader):
     The documents of lanes in other processes are read if they share a part, but not tokenized.
     """
 
+    _deals = True
+
     def __init__(self, packing: StreamedDocuments, *reading: Any):
         super().__init__(*reading)
         self._of_number = {

@@ -6,9 +6,9 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,8 +33,6 @@ _NETWORK_PACKAGES = {"aiohttp", "botocore", "gcsfs", "http", "httpcore", "httpco
 _NETWORK_PACKAGES |= {"urllib3"}
 # The position before the first row: the pass, the rows before it and before the block, and the block in the source.
 BEGINNING: dict[str, Any] = {"pass": 0, "since": 0, "first": 0, "block": None}
-# With fewer rows of a block for each lane, they are dealt in turn, without regard to their size.
-_FEW = 8
 # Errors that a retry does not solve.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -54,37 +52,17 @@ def wait(failed: int) -> float:
 
 @dataclass
 class Held:
-    """
-    A block that was read: its position, and the numbers of its first row and of the one after its last. `rng` makes
-    the generator by which it is dealt to lanes.
-    """
+    """A block that was read: its position, and the numbers of its first row and of the one after its last."""
 
     at: dict[str, Any]
     block: Block
     first: int
     end: int
-    rng: Callable[[], np.random.Generator]
-    owners: dict[int, np.ndarray] = field(default_factory=dict)  # by the number of lanes
+    places: np.ndarray  # of the lane of each row among those that share the part
 
     def dealt(self, lane: Lane) -> np.ndarray:
-        """
-        Which rows of the block are those of a lane. Each is dealt to the lane with the least text of the block so far,
-        or in turn if the rows are few or their sizes are not known.
-        """
-        if lane.sharing not in self.owners:
-            self.owners[lane.sharing] = self._owners(lane.sharing)
-        return np.flatnonzero(self.owners[lane.sharing] == lane.place)
-
-    def _owners(self, lanes: int) -> np.ndarray:
-        owners = (self.first + np.arange(len(self.block.order))) % lanes
-        if lanes == 1 or len(owners) < _FEW * lanes or self.block.sizes is None:
-            return owners
-        # Among equal lanes, a random order: the last ones get less text.
-        lightest = [(0, rank, int(place)) for rank, place in enumerate(self.rng().permutation(lanes))]
-        for i, size in enumerate(self.block.sizes()[self.block.order].tolist()):
-            load, rank, owners[i] = lightest[0]
-            heapq.heapreplace(lightest, (load + max(size, 1), rank, int(owners[i])))
-        return owners
+        """Which rows of the block are those of a lane."""
+        return np.flatnonzero(self.places == lane.place)
 
 
 class PartReader:
@@ -92,13 +70,18 @@ class PartReader:
     Reads the rows of one part of a source, endlessly, from the beginning or from a former position. Rows are numbered
     over all passes. Blocks are held until [`~PartReader.forget`], for lanes that have not come as far as others.
 
+    Each row is dealt to the lane of `lanes` that has the least text so far. So lanes stay close together, however long
+    the run is. A position has what each has more than the least, unless there is one lane. Without sizes of rows, they
+    are dealt in turn.
+
     Raises:
         SourceError: The source cannot be read (all methods that read).
     """
 
-    def __init__(self, source: Source, partition: Partition, at: dict[str, Any] | None = None):
+    def __init__(self, source: Source, partition: Partition, at: dict[str, Any] | None = None, lanes: int = 1):
         self.source = source
         self.partition = partition
+        self._lanes = lanes
         self.pass_rows: int | None = None  # rows of the last whole pass
         self._next = at or BEGINNING
         self._held: deque[Held] = deque()
@@ -139,10 +122,25 @@ class PartReader:
             self._end_pass()
             return
         end = at["first"] + len(block.order)
-        if end > at["first"]:
-            rng = partial(self.partition.rng, at["pass"], self.partition.index, at["first"])
-            self._held.append(Held(at, block, at["first"], end, rng))
         self._next = at | {"first": end, "block": block.end}
+        if end > at["first"]:
+            places, more = self._deal(block, at)
+            self._held.append(Held(at, block, at["first"], end, places))
+            self._next |= {"text": more} if more else {}
+
+    def _deal(self, block: Block, at: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
+        """The place of the lane of each row, and how much more text than the least each lane has after the block."""
+        places, text = (at["first"] + np.arange(len(block.order))) % self._lanes, at.get("text", [0] * self._lanes)
+        if self._lanes == 1 or block.sizes is None:
+            return places, []
+        order = self.partition.rng(at["pass"], self.partition.index, at["first"]).permutation(self._lanes)
+        lightest = [(text[place], rank, place) for rank, place in enumerate(order.tolist())]  # random among equal ones
+        heapq.heapify(lightest)
+        for i, size in enumerate(block.sizes()[block.order].tolist()):
+            load, rank, places[i] = lightest[0]
+            heapq.heapreplace(lightest, (load + max(size, 1), rank, int(places[i])))
+        least = lightest[0][0]
+        return places, [load - least for load, _, _ in sorted(lightest, key=itemgetter(2))]
 
     def _next_block(self) -> Block | None:
         if self._blocks is None:
@@ -154,7 +152,7 @@ class PartReader:
         if first == since:
             raise self.error(f"part {self.partition.index + 1} of {self.partition.count} of its shards has no rows.")
         self.pass_rows = first - since
-        self._next = {"pass": pass_ + 1, "since": first, "first": first, "block": None}
+        self._next |= {"pass": pass_ + 1, "since": first, "block": None}
         self._blocks = None
 
     def _retried(self, read: Callable[[], Result]) -> Result:
@@ -182,6 +180,8 @@ class RowReader:
     one starts at the beginning.
     """
 
+    _deals = False  # whether the rows of a part are dealt to its lanes by their text
+
     def __init__(
         self,
         name: str,
@@ -205,7 +205,8 @@ class RowReader:
         for index, members in self._of_part.items():
             starts = [states.get(str(lane.number), {"at": BEGINNING})["at"] for lane in members]
             partition = Partition(name, index, self._cut, rank, seed)
-            self._parts[index] = PartReader(source, partition, min(starts, key=lambda at: at["first"]))
+            at, sharing = min(starts, key=lambda at: at["first"]), members[0].sharing if self._deals else 1
+            self._parts[index] = PartReader(source, partition, at, sharing)
 
     def lane(self, slot: int, turn: int) -> Lane:
         """A lane of the source."""

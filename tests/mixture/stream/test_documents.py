@@ -66,7 +66,8 @@ def first_pass(source: StreamedDocuments, rank: int = 0, ranks: int = 1, **optio
         (rows,), (state,) = read(stream, 1, batch=1, first=len(tokens))
         tokens += rows.flatten().tolist()
         (lane,) = stream._readers["a", 0]._of_number.values()
-        count = count or documents_of_pass(PartReader(lane.part.source, lane.part.partition), lane.lane)
+        part = lane.part
+        count = count or documents_of_pass(PartReader(part.source, part.partition, None, lane.lane.sharing), lane.lane)
         if state["documents"] >= count:
             return source.encoder.tokenizer.decode(tokens).split(EOS)
 

@@ -80,7 +80,7 @@ def main(out: Path) -> None:
         trainer = make(out / "broken", data(), save_strategy="no")
 
         def go_away(event: str) -> None:
-            if trainer.state.global_step == 2:
+            if trainer.state.global_step == 1:
                 before.append(hub.count("GET", FILES))
                 hub.fail("jsonl", status=503, times=10_000)
 
