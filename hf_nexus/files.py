@@ -9,6 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -184,11 +185,18 @@ def without_folders(value: Any) -> Any:
         >>> without_folders({"deepspeed": "/home/alice/ds.json", "optim_args": ["path=/home/alice/a.pt,b=1"]})
         {'deepspeed': 'ds.json', 'optim_args': ['path=a.pt,b=1']}
     """
+    if isinstance(value, float | int):  # most values of a long log
+        return value
     if isinstance(value, Mapping):
         return {without_folders(key): without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [without_folders(item) for item in value]
-    return _FOLDERS.sub("", without_credentials(os.fspath(value))) if isinstance(value, str | os.PathLike) else value
+    return _text_without_folders(str(value)) if isinstance(value, str | os.PathLike) else value
+
+
+@lru_cache(maxsize=4096)  # each entry of a log has the same keys
+def _text_without_folders(text: str) -> str:
+    return _FOLDERS.sub("", without_credentials(text))
 
 
 def without_credentials(text: str) -> str:

@@ -269,9 +269,12 @@ class Publisher:
             if names:
                 logger.warning(f"Not sent to the Hub because they {why}: {printable(', '.join(names))}.")
         public = {name: path for name, path in files.items() if name not in (*links, *leaking)}
+        copies: dict[Path, Path] = {}  # a file may be sent to several folders
         for name, path in public.items():  # the card of a run is made by us and the user
             if path.name in _NAME_FOLDERS and path != self.output_dir / "README.md":
-                public[name] = _without_folders(path, self._scratch / name)
+                if path not in copies:
+                    copies[path] = _without_folders(path, self._scratch / name)
+                public[name] = copies[path]
         return public
 
     def status(self) -> QueueStatus:

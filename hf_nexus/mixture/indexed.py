@@ -14,6 +14,8 @@ __all__ = ["MixtureDataset", "MixtureSampler", "check_sources", "holds_datasets"
 
 # Packages whose tables have a length and can be indexed, but not by the number of a row.
 _TABLES = {"pandas", "polars", "pyarrow"}
+# Micro-batches or rows whose order is made at once.
+_AT_ONCE = 4096
 
 
 def holds_datasets(value: Any) -> bool:
@@ -125,12 +127,19 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.micro_batches_per_epoch()
-        before = self.schedule.sources(0, start)
-        read = np.bincount(before.ravel(), minlength=len(self.dataset.names)) * (self.rows if before.ndim == 1 else 1)
+        read = np.zeros(len(self.dataset.names), dtype=np.int64)
+        for sources in self._sources(0, start):
+            read += np.bincount(sources.ravel(), minlength=len(read)) * (self.rows if sources.ndim == 1 else 1)
         readers = [self._read(source, int(count)) for source, count in enumerate(read)]
-        for sources in self.schedule.sources(start, start + self.micro_batches_per_epoch()):
-            for source in np.broadcast_to(sources, self.rows):
-                yield next(readers[source])
+        for sources in self._sources(start, start + self.micro_batches_per_epoch()):
+            for of_micro_batch in sources:
+                for source in np.broadcast_to(of_micro_batch, self.rows):
+                    yield next(readers[source])
+
+    def _sources(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The sources of micro-batches in parts, as they are needed: a run may end before the epoch."""
+        for first in range(start, stop, _AT_ONCE):
+            yield self.schedule.sources(first, min(first + _AT_ONCE, stop))
 
     def _read(self, source: int, skip: int) -> Iterator[int]:
         """Endless indices of one source, from its `skip`-th read on."""
@@ -139,5 +148,6 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         pass_, position = divmod(skip, size)
         while True:
             order = np.random.default_rng((self.seed, name, pass_)).permutation(size)
-            yield from (order[position:] + offset).tolist()
+            for first in range(position, size, _AT_ONCE):
+                yield from (order[first : first + _AT_ONCE] + offset).tolist()
             pass_, position = pass_ + 1, 0

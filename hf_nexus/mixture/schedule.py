@@ -1,6 +1,7 @@
 """Which source each micro-batch comes from: a function of the seed, of its number, and of the weights up to it."""
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -198,7 +199,7 @@ class SourceSchedule(DynamicSchedule):
         self.first = np.array(first)
         self.stage_shares = np.stack([normalized(weights, self.names) for _, weights in stages])
         self.shares = self.stage_shares.max(axis=0)
-        self._stratified = np.empty(0, dtype=np.int64)
+        self._stratified = array("i")
 
     def sources(self, start: int, stop: int) -> np.ndarray:
         """
@@ -210,9 +211,8 @@ class SourceSchedule(DynamicSchedule):
             if stop > done:
                 shares = list(self.stage_shares)  # the same arrays at each micro-batch of a stage
                 coming = self._stages(done, max(stop, done + _BLOCK))
-                more = [self.source(i, shares[stage]) for i, stage in enumerate(coming, done)]
-                self._stratified = np.append(self._stratified, more)
-            return self._stratified[start:stop]
+                self._stratified.extend(self.source(i, shares[stage]) for i, stage in enumerate(coming, done))
+            return np.array(self._stratified[start:stop], dtype=np.int64)
         points, stages = self.points(start, stop), self._stages(start, stop)
         drawn = np.empty(points.shape, dtype=np.int64)
         for stage in np.unique(stages):

@@ -172,9 +172,12 @@ def _draw_losses(axes: "Axes", curves: list[_Curve]) -> None:
 
 def _cosines(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figure | None":
     pairs: dict[tuple[str, str], _Points] = {}  # the finite cosines of each pair that has any
+    with_cosines = [entry for entry in log if any(key.startswith("cosine/") for key in entry)]  # few of a long log
+    keys = {key for entry in with_cosines for key in entry}
     for a, b in itertools.combinations(sources, 2):
-        if points := _series(log, f"cosine/{a}/{b}") or _series(log, f"cosine/{b}/{a}"):
-            pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
+        for key in keys.intersection((f"cosine/{a}/{b}", f"cosine/{b}/{a}")):
+            if points := _series(with_cosines, key):
+                pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
     if not pairs:
         return None
     figure = new_plot(8.0, 3.6)

@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from statistics import fmean
 from typing import Any
 
 from rich.columns import Columns
@@ -166,7 +166,8 @@ class _Pace:
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, list[float]] = {"step": [], "evaluation": [], "checkpoint": []}
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._number: dict[str, int] = defaultdict(int)
         self._last: dict[str, int] = {}  # the step of the last one of each
         self._since = time.monotonic()
         self._end: float | None = None
@@ -176,15 +177,16 @@ class _Pace:
         """Count a step, an evaluation or a checkpoint, which began when the last of them ended."""
         now = time.monotonic()
         if kind != "step" or kind in self._last:
-            self._seconds[kind].append(now - self._since)
+            self._seconds[kind] += now - self._since
+            self._number[kind] += 1
         self._since, self._last[kind] = now, state.global_step
         due = {
             "step": state.max_steps - state.global_step,
             "evaluation": self._due("evaluation", args.eval_strategy, state.eval_steps, state),
             "checkpoint": self._due("checkpoint", args.save_strategy, state.save_steps, state),
         }
-        if self._seconds["step"]:
-            known = {kind: fmean(seconds) for kind, seconds in self._seconds.items() if seconds}
+        if "step" in self._number:
+            known = {kind: self._seconds[kind] / number for kind, number in self._number.items()}
             self._end = now + sum(due[kind] * seconds for kind, seconds in known.items())
             self._more = any(due[kind] and kind not in known for kind in due)
 

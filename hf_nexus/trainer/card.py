@@ -142,8 +142,9 @@ def evaluations(
         rows += [(name, f"eval_{name}_loss", "ood") for name in ood]
         rows.append(("macro over OOD", "eval_ood_loss", "macro"))
     found = []
+    log_history = sorted(log_history, key=lambda entry: entry.get("step", 0))
     for name, key, role in rows:
-        losses = [entry[key] for entry in sorted(log_history, key=lambda e: e.get("step", 0)) if key in entry]
+        losses = [entry[key] for entry in log_history if key in entry]
         if losses:
             first = losses[0] if len(losses) > 1 else None
             found.append(HeldOutLoss(name, role, first, losses[-1], hub_id(paths.get(name))))

@@ -307,10 +307,10 @@ class Feed:
 
     def skipped_rows(self, step: int) -> dict[str, int]:
         """`skipped_rows/<source>` for each source with rows that could not be used, over all ranks."""
-        if self._progress is None:
+        if self._progress is None or not (names := self.data.dataset.skipping):
             return {}
         of_lanes = max_over_ranks(torch.tensor(self._progress.skipped_rows(step), device=self._args.device))
-        counted = zip(self.data.names, of_lanes.sum(dim=1).tolist(), strict=True)
+        counted = zip(names, of_lanes.sum(dim=1).tolist(), strict=True)
         return {f"skipped_rows/{name}": count for name, count in counted if count}
 
     # ---- Saving and resuming ----

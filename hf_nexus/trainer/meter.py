@@ -90,9 +90,12 @@ class _Interval:
     mixed_tokens: Any = 0  # of all other micro-batches
     new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
     new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
-    cosines: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    finite: list[Tensor] = field(default_factory=list)  # of each window, whether any of its losses was finite
+    cosine: Any = 0  # of the paths of windows, of which these were `cosines`
+    cosines: int = 0
+    norm: Any = 0  # of their pseudo-gradients, of which these were `norms`
+    norms: int = 0
+    finite: Any = 0  # windows with a finite loss
+    windows: int = 0
     skipped: int = 0
     flos: float | None = None  # at the start of the interval
     started: float = field(default_factory=time.perf_counter)
@@ -210,12 +213,13 @@ class TrainingMeter:
         interval.tokens[source] = interval.tokens[source] + tokens
 
     def _count_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
-        self._interval.skipped += skipped
-        self._interval.finite.append(finite)
+        interval = self._interval
+        interval.skipped += skipped
+        interval.finite, interval.windows = interval.finite + finite, interval.windows + 1
         if norm is not None:
-            self._interval.norms.append(norm)
+            interval.norm, interval.norms = interval.norm + norm, interval.norms + 1
         if cosine is not None:
-            self._interval.cosines.append(cosine)
+            interval.cosine, interval.cosines = interval.cosine + cosine, interval.cosines + 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -261,8 +265,8 @@ class TrainingMeter:
         seconds = time.perf_counter() - interval.started - interval.paused
         sums = [interval.loss[s] for s in self.sources] + [interval.tokens[s] for s in self.sources]
         # A rank may have windows without a step. Sums and counts can be added over ranks, but means cannot.
-        lists = [interval.cosines, interval.norms, interval.finite]
-        sums += [interval.mixed_tokens, *(x for values in lists for x in (sum(values), len(values)))]
+        sums += [interval.mixed_tokens, interval.cosine, interval.cosines, interval.norm, interval.norms]
+        sums += [interval.finite, interval.windows]
         summed = sum_over_ranks(self._stack([*sums, 1])).tolist()
         *sums, mixed, cosine, cosines, norm, norms, finite, windows, ranks = summed
         losses, tokens = sums[: len(self.sources)], sums[len(self.sources) :]

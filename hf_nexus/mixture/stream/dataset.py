@@ -81,6 +81,12 @@ class MixtureStream(torch.utils.data.Dataset):
         return 1 if self.mixed else self.lanes.owners(self.workers)
 
     @property
+    def skipping(self) -> list[str]:
+        """The sources whose unusable rows are skipped."""
+        streamed = {name: s for name, s in self.sources.items() if isinstance(s, StreamedDocuments)}
+        return [name for name, source in streamed.items() if source.encoder.source.on_error == "skip"]
+
+    @property
     def slots(self) -> range:
         """The slots from which this rank takes rows."""
         return range(self.lanes.slots) if self.mixed else self.lanes.slots_of(self.rank, self.ranks)

@@ -151,17 +151,14 @@ class StreamProgress:
                 yield batch  # not `yield from`, which would close the data loader with this generator
             return
         while True:
-            while len(self._early) <= self.ahead:
-                batch = next(batches, None)
-                if batch is None:
-                    break
+            while not self._order or self._order[0] not in self._early:
+                if (batch := next(batches, None)) is None:
+                    return
                 tag = tag_of(batch)
                 if tag is None or not tag.states:  # from a data loader of the user
                     yield batch
                 else:
                     self._early[tag.states[0].source, tag.states[0].ordinal] = batch
-            if not self._order:
-                return
             yield self._early.pop(self._order.popleft())
 
     def shares(self, step: int) -> np.ndarray:
@@ -214,12 +211,12 @@ class StreamProgress:
 
     def skipped_rows(self, step: int) -> list[list[int]]:
         """
-        Rows of each source and lane that were skipped before an outer step because they could not be used, as far as
-        this rank knows: it may not have read a lane, or another rank later.
+        Rows of each lane of the sources that skip rows, which were skipped before an outer step because they could not
+        be used, as far as this rank knows: it may not have read a lane, or another rank later.
         """
         self._effects.apply(step)
         lanes = range(self.stream.lanes.slots * self.stream.lanes.turns)
-        states = [self._positions.get(name, {}) for name in self.stream.names]
+        states = [self._positions.get(name, {}) for name in self.stream.skipping]
         return [[of.get(str(lane), {}).get("skipped", 0) for lane in lanes] for of in states]
 
     def state_dict(self, step: int) -> dict[str, Any]:
