@@ -25,6 +25,7 @@ from ..hub.facts import describe_hardware, installed_versions
 from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
+from ..pretrain.advice import ENDS_EARLY, stable_steps
 from ..pretrain.command_line import from_sections
 from ..pretrain.fields import PretrainArguments, PretrainConfig
 from ..pretrain.parsing import resolve
@@ -130,7 +131,7 @@ class Comparison:
     def _check_settings(self) -> list[PretrainArguments]:
         """Parse the configuration of every arm and trial, and return one of each arm: all have one model and data."""
         rows: dict[str, float] = {}
-        of_arms = []
+        of_arms, early = [], list[str]()
         for arm in self.config.arms:
             for trial in list(self.config.trials(arm)) or [{}]:
                 settings = {**self.config.settings(arm), **trial, "output_dir": str(self.folder)}
@@ -139,12 +140,16 @@ class Comparison:
                 arguments = resolve(from_sections(where, self.config.run_config(settings), on_others))
                 _check_supported(where, arguments.training, self.config.devices_per_run)
                 t = arguments.training
+                if t.max_steps > 0 and (stable_steps(t, t.max_steps) or 0) < 0:
+                    early.append(where)
                 length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
                 batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
                 rows[f"{arm} {trial or ''}".strip()] = length * batch
             of_arms.append(arguments)
         if len(set(rows.values())) > 1:
             raise ValueError(f"arms: all must train on the same number of rows, not {rows}.")
+        if early:
+            self.console.print(f"{early[0]}: {ENDS_EARLY}", style="yellow", soft_wrap=True)
         return of_arms
 
     def _check_measured(self, mixture: "Mixture", sharded: bool) -> None:

@@ -2,12 +2,15 @@
 
 from fractions import Fraction
 
+from transformers import SchedulerType
+
 from ..trainer.support import ONE_INNER_STEP
 from .fields import PretrainArguments, PretrainConfig
 from .plan import RunPlan
 
-__all__ = ["warnings_of"]
+__all__ = ["ENDS_EARLY", "stable_steps", "warnings_of"]
 
+ENDS_EARLY = "The run ends before its schedule: lower warmup_steps and num_decay_steps (lr_scheduler_kwargs)."
 # The fields that decide how many tokens a run has.
 _COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
 
@@ -33,6 +36,17 @@ def warnings_of(arguments: PretrainArguments, plan: RunPlan) -> list[str]:
             "Change gradient_accumulation_steps or per_device_train_batch_size to compensate."
         )
     return found
+
+
+def stable_steps(training: PretrainConfig, steps: int) -> int | None:
+    """
+    Steps at the peak of a warmup-stable-decay schedule in a run of some steps, negative if the run is too short.
+    `None` for another schedule.
+    """
+    kind, kwargs = SchedulerType(training.lr_scheduler_type), training.lr_scheduler_kwargs
+    if kind is not SchedulerType.WARMUP_STABLE_DECAY or not isinstance(kwargs, dict):
+        return None
+    return steps - training.get_warmup_steps(steps) - int(kwargs.get("num_decay_steps", 0))
 
 
 def _shares(arguments: PretrainArguments, plan: RunPlan) -> tuple[Fraction, Fraction]:

@@ -12,7 +12,7 @@ from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
 from ..terminal import format_bytes, new_table
 from ..trainer.support import ONE_INNER_STEP
-from .advice import warnings_of
+from .advice import ENDS_EARLY, stable_steps, warnings_of
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
@@ -113,15 +113,12 @@ def _documents(arguments: PretrainArguments, loaded: Mixture | None) -> str:
 
 def _schedule(arguments: PretrainArguments, plan: RunPlan) -> str:
     t = arguments.training
-    kind, kwargs = SchedulerType(t.lr_scheduler_type), t.lr_scheduler_kwargs
-    if kind is not SchedulerType.WARMUP_STABLE_DECAY or plan.steps is None or not isinstance(kwargs, dict):
-        return f"{t.learning_rate:g}, {kind.value}"
-    warmup, decay = t.get_warmup_steps(plan.steps), kwargs.get("num_decay_steps", 0)
-    stable = plan.steps - warmup - decay
-    text = f"{t.learning_rate:g}: {warmup} steps up, {max(0, stable)} stable, {decay} down"
-    if stable < 0:
-        text += "\nThe run ends before its schedule: lower warmup_steps and num_decay_steps (lr_scheduler_kwargs)."
-    return text
+    stable = None if plan.steps is None else stable_steps(t, plan.steps)
+    if plan.steps is None or stable is None:
+        return f"{t.learning_rate:g}, {SchedulerType(t.lr_scheduler_type).value}"
+    warmup = t.get_warmup_steps(plan.steps)
+    text = f"{t.learning_rate:g}: {warmup} steps up, {max(0, stable)} stable, {plan.steps - warmup - stable} down"
+    return f"{text}\n{ENDS_EARLY}" if stable < 0 else text
 
 
 def _memory_table(memory: MemoryEstimate) -> Table:

@@ -103,6 +103,13 @@ def test_minima_are_searched_from_the_chosen_runs(copied, monkeypatch):
     assert searched == ["minima of nexus seed 2"]
 
 
+def test_a_schedule_that_is_longer_than_the_runs_is_named(base, tmp_path):
+    console = Console(width=200, record=True, file=io.StringIO())
+    decay = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}}
+    Comparison(make_comparison(base, tmp_path, training=SHORT | decay), console).check()
+    assert "arms.adamw: The run ends before its schedule" in console.export_text()
+
+
 def test_several_processes_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Start it as one process"):
