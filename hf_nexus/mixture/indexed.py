@@ -80,7 +80,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         sources = np.searchsorted(self.offsets, indices, side="right") - 1
 
         def take(name: str, where: list[int]) -> Iterable[Any]:
-            dataset, offset = self.sources[name], self.offsets[self.names.index(name)]
+            dataset, offset = self.sources[name], self.offsets[sources[where[0]]]
             local = [int(indices[i] - offset) for i in where]
             fetch = getattr(dataset, "__getitems__", None)
             return fetch(local) if fetch is not None else (dataset[i] for i in local)

@@ -211,7 +211,7 @@ class SourcePacker:
         return {"hash": [document.hash for document in documents]}
 
     def _tokens(self, batch: Mapping[str, list]) -> pa.Table:
-        tokens = self.encoder.encode(self.encoder.documents(batch, first_row=0))
+        tokens = self.encoder.encode(self.encoder.documents(batch, first_row=0))  # bad rows failed when hashed
         return pa.table({"input_ids": pa.array([ids for ids in tokens if len(ids)], pa.list_(pa.int32()))})
 
     def _encode(self, step: str, documents: Dataset, *args: Any, **options: Any) -> Dataset:

@@ -90,7 +90,7 @@ def describe_sources(data: TrainingData) -> dict[str, Any]:
 
 
 def describe_data(
-    data: TrainingData, args: Any, batch_size: int | None, weights: Any, sources: Mapping[str, Any]
+    data: TrainingData, args: Any, seed: int, batch_size: int | None, weights: Any, sources: Mapping[str, Any]
 ) -> dict[str, Any]:
     """
     Everything that the order of the data depends on, as plain data by name. `sources` is from [`describe_sources`].
@@ -105,7 +105,7 @@ def describe_data(
         facts |= {"rows of a micro-batch over all ranks": batch_size * args.world_size}
     facts |= {
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "seed": seed,
         "source_schedule": args.source_schedule,
         "sources": data.names,  # in the order in which draws are divided among them
         "weights": weights,

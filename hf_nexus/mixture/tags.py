@@ -32,7 +32,7 @@ class StreamState:
 class MicroBatchTag:
     """
     Facts about a micro-batch that its tensors do not show: collators may pair rows or concatenate them. `take_rows`
-    makes it, `MixtureStream` adds the states, and `Window.take` removes it. Micro-batches of other loaders have none.
+    makes it, and `Window.take` removes it. Micro-batches of other loaders have none.
     """
 
     rows: Mapping[str, int]  # by source
@@ -47,10 +47,14 @@ class TaggedRows(list):
         self.tag = tag
 
 
-def take_rows(sources: Sequence[str], take: Callable[[str, list[int]], Iterable[Any]]) -> TaggedRows:
+def take_rows(
+    sources: Sequence[str],
+    take: Callable[[str, list[int]], Iterable[Any]],
+    states: Iterable[StreamState] = (),
+) -> TaggedRows:
     """
     A micro-batch with a row of each of `sources`, (B,). `take` gets a source and the positions of its rows, and
-    returns these rows.
+    returns these rows. `states` are those of streams after all rows were taken.
     """
     positions: dict[str, list[int]] = {}
     for i, source in enumerate(sources):
@@ -59,7 +63,8 @@ def take_rows(sources: Sequence[str], take: Callable[[str, list[int]], Iterable[
     for source, where in positions.items():
         for i, row in zip(where, take(source, where), strict=True):
             rows[i] = row
-    return TaggedRows(rows, MicroBatchTag({source: len(where) for source, where in positions.items()}))
+    counts = {source: len(where) for source, where in positions.items()}
+    return TaggedRows(rows, MicroBatchTag(counts, tuple(states)))
 
 
 class TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it

@@ -134,14 +134,12 @@ def prepare_data(train: Any, weights: Any, dynamic: bool, seed: int, whole: bool
         ValueError: weights that name other sources, are missing for streams, or are given for a plain dataset.
     """
     mixture = train if isinstance(train, Mixture) else None
-    if mixture is not None:
-        train = mixture.train
     if whole and (weights is not None or dynamic):
         raise ValueError(
             "mixture_weights are set, but this trainer samples a dict of datasets itself. Leave them out, and use its "
             "own option (multi_dataset_batch_sampler in sentence-transformers)."
         )
-    sources = None if whole else split_sources(train)
+    sources = mixture.train if mixture is not None else None if whole else split_sources(train)
     if sources is None:
         return TrainingData(train).with_weights({} if dynamic and weights is None else weights)
     dataset: MixtureDataset | MixtureStream

@@ -53,9 +53,9 @@ def _with_flags(
     check_sections(config, kinds, {**config.get("model", {}), **flags["model"]}, f"{name}: ")
     with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**{**config["data"], **flags["data"]})
-    for source, field in mixture.sources.items() if not dry_run else ():
-        path = field.path
+    for of, source in mixture.sources.items() if not dry_run else ():
+        path = source.path
         there = not means_files(path) or is_remote(path) or os.path.exists(path)
         if not there and not any(map(os.path.exists, find_files(path)[1])):
-            raise ValueError(f"{name}: data.sources.{source}.path: no file matches {path!r} in {os.getcwd()!r}.")
+            raise ValueError(f"{name}: data.sources.{of}.path: no file matches {path!r} in {os.getcwd()!r}.")
     return CommandLine(name, config, flags, mixture, dry_run)

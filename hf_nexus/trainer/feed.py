@@ -29,7 +29,6 @@ from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.lanes import Lanes
 from ..mixture.stream.progress import MicroBatchSampler, StreamProgress, WeightsFunction, steps_ahead
 from ..mixture.stream.reader import SourceError
-from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import StageWeights, TrainingData, prepare_data
 from .distributed import broadcast, gather, max_over_ranks
 from .support import check_arguments, check_exchange, check_same
@@ -186,7 +185,7 @@ class Feed:
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Micro-batches of the data loader in the order of training."""
-        return batches if self._progress is None else self._progress.in_order(batches)
+        return self._progress.in_order(batches) if self._progress and self._progress.ahead else batches
 
     def _windows(self, batch_size: int) -> tuple[Windows, int]:
         """The windows of map-style sources, and their number in the run."""
@@ -217,10 +216,6 @@ class Feed:
         return PackedRowCollator(
             collate, eos_token_id, isolate, flatten, others, getattr(tokenizer, "bos_token_id", None)
         )
-
-    def tagged(self, collate: Callable[[list], Any]) -> Callable[[Any], Any]:
-        """The collator of the training data, whose micro-batches are tagged with their source."""
-        return TaggingCollator(collate) if self.data.stages else collate
 
     def begin(self, step: int) -> None:
         """Go to the position of an outer step, before the data loader starts its workers."""
@@ -326,7 +321,7 @@ class Feed:
             weights = stage_borders(self.data.stages, self._windows(size)[1])
         if self._sources is None:
             self._sources = describe_sources(self.data)
-        return describe_data(self.data, self._args, size, weights, self._sources)
+        return describe_data(self.data, self._args, self._seed, size, weights, self._sources)
 
     def save(self, folder: str, step: int, batch_size: int) -> None:
         """Write the description of the data and the positions of this rank's streams into a checkpoint."""

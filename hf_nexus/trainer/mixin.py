@@ -2,8 +2,8 @@
 The Trainer extension: one Nexus window per optimizer step.
 
 [`NexusTrainerMixin`] overrides hooks of the Trainer, in the order in which a run calls them. Each hook hands over to a
-collaborator that knows plain data and not the trainer: `Feed` (which rows come next), `Window` and `Walker` (one outer
-step), `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
+collaborator that does not know the trainer: `Feed` (which rows come next), `Window` and `Walker` (one outer step),
+`TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,6 +30,7 @@ from ..hub.weights import convert_weights
 from ..mixture.isolation import PackedRowCollator
 from ..mixture.stream.progress import WeightsFunction
 from ..mixture.stream.reader import SourceError
+from ..mixture.tags import TaggingCollator
 from ..mixture.training_data import TrainingData
 from ..tensors import random_state_kept
 from .arguments import adopt, arguments_by_name, changed, own_arguments, samples_sources
@@ -147,7 +148,8 @@ class NexusTrainerMixin(_Base):
         given |= {"train_dataset": shown, "eval_dataset": evaluation}
         collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
         if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
-            given["data_collator"] = collate_packed  # the Trainer's would ask the tokenizer for a padding token
+            # Also of evaluation rows that are not packed: the Trainer's would ask the tokenizer for a padding token.
+            given["data_collator"] = collate_packed
         folder = Path(settings.output_dir).absolute()
         if not self._plain and settings.should_save and not folder.is_dir():
             require_folder(next(filter(Path.exists, [folder, *folder.parents])))  # where the Trainer makes it
@@ -362,16 +364,15 @@ class NexusTrainerMixin(_Base):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
-        collate = self.data_collator
-        if description != "Training" and not self._plain:
-            collate = self._evaluation.counting(collate, dataset)
-        with changed(self, data_collator=collate):
+        if description == "Training" or self._plain:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        with changed(self, data_collator=self._evaluation.counting(self.data_collator, dataset)):
             return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The base class's collator. Training micro-batches are tagged with their source."""
         collate = super()._get_collator_with_removed_columns(data_collator, description)
-        return self._feed.tagged(collate) if description == "Training" else collate
+        return TaggingCollator(collate) if description == "Training" and self.data.stages else collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """The order of the sources and their rows."""

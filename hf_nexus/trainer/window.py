@@ -184,7 +184,7 @@ class Walker:
     def __init__(self, args: Any):
         self._args = args
         self._new = True  # no window was walked yet
-        self._begun: tuple[Any, Any] = (None, None)  # the wrapped model, and the sets of its parameters
+        self._begun: tuple[Any, Any] = (None, None)  # a reference to the wrapped model, and its sets of parameters
         self._compressed: Any = None  # the wrapped model whose gradients may be sent in bfloat16
         self.nexus: Nexus | None = None
 
@@ -204,7 +204,7 @@ class Walker:
         Returns:
             `Tensor`: the losses, (k,).
         """
-        # What is trained may have changed on a single rank.
+        # A callback may have changed what is trained. On several ranks, DDP could not follow.
         if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
             self.begin(model, optimizer)
         # A run without the update reduces over all ranks, and a callback can add a communication hook.
@@ -213,8 +213,8 @@ class Walker:
         assert nexus is not None
         nexus.outer_step = step
         nexus.inner_lr = args.inner_lr * inner_lr_scale(args.inner_lr_schedule, optimizer, args.learning_rate)
-        # Those of quantized models are integers and large.
         named = model.named_buffers() if self._new else ()
+        # Those of quantized models are integers and large.
         buffers = {name: buffer.clone() for name, buffer in named if buffer.is_floating_point()}
         losses: list[Tensor] = []
         try:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
+from hf_nexus.mixture.config import MixtureConfig
 from hf_nexus.mixture.indexed import MixtureDataset
+from hf_nexus.mixture.loading import Mixture
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.training_data import prepare_data, split_sources
 
@@ -168,3 +170,10 @@ def test_a_source_column_that_names_no_sources_is_refused(column, message):
     datasets = pytest.importorskip("datasets")
     with pytest.raises(ValueError, match=message):
         split_sources(datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "source": column}))
+
+
+def test_a_loaded_mixture_keeps_the_names_of_its_config():
+    """It has refused names of splits. A source may be called like a column."""
+    config = MixtureConfig.from_dict({"sources": {"input_ids": {"path": "a.jsonl"}}})
+    data = prepare(Mixture(config, {"input_ids": ROWS}, {}, {"input_ids": None}, 0))
+    assert data.names == ["input_ids"] and data.weights == {"input_ids": 1.0}

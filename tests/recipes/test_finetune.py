@@ -118,7 +118,7 @@ def test_what_follows_from_a_shape_follows_from_that_given(run, kind):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_held_out_documents_of_a_stream_are_the_same_in_all_workers(tmp_path, monkeypatch, workers):
+def test_workers_hold_out_the_same_documents_of_a_stream(tmp_path, monkeypatch, workers):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     recipe, texts = runpy.run_path(str(SCRIPT)), [f"document {i:04d}" for i in range(300)]
     for name, part in (("a", texts[:70]), ("b", texts[70:])):

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ __all__ = ["MixtureStream"]
 class MixtureStream(torch.utils.data.Dataset):
     """
     Sources, streaming or map-style, as a dataset of *micro-batches*. The index of a row is `(number of the row among
-    those of its source, position of the source)`. A row does not depend on the numbers of ranks and data loader
-    workers: each process reads the [`Lanes`] that its micro-batches need.
+    those of its source, position of the source)`. With the same [`Lanes`], a row does not depend on the numbers of
+    ranks and data loader workers: each process reads the lanes that its micro-batches need.
 
     The collator gets rows as the dataset returns them: `with_format("torch")` avoids lists of integers. Torch iterable
     datasets, and streams after `shuffle`, cannot return to a position: each worker reads all of their rows, and a
@@ -98,7 +97,7 @@ class MixtureStream(torch.utils.data.Dataset):
         Raises:
             SourceError: A source cannot be read, or is smaller than its part of a micro-batch of all ranks.
         """
-        total, states = len(indices) * self.ranks, []
+        total, states = len(indices) * self.ranks, list[StreamState]()
 
         def take(name: str, where: list[int]) -> list[Any]:
             first = indices[where[0]][0]
@@ -114,9 +113,7 @@ class MixtureStream(torch.utils.data.Dataset):
             states.append(StreamState(name, ordinal, lanes, reader.source.mark))
             return rows
 
-        rows = take_rows([self.names[position] for _, position in indices], take)
-        rows.tag = replace(rows.tag, states=tuple(states))
-        return rows
+        return take_rows([self.names[position] for _, position in indices], take, states)
 
     def _reader(self, name: str, owner: int) -> RowReader:
         """The reader of the lanes that a worker owns."""

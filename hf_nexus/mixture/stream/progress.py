@@ -15,7 +15,6 @@ from ..stages import normalized
 from ..step_effects import StepEffects
 from ..tags import StreamState, tag_of
 from .dataset import MixtureStream
-from .lanes import Lanes
 from .reader import SourceError
 
 __all__ = ["MicroBatchSampler", "StreamProgress", "WeightsFunction", "steps_ahead"]
@@ -79,9 +78,7 @@ class StreamProgress:
             self._schedule.load_state_dict(saved["schedule"])
         if isinstance(self._weights, Stateful) and "weights_function" in saved:
             self._weights.load_state_dict(saved["weights_function"])
-        if "lanes" in saved:
-            self.stream.lanes = Lanes(*saved["lanes"])
-        # From the step at which a source ends to the first one without it, the same for all numbers of workers.
+        # From the step at which a source ends to the first one without it. A resumed run keeps the first.
         self._until_left_out: int = saved.get("until_left_out", 1 + self.steps_ahead)
         assert not self.max_epochs or self.steps_ahead < self._until_left_out, "the feed has checked it"
         # Shares of steps for which the data loader has asked ahead of training.
@@ -146,10 +143,6 @@ class StreamProgress:
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield micro-batches in the order of training. The data loader gives them in the order of requests."""
-        if self.ahead == 0:
-            while (batch := next(batches, None)) is not None:
-                yield batch  # not `yield from`, which would close the data loader with this generator
-            return
         while True:
             while not self._order or self._order[0] not in self._early:
                 if (batch := next(batches, None)) is None:
