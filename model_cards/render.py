@@ -20,7 +20,7 @@ from hf_nexus.hub.facts import hub_id, public_path
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from hf_nexus.mixture.stages import Stage
 from hf_nexus.pretrain.model import model_config
-from hf_nexus.pretrain.parsing import parse_arguments
+from hf_nexus.pretrain.parsing import changed_fields, parse_arguments
 from hf_nexus.pretrain.plan import plan_run
 from hf_nexus.trainer.card import CARD_FILES
 from hf_nexus.trainer.config import nexus_settings
@@ -74,7 +74,7 @@ def plan() -> RunSummary:
         mixture=rows,
         stages=[Stage(*stage) for stage in zip(ends, shares, strict=True)],
         hyperparameters=arguments.resolved["training"],
-        changed_hyperparameters=arguments.changed,
+        changed_hyperparameters=changed_fields(arguments),
         datasets=[row.dataset for row in rows if row.dataset and hub_id(row.dataset)],
         hardware=f"planned for {plan.devices} accelerators",
         **PUBLISHED,

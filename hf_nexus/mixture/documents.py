@@ -230,7 +230,7 @@ class Document:
 
     def segments(self) -> "Iterator[Document]":
         """Parts of at most `SEGMENT` characters. Messages and tokens stay whole."""
-        if self.messages is not None or self.tokens is not None:
+        if self.messages is not None or self.tokens is not None or len(self.text) <= SEGMENT:
             yield self
             return
         start = 0

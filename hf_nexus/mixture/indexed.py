@@ -100,7 +100,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         ValueError: a source of positive weight has fewer rows than one micro-batch.
     """
 
-    def __init__(self, dataset: MixtureDataset, schedule: SourceSchedule, rows: int, seed: int = 0):
+    def __init__(self, dataset: MixtureDataset, schedule: SourceSchedule, rows: int):
         assert schedule.names == dataset.names
         for name, size, share in zip(dataset.names, dataset.sizes, schedule.shares, strict=True):
             if share > 0 and size < rows:
@@ -111,7 +111,6 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         self.dataset = dataset
         self.schedule = schedule
         self.rows = rows
-        self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -147,7 +146,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         name = zlib.crc32(self.dataset.names[source].encode())
         pass_, position = divmod(skip, size)
         while True:
-            order = np.random.default_rng((self.seed, name, pass_)).permutation(size)
+            order = np.random.default_rng((self.schedule.seed, name, pass_)).permutation(size)
             for first in range(position, size, _AT_ONCE):
                 yield from (order[first : first + _AT_ONCE] + offset).tolist()
             pass_, position = pass_ + 1, 0

@@ -122,7 +122,7 @@ def load_mixture(
     rows_dir.mkdir(parents=True, exist_ok=True)
     fingerprint, length = tokenizer_fingerprint(tokenizer), config.sequence_length
 
-    packers, licenses, documents, held_out = {}, {}, {}, {}
+    packers, licenses, documents, hashes, found = {}, {}, {}, dict[str, Any](), dict[str, Any]()
     for name, source in config.sources.items():
         loaded, columns = load_documents(name, source, source.split, files, source.streaming)
         packed_length = length if source.packed else None
@@ -130,15 +130,22 @@ def load_mixture(
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
         licenses[name] = source.license or loaded.info.license or None
         documents[name] = _text_only(loaded, source)
-        held_out[name] = _held_out(packers[name], documents[name], files)
+        # Also if nothing is held out, because hashing reports rows that are not text by their number.
+        hashes[name] = None if source.streaming else packers[name].hash_documents(documents[name])
+        if (of_source := _held_out(packers[name], documents[name], hashes[name], files)) is not None:
+            found[name] = of_source
 
     # The order of the evaluation sets: training sources, then OOD sources.
-    held_out = {n: held_out[n] for n in (*config.train_sources, *config.ood_sources) if held_out[n] is not None}
-    hashes = np.concatenate([np.empty(0, np.int64), *(packers[n].hash_documents(d) for n, d in held_out.items())])
-    train = {name: _train_rows(packers[name], documents[name], hashes, length) for name in config.train_sources}
+    names = (*config.train_sources, *config.ood_sources)
+    held_out = {name: found[name] for name in names if name in found}
+    left_out = np.concatenate([np.empty(0, np.int64), *(of for _, of in held_out.values())])
+    train = {
+        name: _train_rows(packers[name], documents[name], hashes[name], left_out, length)
+        for name in config.train_sources
+    }
     evaluation = {
-        name: packers[name].pack_documents(found, length, held_out=name in config.train_sources)
-        for name, found in held_out.items()
+        name: packers[name].pack_documents(rows, length, held_out=name in config.train_sources)
+        for name, (rows, _) in held_out.items()
     }
     bos_token_id = next(iter(packers.values())).encoder.bos_token_id  # all sources have the same
     return Mixture(config, train, evaluation, licenses, tokenizer.eos_token_id, bos_token_id)
@@ -163,25 +170,35 @@ def _text_only(documents: Dataset | IterableDataset, source: SourceConfig) -> An
 # ---- Holding out ----
 
 
-def _held_out(packer: SourcePacker, documents: Any, cache_dir: str | None) -> Dataset | None:
-    """The documents of a source that are evaluated on, `None` if there are none."""
+def _held_out(
+    packer: SourcePacker, documents: Any, hashes: np.ndarray | None, cache_dir: str | None
+) -> tuple[Dataset, np.ndarray] | None:
+    """
+    The documents of a source that are evaluated on, and their hashes; `None` if there are none. `hashes` are those of
+    its documents, if they were read.
+    """
     source = packer.encoder.source
-    if source.role == "ood":
-        return documents
+    if source.role == "ood" and hashes is not None:
+        return documents, hashes
     if source.eval_split is not None:
-        return _eval_split(packer.encoder, cache_dir)
-    if source.eval_rows is None:
+        found = _eval_split(packer.encoder, cache_dir)
+    elif source.eval_rows is None:
         return None
-    select = _first_documents if source.streaming else _smallest_hashes
-    return select(packer, documents, source.eval_rows)
+    elif hashes is not None:
+        return _smallest_hashes(packer, documents, hashes, source.eval_rows)
+    else:
+        found = _first_documents(packer, documents, source.eval_rows)
+    return found, packer.hash_documents(found)
 
 
-def _smallest_hashes(packer: SourcePacker, documents: Dataset, count: int) -> Dataset:
+def _smallest_hashes(
+    packer: SourcePacker, documents: Dataset, hashes: np.ndarray, count: int
+) -> tuple[Dataset, np.ndarray]:
     """The documents with the `count` smallest hashes, each once, independent of the order of documents."""
-    distinct, first = np.unique(packer.hash_documents(documents), return_index=True)
+    distinct, first = np.unique(hashes, return_index=True)
     if count >= len(distinct):
         raise _too_few_documents(packer, count, len(distinct))
-    return documents.select(first[:count])
+    return documents.select(first[:count]), distinct[:count]
 
 
 def _first_documents(packer: SourcePacker, documents: IterableDataset, count: int) -> Dataset:
@@ -228,13 +245,12 @@ def _stored(rows: list[dict[str, Any]], documents: Any) -> Dataset:
 
 
 def _train_rows(
-    packer: SourcePacker, documents: Any, held_out: np.ndarray, sequence_length: int
+    packer: SourcePacker, documents: Any, hashes: np.ndarray | None, held_out: np.ndarray, sequence_length: int
 ) -> Dataset | StreamedDocuments:
     """The rows of a training source, without documents whose hash is held out."""
-    if packer.encoder.source.streaming:
+    if hashes is None:
         return StreamedDocuments(documents, packer.encoder, sequence_length, frozenset(held_out.tolist()))
-    # Also hashed if nothing is held out, because hashing reports rows that are not text by their number.
-    kept = np.flatnonzero(~np.isin(packer.hash_documents(documents), held_out))
+    kept = np.flatnonzero(~np.isin(hashes, held_out))
     name, left_out = packer.encoder.name, len(documents) - len(kept)
     if len(kept) == 0:
         raise ValueError(

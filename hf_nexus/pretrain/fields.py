@@ -204,7 +204,6 @@ class PretrainArguments:
     mixture: MixtureConfig  # the section `data`
     training: PretrainConfig
     resolved: dict[str, dict[str, Any]]  # all fields as plain data: saved as `pretrain.yaml`, a valid configuration
-    changed: dict[str, Any]  # the fields of the section `training` that differ from their defaults
     dry_run: bool = False
     hardware: HardwareArguments = field(default_factory=HardwareArguments)
 

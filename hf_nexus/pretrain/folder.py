@@ -33,9 +33,11 @@ def find_checkpoint(arguments: PretrainArguments) -> str | None:
         ours = not saved.exists() or yaml.safe_load(saved.read_text(encoding="utf-8")) == arguments.resolved
         if ours and (last := last_checkpoint(folder)):
             return last
+    if not checkpoints_of(folder):
+        return None
     demo = Path(load_config("demo")["training"]["output_dir"])
     overwrite = args.overwrite_output_dir and folder.resolve() == demo.resolve()
-    if checkpoints_of(folder) and not overwrite:
+    if not overwrite:
         raise ValueError(
             f"{folder} already holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint last, "
             f"choose another --output_dir, or delete its checkpoint-* folders (--overwrite_output_dir only does so in "

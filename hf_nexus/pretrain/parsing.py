@@ -16,23 +16,26 @@ from .fields import SECTIONS, SHAPE, HardwareArguments, ModelArguments, Pretrain
 from .model import shape_fields
 from .sections import check_values, naming
 
-__all__ = ["parse_arguments", "resolve"]
+__all__ = ["changed_fields", "parse_arguments", "resolve"]
 
 # Never written to disk: the first would make a saved run resume itself, the second is a secret.
 _NOT_SAVED = ("resume_from_checkpoint", "hub_token")
 
 
-def _fold(section: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A `model` section with flags on top, by its fields, and without a Llama's defaults for another model."""
-    values, fields = {**section, **(flags or {})}, section.get("config_fields") or {}
+def _fold(section: Mapping[str, Any], flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """
+    A `model` section with flags on top, by its fields, and without a Llama's defaults for another model; and the known
+    fields of its configuration class.
+    """
+    values, fields = {**section, **flags}, section.get("config_fields") or {}
     known, others = shape_fields(values), {key for cls in SECTIONS.values() for key in field_types(cls)}
     more = {key: value for key, value in values.items() if key not in others and (known is None or key in known)}
     found = {key: value for key, value in values.items() if key not in more}
     if more or fields:
-        over = (flags or {}).get("config_fields") or {}
+        over = flags.get("config_fields") or {}
         found["config_fields"] = {**check(fields, dict, "config_fields"), **more, **over}
     llama = values.get("path") is None and values.get("model_type") in (None, "llama")
-    return found if llama else {**dict.fromkeys(SHAPE), **found}
+    return (found if llama else {**dict.fromkeys(SHAPE), **found}), known or []
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
@@ -55,10 +58,9 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
     flags = {section: _typed(command_line.flags[section], kinds[section]) for section in kinds}
     plain = {section: {**config.get(section, {}), **flags[section]} for section in ("data", "training")}
     with naming(name, "model.", {}):
-        plain["model"] = _fold(config.get("model", {}), flags["model"])
+        plain["model"], known = _fold(config.get("model", {}), flags["model"])
     mixture = command_line.mixture
     # The mixture was built with the command line.
-    known = shape_fields(plain["model"]) or ()
     values = {
         section: check_values(section, plain[section], kinds, f"{name}: ", known) for section in ("model", "training")
     }
@@ -81,7 +83,6 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
             normalized(stage.weights, list(mixture.train_sources))
         check_run(model, mixture, training, here=not dry_run)
     _count_steps(training)
-    defaults = _defaults(PretrainConfig)
     return PretrainArguments(
         config=name,
         sections=config,
@@ -89,10 +90,15 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         mixture=mixture,
         training=training,
         resolved=resolved,
-        changed={key: value for key, value in resolved["training"].items() if value != defaults[key]},
         dry_run=dry_run,
         hardware=HardwareArguments(**flags["hardware"]),
     )
+
+
+def changed_fields(arguments: PretrainArguments) -> dict[str, Any]:
+    """The fields of the section `training` that differ from their defaults."""
+    defaults = _defaults(PretrainConfig)
+    return {key: value for key, value in arguments.resolved["training"].items() if value != defaults[key]}
 
 
 def _typed(flags: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Feed:
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
             schedule = SourceSchedule(borders, self._seed, args.source_schedule, windows, rows, self._ranks)
-            sampler = MixtureSampler(dataset, schedule, rows, self._seed)
+            sampler = MixtureSampler(dataset, schedule, rows)
             self._check_epochs(borders, windows.micro_batches(steps), rows)
             return sampler
         return None
@@ -244,8 +244,10 @@ class Feed:
             ValueError: on all ranks, if they differ.
         """
         size, dataset = _size(self.data.dataset), self.data.dataset
-        described = self._describe(batch_size) if self.data.stages else {}
-        if not self.data.stages and size is not None and self._args.world_size > 1:
+        described = self._describe(batch_size) if self.data.stages else {}  # before training can change rows
+        if self._args.world_size == 1:
+            return
+        if not self.data.stages and size is not None:
             described["sample"] = sample(dataset)
         own = {
             "rows": size,
@@ -284,10 +286,9 @@ class Feed:
         marks = [[s.mark for s in window.states if s.source == name and s.mark is not None] for name in names]
         highest, lowest = ([max((sign * mark for mark in of), default=-(2**32)) for of in marks] for sign in (1, -1))
         own = [window.error is not None, *(name in ended for name in names), *highest, *lowest]
-        facts = torch.tensor(own)
-        if args.world_size > 1:  # on the host: a single rank does not wait for the device
-            facts = max_over_ranks(facts.to(args.device))
-        failed, *of_sources = facts.tolist()
+        if args.world_size > 1:
+            own = max_over_ranks(torch.tensor(own, device=args.device)).tolist()
+        failed, *of_sources = own
         if failed:
             raise window.error or SourceError("Another rank could not read its data: see its message.")
         for name, has_ended, high, low in zip(names, *np.array(of_sources).reshape(3, -1), strict=True):

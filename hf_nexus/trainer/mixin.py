@@ -484,7 +484,7 @@ class NexusTrainerMixin(_Base):
         with self._without_averages():  # a rank with an error has fewer micro-batches, and joins in `agree` only
             batches, items = super().get_batch_samples(untagged, num_batches, device)
             self._feed.agree(window, self.state.global_step)
-            total = window.count(batches, lambda batch: count([batch], device), ranks)
+            total = window.count(batches, [count([batch], device) for batch in batches], ranks)
         if batches:
             self.meter.begin_window(self.state.global_step, window.unit)
         # The count of the whole window is for overrides of `training_step`. Each micro-batch is divided by its own.
@@ -558,9 +558,8 @@ class NexusTrainerMixin(_Base):
         # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
         self.optimizer.train()
         step = self.state.global_step
-        losses = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step)
-        assert self._walker.nexus is not None
-        self.meter.add_walk(window, losses, self._walker.nexus)
+        losses, nexus = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step)
+        self.meter.add_walk(window, losses, nexus)
         self._walker.average_over_ranks(model)
         # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.

@@ -81,22 +81,23 @@ class Window:
         """Whether `training_step` got all micro-batches, or no window is in progress."""
         return len(self.inputs) >= len(self)
 
-    def count(self, batches: Sequence[Any], tokens_of: Callable[[Any], Tensor | None], ranks: int) -> Tensor | None:
+    def count(self, batches: Sequence[Any], tokens: Sequence[Any], ranks: int) -> Tensor | None:
         """
-        Count the loss tokens of each micro-batch. Their mean over `ranks` divides the losses. All of these ranks must
-        call it, and their sources and settings are compared in the same collective.
+        Take the loss tokens of each micro-batch on this rank, 0-d each, or `None` where there is no count. Their mean
+        over `ranks` divides the losses. All of these ranks must call it, and their sources and settings are compared
+        in the same collective.
 
         Returns:
-            `Tensor`, *optional*: the loss tokens of the window over the ranks, 0-d; `None` if `tokens_of` gives none.
+            `Tensor`, *optional*: the loss tokens of the window over the ranks, 0-d; `None` if they are not counted.
         """
-        counted = [n for n in map(tokens_of, batches) if isinstance(n, Tensor)]
+        counted = [n for n in tokens if isinstance(n, Tensor)]
         if not counted or len(counted) < len(batches):
             return None
         self.unit = "tokens" if has_token_labels(batches[0]) else "rows"
-        self.tokens = total = tokens = torch.stack(counted)
+        self.tokens = total = torch.stack(counted)
         if ranks > 1:
             mark = zlib.crc32(repr(self.shared).encode()) % 61  # float32 holds sums of its square exactly
-            *_, marks, squares = shared = sum_over_ranks(torch.cat([tokens, tokens.new_tensor([mark, mark**2])]))
+            *_, marks, squares = shared = sum_over_ranks(torch.cat([total, total.new_tensor([mark, mark**2])]))
             total, self.same = shared[:-2], squares.long() * ranks == marks.long() ** 2
         self.items = total / ranks
         return total.sum()
@@ -196,13 +197,13 @@ class Walker:
         *,
         optimizer: Any,
         step: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Nexus]:
         """
         Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`. `micro_step` runs forward
         and backward pass of a micro-batch, given its index, and returns its mean loss.
 
         Returns:
-            `Tensor`: the losses, (k,).
+            `tuple[Tensor, Nexus]`: the losses, (k,), and what walked.
         """
         # A callback may have changed what is trained. On several ranks, DDP could not follow.
         if self.nexus is None or self._begun[1] != _parameter_sets(model, optimizer):
@@ -233,7 +234,7 @@ class Walker:
         self._new = False
         if window.same is not None and not window.same:
             check_windows(gather(window.shared))
-        return torch.stack(losses)
+        return torch.stack(losses), nexus
 
     def begin(self, model: nn.Module, optimizer: Any) -> None:
         """

@@ -10,7 +10,7 @@ from hf_nexus.mixture.schedule import SourceSchedule
 
 def build(sizes: dict[str, int], rows: int, seed: int = 0, weights=None, kind="random") -> MixtureSampler:
     dataset = MixtureDataset({name: [{"row": (name, i)} for i in range(n)] for name, n in sizes.items()})
-    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed, kind, rows=rows), rows, seed)
+    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed, kind, rows=rows), rows)
 
 
 def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, int]]]:
