@@ -337,20 +337,20 @@ class MixtureConfig:
         """The sources that are only evaluated."""
         return {name: source for name, source in self.sources.items() if source.role == "ood"}
 
-    def weights(self, sizes: Mapping[str, int]) -> dict[str, float]:
+    def weights(self, sizes: Mapping[str, int | None]) -> dict[str, float]:
         """
         Shares of the training tokens, which sum to 1. With stages, those of the last stage.
 
         Args:
-            sizes (`Mapping[str, int]`):
-                Tokens of each training source. Not needed if weights are given.
+            sizes (`Mapping[str, int | None]`):
+                Tokens of each training source, `None` if unknown. Not needed if weights are given.
 
         Raises:
             ValueError: a size that is needed is missing or not positive.
         """
         return shares_of(self.stage_weights(sizes)[-1].weights)
 
-    def stage_weights(self, sizes: Mapping[str, int]) -> list[Stage]:
+    def stage_weights(self, sizes: Mapping[str, int | None]) -> list[Stage]:
         """The stages, by default a single one. Arguments and errors are those of [`~MixtureConfig.weights`]."""
         if self.stages is not None:
             return self.stages
@@ -358,8 +358,8 @@ class MixtureConfig:
         for name, source in self.train_sources.items():
             if source.weight is not None:
                 raw[name] = float(source.weight)
-            elif sizes.get(name, 0) > 0:
-                raw[name] = float(sizes[name]) ** (1 / self.temperature)
+            elif size := sizes.get(name):
+                raw[name] = float(size) ** (1 / self.temperature)
             else:
                 raise ValueError(
                     f"sources.{name}.weight: missing, and the size of the source is unknown or 0. Give weights to all "

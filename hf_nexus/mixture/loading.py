@@ -77,7 +77,7 @@ class Mixture:
     @property
     def weights(self) -> dict[str, float]:
         """Mixture weights of the training sources, which sum to 1 (those of the last stage)."""
-        return self.config.weights({name: count for name, count in self.tokens.items() if count is not None})
+        return self.config.weights(self.tokens)
 
 
 def load_mixture(

@@ -67,8 +67,7 @@ class TrainingData:
         if weights is not None:
             given = weight_stages(weights)
         elif self.mixture is not None:
-            sizes = {name: count for name, count in self.mixture.tokens.items() if count is not None}
-            given = self.mixture.config.stage_weights(sizes)
+            given = self.mixture.config.stage_weights(self.mixture.tokens)
         else:
             given = [Stage(1.0, shares_of(_rows(self.dataset.sources)))]
         shares = [replace(stage, weights=shares_of(stage.weights, self.dataset.names)) for stage in given]
@@ -80,7 +79,7 @@ class TrainingData:
         if self.mixture is not None:
             return self.mixture.eos_token_id
         streamed = list(self._streamed().values())
-        return streamed[0].encoder.tokenizer.eos_token_id if streamed else None
+        return streamed[0].encoder.eos_token_id if streamed else None
 
     @property
     def all_packed(self) -> bool:

@@ -51,9 +51,9 @@ def stable_steps(training: PretrainConfig, steps: int) -> int | None:
 
 def _shares(arguments: PretrainArguments, plan: RunPlan) -> tuple[Fraction, Fraction]:
     """The tokens of a step and of the run, divided by those of the file of the configuration on its own devices."""
-    config = arguments.sections
-    training = {name: getattr(PretrainConfig, name) for name in _COUNTS} | config.get("training", {})
-    length = config["data"].get("sequence_length", type(arguments.mixture).sequence_length)
+    sections = arguments.sections
+    training = {name: getattr(PretrainConfig, name) for name in _COUNTS} | sections.get("training", {})
+    length = sections["data"].get("sequence_length", type(arguments.mixture).sequence_length)
     step = max(1, arguments.model.accelerators) * length * training[_COUNTS[0]] * training[_COUNTS[1]]
     share = Fraction(plan.tokens_per_step, step)
     both = plan.steps is not None and training["max_steps"] > 0

@@ -18,7 +18,7 @@ __all__ = ["CommandLine", "from_sections", "read_command_line"]
 class CommandLine:
     """The YAML file of a run, and the flags on top of it."""
 
-    config: str  # name or path of the file
+    name: str  # of the file, or its path
     sections: dict[str, dict[str, Any]]  # of the file
     flags: dict[str, dict[str, Any]]  # by section
     mixture: MixtureConfig  # the section `data` with its flags
@@ -47,15 +47,15 @@ def from_sections(name: str, content: dict[str, Any], dry_run: bool = False) -> 
 
 
 def _with_flags(
-    name: str, config: dict[str, dict[str, Any]], flags: dict[str, dict[str, Any]], dry_run: bool
+    name: str, sections: dict[str, dict[str, Any]], flags: dict[str, dict[str, Any]], dry_run: bool
 ) -> CommandLine:
     kinds = known_kinds()
-    check_sections(config, kinds, {**config.get("model", {}), **flags["model"]}, f"{name}: ")
+    check_sections(sections, kinds, {**sections.get("model", {}), **flags["model"]}, f"{name}: ")
     with naming(name, "data.", flags["data"]):
-        mixture = MixtureConfig(**{**config["data"], **flags["data"]})
+        mixture = MixtureConfig(**{**sections["data"], **flags["data"]})
     for of, source in mixture.sources.items() if not dry_run else ():
         path = source.path
         there = not means_files(path) or is_remote(path) or os.path.exists(path)
         if not there and not any(map(os.path.exists, find_files(path)[1])):
             raise ValueError(f"{name}: data.sources.{of}.path: no file matches {path!r} in {os.getcwd()!r}.")
-    return CommandLine(name, config, flags, mixture, dry_run)
+    return CommandLine(name, sections, flags, mixture, dry_run)

@@ -16,7 +16,7 @@ from .advice import ENDS_EARLY, stable_steps, warnings_of
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments
 from .memory import SYMBOLS, MemoryEstimate
-from .model import config_of, joined_documents, planned_attention
+from .model import config_of, planned_attention
 from .plan import RunPlan
 
 __all__ = ["cost_table", "loss_table", "print_plan", "say"]
@@ -24,7 +24,7 @@ __all__ = ["cost_table", "loss_table", "print_plan", "say"]
 
 def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, loaded: Mixture | None = None) -> None:
     """Print a plan as tables, with the sizes and licenses of the mixture if it is loaded."""
-    console.print(_two_columns(f"Plan of {arguments.config}", _run_rows(arguments, plan, loaded)))
+    console.print(_two_columns(f"Plan of {arguments.name}", _run_rows(arguments, plan, loaded)))
     if plan.mixture is None:
         names = ", ".join(arguments.mixture.train_sources)
         console.print(f"The plan of the mixture needs the sizes of the sources ({names}): they are not tokenized yet.")
@@ -90,15 +90,15 @@ def _run_rows(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | Non
     copy = plan.checkpoint_copy
     return rows | {
         "learning rate": _schedule(arguments, plan),
-        "documents": _documents(arguments, loaded),
+        "documents": _documents(arguments, plan, loaded),
         "Nexus": nexus,
         "checkpoint": f"{format_bytes(12 * plan.parameters)}, "
         + (f"written from a copy of {format_bytes(copy)} in host memory" if copy else "training waits for it"),
     }
 
 
-def _documents(arguments: PretrainArguments, loaded: Mixture | None) -> str:
-    bos, why = arguments.mixture.add_bos_token, joined_documents(arguments)
+def _documents(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | None) -> str:
+    bos, why = arguments.mixture.add_bos_token, plan.joined
     if loaded is not None:
         bos = loaded.bos_token_id is not None
     elif bos is None and arguments.model.tokenizer == "train":

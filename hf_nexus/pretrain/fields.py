@@ -198,7 +198,7 @@ SECTIONS: dict[str, type] = {"model": ModelArguments, "data": MixtureConfig, "tr
 class PretrainArguments:
     """A configuration with the command line applied to it."""
 
-    config: str  # name or path
+    name: str  # of the configuration, or the path of its file
     sections: dict[str, dict[str, Any]]  # of the configuration, without the command line
     model: ModelArguments
     mixture: MixtureConfig  # the section `data`

@@ -53,12 +53,12 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
     Raises:
         ValueError: an unknown key, or a value that is not allowed, named in the message.
     """
-    name, config, dry_run = command_line.config, command_line.sections, command_line.dry_run
+    name, sections, dry_run = command_line.name, command_line.sections, command_line.dry_run
     kinds = {section: field_types(cls) for section, cls in {"hardware": HardwareArguments, **SECTIONS}.items()}
     flags = {section: _typed(command_line.flags[section], kinds[section]) for section in kinds}
-    plain = {section: {**config.get(section, {}), **flags[section]} for section in ("data", "training")}
+    plain = {section: {**sections.get(section, {}), **flags[section]} for section in ("data", "training")}
     with naming(name, "model.", {}):
-        plain["model"], known = _fold(config.get("model", {}), flags["model"])
+        plain["model"], known = _fold(sections.get("model", {}), flags["model"])
     mixture = command_line.mixture
     # The mixture was built with the command line.
     values = {
@@ -84,8 +84,8 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         check_run(model, mixture, training, here=not dry_run)
     _count_steps(training)
     return PretrainArguments(
-        config=name,
-        sections=config,
+        name=name,
+        sections=sections,
         model=model,
         mixture=mixture,
         training=training,

@@ -29,6 +29,7 @@ class RunPlan:
     memory: MemoryEstimate
     cost: CostEstimate
     checkpoint_copy: int  # bytes in host memory per process while a checkpoint is written; 0 if training waits for it
+    joined: str | None  # why documents of a row attend to each other; None if they do not
     sync: str | None = None  # the choice of `inner_sync`, in words
 
 
@@ -42,7 +43,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
             that the model cannot isolate.
     """
     t, length, layout = arguments.training, arguments.mixture.sequence_length, layout_of(arguments, devices)
-    joined_documents(arguments)
+    joined = joined_documents(arguments)
     parameters = count_parameters(model_config(arguments.model, length))
     rows = t.per_device_train_batch_size * layout.replicas
     window = t.gradient_accumulation_steps
@@ -75,6 +76,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
         memory=memory,
         cost=estimate_cost(arguments, parameters, window * rows * length, layout),
         checkpoint_copy=12 * parameters // memory.shards if t.checkpoint_async else 0,
+        joined=joined,
         sync=choose_sync(arguments, parameters, window * rows * length, layout),
     )
 
