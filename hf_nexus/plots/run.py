@@ -175,9 +175,9 @@ def _cosines(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> "Figur
     with_cosines = [entry for entry in log if any(key.startswith("cosine/") for key in entry)]  # few of a long log
     keys = {key for entry in with_cosines for key in entry}
     for a, b in itertools.combinations(sources, 2):
-        for key in keys.intersection((f"cosine/{a}/{b}", f"cosine/{b}/{a}")):
-            if points := _series(with_cosines, key):
-                pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
+        key = next((key for key in (f"cosine/{a}/{b}", f"cosine/{b}/{a}") if key in keys), None)
+        if key is not None and (points := _series(with_cosines, key)):
+            pairs[a, b] = {step: value for step, value in points.items() if math.isfinite(value)}
     if not pairs:
         return None
     figure = new_plot(8.0, 3.6)

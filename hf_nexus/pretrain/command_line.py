@@ -53,9 +53,9 @@ def _with_flags(
     check_sections(sections, kinds, {**sections.get("model", {}), **flags["model"]}, f"{name}: ")
     with naming(name, "data.", flags["data"]):
         mixture = MixtureConfig(**{**sections["data"], **flags["data"]})
-    for of, source in mixture.sources.items() if not dry_run else ():
+    for source_name, source in mixture.sources.items() if not dry_run else ():
         path = source.path
         there = not means_files(path) or is_remote(path) or os.path.exists(path)
         if not there and not any(map(os.path.exists, find_files(path)[1])):
-            raise ValueError(f"{name}: data.sources.{of}.path: no file matches {path!r} in {os.getcwd()!r}.")
+            raise ValueError(f"{name}: data.sources.{source_name}.path: no file matches {path!r} in {os.getcwd()!r}.")
     return CommandLine(name, sections, flags, mixture, dry_run)

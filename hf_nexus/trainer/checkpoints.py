@@ -149,9 +149,10 @@ def _lacking(checkpoint: Path) -> str | None:
 def _has_data(path: Path) -> bool:
     """
     Whether a file, or each in a folder, begins with data. After a power failure, a disk can hold zeros in its place.
+    In a folder, the file of a rank that had nothing to write is empty.
     """
     if path.is_dir():
-        return all(_has_data(file) for file in path.rglob("*") if file.is_file())
+        return all(_has_data(file) for file in path.rglob("*") if file.is_file() and file.stat().st_size)
     with path.open("rb") as file:
         return any(file.read(64))
 

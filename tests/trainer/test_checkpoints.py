@@ -19,6 +19,7 @@ from hf_nexus.trainer.checkpoints import (
     MANIFEST_NAME,
     STAGING_DIR,
     StagedCheckpoints,
+    _lacking,
     delete_checkpoint,
     is_complete,
     last_checkpoint,
@@ -286,6 +287,15 @@ def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(saving, tmp_path, capl
     assert "checkpoint-3 is passed over" in caplog.text
     with pytest.raises(ValueError, match=f"{name[:9]}.* is (damaged|missing or empty)"):
         saving().train(resume_from_checkpoint=str(file.parent))
+
+
+def test_a_rank_may_have_had_nothing_to_write(saving, tmp_path):
+    saving().train()
+    checkpoint = tmp_path / "run/checkpoint-3"
+    (checkpoint / "optimizer_0").mkdir()
+    (checkpoint / "optimizer_0/__1_0.distcp").touch()
+    (checkpoint / "manifest.json").unlink()
+    assert _lacking(checkpoint) is None
 
 
 @pytest.mark.parametrize("name", ["rng_state_1.pth", "optimizer_0/.metadata"])
