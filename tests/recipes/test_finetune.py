@@ -121,7 +121,7 @@ def test_what_follows_from_a_shape_follows_from_that_given(run, kind):
 def test_workers_hold_out_the_same_documents_of_a_stream(tmp_path, monkeypatch, workers):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     recipe, texts = runpy.run_path(str(SCRIPT)), [f"document {i:04d}" for i in range(300)]
-    for name, part in (("a", texts[:70]), ("b", texts[70:])):
+    for name, part in (("a", texts[:73]), ("b", texts[73:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     args = recipe["DataTrainingArguments"](train_file=str(tmp_path / "*.jsonl"), streaming=True, block_size=14)
     splits, sources = recipe["load_texts"](args, None, None)
