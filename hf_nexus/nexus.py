@@ -128,7 +128,7 @@ class Nexus(Settings):
     @torch.no_grad()
     def _load_pseudo_gradient(self) -> None:
         clear_gradients(self.params)
-        self.taken = torch.stack(self._usable).tolist() if self._usable else []  # the only host synchronization
+        self.taken = torch.stack(self._usable).tolist() if self._usable else []  # waits for the device, once
         self.steps_taken, self.pseudo_gradient_norm = sum(self.taken), None
         self.outer_step += 1
         if not self.steps_taken:

@@ -157,7 +157,7 @@ def train(
         from .launch import launch
 
         with one_line_errors(debug=context.obj):
-            launch(command_line, argv, devices, accelerate_config)
+            launch(command_line, argv, accelerate_config)
     from ..pretrain.run import run_command_line
 
     run_command_line(command_line, debug=context.obj)

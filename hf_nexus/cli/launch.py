@@ -12,7 +12,7 @@ from ..pretrain.command_line import CommandLine
 __all__ = ["launch"]
 
 
-def launch(command_line: CommandLine, argv: list[str], devices: int | None, accelerate_config: str | None) -> NoReturn:
+def launch(command_line: CommandLine, argv: list[str], accelerate_config: str | None) -> NoReturn:
     """
     Run torchrun in this process, or `accelerate launch` if its file is given. Each process runs `hf-nexus train` with
     `argv`, which was read as `command_line` and is checked first. The exit status is that of these processes. They get
@@ -34,6 +34,8 @@ def launch(command_line: CommandLine, argv: list[str], devices: int | None, acce
     from ..pretrain.parsing import resolve
 
     arguments = resolve(replace(command_line, dry_run=True))
+    devices = arguments.hardware.devices
+    # The dry run, which checks on any machine, has its own `use_cpu`.
     here = 0 if arguments.resolved["training"]["use_cpu"] else torch.accelerator.device_count()
     if devices is not None and 0 < here < devices:
         raise ValueError(f"--devices {devices}: this machine has {here}. Use {here} or fewer, or add --use_cpu.")

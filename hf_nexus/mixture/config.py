@@ -14,7 +14,7 @@ from .stages import Stage, parse_stages, shares_of
 __all__ = ["BUILTIN_PREFIX", "RESERVED_NAMES", "MixtureConfig", "SourceConfig", "refuse_splits"]
 
 BUILTIN_PREFIX = "builtin/"
-# Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 16 GB of cache.
+# Map-style sources are tokenized before the first step. Two billion tokens are about 8 GB of text and 20 GB of cache.
 MAP_STYLE_LIMIT = 2_000_000_000
 # Names of sources become part of the names of metrics, such as `eval_<name>_loss`.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -146,6 +146,11 @@ class SourceConfig:
         if self.path.startswith(BUILTIN_PREFIX):
             self._check_builtin()
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not trained on."""
+        return self.loss_on != "all"
+
     def _check_columns(self) -> None:
         given = [key for key in ("text_column", *_NOT_TEXT) if getattr(self, key)]
         if len(given) > 1 and given != ["prompt_column", "completion_column"]:
@@ -157,7 +162,7 @@ class SourceConfig:
         if (self.prompt_column is None) != (self.completion_column is None):
             missing = "prompt_column" if self.prompt_column is None else "completion_column"
             raise ValueError(f"{missing}: missing. Give both prompt_column and completion_column.")
-        if self.loss_on != "all" and all(_NOT_TEXT.get(key) != self.loss_on for key in self.columns):
+        if self.masked and all(_NOT_TEXT.get(key) != self.loss_on for key in self.columns):
             column = next(key for key, part in _NOT_TEXT.items() if part == self.loss_on)
             raise ValueError(f"loss_on: {self.loss_on!r} needs a {column}. Name it, or remove loss_on.")
 

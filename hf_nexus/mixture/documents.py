@@ -272,11 +272,6 @@ class DocumentEncoder:
         return self.tokenizer.eos_token_id
 
     @property
-    def masked(self) -> bool:
-        """Whether some tokens may not be trained on."""
-        return self.source.loss_on != "all"
-
-    @property
     def end(self) -> int | None:
         """The token that ends each document inside of packed rows, `None` if rows are not packed yet."""
         return self.eos_token_id if self.source.packed else None
@@ -373,7 +368,7 @@ class DocumentEncoder:
             return tokens
         bos, eos = self.bos_token_id, self.eos_token_id
         if first and bos is not None and unmarked(tokens[:1]).tolist() != [bos]:
-            tokens = np.insert(tokens, 0, ~bos if self.masked else bos)
+            tokens = np.insert(tokens, 0, ~bos if self.source.masked else bos)
         given = self.source.loss_on == "assistant" or self.source.tokens_column
         if last and not (given and unmarked(tokens[-1:]).tolist() == [eos]):
             # The end of a turn is trained on with the turn.
@@ -448,7 +443,7 @@ def check_tokenizer(name: str, source: SourceConfig, tokenizer: "PreTrainedToken
             f"sources.{name}.loss_on: the tokenizer's chat template does not mark what the assistant writes. Enclose "
             "it in {% generation %} and {% endgeneration %} in tokenizer.chat_template, or set loss_on to 'all'."
         )
-    if source.loss_on != "all" and not tokenizer.is_fast:
+    if source.masked and not tokenizer.is_fast:
         raise ValueError(
             f"sources.{name}.loss_on: {source.loss_on!r} needs a fast tokenizer, which knows the characters of each "
             f"token, and {type(tokenizer).__name__} is none. Use a fast tokenizer, or set loss_on to 'all'."

@@ -66,7 +66,7 @@ class Mixture:
     @cached_property
     def targets(self) -> dict[str, int]:
         """Tokens that are trained on in the packed sources with a `loss_on` other than "all"."""
-        masked = {n: rows for n, rows in self.train.items() if self.config.sources[n].loss_on != "all"}
+        masked = {n: rows for n, rows in self.train.items() if self.config.sources[n].masked}
         return {n: count_targets(rows) for n, rows in masked.items() if isinstance(rows, Sized)}
 
     @property

@@ -6,10 +6,10 @@ From documents to rows of L tokens, in three passes over Arrow files:
 3. pack: the documents end to end, cut every L tokens: `(n, L)`.
 
 Each pass is a `Dataset.map` into a cache file named after everything that its result depends on. Packing is a separate
-pass in one process, which carries the incomplete row from batch to batch. A source loses fewer than L tokens, and its
-rows depend neither on the batch size nor on the number of processes. Tokens are on disk twice, at 4 bytes each, and
-the position of each token in its document once, at 2 bytes. With `loss_on`, labels are
-there as well.
+pass in one process, which carries the incomplete row from batch to batch. A source loses fewer than L tokens, and with
+`loss_on` also the rows without a target. Its rows depend neither on the batch size nor on the number of processes.
+Tokens are on disk twice, at 4 bytes each, and the position of each token in its document once, at 2 bytes. With
+`loss_on`, labels are there as well.
 """
 
 import json
@@ -161,7 +161,10 @@ class SourcePacker:
         if tokens < sequence_length:
             raise self._too_few_tokens(documents, tokens, sequence_length, held_out)
         batch_size = max(1, TOKENS_PER_BATCH * len(tokenized) // tokens)
-        pack, arrow = RowPacker(sequence_length, self.encoder.masked, self.encoder.end), tokenized.with_format("arrow")
+        pack, arrow = (
+            RowPacker(sequence_length, self.encoder.source.masked, self.encoder.end),
+            tokenized.with_format("arrow"),
+        )
         features = {name: List(Value(dtype), length=sequence_length) for name, dtype in pack.dtypes.items()}
         rows = self._map("pack", arrow, pack, features, [sequence_length], batch_size=batch_size)
         if not len(rows):
@@ -169,7 +172,7 @@ class SourcePacker:
                 f"sources.{self.encoder.name}.loss_on: no row of {sequence_length} tokens has one to train on. Raise "
                 "sequence_length, or check the columns."
             )
-        if not self.encoder.masked:  # tokens and labels are the same bytes of the same file
+        if not self.encoder.source.masked:  # tokens and labels are the same bytes of the same file
             labels = rows.select_columns("input_ids").rename_column("input_ids", "labels")
             rows = concatenate_datasets([rows, labels], axis=1)
         return rows.with_format("torch")

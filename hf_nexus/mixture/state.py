@@ -136,16 +136,17 @@ def _unsigned(path: str) -> str:
 
 
 def _describe(name: str, source: Any, mixture: Mixture | None, hash_of: Any = tokenizer_fingerprint) -> dict[str, Any]:
-    facts = {} if mixture is None else _settings(mixture.config.sources[name])
-    documents = source
+    facts, documents = {}, source
     if isinstance(source, StreamedDocuments):
         documents, path = source.documents, source.encoder.source.path
-        facts |= _settings(source.encoder.source)
+        facts = _settings(source.encoder.source)
         if is_remote(path) or not means_files(path):
             facts["path"] = _address(path)
         facts["held_out"] = [len(source.held_out), sum(source.held_out)]
         facts["sequence_length"] = source.sequence_length
         facts["tokenizer"] = hash_of(source.encoder.tokenizer)
+    elif mixture is not None:
+        facts = _settings(mixture.config.sources[name])
     if isinstance(documents, Sized):
         return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):

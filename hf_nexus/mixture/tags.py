@@ -32,7 +32,7 @@ class StreamState:
 class MicroBatchTag:
     """
     Facts about a micro-batch that its tensors do not show: collators may pair rows or concatenate them. `take_rows`
-    makes it, and `Window.take` removes it. Micro-batches of other loaders have none.
+    makes it, and `Window.take` removes it, or makes one for a micro-batch of another loader.
     """
 
     rows: Mapping[str, int]  # by source
@@ -47,14 +47,10 @@ class TaggedRows(list):
         self.tag = tag
 
 
-def take_rows(
-    sources: Sequence[str],
-    take: Callable[[str, list[int]], Iterable[Any]],
-    states: Iterable[StreamState] = (),
-) -> TaggedRows:
+def take_rows(sources: Sequence[str], take: Callable[[str, list[int]], Iterable[Any]]) -> TaggedRows:
     """
     A micro-batch with a row of each of `sources`, (B,). `take` gets a source and the positions of its rows, and
-    returns these rows. `states` are those of streams after all rows were taken.
+    returns these rows.
     """
     positions: dict[str, list[int]] = {}
     for i, source in enumerate(sources):
@@ -64,7 +60,7 @@ def take_rows(
         for i, row in zip(where, take(source, where), strict=True):
             rows[i] = row
     counts = {source: len(where) for source, where in positions.items()}
-    return TaggedRows(rows, MicroBatchTag(counts, tuple(states)))
+    return TaggedRows(rows, MicroBatchTag(counts))
 
 
 class TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it

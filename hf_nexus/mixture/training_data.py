@@ -40,14 +40,19 @@ class TrainingData:
     mixture: Mixture | None = None
 
     @property
+    def has_sources(self) -> bool:
+        """Whether it is a mixture of sources, not a plain dataset."""
+        return bool(self.stages)
+
+    @property
     def names(self) -> list[str]:
         """Names of the sources; one empty name for a plain dataset."""
-        return self.dataset.names if self.stages else [""]
+        return self.dataset.names if self.has_sources else [""]
 
     @property
     def weights(self) -> dict[str, float] | None:
         """Shares of the last stage, by which losses are averaged over sources; `None` for a plain dataset."""
-        return self.stages[-1].weights if self.stages else None
+        return self.stages[-1].weights if self.has_sources else None
 
     @property
     def max_epochs(self) -> dict[str, float | None]:
@@ -96,12 +101,12 @@ class TrainingData:
         """Tokens of a row of each source that is trained on a part of its tokens."""
         if self.mixture is not None:
             config = self.mixture.config
-            return {n: config.sequence_length for n, s in config.train_sources.items() if s.loss_on != "all"}
+            return {n: config.sequence_length for n, s in config.train_sources.items() if s.masked}
         streamed = self._streamed().items()
-        return {name: source.sequence_length for name, source in streamed if source.encoder.masked}
+        return {name: source.sequence_length for name, source in streamed if source.encoder.source.masked}
 
     def _streamed(self) -> dict[str, StreamedDocuments]:
-        sources = self.dataset.sources if self.stages else {}
+        sources = self.dataset.sources if self.has_sources else {}
         return {name: source for name, source in sources.items() if isinstance(source, StreamedDocuments)}
 
     def indexable(self, source: str, evaluation: Any) -> Any:
@@ -121,13 +126,12 @@ class StageWeights:
         return next(weights for first, weights in reversed(self.borders) if first <= step)
 
 
-def prepare_data(train: Any, weights: Any, dynamic: bool, seed: int, whole: bool = False) -> TrainingData:
+def prepare_data(train: Any, weights: Any, dynamic: bool, whole: bool = False) -> TrainingData:
     """
     Prepare `train_dataset` for reading.
 
     `weights` is the field `mixture_weights`, which takes precedence over the weights of a mixture; `dynamic` says
-    whether weights are decided while training; `seed` is that of the order of rows; `whole` says that the trainer
-    samples a dict of datasets itself.
+    whether weights are decided while training; `whole` says that the trainer samples a dict of datasets itself.
 
     Raises:
         ValueError: weights that name other sources, are missing for streams, or are given for a plain dataset.
@@ -144,7 +148,7 @@ def prepare_data(train: Any, weights: Any, dynamic: bool, seed: int, whole: bool
     dataset: MixtureDataset | MixtureStream
     if dynamic or any(map(_is_stream, sources.values())):
         buffer: dict[str, Any] = {} if mixture is None else {"buffer_size": mixture.config.buffer_size}
-        dataset = MixtureStream(sources, seed=seed, **buffer)
+        dataset = MixtureStream(sources, **buffer)
     else:
         dataset = MixtureDataset(sources)
     return TrainingData(dataset, mixture=mixture).with_weights(weights)

@@ -18,7 +18,7 @@ __all__ = ["CommandLine", "from_sections", "read_command_line"]
 class CommandLine:
     """The YAML file of a run, and the flags on top of it."""
 
-    name: str  # of the file, or its path
+    name: str  # of the configuration, or the path of its file
     sections: dict[str, dict[str, Any]]  # of the file
     flags: dict[str, dict[str, Any]]  # by section
     mixture: MixtureConfig  # the section `data` with its flags

@@ -14,7 +14,7 @@ __all__ = ["SECTIONS", "SHAPE", "HardwareArguments", "ModelArguments", "Pretrain
 # Tensors of larger sizes have more bytes than a process can count.
 Size = Annotated[int, Bound(least=1, most=10**7)]
 
-# The fields of `ModelArguments` that are those of a configuration class. The first seven are sizes of weights.
+# The fields of `ModelArguments` that are those of a configuration class. The first seven decide the sizes of weights.
 SHAPE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "max_position_embeddings"),

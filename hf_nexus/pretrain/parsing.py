@@ -57,7 +57,7 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
     kinds = {section: field_types(cls) for section, cls in {"hardware": HardwareArguments, **SECTIONS}.items()}
     flags = {section: _typed(command_line.flags[section], kinds[section]) for section in kinds}
     plain = {section: {**sections.get(section, {}), **flags[section]} for section in ("data", "training")}
-    with naming(name, "model.", {}):
+    with naming(name, "model.", flags["model"]):
         plain["model"], known = _fold(sections.get("model", {}), flags["model"])
     mixture = command_line.mixture
     # The mixture was built with the command line.

@@ -143,15 +143,10 @@ class PretrainRun:
 
     arguments: PretrainArguments
     trainer: NexusTrainer
+    mixture: Mixture
     checkpoint: str | None
     console: Console
     lock: ExitStack  # of the output folder
-
-    @property
-    def mixture(self) -> Mixture:
-        """The loaded mixture."""
-        assert self.trainer.data.mixture is not None
-        return self.trainer.data.mixture
 
     def train(self) -> None:
         """
@@ -262,7 +257,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         if args.should_save:
             claim_folder(arguments, checkpoint, console)
         trainer.accelerator.wait_for_everyone()
-        return PretrainRun(arguments, trainer, checkpoint, console, stack.pop_all())
+        return PretrainRun(arguments, trainer, mixture, checkpoint, console, stack.pop_all())
 
 
 def _build(

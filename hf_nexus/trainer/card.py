@@ -153,7 +153,7 @@ def evaluations(
 
 def _mixture_rows(facts: RunFacts) -> list[MixtureRow]:
     data, mixture = facts.data, facts.data.mixture
-    if not data.stages:  # one plain dataset
+    if not data.has_sources:  # one plain dataset
         return []
     tokens = {name: facts.trained_tokens[name] for name in data.names}
     lengths = [end - start for start, end in pairwise([0.0, *(stage.until for stage in data.stages)])]

@@ -279,6 +279,7 @@ class StagedCheckpoints:
         self._pending: tuple[str, Future] | None = None  # the checkpoint that is written while training goes on
         self._reported = False  # whether it was given to `completed`
         self._resumed: str | None = None
+        self._recorded_best: str | None = None  # the best checkpoint, as the resumed one has recorded it
         self._saved: str | None = None  # the last checkpoint of this run
         self._new: Path | None = None
         self.staging = False  # whether the Trainer writes a checkpoint now
@@ -320,7 +321,8 @@ class StagedCheckpoints:
         try:
             yield
             if self._resumed is not None:
-                step = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).global_step
+                state = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME))
+                step, self._recorded_best = state.global_step, state.best_model_checkpoint
         except ValueError as refusal:
             error = refusal
         if self._args.world_size > 1:
@@ -338,13 +340,10 @@ class StagedCheckpoints:
 
     def find_best(self, state: TrainerState) -> None:
         """Look for the best checkpoint of a resumed run where the run is now, which may have been moved."""
-        if self._resumed is None:
-            return
-        recorded = TrainerState.load_from_json(os.path.join(self._resumed, TRAINER_STATE_NAME)).best_model_checkpoint
-        if recorded is None:
+        if self._resumed is None or self._recorded_best is None:
             return
         for resumed in (Path(self._resumed), Path(self._resumed).resolve()):
-            best = resumed.with_name(Path(recorded).name)
+            best = resumed.with_name(Path(self._recorded_best).name)
             if best.is_dir():
                 if str(best) != state.best_model_checkpoint:
                     logger.warning(f"The best checkpoint so far is {best}.")

@@ -70,16 +70,17 @@ class Feed:
         """Replace the data."""
         self._weights = self._args.mixture_weights
         self._sources: dict[str, Any] | None = None  # their description, for which rows are read
-        self.data: TrainingData = prepare_data(train, self._weights, self.dynamic_weights, self._seed, self._whole)
+        self.data: TrainingData = prepare_data(train, self._weights, self.dynamic_weights, self._whole)
+        self.refresh()
 
     def check(self, evaluation: Any, optimizer: Any = None) -> None:
         """Refuse arguments that cannot be combined, with each other, this data or an `optimizer` of the user."""
         data = self.data
         check_arguments(
             self._args,
-            sources=bool(data.stages),
+            sources=data.has_sources,
             streams=isinstance(data.dataset, MixtureStream),
-            unread=[name for name in data.names if data.stages and data.indexable(name, evaluation) is None],
+            unread=[name for name in data.names if data.has_sources and data.indexable(name, evaluation) is None],
             unlike=data.eos_token_id is not None and not data.all_packed,
             isolated=data.eos_token_id is not None and data.isolate_documents is not False,
             optimizer=optimizer,
@@ -131,7 +132,6 @@ class Feed:
                 dataset,
                 self._weights_function or staged,
                 k,
-                seed=self._seed,
                 kind=args.source_schedule,
                 rows=rows,
                 max_epochs=self.data.max_epochs,
@@ -220,7 +220,7 @@ class Feed:
     def begin(self, step: int) -> None:
         """Go to the position of an outer step, before the data loader starts its workers."""
         self.first_step, self._resumed_from = step, None
-        if step and self._progress is not None:  # at step 0, it has begun when the sampler was made
+        if self._progress is not None:
             self._progress.begin(step, self._resumed)
 
     def follow_epochs(self, sampler: Any) -> None:
@@ -244,10 +244,12 @@ class Feed:
             ValueError: on all ranks, if they differ.
         """
         size, dataset = _size(self.data.dataset), self.data.dataset
-        described = self._describe(batch_size) if self.data.stages else {}  # before training can change rows
+        if self.data.has_sources:
+            self._note_sources()
         if self._args.world_size == 1:
             return
-        if not self.data.stages and size is not None:
+        described = self._describe(batch_size) if self.data.has_sources else {}
+        if not self.data.has_sources and size is not None:
             described["sample"] = sample(dataset)
         own = {
             "rows": size,
@@ -303,13 +305,20 @@ class Feed:
 
     def skipped_rows(self, step: int) -> dict[str, int]:
         """`skipped_rows/<source>` for each source with rows that could not be used, over all ranks."""
-        if self._progress is None or not (names := self.data.dataset.skipping):
+        own = {} if self._progress is None else self._progress.skipped_rows(step)
+        if not own:
             return {}
-        of_lanes = max_over_ranks(torch.tensor(self._progress.skipped_rows(step), device=self._args.device))
-        counted = zip(names, of_lanes.sum(dim=1).tolist(), strict=True)
+        of_lanes = max_over_ranks(torch.tensor(list(own.values()), device=self._args.device))
+        counted = zip(own, of_lanes.sum(dim=1).tolist(), strict=True)
         return {f"skipped_rows/{name}": count for name, count in counted if count}
 
     # ---- Saving and resuming ----
+
+    def _note_sources(self) -> dict[str, Any]:
+        """The description of the sources, made once: training can change the rows of a source."""
+        if self._sources is None:
+            self._sources = describe_sources(self.data)
+        return self._sources
 
     def _describe(self, batch_size: int) -> dict[str, Any]:
         size = None if self._args.auto_find_batch_size else batch_size
@@ -320,13 +329,11 @@ class Feed:
             weights = stage_borders(self.data.stages, self._args.max_steps)
         elif size is not None:
             weights = stage_borders(self.data.stages, self._windows(size)[1])
-        if self._sources is None:
-            self._sources = describe_sources(self.data)
-        return describe_data(self.data, self._args, self._seed, size, weights, self._sources)
+        return describe_data(self.data, self._args, self._seed, size, weights, self._note_sources())
 
     def save(self, folder: str, step: int, batch_size: int) -> None:
         """Write the description of the data and the positions of this rank's streams into a checkpoint."""
-        if self.data.stages:
+        if self.data.has_sources:
             found = {"layout": self._layout, "rows": batch_size * self._ranks}
             stream = None if self._progress is None else found | self._progress.state_dict(step)
             save_data_state(folder, self._args.process_index, self._describe(batch_size), stream)
@@ -348,7 +355,7 @@ class Feed:
 
     def _positions(self, checkpoint: str) -> Mapping[str, Any] | None:
         """The positions of a checkpoint; `None` if there are no streams, or if they are read from the start."""
-        if not self.data.stages:
+        if not self.data.has_sources:
             if self._args.nexus:
                 self._warn_of_other_rows(checkpoint)
             return None
@@ -392,7 +399,7 @@ class Feed:
         The passes over the data before a checkpoint, and the micro-batches of the pass after them: those given, which
         the Trainer computes from the length, or those of the checkpoint, if the data is one dataset without a length.
         """
-        if self.data.stages or _size(self.data.dataset) is not None:
+        if self.data.has_sources or _size(self.data.dataset) is not None:
             return epochs, batches
         saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         passes, part = divmod(saved.epoch or 0.0, 1)
@@ -416,7 +423,7 @@ class Feed:
     def first_rows(self, count: int, evaluation: Any) -> dict[str, list[Any]]:
         """The first rows of each source's evaluation set, or of its training rows. Streams have none."""
         data = self.data
-        sets = [(name, data.indexable(name, evaluation)) for name in data.names if data.stages]
+        sets = [(name, data.indexable(name, evaluation)) for name in data.names if data.has_sources]
         return {name: [rows[i] for i in range(min(len(rows), count))] for name, rows in sets if rows is not None}
 
 

@@ -66,9 +66,9 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
     return dict(read_json(path, "Resume from another checkpoint."))
 
 
-# One more number per source: with and without Nexus, the meter gets rows, summed loss and loss tokens (there may be
-# none) of each micro-batch that took a step, on its rank, as 0-d tensors on the device. `read` sums over ranks. The
-# progress bar, plots, cards and tests of several ranks take chosen keys only. The number also needs,
+# One more number per source: with and without Nexus, the meter gets the rows of each micro-batch that took a step, and
+# as 0-d tensors on the device its summed loss and its loss tokens (there may be none), all on its rank. `read` sums
+# over ranks. The progress bar, plots, cards and tests of several ranks take chosen keys only. The number also needs,
 # - if it is a maximum: `max_over_ranks(tensor)` from `trainer/distributed.py`, elementwise, of -inf on a rank that has
 #   no value; a NaN may get lost;
 # - if it counts inner steps: `add_walk` in place of `_count_micro_batch`;
@@ -96,7 +96,7 @@ class _Interval:
     norms: int = 0
     finite: Any = 0  # windows with a finite loss
     windows: int = 0
-    skipped: int = 0
+    new_skipped: int = 0  # inner steps, since the last update of the totals
     flos: float | None = None  # at the start of the interval
     started: float = field(default_factory=time.perf_counter)
     paused: float = 0.0
@@ -181,8 +181,8 @@ class TrainingMeter:
     def add_walk(self, window: Window, losses: Tensor, nexus: Nexus) -> None:
         """Add a window that was walked: its path, and its micro-batches with their mean losses, (k,)."""
         cosine = nexus.path_cosine if nexus.steps_taken > 1 else None
-        skipped = len(losses) - nexus.steps_taken
-        self.add_path(nexus.pseudo_gradient_norm, cosine, skipped, losses.isfinite().any())
+        path = nexus.pseudo_gradient_norm, cosine, len(losses) - nexus.steps_taken, losses.isfinite().any()
+        self._effects.add(partial(self._count_path, *path))
         if not nexus.steps_taken:
             logger.warning_once(
                 f"Step {self._effects.step}: no inner step had a usable gradient (zero or not finite), so the "
@@ -191,13 +191,6 @@ class TrainingMeter:
         for i, taken in enumerate(nexus.taken):
             if taken:
                 self.add_micro_batch(*window.summed(i, losses[i]))
-
-    def add_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
-        """
-        Add the path of a window: the norm of its pseudo-gradient, its path cosine, the number of skipped inner steps,
-        and whether any of its losses was finite (0-d bool).
-        """
-        self._effects.add(partial(self._count_path, norm, cosine, skipped, finite))
 
     def _count_micro_batch(self, rows: Mapping[str, int], loss: Tensor, tokens: Tensor) -> None:
         interval = self._interval
@@ -213,8 +206,9 @@ class TrainingMeter:
         interval.tokens[source] = interval.tokens[source] + tokens
 
     def _count_path(self, norm: Tensor | None, cosine: Tensor | None, skipped: int, finite: Tensor) -> None:
+        """`skipped` inner steps had no usable gradient; `finite` says whether any loss was finite (0-d bool)."""
         interval = self._interval
-        interval.skipped += skipped
+        interval.new_skipped += skipped
         interval.finite, interval.windows = interval.finite + finite, interval.windows + 1
         if norm is not None:
             interval.norm, interval.norms = interval.norm + norm, interval.norms + 1
@@ -240,14 +234,14 @@ class TrainingMeter:
         self._effects.apply(step)
         interval = self._interval
         tokens, rows = ([new[source] for source in self.sources] for new in (interval.new_tokens, interval.new_rows))
-        *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, *rows, interval.skipped, 1])).tolist()
+        *counts, skipped, ranks = sum_over_ranks(self._stack([*tokens, *rows, interval.new_skipped, 1])).tolist()
         for i, source in enumerate(self.sources):
             self.trained_tokens[source] += round(counts[i] / self._copies)
             self.rows[source] += round(counts[len(self.sources) + i] / self._copies)
         self.inner_steps_skipped += skipped / ranks  # ranks may differ in local mode
         interval.new_tokens.clear()
         interval.new_rows.clear()
-        interval.skipped = 0
+        interval.new_skipped = 0
 
     def read(self, step: int, total_flos: float = 0.0) -> dict[str, float]:
         """

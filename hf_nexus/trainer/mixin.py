@@ -224,13 +224,9 @@ class NexusTrainerMixin(_Base):
             pipeline_size=self.model.config.distributed_config.pp_size if self._sharded_at_load else 1,
             sequence_sizes=self.get_cp_size() * self.get_sp_size(),
             adapters=_is_peft_model(self.model),
-            has_sources=bool(self.data.stages),
+            has_sources=self.data.has_sources,
         )
         check_launch(self.args, launch)
-        if self.args.nexus:
-            # The filter waits for the device at each loss, also at the zeros before the last micro-batch of a window.
-            # `_walk_window` replaces losses that are not finite.
-            self.args.logging_nan_inf_filter = False
 
     def _isolate_documents(self, collate: Any, others: Any) -> None:
         """Keep the documents of packed rows, which `collate` collates, apart in training and evaluation."""
@@ -268,7 +264,7 @@ class NexusTrainerMixin(_Base):
     @property
     def _plain(self) -> bool:
         """Whether the run is the base class's: without the update, on data without sources."""
-        return not self.args.nexus and not self.data.stages
+        return not self.args.nexus and not self.data.has_sources
 
     @property
     def data(self) -> TrainingData:
@@ -372,7 +368,7 @@ class NexusTrainerMixin(_Base):
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The base class's collator. Training micro-batches are tagged with their source."""
         collate = super()._get_collator_with_removed_columns(data_collator, description)
-        return TaggingCollator(collate) if description == "Training" and self.data.stages else collate
+        return TaggingCollator(collate) if description == "Training" and self.data.has_sources else collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """The order of the sources and their rows."""
@@ -413,6 +409,9 @@ class NexusTrainerMixin(_Base):
             bare._is_accelerate_prepared, self.model_wrapped = False, bare
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.nexus:
+            # The filter waits for the device at each loss, also at the zeros before the last micro-batch of a window.
+            # `_walk_window` replaces losses that are not finite.
+            self.args.logging_nan_inf_filter = False
             if self.is_fsdp_enabled:
                 check_sharded(prepared[0])
             self._walker.begin(prepared[0], self.optimizer)
@@ -478,15 +477,13 @@ class NexusTrainerMixin(_Base):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         mixed, optimizer = self.args.source_schedule == "mixed", optimizer_settings(self.optimizer)
         self._window = window = Window(mixed=mixed, optimizer=optimizer)
-        untagged = window.take(self._feed.in_order(epoch_iterator), tagged=bool(self.data.stages))
+        untagged = window.take(self._feed.in_order(epoch_iterator), tagged=self.data.has_sources)
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         count: Any = self._get_num_items_in_batch
         with self._without_averages():  # a rank with an error has fewer micro-batches, and joins in `agree` only
             batches, items = super().get_batch_samples(untagged, num_batches, device)
             self._feed.agree(window, self.state.global_step)
             total = window.count(batches, [count([batch], device) for batch in batches], ranks)
-        if batches:
-            self.meter.begin_window(self.state.global_step, window.unit)
         # The count of the whole window is for overrides of `training_step`. Each micro-batch is divided by its own.
         return batches, items if total is None else total
 
@@ -522,6 +519,7 @@ class NexusTrainerMixin(_Base):
             raise RuntimeError("training_step() runs inside train() only: a window is fetched as a whole before it.")
         if not window.inputs:
             self._random_states.begin_window(self.state.global_step)
+            self.meter.begin_window(self.state.global_step, window.unit)
             self._log_source_cosines(at_end=False)
         window.inputs.append(inputs)
         if not self.args.nexus:
@@ -544,23 +542,22 @@ class NexusTrainerMixin(_Base):
             `Tensor`: the mean loss, 0-d. With `whole`, its part of the window's loss.
         """
         divisors = self._window.divisors(i, measured=not self.sharded, whole=whole)
-        with self._without_averages(), changed(self, current_gradient_accumulation_steps=divisors.steps):
+        alone = self.args.nexus and self._walker.groups.alone  # each rank walks its own path
+        with (
+            self.accelerator.no_sync(model) if alone else nullcontext(),
+            self._without_averages(),
+            changed(self, current_gradient_accumulation_steps=divisors.steps),
+        ):
             return divisors.divide(super().training_step(model, self._window.inputs[i], divisors.items))
 
     def _walk_window(self, model: nn.Module) -> Tensor:
         """Run the window with the Nexus update."""
-        window = self._window
-
-        def micro_step(i: int) -> Tensor:
-            with self.accelerator.no_sync(model) if self._walker.groups.alone else nullcontext():
-                return self._micro_step(model, i)
-
+        window, micro_step = self._window, partial(self._micro_step, model)
         # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
         self.optimizer.train()
         step = self.state.global_step
         losses, nexus = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step)
         self.meter.add_walk(window, losses, nexus)
-        self._walker.average_over_ranks(model)
         # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.
         running = self._tr_loss / (1 + step - self._globalstep_last_logged)
@@ -607,10 +604,6 @@ class NexusTrainerMixin(_Base):
         if not self._plain and (self.state.global_step >= self.state.max_steps or self.control.should_training_stop):
             self._log_source_cosines(at_end=True)  # after the losses: a log line clears `should_log`
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether to save with `save_strategy="best"`: the best so far, or one that a callback asked to be saved."""
-        return super()._determine_best_metric(metrics, trial) or self.control.should_save
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""
         step, ours = self.state.global_step, not self._plain
@@ -626,6 +619,10 @@ class NexusTrainerMixin(_Base):
         super().log(logs, start_time)
         if ended:
             send_plots(self.callback_handler.callbacks, self.state, self.data.names, self.meter.unit)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether to save with `save_strategy="best"`: the best so far, or one that a callback asked to be saved."""
+        return super()._determine_best_metric(metrics, trial) or self.control.should_save
 
     # ---- Evaluation ----
 

@@ -65,7 +65,7 @@ class SourcePreparation:
     def __init__(self, feed: Feed, parent: type | None):
         self._feed = feed
         self.shown: Any = None  # the `train_dataset` for TRL; None for a plain dataset and without TRL
-        if parent is not None and feed.data.stages:
+        if parent is not None and feed.data.has_sources:
             if "_prepare_dataset" not in dir(parent):  # its constructor prepares the dataset
                 raise ValueError(
                     f"{parent.__name__} prepares one dataset, but got {', '.join(feed.data.names)}. Pass one plain "

@@ -199,8 +199,9 @@ class Walker:
         step: int,
     ) -> tuple[Tensor, Nexus]:
         """
-        Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`. `micro_step` runs forward
-        and backward pass of a micro-batch, given its index, and returns its mean loss.
+        Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`: that of all ranks if they
+        walk one path, or the average over the paths that moved. `micro_step` runs forward and backward pass of a
+        micro-batch, given its index, and returns its mean loss.
 
         Returns:
             `tuple[Tensor, Nexus]`: the losses, (k,), and what walked.
@@ -234,6 +235,9 @@ class Walker:
         self._new = False
         if window.same is not None and not window.same:
             check_windows(gather(window.shared))
+        if self.groups.several:
+            self.groups.average(nexus.params, nexus.steps_taken > 0)
+            share_buffers(model)
         return torch.stack(losses), nexus
 
     def begin(self, model: nn.Module, optimizer: Any) -> None:
@@ -268,15 +272,6 @@ class Walker:
             key=[(args.seed, part) for part in shards.parts],
         )
         warn_of_short_steps(self.nexus, args.mixed_precision == "bf16")
-
-    def average_over_ranks(self, model: nn.Module) -> None:
-        """
-        Replace the pseudo-gradient in `.grad` by the average over the paths that moved, if there are several, and the
-        buffers of the wrapped model by those of the first rank.
-        """
-        if self.nexus is not None and self.groups.several:
-            self.groups.average(self.nexus.params, self.nexus.steps_taken > 0)
-            share_buffers(model)
 
     def reset(self) -> None:
         """Discard the parameters: the model may be wrapped again or replaced."""

@@ -209,7 +209,7 @@ def test_a_tokenizer_is_described_once_and_compared_once(tmp_path, monkeypatch):
     def described(length, tokenizer):
         config = MixtureConfig.from_dict({"sequence_length": length, "sources": dict.fromkeys("abc", source)})
         mixture = load_mixture(config, tokenizer, cache_dir=str(tmp_path / "cache"))
-        return describe_sources(prepare_data(mixture, None, False, 0))
+        return describe_sources(prepare_data(mixture, None, False))
 
     one, longer, other = (
         described(8, tiny_tokenizer()),

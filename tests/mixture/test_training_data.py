@@ -16,7 +16,7 @@ ROWS = Dataset.from_dict({"x": [1, 2, 3, 4]})
 
 
 def prepare(train: Any) -> Any:
-    return prepare_data(train, None, False, 0)
+    return prepare_data(train, None, False)
 
 
 @pytest.mark.parametrize(

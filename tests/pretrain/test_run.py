@@ -346,7 +346,7 @@ def test_the_command_to_go_on_starts_the_same_processes(monkeypatch, capsys, wor
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     trainer = Namespace(args=Namespace(world_size=world), is_fsdp_enabled=fsdp, state=Namespace(global_step=4))
-    run = PretrainRun(Namespace(folder=Path("out")), trainer, None, Console(), ExitStack())
+    run = PretrainRun(Namespace(folder=Path("out")), trainer, None, None, Console(), ExitStack())
     run._print_how_to_resume("Interrupted")
     printed = capsys.readouterr().out
     assert printed == f"Interrupted after step 4; continue checkpoint-3 {command}_from_checkpoint last\n"

@@ -1,6 +1,7 @@
 """TrainingMeter alone: totals, averages of an interval, and when a window counts."""
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_nexus.trainer.meter import TOTALS_NAME, TrainingMeter, peak_flops, read_totals
+from hf_nexus.trainer.window import Window
 
 CPU = torch.device("cpu")
 
@@ -22,6 +24,14 @@ def count(meter: TrainingMeter, source: str, mean_loss: float, tokens: int) -> i
     meter.begin_window(step, "tokens")
     meter.add_micro_batch({source: 1}, torch.tensor(mean_loss * tokens), torch.tensor(tokens))
     return step + 1
+
+
+def add_path(
+    meter: TrainingMeter, norm: Tensor | None, cosine: Tensor | None, losses: Tensor, steps_taken: int
+) -> None:
+    """Add the path of a window, without its micro-batches."""
+    nexus = Namespace(pseudo_gradient_norm=norm, path_cosine=cosine, steps_taken=steps_taken, taken=[])
+    meter.add_walk(Window(), losses, nexus)
 
 
 def other_ranks(monkeypatch: pytest.MonkeyPatch, add: Callable[[Tensor], Tensor]) -> None:
@@ -45,7 +55,7 @@ def test_numbers_of_two_ranks_are_summed_or_averaged(monkeypatch):
     other_ranks(monkeypatch, lambda tensor: 2 * tensor)  # the other rank has the same counts
     meter = meter_of("text")
     step = count(meter, "text", 2.0, 10)
-    meter.add_path(torch.tensor(0.5), torch.tensor(0.25), skipped=2, finite=torch.tensor(True))
+    add_path(meter, torch.tensor(0.5), torch.tensor(0.25), torch.ones(4), steps_taken=2)
     logs = meter.read(step)
     assert logs["tokens/text"] == 20
     assert logs["loss/text"] == 2.0
@@ -123,7 +133,7 @@ def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
     other_ranks(monkeypatch, with_an_idle_rank)
     meter = meter_of("text")
     meter.begin_window(0, "tokens")
-    meter.add_path(torch.tensor(0.5), torch.tensor(-0.5), skipped=0, finite=torch.tensor(True))
+    add_path(meter, torch.tensor(0.5), torch.tensor(-0.5), torch.ones(2), steps_taken=2)
     logs = meter.read(1)
     assert logs["pseudo_gradient_norm"] == 0.5
     assert logs["path_cosine"] == -0.5
@@ -132,7 +142,7 @@ def test_ranks_without_a_step_do_not_change_the_means(monkeypatch):
 def test_an_interval_without_a_finite_loss_logs_nan():
     meter = meter_of("text")
     meter.begin_window(0, "tokens")
-    meter.add_path(None, None, skipped=4, finite=torch.tensor(False))
+    add_path(meter, None, None, torch.full((4,), torch.nan), steps_taken=0)
     logs = meter.read(1)
     assert logs["loss"] != logs["loss"]
     assert logs["inner_steps_skipped"] == 4

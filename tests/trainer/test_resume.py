@@ -781,9 +781,9 @@ def test_skipped_rows_are_counted_and_resumed(tmp_path: Path, monkeypatch: pytes
 
     trainer = run(tmp_path / "whole", data("skip"))
     counts = [entry["skipped_rows/a"] for entry in trainer.state.log_history if "skipped_rows/a" in entry]
-    assert counts == sorted(counts) and counts[-1] == sum(trainer._feed._progress.skipped_rows(STEPS)[0])
+    assert counts == sorted(counts) and counts[-1] == sum(trainer._feed._progress.skipped_rows(STEPS)["a"])
     assert counts[-1] >= 4
-    of_lanes = trainer._feed._progress.skipped_rows(STEPS)[0]
+    of_lanes = trainer._feed._progress.skipped_rows(STEPS)["a"]
     with monkeypatch.context() as patched:  # another rank may have read more of a lane, or lanes that this one has not
         patched.setattr("hf_nexus.trainer.feed.max_over_ranks", lambda tensor: tensor.clamp(min=2))
         expected = sum(max(count, 2) for count in of_lanes)

@@ -39,7 +39,7 @@ class StreamProgress:
     The main process's view of a [`MixtureStream`]. It decides the source of each micro-batch when the data loader asks
     for it, which is ahead of training with workers. It keeps the positions of the rows that were trained on.
 
-    `weights` is called once for each outer step, in order. `seed`, `kind` and `rows` are those of [`DynamicSchedule`].
+    `weights` is called once for each outer step, in order. `kind` and `rows` are those of [`DynamicSchedule`].
     After `max_epochs` passes over a source, the others get its share in proportion. `read_ahead` micro-batches are
     asked of the workers of the data loader before it is their turn. `broadcast` returns the shares of the first rank
     on all ranks.
@@ -50,7 +50,6 @@ class StreamProgress:
         stream: MixtureStream,
         weights: WeightsFunction,
         inner_steps: int,
-        seed: int = 0,
         kind: str = "random",
         rows: int = 1,
         max_epochs: Mapping[str, float | None] | None = None,
@@ -63,7 +62,7 @@ class StreamProgress:
         self._broadcast = broadcast
         self._k = inner_steps
         self._read_ahead = read_ahead
-        self._schedule_settings = seed, kind, Windows(inner_steps), rows, stream.ranks
+        self._schedule_settings = stream.seed, kind, Windows(inner_steps), rows, stream.ranks
         self.begin(0, None)
 
     def begin(self, step: int, saved: Mapping[str, Any] | None) -> None:
@@ -202,15 +201,15 @@ class StreamProgress:
         for past in [s for s in self._starts if s < step]:
             del self._starts[past]
 
-    def skipped_rows(self, step: int) -> list[list[int]]:
+    def skipped_rows(self, step: int) -> dict[str, list[int]]:
         """
-        Rows of each lane of the sources that skip rows, which were skipped before an outer step because they could not
-        be used, as far as this rank knows: it may not have read a lane, or another rank later.
+        By source that skips rows, for each lane: rows that were skipped before an outer step because they could not be
+        used, as far as this rank knows. It may not have read a lane, or another rank later.
         """
         self._effects.apply(step)
         lanes = range(self.stream.lanes.slots * self.stream.lanes.turns)
-        states = [self._positions.get(name, {}) for name in self.stream.skipping]
-        return [[of.get(str(lane), {}).get("skipped", 0) for lane in lanes] for of in states]
+        states = {name: self._positions.get(name, {}) for name in self.stream.skipping}
+        return {name: [of.get(str(lane), {}).get("skipped", 0) for lane in lanes] for name, of in states.items()}
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """State for [`~StreamProgress.begin`] to continue after `step` outer steps, as JSON types."""
