@@ -67,6 +67,8 @@ def isolation_problem(model: Any, **inputs: Any) -> str | None:
     name, attention = type(model).__name__, attention_of(model)
     with_attention = f" ({attention})" if attention else ""
     flat = needs_flat_rows(attention)
+    # Frozen weights of 16 bits beside trained ones of 32, on which the model computes under autocast only.
+    several_types = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
     try:
         with _undisturbed(model, attention) as device:
             batch = PackedRowCollator(_stack, eos_token_id=-1, isolate=True, flatten=flat)(_probe_rows(model))
@@ -74,7 +76,7 @@ def isolation_problem(model: Any, **inputs: Any) -> str | None:
             joined_batch = {key: value for key, value in batch.items() if key != "position_ids"}
 
             def effects() -> tuple[float, float]:
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flat):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flat or several_types):
                     return _effect(model(**batch, **inputs)), _effect(model(**joined_batch, **inputs))
 
             apart, joined = effects()

@@ -350,6 +350,12 @@ def test_an_attention_that_cannot_run_here_is_replaced_to_probe(attention):
     assert model.config._attn_implementation == attention
 
 
+def test_a_trained_head_on_frozen_16_bit_weights_isolates():
+    model = tiny_llama(dtype=torch.bfloat16, use_cache=False)
+    model.lm_head.float()
+    assert isolation_problem(model) is None
+
+
 def test_the_probe_changes_neither_model_nor_random_state():
     model = tiny_llama(attention_dropout=0.5, use_cache=False).train()
     model.model.layers[0].eval()
