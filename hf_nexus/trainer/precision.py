@@ -35,7 +35,8 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
             f"The model has {size:,} trainable weights of {dtype}, which would round inner steps away, and "
             "upcast_weights is off. Leave it on, or load the model with dtype=torch.float32."
         )
-    if not chosen and is_bf16_available(ignore_tpu=True):
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if not chosen and is_bf16_available(ignore_tpu=True) and not emulated:  # emulation is slower than float32
         args.bf16, args.mixed_precision = True, "bf16"
     quantized = getattr(model, "quantization_method", None) is not None
     if args.mixed_precision == "bf16":

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.hub.publisher import Publisher
 from hf_nexus.hub.weights import convert_weights
+from hf_nexus.trainer.precision import widen_weights
 from tests.support.hub.runs import QUICK, REPO, SECONDS
 from tests.support.hub.server import ALICE, HubServer
 from tests.support.saved_weights import same, saved_weights
@@ -56,6 +57,19 @@ def test_a_16_bit_checkpoint_trains_as_in_float32(make_trainer, sources, dtype, 
         one.train()
     assert torch.equal(weights(trainer), weights(other))
     assert caplog.text.count("were made float32") == 1
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch, emulated):
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or not emulated
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", supported)
+    monkeypatch.setattr("hf_nexus.trainer.precision.is_bf16_available", lambda ignore_tpu: True)
+    model, args = tiny_llama(dtype=BF16), SimpleNamespace(upcast_weights=True, bf16=False, mixed_precision="no")
+    widen_weights(model, args, chosen=False)
+    assert args.bf16 is not emulated and types(model) == {torch.float32}
 
 
 def test_frozen_weights_stay_and_a_save_loads_in_float32(make_trainer, sources, tmp_path):
