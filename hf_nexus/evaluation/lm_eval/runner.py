@@ -119,14 +119,17 @@ def _run(settings: dict[str, Any], log: Path, timeout: float) -> str | None:
         except subprocess.TimeoutExpired:
             return f"took more than {timeout:g} s and was killed: raise --timeout, or set --limit"
         finally:  # after Ctrl-C too
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     status = process.returncode
     if status == 0:
         return None
     if status < 0:
-        return f"was killed by signal {-status}" + " (out of memory?)" * (status == -signal.SIGKILL)
+        return f"was killed by signal {-status}" + " (out of memory?)" * (status == -9)
     return f"failed with exit status {status}: {_reason(log)}"
 
 

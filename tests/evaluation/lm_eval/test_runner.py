@@ -83,6 +83,13 @@ def test_the_error_of_a_failed_child_names_the_log(tmp_path, stand_in, code, exp
     assert left == ([] if "results" not in code else ["{"] if "open" in code else ['{"results": {}}'])  # hours of work
 
 
+def test_a_child_ends_where_processes_have_no_groups(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.delattr("os.killpg")
+    stand_in("succeed()")
+    assert run_one(tmp_path).error is None
+
+
 def test_old_raw_results_survive_a_failure(tmp_path, stand_in):
     stand_in("succeed()")
     run_one(tmp_path)
