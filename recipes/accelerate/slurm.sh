@@ -37,6 +37,9 @@ if compgen -G "$output/checkpoint-*" > /dev/null; then
   resume=(--resume_from_checkpoint last)
 fi
 
+# Without this variable, srun gives a task one core, whatever sbatch was given.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 # Single quotes, because SLURM_NODEID differs between machines.
 # shellcheck disable=SC2016
 srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_NODEID" \

@@ -15,7 +15,7 @@ from hf_nexus.pretrain.parsing import parse_arguments
 ACCELERATE = Path(__file__).parents[2] / "recipes/accelerate"
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > requeued; fi',
-    "srun": 'SLURM_NODEID=1 exec "$@"',  # the second of two machines
+    "srun": 'echo "$SRUN_CPUS_PER_TASK" > cores; SLURM_NODEID=1 exec "$@"',  # the second of two machines
     "accelerate": 'echo $$ > pid; printf "%s\\n" "$@" > launched; exec sleep "${TRAINING_TAKES:-0}"',
 }
 
@@ -29,7 +29,12 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
         script.chmod(0o755)
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen:
-        job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41"}
+        job = {
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_NNODES": "2",
+            "SLURM_JOB_ID": "41",
+            "SLURM_CPUS_PER_TASK": "64",
+        }
         job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **environment}
         command = ["bash", str(ACCELERATE / "slurm.sh"), *arguments]
         return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **job})
@@ -54,6 +59,7 @@ def test_a_machine_starts_eight_processes_and_meets_the_first(start, tmp_path, f
     assert launcher.config_file == str(ACCELERATE / file)
     assert (launcher.machine_rank, launcher.num_machines, launcher.num_processes) == (1, 2, 16)
     assert launcher.main_process_ip == "node7"
+    assert (tmp_path / "cores").read_text() == "64\n"
     assert launcher.training_script == "recipes/pretrain_3b.py"
     assert parse_arguments(["--dry_run", *recipe]).training.inner_lr == 0.1
     assert "--resume_from_checkpoint" not in recipe
