@@ -35,17 +35,21 @@ def adopt(own: Any, args: TrainingArguments) -> None:
         vars(own).update(vars(args))
 
 
-def _signature(cls: type, mixin: type) -> inspect.Signature:
-    """Signature of the constructor of the class after the mixin."""
-    after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
-    signatures = [inspect.signature(c.__init__) for c in after if "__init__" in vars(c)]  # type: ignore[misc]
-    # A constructor with *args passes them on to the next.
-    return next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
+def _parameters(cls: type, mixin: type) -> dict[str, inspect.Parameter]:
+    """Parameters of the constructor of the class after the mixin. One with *args passes them on to the next class."""
+    found: dict[str, inspect.Parameter] = {}
+    for c in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:
+        if "__init__" in vars(c):
+            own = list(inspect.signature(c.__init__).parameters.values())[1:]  # type: ignore[misc]
+            found |= {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            if all(p.kind is not p.VAR_POSITIONAL for p in own):
+                break
+    return found
 
 
 def samples_sources(cls: type, mixin: type) -> bool:
     """Whether the class after the mixin takes a dict of training sets itself, as in sentence-transformers."""
-    train_dataset = _signature(cls, mixin).parameters.get("train_dataset")
+    train_dataset = _parameters(cls, mixin).get("train_dataset")
     return train_dataset is not None and "dict" in str(train_dataset.annotation).lower()
 
 
@@ -56,8 +60,7 @@ def arguments_by_name(cls: type, mixin: type, args: tuple, kwargs: dict[str, Any
     Raises:
         TypeError: too many arguments, or one that is given twice.
     """
-    parameters = _signature(cls, mixin).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    names = [p.name for p in _parameters(cls, mixin).values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
         raise TypeError(f"{len(args)} positional arguments were given; at most {len(names)} are possible: {names}.")
     positional = dict(zip(names, args, strict=False))

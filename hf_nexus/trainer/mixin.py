@@ -145,7 +145,8 @@ class NexusTrainerMixin(_Base):
         optimizer = (given.get("optimizers") or (None,))[0] or given.get("optimizer_cls_and_kwargs")
         self._feed.check(evaluation, optimizer)
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown
-        given |= {"train_dataset": shown, "eval_dataset": evaluation}
+        sets = {"train_dataset": shown, "eval_dataset": evaluation}
+        given |= {name: rows for name, rows in sets.items() if rows is not None}  # a constructor may not take both
         collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
         if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
             # Also of evaluation rows that are not packed: the Trainer's would ask the tokenizer for a padding token.

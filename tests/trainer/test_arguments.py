@@ -42,3 +42,18 @@ def test_changed_arguments_are_restored_after_an_error(tmp_path) -> None:
         assert args.hub_token is None
         raise KeyboardInterrupt
     assert args.hub_token == "secret"
+
+
+def test_own_arguments_come_before_those_that_star_args_pass_on() -> None:
+    class Weighted(Trainer):
+        def __init__(self, alpha, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Own(NexusTrainerMixin, Weighted):
+        pass
+
+    assert arguments_by_name(Own, NexusTrainerMixin, (0.5, "m"), {"args": 1}) == {
+        "alpha": 0.5,
+        "model": "m",
+        "args": 1,
+    }

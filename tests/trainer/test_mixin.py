@@ -901,6 +901,18 @@ def test_the_users_arguments_stay_untouched(sources, tmp_path, config):
     assert trainer.args.nexus and not trainer.args.logging_nan_inf_filter
 
 
+def test_a_base_class_may_take_few_arguments(sources, tmp_path):
+    class Few(Trainer):
+        def __init__(self, model, args, train_dataset):
+            super().__init__(model, args, train_dataset=train_dataset)
+
+    class Own(NexusTrainerMixin, Few):
+        pass
+
+    args = NexusConfig(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    assert Own(tiny_llama(), args, sources).train().global_step == 1
+
+
 def test_the_arguments_that_a_base_class_makes_are_kept(sources, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
