@@ -406,7 +406,7 @@ class NexusTrainerMixin(_Base):
             self._check_start(max_steps)
         if self.args.world_size > 1 and not is_wrapped(self.model_wrapped):
             # An evaluation before training marks the model as prepared. Accelerate would not wrap it any more.
-            bare: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            bare: Any = self.accelerator.unwrap_model(self.model)
             bare._is_accelerate_prepared, self.model_wrapped = False, bare
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.nexus:

@@ -1,6 +1,7 @@
 """Run on 2 CPU processes: ranks that differ, and models that were evaluated before training."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -119,11 +120,20 @@ def make_optimizer(model: Any) -> Any:
 
 def evaluated_first(out: Path, how: str, **config: Any) -> list[float]:
     trainer = make(out, sources(), **config)
+    forward, calls = trainer.model.forward, []
+
+    @wraps(forward)  # as TRL replaces it
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(trainer.model.training)
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = own
     if how == "evaluate":
         trainer.evaluate(Rows(7, 0))
     elif how == "predict":
         trainer.predict(Rows(7, 0))
     trainer.train()
+    assert any(calls), "the forward of the model was taken off"
     return weights(trainer)
 
 
