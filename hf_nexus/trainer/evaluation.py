@@ -38,6 +38,7 @@ class Evaluation:
 
     def __init__(self, args: Any):
         self._args = args
+        self.filters_losses = args.logging_nan_inf_filter  # the user's choice, which the trainer changes for training
         self._loader: Any = None
         self.mean: TokenMean | None = None  # the token losses so far, while an evaluation is in progress
         self.labels_are_tokens = False  # whether the labels of the last evaluated batch were one per token

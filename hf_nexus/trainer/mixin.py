@@ -691,7 +691,8 @@ class NexusTrainerMixin(_Base):
         options |= {"description": description, "metric_key_prefix": metric_key_prefix}
         if self._plain:
             return super().evaluation_loop(dataloader, **options)
-        with self._evaluation.loop(dataloader) as mean:
+        filters = self._evaluation.filters_losses
+        with changed(self.args, logging_nan_inf_filter=filters), self._evaluation.loop(dataloader) as mean:
             output = super().evaluation_loop(dataloader, **options)
         loss = self._evaluation.token_loss(mean)
         if loss is not None and output.metrics is not None:

@@ -209,18 +209,31 @@ def test_classes_are_weighted_by_rows(make_trainer):
     assert ours.evaluate(Classes(7, 1))["eval_loss"] == stock(ours, model).evaluate(Classes(7, 1))["eval_loss"]
 
 
+class WithoutCount(torch.nn.Module):
+    """A model that takes no number of loss tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llama = tiny_llama()
+        self.config = self.llama.config
+
+    def forward(self, input_ids: Any = None, labels: Any = None) -> dict[str, torch.Tensor]:
+        return {"loss": self.llama(input_ids=input_ids, labels=labels).loss}
+
+
 def test_a_model_that_takes_no_count_keeps_upstreams_value(make_trainer, sources, rows):
-    class Own(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.llama = tiny_llama()
-            self.config = self.llama.config
+    ours = make_trainer(sources, WithoutCount(), per_device_eval_batch_size=3)
+    assert ours.evaluate(rows)["eval_loss"] == stock(ours, WithoutCount()).evaluate(rows)["eval_loss"]
 
-        def forward(self, input_ids=None, labels=None):
-            return {"loss": self.llama(input_ids=input_ids, labels=labels).loss}
 
-    ours = make_trainer(sources, Own(), per_device_eval_batch_size=3)
-    assert ours.evaluate(rows)["eval_loss"] == stock(ours, Own()).evaluate(rows)["eval_loss"]
+@pytest.mark.parametrize("filters", [True, False])
+def test_losses_that_are_no_numbers_are_filtered_as_upstream(make_trainer, sources, rows, filters):
+    rows.labels[2] = -100  # a batch without a label has no mean
+    ours = make_trainer(sources, WithoutCount(), per_device_eval_batch_size=1, logging_nan_inf_filter=filters)
+    plain = stock(ours, ours.model)
+    ours.train()
+    found, expected = (trainer.evaluate(rows)["eval_loss"] for trainer in (ours, plain))
+    assert found == expected if filters else math.isnan(found) and math.isnan(expected)
 
 
 def test_without_labels_there_is_no_loss(make_trainer, sources, rows):
@@ -311,4 +324,5 @@ def test_a_single_process_keeps_sums_off_its_device():
     """They are in float64, which Apple GPUs do not have."""
     mean = TokenMean()
     mean.add(torch.tensor(2.0), 3)
-    assert Evaluation(SimpleNamespace(world_size=1, device=torch.device("meta"))).token_loss(mean) == 2
+    args = SimpleNamespace(world_size=1, device=torch.device("meta"), logging_nan_inf_filter=True)
+    assert Evaluation(args).token_loss(mean) == 2
