@@ -6,8 +6,10 @@ Each `check_` function raises a ValueError that names what is not supported and 
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -500,7 +502,9 @@ def check_trl_arguments(parent: type, args: Any, on: bool) -> None:
     Refuse trainers of TRL that generate text while they train if Nexus or a mixture is `on`, and given arguments that
     the trainer does not convert.
     """
-    allowed = get_args(get_type_hints(parent.__init__)["args"])  # type: ignore[misc]
+    # Other annotations name classes of packages that may be missing.
+    annotated = SimpleNamespace(__annotations__={"args": parent.__init__.__annotations__["args"]})  # type: ignore[misc]
+    allowed = get_args(get_type_hints(annotated, vars(sys.modules[parent.__module__]))["args"])
     # A trainer that samples completions has a temperature. Trainers on given data have none.
     if on and any("temperature" in {f.name for f in fields(c)} for c in allowed if is_dataclass(c)):
         raise ValueError(

@@ -23,7 +23,7 @@ __all__ = ["SourcePreparation", "for_parent", "is_of_trl", "metrics_aside", "nam
 logger = logging.get_logger(__name__)
 
 # Columns that identify the format of examples in TRL.
-_FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "images", "image")
+_FORMATS = ("messages", "prompt", "completion", "chosen", "rejected", "images", "image")
 # Where trainers of TRL collect, in `compute_loss`, what they add to the next log line.
 _COLLECTED = ("_metrics", "_stored_metrics")
 

@@ -450,6 +450,11 @@ def test_rows_that_packing_joins_are_not_counted(make, caplog):
     assert "left out" not in caplog.text
 
 
+def test_columns_that_trl_does_not_read_may_differ(make):
+    letters, digits = texts()["letters"], texts()["digits"]
+    make({"letters": letters.add_column("label", [1] * len(letters)), "digits": digits}, max_steps=1).train()
+
+
 def test_sources_of_several_formats_are_refused(make):
     with pytest.raises(ValueError, match=r"Source 'talk' has the columns \['messages'\], but 'letters' has \[\]"):
         make({"letters": texts()["letters"], "talk": conversations()["digits"]})
