@@ -345,6 +345,11 @@ def check_launch(args: Any, launch: Launch) -> None:
         )
     if not args.nexus:
         return
+    if args.snapshot_device == "cpu" and args.device.type == "mps":
+        raise ValueError(
+            "snapshot_device='cpu' is not possible on an Apple GPU, which has its memory in common with the host: it "
+            "would save none. Remove it."
+        )
     if launch.spread_at_load:
         raise ValueError(
             "Nexus does not support models that are spread over devices by device_map, where one process has all "

@@ -147,3 +147,19 @@ def test_a_folder_that_is_only_read_allows_evaluation(make_trainer, sources, tmp
     """As in the Trainer, which writes into the folder while it trains."""
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: pytest.fail("The folder is written to."))
     assert "eval_loss" in make_trainer(sources, output_dir=str(tmp_path)).evaluate(Rows(2, 0))
+
+
+def test_a_snapshot_on_the_host_of_an_apple_gpu_is_refused():
+    args = SimpleNamespace(
+        checkpoint_async=False, n_gpu=1, nexus=True, snapshot_device="cpu", device=torch.device("mps")
+    )
+    with pytest.raises(ValueError, match="snapshot_device='cpu' is not possible on an Apple GPU"):
+        support.check_launch(args, launch(kind=DistributedType.NO))
+
+
+def test_a_trainer_may_name_classes_that_are_missing():
+    class Parent(Trainer):
+        def __init__(self, model: "MissingModel", args: TrainingArguments | None = None):  # noqa: F821
+            super().__init__(model, args)
+
+    support.check_trl_arguments(Parent, None, on=True)
