@@ -98,19 +98,24 @@ def leaving_process_group() -> Iterator[None]:
     """
     Destroy the process group, if there is one, at the end of the context, after which no trainer may be left.
 
-    As the last owner of the group, DDP would join the threads of the group while it holds Python's lock, and wait
-    forever for a thread that waits for that lock.
+    As the last owner of a group of Gloo, DDP would join the threads of the group while it holds Python's lock, and
+    wait forever for a thread that waits for that lock. After an error, groups of other backends are left to the end of
+    the process: NCCL would wait for ranks that wait for this one, and the launcher would not learn of the error.
     """
     try:
         yield
     except BaseException as error:
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             traceback.clear_frames(error.__traceback__)  # they hold the model; the traceback can still be printed
+            _destroy_process_group()
         raise
-    finally:
-        if torch.distributed.is_initialized():
-            gc.collect()
-            torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        _destroy_process_group()
+
+
+def _destroy_process_group() -> None:
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def dry_run(arguments: PretrainArguments) -> None:

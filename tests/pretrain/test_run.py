@@ -25,7 +25,7 @@ from hf_nexus.lock import HOLDER_NAME, LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.folder import find_checkpoint
 from hf_nexus.pretrain.parsing import parse_arguments
-from hf_nexus.pretrain.run import PretrainRun, main, pretrain
+from hf_nexus.pretrain.run import PretrainRun, leaving_process_group, main, pretrain
 from hf_nexus.pretrain.run_file import continuation
 from hf_nexus.pretrain.sections import load_config
 from hf_nexus.trainer.mixin import NexusTrainer
@@ -416,6 +416,18 @@ def test_the_model_is_gone_before_the_process_group(config, tmp_path, monkeypatc
     with pytest.raises(SystemExit if fails is KeyboardInterrupt else fails) if fails else nullcontext():
         main(["--config", str(config), "--output_dir", str(tmp_path)])
     assert alive == [False]
+
+
+def test_an_error_ends_a_process_that_others_wait_for(monkeypatch):
+    """NCCL would wait for them."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    with pytest.raises(RuntimeError, match="out of memory"), leaving_process_group():
+        raise RuntimeError("out of memory")
+    assert torch.distributed.is_initialized()
+    with leaving_process_group():
+        pass
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.slow
