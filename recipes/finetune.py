@@ -65,6 +65,7 @@ from hf_nexus.mixture.config import BUILTIN_PREFIX, SourceConfig
 from hf_nexus.mixture.data_files import means_files
 from hf_nexus.mixture.documents import DocumentEncoder, load_documents
 from hf_nexus.mixture.texts import guess_columns, guess_source
+from hf_nexus.trainer.distributed import one_process_first
 
 TINY = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
 
@@ -249,7 +250,7 @@ def build_trainer(
             found[split] = rows if most is None else rows.take(most)
         return found
 
-    with training_args.main_process_first(desc="tokenizing"):
+    with one_process_first(training_args):
         if sources:
             loaded = {name: load(args, name) for name, args in sources.items()}
             data: dict[str, Any] = {split: {name: rows[split] for name, rows in loaded.items()} for split in splits}

@@ -30,6 +30,7 @@ from ..mixture.packing import tokenizer_fingerprint
 from ..mixture.texts import tokenizer_of_sources
 from ..terminal import new_console
 from ..trainer.checkpoints import last_checkpoint, recover
+from ..trainer.distributed import one_process_first
 from ..trainer.mixin import NexusTrainer
 from .command_line import CommandLine, read_command_line
 from .console import loss_table, print_plan, say
@@ -239,7 +240,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         set_seed(args.seed)
         names = ", ".join(arguments.mixture.sources)
         say(console, f"Reading the sources: {names}")
-        with args.main_process_first(desc="tokenizer and datasets"):
+        with one_process_first(args):  # tokenizer and datasets
             tokenizer = load_tokenizer(arguments, checkpoint)
             model = _build(arguments, tokenizer, checkpoint)
             if arguments.mixture.isolate_documents:  # before minutes of tokenizing

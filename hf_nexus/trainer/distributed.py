@@ -1,8 +1,10 @@
 """Shards, norms, sums and averages over ranks."""
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any
@@ -12,9 +14,11 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_wrapper
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 from ..tensors import global_norm, shard
 
@@ -28,6 +32,7 @@ __all__ = [
     "gather",
     "is_wrapped",
     "max_over_ranks",
+    "one_process_first",
     "parallelism_of",
     "reduce_over",
     "reshard",
@@ -37,6 +42,38 @@ __all__ = [
 
 
 _BUCKET = 25 * 2**20  # bytes, as in DDP
+
+
+# Longer than any preparation of data.
+_PATIENCE = timedelta(days=7)
+_turns = itertools.count()  # every process counts its calls of `one_process_first`, in the same order
+
+
+@contextmanager
+def one_process_first(args: TrainingArguments) -> Iterator[None]:
+    """
+    Let the first process run the context alone, then one process on each other machine, then all others.
+
+    A result that the first one caches on a shared disk is made once, and otherwise once on each machine. The processes
+    wait for days if necessary. With [`~transformers.TrainingArguments.main_process_first`] they wait at most
+    `ddp_timeout`, and each machine writes to the same cache.
+    """
+    if args.world_size == 1:
+        yield
+        return
+    store, turn, rank = _get_default_store(), next(_turns), args.process_index
+
+    def finished(of: int) -> str:
+        return f"hf_nexus/turn-{turn}/{of}"
+
+    earlier = rank - args.local_process_index if args.local_process_index else 0
+    try:
+        if rank:
+            store.wait([finished(earlier)], _PATIENCE)
+        yield
+    finally:  # after an error too: the others meet it themselves
+        store.set(finished(rank), "")
+    store.wait([finished(other) for other in range(args.world_size)], _PATIENCE)
 
 
 def _ranks() -> int:

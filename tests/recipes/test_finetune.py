@@ -67,6 +67,7 @@ def test_with_two_lines_changed_it_is_a_script_for_trainer(run, tmp_path):
     assert count == 2
     helpers = {"hf_nexus.errors", "hf_nexus.evaluation.metrics", "hf_nexus.files"}
     helpers |= {f"hf_nexus.mixture.{name}" for name in ("config", "data_files", "documents", "texts")}
+    helpers.add("hf_nexus.trainer.distributed")
     assert set(re.findall(r"hf_nexus[.\w]*", text.split('"""')[2])) == helpers
     stock = tmp_path / "stock.py"
     stock.write_text(text)
