@@ -215,7 +215,7 @@ class Document:
     """
 
     text: str = ""
-    prompt: int = 0
+    prompt_length: int = 0
     messages: list | None = None
     tokens: np.ndarray | None = None
 
@@ -235,7 +235,7 @@ class Document:
             return
         start = 0
         for text in split_text(self.text):
-            yield Document(text, max(0, self.prompt - start))
+            yield Document(text, max(0, self.prompt_length - start))
             start += len(text)
 
 
@@ -358,7 +358,7 @@ class DocumentEncoder:
         found = self.tokenizer([segment.text for segment in segments], add_special_tokens=False, **options)
         tokens = [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
         for ids, segment, offsets in zip(tokens, segments, found.get("offset_mapping", ()), strict=False):
-            prompt = sum(end <= segment.prompt for _, end in offsets) if segment.prompt else 0
+            prompt = sum(end <= segment.prompt_length for _, end in offsets) if segment.prompt_length else 0
             ids[:prompt] = ~ids[:prompt]
         return tokens
 

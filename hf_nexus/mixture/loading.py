@@ -138,9 +138,9 @@ def load_mixture(
     # The order of the evaluation sets: training sources, then OOD sources.
     names = (*config.train_sources, *config.ood_sources)
     held_out = {name: found[name] for name in names if name in found}
-    left_out = np.concatenate([np.empty(0, np.int64), *(of for _, of in held_out.values())])
+    held_out_hashes = np.concatenate([np.empty(0, np.int64), *(of for _, of in held_out.values())])
     train = {
-        name: _train_rows(packers[name], documents[name], hashes[name], left_out, length)
+        name: _train_rows(packers[name], documents[name], hashes[name], held_out_hashes, length)
         for name in config.train_sources
     }
     evaluation = {
@@ -245,12 +245,12 @@ def _stored(rows: list[dict[str, Any]], documents: Any) -> Dataset:
 
 
 def _train_rows(
-    packer: SourcePacker, documents: Any, hashes: np.ndarray | None, held_out: np.ndarray, sequence_length: int
+    packer: SourcePacker, documents: Any, hashes: np.ndarray | None, held_out_hashes: np.ndarray, length: int
 ) -> Dataset | StreamedDocuments:
     """The rows of a training source, without documents whose hash is held out."""
     if hashes is None:
-        return StreamedDocuments(documents, packer.encoder, sequence_length, frozenset(held_out.tolist()))
-    kept = np.flatnonzero(~np.isin(hashes, held_out))
+        return StreamedDocuments(documents, packer.encoder, length, frozenset(held_out_hashes.tolist()))
+    kept = np.flatnonzero(~np.isin(hashes, held_out_hashes))
     name, left_out = packer.encoder.name, len(documents) - len(kept)
     if len(kept) == 0:
         raise ValueError(
@@ -260,4 +260,4 @@ def _train_rows(
     copies = left_out - (packer.encoder.source.eval_rows or 0)
     if copies > 0:
         logger.warning("Source %r: %d more documents are copies of held-out ones and are left out.", name, copies)
-    return packer.pack_documents(documents.select(kept) if left_out else documents, sequence_length)
+    return packer.pack_documents(documents.select(kept) if left_out else documents, length)

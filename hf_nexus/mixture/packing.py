@@ -143,7 +143,7 @@ class SourcePacker:
         """The hash of each document, `(len(documents),)` int64."""
         columns = self.encoder.source.columns
         key = [columns, None if "text_column" in columns else self.fingerprint]
-        hashed = self._encode("hash", documents, self._hash, {"hash": Value("int64")}, key, with_indices=True)
+        hashed = self._map_batches("hash", documents, self._hash, {"hash": Value("int64")}, key, with_indices=True)
         return hashed.with_format("numpy")["hash"][:]
 
     def pack_documents(self, documents: Dataset, sequence_length: int, held_out: bool = False) -> Dataset:
@@ -161,10 +161,8 @@ class SourcePacker:
         if tokens < sequence_length:
             raise self._too_few_tokens(documents, tokens, sequence_length, held_out)
         batch_size = max(1, TOKENS_PER_BATCH * len(tokenized) // tokens)
-        pack, arrow = (
-            RowPacker(sequence_length, self.encoder.source.masked, self.encoder.end),
-            tokenized.with_format("arrow"),
-        )
+        pack = RowPacker(sequence_length, self.encoder.source.masked, self.encoder.end)
+        arrow = tokenized.with_format("arrow")
         features = {name: List(Value(dtype), length=sequence_length) for name, dtype in pack.dtypes.items()}
         rows = self._map("pack", arrow, pack, features, [sequence_length], batch_size=batch_size)
         if not len(rows):
@@ -207,17 +205,18 @@ class SourcePacker:
     def _tokenize(self, documents: Dataset) -> Dataset:
         source = self.encoder.source
         key = [source.columns, source.loss_on, self.encoder.packed_length, self.fingerprint, self.encoder.bos_token_id]
-        return self._encode("tokenize", documents, self._tokens, {"input_ids": List(Value("int32"))}, key)
+        return self._map_batches("tokenize", documents, self._encode, {"input_ids": List(Value("int32"))}, key)
 
     def _hash(self, batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
         documents = self.encoder.documents(batch, first_row=rows[0])
         return {"hash": [document.hash for document in documents]}
 
-    def _tokens(self, batch: Mapping[str, list]) -> pa.Table:
+    def _encode(self, batch: Mapping[str, list]) -> pa.Table:
         tokens = self.encoder.encode(self.encoder.documents(batch, first_row=0))  # bad rows failed when hashed
         return pa.table({"input_ids": pa.array([ids for ids in tokens if len(ids)], pa.list_(pa.int32()))})
 
-    def _encode(self, step: str, documents: Dataset, *args: Any, **options: Any) -> Dataset:
+    def _map_batches(self, step: str, documents: Dataset, *args: Any, **options: Any) -> Dataset:
+        """A pass over documents in batches of a limited size, by several processes if the mixture says so."""
         num_proc = min(self.num_proc, len(documents)) if self.num_proc else None
         size = max(1, documents.data.nbytes // max(1, documents.data.num_rows))  # mean bytes of a document
         batch_size = min(BATCH_SIZE, max(1, BYTES_PER_BATCH // size))

@@ -55,7 +55,7 @@ from .support import (
     check_trainable,
     check_trl_arguments,
     check_vocabulary,
-    choose_direction,
+    choose_greater_is_better,
     optimizer_settings,
     warn_of_one_inner_step,
 )
@@ -165,7 +165,7 @@ class NexusTrainerMixin(_Base):
         if not self._plain:
             self._shift_labels()
         self._check()
-        choose_direction(self.args)
+        choose_greater_is_better(self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator once there is a model, whose weights decide in which type it computes."""

@@ -44,7 +44,7 @@ __all__ = [
     "check_trl_arguments",
     "check_vocabulary",
     "check_windows",
-    "choose_direction",
+    "choose_greater_is_better",
     "optimizer_settings",
     "warn_of_buffers",
     "warn_of_one_inner_step",
@@ -466,7 +466,7 @@ def check_predicted(dataset: Any) -> None:
         )
 
 
-def choose_direction(args: Any) -> None:
+def choose_greater_is_better(args: Any) -> None:
     """
     Take the lowest perplexity as the best with arguments that are not Nexus's, which have chosen the highest.
     """

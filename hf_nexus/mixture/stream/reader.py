@@ -81,7 +81,7 @@ class PartReader:
     def __init__(self, source: Source, partition: Partition, at: dict[str, Any] | None = None, lanes: int = 1):
         self.source = source
         self.partition = partition
-        self._lanes = lanes
+        self._lane_count = lanes
         self.pass_rows: int | None = None  # rows of the last whole pass
         self._next = at or BEGINNING
         self._held: deque[Held] = deque()
@@ -130,10 +130,13 @@ class PartReader:
 
     def _deal(self, block: Block, at: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
         """The place of the lane of each row, and how much more text than the least each lane has after the block."""
-        places, text = (at["first"] + np.arange(len(block.order))) % self._lanes, at.get("text", [0] * self._lanes)
-        if self._lanes == 1 or block.sizes is None:
+        places, text = (
+            (at["first"] + np.arange(len(block.order))) % self._lane_count,
+            at.get("text", [0] * self._lane_count),
+        )
+        if self._lane_count == 1 or block.sizes is None:
             return places, []
-        order = self.partition.rng(at["pass"], self.partition.index, at["first"]).permutation(self._lanes)
+        order = self.partition.rng(at["pass"], self.partition.index, at["first"]).permutation(self._lane_count)
         lightest = [(text[place], rank, place) for rank, place in enumerate(order.tolist())]  # random among equal ones
         heapq.heapify(lightest)
         for i, size in enumerate(block.sizes()[block.order].tolist()):
