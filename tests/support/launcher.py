@@ -18,6 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.support.garbage import freeze
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,6 +41,7 @@ def launch(module: str, ranks: int, out: Path, torchrun: bool = False) -> list[d
 def main(module: str, ranks: int, out: Path) -> int:
     """Import a worker, and fork its ranks. The first that fails ends the others; returns its exit status."""
     worker = importlib.import_module(module)
+    freeze()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

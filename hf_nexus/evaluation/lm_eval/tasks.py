@@ -130,8 +130,8 @@ def _refuse_code(name: str, allow_code_execution: bool) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Reads task files. Does not resolve `!function module.name`, which would run the module."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # yaml has no types
+    """Reads task files, which are many. Does not resolve `!function module.name`, which would run the module."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from tests.support.garbage import freeze
 from tests.support.launcher import report
 from tests.trainer.distributed import fsdp_worker, layouts_worker, node_worker
 
@@ -11,7 +10,6 @@ WORKERS = {"node": node_worker.main, "layouts": layouts_worker.main, "hybrid": f
 
 
 def main(out: Path) -> None:
-    freeze()
     found = {}
     for name, work in WORKERS.items():
         (out / name).mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from tests.support.garbage import freeze
 from tests.support.launcher import report
 from tests.trainer.distributed import (
     agreement_worker,
@@ -27,7 +26,6 @@ WORKERS = {
 
 
 def main(out: Path) -> None:
-    freeze()
     found = {}
     for name, module in WORKERS.items():
         (out / name).mkdir(exist_ok=True)
