@@ -84,6 +84,7 @@ def model_index(
             task_name=_SCORES,
             dataset_type=score.dataset,
             dataset_name=score.name,
+            dataset_config=score.name,  # distinguishes tasks on the same dataset
             dataset_revision=score.revision,
             metric_type=score.metric,
             metric_value=float(score.value),

@@ -22,7 +22,7 @@ from hf_nexus.files import printable
 from hf_nexus.hub import card as card_module
 from hf_nexus.hub.card import run_card, save_card
 from hf_nexus.hub.check import check_card, split_card
-from hf_nexus.hub.results import HeldOutLoss, save_results
+from hf_nexus.hub.results import BenchmarkScore, HeldOutLoss, save_results
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
 from hf_nexus.mixture.stages import Stage
 from model_cards import render
@@ -108,6 +108,13 @@ def test_sets_of_one_dataset_are_not_merged_in_the_index():
     rows = [HeldOutLoss("a", "train", None, 1.0, "org/data"), HeldOutLoss("b", "train", None, 2.0, "org/data")]
     (model,) = front_matter(run_card(make_run(evaluations=rows)))["model-index"]
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in model["results"]] == [("a", 1.0), ("b", 2.0)]
+
+
+def test_tasks_of_one_dataset_are_not_merged_in_the_index():
+    scores = [BenchmarkScore(name, "allenai/ai2_arc", "acc", value) for name, value in (("easy", 1.0), ("hard", 2.0))]
+    (model,) = front_matter(run_card(make_run(evaluations=[], benchmarks=scores)))["model-index"]
+    found = [(r["dataset"]["name"], [m["value"] for m in r["metrics"]]) for r in model["results"]]
+    assert found == [("easy", [1.0]), ("hard", [2.0])]
 
 
 def test_a_training_time_that_is_not_known_is_left_out():
