@@ -9,6 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def without_folders(value: Any) -> Any:
         >>> without_folders({"deepspeed": "/home/alice/ds.json", "optim_args": ["path=/home/alice/a.pt,b=1"]})
         {'deepspeed': 'ds.json', 'optim_args': ['path=a.pt,b=1']}
     """
-    if isinstance(value, float | int):  # most values of a long log
+    if isinstance(value, float | int | Enum):  # most values of a long log, and members that are texts
         return value
     if isinstance(value, Mapping):
         return {without_folders(key): without_folders(item) for key, item in value.items()}

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.debug_utils import DebugOption
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_nexus.files import (
     delete,
@@ -101,3 +103,9 @@ def test_only_a_near_word_is_suggested(word: object, hint: str) -> None:
 )
 def test_absolute_paths_are_reduced_to_their_names(text: str, name: str) -> None:
     assert without_folders({"a": [text], text: Path("/a/b")}) == {"a": [name], name: "b"}
+
+
+def test_the_member_of_an_enumeration_stays_one() -> None:
+    """Arguments of the Trainer are members that are texts."""
+    found = without_folders({"strategy": IntervalStrategy.STEPS, "debug": [DebugOption.UNDERFLOW_OVERFLOW]})
+    assert found["strategy"] is IntervalStrategy.STEPS and found["debug"][0] is DebugOption.UNDERFLOW_OVERFLOW

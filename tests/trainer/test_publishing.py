@@ -139,7 +139,9 @@ def test_each_strategy_leaves_what_its_documentation_says(
     saved, trained = load_file(pushed), trainer.model.state_dict()
     assert all(torch.equal(saved[name], trained[name]) for name in saved) and len(saved) > 10
     assert not holders(ALICE, tmp_path) and trainer.args.hub_token == ALICE
-    assert torch.load(out / "checkpoint-4/training_args.bin", weights_only=False).hub_token is None
+    arguments = torch.load(out / "checkpoint-4/training_args.bin", weights_only=False)
+    assert arguments.hub_token is None and arguments.hub_strategy is trainer.args.hub_strategy
+    assert arguments.save_strategy is trainer.args.save_strategy
 
 
 @pytest.mark.parametrize("adapters", [pytest.param(False, marks=pytest.mark.slow), True])
