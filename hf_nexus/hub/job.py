@@ -32,7 +32,8 @@ class Target:
 
     repo_id: str  # "user/name", or "name" in the namespace of the logged-in user
     private: bool | None = None  # if the repository must be created
-    revision: str | None = None  # created when missing; None is the default branch
+    # A branch, which is created when missing, or "refs/pr/3", a pull request that exists. None is the default branch.
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

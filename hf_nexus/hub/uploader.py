@@ -89,7 +89,7 @@ def push_queue(
 def prepare(target: Target, api: HfApi) -> str:
     """Create the repository and the branch if they are missing; return the full id of the repository."""
     url = api.create_repo(target.repo_id, private=target.private, exist_ok=True)
-    if target.revision is not None:
+    if target.revision is not None and not target.revision.startswith("refs/"):  # pull requests exist already
         api.create_branch(url.repo_id, branch=target.revision, exist_ok=True)
     return url.repo_id
 

@@ -509,6 +509,21 @@ def test_an_invalid_name_fails_without_a_network(tmp_path: Path) -> None:
         Publisher("a/b/c", tmp_path)
 
 
+def test_an_open_pull_request_gets_the_pushes(
+    hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path
+) -> None:
+    """The Hub refuses to make a branch of its name."""
+    hub.store.create("models", REPO, private=False, author="alice")
+    repo = hub.store.load("models", REPO)
+    assert repo is not None
+    hub.store.save({**repo, "branches": {**repo["branches"], "refs/pr/1": repo["branches"]["main"]}})
+    publisher, checkpoint = publish(revision="refs/pr/1"), write_checkpoint(tmp_path / "out", 2)
+    assert publisher.check() == REPO
+    publisher.submit_checkpoint(checkpoint, 2, "every_save", ["README.md"])
+    assert publisher.flush(SECONDS).pushed_step == 2
+    assert digests(hub.files(REPO, "refs/pr/1")) == digests(model_of(checkpoint)) and hub.history(REPO) == []
+
+
 @pytest.mark.parametrize(
     "fault",
     [

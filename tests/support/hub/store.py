@@ -65,7 +65,7 @@ class Store:
     A folder of repositories. `lock` makes a series of reads and writes atomic.
 
     A repository is `{type, id, private, createdAt, branches: {name: oid}}`, a commit `{oid, parent, title, message,
-    author, date, tree}`, a tree `{path: {sha256, size, oid, lfs}}`.
+    author, date, tree}`, a tree `{path: {sha256, size, oid, lfs}}`. "refs/pr/1" may be a branch.
     """
 
     def __init__(self, root: str | Path):

@@ -65,6 +65,8 @@ class Uploads(Downloads):
 
     def create_branch(self, repo: Json, name: str) -> None:
         """A branch at an existing revision."""
+        if name.startswith("refs/"):
+            raise HubError(400, f"Invalid reference for a branch: {name}")
         start = self.json().get("startingPoint") or "main"
         with self.hub.store.lock:
             if name in repo["branches"]:
