@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import is_google_colab
 
 from ..files import Secret, hidden, printable
 from .job import Target
@@ -39,6 +40,8 @@ class UploaderProcess:
     def __init__(self, folder: Path, token: str | None, endpoint: str | None, retry: RetryPolicy):
         self.folder, self.retry = folder, retry
         self._token = token
+        # Only the process of a notebook in Colab can read its secrets.
+        self._secret = hidden(get_token()) if token is None and is_google_colab() else None
         path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
         self._environment = {**os.environ, "PYTHONPATH": path}  # to find this package
         if endpoint is not None:  # `create_repo` of an existing repository reads the address from the environment only
@@ -109,7 +112,8 @@ class UploaderProcess:
         self._process.stdin.flush()
 
     def _settings(self, **more: Any) -> str:
-        return Secret(json.dumps({"retry": asdict(self.retry), "token": self._token, **more}) + "\n")
+        settings = {"retry": asdict(self.retry), "token": self._token, "secret": self._secret}
+        return Secret(json.dumps(settings | more) + "\n")
 
 
 # ---- Inside the process ----
@@ -118,12 +122,14 @@ class UploaderProcess:
 def main() -> None:
     """Serve a queue or check a target, as one line of JSON on standard input says: arguments could show the token."""
     settings = json.loads(sys.stdin.readline())
-    settings["token"] = hidden(settings["token"])
+    token, secret = map(hidden, (settings.pop("token"), settings.pop("secret")))
+    if secret is not None and get_token() is None:  # the user's own token is read at each request: it may be renewed
+        token = secret
     retry = RetryPolicy(**settings["retry"])
     if sys.platform != "win32":
         os.nice(10)  # training has priority
     limit_requests(retry.request)
-    api = HfApi(token=settings["token"], library_name="hf-nexus")
+    api = HfApi(token=token, library_name="hf-nexus")
     if "target" in settings:
         print(json.dumps(_check(Target(**settings["target"]), settings["seconds"], api, retry)))
     else:

@@ -503,6 +503,31 @@ def test_check_fails_without_write_access(
     assert message in str(error.value) and token not in str(error.value)
 
 
+@pytest.mark.parametrize(("secret", "logged_in"), [(ALICE, None), ("hf_expired", ALICE)])
+def test_a_token_of_a_notebook_reaches_the_upload_process(
+    hub: HubServer,
+    publish: Callable[..., Publisher],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    secret: str,
+    logged_in: str | None,
+) -> None:
+    """Only the notebook can read the secrets of Colab. A token that the process finds itself goes first."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if logged_in is not None:
+        monkeypatch.setenv("HF_TOKEN", logged_in)
+    monkeypatch.setattr("hf_nexus.hub.uploader_process.is_google_colab", lambda: True)
+    monkeypatch.setattr("hf_nexus.hub.uploader_process.get_token", lambda: secret)
+    publisher = publish(token=None)
+    assert publisher.check() == REPO
+    publisher.submit_checkpoint(write_checkpoint(tmp_path / "out", 2), 2, "every_save", ["README.md"])
+    assert publisher.flush(SECONDS).pushed_step == 2
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()
+    ]
+
+
 def test_an_invalid_name_fails_without_a_network(tmp_path: Path) -> None:
     """The constructor checks the name."""
     with pytest.raises(ValueError, match="hub_model_id='a/b/c'"):
