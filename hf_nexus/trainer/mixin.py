@@ -58,6 +58,7 @@ from .support import (
     choose_greater_is_better,
     optimizer_settings,
     warn_of_one_inner_step,
+    warn_of_shards,
 )
 from .trackers import send_plots
 from .trl import SourcePreparation, for_parent, is_of_trl, metrics_aside, naming_a_missing_template, trl_parent
@@ -429,6 +430,8 @@ class NexusTrainerMixin(_Base):
         self._feed.check(self.eval_dataset)
         self._check()
         warn_of_one_inner_step(self.args)
+        if self._saves_shards:
+            warn_of_shards(self.args)
         check_trainable(self.model)
         settings = nexus_settings(self.args) | {name: getattr(self.args, name) for name in SAME_ON_RANKS}
         del settings["mixture_weights"]  # their shares are compared
@@ -768,11 +771,15 @@ class NexusTrainerMixin(_Base):
         return self._checkpoints.folder(super()._get_output_dir(trial))
 
     @property
+    def _saves_shards(self) -> bool:
+        """Whether FSDP saves checkpoints in sharded files."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT
+
+    @property
     def _weights_follow(self) -> bool:
         """Whether a checkpoint is being written whose weights follow in sharded files."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        sharded = plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT
-        return self._checkpoints.staging and (self.args.checkpoint_async or sharded)
+        return self._checkpoints.staging and (self.args.checkpoint_async or self._saves_shards)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the restored weights. With `push_to_hub`, those of the output folder are queued as well."""

@@ -48,6 +48,7 @@ __all__ = [
     "optimizer_settings",
     "warn_of_buffers",
     "warn_of_one_inner_step",
+    "warn_of_shards",
     "warn_of_short_steps",
 ]
 
@@ -427,6 +428,17 @@ def check_sharded(model: nn.Module) -> None:
                 f"Parameter {name!r} is trainable, but FSDP2 does not shard it, so each rank would train its own "
                 "copy. Wrap the whole model, adapters included, with FSDP2, or freeze the parameter."
             )
+
+
+def warn_of_shards(args: Any) -> None:
+    """Warn that no weights are pushed while training, of a run whose checkpoints hold them in sharded files."""
+    if args.push_to_hub and args.hub_strategy == "every_save" and args.process_index == 0:
+        logger.warning(
+            "hub_strategy='every_save' pushes the model of each checkpoint, but with fsdp_state_dict_type "
+            "SHARDED_STATE_DICT its weights are in sharded files, which are not pushed. The Hub gets them at the end. "
+            "Set hub_strategy to 'checkpoint' or 'all_checkpoints', which push whole checkpoints, "
+            "or use FULL_STATE_DICT."
+        )
 
 
 def warn_of_short_steps(nexus: Nexus, autocast: bool) -> None:

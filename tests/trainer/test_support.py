@@ -163,3 +163,13 @@ def test_a_trainer_may_name_classes_that_are_missing():
             super().__init__(model, args)
 
     support.check_trl_arguments(Parent, None, on=True)
+
+
+@pytest.mark.parametrize(("sharded", "strategy"), [(True, "every_save"), (True, "checkpoint"), (False, "every_save")])
+def test_pushes_without_weights_are_announced(build, monkeypatch, caplog, sharded, strategy):
+    trainer = build(hub_strategy=strategy)
+    trainer.args.push_to_hub = True  # without a Hub
+    monkeypatch.setattr(type(trainer), "_saves_shards", sharded)
+    trainer._check_start(1)
+    announced = "Set hub_strategy to 'checkpoint' or 'all_checkpoints'" in caplog.text
+    assert announced == (sharded and strategy == "every_save")
