@@ -803,15 +803,19 @@ class NexusTrainerMixin(_Base):
         # Saved arguments are uploaded.
         public = {} if self.hub_model_id is None else without_folders(given)
         public = {name: value for name, value in public.items() if value != given[name]} | {"hub_token": None}
+        # peft would write an empty template as the text of the user, or replace the tags of a card.
+        methods: dict[str, Any] = {"create_or_update_model_card": lambda folder: None}
         # transformers writes the weights on the first rank only, and a machine without a shared disk needs them, too.
-        everywhere = self.args.save_on_each_node and not self._sharded_at_load
-        model = vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)) if everywhere else {}
-        model["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+        if self.args.save_on_each_node and not self._sharded_at_load:
+            methods["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+        model = vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        model |= methods
         try:
             with changed(self.args, **public):
                 super()._save(output_dir, state_dict)
         finally:
-            del model["should_save_on_this_rank"]  # the method of the class is back
+            for name in methods:
+                del model[name]  # the method of the class is back
         if self.args.should_save:
             if self._weights_follow:  # an empty file, for models that are not of transformers
                 Path(output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)

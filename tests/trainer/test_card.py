@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from hf_nexus.hub.card import run_card
+from hf_nexus.hub.card import END, run_card
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.results import BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
@@ -171,6 +171,24 @@ def test_the_code_of_an_adapters_card_runs(make_trainer, tmp_path, monkeypatch, 
     capsys.readouterr()
     exec(code.replace('path = "."', 'path = "out"'), {})  # the folder of the base model has the same parent
     assert capsys.readouterr().out.startswith("The")
+
+
+def test_the_card_of_an_adapter_has_only_the_text_of_the_user(make_trainer, tmp_path):
+    """Peft has a template of a card, and replaces the tags of an existing one."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    trainer = make_trainer({"a": Rows(16, 0)}, model=peft.get_peft_model(tiny_llama(), lora), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    path = tmp_path / "out/README.md"
+    assert not list(path.parent.rglob(path.name))
+    trainer.write_card()
+    assert path.read_text().endswith(f"{END}\n")
+    path.write_text(path.read_text().replace("tags:\n", "tags:\n- by-hand\n") + "\nMy words.\n")
+    trainer.save_model()
+    trainer.write_card()
+    assert "- by-hand\n" in path.read_text() and path.read_text().endswith(f"{END}\n\nMy words.\n")
+    assert "create_or_update_model_card" not in vars(trainer.model)
 
 
 def test_the_adapter_of_a_model_without_a_name_has_a_card(make_trainer):
