@@ -1,5 +1,6 @@
 """Model cards: a README about a run, valid for the Hub, in which the text of users is kept."""
 
+import hashlib
 import html
 import json
 import math
@@ -19,7 +20,7 @@ from .check import check_card, is_repo_id, split_card
 from .results import ROLES, merge_index, model_index
 from .run_summary import RunSummary
 
-__all__ = ["run_card", "save_card"]
+__all__ = ["merge_cards", "run_card", "save_card", "user_text_digest"]
 
 BEGIN = "<!-- hf-nexus: start of the generated part. Your text above this line and below the last one is kept. -->"
 END = "<!-- hf-nexus: end of the generated part -->"
@@ -43,11 +44,35 @@ def run_card(run: RunSummary, existing: str | None = None) -> ModelCard:
     Raises:
         ValueError: `existing` has invalid metadata, or damaged comments around the generated part.
     """
-    metadata, text = split_card((existing or "").replace("\r\n", "\n"))
-    above, below = _user_text(text)
-    merged = _merge(_metadata(run), metadata)
-    body = "\n\n".join(filter(None, [above, f"{BEGIN}\n\n{_body(run)}\n\n{END}", below]))
-    return ModelCard(f"---\n{dump_yaml(merged)}---\n\n{body}\n")
+    metadata, text = _split(existing or "")
+    return ModelCard(_join(_merge(_metadata(run), metadata), f"\n\n{_body(run)}\n\n", *_user_text(text)))
+
+
+def merge_cards(card: str, published: str, take_text: bool) -> str:
+    """
+    Add to a card of a run what users wrote into the `published` one: their metadata, and their text in place of that
+    of `card` if `take_text`. If one of both has no generated part, `card` is returned.
+
+    Raises:
+        ValueError: one of both is damaged.
+    """
+    (metadata, text), (their_metadata, their_text) = _split(card), _split(published)
+    if BEGIN not in text or BEGIN not in their_text:
+        return card
+    user_text, generated = _user_text(their_text if take_text else text), text.partition(BEGIN)[2].partition(END)[0]
+    return _join(_merge(metadata, their_metadata), generated, *user_text)
+
+
+def user_text_digest(card: str) -> str | None:
+    """A hash of the text of users on a card, `""` if they wrote none, `None` if it has no undamaged generated part."""
+    try:
+        _, text = _split(card)
+        written = "\n".join(_user_text(text))
+    except ValueError:
+        return None
+    if BEGIN not in text:
+        return None
+    return hashlib.sha256(written.encode()).hexdigest() if written.strip() else ""
 
 
 def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
@@ -60,6 +85,15 @@ def save_card(run: RunSummary, folder: str | os.PathLike[str]) -> Path:
     card = run_card(run, read_plain(path) if path.exists() else None)
     check_card(card)
     return write_atomic(path, str(card))
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    return split_card(card.replace("\r\n", "\n"))
+
+
+def _join(metadata: dict[str, Any], generated: str, above: str, below: str) -> str:
+    body = "\n\n".join(filter(None, [above, f"{BEGIN}{generated}{END}", below]))
+    return f"---\n{dump_yaml(metadata)}---\n\n{body}\n"
 
 
 def _metadata(run: RunSummary) -> dict[str, Any]:
@@ -108,7 +142,7 @@ def _merge(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
             merged.setdefault(key, value)
     old_tags = [old["tags"]] if isinstance(old.get("tags"), str) else old.get("tags") or []
     kept = [tag for tag in old_tags if tag not in _ORIGINS and not str(tag).startswith("base_model:")]
-    merged["tags"] = list(dict.fromkeys([*new["tags"], *kept]))
+    merged["tags"] = list(dict.fromkeys([*new.get("tags", []), *kept]))
     if index := merge_index(new.get("model-index", []), old.get("model-index")):
         merged["model-index"] = index
     return merged

@@ -36,6 +36,7 @@ _TARGETS = "_hub_targets.json"  # beside the queue: repositories and branches th
 # Of each part of the state, its type and the keys that it needs.
 _STATE: dict[str, tuple[Any, set[str]]] = {
     "sent": (dict[str, dict[str, int]], set()),
+    "texts": (dict[str, str], set()),  # of each target, the hash of the text of users on the last card of the run
     "pushed": (dict[str, int | str | None], {"step", "commit", "repo_id", "revision"}),
     "error": (dict[str, int | float | str | bool], {"text", "step", "permanent", "time"}),
     "lost": (list[str], set()),

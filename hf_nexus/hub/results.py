@@ -99,6 +99,7 @@ def merge_index(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | N
     try:
         results = [result for model in old or [] for result in model["results"]]
         foreign = [result for result in results if result["task"].get("name") not in (_LM_LOSSES, _LOSSES, _SCORES)]
+        foreign = [result for result in foreign if not new or result not in new[0]["results"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"The `model-index` of the existing card is malformed ({error!r}). Correct it or delete it."

@@ -9,12 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from ..files import hidden, printable, read_plain
+from .card import merge_cards, user_text_digest
 from .check import check_card
 from .job import FINISHED_RUN, Job, RefusedJobError, SpoiledJobError, Target
 from .queue import QUEUE_NAME, QueueStatus, UploadQueue, sending
@@ -175,7 +176,7 @@ class Uploader:
                 if target not in self._prepared:
                     self._prepared[target] = prepare(target, self.api)
                 repo_id = self._prepared[target]
-                commit = self._commit_once(job, slots, files, repo_id, target.revision)
+                commit = self._commit_once(job, slots, files, repo_id, target)
                 break
             except Exception as error:
                 self._prepared.pop(target, None)  # the repository may have been deleted
@@ -185,17 +186,23 @@ class Uploader:
         state = self.queue.state()
         sent = state.setdefault("sent", {}).setdefault(str(job.target), {})
         sent.update({slot: max(job.number, sent.get(slot, 0)) for slot in slots})
+        if _CARD in files and (digest := user_text_digest(read_plain(files[_CARD]))) is not None:
+            state.setdefault("texts", {})[str(target)] = digest
         if "" in slots:
             state["pushed"] = {"step": job.step, "commit": commit, "repo_id": repo_id, "revision": target.revision}
         self._note(state)
 
     def _commit_once(
-        self, job: Job, slots: tuple[str, ...], files: dict[str, Path], repo_id: str, revision: str | None
+        self, job: Job, slots: tuple[str, ...], files: dict[str, Path], repo_id: str, target: Target
     ) -> str:
         job.verify(files)
+        revision = target.revision
         # With a parent, the Hub refuses an earlier attempt that arrives late, after a retry was committed.
         parent = self.api.repo_info(repo_id, revision=revision).sha
-        additions = [CommitOperationAdd(name, path) for name, path in files.items()]
+        contents: dict[str, Path | bytes] = {**files}
+        if _CARD in files and (card := self._merged_card(files[_CARD], repo_id, target, parent)) is not None:
+            contents[_CARD] = card.encode()
+        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
         deletions = [
             CommitOperationDelete(name)
             for slot in slots
@@ -213,6 +220,33 @@ class Uploader:
             parent_commit=parent,
         )
         return commit.oid
+
+    def _merged_card(self, path: Path, repo_id: str, target: Target, parent: str | None) -> str | None:
+        """
+        A card with what users wrote into that of the repository, `None` if one of both is not ours or damaged. Their
+        text on the Hub is kept unless that of the run has changed since its last push.
+        """
+        digest = user_text_digest(card := read_plain(path))
+        if digest is None:
+            return None
+        unchanged = digest == self.queue.state().get("texts", {}).get(str(target), "")
+        try:
+            check_card(merged := merge_cards(card, self._published_card(repo_id, parent), unchanged))
+        except ValueError:
+            return None
+        return merged
+
+    def _published_card(self, repo_id: str, revision: str | None) -> str:
+        """The card in the repository; empty if there is none, or it may not be read."""
+        url = hf_hub_url(repo_id, _CARD, revision=revision, endpoint=self.api.endpoint)
+        response = get_session().get(url, headers=build_hf_headers(token=self.api.token, library_name="hf-nexus"))
+        try:
+            hf_raise_for_status(response)
+        except HfHubHTTPError as error:
+            if isinstance(error, EntryNotFoundError) or is_permanent(error):
+                return ""
+            raise
+        return response.content.decode("utf-8-sig")
 
     def _names_below(self, repo_id: str, folder: str, revision: str | None) -> list[str]:
         try:

@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 
 from hf_nexus.files import printable
 from hf_nexus.hub import card as card_module
-from hf_nexus.hub.card import run_card, save_card
+from hf_nexus.hub.card import merge_cards, run_card, save_card, user_text_digest
 from hf_nexus.hub.check import check_card, split_card
 from hf_nexus.hub.results import BenchmarkScore, HeldOutLoss, save_results
 from hf_nexus.hub.run_summary import MixtureRow, RunSummary
@@ -419,6 +419,39 @@ def test_a_damaged_readme_is_not_changed(tmp_path, existing, message):
         save_card(make_run(), tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == existing
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_edits_of_a_published_card_are_merged():
+    """As those of a local one. What the run knows stays, and merging again changes nothing."""
+    head, (above, body, below) = front_matter(run_card(make_run(license="mit"))), ("Above.", "old body", "Below.")
+    foreign = {"task": {"type": "text-generation", "name": "Other"}, "dataset": {"name": "D", "type": "o/d"}}
+    foreign["metrics"] = [{"type": "acc", "value": 0.5}]
+    head["model-index"][0]["results"].append(foreign)
+    head |= {"tags": ["by-hand"], "co2_eq_emissions": 1.5, "license": "apache-2.0"}
+    published = f"---\n{yaml.safe_dump(head)}---\n{above}\n{card_module.BEGIN}\n{body}\n{card_module.END}\n{below}"
+    local = str(run_card(make_run(license="mit"))) + "\nLocal.\n"
+    for newline in ("\n", "\r\n"):
+        merged = merge_cards(local, published.replace("\n", newline), take_text=True)
+        check_card(merged)
+        metadata, text = split_card(merged)
+        assert text.startswith(f"\nAbove.\n\n{card_module.BEGIN}") and text.endswith(f"{card_module.END}\n\nBelow.\n")
+        assert "old body" not in text and "Local." not in text
+        assert {"by-hand", "hf_nexus"} <= set(metadata["tags"]) and metadata["license"] == "mit"
+        assert metadata["co2_eq_emissions"] == 1.5 and metadata["model-index"][0]["results"].count(foreign) == 1
+        assert merge_cards(local, merged, take_text=True) == merge_cards(merged, merged, take_text=False) == merged
+    ours = merge_cards(local, published, take_text=False)
+    assert ours.endswith("\nLocal.\n") and "Above." not in ours and "by-hand" in ours
+    assert merge_cards(local, "", True) == merge_cards(local, "# Foreign", True) == local
+    assert merge_cards("# Mine", published, take_text=True) == "# Mine"
+
+
+@pytest.mark.parametrize(
+    ("card", "digest"),
+    [("", None), ("# Mine", None), (card_module.BEGIN, None), (f"{card_module.BEGIN}\n{card_module.END}", "")],
+)
+def test_a_card_without_text_of_users_has_no_hash(card, digest):
+    assert user_text_digest(card) == digest
+    assert user_text_digest(f"Mine.\n{card_module.BEGIN}\n{card_module.END}")
 
 
 def test_save_card_writes_what_run_card_renders(tmp_path):

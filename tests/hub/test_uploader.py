@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import CommitOperationAdd, constants, get_hf_file_metadata, hf_hub_url
 
+from hf_nexus.files import write_atomic
 from hf_nexus.hub import retries
+from hf_nexus.hub.card import BEGIN, END
 from hf_nexus.hub.job import Job, SpoiledJobError, Target
 from hf_nexus.hub.publisher import checkpoint_files, files_below
 from hf_nexus.hub.queue import QUEUE_NAME, UploadQueue
@@ -197,6 +199,79 @@ def test_a_job_with_an_invalid_card_is_sent_without_it(hub: HubServer, tmp_path:
     waiting.files()["README.md"].write_text(good)
     assert uploader.send_all() is None
     assert hub.files(REPO) == {**files, "README.md": good.encode()}
+
+
+# ---- Cards that users edit on the Hub ----
+
+
+def queue_card(out: Path, step: int, above: str = "") -> UploadQueue:
+    """Queue a card of ours with a text above it."""
+    write_atomic(out / "README.md", f"---\ntags: [run]\n---\n{above}\n{BEGIN}\n\nStep {step}.\n\n{END}\n")
+    queue = UploadQueue(out / QUEUE_NAME)
+    queue.add(files_below(out / "README.md", "README.md"), ("",), step, f"step {step}", Target(REPO))
+    return queue
+
+
+def edit(hub: HubServer, old: str, new: str) -> None:
+    """Edit the card on the Hub, as a user does on its page."""
+    text = hub.files(REPO)["README.md"].decode()
+    assert old in text
+    change = CommitOperationAdd("README.md", text.replace(old, new).encode())
+    api(hub).create_commit(REPO, [change], commit_message="an edit")
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_edits_of_a_card_on_the_hub_are_kept(hub: HubServer, tmp_path: Path) -> None:
+    """By all later pushes, also of another machine, until the text in the output folder changes."""
+
+    def pushed(out: str, step: int, above: str = "") -> str:
+        assert Uploader(queue_card(tmp_path / out, step, above), api(hub)).send_all() is None
+        text = hub.files(REPO)["README.md"].decode()
+        assert f"Step {step}." in text and text.count(BEGIN) == 1
+        return text
+
+    assert "From the start." in pushed("one", 1, "From the start.")
+    edit(hub, "From the start.", "From the Hub.")
+    edit(hub, "[run]", "[run, by-hand]")
+    for out, step, above in (("one", 2, "From the start."), ("one", 3, "From the start."), ("other", 4, "")):
+        text = pushed(out, step, above)
+        assert "From the Hub." in text and "- by-hand" in text and "From the start." not in text
+    text = pushed("one", 5, "From here.")
+    assert "From here." in text and "From the Hub." not in text and "- by-hand" in text
+    edit(hub, "From here.", "")
+    assert "From here." not in pushed("one", 6, "From here.")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kept"),
+    [
+        ({"status": 503, "times": 2}, True),
+        ({"action": "drop", "times": 1}, True),
+        ({"status": 403}, False),
+        ({"status": 200, "body": f"---\na: [\n---\n{BEGIN}"}, False),
+        ({"status": 200, "body": f"---\nlicense: 7\n---\nFrom the Hub.\n{BEGIN}\n{END}"}, False),
+    ],
+)
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_a_card_that_cannot_be_read_stops_no_push(
+    hub: HubServer, tmp_path: Path, fault: dict[str, Any], kept: bool
+) -> None:
+    """A temporary failure is retried. Otherwise the card is sent as it is."""
+    assert Uploader(queue_card(tmp_path, 1), api(hub)).send_all() is None
+    edit(hub, BEGIN, f"From the Hub.\n{BEGIN}")
+    hub.fail("/resolve/", **fault)
+    assert send(Uploader(queue_card(tmp_path, 2), api(hub)), 5) is None
+    assert any(entry["fault"] for entry in hub.log), "the request did not fail"
+    assert [commit["title"] for commit in hub.history(REPO)] == ["step 2", "an edit", "step 1"]
+    text = hub.files(REPO)["README.md"].decode()
+    assert "Step 2." in text and ("From the Hub." in text) == kept
+
+
+@pytest.mark.parametrize("hub", LFS, indirect=True)
+def test_a_damaged_card_is_sent_as_it_is(hub: HubServer, tmp_path: Path) -> None:
+    queue = queue_card(tmp_path, 1, f"{BEGIN} {END}")
+    assert Uploader(queue, api(hub)).send_all() is None
+    assert hub.files(REPO)["README.md"] == (tmp_path / "README.md").read_bytes()
 
 
 # ---- Disks ----
