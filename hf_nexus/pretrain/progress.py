@@ -200,7 +200,7 @@ class _Pace:
     def _due(self, kind: str, strategy: str, steps: int, state: Any) -> int:
         """How many come in this run: each after so many steps or an epoch, and one after the last step."""
         if strategy == "steps":
-            place, whole = state.global_step / steps, state.max_steps / steps
+            place, whole = (state.global_step / steps, state.max_steps / steps) if steps > 0 else (0, 1)
         elif strategy == "epoch":
             place, whole = state.epoch or 0, state.num_train_epochs
         else:

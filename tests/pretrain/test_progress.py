@@ -103,6 +103,17 @@ def test_the_time_left_counts_evaluations_and_checkpoints(monkeypatch):
     assert bars._pace.left() == "0:00:00 left"
 
 
+def test_without_a_period_one_checkpoint_is_left(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    bars, _ = shown()
+    bars._state.save_steps = 0
+    for step in range(1, 4):
+        bars._state.global_step = step
+        bars.on_step_end(ARGS, bars._state, None)
+    assert bars._pace._due("checkpoint", "steps", 0, bars._state) == 1
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_a_narrow_terminal_shows_the_losses_of_all_sources(width):
     bars, _ = shown()
