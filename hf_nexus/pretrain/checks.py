@@ -45,8 +45,8 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         raise ValueError("output_dir: '' is not allowed; name a folder.")
     if model.tokenizer == "train" and any(source.tokens_column for source in mixture.sources.values()):
         raise ValueError("tokenizer='train' cannot read a tokens_column. Set model.tokenizer to that of the tokens.")
-    if training.max_steps <= 0 and training.num_train_epochs <= 0:
-        raise ValueError("max_steps: the run has no steps. Set it above 0, or num_train_epochs.")
+    if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs <= 0):
+        raise ValueError("max_steps: the run has no steps. Set it above 0, or to -1 and num_train_epochs above 0.")
     if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:
         raise ValueError("metric_for_best_model: missing, and save_strategy is 'best'. Set it, to loss for example.")
     _check_metric(training.metric_for_best_model, mixture)

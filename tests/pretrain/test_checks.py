@@ -26,6 +26,7 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ("--max_steps 100000000000000000000", "max_steps: 100000000000000000000 is not allowed"),
         ("--max_steps 10000000000", "max_steps: 10000000000 is not allowed"),
         ("--max_steps -1 --num_train_epochs 0", "the run has no steps"),
+        ("--max_steps 0 --num_train_epochs 2", "the run has no steps"),
         ("--max_steps -1 --num_train_epochs 1e300", "num_train_epochs: 1e+300"),
         ("--dataloader_num_workers -1", "dataloader_num_workers: -1"),
         ("--seed -1", "seed: -1"),
