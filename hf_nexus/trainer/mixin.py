@@ -23,7 +23,7 @@ from transformers.trainer_utils import _is_peft_model, unwrap_peft_model
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..evaluation.cosines import gradient_cosines
-from ..files import hidden, printable, require_folder, without_folders
+from ..files import hidden, printable, require_folder, step_of, without_folders
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..hub.weights import convert_weights
@@ -860,18 +860,21 @@ class NexusTrainerMixin(_Base):
     # ---- The end of training ----
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for the last checkpoint, then end as the base class does."""
+        """Wait for the last checkpoint, then end as the base class does. A run that can go on keeps this checkpoint."""
         self._checkpoints.wait()
-        return super()._finalize_training(*args, **kwargs)
+        # With a limit of 1, the base class deletes all checkpoints but the best.
+        limit = self.args.save_total_limit if self.state.global_step >= self.state.max_steps else None
+        with changed(self.args, save_total_limit=limit):
+            return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is not None and self._reads_shards(best):
+        assert best is not None
+        if self._reads_shards(best):
             load_model(self.model, best)
         else:
             super()._load_best_model()
-        if self.state.best_global_step:
-            self._best = self.state.best_global_step, len(self.state.log_history)
+        self._best = step_of(Path(best)), len(self.state.log_history)  # a later step may be better, and not saved
 
     def _finish_current_push(self) -> None:
         """Wait for the Hub after training, on a single process."""

@@ -496,6 +496,34 @@ def test_a_best_that_was_not_saved_is_named(saving, caplog):
     assert "of step 1, was not saved" in caplog.text
 
 
+class StopAfter(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int, save: bool):
+        self.step, self.save = step, save
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop, control.should_save = True, self.save
+
+
+def test_the_card_names_the_step_of_the_weights_that_are_loaded(saving):
+    """A later step is better and was not saved."""
+    trainer = saving(max_steps=8, save_steps=2, **best(load_best_model_at_end=True, greater_is_better=False))
+    trainer.add_callback(StopAfter(3, save=False))
+    trainer.train()
+    assert trainer.state.best_global_step == 3
+    assert trainer.run_facts().best[0] == 2
+
+
+@pytest.mark.parametrize("nexus", [True, False])
+def test_a_run_that_can_go_on_keeps_its_last_checkpoint(saving, tmp_path, nexus):
+    trainer = saving(max_steps=8, nexus=nexus, **best(load_best_model_at_end=True))
+    trainer.add_callback(StopAfter(3, save=True))
+    trainer.train()
+    assert steps_of(tmp_path / "run") == [1, 3]
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_best_is_not_a_checkpoint_of_an_earlier_run(saving, tmp_path, caplog, resumed):
     """Its step was evaluated and not saved by this run, and an earlier run in the folder has saved it."""
