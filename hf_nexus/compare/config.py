@@ -275,6 +275,11 @@ class ComparisonConfig:
                         f"arms.{name}.tuning: it has {_trials(grid)} trials, and the common grid has {common}. A fair "
                         "comparison gives every arm the same number."
                     )
+            if both := sorted(self.settings(name).keys() & next(self.trials(name), {}).keys()):
+                raise ValueError(
+                    f"arms.{name}: {both} are also in its tuning grid, whose values would replace those of the arm. "
+                    "Remove them from the arm, or give the arm its own `tuning` grid without them."
+                )
         for key, arm in (("baseline", self.baseline), ("primary.arm", self.primary.arm)):
             if arm not in self.arms:
                 raise ValueError(f"{key}: {arm!r} is not among the arms {', '.join(self.arms)}.")

@@ -76,6 +76,14 @@ def make(**changes: Any) -> ComparisonConfig:
             },
             "has 3 trials, and the common grid has 2",
         ),
+        ({"tuning": {"grid": {"inner_lr": [0.1, 0.2]}}}, r"arms.nexus: \['inner_lr'\] are also in its tuning grid"),
+        (
+            {
+                "tuning": {"grid": {"learning_rate": [1e-3, 2e-3]}},
+                "arms": ARMS | {"x": {"inner_lr": 0.0, "tuning": {"inner_lr": [0.1, 0.2]}}},
+            },
+            r"arms.x: \['inner_lr'\] are also in its tuning grid",
+        ),
     ],
 )
 def test_an_error_names_the_key(changes, message):
