@@ -296,22 +296,23 @@ class Comparison:
 
     def _choose(self) -> None:
         """
-        Choose the trial with the lowest validation loss for each arm, once all have been tried. Check that the folder
-        holds no runs with other settings.
+        Choose the trial with the lowest validation loss for each arm, once all have been tried: an arm whose trial
+        failed would have fewer. Check that the folder holds no runs with other settings.
         """
         for run in self._trial_runs():
             run.check()
-        failed = {result.call.name for result in self.failed}
-        if missing := [r.name for r in self._trial_runs() if r.load() is None and str(r) not in failed]:
-            raise ValueError(f"tuning: {len(missing)} runs are missing, the first is {missing[0]!r}. Run them first.")
+        if missing := [run.name for run in self._trial_runs() if run.load() is None]:
+            raise ValueError(
+                f"tuning: {len(missing)} runs are missing, the first is {missing[0]!r}. Run them first. The folder of "
+                "one that failed has its log."
+            )
         for trial in self._trials:
-            records = [run.load() for run in trial.runs]
-            losses = [math.inf if record is None else record.end.validation_loss for record in records]
+            losses = [record.end.validation_loss for run in trial.runs if (record := run.load()) is not None]
             trial.loss = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.inf
         for arm in self.config.arms if self._trials else ():
             best = min((trial for trial in self._trials if trial.arm == arm), key=lambda trial: trial.loss)
             if best.loss == math.inf:
-                raise SystemExit(f"All trials of {arm} failed; see {self.folder / 'tuning' / arm}.")
+                raise SystemExit(f"All trials of {arm} diverged; see {self.folder / 'tuning' / arm}.")
             self._chosen[arm] = best.settings
         for run in self.runs():
             run.check()

@@ -320,6 +320,35 @@ def test_runs_are_made_one_at_a_time(copied, in_process, monkeypatch):
     assert (output / "results.csv").read_text() == results
 
 
+def test_no_run_starts_while_a_trial_is_missing(copied, in_process):
+    """Otherwise an arm would choose among fewer trials, and among others if the command is repeated."""
+    output = Path(copied.output_dir)
+    failing = output / "tuning" / "nexus" / "trial-1" / "seed-0"
+    (failing / RECORD_NAME).unlink()
+    (failing / "fail.txt").touch()
+    shutil.rmtree(output / "arms")
+    with pytest.raises(ValueError, match=r"tuning: 1 runs are missing, the first is 'tuning/nexus/trial-1/seed-0'"):
+        run(copied)
+    assert not (output / "arms").exists()
+
+
+def test_a_trial_that_diverged_is_not_chosen(copied):
+    output = Path(copied.output_dir)
+    shutil.rmtree(output / "arms")
+    for trial, message in (("trial-1", None), ("trial-0", "All trials of nexus diverged")):
+        folder = output / "tuning" / "nexus" / trial / "seed-0"
+        record = RunRecord.load(folder)
+        diverge(record)
+        record.save(folder)
+        comparison = Comparison(copied, Console(quiet=True))
+        if message is None:
+            comparison._choose()
+            assert comparison._chosen == {"adamw": {"learning_rate": 1e-2}, "nexus": {"learning_rate": 1e-5}}
+        else:
+            with pytest.raises(SystemExit, match=message):
+                comparison._choose()
+
+
 @pytest.mark.parametrize("tuning", [None, TUNING])
 def test_a_report_of_a_mistyped_folder_is_refused(base, tmp_path, tuning):
     folder = tmp_path / "typo"
