@@ -242,7 +242,7 @@ def _share(analysis: Analysis, control: str) -> str:
     effect, share = row.difference.mean, _OPEN
     if own is None or own.difference is None or direct is None or direct.difference is None:
         share = _NOT_KNOWN
-    elif _alike(direct):
+    elif _alike(direct) and not _alike(own):  # the margin may be as wide as most of the effect
         share = _ALL
     elif _differs(direct) and direct.difference.mean * effect < 0:
         share = _MORE

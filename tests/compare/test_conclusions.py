@@ -171,6 +171,17 @@ def test_an_equivalent_control_gives_the_whole_effect():
     assert "normalization alone gives the effect, to within 0.01;" in plain
 
 
+def test_a_control_like_the_baseline_lacks_the_whole_effect():
+    """Also if it is within the margin of the arm, which is not within that of the baseline."""
+    away = (0.0001, -0.0001) * 3
+    part = [loss - 0.0015 + a for loss, a in zip(BASE, away, strict=True)]
+    full = [loss - 0.006 - a for loss, a in zip(BASE, away, strict=True)]
+    share = "normalization alone gives a part of the effect, and not all of it."
+    text, plain = concluded_on({"adamw": BASE, "gamma-0": part, "nexus-0.05": full}, margin=0.005)
+    (paragraph,) = [line for line in text.split("\n") if line.startswith("Control gamma-0")]
+    assert paragraph.count("**Equivalent**") == 2 and paragraph.endswith(f"So {share}") and plain.endswith(share)
+
+
 def test_a_planned_control_without_runs_is_not_known():
     text, plain = concluded_on({"adamw": BASE, "gamma-0": [], "nexus-0.05": FULL})
     assert (
