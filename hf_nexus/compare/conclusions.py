@@ -93,7 +93,7 @@ def plain_words(analysis: Analysis) -> str:
             f"seeds reliably show only differences above {rounded(unseen, unseen)}. To see one half as large, about "
             f"{pairs_needed(unseen / 2, found.deviation)} seeds are needed. "
         )
-    return text + _plain_controls(analysis)
+    return f"{text.rstrip()}{_left_out(analysis)} {_plain_controls(analysis)}"
 
 
 def _plain_controls(analysis: Analysis) -> str:
