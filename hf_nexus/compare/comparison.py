@@ -25,6 +25,7 @@ from ..hub.facts import describe_hardware, installed_versions
 from ..hub.publisher import FinalFlush, Publisher
 from ..hub.run_summary import SUMMARY_NAME, RunSummary
 from ..mixture.loading import load_mixture
+from ..mixture.stream.lanes import Lanes
 from ..pretrain.advice import ENDS_EARLY, stable_steps
 from ..pretrain.command_line import from_sections
 from ..pretrain.fields import PretrainArguments, PretrainConfig
@@ -131,6 +132,8 @@ class Comparison:
     def _check_settings(self) -> list[PretrainArguments]:
         """Parse the configuration of every arm and trial, and return one of each arm: all have one model and data."""
         rows: dict[str, float] = {}
+        lanes: dict[Lanes, str] = {}  # into which streams are cut, and an arm
+        devices = self.config.devices_per_run
         of_arms, early = [], list[str]()
         for arm in self.config.arms:
             for trial in list(self.config.trials(arm)) or [{}]:
@@ -138,16 +141,24 @@ class Comparison:
                 where = f"arms.{arm}" + f" with {trial}" * bool(trial)
                 on_others = self._jobs is not None  # jobs run on other machines than this one
                 arguments = resolve(from_sections(where, self.config.run_config(settings), on_others))
-                _check_supported(where, arguments.training, self.config.devices_per_run)
+                _check_supported(where, arguments.training, devices)
                 t = arguments.training
                 if t.max_steps > 0 and (stable_steps(t, t.max_steps) or 0) < 0:
                     early.append(where)
                 length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
                 batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
                 rows[f"{arm} {trial or ''}".strip()] = length * batch
+                workers = max(1, t.dataloader_num_workers)
+                lanes.setdefault(Lanes.of_run(t.per_device_train_batch_size * devices, devices, workers), where)
             of_arms.append(arguments)
         if len(set(rows.values())) > 1:
             raise ValueError(f"arms: all must train on the same number of rows, not {rows}.")
+        if len(lanes) > 1 and any(source.streaming for source in arguments.mixture.sources.values()):
+            raise ValueError(
+                f"arms: {' and '.join(lanes.values())} would train on other rows of streaming sources. Give all the "
+                "same per_device_train_batch_size and dataloader_num_workers, or batches that 8 divides and numbers "
+                "that divide 8."
+            )
         if early:
             self.console.print(f"{early[0]}: {ENDS_EARLY}", style="yellow", soft_wrap=True)
         return of_arms

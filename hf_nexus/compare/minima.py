@@ -19,19 +19,18 @@ from ..trainer.config import NexusConfig
 from ..trainer.mixin import NexusTrainer
 from .config import MinimaSearch
 from .records import Minima, RunRecord
-from .runs import MINIMA_NAME, SETTINGS_NAME, Run
+from .runs import MINIMA_NAME, SETTINGS_NAME, Run, shared_settings
 
 if TYPE_CHECKING:
     from ..mixture.loading import Mixture
-    from ..pretrain.fields import PretrainArguments
 
 __all__ = ["search_minima"]
 
 Parameters = dict[str, Tensor]
 
-# Arguments that a search takes over from the run.
+# Arguments that all searches take over from the baseline.
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_FROM_RUN = (*_BATCHES, "adam_beta1", "adam_beta2", "max_grad_norm", "bf16", "use_cpu", "dataloader_pin_memory")
+_FROM_BASELINE = (*_BATCHES, "adam_beta1", "adam_beta2", "max_grad_norm", "bf16", "use_cpu", "dataloader_pin_memory")
 
 
 def search_minima(run: Run) -> RunRecord:
@@ -72,7 +71,7 @@ def _search_minima(run: Run) -> RunRecord:
     for name in sources:
         _move(parameters, start)
         single = replace(mixture, train={name: mixture.train[name]}, eval={name: held_out[name]})
-        searches[name] = _search(model, single, arguments, wanted)
+        searches[name] = _search(model, single, shared_settings(run.config, _FROM_BASELINE), wanted)
     _move(parameters, start)
     rows = held_out_sets(model.eval(), replace(mixture, eval=held_out), arguments.training.per_device_eval_batch_size)
     found = minima_landscape(
@@ -115,10 +114,8 @@ class _Search(TrainerCallback):
             control.should_training_stop = True
 
 
-def _search(
-    model: torch.nn.Module, mixture: "Mixture", arguments: "PretrainArguments", wanted: MinimaSearch
-) -> _Search:
-    """Train on the one source of `mixture` with plain AdamW, on one device with the run's batch per device."""
+def _search(model: torch.nn.Module, mixture: "Mixture", shared: Mapping[str, Any], wanted: MinimaSearch) -> _Search:
+    """Train on the one source of `mixture` with plain AdamW, on one device with `shared` arguments."""
     with tempfile.TemporaryDirectory() as folder:
         args = NexusConfig(
             output_dir=folder,
@@ -136,7 +133,7 @@ def _search(
             disable_tqdm=True,
             report_to="none",
             seed=0,
-            **{name: getattr(arguments.training, name) for name in _FROM_RUN},
+            **shared,
         )
         trainer = NexusTrainer(model=model, args=args, train_dataset=mixture)
         trainer.remove_callback(PrinterCallback)

@@ -22,6 +22,7 @@ from ..lock import locked
 from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.documents import StreamedDocuments
 from ..mixture.stream.lanes import Lanes
+from ..pretrain.fields import PretrainConfig
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
 from ..strict import dump_yaml, read_yaml
@@ -32,9 +33,18 @@ from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
 if TYPE_CHECKING:
     from ..mixture.loading import Mixture
 
-__all__ = ["MEASURED_NAME", "MINIMA_NAME", "SETTINGS_NAME", "Run", "read_questions", "train_sample"]
+__all__ = [
+    "MEASURED_NAME",
+    "MINIMA_NAME",
+    "SETTINGS_NAME",
+    "Run",
+    "read_questions",
+    "shared_settings",
+    "train_sample",
+]
 
 SETTINGS_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
+_BATCH = "per_device_train_batch_size"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
 _NOT_COMPUTED = ("output_dir", "push_to_hub", "hub_model_id")
 _PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
@@ -126,7 +136,8 @@ class Run:
         resume = ["--resume_from_checkpoint", "last"] if last_checkpoint(self.folder) else []
         run = prepare_run(parse_arguments(["--config", str(self.folder / SETTINGS_NAME), *resume]))
         if not self.trial:
-            sample = train_sample(run, self.config.train_sample_rows)
+            batch = run.trainer.cosine_rows = shared_settings(self.config, [_BATCH])[_BATCH]
+            sample = train_sample(run, self.config.train_sample_rows, batch)
             run.trainer.add_callback(_EvaluateSample(run.trainer, sample))
         run.train()
         record = self._measure(run)
@@ -181,16 +192,23 @@ def _computed(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def train_sample(run: PretrainRun, rows: int) -> dict[str, Any]:
+def shared_settings(config: ComparisonConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Training arguments of a measurement that may not depend on the arm: those of the baseline."""
+    training = config.run_config(config.settings(config.baseline))["training"]
+    return {name: training.get(name, getattr(PretrainConfig, name)) for name in names}
+
+
+def train_sample(run: PretrainRun, rows: int, batch: int) -> dict[str, Any]:
     """
-    The rows of each training source on which the training loss is measured. Those of a stream are the first that the
-    run reads: all arms of a seed train on them. Those of another source are the same for all seeds.
+    The rows of each training source on which the training loss is measured. Those of a stream are the first of a run
+    with micro-batches of `batch` rows per device: all arms of a seed train on them, since they cut it into the same
+    lanes. Those of another source are the same for all seeds.
 
     Raises:
         SourceError: a stream cannot be read.
     """
     args, streams = run.trainer.args, run.trainer.data.dataset
-    batch = args.train_batch_size * args.world_size  # rows of a micro-batch of all ranks
+    batch *= args.world_size  # rows of a micro-batch of all ranks
     if isinstance(streams, MixtureStream):  # read apart from the training, by one reader and in the run's order
         lanes = Lanes.of_run(batch, args.world_size, max(1, args.dataloader_num_workers))
         streams = MixtureStream(streams.sources, seed=streams.seed, buffer_size=streams.buffer_size)

@@ -139,6 +139,7 @@ class NexusTrainerMixin(_Base):
         self.card_details: dict[str, Any] = {}
         self.wait_after_training = True
         self._best: tuple[int, int] | None = None  # see `RunFacts`
+        self.cosine_rows: int | None = None  # see `source_cosines`; other runs may be measured on as many
         self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
@@ -580,11 +581,11 @@ class NexusTrainerMixin(_Base):
         Gradient cosine of each pair of sources at the current weights, with dropout off. Neither the random states nor
         the gradients of the run change.
 
-        Each gradient is taken on the first `per_device_train_batch_size` rows of the source's evaluation set, or of
-        its training rows if it has none: the same on every rank.
+        Each gradient is taken on the first `cosine_rows` rows of the source's evaluation set, or of its training rows
+        if it has none: the same on every rank. These are `per_device_train_batch_size` rows if it is unset.
         """
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        rows = self._feed.first_rows(self.args.per_device_train_batch_size, self.eval_dataset)
+        rows = self._feed.first_rows(self.cosine_rows or self.args.per_device_train_batch_size, self.eval_dataset)
         trained, device = [p for p in self.model.parameters() if p.requires_grad], self.args.device
 
         def loss(batch: Any) -> Tensor:

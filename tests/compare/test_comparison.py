@@ -167,6 +167,25 @@ def test_losses_without_held_out_rows_are_refused(base, tmp_path, kept, message)
         Comparison(make_comparison(path, tmp_path / "out"), Console(quiet=True)).check()
 
 
+def test_all_arms_must_read_the_same_rows_of_streams(base, tmp_path):
+    content = yaml.safe_load(base.read_text())
+    for source in content["data"]["sources"].values():
+        source |= {"streaming": True, "weight": 1} if "role" not in source else {}
+    path = tmp_path / "streams.yaml"
+    path.write_text(yaml.safe_dump(content))
+
+    def check(source: Path, rows: int, accumulated: int) -> None:
+        arm = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+        training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+        config = make_comparison(source, tmp_path, arms=ARMS | {"other": arm}, training=training)
+        Comparison(config, Console(quiet=True))._check_settings()
+
+    check(path, 16, 2)
+    check(base, 4, 8)
+    with pytest.raises(ValueError, match=r"arms\.adamw and arms\.other would train on other rows of streaming"):
+        check(path, 4, 8)
+
+
 CONTROL = {"gamma-0": {"inner_lr": 0.0}}
 
 

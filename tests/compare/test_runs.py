@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_nexus.compare import runs
+from hf_nexus.compare import minima, runs
 from hf_nexus.compare.config import ComparisonConfig, QuestionSet
 from hf_nexus.compare.minima import search_minima
 from hf_nexus.compare.records import RunRecord
@@ -19,6 +19,7 @@ from hf_nexus.hub.publisher import FinalFlush
 from hf_nexus.hub.queue import QUEUE_NAME
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import PretrainRun, prepare_run
+from hf_nexus.trainer.config import NexusConfig
 from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.comparison import make_comparison
 from tests.support.tiny_config import STEPS, write_config
@@ -94,7 +95,7 @@ def test_the_training_loss_is_that_of_the_saved_weights(finished, tmp_path):
     run, record = finished
     again = prepare(run.folder / "run.yaml", tmp_path)
     again.trainer.model.load_state_dict(AutoModelForCausalLM.from_pretrained(run.folder).state_dict())
-    sample = train_sample(again, 4)
+    sample = train_sample(again, 4, 2)
     metrics = again.trainer.evaluate(sample, metric_key_prefix="x")
     assert metrics["x_loss"] == pytest.approx(record.end.train_loss, abs=1e-6)
     assert all(len(rows) == 4 for rows in sample.values())
@@ -103,7 +104,7 @@ def test_the_training_loss_is_that_of_the_saved_weights(finished, tmp_path):
 def test_the_sample_does_not_depend_on_the_seed(base, tmp_path):
     samples = []
     for seed in ("1", "2"):
-        rows = train_sample(prepare(base, tmp_path / seed, "--seed", seed), 4)
+        rows = train_sample(prepare(base, tmp_path / seed, "--seed", seed), 4, 2)
         samples.append({name: [list(row["input_ids"]) for row in part] for name, part in rows.items()})
     assert samples[0] == samples[1] and all(len(part) == 4 for part in samples[0].values()) and samples[0]
 
@@ -159,8 +160,8 @@ def test_the_sample_of_a_stream_is_what_all_arms_read_first(streams, tmp_path, m
     monkeypatch.setattr(Trainer, "compute_loss", spy)
     samples: list[dict[str, Any]] = []
 
-    def keep(run: PretrainRun, rows: int) -> dict[str, Any]:
-        samples.append(train_sample(run, rows))
+    def keep(run: PretrainRun, rows: int, batch: int) -> dict[str, Any]:
+        samples.append(train_sample(run, rows, batch))
         return samples[-1]
 
     monkeypatch.setattr(runs, "train_sample", keep)
@@ -174,6 +175,59 @@ def test_the_sample_of_a_stream_is_what_all_arms_read_first(streams, tmp_path, m
         assert [row for row in trained["nexus"] if row in rows] == rows  # in their order
     assert record.end.train_loss < record.curve[0].train_loss
     assert search_minima(run).minima is not None
+
+
+TWO_STEPS = {"max_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 1}, "save_strategy": "no"}
+
+
+def test_arms_with_other_batches_share_their_measurements(base, streams, tmp_path, monkeypatch):
+    """Their first ones are on the same weights. All train on the rows of streams that they are measured on."""
+    arms = {"adamw": {"nexus": False}, "nexus": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}}
+    training = TWO_STEPS | {"per_device_train_batch_size": 8, "gradient_cosine_steps": 1}
+    samples, trained = list[dict[str, Any]](), list[list[int]]()
+    compute_loss = Trainer.compute_loss
+
+    def keep(run: PretrainRun, rows: int, batch: int) -> dict[str, Any]:
+        samples.append(train_sample(run, rows, batch))
+        return samples[-1]
+
+    def spy(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            trained.extend(inputs["input_ids"].tolist())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(runs, "train_sample", keep)
+    monkeypatch.setattr(Trainer, "compute_loss", spy)
+    for kind in (base, streams):
+        config = make_comparison(kind, tmp_path, arms=arms, training=training)
+        records = [one_run(config, tmp_path / kind.stem / arm, arm).train() for arm in arms]
+        for first, other in zip(*(record.cosines[0][1] for record in records), strict=True):
+            assert first[:2] == other[:2] and first[2] == pytest.approx(other[2], rel=1e-4)
+        assert records[0].curve[0] == records[1].curve[0]
+    for row in (row for rows in samples[-1].values() for row in rows):
+        assert row["input_ids"].tolist() in trained[-2 * 2 * 16 :]
+
+
+def test_searches_do_not_depend_on_the_batches_of_the_arm(base, tmp_path, monkeypatch):
+    given = list[dict[str, Any]]()
+
+    def keep(**settings: Any) -> NexusConfig:
+        given.append({name: value for name, value in settings.items() if name != "output_dir"})
+        return NexusConfig(**settings)
+
+    monkeypatch.setattr(minima, "NexusConfig", keep)
+    arms = {
+        "adamw": {"nexus": False, "adam_beta1": 0.8},
+        "nexus": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "adam_beta2": 0.9},
+    }
+    search = {"max_steps": 2, "eval_steps": 1, "eval_rows": 2, "grid": 3}
+    config = make_comparison(base, tmp_path, arms=arms, training=TWO_STEPS, minima=search)
+    for arm in arms:
+        run = one_run(config, tmp_path / arm, arm)
+        run.train()
+        search_minima(run)
+    first, other = given[:2], given[2:]
+    assert first == other and first[0]["gradient_accumulation_steps"] == 4 and first[0]["adam_beta1"] == 0.8
 
 
 def test_a_folder_with_other_settings_is_refused(finished):
