@@ -1,5 +1,7 @@
 """Scores of a finished run on benchmarks of lm-eval."""
 
+from collections import Counter
+
 from ..evaluation.lm_eval.model_arguments import model_arguments
 from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
 from ..evaluation.lm_eval.tasks import Task, select_tasks
@@ -57,9 +59,11 @@ def score_benchmarks(run: Run) -> RunRecord:
             if result.error is not None:
                 errors.append(result.error)
                 continue
+            times = Counter((score.name, score.metric) for score in result.scores)
             for score in result.scores:
                 name = result.task.name if result.task.benchmark else score.name
-                record.downstream[f"{name}/{score.metric}"] = score.value
+                several = times[score.name, score.metric] > 1  # one for each filter
+                record.downstream[f"{name}/{score.metric}" + f",{score.filter}" * several] = score.value
             record.benchmarks[result.task.name] = result.task.limit
             record.save(run.folder)
             record_scores(run.folder, result.scores)

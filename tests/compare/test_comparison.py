@@ -455,6 +455,17 @@ def test_a_part_of_a_benchmark_is_scored_again(copied, in_process, monkeypatch, 
     assert found.benchmarks == {"gsm8k": None} and found.downstream == {"gsm8k/exact_match": pytest.approx(41.2)}
 
 
+def test_every_filter_of_a_benchmark_has_its_own_score(copied, monkeypatch, stand_in):
+    results = support.raw("gsm8k_cot", "exact_match,strict-match", 0.25)
+    results["results"]["gsm8k_cot"] |= {"exact_match,flexible-extract": 0.5, "acc,none": 0.75}
+    stand_in(f"succeed(json.loads({json.dumps(results)!r}))")
+    comparison = Comparison(replace(copied, benchmarks=["gsm8k_cot"]), Console(quiet=True))
+    comparison._choose()
+    scores = {"exact_match,strict-match": 25.0, "exact_match,flexible-extract": 50.0, "acc": 75.0}
+    found = benchmarks.score_benchmarks(comparison.runs()[0]).downstream
+    assert found == {f"gsm8k_cot/{name}": pytest.approx(value) for name, value in scores.items()}
+
+
 def test_a_question_set_named_like_a_benchmark_is_refused(base, tmp_path):
     config = make_comparison(base, tmp_path, benchmarks=["gsm8k"], question_sets={"gsm8k": {"path": "no.jsonl"}})
     with pytest.raises(ValueError, match=r"question_sets: \['gsm8k'\] are names of benchmarks"):

@@ -42,6 +42,7 @@ class BenchmarkScore:
     arm_value: float | None = None  # score of the other arm, see [`RunSummary.against`]
     task: str | None = None  # name in lm-eval of the task that was run
     limit: int | None = None  # maximum number of examples, per subtask
+    filter: str | None = None  # of lm-eval, which reads the answers that the metric compares
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -108,6 +109,7 @@ def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Map
         date=date.fromtimestamp(results["date"]).isoformat(),
         notes=", ".join(notes),
         limit=task.limit,
+        filter=None if kind == "none" else kind,
     )
 
 
