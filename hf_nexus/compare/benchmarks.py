@@ -1,6 +1,7 @@
 """Scores of a finished run on benchmarks of lm-eval."""
 
 from collections import Counter
+from dataclasses import replace
 
 from ..evaluation.lm_eval.model_arguments import model_arguments
 from ..evaluation.lm_eval.runner import require_lm_eval, run_tasks
@@ -12,7 +13,7 @@ from .config import ComparisonConfig
 from .records import RunRecord
 from .runs import SETTINGS_NAME, Run
 
-__all__ = ["check_benchmarks", "missing_tasks", "score_benchmarks"]
+__all__ = ["check_benchmarks", "comparable", "missing_tasks", "score_benchmarks"]
 
 
 def check_benchmarks(config: ComparisonConfig) -> None:
@@ -34,6 +35,13 @@ def missing_tasks(config: ComparisonConfig, record: RunRecord) -> list[Task]:
     """The tasks on which a run is not scored yet, on as many examples; none for a run that diverged."""
     selected, _ = select_tasks([] if record.diverged else config.benchmarks)
     return [task for task in selected if (task.name, task.limit) not in record.benchmarks.items()]
+
+
+def comparable(config: ComparisonConfig, record: RunRecord) -> RunRecord:
+    """The record without scores on another number of examples than the configuration says."""
+    old = tuple(f"{task.name}/" for task in missing_tasks(config, record))
+    kept = {name: score for name, score in record.downstream.items() if not name.startswith(old)}
+    return replace(record, downstream=kept)
 
 
 def score_benchmarks(run: Run) -> RunRecord:

@@ -33,7 +33,7 @@ from ..pretrain.parsing import resolve
 from ..pretrain.run import load_tokenizer
 from ..terminal import is_live
 from .analysis import Test
-from .benchmarks import check_benchmarks, missing_tasks, score_benchmarks
+from .benchmarks import check_benchmarks, comparable, missing_tasks, score_benchmarks
 from .config import ComparisonConfig
 from .minima import search_minima
 from .plots import plot_comparison
@@ -401,7 +401,7 @@ class Comparison:
         """Write report and plots, print the main table, and put the baseline's losses on the card of each run."""
         arms = list(self.config.arms)
         runs = self.runs()
-        records = [record for run in runs if (record := run.load()) is not None]
+        records = [comparable(self.config, record) for run in runs if (record := run.load()) is not None]
         declared = self._declared()
         analysis = self.config.analyse(records, declared["tests"])
         named = {run.folder for run in runs}

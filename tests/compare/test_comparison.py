@@ -455,6 +455,20 @@ def test_a_part_of_a_benchmark_is_scored_again(copied, in_process, monkeypatch, 
     assert found.benchmarks == {"gsm8k": None} and found.downstream == {"gsm8k/exact_match": pytest.approx(41.2)}
 
 
+def test_scores_on_parts_are_not_compared_with_those_on_all(copied, monkeypatch):
+    monkeypatch.setattr(module, "plot_comparison", lambda *args, **kwargs: [])
+    config, scores = replace(copied, benchmarks=["gsm8k"]), ["gsm8k/exact_match", "mmlu/acc"]
+    for folder in Path(config.output_dir, "arms").glob("*/seed-*"):
+        record = RunRecord.load(folder)
+        record.benchmarks = {"gsm8k": 100 if folder.name == "seed-1" else None, "mmlu": 100}
+        record.downstream = dict.fromkeys(scores, 7.0)
+        record.save(folder)
+    Comparison(config, Console(quiet=True)).report()
+    rows = list(csv.DictReader(Path(config.output_dir, "results.csv").read_text().splitlines()))
+    found = [{row["seed"] for row in rows if row["metric"] == f"downstream/{name}"} for name in scores]
+    assert found == [{"2", "3"}, {"1", "2", "3"}]
+
+
 def test_every_filter_of_a_benchmark_has_its_own_score(copied, monkeypatch, stand_in):
     results = support.raw("gsm8k_cot", "exact_match,strict-match", 0.25)
     results["results"]["gsm8k_cot"] |= {"exact_match,flexible-extract": 0.5, "acc,none": 0.75}
