@@ -159,16 +159,19 @@ def _add_arms(figure: "Figure", arms: Iterable[_Arm]) -> None:
     _add_legend(figure, labels)
 
 
-def _on_scale(axes: "Axes", differences: Mapping[_Arm, float], loss: float) -> list[_Arm]:
+def _on_scale(axes: "Axes", differences: Mapping[_Arm, float], loss: float, *, to_baseline: bool = True) -> list[_Arm]:
     """
-    Arms with a finite difference to the baseline that would not hide the others; those are named in the plot.
+    Arms with a finite difference to a reference that would not hide the others; those are named in the plot, with
+    their difference if the reference is the baseline.
 
-    An arm is off the scale beyond both 2 % of the baseline's `loss` and five times the median distance.
+    An arm is off the scale beyond both 2 % of the reference's `loss` and five times the median distance.
     """
     sizes = sorted(abs(value) for value in differences.values() if math.isfinite(value))
     limit = max(5 * sizes[(len(sizes) - 1) // 2], 0.02 * abs(loss)) if sizes else 0.0
-    if hidden := [f"{shorten(arm.name, 20)} ({d:+.2g})" for arm, d in differences.items() if abs(d) > limit]:
-        text = "off scale, with the difference to the baseline: " + ", ".join(hidden)
+    hidden = {arm: f" ({difference:+.2g})" for arm, difference in differences.items() if abs(difference) > limit}
+    if hidden:
+        names = ", ".join(shorten(arm.name, 20) + found * to_baseline for arm, found in hidden.items())
+        text = "off scale" + ", with the difference to the baseline" * to_baseline + f": {names}"
         axes.text(0.01, 0.01, text, transform=axes.transAxes, fontsize=7.5)
     return [arm for arm, difference in differences.items() if abs(difference) <= limit]
 
@@ -207,7 +210,8 @@ def _ood_against_train(arms: Sequence[_Arm]) -> "Figure | None":
             points = [(p.train_loss, math.nan if p.ood_loss is None else p.ood_loss) for p in run.curve]
             axes.plot(*zip(*points, strict=True), color=arm.style["color"], linewidth=0.5, alpha=0.6, zorder=2)
     start = next(iter(ends.values()))
-    shown = _on_scale(axes, {arm: end - start for arm, end in ends.items()}, start)
+    differences = {arm: end - start for arm, end in ends.items()}
+    shown = _on_scale(axes, differences, start, to_baseline=arms[0] in ends)
     for axis, name in enumerate(("xlim", "ylim")):
         spreads = [paths[arm][axis] for arm in shown]
         low, high = min(found[2, -1] for found in spreads), max(found[3, -1] for found in spreads)

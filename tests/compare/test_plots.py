@@ -195,6 +195,13 @@ def test_an_arm_off_the_scale_is_named_and_hides_no_other(draw):
     assert distances.get_ylim()[0] > -0.3 and distances.texts[0].get_text() == texts[0]
 
 
+def test_an_arm_has_no_difference_to_a_diverged_baseline(draw):
+    records = make_records(ARMS | {"broken": -3.0})
+    records[0] = make_run("adamw", 1, nan_from=5)
+    (late,) = draw(records)["ood_against_train.png"].axes
+    assert [text.get_text() for text in late.texts] == ["off scale: broken"]
+
+
 def test_losses_show_differences_at_the_same_seed(draw):
     records = [run for run in make_records(ARMS) if (run.arm, run.seed) != ("nexus-0.05", 2)]
     panels = [axes for axes in draw(records)["losses.png"].axes if axes.axison]
