@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,6 +246,7 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))  # as the Trainer does for each run
         _check_different("seeds", self.seeds)
         sections = {section: getattr(self, section) for section in SECTION_NAMES}
         check_sections(sections, known_kinds(), {**self._base.get("model", {}), **self.model})

@@ -23,6 +23,11 @@ def make(**changes: Any) -> ComparisonConfig:
     return read(ComparisonConfig, given | changes)
 
 
+def test_the_folder_may_be_below_that_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert make(output_dir="~/runs/mine").output_dir == "/home/alice/runs/mine"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
