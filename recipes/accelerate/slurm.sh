@@ -38,7 +38,7 @@ if compgen -G "$output/checkpoint-*" > /dev/null; then
 fi
 
 # Without this variable, srun gives a task one core, whatever sbatch was given.
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Single quotes, because SLURM_NODEID differs between machines.
 # shellcheck disable=SC2016
