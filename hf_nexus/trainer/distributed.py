@@ -1,6 +1,5 @@
 """Shards, norms, sums and averages over ranks."""
 
-import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,6 @@ _BUCKET = 25 * 2**20  # bytes, as in DDP
 
 # Longer than any preparation of data.
 _PATIENCE = timedelta(days=7)
-_turns = itertools.count()  # every process counts its calls of `one_process_first`, in the same order
 
 
 @contextmanager
@@ -61,10 +60,11 @@ def one_process_first(args: TrainingArguments) -> Iterator[None]:
     if args.world_size == 1:
         yield
         return
-    store, turn, rank = _get_default_store(), next(_turns), args.process_index
+    store, rank = _get_default_store(), args.process_index
+    turn = gather(uuid4().hex)[0]  # a launcher that starts the processes again keeps the store
 
     def finished(of: int) -> str:
-        return f"hf_nexus/turn-{turn}/{of}"
+        return f"hf_nexus/{turn}/{of}"
 
     earlier = rank - args.local_process_index if args.local_process_index else 0
     try:
