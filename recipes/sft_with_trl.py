@@ -26,6 +26,7 @@ work in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pas
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +37,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational, is_conversational_from_value
@@ -48,6 +48,7 @@ from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from hf_nexus.mixture.config import SourceConfig
 from hf_nexus.mixture.documents import load_documents
 from hf_nexus.strict import parse_yaml
+from hf_nexus.trainer.precision import has_bfloat16
 
 BUILTIN = ("mathematics", "reasoning")
 # Defaults for the tiny model from scratch. A pretrained one has those of TRL.
@@ -68,7 +69,7 @@ class NexusSFTConfig(NexusConfigMixin, SFTConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:  # SFTConfig would choose True, also without a GPU.
-            self.bf16 = is_torch_bf16_gpu_available()
+            self.bf16 = torch.accelerator.is_available() and has_bfloat16()
         super().__post_init__()
 
 

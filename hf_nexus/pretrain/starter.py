@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import is_torch_bf16_gpu_available
 
 from ..mixture.config import RESERVED_NAMES, MixtureConfig, SourceConfig
 from ..mixture.documents import check_tokenizer, load_documents, vocabulary_size
@@ -24,6 +23,7 @@ from ..mixture.texts import guess_source, tokenizer_of_sources
 from ..nexus import Nexus
 from ..strict import dump_yaml, parse_data
 from ..tensors import accelerator_or_cpu
+from ..trainer.precision import has_bfloat16
 from .fields import ModelArguments
 from .model import build_model, count_parameters, model_config
 from .sections import STARTER
@@ -86,7 +86,7 @@ def starter_yaml(files: Sequence[str], ood: Sequence[str] = (), tokenizer: str |
         "rows": rows,
         "learning_rate": float(f"{0.64 / model.hidden_size:.2g}"),  # 0.005 at the width of the demo
         "accelerator": str(accelerator).lower(),
-        "bf16": str(is_torch_bf16_gpu_available()).lower(),
+        "bf16": str(accelerator and has_bfloat16()).lower(),
         "threads": threads or "null",
     }
     text = Template(STARTER).substitute(fields).replace("sources: \n", "sources:\n")
@@ -179,7 +179,7 @@ def _tokens_per_second(model: ModelArguments, length: int, rows: int) -> float:
     for _ in range(3):  # the first step also allocates
         start = time.perf_counter()
         with nexus.window():
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_torch_bf16_gpu_available()):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" and has_bfloat16()):
                 loss = network(input_ids=tokens, labels=tokens).loss
             loss.backward()
             nexus.inner_step()

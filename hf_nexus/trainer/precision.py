@@ -7,7 +7,7 @@ from accelerate.utils import is_bf16_available
 from torch import nn
 from transformers.utils import is_peft_available, logging
 
-__all__ = ["precision_is_chosen", "widen_weights"]
+__all__ = ["has_bfloat16", "precision_is_chosen", "widen_weights"]
 
 logger = logging.get_logger(__name__)
 
@@ -15,6 +15,12 @@ logger = logging.get_logger(__name__)
 def precision_is_chosen(args: Any) -> bool:
     """Whether a user or a launcher has chosen a type to compute in. A `bf16` at its default is no choice."""
     return args.mixed_precision != "no" or args.bf16 != type(args).__dataclass_fields__["bf16"].default
+
+
+def has_bfloat16() -> bool:
+    """Whether bfloat16 is computed here. Emulation by older GPUs, which is slower than float32, does not count."""
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_bf16_available(ignore_tpu=True) and not emulated
 
 
 def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
@@ -35,8 +41,7 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
             f"The model has {size:,} trainable weights of {dtype}, which would round inner steps away, and "
             "upcast_weights is off. Leave it on, or load the model with dtype=torch.float32."
         )
-    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if not chosen and is_bf16_available(ignore_tpu=True) and not emulated:  # emulation is slower than float32
+    if not chosen and has_bfloat16():
         args.bf16, args.mixed_precision = True, "bf16"
     quantized = getattr(model, "quantization_method", None) is not None
     if args.mixed_precision == "bf16":
