@@ -77,8 +77,8 @@ class SourceConfig:
             Largest number of passes over the source. A streaming source that reaches it (a whole number) leaves its
             weight to the others. A source of known size that would exceed it is an error before training.
         eval_rows (`int`, *optional*):
-            Number of documents to hold out, chosen by a hash of their text. Of a streaming source, they are the first
-            different ones. Copies of them are not trained on.
+            Number of documents to hold out, chosen by a hash of their text (of chats: their messages). Of a streaming
+            source, they are the first different ones. Copies of them are not trained on.
         eval_split (`str`, *optional*):
             Split with the held-out documents, in place of `eval_rows`. For instance `"validation[:1000]"`.
         license (`str`, *optional*):

@@ -1,5 +1,6 @@
 """Documents of a source: loading them, and the text and tokens of each row."""
 
+import json
 import logging
 import os
 import re
@@ -76,10 +77,15 @@ def load_documents(
     path, named = source.path, {} if every_column else source.columns
     available: list[str] = []
     with _naming_source(name, source, split):
+        if source.revision is not None and means_files(path):
+            raise ValueError(
+                f"files have no revision {source.revision!r}. Remove it, or write that of a dataset on the Hub into "
+                "the path: hf://datasets/org/name@revision/*.parquet."
+            )
         if path.startswith(BUILTIN_PREFIX):
             documents = _load_builtin(path.removeprefix(BUILTIN_PREFIX))
         elif is_saved(path):
-            documents = _load_saved(path, split)
+            documents = _load_saved(source, split)
         else:
             files: dict[str, Any] = {"path": path, "name": source.subset, "revision": source.revision}
             if means_files(path) and not card_lists_files(path):
@@ -93,6 +99,8 @@ def load_documents(
         available = available or documents.column_names or list(next(iter(documents), {}))
         if not available:
             raise ValueError("it has no rows")
+    if source.messages_column is not None and "tools" in available:
+        logger.warning("sources.%s: the column 'tools' is not read: chats are rendered without their tools.", name)
     for key, column in named.items():
         if column not in available:
             raise ValueError(
@@ -193,8 +201,10 @@ def _load_tokens(splits: Mapping[str, Any], split: str) -> Dataset:
     return read_token_files(files, Hasher.hash([*files, *files.origin_metadata, *indices]))
 
 
-def _load_saved(path: str, split: str) -> Dataset:
-    saved = datasets.load_from_disk(path).with_format(None)  # its format may turn messages into arrays
+def _load_saved(source: SourceConfig, split: str) -> Dataset:
+    if source.subset is not None:
+        raise ValueError(f"the saved folder has no subset {source.subset!r}. Remove it.")
+    saved = datasets.load_from_disk(source.path).with_format(None)  # its format may turn messages into arrays
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise ValueError(f"the saved folder has no split {split!r}, only {', '.join(saved)}.")
@@ -218,14 +228,16 @@ class Document:
     prompt_length: int = 0
     messages: list | None = None
     tokens: np.ndarray | None = None
+    chat: str = ""  # the messages as JSON, of a text that a chat template has rendered
 
     def __len__(self) -> int:
         return len(self.text if self.tokens is None else self.tokens)
 
     @property
     def hash(self) -> int:
-        """A 64-bit hash of the text or tokens, by which documents are held out."""
-        content = self.text.encode() if self.tokens is None else self.tokens.tobytes()
+        """A 64-bit hash of the text, tokens or messages, by which documents are held out."""
+        # A chat template may write the date of today into the text.
+        content = (self.chat or self.text).encode() if self.tokens is None else self.tokens.tobytes()
         return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
     def segments(self) -> "Iterator[Document]":
@@ -410,9 +422,13 @@ class DocumentEncoder:
             try:
                 prompt, *completion = _as_json(list(conversation))
                 messages = [message for part in (prompt, *completion) for message in part]
-                text, start = str(render(messages)), ""
+                text, length = str(render(messages)), 0
                 if self.source.loss_on == "completion":
                     start = str(render(prompt, add_generation_prompt=True))
+                    length = _length_of_common_start(start, text)
+                    # A template may add to a prompt before an answer, but not write the prompt in another way.
+                    if length < _length_of_common_start(start, str(render(prompt))):
+                        raise ValueError("it writes the prompt in another way if a completion follows")
             except Exception as error:
                 raise ValueError(
                     f"sources.{self.name}: the chat template cannot render row {number}: {error}. Repair or remove "
@@ -420,7 +436,7 @@ class DocumentEncoder:
                 ) from error
             text = text.removesuffix(self.tokenizer.eos_token)  # packing adds it
             turns = messages if self.source.loss_on == "assistant" else None
-            documents.append(Document(text, _length_of_common_start(start, text), turns))
+            documents.append(Document(text, length, turns, chat=json.dumps(messages)))
         return documents
 
     def _require(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["RowPacker", "SourcePacker", "count_targets", "document_positions", "pack_rows", "tokenizer_fingerprint"]
 
 # In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 # Text whose tokens show the settings of a slow tokenizer: case, accents, spaces, digits, special tokens.
 _PROBE = " The  Café\tNaïve's\n\n1234 567,89 <s></s> <pad> Ω中文🙂 don't. "
 # Documents per batch, enough to keep the threads of a tokenizer busy. Batches of long documents are smaller.

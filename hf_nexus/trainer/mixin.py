@@ -861,7 +861,7 @@ class NexusTrainerMixin(_Base):
     # ---- The end of training ----
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for the last checkpoint, then end as the base class does. A run that can go on keeps this checkpoint."""
+        """Wait for the last checkpoint, which a run that can go on keeps, then end as the base class does."""
         self._checkpoints.wait()
         # With a limit of 1, the base class deletes all checkpoints but the best.
         limit = self.args.save_total_limit if self.state.global_step >= self.state.max_steps else None

@@ -244,6 +244,21 @@ configs:
 """
 
 
+@pytest.mark.parametrize("path", ["d/*.jsonl", "d", "saved", "hf://datasets/org/web/*.jsonl"])
+def test_files_have_no_revision(path: str) -> None:
+    write("d/a.jsonl")
+    Path("d/README.md").write_text(CARD)
+    Dataset.from_dict({"text": ["fox"]}).save_to_disk("saved")
+    with pytest.raises(ValueError, match=r"no revision 'v1'\. Remove it, or .*@revision/"):
+        documents(path, revision="v1")
+
+
+def test_a_saved_folder_has_no_subset() -> None:
+    Dataset.from_dict({"text": ["fox"]}).save_to_disk("saved")
+    with pytest.raises(ValueError, match="no subset 'en'"):
+        documents("saved", subset="en")
+
+
 def test_a_copy_of_a_hub_dataset_has_its_subsets_and_splits() -> None:
     write("d/en/a.jsonl", "d/en/b.jsonl", "d/de/c.jsonl")
     with pytest.raises(ValueError, match="no subset 'en'"):

@@ -78,6 +78,21 @@ def test_a_completion_begins_after_the_generation_prompt():
     assert text(tokens) == f"<user>fox{EOS}<assistant>dog{EOS}" and targets(tokens) == f"dog{EOS}"
 
 
+def test_a_prompt_that_a_completion_changes_is_an_error():
+    tokenizer = tiny_tokenizer()
+    # As the templates of Mistral, which move the system message to the last turn of the user.
+    tokenizer.chat_template = (
+        "{% set system = messages[0].content %}{% for m in messages[1:] %}"
+        "[{{ system + ' ' if loop.last and m.role == 'user' else '' }}{{ m.content }}]{% endfor %}"
+    )
+    row = {"prompt": [{"role": "system", "content": "be brief"}, *chat("fox")], "completion": chat("", "dog")[1:]}
+    encoder = DocumentEncoder("a", SourceConfig("a.jsonl", **PAIR), tokenizer, list(row))
+    with pytest.raises(ValueError, match=r"cannot render row 7: it writes the prompt in another way"):
+        encoder.document(row, 7)
+    whole = DocumentEncoder("a", SourceConfig("a.jsonl", **PAIR | {"loss_on": "all"}), tokenizer, list(row))
+    assert whole.document(row, 7).text == "[fox][dog]"
+
+
 @pytest.mark.parametrize("contents", [("fox", "dog"), ("fox", "dog", "the quick", "brown"), ("fox", "dog", "jumps")])
 def test_turns_are_marked_as_by_the_chat_template(contents):
     tokenizer = tiny_tokenizer()

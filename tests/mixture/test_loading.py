@@ -465,6 +465,15 @@ def test_messages_use_the_chat_template_and_end_in_one_eos(load: Any) -> None:
         assert documents(chatty, mixture.train["pairs"])[0] == "[user]fox?[assistant]dog"
 
 
+def test_a_column_of_tools_is_named_as_not_read(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"messages": [{"role": "user", "content": "the quick fox"}], "tools": "[]"}
+    Path("chat.jsonl").write_text((json.dumps(row) + "\n") * 9)
+    chatty = tiny_tokenizer()
+    chatty.chat_template = TEMPLATE
+    load(chat={"path": "chat.jsonl", "messages_column": "messages"}, with_=chatty, sequence_length=4)
+    assert "sources.chat: the column 'tools' is not read" in caplog.text
+
+
 def test_tool_calls_look_alike_from_every_format(load: Any, tokenizer: Any) -> None:
     def call(name: str, **arguments: Any) -> list[Any]:
         calls = [{"function": {"name": name, "arguments": arguments}, "tags": [name, None]}]

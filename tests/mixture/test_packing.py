@@ -221,15 +221,15 @@ def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("hash-*"))) == 2  # another tokenizer does not hash the same text again
 
 
-def test_hashes_of_messages_are_those_of_the_rendered_text(tmp_path: Path) -> None:
-    chats = Dataset.from_dict({"messages": [[{"role": "user", "content": "fox"}]]})
+def test_hashes_of_messages_do_not_depend_on_the_template(tmp_path: Path) -> None:
+    """Some templates write the date of today, by which no document must change sides."""
+    chats = Dataset.from_dict({"messages": [[{"role": role, "content": "fox"}] for role in ("user", "system")]})
     hashes = []
-    for template in ("{{ messages[0].content }}", "{{ messages[0].role }}: {{ messages[0].content }}"):
+    for template in ("30 Nov {{ messages[0].content }}", "1 Dec {{ messages[0].content }}"):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
-        hashes += packer(tmp_path, tokenizer, messages_column="messages").hash_documents(chats).tolist()
-    text = packer(tmp_path).hash_documents(Dataset.from_dict({"text": ["fox", "user: fox"]}))
-    assert hashes == text.tolist()
+        hashes.append(packer(tmp_path, tokenizer, messages_column="messages").hash_documents(chats).tolist())
+    assert hashes[0] == hashes[1] and hashes[0][0] != hashes[0][1]
 
 
 def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
