@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-nexus[plots]"]
+#
+# [tool.uv.sources]
+# hf-nexus = { path = "..", editable = true }
+# ///
 """
 Run the ladder of docs/results_ladder.md from its smallest rung on, and print its table: the effect of the primary arm
 and of each control by model size.
