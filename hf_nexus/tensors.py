@@ -104,6 +104,7 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], scale: Ten
     This is a fused SGD step with learning rate `-scale` (0-d), whose kernel reads the flag on the device. A factor of
     zero would not do, because NaN times zero is NaN.
     """
+    torch.clear_autocast_cache()  # an autocast around several steps would go on with the weights before this one
     if scale.device.type == "mps":
         _add_scaled_where_(targets, tensors, scale, apply)
         return
@@ -237,6 +238,7 @@ class Snapshot(Buffers):
         if self._saved:
             self.wait()
             torch._foreach_copy_(self.tensors, self.values, non_blocking=True)
+            torch.clear_autocast_cache()
             self._saved = False
 
     @contextmanager

@@ -34,6 +34,27 @@ class TestAlgebra:
         nn.utils.clip_grad_norm_(params, 1.0)
         assert (params[0].grad - before).norm() / before.norm() < 1e-4
 
+    @pytest.mark.parametrize("around", ["window", "windows"])
+    def test_an_autocast_around_several_steps_sees_their_moves(self, around):
+        def pseudo_gradients(outside: bool) -> list[torch.Tensor]:
+            torch.manual_seed(0)
+            layer, found = nn.Linear(8, 8), []
+            nexus, rows = Nexus(layer.parameters(), GAMMA), torch.randn(4, 3, 8)
+            with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+                for _ in range(2):
+                    with nexus.window():
+                        for x in rows:
+                            with torch.autocast("cpu", torch.bfloat16):
+                                loss = layer(x).square().sum()
+                            loss.backward()
+                            nexus.inner_step()
+                    found.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
+            return found
+
+        apart, together = pseudo_gradients(False), pseudo_gradients(True)
+        index = {"window": 0, "windows": 1}[around]
+        torch.testing.assert_close(together[index], apart[index])
+
     @pytest.mark.parametrize("scale", [1e-6, 1e6])
     def test_fact_2_loss_scale_does_not_matter_nor_for_k_1(self, scale):
         problem = Problem()

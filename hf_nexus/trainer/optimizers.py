@@ -44,6 +44,15 @@ class MuonWithAdamW(Optimizer):
         for optimizer in self._optimizers:
             optimizer.state = self.state
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group for AdamW. Options that it lacks are those of the first such group."""
+        if "_optimizers" in vars(self):
+            first = next((g for g in self.param_groups if "betas" in g), AdamW([torch.zeros(1)]).defaults)
+            param_group = {**{name: value for name, value in first.items() if name != "params"}, **param_group}
+        super().add_param_group(param_group)
+        if "_optimizers" in vars(self):
+            self._join()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._join()  # loading a state replaces the groups
