@@ -130,7 +130,8 @@ def check_trained(model: nn.Module, trained: Iterable[Tensor], ranks: int, chang
         if p.requires_grad and id(p) not in known:
             raise ValueError(
                 f"Parameter {name.removeprefix('module.')!r} is trainable, but the optimizer does not train it. Add "
-                "it to the optimizer (`optimizer.add_param_group`), or freeze it with requires_grad_(False)."
+                "it to a group (`optimizer.param_groups[0]['params'].append(p)`: schedulers of the learning rate take "
+                "no new group), or freeze it with requires_grad_(False)."
             )
     if ranks > 1 and known - own:  # DDP does not reduce their gradients, so each rank would walk its own path
         raise ValueError(

@@ -954,7 +954,24 @@ def test_a_base_class_that_takes_a_dict_samples_it(make_trainer, sources):
         make_trainer(sources, trainer_class=NexusOwn, mixture_weights={"text": 1.0})
 
 
-def test_parameters_of_a_loss_take_part_in_the_path(make_trainer, sources):
+def test_a_layer_is_unfrozen_as_the_error_says(make_trainer, sources):
+    class Unfreeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            if state.global_step == 1:
+                weight.requires_grad_(True)
+                optimizer.param_groups[0]["params"].append(weight)
+
+    model = tiny_llama()
+    weight = model.lm_head.weight.requires_grad_(False)
+    before = weight.clone()
+    trainer = make_trainer(sources, model, max_steps=3, lr_scheduler_type="linear")
+    trainer.add_callback(Unfreeze())
+    trainer.train()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"matrix_optimizer": "muon"}])
+def test_parameters_of_a_loss_take_part_in_the_path(make_trainer, sources, options):
     """sentence-transformers has losses with a classifier, which the optimizer trains as well."""
     scale = torch.nn.Parameter(torch.ones(()))
 
@@ -967,6 +984,6 @@ def test_parameters_of_a_loss_take_part_in_the_path(make_trainer, sources):
             optimizer.add_param_group({"params": [scale]})
             return optimizer
 
-    trainer = make_trainer(sources, trainer_class=Own)
+    trainer = make_trainer(sources, trainer_class=Own, **options)
     trainer.train()
     assert any(p is scale for p in trainer._walker.nexus.params) and scale != 1
