@@ -99,7 +99,7 @@ def load_documents(
         available = available or documents.column_names or list(next(iter(documents), {}))
         if not available:
             raise ValueError("it has no rows")
-    if source.messages_column is not None and "tools" in available:
+    if "tools" in available and (source.messages_column or source.prompt_column):
         logger.warning("sources.%s: the column 'tools' is not read: chats are rendered without their tools.", name)
     for key, column in named.items():
         if column not in available:
@@ -436,7 +436,7 @@ class DocumentEncoder:
                 ) from error
             text = text.removesuffix(self.tokenizer.eos_token)  # packing adds it
             turns = messages if self.source.loss_on == "assistant" else None
-            documents.append(Document(text, length, turns, chat=json.dumps(messages)))
+            documents.append(Document(text, length, turns, chat=json.dumps(messages, sort_keys=True)))
         return documents
 
     def _require(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:

@@ -224,12 +224,14 @@ def test_hashes_are_of_the_text_alone(tmp_path: Path) -> None:
 def test_hashes_of_messages_do_not_depend_on_the_template(tmp_path: Path) -> None:
     """Some templates write the date of today, by which no document must change sides."""
     chats = Dataset.from_dict({"messages": [[{"role": role, "content": "fox"}] for role in ("user", "system")]})
+    other = Dataset.from_dict({"messages": [[{"content": "fox", "role": "user"}]]})  # the order in an Arrow file
     hashes = []
     for template in ("30 Nov {{ messages[0].content }}", "1 Dec {{ messages[0].content }}"):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
         hashes.append(packer(tmp_path, tokenizer, messages_column="messages").hash_documents(chats).tolist())
     assert hashes[0] == hashes[1] and hashes[0][0] != hashes[0][1]
+    assert packer(tmp_path, tokenizer, messages_column="messages").hash_documents(other).tolist() == hashes[0][:1]
 
 
 def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
