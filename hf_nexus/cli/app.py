@@ -153,10 +153,9 @@ def train(
     argv, planned = [config, *context.args], [] if devices is None else ["--devices", str(devices)]
     with one_line_errors(debug=context.obj):
         command_line = read_command_line(["--config", *argv, *planned])
-    if not command_line.dry_run and (devices is not None or accelerate_config is not None):
-        from .launch import launch
+        if not command_line.dry_run and (devices is not None or accelerate_config is not None):
+            from .launch import launch
 
-        with one_line_errors(debug=context.obj):
             launch(command_line, argv, accelerate_config)
     from ..pretrain.run import run_command_line
 

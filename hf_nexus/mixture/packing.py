@@ -132,7 +132,7 @@ class RowPacker:
 
 @dataclass
 class SourcePacker:
-    """The passes over one source, whose tokenizer has the [`tokenizer_fingerprint`]. `num_proc` processes tokenize."""
+    """The passes over one source. `fingerprint` is that of its tokenizer. `num_proc` processes hash and tokenize."""
 
     encoder: DocumentEncoder
     fingerprint: str

@@ -153,8 +153,8 @@ class DynamicSchedule:
 
 class SourceSchedule(DynamicSchedule):
     """
-    The [`DynamicSchedule`] of weights that are known for the whole run. Micro-batch `i = outer step * k + inner step`
-    (both from 0) has the same source for any number of ranks, workers or restarts.
+    The [`DynamicSchedule`] of weights that are known for the whole run. A micro-batch has the same source for any
+    number of ranks, workers or restarts.
 
     Args:
         weights (`Mapping[str, float]` or `Sequence[tuple[int, Mapping[str, float]]]`):

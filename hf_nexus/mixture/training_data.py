@@ -109,11 +109,11 @@ class TrainingData:
         sources = self.dataset.sources if self.has_sources else {}
         return {name: source for name, source in sources.items() if isinstance(source, StreamedDocuments)}
 
-    def indexable(self, source: str, evaluation: Any) -> Any:
-        """The evaluation set of a source, or its training rows if it has none; `None` if that is a stream."""
+    def indexable(self, evaluation: Any) -> dict[str, Any]:
+        """By source its evaluation set, or its training rows if it has none; `None` if that is a stream."""
         sets = evaluation if isinstance(evaluation, Mapping) else {}
-        rows = sets.get(source, self.dataset.sources[source])
-        return None if _is_stream(rows) else rows
+        found = {name: sets.get(name, rows) for name, rows in self.dataset.sources.items()} if self.has_sources else {}
+        return {name: None if _is_stream(rows) else rows for name, rows in found.items()}
 
 
 class StageWeights:

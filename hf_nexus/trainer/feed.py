@@ -80,7 +80,7 @@ class Feed:
             self._args,
             sources=data.has_sources,
             streams=isinstance(data.dataset, MixtureStream),
-            unread=[name for name in data.names if data.has_sources and data.indexable(name, evaluation) is None],
+            unread=[name for name, rows in data.indexable(evaluation).items() if rows is None],
             unlike=data.eos_token_id is not None and not data.all_packed,
             isolated=data.eos_token_id is not None and data.isolate_documents is not False,
             optimizer=optimizer,
@@ -422,8 +422,7 @@ class Feed:
 
     def first_rows(self, count: int, evaluation: Any) -> dict[str, list[Any]]:
         """The first rows of each source's evaluation set, or of its training rows. Streams have none."""
-        data = self.data
-        sets = [(name, data.indexable(name, evaluation)) for name in data.names if data.has_sources]
+        sets = self.data.indexable(evaluation).items()
         return {name: [rows[i] for i in range(min(len(rows), count))] for name, rows in sets if rows is not None}
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import _is_peft_model, unwrap_peft_model
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..evaluation.cosines import gradient_cosines
 from ..files import hidden, printable, require_folder, step_of, without_folders
@@ -159,7 +159,7 @@ class NexusTrainerMixin(_Base):
         super().__init__(**given)
         if self._trl.shown is not None:
             self.train_dataset = self.data.dataset  # TRL has prepared the sources, or had nothing to prepare
-        # As many ranks read the same rows, which is known with the model.
+        # The number of ranks that read the same rows is known with the model.
         copies = self._feed.copies = self._evaluation.copies = self.get_tp_size()
         self.meter = TrainingMeter(self.data.names, self.args.device, self.data.masked, copies)
         if self.data.eos_token_id is not None:
@@ -486,11 +486,10 @@ class NexusTrainerMixin(_Base):
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         count: Any = self._get_num_items_in_batch
         with self._without_averages():  # a rank with an error has fewer micro-batches, and joins in `agree` only
-            batches, items = super().get_batch_samples(untagged, num_batches, device)
+            batches, _ = super().get_batch_samples(untagged, num_batches, device)
             self._feed.agree(window, self.state.global_step)
-            total = window.count(batches, [count([batch], device) for batch in batches], ranks)
-        # The count of the whole window is for overrides of `training_step`. Each micro-batch is divided by its own.
-        return batches, items if total is None else total
+            # The count of the whole window is for overrides of `training_step`. A micro-batch is divided by its own.
+            return batches, window.count(batches, [count([batch], device) for batch in batches], ranks)
 
     def _without_averages(self) -> AbstractContextManager[None]:
         """
@@ -515,7 +514,7 @@ class NexusTrainerMixin(_Base):
         and the last one runs the whole window.
 
         Returns:
-            `Tensor`: 0-d. Zero for the kept ones, then the token-weighted mean path loss of the window.
+            `Tensor`: 0-d. With Nexus, zero for the kept ones, then the token-weighted mean path loss of the window.
         """
         window = self._window
         if window.complete:  # no window was fetched
@@ -525,6 +524,8 @@ class NexusTrainerMixin(_Base):
         if not window.inputs:
             self._random_states.begin_window(self.state.global_step)
             self.meter.begin_window(self.state.global_step, window.unit)
+            # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
+            self.optimizer.train()
             self._log_source_cosines(at_end=False)
         window.inputs.append(inputs)
         if not self.args.nexus:
@@ -557,11 +558,8 @@ class NexusTrainerMixin(_Base):
 
     def _walk_window(self, model: nn.Module) -> Tensor:
         """Run the window with the Nexus update."""
-        window, micro_step = self._window, partial(self._micro_step, model)
-        # A schedule-free optimizer keeps other weights for evaluation, and must not swap them inside the window.
-        self.optimizer.train()
-        step = self.state.global_step
-        losses, nexus = self._walker.walk(model, window, micro_step, optimizer=self.optimizer, step=step)
+        window, step = self._window, self.state.global_step
+        losses, nexus = self._walker.walk(model, window, self._micro_step, optimizer=self.optimizer, step=step)
         self.meter.add_walk(window, losses, nexus)
         # The base class adds losses up, and one NaN would spoil every later log. A window without a finite loss
         # returns the running mean; an interval of only such windows is logged as NaN by the meter.
@@ -818,8 +816,9 @@ class NexusTrainerMixin(_Base):
             for name in methods:
                 del model[name]  # the method of the class is back
         if self.args.should_save:
-            if self._weights_follow:  # an empty file, for models that are not of transformers
-                Path(output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+            if self._weights_follow:  # an empty file, for adapters and models that are not of transformers
+                for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
+                    Path(output_dir, name).unlink(missing_ok=True)
             dtype = None if self._checkpoints.staging else self.args.save_dtype
             if dtype is not None or self.args.nexus:
                 convert_weights(Path(output_dir), Path(output_dir), dtype)

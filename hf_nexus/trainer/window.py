@@ -193,7 +193,7 @@ class Walker:
         self,
         model: nn.Module,
         window: Window,
-        micro_step: Callable[[int], Tensor],
+        micro_step: Callable[[nn.Module, int], Tensor],
         *,
         optimizer: Any,
         step: int,
@@ -201,7 +201,7 @@ class Walker:
         """
         Walk the complete window of an outer step, and leave the pseudo-gradient in `.grad`: that of all ranks if they
         walk one path, or the average over the paths that moved. `micro_step` runs forward and backward pass of a
-        micro-batch, given its index, and returns its mean loss.
+        micro-batch, given the model and its index, and returns its mean loss.
 
         Returns:
             `tuple[Tensor, Nexus]`: the losses, (k,), and what walked.
@@ -222,7 +222,7 @@ class Walker:
         try:
             with nexus.window():
                 for i in range(len(window)):
-                    losses.append(micro_step(i))
+                    losses.append(micro_step(model, i))
                     nexus.inner_step()
         except BaseException:
             reshard(model)

@@ -103,3 +103,11 @@ def test_adapters_on_a_base_of_four_bits(make_trainer, sources, tmp_path):
             plain.get_submodule(name).weight.data.copy_(weight)
     unpacked = train(adapted(plain), "unpacked")
     assert (trained - unpacked).norm() < 1e-3 * (trained - start).norm()
+
+
+def test_adapters_that_follow_in_shards_leave_no_empty_file(make_trainer, sources, tmp_path, monkeypatch):
+    trainer = make_trainer(sources, peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])))
+    monkeypatch.setattr(type(trainer), "_weights_follow", True)
+    trainer.save_model(str(tmp_path / "shards"))
+    assert (tmp_path / "shards/adapter_config.json").exists()
+    assert not list((tmp_path / "shards").glob("*.safetensors"))
