@@ -240,7 +240,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
         set_seed(args.seed)
         names = ", ".join(arguments.mixture.sources)
         say(console, f"Reading the sources: {names}")
-        with one_process_first(args):  # tokenizer and datasets
+        with one_process_first(args):
             tokenizer = load_tokenizer(arguments, checkpoint)
             model = _build(arguments, tokenizer, checkpoint)
             if arguments.mixture.isolate_documents:  # before minutes of tokenizing

@@ -74,8 +74,8 @@ def changed(args: Any, **values: Any) -> Iterator[None]:
     """
     Training arguments, or a trainer, with other values inside the context.
 
-    The Trainer reads `average_tokens_across_devices` in methods that take no argument for it, and pickles the whole
-    object, `hub_token` included, when it saves a model. There is no other way to change either.
+    The Trainer reads attributes in methods that take no argument for them (`average_tokens_across_devices`, for
+    example), and pickles the whole object, `hub_token` included, when it saves a model. There is no other way.
     """
     before = {name: getattr(args, name) for name in values}
     for name, value in values.items():

@@ -120,7 +120,7 @@ def gather(value: Any) -> list[Any]:
 #   `docs/distributed_sharded.md`; if its parameters are no DTensors, whose sizes are those of all ranks: `controls.py`
 #   (`min_inner_lr`), `nexus.py`, `trainer/window.py` (`begin`), `trainer/card.py` (`_size`);
 # - if it does not average gradients, or walks a path on each rank and has no `no_sync`: `trainer/mixin.py`
-#   (`_walk_window`); if the model inside cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
+#   (`_micro_step`); if the model inside cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
 # - if Accelerate has a type for it, or a setting is not possible with it: `trainer/support.py` (`check_launch`, or for
 #   the wrapped model a check like `check_sharded`; under FSDP the type is `FSDP` on any device),
 #   `tests/trainer/test_support.py`, `docs/troubleshooting.md`. `tests/trainer/distributed/fsdp_worker.py`

@@ -18,6 +18,7 @@ from hf_nexus.lock import HOLDER_NAME
 from hf_nexus.trainer.checkpoints import (
     MANIFEST_NAME,
     STAGING_DIR,
+    RandomStates,
     StagedCheckpoints,
     _lacking,
     delete_checkpoint,
@@ -594,3 +595,28 @@ def test_a_window_in_progress_is_repeated_when_resumed(saving, tmp_path, event, 
     assert torch.equal(weights(again.model), weights(whole.model))
     assert again.meter.trained_tokens == whole.meter.trained_tokens
     shutil.rmtree(tmp_path / "run")
+
+
+# ---- Random states ----
+
+
+def test_a_checkpoint_in_a_window_has_the_states_of_its_start():
+    states = RandomStates()
+    states.begin_window(3)
+    expected = torch.rand(2)
+    torch.rand(5)  # dropout in the window
+    now = torch.get_rng_state()
+    with states.to_save(3):  # the optimizer has not stepped yet
+        assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(torch.get_rng_state(), now)
+    with states.to_save(4):
+        assert torch.equal(torch.get_rng_state(), now)
+
+
+def test_a_first_window_has_the_states_of_its_epochs_start():
+    states = RandomStates()
+    states.begin_epoch(0, 0.0)
+    expected = torch.rand(2)  # the data loader draws its seed
+    states.begin_window(0)
+    with states.to_save(0):
+        assert torch.equal(torch.rand(2), expected)

@@ -1,14 +1,16 @@
-"""A window and its counts."""
+"""A window and its counts, and the walk over it."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from hf_nexus import Nexus, NexusConfig
 from hf_nexus.mixture.stream.reader import SourceError
 from hf_nexus.mixture.tags import MicroBatchTag, TaggedRows, TaggingCollator
-from hf_nexus.trainer.window import Window, inner_lr_scale
+from hf_nexus.trainer.window import Walker, Window, inner_lr_scale
 
 TOKENS = torch.tensor([3, 1])
 
@@ -154,3 +156,63 @@ def test_inner_lr_follows_the_learning_rate_to_its_peak() -> None:
     assert inner_lr_scale("follow", optimizer, 0.4) == pytest.approx(0.25)
     optimizer.param_groups[0]["initial_lr"] = 0.2
     assert inner_lr_scale("follow", optimizer, 0.4) == pytest.approx(0.5)
+
+
+# ---- Walker ----
+
+
+def walked(rows: list[torch.Tensor], **config: Any) -> tuple[torch.nn.Linear, torch.Tensor, Any]:
+    torch.manual_seed(0)
+    model, args = torch.nn.Linear(4, 1), NexusConfig("out", use_cpu=True, report_to="none", inner_lr=0.1, **config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def micro_step(model: torch.nn.Module, i: int) -> torch.Tensor:
+        loss = model(rows[i]).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    window = Window([{"a": 1}] * len(rows))
+    return model, *Walker(args).walk(model, window, micro_step, optimizer=optimizer, step=3)
+
+
+def test_a_walk_restores_weights_and_leaves_a_pseudo_gradient() -> None:
+    rows = [torch.randn(2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    model, losses, nexus = walked(rows)
+    torch.manual_seed(0)
+    start = torch.nn.Linear(4, 1)
+    assert torch.equal(model.weight, start.weight)
+    expected, reference = Nexus(start.parameters(), 0.1), []
+    with expected.window():
+        for x in rows:
+            loss = start(x).square().mean()
+            loss.backward()
+            expected.inner_step()
+            reference.append(loss.detach())
+    assert torch.equal(losses, torch.stack(reference)) and nexus.taken == [True] * 3
+    assert torch.equal(model.weight.grad, start.weight.grad)
+
+
+def test_a_walk_that_fails_restores_the_weights() -> None:
+    rows = [torch.ones(2, 4), torch.ones(2, 5)]
+    torch.manual_seed(0)
+    start = torch.nn.Linear(4, 1)
+    model = torch.nn.Linear(4, 1)
+    model.load_state_dict(start.state_dict())
+    walker = Walker(NexusConfig("out", use_cpu=True, report_to="none", inner_lr=0.1))
+
+    def micro_step(model: torch.nn.Module, i: int) -> torch.Tensor:
+        loss = model(rows[i]).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        optimizer = torch.optim.SGD(model.parameters())
+        walker.walk(model, Window([{"a": 1}] * 2), micro_step, optimizer=optimizer, step=0)
+    assert torch.equal(model.weight, start.weight) and model.weight.grad is None
+
+
+def test_a_walker_refuses_parameters_that_the_optimizer_lacks() -> None:
+    model = torch.nn.Linear(4, 1)
+    walker = Walker(NexusConfig("out", use_cpu=True, report_to="none"))
+    with pytest.raises(ValueError, match="'bias' is trainable, but the optimizer does not train it"):
+        walker.begin(model, torch.optim.SGD([model.weight]))
