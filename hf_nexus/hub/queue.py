@@ -380,6 +380,8 @@ class QueueStatus:
     def read(cls, folder: Path, target: str = "") -> "QueueStatus":
         """Read the status from the folder of a queue."""
         queue = UploadQueue(folder)
+        # Before the state: a job is noted there, then removed. It is sent or waits, also if that happens now.
+        waiting = tuple(step for _, step in queue.waiting())
         state = queue.state()
         pushed, error = state.get("pushed"), state.get("error", {})
         if pushed is not None:
@@ -390,7 +392,7 @@ class QueueStatus:
             target=printable(target),
             pushed_step=pushed and pushed["step"],
             commit=pushed and pushed["commit"],
-            waiting=tuple(step for _, step in queue.waiting()),
+            waiting=waiting,
             error=printable(error["text"]) if error else None,
             permanent=bool(error.get("permanent")),
             lost=tuple(map(printable, state.get("lost", ()))),

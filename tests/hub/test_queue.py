@@ -298,3 +298,22 @@ def test_a_status_has_no_terminal_codes(tmp_path: Path) -> None:
     queue.write_state({**texts, "lost": ["\x1b]0;title\x07gone"], "refused": ["\x9bno\nway"]})
     line = QueueStatus.read(queue.folder).line("out")
     assert line.isprintable() and "gone" in line and "no way" in line
+
+
+@pytest.mark.parametrize("first", ["state", "waiting"])
+def test_a_status_never_misses_a_job_that_is_sent_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    queue = _good(tmp_path)
+    (job,), read = queue.jobs(), getattr(UploadQueue, first)
+
+    def then_sent(self: UploadQueue) -> Any:
+        found = read(self)
+        monkeypatch.undo()
+        queue.write_state({"pushed": {"step": 1, "commit": "c0ffee", "repo_id": REPO, "revision": None}})
+        queue.remove(job)
+        return found
+
+    monkeypatch.setattr(UploadQueue, first, then_sent)
+    status = QueueStatus.read(queue.folder)
+    assert status.waiting or status.pushed_step == 1
