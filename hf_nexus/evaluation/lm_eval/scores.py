@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -87,24 +87,24 @@ def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Map
     in_percent = float(row[key]) > 1 or (metric == "f1" and name.startswith(_IN_PERCENT))
     unit = 100 if metric in _FRACTIONS and not in_percent else 1
     stderr = row.get(f"{metric}_stderr,{kind}")
-    configs = results["configs"]
-    shots = sorted({results["n-shot"][subtask] for subtask in configs if subtask in results["n-shot"]})
+    leaves = [leaf for leaf in _leaves(name, results) if leaf in results["configs"]] or list(results["configs"])
+    shots = sorted({results["n-shot"][leaf] for leaf in leaves if leaf in results["n-shot"]})
     notes = [f"{'/'.join(map(str, shots))}-shot"] if shots else []
     notes += [kind] * (kind != "none") + [f"lm-eval {results['lm_eval_version']}"]
     if task.limit is not None:
-        notes.append(f"first {task.limit} examples" + " per subtask" * (len(configs) > 1))
+        notes.append(f"first {task.limit} examples" + " per subtask" * (len(leaves) > 1))
     if "answer_tokens" in results:
         notes.append(f"answers cut at {results['answer_tokens']} tokens by the model's context")
     if task.path is not None:
         notes.append("local task file")
-    benchmark = task.benchmark
+    benchmark, configs = task.benchmark, [results["configs"][leaf] for leaf in leaves]
     return BenchmarkScore(
         task=task.name,
         name=name if benchmark is None else benchmark.name,
         metric=metric,
         value=unit * float(row[key]),
         stderr=unit * float(stderr) if stderr is not None and _finite(stderr) else None,
-        dataset=_dataset(task, configs, name) if benchmark is None else benchmark.dataset,
+        dataset=_dataset(task, configs) if benchmark is None else benchmark.dataset,
         task_id=benchmark.task_id if benchmark is not None and task.limit is None else None,
         date=date.fromtimestamp(results["date"]).isoformat(),
         notes=", ".join(notes),
@@ -113,10 +113,19 @@ def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Map
     )
 
 
-def _dataset(task: Task, configs: Mapping[str, Any], name: str) -> str:
-    """Hub id of the data in the definition of a task. `json`, `csv` and local folders are named like the task."""
-    config: Mapping[str, Any] = configs.get(name) or next(iter(configs.values()), {})
-    dataset = str(config.get("dataset_path"))
+def _leaves(name: str, results: Mapping[str, Any]) -> list[str]:
+    """The tasks of a group, of the groups in it as well; of a task, itself."""
+    members = results.get("group_subtasks", {}).get(name, ())
+    return [leaf for member in members for leaf in _leaves(member, results)] or [name]
+
+
+def _dataset(task: Task, configs: Sequence[Mapping[str, Any]]) -> str:
+    """
+    Hub id of the data in the definitions of tasks. `json`, `csv`, local folders and several datasets are named like
+    the task.
+    """
+    datasets = {str(path) for config in configs if (path := config.get("dataset_path"))}
+    dataset = datasets.pop() if len(datasets) == 1 else ""
     local = task.path is not None and (task.path.parent / dataset).exists()
     if not local and "/" in dataset:
         with suppress(HFValidationError):

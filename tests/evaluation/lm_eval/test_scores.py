@@ -33,6 +33,26 @@ def test_a_limited_score_is_not_a_registered_result():
     assert found.task_id is None and "first 10 examples" in found.notes
 
 
+def test_a_score_has_the_data_and_shots_of_its_own_tasks():
+    tree = {"many": ["arc", "mmlu"], "mmlu": ["mmlu_a", "mmlu_stem"], "mmlu_stem": ["mmlu_b"], "arc": []}
+    data = {"arc": "allenai/ai2_arc", "mmlu_a": "cais/mmlu", "mmlu_b": "cais/mmlu"}
+    rows = {name: {"acc,none": 0.5} for name in ("arc", "mmlu", "mmlu_stem", "mmlu_a", "mmlu_b")}
+    found = raw(
+        results=rows,
+        group_subtasks=tree,
+        configs={name: {"dataset_path": path} for name, path in data.items()},
+        **{"n-shot": {"arc": 25, "mmlu_a": 5, "mmlu_b": 5}},
+    )
+    scores = {score.name: score for score in read_scores(Task("many", limit=3), found)}
+    assert {name: score.dataset for name, score in scores.items()} == data | dict.fromkeys(
+        ("mmlu", "mmlu_stem"), "cais/mmlu"
+    )
+    assert scores["arc"].notes.startswith("25-shot") and scores["mmlu"].notes.startswith("5-shot")
+    assert ["per subtask" in scores[name].notes for name in ("arc", "mmlu", "mmlu_b")] == [False, True, False]
+    (whole,) = read_scores(Task("many"), found | {"results": {"many": {"acc,none": 0.5}}})
+    assert whole.dataset == "many" and whole.notes.startswith("5/25-shot")
+
+
 def test_groups_tags_and_other_metrics_are_read():
     group = raw(
         "mmlu", "acc,none", 0.3, configs={"mmlu_a": {}, "mmlu_b": {}}, **{"n-shot": {"mmlu_a": 5, "mmlu_b": 5}}
