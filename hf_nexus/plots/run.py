@@ -112,7 +112,9 @@ def _xy(points: _Points) -> tuple[list[int], list[float]]:
 def _loss_curves(log: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> tuple[list[_Curve], str]:
     """The curves of the upper panel, and the label of its axis."""
     keys = dict.fromkeys(match[1] for entry in log for key in entry if (match := re.fullmatch(r"eval_(.+)_loss", key)))
-    evaluated = [name for name in keys if name != "ood"]
+    # Other metrics may end in "loss", too, as the auxiliary loss of experts does.
+    timed = {match[1] for entry in log for key in entry if (match := re.fullmatch(r"eval_(?:(.+)_)?runtime", key))}
+    evaluated = [name for name in keys if name != "ood" and (not timed or name in timed)]
     ood = [name for name in evaluated if sources and name not in sources]
     if len(ood) == len(evaluated):  # no set has the name of a source: the macro loss covers all of them
         ood = []

@@ -1,6 +1,7 @@
 """The plots of a training run: their curves, and the logs they can be drawn from."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,20 @@ def assert_png(path):
     pixels = matplotlib.image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert pixels.std() > 0.05  # not blank
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_other_metrics_that_end_in_loss_are_no_sets(drawn, several):
+    """The Trainer logs a runtime for each set, and TRL the auxiliary loss of experts."""
+    log = make_log() if several else [{"step": step, "eval_loss": 4.0 - step / 20} for step in (0, 10, 20)]
+    for entry in log:
+        sets = [match[1] for key in entry if (match := re.fullmatch(r"eval_(.+)_loss", key)) and match[1] != "ood"]
+        names = [f"_{name}" for name in sets] or [""]
+        if "eval_loss" in entry:
+            entry |= {f"eval{name}_{key}": 1.0 for name in names for key in ("runtime", "aux_loss")}
+    curves = drawn(log)
+    assert not [label for label in curves if "aux" in label]
+    assert ("mean" in curves) == several and ("held out" in curves) != several
 
 
 def test_every_set_is_drawn_and_ood_differs_from_training(drawn):
