@@ -199,6 +199,7 @@ def load_model(args: ModelArguments) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype, **options)
     elif args.config_name is not None:
         config = AutoConfig.from_pretrained(args.config_name, **options)
+        config.name_or_path = ""  # a new model is not trained further from this one
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     else:
         special = {

@@ -110,6 +110,8 @@ def test_a_model_from_scratch_with_a_saved_configuration(run, adapted, tmp_path)
     folder = run(*flags, "--model_revision", "main", "--trust_remote_code", "False", "--dtype", "float32")
     shapes = {name: tensor.shape for name, tensor in saved_weights(folder).items()}
     assert shapes == {name: tensor.shape for name, tensor in saved_weights(base).items()}
+    card = (folder / "README.md").read_text()
+    assert "base_model:" not in card and "pretrained from scratch" in card
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
