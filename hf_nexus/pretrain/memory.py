@@ -129,8 +129,9 @@ def _gathered(arguments: PretrainArguments, parameters: int, layout: Layout) -> 
     """What is outside of the layers, from the first forward to the last backward, and two layers."""
     with torch.device("meta"):
         model = build_model(model_config(arguments.model, arguments.mixture.sequence_length))
-    stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in stack]
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    sizes = [[sum(p.numel() for p in layer.parameters()) for layer in stack] for stack in stacks]
+    layers = max(sizes, key=sum)  # those of the language model, not of an image encoder
     # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
     size, outside = 2 if arguments.training.bf16 else 4, layout.weights(parameters - sum(layers))
     return size * (outside + sum(sorted(layers)[-2:]) // layout.tp)

@@ -229,6 +229,13 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "
             "(docs/distributed.md)."
         )
+    shards = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if (planned := arguments.hardware.sharding) is not None and (planned == "fsdp2") != shards:
+        raise ValueError(
+            f"sharding={planned!r} is for a plan only, and this run would use {'FSDP2' if shards else 'DDP'}. Remove "
+            "it. To shard the model, set fsdp and fsdp_config, or pass --accelerate_config with a file for FSDP2 "
+            "(recipes/accelerate/fsdp2.yaml, for example)."
+        )
     with ExitStack() as stack:
         if args.process_index == 0:
             stack.enter_context(locked(arguments.folder))

@@ -84,7 +84,9 @@ def test_a_mistake_in_the_configuration_is_one_line(config, tmp_path, flags, wor
     assert all(word in message for word in words), message
 
 
-def test_tensor_parallelism_is_planned_and_not_trained(config, tmp_path):
+def test_a_layout_that_is_planned_only_is_not_trained(config, tmp_path):
+    with pytest.raises(ValueError, match="sharding='fsdp2' is for a plan only, and this run would use DDP"):
+        run(config, tmp_path, "--sharding", "fsdp2")
     with pytest.raises(ValueError, match="tp_size=2 is for a plan only"):
         pretrain(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "x"), "--tp_size", "2"]))
 
