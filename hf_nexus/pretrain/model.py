@@ -77,8 +77,8 @@ def model_config(
     """
     shape = {name: value for name in SHAPE if (value := getattr(model, name)) is not None}
     shape |= model.config_fields or {}
-    config = None if model.path is None else copy.deepcopy(_saved_config(model.path, model.revision))
-    cls = _class_of(model.model_type or "llama", "model_type") if config is None else type(config)
+    saved = None if model.path is None else _saved_config(model.path, model.revision)
+    cls = _class_of(model.model_type or "llama", "model_type") if saved is None else type(saved)
     known = _fields(cls)
     for name in shape:
         if name not in known:
@@ -89,19 +89,17 @@ def model_config(
         shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         if "rope_theta" in shape:
-            rotary = getattr(config or cls(), "rope_parameters", None) or {"rope_type": "default"}
+            rotary = getattr(saved or cls(), "rope_parameters", None) or {"rope_type": "default"}
             if any(isinstance(value, Mapping) for value in rotary.values()):
                 raise ValueError("model.rope_theta: this model has one per type of layer. Set rope_parameters.")
             given = shape.get("rope_parameters") or {}  # more specific than rope_theta, which has a default
             shape["rope_parameters"] = {**rotary, "rope_theta": shape.pop("rope_theta"), **given}
-        if config is None:
-            if "max_position_embeddings" in known and cls.attribute_map.get("max_position_embeddings") not in shape:
-                shape.setdefault("max_position_embeddings", sequence_length)
-            config = AutoConfig.for_model(model.model_type or "llama", **shape)
-        else:
+        if saved is not None and model.continues:
+            config = copy.deepcopy(saved)
             for name, value in shape.items():
                 setattr(config, name, value)
-        if not model.continues:
+        else:
+            config = _new_config(cls, model.path, shape, sequence_length)
             _drop_padding(config.get_text_config())
         if model.path is None:
             return config
@@ -114,6 +112,24 @@ def model_config(
             "sequence_length, or raise max_position_embeddings if the positions are rotary."
         )
     return config
+
+
+def _new_config(
+    cls: type[PreTrainedConfig], path: str | None, shape: Mapping[str, Any], sequence_length: int
+) -> PreTrainedConfig:
+    """
+    The configuration of a new model, from the fields of a file, if any, and of the section. It is built once, since
+    the class derives fields that are not given from others: `head_dim` and `layer_types`, for example.
+    """
+    saved = {} if path is None else PreTrainedConfig.get_config_dict(path)[0]
+    saved.pop("model_type", None)  # `cls` has it
+    if "rope_parameters" in shape:
+        saved.pop("rope_scaling", None)  # an older name, which the class would prefer
+    # Of two names of one field, the class would prefer the alias, wherever it is from.
+    given = {cls.attribute_map.get(name, name): value for part in (saved, shape) for name, value in part.items()}
+    if path is None and "max_position_embeddings" in _fields(cls):
+        given.setdefault(cls.attribute_map.get("max_position_embeddings", "max_position_embeddings"), sequence_length)
+    return cls(**given)
 
 
 def _drop_padding(text: PreTrainedConfig) -> None:

@@ -237,6 +237,40 @@ def test_a_config_file_gives_the_shape_of_a_new_model(write, saved, tmp_path, co
     assert json.loads((tmp_path / "out/run_summary.json").read_text())["base_model"] is None
 
 
+@pytest.mark.parametrize(
+    ("file", "changed", "expected"),
+    [
+        ({"model_type": "llama", **DENSE}, {"hidden_size": 64}, {"head_dim": 16}),
+        ({"model_type": "llama", **DENSE}, {"num_attention_heads": 2}, {"num_key_value_heads": 2, "head_dim": 16}),
+        ({"model_type": "qwen3", **GROUPED}, {"num_hidden_layers": 3}, {"layer_types": ["full_attention"] * 3}),
+        (
+            {"model_type": "qwen3", **GROUPED, "layer_types": ["full_attention"] * 2},
+            {"num_hidden_layers": 1, "layer_types": None},
+            {"layer_types": ["full_attention"]},
+        ),
+        ({"model_type": "gpt2", **TYPES["gpt2"]}, {"num_hidden_layers": 3}, {"n_layer": 3}),
+        (
+            {"model_type": "llama", **DENSE, "rope_theta": 1e4, "rope_scaling": LLAMA3},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        ),
+    ],
+)
+def test_keys_over_a_file_also_change_what_follows(write, tmp_path, file, changed, expected):
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps(file))
+    found = model_config(parse_arguments(["--config", write(path=str(path), **changed), "--dry_run"]).model, 32)
+    assert {name: getattr(found, name) for name in [*changed, *expected]} == {**changed, **expected}
+
+
+def test_a_list_of_other_layers_in_a_file_is_refused(write, tmp_path):
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps({"model_type": "qwen3", **GROUPED, "layer_types": ["full_attention"] * 2}))
+    with pytest.raises(ValueError, match=r"model: .*num_hidden_layers.* \(3\) must be equal to .*types") as error:
+        parse_arguments(["--config", write(path=str(path), num_hidden_layers=3), "--dry_run"])
+    assert "\n" not in str(error.value)
+
+
 def test_a_checkpoint_is_continued_and_resumed(write, saved, tmp_path, monkeypatch):
     path = write(path=str(saved), tokenizer=None)
     flags = ["--config", path, "--learning_rate", "1e-12", "--save_strategy", "steps", "--save_steps", "1"]
