@@ -147,18 +147,13 @@ class ModelArguments:
             raise ValueError(f"{sizes[0]}: it is that of path, which is continued. Remove it.")
         if self.tokenizer is None and not self.continues:
             self.tokenizer = "train"
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        heads = self.num_attention_heads
         if self.path is not None or self.model_type not in (None, "llama") or not (self.hidden_size and heads):
             return
         if self.hidden_size % (2 * heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} with num_attention_heads={heads} is not allowed: each head needs the "
                 f"same even width. Make hidden_size a multiple of {2 * heads}, or change num_attention_heads."
-            )
-        if groups is not None and heads % groups:
-            raise ValueError(
-                f"num_key_value_heads={groups} with num_attention_heads={heads} is not allowed: it must divide them "
-                "evenly. Leave it out for as many as attention heads."
             )
 
     @property

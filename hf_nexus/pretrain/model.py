@@ -129,7 +129,17 @@ def _new_config(
     given = {cls.attribute_map.get(name, name): value for part in (saved, shape) for name, value in part.items()}
     if path is None and "max_position_embeddings" in _fields(cls):
         given.setdefault(cls.attribute_map.get("max_position_embeddings", "max_position_embeddings"), sequence_length)
-    return cls(**given)
+    if "num_attention_heads" in shape and hasattr(cls, "num_key_value_heads"):
+        given.setdefault("num_key_value_heads", shape["num_attention_heads"])  # that of the class may be larger
+    config = cls(**given)
+    names = ("num_attention_heads", "num_key_value_heads")
+    heads, groups = (given.get(name, getattr(cls, name, None)) for name in names)
+    if heads and groups and heads % groups:
+        raise ValueError(
+            f"model.num_key_value_heads={groups} with num_attention_heads={heads} is not allowed: it must divide them "
+            f"evenly. Set it to {heads} for as many as attention heads, or to a divisor."
+        )
+    return config
 
 
 def _drop_padding(text: PreTrainedConfig) -> None:

@@ -148,6 +148,24 @@ def test_a_type_that_changes_the_tokenizer_is_refused(write):
         load_tokenizer(arguments, None)
 
 
+@pytest.mark.parametrize(("kind", "heads"), [("qwen3", 8), ("mistral", 4), ("mistral", 12), ("gpt_neox", 4)])
+def test_key_and_value_heads_are_as_many_as_the_others(write, kind, heads):
+    shape = {**DENSE, "hidden_size": 96, "num_attention_heads": heads}
+    config = model_config(parse_arguments(["--config", write(model_type=kind, **shape)]).model, 32)
+    assert getattr(config, "num_key_value_heads", heads) == heads
+    assert hasattr(config, "num_key_value_heads") == (kind != "gpt_neox")
+    assert build_model(config)(torch.arange(32)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", None])
+def test_heads_that_groups_do_not_divide_are_refused(write, tmp_path, kind):
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps({"model_type": "mistral", **GROUPED}))
+    model = {"model_type": kind, **DENSE} if kind else {"path": str(path)}
+    with pytest.raises(ValueError, match=r"model\.num_key_value_heads=3 with num_attention_heads=4 is not allowed"):
+        parse_arguments(["--config", write(**model, num_key_value_heads=3)])
+
+
 def test_positions_have_the_name_that_a_type_gives_them(write):
     arguments = parse_arguments(["--config", write(model_type="gpt2", n_positions=99, n_embd=32, n_head=4)])
     assert model_config(arguments.model, 32).n_positions == 99
