@@ -101,15 +101,14 @@ def model_config(
         else:
             config = _new_config(cls, model.path, shape, sequence_length)
             _drop_padding(config.get_text_config())
-        if model.path is None:
-            return config
     except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:
         raise ValueError(f"model: {' '.join(str(error).split())}") from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length
-    if longest < sequence_length:
+    if 0 < longest < sequence_length:  # an XLNet has -1: any length
+        rotary_only = " if the positions are rotary" if model.continues else ""  # learned ones have weights
         raise ValueError(
             f"model.max_position_embeddings: the model has {longest}, and sequence_length is {sequence_length}. Lower "
-            "sequence_length, or raise max_position_embeddings if the positions are rotary."
+            f"sequence_length, or raise max_position_embeddings{rotary_only}."
         )
     return config
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,25 @@ def test_a_context_may_be_longer_only_if_it_is_said(write, saved):
     longer = parse_arguments([*flags, "--max_position_embeddings", "128", "--rope_theta", "5e5"])
     config = model_config(longer.model, 128)
     assert config.max_position_embeddings == 128 and config.rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "gpt2", **TYPES["gpt2"], "n_positions": 16},
+        {"model_type": "qwen3", **GROUPED, "max_position_embeddings": 16},
+        {**DENSE, "max_position_embeddings": 16},
+    ],
+)
+def test_a_new_model_has_a_position_for_each_token(write, model):
+    words = "the model has 16, and sequence_length is 32. Lower sequence_length, or raise max_position_embeddings."
+    with pytest.raises(ValueError, match=re.escape(f"model.max_position_embeddings: {words}") + "$"):
+        parse_arguments(["--config", write(**model), "--sequence_length", "32"])
+
+
+def test_a_type_without_a_longest_context_has_any(write):
+    flags = ["--config", write(model_type="xlnet", vocab_size=304, d_model=32, n_layer=1, n_head=4, d_inner=64)]
+    assert plan_run(parse_arguments([*flags, "--sequence_length", "128", "--dry_run"]), 1).parameters > 0
 
 
 def test_adapters_are_not_a_model_to_continue(write, saved):
