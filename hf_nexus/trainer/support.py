@@ -368,7 +368,7 @@ def check_launch(args: Any, launch: Launch) -> None:
         why = ", whose engine reduces gradients by itself" if launch.kind == DistributedType.DEEPSPEED else ""
         raise ValueError(
             f"Nexus does not support {launch.kind.value}{why}. Use DDP (`torchrun --nproc_per_node <GPUs> "
-            "your_script.py ...`) or FSDP2 (add `--fsdp True --fsdp_config '{\"fsdp_version\": 2}'`)."
+            "your_script.py ...`) or FSDP2 (add `--fsdp --fsdp_config '{\"fsdp_version\": 2}'`)."
         )
     if launch.pipeline_size != 1:
         raise ValueError(
