@@ -98,11 +98,11 @@ def _join(metadata: dict[str, Any], generated: str, above: str, below: str) -> s
 
 def _metadata(run: RunSummary) -> dict[str, Any]:
     """Metadata that follow from the run."""
-    results = model_index(run.evaluations, run.benchmarks, run.pipeline_tag, run.is_language_model)
+    results = model_index(run.evaluations, run.benchmarks, run.pipeline_tag, run.has_perplexity)
     origin = "fine-tuning" if run.adapter else _ORIGINS[run.base_model is not None]
     base_model = run.base_model if run.base_model and is_repo_id(run.base_model) else None
     metrics = [score.metric for score in run.benchmarks]
-    if run.evaluations and run.is_language_model:
+    if run.evaluations and run.has_perplexity:
         metrics.insert(0, "perplexity")
     data = ModelCardData(
         model_name=run.model_name if results else None,

@@ -29,7 +29,10 @@ ROLES = {
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """First and last held-out loss of an evaluation set at restored weights, for language models in nats per token."""
+    """
+    First and last held-out loss of an evaluation set at restored weights. Both are in nats per token if the run has
+    [`RunSummary.has_perplexity`].
+    """
 
     name: str  # unique within a run
     # Held-out rows of a training source, an OOD source, a mean over sources, or the set of a run without sources.

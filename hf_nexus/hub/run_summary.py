@@ -16,7 +16,7 @@ from .results import ROLES, BenchmarkScore, HeldOutLoss
 __all__ = ["LANGUAGE_MODEL", "SUMMARY_NAME", "MixtureRow", "RunSummary"]
 
 SUMMARY_NAME = "run_summary.json"
-LANGUAGE_MODEL = "AutoModelForCausalLM"  # loads models whose loss is in nats per token
+LANGUAGE_MODEL = "AutoModelForCausalLM"  # loads models that generate text
 _Count = Annotated[int, Bound(least=0, most=1e18)]
 # Keys that are not published, at any depth of the hyperparameters: credentials, and folders of the training machine.
 _PRIVATE = re.compile(
@@ -75,6 +75,7 @@ class RunSummary:
     unit: Literal["tokens", "rows"] = "tokens"  # what the mixture counts: "rows" for models without a label per token
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[HeldOutLoss] = field(default_factory=list)
+    per_token: bool = True  # whether `evaluations` are means over tokens; those of preferences are over pairs
     best_step: int | None = None  # outer step of the checkpoint whose weights were loaded at the end as the best
     arm: str | None = None  # name of the arm that `arm_loss` and `arm_value` come from, see `against`
     benchmarks: list[BenchmarkScore] = field(default_factory=list)
@@ -135,8 +136,13 @@ class RunSummary:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether losses are in nats per token and have a perplexity."""
+        """Whether the model generates text."""
         return self.auto_class == LANGUAGE_MODEL
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Whether losses are in nats per token and have a perplexity."""
+        return self.is_language_model and self.per_token
 
     @property
     def tokens(self) -> int:

@@ -59,6 +59,15 @@ class RunFacts:
     dynamic_weights: bool = False  # whether mixture weights are decided while training
     # The outer step of the best checkpoint, if its weights were loaded at the end, and how long the log was then.
     best: tuple[int, int] | None = None
+    labels_are_tokens: bool | None = None  # of evaluations; `None` if this process has not evaluated
+
+    @property
+    def per_token(self) -> bool:
+        """Whether losses are per token. If this process has not evaluated, the resumed training and its log tell."""
+        if self.labels_are_tokens is not None:
+            return self.labels_are_tokens
+        # Rows are also the unit of language models that take no number of loss tokens.
+        return self.unit == "tokens" or any(key.endswith("_perplexity") for entry in self.log_history for key in entry)
 
 
 def summarize(facts: RunFacts, **known: Any) -> RunSummary:
@@ -76,8 +85,8 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
     sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
     parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
     rows, purpose = _mixture_rows(facts), find_pipeline_tag(model)
-    # Language models have their perplexity instead.
-    metrics = [] if purpose["auto_class"] == LANGUAGE_MODEL else [key for key in last if _is_metric(key, last[key])]
+    has_perplexity = purpose["auto_class"] == LANGUAGE_MODEL and facts.per_token  # which is shown instead of metrics
+    metrics = [] if has_perplexity else [key for key in last if _is_metric(key, last[key])]
     config: Any = model.config
     found: dict[str, Any] = {
         "model_name": known.get("repo_id") or args.hub_model_id or Path(args.output_dir).resolve().name,
@@ -91,6 +100,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
         **_hyperparameters(args),
         "numbers": {key: float(last[key]) for key in (*_NUMBERS, *metrics) if key in last},
         **purpose,
+        "per_token": facts.per_token,
         "best_step": None if facts.best is None else facts.best[0],
         "repo_id": args.hub_model_id,
         "trainable_parameters": trainable if trainable < parameters else None,

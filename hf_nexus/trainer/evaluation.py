@@ -41,7 +41,8 @@ class Evaluation:
         self.filters_losses = args.logging_nan_inf_filter  # the user's choice, which the trainer changes for training
         self._loader: Any = None
         self.mean: TokenMean | None = None  # the token losses so far, while an evaluation is in progress
-        self.labels_are_tokens = False  # whether the labels of the last evaluated batch were one per token
+        # Whether the labels of the last evaluated batch with a loss were one per token; `None` before the first.
+        self.labels_are_tokens: bool | None = None
         self.copies = 1  # number of ranks that read the same rows, as under tensor parallelism
 
     @contextmanager
@@ -87,15 +88,15 @@ class Evaluation:
         if isinstance(inputs, Mapping) and _LENGTHS in inputs:
             inputs = dict(inputs)
             lengths = inputs.pop(_LENGTHS)
-        self.labels_are_tokens = has_token_labels(inputs)
-        if self.labels_are_tokens and (lengths is not None or not _all_rows(inputs)):
+        tokens = has_token_labels(inputs)
+        if tokens and (lengths is not None or not _all_rows(inputs)):
             inputs = self._masked(inputs, lengths)
             output = step(inputs, loss_only)
             self.mean.add(output[0], count(inputs))
             return output
         rows, number = self._real_rows(inputs)
         output = step(rows, loss_only or rows is not inputs)
-        self.mean.add(output[0], count(rows) if self.labels_are_tokens and number != 0 else number)
+        self.mean.add(output[0], count(rows) if tokens and number != 0 else number)
         return output if loss_only or rows is inputs else again(inputs)
 
     def _real(self, rows: int) -> int | None:
@@ -152,7 +153,7 @@ class Evaluation:
         tokens = True
         for name in sets:
             found[name] = evaluate(name, f"{prefix}_{name}")
-            tokens = tokens and self.labels_are_tokens
+            tokens = tokens and bool(self.labels_are_tokens)
         times = Counter(key for of_set in found.values() for key in of_set)
         metrics: dict[str, float] = {}
         for name, of_set in found.items():

@@ -708,10 +708,12 @@ class NexusTrainerMixin(_Base):
         evaluation, base_step = self._evaluation, super().prediction_step
 
         def step(inputs: Any, loss_only: bool) -> tuple:
-            return base_step(model, inputs, loss_only, *args, **kwargs)
+            output = base_step(model, inputs, loss_only, *args, **kwargs)
+            if output[0] is not None:
+                evaluation.labels_are_tokens = has_token_labels(inputs)
+            return output
 
         if evaluation.mean is None:  # the base class unchanged
-            evaluation.labels_are_tokens = has_token_labels(inputs)
             return step(inputs, prediction_loss_only)
 
         def again(inputs: Any) -> tuple:
@@ -899,6 +901,7 @@ class NexusTrainerMixin(_Base):
             seconds=self.meter.seconds,
             dynamic_weights=self._feed.dynamic_weights,
             best=self._best,
+            labels_are_tokens=self._evaluation.labels_are_tokens,
         )
 
     def write_card(self, folder: str | Path | None = None, *, plots: bool = True, **known: Any) -> RunSummary:

@@ -305,6 +305,18 @@ def test_an_adapter_without_a_base_model_has_no_example():
     assert "from scratch" not in str(card) and "never trained on" not in str(card)  # of the base nothing is known
 
 
+def test_a_loss_that_is_not_per_token_has_no_perplexity():
+    run = replace(full_run(), per_token=False)
+    card = run_card(run)
+    check_card(card)
+    head, text = front_matter(card), str(card)
+    assert "erplexity" not in text and "nats" not in text and head["metrics"] == ["exact_match", "acc"]
+    assert "a `llama` language model" in text and "model.generate(" in text
+    assert tables(text)["code"][1:] == ["8.3187", "3.0006", "3.1000", "-0.0994"]
+    names = {r["task"]["name"] for r in head["model-index"][0]["results"]}
+    assert names == {"Held-out loss (hf_nexus)", "Benchmark (hf_nexus)"}
+
+
 def test_a_card_of_another_task_has_no_perplexity():
     image = {"pipeline_tag": "image-classification", "auto_class": "AutoModelForImageClassification"}
     run = replace(full_run(), **image, model_type="vit", tags=[], benchmarks=[])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -278,6 +279,24 @@ class Labelled(Rows):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_perplexity_of_token_losses_stays_on_the_card(make_trainer, sources, several, counts):
+    """After a resume, after a prediction without labels, and with a model that takes no number of tokens."""
+    model = tiny_llama()
+    model.accepts_loss_kwargs = counts
+    sets = {"text": Rows(4, 0), "law": Rows(4, 3)} if several else Rows(4, 0)
+    trainer = make_trainer(sources, model=model, trainer_kwargs={"eval_dataset": sets})
+    trainer.train()
+    assert trainer.run_facts().unit == ("tokens" if counts else "rows")
+    trainer.evaluate()
+    trainer.predict([{"input_ids": row["input_ids"]} for row in Rows(4, 0)])
+    facts = trainer.run_facts()
+    assert facts.per_token and summarize(facts).has_perplexity and "eval_runtime" not in summarize(facts).numbers
+    resumed = replace(facts, labels_are_tokens=None)
+    assert resumed.per_token == (several or counts)
 
 
 def test_the_card_of_a_classifier_has_metrics_and_code(make_trainer, tmp_path, monkeypatch):

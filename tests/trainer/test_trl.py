@@ -2,7 +2,7 @@
 
 import json
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,24 @@ def test_figures_of_the_parent_are_those_of_each_evaluation_set(make, tokenizer,
             "eval_rewards/margins"
         ] == pytest.approx(margins[name], abs=1e-4)
     assert not any("perplexity" in key for key in found)  # its loss is not per token
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_card_of_preferences_shows_rewards_and_no_perplexity(make, tokenizer, monkeypatch, tmp_path, several):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    sets = preferences()
+    options: dict[str, Any] = {"eval_dataset": sets if several else sets["letters"], "ref_model": llama(tokenizer)}
+    trainer = make(preferences(), NexusDPOTrainer, NexusDPOConfig, **options)
+    trainer.evaluate()
+    assert not trainer.run_facts().per_token  # an evaluation without training
+    trainer.train()
+    trainer.evaluate()
+    run = trainer.write_card()
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    assert run.evaluations and "erplexity" not in text and "nats" not in text
+    key = f"eval_{'letters_' * several}rewards/accuracies"
+    assert f"| `{key}` |" in text and key in run.numbers
+    assert not replace(trainer.run_facts(), labels_are_tokens=None).per_token  # as after a resume
 
 
 def test_gradient_cosines_leave_the_log_of_the_parent_as_it_is(make):
