@@ -22,7 +22,7 @@ _LM_LOSSES, _LOSSES, _SCORES = "Held-out language modelling", "Held-out loss (hf
 ROLES = {
     "train": "training source",
     "ood": "OOD source, never trained on",
-    "macro": "mean over sources",
+    "macro": "mean over sets",
     "held_out": "evaluation set",
 }
 
@@ -35,7 +35,8 @@ class HeldOutLoss:
     """
 
     name: str  # unique within a run
-    # Held-out rows of a training source, an OOD source, a mean over sources, or the set of a run without sources.
+    # Held-out rows of a training source, an OOD source, a mean over sets, or the sets of a run of which none is named
+    # like a source.
     role: Literal["train", "ood", "macro", "held_out"]
     first_loss: float | None
     last_loss: float

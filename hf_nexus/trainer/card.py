@@ -140,14 +140,16 @@ def evaluations(
     """
     First and last loss of every evaluation set, in the order sources, macro, OOD sources, their mean.
 
-    A set that is named like a source holds rows of that source. `paths` are the known paths of the sources.
+    A set that is named like a source holds rows of that source. `paths` are the known paths of the sources, OOD ones
+    among them. Other sets are OOD beside sets of sources. Without these, they may hold rows of what was trained on.
     """
     if not isinstance(eval_sets, Mapping):
         rows: list[tuple[str, str, Any]] = [("held-out rows", "eval_loss", "held_out")]
     else:
         trained = [name for name in eval_sets if name in sources]
-        ood = [name for name in eval_sets if name not in sources]
-        rows = [(name, f"eval_{name}_loss", "train") for name in trained]
+        ood = [name for name in eval_sets if name not in sources and (trained or name in paths)]
+        roles = {name: "train" if name in trained else "held_out" for name in eval_sets if name not in ood}
+        rows = [(name, f"eval_{name}_loss", role) for name, role in roles.items()]
         rows.append(("macro", "eval_loss", "macro"))
         rows += [(name, f"eval_{name}_loss", "ood") for name in ood]
         rows.append(("macro over OOD", "eval_ood_loss", "macro"))

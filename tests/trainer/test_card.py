@@ -14,7 +14,7 @@ from hf_nexus.hub.card import END, run_card
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.results import BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
-from hf_nexus.trainer.card import CARD_FILES, summarize
+from hf_nexus.trainer.card import CARD_FILES, evaluations, summarize
 from hf_nexus.trainer.publishing import card_fields
 from tests.support.tiny import VOCAB, Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -139,6 +139,31 @@ def test_one_plain_dataset_has_no_mixture(make_trainer, tmp_path):
     run = trainer.write_card(tmp_path)
     assert run.mixture == [] and [row.role for row in run.evaluations] == ["held_out"]
     assert "## Mixture" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("train", [Rows(16, 0), {"web": Rows(16, 0), "code": Rows(16, 1)}], ids=["plain", "sources"])
+def test_sets_without_one_of_a_source_are_not_called_ood(make_trainer, tmp_path, train):
+    sets = {"validation": Rows(4, 1), "test": Rows(4, 2)}
+    trainer = make_trainer(train, trainer_kwargs={"eval_dataset": sets}, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    run = trainer.write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    check_card(text)
+    assert [(row.name, row.role) for row in run.evaluations] == [
+        ("validation", "held_out"),
+        ("test", "held_out"),
+        ("macro", "macro"),
+    ]
+    validation, test, macro = (row.last_loss for row in run.evaluations)
+    assert macro == pytest.approx((validation + test) / 2)
+    assert "No out-of-distribution source was evaluated" in text and "OOD" not in text and "role: ood" not in text
+    assert "| test | evaluation set |" in text and "| macro | mean over sets |" in text
+
+
+def test_a_source_that_is_declared_ood_needs_no_other_set():
+    log = [{"eval_law_loss": 3.0, "eval_test_loss": 2.0, "eval_loss": 2.5, "step": 1}]
+    found = evaluations(log, ["web"], {"law": None, "test": None}, {"web": "org/web", "law": "org/law"})
+    assert [(row.name, row.role) for row in found] == [("test", "held_out"), ("macro", "macro"), ("law", "ood")]
 
 
 def test_a_model_from_a_folder_is_no_model_of_the_hub(make_trainer, sources, tmp_path, monkeypatch):
