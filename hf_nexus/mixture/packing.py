@@ -30,7 +30,8 @@ from .documents import DocumentEncoder, unmarked
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RowPacker", "SourcePacker", "count_targets", "document_positions", "pack_rows", "tokenizer_fingerprint"]
+__all__ = ["RowPacker", "SourcePacker", "count_targets", "document_positions", "largest_token", "pack_rows"]
+__all__ += ["tokenizer_fingerprint"]
 
 # In the name of every cache file. Raise it when the same documents and tokenizer give different rows.
 CACHE_VERSION = 4
@@ -96,6 +97,11 @@ def count_targets(rows: Dataset) -> int:
     for batch in rows.with_format("numpy").iter(1024):
         count += int(((batch["labels"] != -100) & (batch["position_ids"] > 0)).sum())
     return count
+
+
+def largest_token(rows: Dataset) -> int:
+    """The largest token of packed rows, all of which are read."""
+    return max(int(batch["input_ids"].max()) for batch in rows.with_format("numpy").iter(1024))
 
 
 class RowPacker:

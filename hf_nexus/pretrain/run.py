@@ -1,6 +1,7 @@
 """A pretraining run, from a configuration to a folder with a model, its plots and its card."""
 
 import gc
+import logging
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,7 +28,7 @@ from ..lock import locked
 from ..mixture.documents import vocabulary_size
 from ..mixture.isolation import choose_isolation, isolation_problem
 from ..mixture.loading import Mixture, load_mixture
-from ..mixture.packing import tokenizer_fingerprint
+from ..mixture.packing import largest_token, tokenizer_fingerprint
 from ..mixture.texts import tokenizer_of_sources
 from ..terminal import new_console
 from ..trainer.checkpoints import last_checkpoint, recover
@@ -53,6 +55,8 @@ __all__ = [
     "pretrain",
     "run_command_line",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -253,6 +257,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             if arguments.mixture.isolate_documents:  # before minutes of tokenizing
                 choose_isolation(True, isolation_problem(model, use_cache=False))
             mixture = load_mixture(arguments.mixture, tokenizer)
+            _check_tokens(mixture, tokenizer, config_of(arguments).vocab_size)
         print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
         if not args.report_to:
             curves = f"pip install trackio, add --report_to trackio, and run: trackio show --project {args.project}"
@@ -286,13 +291,25 @@ def _build(
     return model
 
 
+def _check_tokens(mixture: Mixture, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse packed tokens that the model has no embeddings for. In a stream, their lookup fails."""
+    if vocabulary_size(tokenizer) <= vocab_size:
+        return
+    for name, rows in [*mixture.train.items(), *mixture.eval.items()]:
+        if isinstance(rows, Dataset) and (token := largest_token(rows)) >= vocab_size:
+            raise ValueError(
+                f"sources.{name}: the documents have the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), "
+                f"but the model has embeddings for {vocab_size} tokens only. Replace it in the documents."
+            )
+
+
 def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreTrainedTokenizerBase:
     """
     The tokenizer of the checkpoint, that of the configuration, or one trained on the training sources.
 
     Raises:
-        ValueError: the model has no embeddings for some of its tokens, or transformers loads another tokenizer with
-            the saved model.
+        ValueError: a model has no embeddings for some tokens of a tokenizer that is not its own, or transformers loads
+            another tokenizer with the saved model.
     """
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
@@ -304,12 +321,12 @@ def load_tokenizer(arguments: PretrainArguments, checkpoint: str | None) -> PreT
     else:
         revision = model.revision if model.tokenizer is None else None
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    entries = vocabulary_size(tokenizer)
-    if entries > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer {name!r} has {entries} entries, more than vocab_size={config.vocab_size}. Raise "
-            "vocab_size, or choose the tokenizer of the model."
-        )
+    if (entries := vocabulary_size(tokenizer)) > config.vocab_size:
+        problem = f"The tokenizer {name!r} has {entries} entries, more than vocab_size={config.vocab_size}."
+        if not model.continues or model.tokenizer is not None:
+            raise ValueError(f"{problem} Raise vocab_size, or choose the tokenizer of the model.")
+        # Models of the Hub lack embeddings of entries that their texts do not have, such as that of an image.
+        logger.warning("%s A document with one of the others ends the run with an error.", problem)
     with TemporaryDirectory() as folder:  # of some types, transformers ignores the saved class
         tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, constants
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_nexus.pretrain.model import build_model, model_config
@@ -375,11 +375,26 @@ def test_a_vocabulary_that_does_not_fit_is_refused_first(write, saved, config, m
     tiny_llama(vocab_size=280).save_pretrained(saved)
     for name in ("hf_nexus.pretrain.run.load_mixture", "hf_nexus.pretrain.run.build_model"):
         monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("too late"))
-    with pytest.raises(ValueError, match=r"The tokenizer .*base' has 300 entries, more than vocab_size=280"):
-        pretrain(parse_arguments(["--config", write(path=str(saved), tokenizer=None)]))
+    with pytest.raises(ValueError, match=r"The tokenizer .*tok' has 300 entries, more than vocab_size=280"):
+        pretrain(parse_arguments(["--config", write(path=str(saved))]))
     model = {"model_type": "mamba", **TYPES["mamba"], "vocab_size": 280, "tokenizer": str(config.parent / "tok")}
     with pytest.raises(ValueError, match=r"The tokenizer .*tok' has 300 entries, more than vocab_size=280"):
         pretrain(parse_arguments(["--config", write(**model)]))
+
+
+def test_a_continued_model_may_lack_unused_tokens_of_its_own(write, saved, config, caplog):
+    """As Gemma 3 1B and CodeLlama 34B do."""
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(4)] + ["<image>"])
+    tokenizer.save_pretrained(saved)
+    arguments = parse_arguments(["--config", write(path=str(saved), tokenizer=None)])
+    trainer = pretrain(arguments)
+    assert "base' has 305 entries, more than vocab_size=304. A document with one" in caplog.text
+    assert len(trainer.model.get_input_embeddings().weight) == 304
+    file = config.parent / "letters.jsonl"
+    file.write_text(file.read_text().replace('"text": "', '"text": "<image>'))
+    with pytest.raises(ValueError, match=r"sources\.letters: the documents have the token 304 \('<image>'\), but"):
+        pretrain(arguments)
 
 
 @pytest.mark.slow
