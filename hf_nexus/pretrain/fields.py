@@ -32,7 +32,7 @@ class HardwareArguments:
             Number of devices to plan for. Defaults to that of the launcher, else that of the configuration.
         sharding (`str`, *optional*):
             `"ddp"` (each device holds a whole copy) or `"fsdp2"`. Defaults to what the launcher and the training
-            arguments say.
+            arguments say, which a run must not contradict.
         tp_size (`int`, *optional*, defaults to 1):
             Devices that share the weights and the rows by tensor parallelism, next to FSDP2. Only for a plan.
         peak_tflops (`float`, *optional*, defaults to 989.0):

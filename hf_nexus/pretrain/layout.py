@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..trainer.distributed import check_paths
-from .fields import PretrainArguments
+from .fields import PretrainArguments, PretrainConfig
 from .model import config_of
 
-__all__ = ["Layout", "layout_of"]
+__all__ = ["Layout", "launched_sharding", "layout_of"]
 
 _SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # by tensor parallelism, in equal parts
 
@@ -53,6 +53,12 @@ class Layout:
         return size or machine
 
 
+def launched_sharding(training: PretrainConfig) -> str:
+    """`"fsdp2"` if the training arguments or the launcher say so, else `"ddp"`."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return "fsdp2" if training.fsdp or launched else "ddp"
+
+
 def layout_of(arguments: PretrainArguments, devices: int) -> Layout:
     """
     The layout of a run on that many devices. Without `--sharding` and `--devices_per_node`, it follows the training
@@ -62,10 +68,9 @@ def layout_of(arguments: PretrainArguments, devices: int) -> Layout:
         ValueError: a `tp_size` that is not possible.
     """
     hardware, t, m = arguments.hardware, arguments.training, config_of(arguments)
-    fsdp = t.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     launched = t.world_size > 1 and hardware.devices in (None, t.world_size)  # the devices of the launcher are planned
     machine = int((launched and os.environ.get("LOCAL_WORLD_SIZE")) or 8)
-    tp, sharding = hardware.tp_size, hardware.sharding or ("fsdp2" if fsdp else "ddp")
+    tp, sharding = hardware.tp_size, hardware.sharding or launched_sharding(t)
     if devices % tp:
         raise ValueError(f"tp_size={tp} with {devices} devices is not allowed: it must divide them. Set --devices.")
     if tp > 1 and t.nexus and t.inner_sync != "global":

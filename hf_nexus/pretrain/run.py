@@ -38,6 +38,7 @@ from .command_line import CommandLine, read_command_line
 from .console import loss_table, print_plan, say
 from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
+from .layout import launched_sharding
 from .model import build_model, config_of, model_config
 from .parsing import resolve
 from .plan import plan_run
@@ -233,13 +234,14 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "
             "(docs/distributed.md)."
         )
-    shards = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if (planned := arguments.hardware.sharding) is not None and (planned == "fsdp2") != shards:
-        raise ValueError(
-            f"sharding={planned!r} is for a plan only, and this run would use {'FSDP2' if shards else 'DDP'}. Remove "
-            "it. To shard the model, set fsdp and fsdp_config, or pass --accelerate_config with a file for FSDP2 "
-            "(recipes/accelerate/fsdp2.yaml, for example)."
-        )
+    if (sharding := arguments.hardware.sharding) not in (None, launched := launched_sharding(args)):
+        how = "Remove the launcher's FSDP, or --sharding"
+        if sharding == "fsdp2":
+            how = (
+                "Replace it by --accelerate_config recipes/accelerate/fsdp2.yaml (of a checkout, or a file of "
+                "`accelerate config`), or by --fsdp --fsdp_config '{\"fsdp_version\": 2}'"
+            )
+        raise ValueError(f"sharding={sharding!r} is for a plan only, and this run uses {launched}. {how}.")
     with ExitStack() as stack:
         if args.process_index == 0:
             stack.enter_context(locked(arguments.folder))

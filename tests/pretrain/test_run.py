@@ -24,6 +24,7 @@ import hf_nexus
 from hf_nexus.lock import HOLDER_NAME, LOCK_NAME
 from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.folder import find_checkpoint
+from hf_nexus.pretrain.layout import launched_sharding
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import PretrainRun, leaving_process_group, main, pretrain
 from hf_nexus.pretrain.run_file import continuation
@@ -84,11 +85,26 @@ def test_a_mistake_in_the_configuration_is_one_line(config, tmp_path, flags, wor
     assert all(word in message for word in words), message
 
 
-def test_a_layout_that_is_planned_only_is_not_trained(config, tmp_path):
-    with pytest.raises(ValueError, match="sharding='fsdp2' is for a plan only, and this run would use DDP"):
-        run(config, tmp_path, "--sharding", "fsdp2")
+def test_tensor_parallelism_is_planned_and_not_trained(config, tmp_path):
     with pytest.raises(ValueError, match="tp_size=2 is for a plan only"):
         pretrain(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "x"), "--tp_size", "2"]))
+
+
+@pytest.mark.parametrize(
+    ("planned", "launched", "words"),
+    [("fsdp2", "false", ["uses ddp", "--accelerate_config", "--fsdp "]), ("ddp", "true", ["uses fsdp2", "Remove"])],
+)
+def test_a_sharding_that_the_run_does_not_use_is_refused(config, tmp_path, monkeypatch, planned, launched, words):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", launched)
+    with pytest.raises(ValueError, match=f"sharding='{planned}' is for a plan only") as error:
+        run(config, tmp_path, "--sharding", planned)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_flags_that_the_refusal_of_a_sharding_names_shard(config):
+    flags = ["--fsdp", "--fsdp_config", '{"fsdp_version": 2}', "--sharding", "fsdp2"]
+    training = parse_arguments(["--config", str(config), "--gradient_cosine_steps", "0", *flags]).training
+    assert launched_sharding(training) == "fsdp2" and training.fsdp_plugin_args["fsdp_version"] == 2
 
 
 def test_a_source_smaller_than_a_micro_batch_is_one_line(config, tmp_path):
