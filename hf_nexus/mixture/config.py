@@ -353,9 +353,9 @@ class MixtureConfig:
         Raises:
             ValueError: a size that is needed is missing or not positive.
         """
-        return shares_of(self.stage_weights(sizes)[-1].weights)
+        return shares_of(self.resolved_stages(sizes)[-1].weights)
 
-    def stage_weights(self, sizes: Mapping[str, int | None]) -> list[Stage]:
+    def resolved_stages(self, sizes: Mapping[str, int | None]) -> list[Stage]:
         """The stages, by default a single one. Arguments and errors are those of [`~MixtureConfig.weights`]."""
         if self.stages is not None:
             return self.stages

@@ -216,8 +216,8 @@ def _find_remote(url: str) -> tuple[str, dict[str, tuple[str, ...]]]:
 
 def find_files(path: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     """
-    The files that a folder or glob means, with facts that change with their content (none if a file is empty or gone),
-    and the start of the path that exists as it is written.
+    The start of the path that exists as it is written, and the files that the folder or glob means, with facts that
+    change with their content (none if a file is empty or gone).
     """
     base = path
     while base and not os.path.exists(base):

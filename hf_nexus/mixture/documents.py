@@ -112,7 +112,7 @@ def load_documents(
 def _load_columns(
     columns: list[str], split: str, streaming: bool, **files: Any
 ) -> tuple[Dataset | IterableDataset, list[str]]:
-    """Documents with these columns of Parquet files (all if none are given), and the names of all columns."""
+    """Documents with these columns of Parquet files (all if none are given), and all columns, if they are known."""
     whole = partial(datasets.load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
     if not columns or ("data_files" in files and files["path"] != "parquet"):
         return whole(), []
@@ -139,8 +139,8 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def rows_of(name: str, source: SourceConfig, split: str, documents: IterableDataset) -> Iterator[dict[str, Any]]:
-    """The rows of a stream. Errors of reading it name the source."""
+def rows_of(name: str, source: SourceConfig, split: str, documents: Dataset | IterableDataset) -> Iterator[dict]:
+    """The rows of loaded documents. Errors of reading them name the source."""
     with _naming_source(name, source, split):
         yield from documents
 

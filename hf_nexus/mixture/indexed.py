@@ -78,10 +78,10 @@ class MixtureDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> TaggedRows:
         """The rows of one micro-batch, tagged with their sources."""
         sources = np.searchsorted(self.offsets, indices, side="right") - 1
+        of_source = (np.asarray(indices) - self.offsets[sources]).tolist()
 
         def take(name: str, where: list[int]) -> Iterable[Any]:
-            dataset, offset = self.sources[name], self.offsets[sources[where[0]]]
-            local = [int(indices[i] - offset) for i in where]
+            dataset, local = self.sources[name], [of_source[i] for i in where]
             fetch = getattr(dataset, "__getitems__", None)
             return fetch(local) if fetch is not None else (dataset[i] for i in local)
 

@@ -232,7 +232,7 @@ class PackedRowCollator:
         if batch["labels"].shape != ids.shape:
             return
         ignored = ids[batch["labels"] == -100].unique()
-        # One that packing does not add is padding in the text, or meant, unless this would train on masked tokens.
+        # Any other token than EOS and BOS is padding in the text, or meant, unless this would train on masked tokens.
         one = len(ignored) == 0 or (len(ignored) == 1 and (ignored.item() in self.boundaries or not own.equal(ids)))
         if one and batch["labels"].equal(ids.masked_fill(torch.isin(ids, ignored), -100)):
             batch["labels"] = own

@@ -117,14 +117,14 @@ def load_mixture(
         torch.Size([64])
     """
     _check_tokenizer(config, tokenizer)
-    files = None if cache_dir is None else str(cache_dir)
-    rows_dir = Path(files or datasets.config.HF_DATASETS_CACHE) / "hf_nexus"
+    cache = None if cache_dir is None else str(cache_dir)
+    rows_dir = Path(cache or datasets.config.HF_DATASETS_CACHE) / "hf_nexus"
     rows_dir.mkdir(parents=True, exist_ok=True)
     fingerprint, length = tokenizer_fingerprint(tokenizer), config.sequence_length
 
-    packers, licenses, documents, hashes, found = {}, {}, {}, dict[str, Any](), dict[str, Any]()
-    for name, source in config.sources.items():
-        loaded, columns = load_documents(name, source, source.split, files, source.streaming)
+    packers, licenses, documents, hashes, held_out = {}, {}, {}, dict[str, Any](), dict[str, Any]()
+    for name, source in (config.train_sources | config.ood_sources).items():  # the order of the evaluation sets
+        loaded, columns = load_documents(name, source, source.split, cache, source.streaming)
         packed_length = length if source.packed else None
         encoder = DocumentEncoder(name, source, tokenizer, columns, config.add_bos_token, packed_length)
         packers[name] = SourcePacker(encoder, fingerprint, rows_dir, config.num_proc)
@@ -132,12 +132,9 @@ def load_mixture(
         documents[name] = _text_only(loaded, source)
         # Also if nothing is held out, because hashing reports rows that are not text by their number.
         hashes[name] = None if source.streaming else packers[name].hash_documents(documents[name])
-        if (of_source := _held_out(packers[name], documents[name], hashes[name], files)) is not None:
-            found[name] = of_source
+        if (of_source := _held_out(packers[name], documents[name], hashes[name], cache)) is not None:
+            held_out[name] = of_source
 
-    # The order of the evaluation sets: training sources, then OOD sources.
-    names = (*config.train_sources, *config.ood_sources)
-    held_out = {name: found[name] for name in names if name in found}
     held_out_hashes = np.concatenate([np.empty(0, np.int64), *(of for _, of in held_out.values())])
     train = {
         name: _train_rows(packers[name], documents[name], hashes[name], held_out_hashes, length)

@@ -10,7 +10,7 @@ import numpy as np
 from ..schema import documented
 from ..strict import Bound, check, check_fields
 
-__all__ = ["Stage", "Weight", "normalized", "parse_stages", "shares_of", "stage_borders", "weight_stages"]
+__all__ = ["Stage", "Weight", "normalized", "parse_stages", "shares_of", "stage_borders", "stages_of"]
 
 
 Weight = Annotated[float, Bound(least=0, most=1e9)]
@@ -78,7 +78,7 @@ def parse_stages(value: Any, names: Iterable[str] | None = None, key: str = "sta
     return [Stage(stage.until, {name: stage.weights[name] for name in expected}) for stage in stages]
 
 
-def weight_stages(weights: Mapping[str, float] | Sequence[Any]) -> list[Stage]:
+def stages_of(weights: Mapping[str, float] | Sequence[Any]) -> list[Stage]:
     """The stages of a checked `mixture_weights` value: one mapping, or a list of stages."""
     return [Stage(1.0, dict(weights))] if isinstance(weights, Mapping) else [Stage(**stage) for stage in weights]
 

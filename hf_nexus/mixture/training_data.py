@@ -11,7 +11,7 @@ import torch
 from .config import refuse_splits
 from .indexed import MixtureDataset, holds_datasets
 from .loading import Mixture
-from .stages import Stage, shares_of, stage_borders, weight_stages
+from .stages import Stage, shares_of, stage_borders, stages_of
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
 
@@ -70,9 +70,9 @@ class TrainingData:
                 )
             return self
         if weights is not None:
-            given = weight_stages(weights)
+            given = stages_of(weights)
         elif self.mixture is not None:
-            given = self.mixture.config.stage_weights(self.mixture.tokens)
+            given = self.mixture.config.resolved_stages(self.mixture.tokens)
         else:
             given = [Stage(1.0, shares_of(_rows(self.dataset.sources)))]
         shares = [replace(stage, weights=shares_of(stage.weights, self.dataset.names)) for stage in given]

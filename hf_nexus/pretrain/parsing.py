@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..mixture.stages import normalized, weight_stages
+from ..mixture.stages import normalized, stages_of
 from ..strict import check, field_types, from_text
 from .checks import check_run
 from .command_line import CommandLine, read_command_line
@@ -79,7 +79,7 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         )
     with naming(name, "", flags["training"]):
         training = PretrainConfig(**values["training"])
-        for stage in weight_stages(training.mixture_weights or []):
+        for stage in stages_of(training.mixture_weights or []):
             normalized(stage.weights, list(mixture.train_sources))
         check_run(model, mixture, training, here=not dry_run)
     _count_steps(training)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..mixture.plan import PlanRow, mixture_plan
 from ..mixture.schedule import Windows
-from ..mixture.stages import Stage, stage_borders, weight_stages
+from ..mixture.stages import Stage, stage_borders, stages_of
 from .cost import CostEstimate, choose_sync, estimate_cost
 from .fields import PretrainArguments
 from .layout import layout_of
@@ -85,9 +85,9 @@ def _stages(arguments: PretrainArguments, known: Mapping[str, int]) -> list[Stag
     """The stages, empty if they depend on unknown sizes."""
     given, config = arguments.training.mixture_weights, arguments.mixture
     if isinstance(given, dict | list):
-        return weight_stages(given)
+        return stages_of(given)
     weighted = config.stages is not None or all(s.weight is not None for s in config.train_sources.values())
-    return config.stage_weights(known) if weighted or len(known) == len(config.train_sources) else []
+    return config.resolved_stages(known) if weighted or len(known) == len(config.train_sources) else []
 
 
 def _check_sizes(sizes: Mapping[str, int], rows: int) -> None:

@@ -220,6 +220,8 @@ class Feed:
     def begin(self, step: int) -> None:
         """Go to the position of an outer step, before the data loader starts its workers."""
         self.first_step, self._resumed_from = step, None
+        if self.data.has_sources:
+            self._note_sources()
         if self._progress is not None:
             self._progress.begin(step, self._resumed)
 
@@ -227,7 +229,7 @@ class Feed:
         """Let a sampler draw the order of each epoch from the seed and the epoch. It may be of any class."""
         self._sampler = sampler
         self._generator.manual_seed(self._seed)
-        if getattr(sampler, "generator", self) is None:  # with none, it would draw from the global random state
+        if hasattr(sampler, "generator") and sampler.generator is None:  # it would draw from the global random state
             sampler.generator = self._generator
 
     def begin_epoch(self, epoch: int) -> None:
@@ -243,11 +245,9 @@ class Feed:
         Raises:
             ValueError: on all ranks, if they differ.
         """
-        size, dataset = _size(self.data.dataset), self.data.dataset
-        if self.data.has_sources:
-            self._note_sources()
         if self._args.world_size == 1:
             return
+        size, dataset = _size(self.data.dataset), self.data.dataset
         described = self._describe(batch_size) if self.data.has_sources else {}
         if not self.data.has_sources and size is not None:
             described["sample"] = sample(dataset)

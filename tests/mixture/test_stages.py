@@ -28,7 +28,7 @@ LAST = {"until": 1.0, "weights": {"a": 1, "b": 4}}
 
 def test_the_last_stage_gives_the_weights() -> None:
     config = staged({"until": 0.8, "weights": {"b": 0, "a": 2}}, LAST)
-    assert config.stage_weights({}) == [Stage(0.8, {"a": 2.0, "b": 0.0}), Stage(1.0, {"a": 1.0, "b": 4.0})]
+    assert config.resolved_stages({}) == [Stage(0.8, {"a": 2.0, "b": 0.0}), Stage(1.0, {"a": 1.0, "b": 4.0})]
     assert config.weights({}) == {"a": 0.2, "b": 0.8}
     assert MixtureConfig(config.sources, 8, stages=config.stages) == config
 

@@ -84,7 +84,7 @@ def test_large_runs_stream_from_the_hub(name):
 @pytest.mark.parametrize("name", ["1b", "3b"])
 def test_the_last_stage_begins_with_the_decay(name):
     arguments = planned(name)
-    args, stages = arguments.training, arguments.mixture.stage_weights({})
+    args, stages = arguments.training, arguments.mixture.resolved_stages({})
     assert len(stages) == 2
     (_, before), (first, after) = stage_borders(stages, args.max_steps)
     decay = args.max_steps - args.lr_scheduler_kwargs["num_decay_steps"]

@@ -24,7 +24,7 @@ from transformers import ProcessorMixin
 from hf_nexus.files import step_of
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
-from hf_nexus.mixture.stages import Stage, stage_borders, weight_stages
+from hf_nexus.mixture.stages import Stage, stage_borders, stages_of
 from hf_nexus.mixture.stream.reader import SourceError
 from hf_nexus.trainer.checkpoints import last_checkpoint
 
@@ -518,7 +518,7 @@ def test_stages_change_sources_and_decide_the_macro_loss(tmp_path: Path, kind: s
     held_out = {"trainer_kwargs": {"eval_dataset": {name: table(4, 9) for name in "abc"}}}
     trainer = run(tmp_path / "whole", mixture(kinds()[kind](), STAGES), source_schedule=schedule, **held_out)
     sources = trainer.sources()
-    assert sources == scheduled(weight_stages(STAGES), schedule)
+    assert sources == scheduled(stages_of(STAGES), schedule)
     assert set(sources[: STEPS * K // 2]) == {"a", "b"} and set(sources[STEPS * K // 2 :]) == {"a", "c"}
     for step in (2, 3, 4):
         resumed = run(
