@@ -98,6 +98,12 @@ def test_every_call_that_loads_says_whether_code_is_trusted():
     assert unclear == []
 
 
+def test_the_upload_process_starts_without_heavy_packages():
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import sys, hf_nexus.hub.uploader_process; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.slow
 def test_a_run_needs_no_optional_package(tmp_path):
     """sklearn cannot be imported either: transformers uses it if it is there, and it needs scipy."""

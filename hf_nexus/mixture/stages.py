@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..schema import documented
 from ..strict import Bound, check, check_fields
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Stage", "Weight", "normalized", "parse_stages", "shares_of", "stage_borders", "stages_of"]
 
@@ -97,13 +98,15 @@ def stage_borders(stages: Iterable[Stage], max_steps: int) -> list[tuple[int, di
     return borders
 
 
-def normalized(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
+def normalized(weights: Mapping[str, float], names: Sequence[str]) -> "np.ndarray":
     """
     Weights as shares that sum to one, (S,) float64, in the order of `names`. Shares stay exactly as they are.
 
     Raises:
         ValueError: The weights name other sources, are negative or not finite, or sum to zero.
     """
+    import numpy as np  # the upload process, which reads the stages of a card, starts faster without
+
     if set(weights) != set(names):
         raise ValueError(
             f"mixture_weights name {', '.join(weights)}, but the training sources are {', '.join(names)}. Give each "
