@@ -15,13 +15,14 @@ A tiny model from scratch on the built-in corpus, in a minute on one CPU core wi
 
 A pretrained model with LoRA on your own files, whose rows hold {"messages": [...]}:
 
-    accelerate launch recipes/sft_with_trl.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
+    accelerate launch recipes/sft_with_trl.py --model_name_or_path Qwen/Qwen3-0.6B \\
         --files '{"chat": "chat.jsonl", "code": "code.jsonl"}' --mixture_weights '{"chat": 0.6, "code": 0.4}' \\
         --lora_r 16 --output_dir runs/sft --gradient_accumulation_steps 8 --max_steps 1000
 
 A base model without a chat template learns a plain one (`Q: ... A: ...`), or that of `--chat_template_path`.
-The loss is on the messages of the assistant only, unless you pass `--assistant_only_loss False`. Other TRL trainers
-work in the same way: `class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pass`.
+The loss is on the messages of the assistant only. A model whose template TRL does not know, such as SmolLM2's, needs
+`--assistant_only_loss False`. Other TRL trainers work in the same way:
+`class NexusDPOTrainer(NexusTrainerMixin, DPOTrainer): pass`.
 """
 
 from dataclasses import dataclass, field

@@ -21,7 +21,7 @@ from tests.trainer import test_publishing
 hub = test_publishing.hub  # the fixture
 ROOT = Path(__file__).parents[2]
 # Commands that need several accelerators or machines, the Hub, files of the reader, or hours.
-ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "mine.yaml", "ladder.py")
+ELSEWHERE = ("--multi_gpu", "$HOST", "HuggingFaceTB/", "Qwen/", "mine.yaml", "ladder.py")
 
 
 def header_commands(recipe: Path) -> list[str]:

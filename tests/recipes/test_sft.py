@@ -1,6 +1,7 @@
 """`recipes/sft_with_trl.py` on base models: with a plain chat template, or an error before the model is loaded."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.support.tiny import tiny_llama
 
 pytest.importorskip("trl")
 
-from trl import SFTConfig
+from trl import SFTConfig, chat_template_utils
 
 SCRIPT = Path(__file__).parents[2] / "recipes/sft_with_trl.py"
 FLAGS = "--max_steps 2 --eval_rows 2 --use_cpu --report_to none --save_strategy no --per_device_train_batch_size 2"
@@ -54,6 +55,16 @@ def test_a_template_without_marks_is_an_error_before_the_model(tmp_path, monkeyp
     tokenizer.save_pretrained(tmp_path / "base")  # there is no model
     with pytest.raises(SystemExit, match="--assistant_only_loss False"):
         start(tmp_path, monkeypatch)
+
+
+def test_trl_knows_the_template_of_the_model_in_the_header(base, tmp_path, monkeypatch):
+    (name,) = re.findall(r"--model_name_or_path (\S+)", SCRIPT.read_text())
+    template = {"Qwen/Qwen3-0.6B": chat_template_utils.qwen3_chat_template}[name]  # a test has no network
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(base)
+    start(tmp_path, monkeypatch)
+    assert not same(saved_weights(base), saved_weights(tmp_path / "out"))
 
 
 def test_a_pretrained_model_has_the_defaults_of_trl(monkeypatch):
