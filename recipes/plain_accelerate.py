@@ -19,6 +19,7 @@ Each process adds its own rows to every micro-batch.
 """
 
 import argparse
+import os
 
 import torch
 from accelerate import Accelerator
@@ -39,8 +40,10 @@ INNER_STEPS, ROWS, LENGTH = (
 
 
 def main(steps: int, inner_lr: float) -> None:
-    # On a CPU, `cpu=True` makes the processes of torchrun work together.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # On a CPU, `cpu=True` makes the processes of torchrun work together. On an Apple GPU, they cannot.
+    device = torch.accelerator.current_accelerator(check_available=True)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(cpu=device is None or (several and device.type == "mps"))
     set_seed(0)  # the same initial weights on every process
 
     texts = {name: builtin_documents(name)[:300] for name in WEIGHTS}

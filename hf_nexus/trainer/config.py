@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -13,6 +12,7 @@ from ..files import hidden, write_atomic
 from ..mixture.stages import Weight, parse_stages
 from ..schema import documented
 from ..strict import Bound, check, check_fields, dump_yaml, parse_data, read_yaml
+from ..tensors import accelerator_or_cpu
 from .optimizers import muon_options
 
 __all__ = [
@@ -117,8 +117,9 @@ class NexusConfigMixin:
         super().__setattr__(name, hidden(value) if name == "hub_token" else value)
 
     def __post_init__(self) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # otherwise each process would train a model alone, without a message
+        # Accelerate connects no processes on an Apple GPU. Each would train a model alone, as without an accelerator.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator_or_cpu().type in ("cpu", "mps"):
+            self.use_cpu = True
         check_fields(self, NexusConfigMixin)
         self.mixture_weights = _parse_weights(self.mixture_weights)
         if self.matrix_optimizer == "muon":

@@ -91,6 +91,29 @@ def test_the_mixin_extends_other_training_arguments():
     assert (args.inner_lr, args.predict_with_generate) == (0.2, True)
 
 
+@pytest.mark.parametrize(
+    ("device", "processes", "use_cpu"),
+    [(None, 2, True), ("mps", 2, True), ("cuda", 2, False), ("mps", 1, False), (None, 1, False)],
+)
+def test_processes_that_no_device_connects_use_the_cpu(monkeypatch, device, processes, use_cpu):
+    @dataclasses.dataclass
+    class Base:  # the Trainer's arguments would wait for the other process
+        use_cpu: bool = False
+        greater_is_better: bool | None = None
+        metric_for_best_model: str | None = None
+
+        def __post_init__(self) -> None: ...
+
+    @dataclasses.dataclass
+    class Config(NexusConfigMixin, Base): ...
+
+    found = None if device is None else torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert Config().use_cpu is use_cpu
+
+
 def test_no_representation_shows_the_token():
     from dataclasses import dataclass
 
