@@ -1,7 +1,9 @@
 """Strict reading of configurations: YAML without duplicate keys, and dataclasses with type-checked fields."""
 
+import codecs
 import dataclasses
 import enum
+import io
 import math
 import os
 import re
@@ -355,11 +357,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: not a text file, or as for [`parse_yaml`].
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_LARGEST + 1)
+        text = _text_of(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file. Give a YAML file.") from error
     return parse_yaml(text, str(path))
+
+
+def _text_of(path: str | Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with its mark, as `>` of Windows PowerShell writes it."""
+    with open(path, "rb") as file:
+        marked = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return io.TextIOWrapper(file, "utf-16" if marked else "utf-8").read(_LARGEST + 1)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -430,7 +438,7 @@ def line_of_key(path: str, key: str) -> str:
     key. Empty if there is no such line.
     """
     try:
-        root = _Loader(Path(path).read_text(encoding="utf-8")).get_single_node()
+        root = _Loader(_text_of(path)).get_single_node()
     except (yaml.YAMLError, OSError, ValueError, RecursionError):
         return ""
     parts = re.findall(r"[^.\[\]]+", key)

@@ -1,5 +1,6 @@
 """Strict reading: values are checked by type, and YAML has no duplicate keys."""
 
+import codecs
 import enum
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from hf_nexus.strict import (
     check_fields,
     dump_yaml,
     from_text,
+    line_of_key,
     parse_yaml,
     read,
     read_yaml,
@@ -274,6 +276,15 @@ def test_a_file_that_is_no_text_is_refused(tmp_path) -> None:
     (tmp_path / "model.bin").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"model\.bin is not a text file\. Give a YAML file\."):
         read_yaml(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_file_of_any_shell_is_read(tmp_path, encoding) -> None:
+    text = "training:\n  output_dir: żółw\n"
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "mine.yaml").write_bytes(mark + text.encode(encoding))
+    assert read_yaml(tmp_path / "mine.yaml") == {"training": {"output_dir": "żółw"}}
+    assert "mine.yaml:2:3\n" in line_of_key(str(tmp_path / "mine.yaml"), "training.output_dir")
 
 
 def test_an_integer_of_too_many_digits_is_refused() -> None:
