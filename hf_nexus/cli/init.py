@@ -1,6 +1,8 @@
 """The command `hf-nexus init`."""
 
+import os
 import sys
+from glob import glob
 from typing import Annotated
 
 import typer
@@ -23,4 +25,11 @@ def init(
     print("Looking at the files ...", file=sys.stderr, flush=True)
     from ..pretrain.starter import starter_yaml
 
+    if sys.platform == "win32":  # its shells leave globs to the program, and hide which were in quotes
+        files = [file for path in files for file in _as_of_a_shell(path)]
     print(starter_yaml(files, ood or (), tokenizer), end="")
+
+
+def _as_of_a_shell(path: str) -> list[str]:
+    """What the shells of other systems pass on for an argument."""
+    return [path] if os.path.exists(path) else sorted(glob(path)) or [path]

@@ -1,6 +1,7 @@
 """`hf-nexus init`: only the configuration is on stdout, and errors are one line."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,22 @@ def test_only_the_yaml_is_on_stdout(tmp_path, monkeypatch, capsys):
     content = yaml.safe_load(printed.out)
     assert list(content) == ["model", "data", "training"] and content["data"]["sources"]["b"]["role"] == "ood"
     assert printed.out.startswith("# Written by: hf-nexus init a.jsonl --ood b.jsonl\n")
+
+
+@pytest.mark.parametrize(
+    ("platform", "files"),
+    [("win32", ["a.jsonl", "b.jsonl", "c[1].jsonl", "no.*"]), ("linux", ["[ab].*", "c[1].jsonl", "no.*"])],
+)
+def test_each_match_of_a_glob_is_a_source_on_windows(tmp_path, monkeypatch, capsys, platform, files):
+    """Other shells have replaced globs that are not in quotes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b", "a", "c1", "c[1]"):
+        Path(f"{name}.jsonl").touch()
+    monkeypatch.setattr(starter, "starter_yaml", lambda files, *others: " ".join(files))
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(SystemExit):
+        cli.main(["init", "[ab].*", "c[1].jsonl", "no.*"])
+    assert capsys.readouterr().out == " ".join(files)
 
 
 @pytest.mark.parametrize(
