@@ -34,6 +34,7 @@ from ..terminal import new_console
 from ..trainer.checkpoints import last_checkpoint, recover
 from ..trainer.distributed import one_process_first
 from ..trainer.mixin import NexusTrainer
+from ..trainer.support import check_one_gpu
 from .command_line import CommandLine, read_command_line
 from .console import loss_table, print_plan, say
 from .fields import PretrainArguments
@@ -229,6 +230,7 @@ def _write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     """Lock the output folder, load the data, print the plan, build the trainer and claim the folder."""
     args = arguments.training
+    check_one_gpu(args, f"hf-nexus train CONFIG --devices {args.n_gpu}")  # before minutes of tokenizing
     if (tp := arguments.hardware.tp_size) > 1:
         raise ValueError(
             f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "

@@ -35,6 +35,7 @@ __all__ = [
     "check_exchange",
     "check_fsdp",
     "check_launch",
+    "check_one_gpu",
     "check_predicted",
     "check_same",
     "check_sets",
@@ -334,17 +335,23 @@ class Launch:
     adapters: bool = False  # whether adapters are trained
 
 
+def check_one_gpu(args: TrainingArguments, command: str) -> None:
+    """Refuse several GPUs in one process. `command` starts one for each of them."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
+            f"`{command}`, or use one GPU: set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def check_launch(args: Any, launch: Launch) -> None:
     """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
     if args.checkpoint_async:
         _refuse_async(_async_launch_problem(launch))
     if launch.fsdp_version is not None or launch.sharded_at_load:
         check_fsdp(args, launch.fsdp_version or 2)
-    if args.n_gpu > 1 and (args.nexus or launch.has_sources):
-        raise ValueError(
-            f"Nexus does not run under DataParallel ({args.n_gpu} GPUs in one process). Start a process per GPU with "
-            f"`torchrun --nproc_per_node {args.n_gpu} your_script.py ...`, or set CUDA_VISIBLE_DEVICES to one GPU."
-        )
+    if args.nexus or launch.has_sources:
+        check_one_gpu(args, f"torchrun --nproc_per_node {args.n_gpu} your_script.py ...")
     if not args.nexus:
         return
     if args.snapshot_device == "cpu" and args.device.type == "mps":

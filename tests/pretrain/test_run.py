@@ -85,6 +85,14 @@ def test_a_mistake_in_the_configuration_is_one_line(config, tmp_path, flags, wor
     assert all(word in message for word in words), message
 
 
+def test_several_gpus_in_one_process_are_refused_before_data(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(PretrainConfig, "n_gpu", 4)
+    monkeypatch.setattr("hf_nexus.pretrain.run.load_mixture", lambda *args: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match=r"`hf-nexus train CONFIG --devices 4`, or .*CUDA_VISIBLE_DEVICES=0"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tensor_parallelism_is_planned_and_not_trained(config, tmp_path):
     with pytest.raises(ValueError, match="tp_size=2 is for a plan only"):
         pretrain(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "x"), "--tp_size", "2"]))
