@@ -146,6 +146,15 @@ def test_commands_name_files_and_flags_that_exist(line):
         command.make_context(words[1], words[2:])  # raises for an unknown option
 
 
+def test_runs_that_a_page_names_are_of_its_comparison():
+    page = (ROOT / "docs" / "comparisons.md").read_text()
+    arms = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, re.S)[0])
+    seeds = {"tuning": arms["tuning"]["seeds"], **dict.fromkeys(arms["arms"], arms["seeds"])}
+    named = re.findall(r"--run (\w+)/(?:[\w/-]+/)?seed-(\d+)", page)
+    assert {kind for kind, _ in named} == {"nexus", "tuning"}
+    assert all(int(seed) in seeds[kind] for kind, seed in named), named
+
+
 def test_the_reference_has_every_public_name():
     pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").iterdir()}
     names = [name for name, page in pages.items() if re.search(rf"^\.\. auto\w+:: {name}\b", page, re.MULTILINE)]
