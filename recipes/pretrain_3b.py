@@ -34,5 +34,6 @@ if __name__ == "__main__":
     from hf_nexus.pretrain.run import main
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
+        print("Flags: --config CONFIG, and those below but --devices and --accelerate_config", flush=True)
         command(["train", "--help"])
     main()

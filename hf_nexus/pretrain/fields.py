@@ -29,7 +29,8 @@ class HardwareArguments:
 
     Args:
         devices (`int`, *optional*):
-            Number of devices to plan for. Defaults to that of the launcher, else that of the configuration.
+            Number of devices to plan for, which a run must not contradict. Defaults to that of the launcher, else that
+            of the configuration.
         sharding (`str`, *optional*):
             `"ddp"` (each device holds a whole copy) or `"fsdp2"`. Defaults to what the launcher and the training
             arguments say, which a run must not contradict.

@@ -113,7 +113,9 @@ def test_the_recipe_has_the_help_of_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pretrain_3b.py", "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "pretrain_3b.py"), run_name="__main__")
-    assert stop.value.code == 0 and "--inner_lr" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "--inner_lr" in printed
+    assert printed.startswith("Flags: --config CONFIG, and those below but --devices and --accelerate_config")
 
 
 def test_the_fields_can_be_completed():

@@ -26,7 +26,7 @@ from hf_nexus.pretrain.fields import PretrainConfig
 from hf_nexus.pretrain.folder import find_checkpoint
 from hf_nexus.pretrain.layout import launched_sharding
 from hf_nexus.pretrain.parsing import parse_arguments
-from hf_nexus.pretrain.run import PretrainRun, leaving_process_group, main, pretrain
+from hf_nexus.pretrain.run import PretrainRun, leaving_process_group, main, prepare_run, pretrain
 from hf_nexus.pretrain.run_file import continuation
 from hf_nexus.pretrain.sections import load_config
 from hf_nexus.trainer.mixin import NexusTrainer
@@ -96,6 +96,14 @@ def test_several_gpus_in_one_process_are_refused_before_data(config, tmp_path, m
 def test_tensor_parallelism_is_planned_and_not_trained(config, tmp_path):
     with pytest.raises(ValueError, match="tp_size=2 is for a plan only"):
         pretrain(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "x"), "--tp_size", "2"]))
+
+
+def test_devices_that_the_run_does_not_have_are_refused(config, tmp_path):
+    instead = r"torchrun --nproc_per_node 2 .*hf-nexus train CONFIG --devices 2"
+    with pytest.raises(ValueError, match=rf"devices=2 is for a plan only, and this run has 1\..*{instead}"):
+        run(config, tmp_path, "--devices", "2")
+    one = parse_arguments(["--config", str(config), "--output_dir", str(tmp_path), "--devices", "1"])
+    prepare_run(one).lock.close()
 
 
 @pytest.mark.parametrize(
