@@ -218,7 +218,8 @@ def _write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: 
     folder = arguments.folder
     summary = trainer.write_card(folder)
     console.print(loss_table(summary.evaluations))
-    say(console, f"Saved in {folder}: the model, its card and its plots")
+    saved = "the model, its card and its plots" if summary.plot or summary.cosine_plot else "the model and its card"
+    say(console, f"Saved in {folder}: {saved}")
     held_out = {} if trainer.sharded else mixture.eval  # one process has a part of the weights
     try:
         path = write_run_file(folder, trainer.model, trainer.processing_class, held_out)

@@ -134,6 +134,16 @@ def test_a_source_smaller_than_a_micro_batch_is_one_line(config, tmp_path):
 # ---- A finished run ----
 
 
+@pytest.mark.parametrize(
+    ("missing", "saved"), [("none", "the model, its card and its plots"), ("matplotlib", "the model and its card")]
+)
+def test_a_run_names_plots_only_if_they_are_drawn(config, tmp_path, monkeypatch, capsys, missing, saved):
+    monkeypatch.setitem(sys.modules, missing, None)
+    run(config, tmp_path / "out", "--max_steps", "1")
+    assert f": {saved}\n" in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert (tmp_path / "out" / "training.png").exists() == ("plots" in saved)
+
+
 def test_the_folder_holds_what_was_promised(finished):
     names = {path.name for path in finished.iterdir()}
     promised = {
