@@ -22,7 +22,7 @@ from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus import nexus as nexus_module
 from hf_nexus.nexus import Nexus
 from hf_nexus.tensors import Snapshot
-from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny import Rows, two_layers
 
 K = 4  # inner steps per window
 STEPS = 4  # an epoch has 3 windows on one process, and a complete and a short one on two
@@ -32,7 +32,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 def model(seed: int = 0) -> torch.nn.Module:
     """A model with dropout: a resumed run differs unless its random states are right."""
-    return tiny_llama(seed, attention_dropout=0.2)
+    return two_layers(seed, attention_dropout=0.2)
 
 
 def make(out: Path, model_: torch.nn.Module | None = None, **config: Any) -> NexusTrainer:

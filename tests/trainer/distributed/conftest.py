@@ -35,6 +35,12 @@ def slow_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, 
     return launched("four_ranks_slow", 4, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def sharded_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of each rank, by the name of the scenario."""
+    return launched("four_ranks_sharded", 4, tmp_path_factory)
+
+
 def results_of(launch: str, worker: str, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """The results of a worker on each rank of a launch, or of its slow scenarios if the test is slow."""
     slow = request.node.get_closest_marker("slow") is not None

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from tests.support.launcher import report
-from tests.trainer.distributed import fsdp_worker, layouts_worker, node_worker
+from tests.trainer.distributed import layouts_worker, node_worker
 
-# Those with FSDP come last, because they pretend that there are accelerators.
-WORKERS = {"node": node_worker.main, "layouts": layouts_worker.main, "hybrid": fsdp_worker.four_ranks}
+WORKERS = {"node": node_worker.main, "layouts": layouts_worker.main}
 
 
 def main(out: Path) -> None:

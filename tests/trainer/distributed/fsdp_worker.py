@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.tensors import shard
-from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny import Rows, two_layers
 from tests.trainer.distributed.node_worker import NODE, POISONED, ByGroup, Collectives
 from tests.trainer.distributed.worker import poison, sources
 
@@ -56,7 +56,7 @@ def make(
 
 def llama(seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """A Llama with tied embeddings and sizes that do not divide by two or four ranks."""
-    return tiny_llama(seed, tie_word_embeddings=True, intermediate_size=33, **overrides)
+    return two_layers(seed, tie_word_embeddings=True, intermediate_size=33, **overrides)
 
 
 def lora(seed: int = 0) -> torch.nn.Module:

@@ -12,13 +12,13 @@ from transformers import LlamaForCausalLM
 
 from hf_nexus import Nexus, NexusConfig, NexusTrainer
 from hf_nexus.trainer.distributed import PathGroups, Shards
-from tests.support.tiny import VOCAB, Rows, tiny_llama
+from tests.support.tiny import VOCAB, Rows, two_layers
 from tests.trainer.distributed.fsdp_worker import SETTINGS, launched_as
 from tests.trainer.distributed.worker import WEIGHTS, sources
 
 
 def llama() -> torch.nn.Module:
-    return tiny_llama(num_attention_heads=4, num_key_value_heads=4)
+    return two_layers(num_attention_heads=4, num_key_value_heads=4)
 
 
 def experts() -> torch.nn.Module:

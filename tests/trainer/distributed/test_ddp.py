@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.tiny import Rows, distance, tiny_llama
+from tests.support.tiny import Rows, distance, two_layers
 from tests.trainer.distributed.worker import WEIGHTS, make, sources, weights
 
 
@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_more_or_fewer_ranks(ranks, tmp_path_factory, tmp_pat
     """The rows are the same, and the weights up to the order of the reductions."""
     root = tmp_path_factory.getbasetemp()
     saved = next(folder for folder in (root, root.parent) if (folder / "two_ranks").exists()) / "two_ranks" / "ddp"
-    one = make(tmp_path, sources(), tiny_llama(seed=3), max_steps=8, per_device_train_batch_size=4)
+    one = make(tmp_path, sources(), two_layers(seed=3), max_steps=8, per_device_train_batch_size=4)
     one.train(resume_from_checkpoint=str(saved / "whole" / "checkpoint-6"))
     assert distance(weights(one), ranks[0]["whole"]["weights"]) < 1e-5
     assert distance(ranks[0]["grown"]["weights"], ranks[0]["whole"]["weights"]) < 1e-5
@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_more_or_fewer_ranks(ranks, tmp_path_factory, tmp_pat
 def test_the_scenarios_differ():
     """Otherwise the comparisons above would pass for runs without training."""
     assert not torch.equal(Rows(4, 0).ids, Rows(4, 1).ids)
-    assert sum(p.numel() for p in tiny_llama().parameters()) > 5000
+    assert sum(p.numel() for p in two_layers().parameters()) > 5000
 
 
 def test_ranks_start_from_one_step_in_a_free_folder(ranks):

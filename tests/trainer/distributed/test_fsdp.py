@@ -84,17 +84,19 @@ def test_the_final_model_is_saved_whole(two, state_dict):
     assert all(rank[state_dict]["saved"] for rank in two)
 
 
-def test_sharded_paths_per_node_match_ddp(four_ranks):
+@pytest.mark.slow
+def test_sharded_paths_per_node_match_ddp(sharded_four_ranks):
     """The first path takes no step in the second window."""
-    ranks = [rank["hybrid"]["node"] for rank in four_ranks]
+    ranks = [rank["node"] for rank in sharded_four_ranks]
     assert distance(ranks[0]["fsdp"], ranks[0]["ddp"]) < 1e-6
     assert all(rank["fsdp"] == ranks[0]["fsdp"] for rank in ranks)
 
 
-def test_sharded_paths_are_averaged_by_one_reduction(four_ranks):
+@pytest.mark.slow
+def test_sharded_paths_are_averaged_by_one_reduction(sharded_four_ranks):
     """Each of the two ranks of a path sends its half of the model once per outer step, as under DDP."""
-    for rank in four_ranks:
-        assert rank["hybrid"]["node"]["fsdp_sent"] == rank["hybrid"]["node"]["ddp_sent"] == [0.5] * 3
+    for rank in sharded_four_ranks:
+        assert rank["node"]["fsdp_sent"] == rank["node"]["ddp_sent"] == [0.5] * 3
 
 
 @pytest.mark.slow
@@ -104,12 +106,14 @@ def test_resume_of_sharded_paths_is_bit_exact(slow_four_ranks, state_dict):
         assert rank["resumed paths"][state_dict]["again"] == rank["resumed paths"][state_dict]["whole"]
 
 
-def test_paths_of_other_ranks_than_the_shards_are_an_error(four_ranks):
-    assert "has 1 ranks per path, but the weights are spread over 2" in four_ranks[0]["hybrid"]["node"]["other_size"]
+@pytest.mark.slow
+def test_paths_of_other_ranks_than_the_shards_are_an_error(sharded_four_ranks):
+    assert "has 1 ranks per path, but the weights are spread over 2" in sharded_four_ranks[0]["node"]["other_size"]
 
 
-def test_hybrid_sharding_on_four_ranks_matches_ddp(four_ranks):
-    ranks = [rank["hybrid"] for rank in four_ranks]
+@pytest.mark.slow
+def test_hybrid_sharding_on_four_ranks_matches_ddp(sharded_four_ranks):
+    ranks = sharded_four_ranks
     assert distance(ranks[0]["hsdp"], ranks[0]["ddp"]) < 1e-5
     assert all(rank["hsdp"] == ranks[0]["hsdp"] for rank in ranks)
 

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import TrainerCallback
 
 from hf_nexus import NexusConfig, NexusTrainer
-from tests.support.tiny import Rows, tiny_llama
+from tests.support.tiny import Rows, tiny_llama, two_layers
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
@@ -45,7 +45,7 @@ def make(
     }
     args = NexusConfig(**{**defaults, **config})
     given = {"compute_loss_func": compute_loss_func, "optimizers": optimizers}
-    return NexusTrainer(model or tiny_llama(), args, train_dataset=data, **given)
+    return NexusTrainer(model or two_layers(), args, train_dataset=data, **given)
 
 
 def weights(trainer: NexusTrainer) -> list[float]:
@@ -170,10 +170,10 @@ def main(out: Path) -> dict[str, Any]:
         found["held"] = refused(make(out / "held", sources()))
     own = str(out / "whole" / f"checkpoint-{(3, 6)[dist.get_rank()]}")  # as on two machines that do not share a disk
     found["apart"] = refused(make(out / "apart", sources()), resume_from_checkpoint=own)
-    fewer = make(out / "grown", sources(), tiny_llama(seed=3), **save)  # saved by one process
+    fewer = make(out / "grown", sources(), two_layers(seed=3), **save)  # saved by one process
     fewer.train(resume_from_checkpoint=str(out / "one" / "checkpoint-3"))
     found["grown"] = {"weights": weights(fewer)}
-    resumed = make(out / "again", sources(), tiny_llama(seed=3), **save)
+    resumed = make(out / "again", sources(), two_layers(seed=3), **save)
     resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-6"))
     found["resumed"] = {"weights": weights(resumed)}
     hooked = make(out / "hooked", sources(), reduce_dtype="bfloat16")
@@ -181,7 +181,7 @@ def main(out: Path) -> dict[str, Any]:
     found["hooked"] = refused(hooked)
     save["train_sampling_strategy"] = "batch_rebalance"  # the Trainer's sampler of one dataset
     found["rebalanced"] = run(out / "rebalanced", Rows(64, 3), **save)
-    resumed = make(out / "rebalanced" / "again", Rows(64, 3), tiny_llama(seed=3), **save)
+    resumed = make(out / "rebalanced" / "again", Rows(64, 3), two_layers(seed=3), **save)
     resumed.train(resume_from_checkpoint=str(out / "rebalanced" / "checkpoint-6"))
     found["rebalanced_resumed"] = {"weights": weights(resumed)}
     return found
