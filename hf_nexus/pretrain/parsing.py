@@ -82,7 +82,7 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         for stage in stages_of(training.mixture_weights or []):
             normalized(stage.weights, list(mixture.train_sources))
         check_run(model, mixture, training, here=not dry_run)
-    _count_steps(training)
+    _fractions_to_steps(training)
     return PretrainArguments(
         name=name,
         sections=sections,
@@ -109,7 +109,7 @@ def _typed(flags: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _count_steps(training: PretrainConfig) -> None:
+def _fractions_to_steps(training: PretrainConfig) -> None:
     """
     Replace fractions of the run by steps. When a run is resumed, transformers compares them with those of the
     checkpoint, which are steps, and warns of a difference.

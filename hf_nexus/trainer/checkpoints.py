@@ -286,7 +286,7 @@ class StagedCheckpoints:
         self.stopped_by_sigterm = False  # whether the Trainer's `enable_jit_checkpoint` has ended training
 
     @contextmanager
-    def run(self, run_dir: str, resume: str | bool | None) -> Iterator[str | None]:
+    def in_folder(self, run_dir: str, resume: str | bool | None) -> Iterator[str | None]:
         """
         Lock the folder of a run inside the context, which gives the checkpoint to resume from. For all ranks.
 

@@ -324,7 +324,7 @@ class NexusTrainerMixin(_Base):
             SourceError: the network failed for too long, or a source has a row that cannot be used.
         """
         run_dir = self._get_output_dir(kwargs.get("trial", args[0] if args else None))
-        with self._checkpoints.run(run_dir, resume_from_checkpoint) as checkpoint:
+        with self._checkpoints.in_folder(run_dir, resume_from_checkpoint) as checkpoint:
             if self.publisher is not None:
                 self.publisher.queue.clean()
             self._feed.resume(checkpoint)
