@@ -68,7 +68,7 @@ SAME_ON_RANKS = (
     *("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha"),
-    *("bf16", "average_tokens_across_devices", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("mixed_precision", "average_tokens_across_devices", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
     *("logging_first_step", "eval_on_start", "eval_delay", "include_num_input_tokens_seen", "load_best_model_at_end"),
     *("train_sampling_strategy", "dataloader_drop_last", "checkpoint_async"),
@@ -250,10 +250,10 @@ def _check_optimizer(args: Any, optimizer: Any) -> None:
             f"matrix_optimizer={args.matrix_optimizer!r} and {given} exclude each other: it extends "
             "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
         )
-    if args.nexus and args.fp16:
+    if args.nexus and args.mixed_precision == "fp16":  # also if a launcher has chosen it, which sets no field
         raise ValueError(
             "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
-            "bf16=True over float32 weights."
+            "bf16=True over float32 weights, or `accelerate launch --mixed_precision bf16`."
         )
     if args.nexus and args.optim in _LAYERWISE | _FUSED_BACKWARD:
         raise ValueError(

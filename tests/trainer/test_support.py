@@ -95,6 +95,14 @@ def test_fp16_is_refused(build):
         build(fp16=True)
 
 
+def test_fp16_of_a_launcher_is_refused(build, monkeypatch):
+    """`accelerate launch` names the type in the environment. `bf16=True` has precedence over it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"fp16.*--mixed_precision bf16"):
+        build()
+    assert build(bf16=True).accelerator.mixed_precision == "bf16"
+
+
 @pytest.mark.parametrize("config", [{"gradient_accumulation_steps": 0}, {"max_steps": 10**20}, {"seed": -1}])
 def test_numbers_that_cannot_be_counted_with_are_refused(build, config):
     with pytest.raises(ValueError, match=rf"^{next(iter(config))}: .* is not allowed; it must be a number of"):

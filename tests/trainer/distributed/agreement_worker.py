@@ -35,6 +35,7 @@ OTHER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "learning rate": (sources, {"learning_rate": 1e-3}),
     "steps": (sources, {"max_steps": 4}),
     "epsilon": (sources, {"adam_epsilon": 1e-3}),
+    "precision": (sources, {"bf16": True}),
     "label smoothing": (sources, {"label_smoothing_factor": 0.1}),
     "rows": (lambda: {**sources(), "code": [*Rows(32, 9)]}, {}),
     "plain rows": (lambda: [*Rows(40, 9)], {}),

@@ -25,6 +25,7 @@ SAYS = {
     "steps": "steps was 5 and is 4",
     "without nexus": "source_schedule",
     "epsilon": "adam_epsilon was 1e-08 and is 0.001",
+    "precision": "mixed_precision was 'no' and is 'bf16'",
     "label smoothing": "label_smoothing_factor was 0.0 and is 0.1",
     "rows": "source 'code': sample was ",
     "plain rows": "sample was ",
