@@ -77,7 +77,7 @@ class _Message:
 def _messages(arguments: PretrainArguments, parameters: int, layout: Layout, sync: str) -> list[_Message]:
     t, devices, replicas, machine = arguments.training, layout.devices, layout.replicas, layout.machine
     n, sharded, found = layout.weights(parameters), layout.sharded, []
-    k, wire, size = t.gradient_accumulation_steps, 2 if t.reduce_dtype else 4, 2 if t.bf16 else 4
+    k, wire, size = t.gradient_accumulation_steps, 2 if t.reduce_dtype else 4, 2 if arguments.bf16 else 4
     path = layout.path() if sync == "node" else devices
     sync = "global" if sync == "node" and path == devices else sync
     reductions = k if sync in ("global", "node") else 1

@@ -204,6 +204,11 @@ class PretrainArguments:
     hardware: HardwareArguments = field(default_factory=HardwareArguments)
 
     @property
+    def bf16(self) -> bool:
+        """Whether a run computes in bfloat16, by its fields or by the choice of `accelerate launch`."""
+        return bool(self.training.mixed_precision == "bf16")
+
+    @property
     def folder(self) -> Path:
         """`output_dir`."""
         return Path(str(self.training.output_dir))

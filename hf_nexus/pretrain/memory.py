@@ -72,7 +72,7 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, layout: Layou
     per_parameter = {"float32 weights": 4, _GRADIENTS: 4, moments: 8}
     if copies:
         per_parameter["Nexus snapshot"] = 4 * copies
-    if t.bf16 and not sharded:
+    if arguments.bf16 and not sharded:
         per_parameter[_AUTOCAST] = 2  # autocast keeps them until the end of the backward pass
     if layout.replicas > 1 and not sharded:
         per_parameter["DDP gradient buckets"] = 4
@@ -97,12 +97,12 @@ def estimate_memory(arguments: PretrainArguments, parameters: int, layout: Layou
 
 def _activations(arguments: PretrainArguments, layout: Layout) -> tuple[int, int, str]:
     """Bytes per token: of the whole model, of one layer in its backward pass; and the formula of the first."""
-    t, m, tp, size = arguments.training, layout.model, layout.tp, 2 if arguments.training.bf16 else 4
+    t, m, tp, size = arguments.training, layout.model, layout.tp, 2 if arguments.bf16 else 4
     h, heads = m.hidden_size, m.num_attention_heads
     # Tensor parallelism divides the inside of attention and feed-forward. All of the width h stays: an upper bound.
     divided = {"kv": h // heads * m.num_key_value_heads // tp, "f": m.intermediate_size // tp, "a": heads // tp}
     values = {"h": h, "V": m.vocab_size, "d": h // heads, "T": arguments.mixture.sequence_length, **divided}
-    layer = Counter(h=30, kv=4, f=8, a=4) if t.bf16 else Counter(h=32, kv=8, f=16, a=4)
+    layer = Counter(h=30, kv=4, f=8, a=4) if arguments.bf16 else Counter(h=32, kv=8, f=16, a=4)
     head = Counter(h=12, V=12)
     if planned_attention(arguments) == "sdpa" and joined_documents(arguments) is None:
         # Each layer keeps the mask of documents in the dtype of the queries, and the keys and values repeated for all
@@ -133,5 +133,5 @@ def _gathered(arguments: PretrainArguments, parameters: int, layout: Layout) -> 
     sizes = [[sum(p.numel() for p in layer.parameters()) for layer in stack] for stack in stacks]
     layers = max(sizes, key=sum)  # those of the language model, not of an image encoder
     # With bfloat16, accelerate lets FSDP2 gather (and reduce) in bfloat16.
-    size, outside = 2 if arguments.training.bf16 else 4, layout.weights(parameters - sum(layers))
+    size, outside = 2 if arguments.bf16 else 4, layout.weights(parameters - sum(layers))
     return size * (outside + sum(sorted(layers)[-2:]) // layout.tp)

@@ -170,6 +170,12 @@ def test_memory_per_parameter(config, flags, bytes_per_parameter):
     assert sum(memory_of(arguments, 1000, 2).per_parameter.values()) == bytes_per_parameter + 4
 
 
+def test_the_precision_of_a_launcher_is_planned(config, monkeypatch):
+    chosen = memory_of(planned(config, "--bf16"), 1000, 1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
+    assert memory_of(planned(config), 1000, 1) == chosen
+
+
 @pytest.mark.parametrize("flags", [["--optim", "adafactor"], ["--matrix_optimizer", "muon"]], ids=str)
 def test_the_plan_knows_only_the_state_of_adamw(config, flags):
     assert "AdamW moments" in memory_of(planned(config), 1000, 1).per_parameter
