@@ -55,6 +55,7 @@ from .support import (
     check_trainable,
     check_trl_arguments,
     check_vocabulary,
+    check_walked,
     choose_greater_is_better,
     optimizer_settings,
     warn_of_one_inner_step,
@@ -601,6 +602,8 @@ class NexusTrainerMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
+        if self.args.nexus and self.accelerator.gradient_state.sync_gradients:
+            check_walked(self._window, self._window.inputs, type(self))
         self._checkpoints.report_completed()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()

@@ -44,6 +44,7 @@ __all__ = [
     "check_trained",
     "check_trl_arguments",
     "check_vocabulary",
+    "check_walked",
     "check_windows",
     "choose_greater_is_better",
     "optimizer_settings",
@@ -172,6 +173,16 @@ def check_windows(windows: list[tuple[list[str], list[dict[str, Any]]]]) -> None
                 f"The optimizer of rank {rank} has another {', '.join(sorted(keys))} than that of rank 0. A callback "
                 "that changes a setting of the optimizer must change it on all ranks alike."
             )
+
+
+def check_walked(window: Sized, inputs: Sized, kind: type) -> None:
+    """Refuse a `training_step` of a trainer of this `kind` that keeps micro-batches of a window from the update."""
+    if len(inputs) < len(window):
+        raise ValueError(
+            f"training_step() of {kind.__name__} passed on {len(inputs)} of {len(window)} micro-batches, so the "
+            "optimizer stepped without the Nexus update. Call super().training_step() for each, or let the mixin call "
+            "yours: `class MyTrainer(NexusTrainerMixin, YourTrainer)`, where YourTrainer extends Trainer."
+        )
 
 
 def warn_of_buffers(changed: Iterable[str]) -> None:

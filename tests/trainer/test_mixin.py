@@ -245,6 +245,44 @@ def test_a_subclass_may_change_the_micro_batches(make_trainer, sources):
     assert seen == [True] * 4
 
 
+class OwnStep(Trainer):
+    """Forward and backward pass by hand, as in many scripts."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_step_that_bypasses_the_update_is_an_error(make_trainer, sources):
+    class Ours(NexusTrainer):
+        training_step = OwnStep.training_step
+
+    class Skipping(NexusTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self._window.inputs:
+                return torch.zeros(())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    for kind, reached in ((Ours, 0), (Skipping, 1)):
+        trainer = make_trainer(sources, trainer_class=kind)
+        with pytest.raises(ValueError, match=rf"{kind.__name__} passed on {reached} of 4 .*\(NexusTrainerMixin, Your"):
+            trainer.train()
+        assert not trainer.state.log_history
+    make_trainer(sources, trainer_class=Ours, nexus=False).train()
+
+
+def test_a_step_that_the_mixin_calls_is_walked(make_trainer, sources):
+    class Ours(NexusTrainerMixin, OwnStep):
+        pass
+
+    trainers = [make_trainer(sources, trainer_class=kind) for kind in (Ours, NexusTrainer)]
+    for trainer in trainers:
+        trainer.train()
+    assert torch.equal(*map(weights, trainers)) and last_log(trainers[0])["loss"] == last_log(trainers[1])["loss"]
+
+
 def test_training_step_outside_train_is_an_error(make_trainer, sources):
     trainer = make_trainer(sources)
     with pytest.raises(RuntimeError, match=r"inside train\(\) only"):
