@@ -612,14 +612,15 @@ class NexusTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""
-        step, ours = self.state.global_step, not self._plain
-        if ours and self.is_in_train and "loss" in logs:
+        # A script may log losses of its own on one rank, which cannot sum over all, and evaluate as "train".
+        step, ours = self.state.global_step, self.is_in_train and not self._plain
+        if ours and {"loss", "learning_rate"} <= logs.keys():
             if self._walker.nexus is not None:
                 logs["inner_lr"] = self._walker.nexus.effective_inner_lr
             logs |= self.meter.read(step, self.state.total_flos)
             logs |= self._feed.skipped_rows(step)
             logs |= self._publishing.logs()
-        ended = ours and "train_loss" in logs
+        ended = ours and {"train_loss", "total_flos"} <= logs.keys()
         if ended:
             self.meter.update_totals(step)
         super().log(logs, start_time)

@@ -798,6 +798,25 @@ def test_token_counts_are_complete_at_the_end(make_trainer, sources):
     assert sum(trainer.meter.trained_tokens.values()) == 3 * 4 * 2 * 15
 
 
+def test_only_the_lines_of_the_trainer_have_its_numbers(make_trainer, sources, monkeypatch):
+    """A script that logs a loss of its own on one rank must not wait for the others."""
+
+    class Ours(NexusTrainer):
+        def compute_loss(self, *args, **kwargs):
+            self.log({"loss": 1.0})
+            self.log({"train_loss": 1.0})
+            return super().compute_loss(*args, **kwargs)
+
+    updates, plots = [], []
+    monkeypatch.setattr("hf_nexus.trainer.mixin.send_plots", lambda *args: plots.append(args))
+    trainer = make_trainer(sources, trainer_class=Ours, max_steps=3)
+    update = trainer.meter.update_totals
+    trainer.meter.update_totals = lambda step: updates.append(update(step))
+    trainer.train()
+    trainer.evaluate(Rows(4, 0), metric_key_prefix="train")
+    assert len(updates) == 4 and len(plots) == 1
+
+
 def test_settings_are_saved_and_a_change_is_named(make_trainer, sources, tmp_path, caplog):
     trainer = make_trainer(sources, save_strategy="steps", save_steps=1)
     trainer.train()
