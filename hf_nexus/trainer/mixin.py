@@ -826,7 +826,9 @@ class NexusTrainerMixin(_Base):
                 for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
                     Path(output_dir, name).unlink(missing_ok=True)
             dtype = None if self._checkpoints.staging else self.args.save_dtype
-            if dtype is not None or self.args.nexus:
+            # An evaluation with `bf16_full_eval` leaves a model of 16 bits.
+            wide = self.args.nexus and any(p.dtype == torch.float32 for p in self.model.parameters())
+            if dtype is not None or wide:
                 convert_weights(Path(output_dir), Path(output_dir), dtype)
         if self.args.should_save and not self._plain:
             save_settings(self.resolved_settings(), output_dir)

@@ -219,6 +219,15 @@ def test_a_save_holds_the_chosen_type_and_checkpoints_float32(make_trainer, sour
     assert torch.equal(weights(again), weights(whole))
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_a_model_that_an_evaluation_narrows_is_named_so(make_trainer, sources, tmp_path, dtype):
+    trainer = make_trainer(sources, bf16_full_eval=dtype == BF16, fp16_full_eval=dtype == torch.float16)
+    trainer.evaluate(sources)
+    trainer.save_model()
+    assert {t.dtype for t in saved_weights(tmp_path / "out").values()} == {dtype}
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
+
+
 def test_adapters_with_names_are_converted(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="sft")
