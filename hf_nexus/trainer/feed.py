@@ -73,7 +73,7 @@ class Feed:
         self.data: TrainingData = prepare_data(train, self._weights, self.dynamic_weights, self._whole)
         self.refresh()
 
-    def check(self, evaluation: Any, optimizer: Any = None) -> None:
+    def check(self, evaluation: Any, optimizer: Any = None, trains: bool = True) -> None:
         """Refuse arguments that cannot be combined, with each other, this data or an `optimizer` of the user."""
         data = self.data
         check_arguments(
@@ -84,6 +84,7 @@ class Feed:
             unlike=data.eos_token_id is not None and not data.all_packed,
             isolated=data.eos_token_id is not None and data.isolate_documents is not False,
             optimizer=optimizer,
+            trains=trains,
         )
 
     def refresh(self) -> None:

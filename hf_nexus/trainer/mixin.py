@@ -146,7 +146,7 @@ class NexusTrainerMixin(_Base):
             check_trl_arguments(parent, users, on=not self._plain)
         self._trl = SourcePreparation(self._feed, parent)
         optimizer = (given.get("optimizers") or (None,))[0] or given.get("optimizer_cls_and_kwargs")
-        self._feed.check(evaluation, optimizer)
+        self._feed.check(evaluation, optimizer, trains=not self._awaits_data)
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown
         sets = {"train_dataset": shown, "eval_dataset": evaluation}
         given |= {name: rows for name, rows in sets.items() if rows is not None}  # a constructor may not take both
@@ -167,14 +167,14 @@ class NexusTrainerMixin(_Base):
             self._isolate_documents(collate_packed, self.data_collator)
         if not self._plain:
             self._shift_labels()
-        self._check()
+        self._check(trains=not self._awaits_data)
         choose_greater_is_better(self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator once there is a model, whose weights decide in which type it computes."""
         self._awaits_model = self.model is None  # that of `model_init`
         if not self._awaits_model:
-            self._widen_weights()
+            self._widen_weights(trains=not self._awaits_data)
             if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.args.mixed_precision:
                 AcceleratorState._reset_state()  # of another trainer with the same arguments
             with changed(self.args, parallelism_config=parallelism_of(self.args)):
@@ -187,17 +187,16 @@ class NexusTrainerMixin(_Base):
             return self.model
         if self._awaits_model:
             self.create_accelerator_and_postprocess()
-        self._widen_weights()
+        self._widen_weights(trains=not self._awaits_data)
         collator = getattr(self, "data_collator", None)  # there is none yet in the constructor
         if isinstance(collator, PackedRowCollator):
             self._isolate_documents(collator.collate, collator.others)
         return self.model
 
-    def _widen_weights(self) -> None:
-        if self.args.nexus:
-            # Later than the accelerator, the type in which it computes is chosen.
+    def _widen_weights(self, trains: bool = True) -> None:
+        if self.args.nexus and trains:
             widen_weights(self.model, self.args, self._precision_is_chosen)
-            self._precision_is_chosen = True
+        self._precision_is_chosen = True  # later than the accelerator, the type in which it computes is chosen
 
     def _shift_labels(self) -> None:
         """
@@ -212,8 +211,8 @@ class NexusTrainerMixin(_Base):
             shifting: Any = partial(self.label_smoother, shift_labels=True)
             self.label_smoother = shifting
 
-    def _check(self) -> None:
-        """Refuse launches and names that are not supported."""
+    def _check(self, trains: bool = True) -> None:
+        """Refuse launches and names that are not supported, also for training if the trainer `trains`."""
         if not self._plain:
             check_sets(self.data.names, self.eval_dataset)
         if self.data.mixture is not None:
@@ -229,6 +228,7 @@ class NexusTrainerMixin(_Base):
             sequence_sizes=self.get_cp_size() * self.get_sp_size(),
             adapters=_is_peft_model(self.model),
             has_sources=self.data.has_sources,
+            trains=trains,
         )
         check_launch(self.args, launch)
 
@@ -269,6 +269,11 @@ class NexusTrainerMixin(_Base):
     def _plain(self) -> bool:
         """Whether the run is the base class's: without the update, on data without sources."""
         return not self.args.nexus and not self.data.has_sources
+
+    @property
+    def _awaits_data(self) -> bool:
+        """Whether the trainer was built without training data. It may only evaluate, or get them before `train()`."""
+        return self.data.dataset is None and type(self).get_train_dataloader is Trainer.get_train_dataloader
 
     @property
     def data(self) -> TrainingData:

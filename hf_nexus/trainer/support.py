@@ -207,13 +207,15 @@ def check_arguments(
     unlike: bool = False,
     isolated: bool = False,
     optimizer: Any = None,
+    trains: bool = True,
 ) -> None:
     """
     Refuse training arguments that cannot be combined with each other or with the data. Plans are checked by it, too.
 
     `sources` and `streams` say whether the data has sources, and whether it is read as a stream. `unread` are sources
     without rows that can be read at any time. `unlike` says whether some sources are packed here and others are not,
-    `isolated` whether documents of packed rows are kept apart. `optimizer` is one that was given to the trainer.
+    `isolated` whether documents of packed rows are kept apart. `optimizer` is one that was given to the trainer, which
+    may be built to evaluate only, and not `trains`.
     """
     for name, bound in _RANGES.items():
         if not bound.holds(getattr(args, name)):
@@ -227,6 +229,13 @@ def check_arguments(
         _refuse_async(_async_problem(args))
     get_reporting_integration_callbacks(args.report_to)  # raises if one is not known
     _check_optimizer(args, optimizer)
+    if not trains:
+        return
+    if args.nexus and args.mixed_precision == "fp16":  # also if a launcher has chosen it, which sets no field
+        raise ValueError(
+            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
+            "bf16=True over float32 weights, or `accelerate launch --mixed_precision bf16`."
+        )
     if sources:
         _check_loader(args, streams)
     if unlike and args.source_schedule == "mixed":
@@ -252,7 +261,7 @@ def check_arguments(
 
 
 def _check_optimizer(args: Any, optimizer: Any) -> None:
-    """Refuse optimizers and precisions that cannot step on the pseudo-gradient of a window."""
+    """Refuse optimizers that cannot step on the pseudo-gradient of a window."""
     if args.matrix_optimizer is not None and (optimizer is not None or args.optim not in _ADAMW):
         given = (
             f"optim={OptimizerNames(args.optim).value!r}" if optimizer is None else "an optimizer given to the trainer"
@@ -260,11 +269,6 @@ def _check_optimizer(args: Any, optimizer: Any) -> None:
         raise ValueError(
             f"matrix_optimizer={args.matrix_optimizer!r} and {given} exclude each other: it extends "
             "optim='adamw_torch' or 'adamw_torch_fused'. Leave one of the two out."
-        )
-    if args.nexus and args.mixed_precision == "fp16":  # also if a launcher has chosen it, which sets no field
-        raise ValueError(
-            "Nexus does not support fp16: inner steps are normalized, which gradient scaling does not allow. Use "
-            "bf16=True over float32 weights, or `accelerate launch --mixed_precision bf16`."
         )
     if args.nexus and args.optim in _LAYERWISE | _FUSED_BACKWARD:
         raise ValueError(
@@ -344,6 +348,7 @@ class Launch:
     sequence_sizes: int = 1  # product of the sizes of context and sequence parallelism
     has_sources: bool = False  # whether losses are counted by source, also without Nexus
     adapters: bool = False  # whether adapters are trained
+    trains: bool = True  # whether there is something to train on
 
 
 def check_one_gpu(args: TrainingArguments, command: str) -> None:
@@ -357,12 +362,14 @@ def check_one_gpu(args: TrainingArguments, command: str) -> None:
 
 def check_launch(args: Any, launch: Launch) -> None:
     """Refuse launches and settings that would not train with the Nexus update, or measure its cosines."""
+    if args.nexus or launch.has_sources:  # losses of evaluations would be wrong as well
+        check_one_gpu(args, f"torchrun --nproc_per_node {args.n_gpu} your_script.py ...")
+    if not launch.trains:
+        return
     if args.checkpoint_async:
         _refuse_async(_async_launch_problem(launch))
     if launch.fsdp_version is not None or launch.sharded_at_load:
         check_fsdp(args, launch.fsdp_version or 2)
-    if args.nexus or launch.has_sources:
-        check_one_gpu(args, f"torchrun --nproc_per_node {args.n_gpu} your_script.py ...")
     if not args.nexus:
         return
     if args.snapshot_device == "cpu" and args.device.type == "mps":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, load_file
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.hub.publisher import Publisher
@@ -20,7 +20,7 @@ from hf_nexus.trainer.precision import widen_weights
 from tests.support.hub.runs import QUICK, REPO, SECONDS
 from tests.support.hub.server import ALICE, HubServer
 from tests.support.saved_weights import same, saved_weights
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import Rows, tiny_llama
 from tests.trainer.test_mixin import weights
 
 BF16 = torch.bfloat16
@@ -118,6 +118,34 @@ def test_weights_stay_without_the_update(make_trainer, sources):
     trainer = make_trainer(sources, model=tiny_llama(dtype=BF16), nexus=False)
     trainer.train()
     assert types(trainer.model) == {BF16} and trainer.accelerator.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("built", ["model", "model_init"])
+def test_a_trainer_that_only_evaluates_keeps_the_weights(make_trainer, tmp_path, built):
+    made: Any = tiny_llama(dtype=BF16) if built == "model" else lambda: tiny_llama(dtype=BF16)
+    args = make_trainer(None, upcast_weights=False).args
+    ours, base = NexusTrainer(args=args, **{built: made}), Trainer(tiny_llama(dtype=BF16), args)
+    assert types(ours.model) == {BF16} and ours.accelerator.mixed_precision == "no"
+    losses = [trainer.evaluate(Rows(6, 0))["eval_loss"] for trainer in (ours, base)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    ours.train_dataset = Rows(16, 0)
+    with pytest.raises(ValueError, match="upcast_weights is off"):
+        ours.train()
+
+
+def test_weights_are_widened_once_there_is_training_data(make_trainer, caplog):
+    class Own(NexusTrainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(Rows(16, 0), 2)
+
+    for kind, precision in ((NexusTrainer, "no"), (Own, "bf16")):  # it is that of the constructor
+        trainer = make_trainer(None, tiny_llama(dtype=BF16), trainer_class=kind)
+        assert trainer.accelerator.mixed_precision == precision
+        trainer.train_dataset = Rows(16, 0)
+        start = weights(trainer).float()
+        trainer.train()
+        assert types(trainer.model) == {torch.float32} and not torch.equal(weights(trainer), start)
+        assert trainer.args.mixed_precision == precision
 
 
 def test_weights_that_are_unfrozen_later_are_widened(make_trainer, sources):

@@ -134,6 +134,27 @@ def test_models_spread_at_load_time_are_refused(build):
         build(model=model)
 
 
+def test_what_is_refused_for_training_may_evaluate(make_trainer, monkeypatch):
+    """A trainer without training data, until it has them. The losses of DataParallel are those of replicas."""
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    trainer = make_trainer(None, model=model)
+    trainer.train_dataset = Rows(16, 0)
+    with pytest.raises(ValueError, match="device_map"):
+        trainer.train()
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    with pytest.raises(ValueError, match=f"{INSTEAD} 4"):
+        make_trainer(None)
+
+
+def test_fp16_is_refused_once_there_is_training_data(make_trainer):
+    trainer = make_trainer(None)
+    trainer.args.mixed_precision = "fp16"  # an accelerator on a CPU cannot have it
+    trainer._feed.check(None, trains=trainer.data.dataset is not None)
+    with pytest.raises(ValueError, match="does not support fp16"):
+        trainer._check_start(1)
+
+
 def test_what_is_refused_with_nexus_is_not_without(make_trainer):
     model = tiny_llama()
     model.hf_device_map = {"model": 0, "lm_head": 1}
