@@ -24,11 +24,13 @@ Seed = Annotated[int, Bound(least=0)]
 # Training fields that the comparison sets for each run.
 RESERVED = (
     "output_dir",
+    "run_name",
     "seed",
     "data_seed",
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "push_to_hub",
+    "hub_model_id",
     "hub_token",
 )
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -336,11 +338,14 @@ class ComparisonConfig:
             raise ValueError(f"base: {error}") from error
 
     def run_config(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The pretraining configuration of a run: the base, with the changes for all runs and training `settings`."""
+        """
+        The pretraining configuration of a run: the base without the fields in `RESERVED`, the changes for all runs,
+        and training `settings`.
+        """
         sections = {name: self._base.get(name, {}) | getattr(self, name) for name in SECTION_NAMES}
-        sections["training"] |= settings
-        sections["training"].pop("hub_token", None)  # of the base: the files of the runs must not hold it
-        return sections
+        # The base may describe one run: all would share its order of the data or its checkpoint, and hold its token.
+        common = {key: value for key, value in sections["training"].items() if key not in RESERVED}
+        return {**sections, "training": {**common, **settings}}
 
     @classmethod
     def load(cls, name_or_path: str, output_dir: str | None = None) -> "ComparisonConfig":

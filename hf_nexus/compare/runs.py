@@ -46,7 +46,7 @@ __all__ = [
 SETTINGS_NAME, MEASURED_NAME, MINIMA_NAME = "run.yaml", "measured.yaml", "minima.yaml"
 _BATCH = "per_device_train_batch_size"
 _SAMPLE = "train_sample"  # prefix of the metrics on the sample of training rows
-_NOT_COMPUTED = ("output_dir", "push_to_hub", "hub_model_id")
+_NOT_COMPUTED = ("output_dir", "run_name", "overwrite_output_dir", "push_to_hub", "hub_model_id")
 _PATH_METRICS = ("path_cosine", "pseudo_gradient_norm", "inner_lr", "learning_rate")
 
 
@@ -68,7 +68,9 @@ class Run:
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Settings of training, measurements and minima search, by the file of the folder that holds them."""
-        own: dict[str, Any] = {"output_dir": str(self.folder), "seed": self.seed}
+        study = Path(self.config.output_dir).resolve().name
+        # A tracker may append the curves of a run to those of another with its name.
+        own: dict[str, Any] = {"output_dir": str(self.folder), "run_name": f"{study}/{self.name}", "seed": self.seed}
         own |= {"push_to_hub": self.repo_id is not None, "hub_model_id": self.repo_id}
         if self.trial:
             own |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gradient_cosine_steps": 0}
@@ -184,7 +186,7 @@ class Run:
 
 
 def _computed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those of pushes and the paths of the comparison, which change nothing that is computed."""
+    """The settings without names, paths and those of pushes, which change nothing that is computed."""
     left_out = {"training": _NOT_COMPUTED, "model": ("tokenizer",)}
     return settings | {
         section: {key: value for key, value in settings.get(section, {}).items() if key not in names}

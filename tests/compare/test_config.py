@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from hf_nexus.compare.config import ComparisonConfig
+from hf_nexus.compare.config import RESERVED, ComparisonConfig
+from hf_nexus.pretrain.sections import load_config
 from hf_nexus.strict import read
 
 ARMS: dict[str, Any] = {"adamw": {"nexus": False}, "nexus": {"inner_lr": 0.05}}
@@ -38,6 +40,7 @@ def test_the_folder_may_be_below_that_of_the_user(monkeypatch):
         ({"arms": ARMS | {"x": {"inner_lrr": 1}}}, r"arms.x.inner_lrr: not a .*. Did you mean 'inner_lr'\?"),
         ({"arms": ARMS | {"x": {"inner_lr": "hello"}}}, "arms.x.inner_lr: 'hello' is not allowed"),
         ({"arms": ARMS | {"x": {"seed": 1}}}, "arms.x.seed: the comparison sets it for each run"),
+        ({"training": {"run_name": "mine"}}, "training.run_name: the comparison sets it for each run"),
         ({"baseline": "adam"}, "baseline: 'adam' is not among"),
         ({"primary": {"arm": "adamw"}}, "primary.arm: 'adamw' is the baseline"),
         ({"primary": {"arm": "nexus", "metric": "odd_loss"}}, "primary.metric: 'odd_loss' is not known"),
@@ -121,6 +124,21 @@ def test_every_arm_has_as_many_trials():
         [{"inner_lr": 0.1}, {"inner_lr": 0.2}],
     ]
     assert config.settings("own") == {"nexus": True}
+
+
+def test_runs_take_no_field_of_a_single_run_from_the_base(tmp_path):
+    """All would share the order of the data, and start from one checkpoint."""
+    given = {"seed": 7, "data_seed": 7, "resume_from_checkpoint": "runs/one/checkpoint-9", "run_name": "one"}
+    given |= {"hub_token": "hf_" + "x" * 34, "hub_model_id": "alice/one", "learning_rate": 0.5}
+    base = load_config("demo")
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump({**base, "training": base["training"] | given}))
+    training = make(base=str(path)).run_config({"seed": 3})["training"]
+    assert {key: training.get(key) for key in (*RESERVED, "learning_rate")} == {
+        **dict.fromkeys(RESERVED),
+        "seed": 3,
+        "learning_rate": 0.5,
+    }
 
 
 def test_the_comparison_of_the_package_has_all_controls(tmp_path):
