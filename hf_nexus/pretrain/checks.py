@@ -45,6 +45,9 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         raise ValueError("output_dir: '' is not allowed; name a folder.")
     if model.tokenizer == "train" and any(source.tokens_column for source in mixture.sources.values()):
         raise ValueError("tokenizer='train' cannot read a tokens_column. Set model.tokenizer to that of the tokens.")
+    if full := [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(training, name)]:
+        # The Trainer casts the model itself, only in an evaluation after training, and the model is saved after it.
+        raise ValueError(f"{full[0]}=True would round the weights before they are saved. Use bf16=True, or remove it.")
     if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs <= 0):
         raise ValueError("max_steps: the run has no steps. Set it above 0, or to -1 and num_train_epochs above 0.")
     if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:

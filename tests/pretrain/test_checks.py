@@ -31,6 +31,8 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ("--dataloader_num_workers -1", "dataloader_num_workers: -1"),
         ("--seed -1", "seed: -1"),
         ("--fp16", "does not support fp16"),
+        ("--bf16_full_eval", "bf16_full_eval=True would round the weights before they are saved"),
+        ("--fp16_full_eval", "fp16_full_eval=True would round the weights before they are saved"),
         ("--optim lomo", "optim='lomo' updates weights inside the backward pass"),
         ("--optim galore_adamw_layerwise", "inside the backward pass"),
         ("--checkpoint_async --optim schedule_free_adamw", "does not support optim='schedule_free_adamw'"),
