@@ -57,7 +57,9 @@ def _search_minima(run: Run) -> RunRecord:
     if arguments.training.cpu_threads is not None:
         torch.set_num_threads(arguments.training.cpu_threads)
     tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
-    mixture = load_mixture(arguments.mixture, tokenizer)
+    # A search is not the run that these limits are for: it trains on one source alone.
+    unlimited = {name: replace(source, max_epochs=None) for name, source in arguments.mixture.sources.items()}
+    mixture = load_mixture(replace(arguments.mixture, sources=unlimited), tokenizer)
     sources = wanted.sources or list(mixture.train)
     held_out = {name: mixture.eval[name].take(min(wanted.eval_rows, len(mixture.eval[name]))) for name in sources}
     attention = arguments.model.attn_implementation

@@ -230,6 +230,18 @@ def test_searches_do_not_depend_on_the_batches_of_the_arm(base, tmp_path, monkey
     assert first == other and first[0]["gradient_accumulation_steps"] == 4 and first[0]["adam_beta1"] == 0.8
 
 
+def test_searches_may_repeat_a_source_more_often_than_runs(base, tmp_path):
+    content = yaml.safe_load(base.read_text())
+    for name in ("letters", "digits"):
+        content["data"]["sources"][name]["max_epochs"] = 1
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(content))
+    search = {"max_steps": 1000, "eval_steps": 1, "eval_rows": 2, "grid": 3, "learning_rate": 10.0}  # ends at once
+    run = one_run(make_comparison(path, tmp_path, training=TWO_STEPS, minima=search), tmp_path / "nexus")
+    run.train()
+    assert search_minima(run).minima is not None
+
+
 def test_a_folder_with_other_settings_is_refused(finished):
     run, record = finished
     pushed = replace(run, config=replace(run.config, push_to="alice/study"))
