@@ -297,6 +297,12 @@ class ComparisonConfig:
                 raise ValueError(f"family: {', '.join(unknown)} is not among the arms {', '.join(self.arms)}.")
             if test.arm == test.versus or test == primary or test in tests[:i]:
                 raise ValueError(f"family: {test} is the primary comparison, a repetition, or of one arm. Remove it.")
+            reverse = test._replace(arm=test.versus, versus=test.arm)
+            if self.baseline == test.arm or self.primary.arm == test.versus or reverse in tests[:i]:
+                raise ValueError(
+                    f"family: {test} is in reverse. All arms are compared with the baseline, and the primary arm with "
+                    f"the others. Write {{arm: {reverse.arm}, versus: {reverse.versus}}} once."
+                )
 
     def test(self, declared: DeclaredTest) -> Test:
         """A declared comparison, as `compare_arms` takes it."""

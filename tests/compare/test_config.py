@@ -53,6 +53,21 @@ def test_the_folder_may_be_below_that_of_the_user(monkeypatch):
         ({"family": [{"arm": "nexsu"}]}, "family: nexsu is not among the arms"),
         ({"family": [{"arm": "nexus", "versus": "a"}]}, "family: a is not among the arms"),
         ({"family": [{"arm": "nexus"}]}, "family: .* is the primary comparison"),
+        (
+            {"family": [{"arm": "adamw", "versus": "nexus"}]},
+            "family: .* in reverse. .*Write {arm: nexus, versus: adamw}",
+        ),
+        (
+            {"arms": ARMS | {"x": {}}, "family": [{"arm": "x", "versus": "nexus", "metric": "train_loss"}]},
+            "family: .* in reverse. .*Write {arm: nexus, versus: x}",
+        ),
+        (
+            {
+                "arms": ARMS | {"x": {}, "y": {}},
+                "family": [{"arm": "x", "versus": "y"}, {"arm": "y", "versus": "x"}],
+            },
+            "family: .* in reverse. .*Write {arm: x, versus: y}",
+        ),
         ({"primary": {"arm": "nexus", "versus": "nexus"}}, "primary.versus: the primary arm is compared with the"),
         ({"equivalence_margin": 0}, "equivalence_margin: 0 "),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] .* each once"),
