@@ -131,7 +131,7 @@ class Comparison:
 
     def _check_settings(self) -> list[PretrainArguments]:
         """Parse the configuration of every arm and trial, and return one of each arm: all have one model and data."""
-        rows: dict[str, float] = {}
+        rows: dict[str, str] = {}
         lanes: dict[Lanes, str] = {}  # into which streams are cut, and an arm
         devices = self.config.devices_per_run
         of_arms, early = [], list[str]()
@@ -145,9 +145,9 @@ class Comparison:
                 t = arguments.training
                 if t.max_steps > 0 and (stable_steps(t, t.max_steps) or 0) < 0:
                     early.append(where)
-                length = t.max_steps if t.max_steps > 0 else t.num_train_epochs
                 batch = t.per_device_train_batch_size * t.gradient_accumulation_steps
-                rows[f"{arm} {trial or ''}".strip()] = length * batch
+                length = f"{t.max_steps * batch:,}" if t.max_steps > 0 else f"those of {t.num_train_epochs:g} epochs"
+                rows[f"{arm} {trial or ''}".strip()] = length
                 workers = max(1, t.dataloader_num_workers)
                 lanes.setdefault(Lanes.of_run(t.per_device_train_batch_size * devices, devices, workers), where)
             of_arms.append(arguments)

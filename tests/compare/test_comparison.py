@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_all_arms_must_read_the_same_rows_of_streams(base, tmp_path):
     check(base, 4, 8)
     with pytest.raises(ValueError, match=r"arms\.adamw and arms\.other would train on other rows of streaming"):
         check(path, 4, 8)
+
+
+@pytest.mark.parametrize(("changes", "same"), [({"gradient_accumulation_steps": 2}, True), ({}, False)])
+def test_arms_of_as_many_epochs_train_on_as_many_rows(base, tmp_path, changes, same):
+    """At any batch size. Twice as many epochs of batches of half the size are other rows."""
+    arm = {"per_device_train_batch_size": 2} | (changes or {"per_device_train_batch_size": 1, "num_train_epochs": 2})
+    training = {"max_steps": -1, "num_train_epochs": 1, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+    config = make_comparison(base, tmp_path, arms=ARMS | {"other": arm}, training=training)
+    with nullcontext() if same else pytest.raises(ValueError, match=r"same number of rows, not .*of 2 epochs"):
+        Comparison(config, Console(quiet=True))._check_settings()
 
 
 CONTROL = {"gamma-0": {"inner_lr": 0.0}}
