@@ -488,6 +488,11 @@ def _check_supported(where: str, training: PretrainConfig, devices: int) -> None
         raise ValueError(
             f"{where}: load_best_model_at_end is not supported: losses belong to the last weights. Remove it."
         )
+    if training.label_smoothing_factor:
+        raise ValueError(
+            f"{where}: label_smoothing_factor is not supported: held-out losses would be smoothed as well, and not be "
+            "in nats per token. Remove it."
+        )
     if training.save_only_model:
         raise ValueError(f"{where}: save_only_model is not supported: a run could not go on. Remove it.")
 

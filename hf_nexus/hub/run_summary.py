@@ -75,7 +75,8 @@ class RunSummary:
     unit: Literal["tokens", "rows"] = "tokens"  # what the mixture counts: "rows" for models without a label per token
     stages: list[Stage] = field(default_factory=list)
     evaluations: list[HeldOutLoss] = field(default_factory=list)
-    per_token: bool = True  # whether `evaluations` are means over tokens; those of preferences are over pairs
+    # Whether `evaluations` are means over tokens. Those of preferences are over pairs, and smoothed losses are others.
+    per_token: bool = True
     best_step: int | None = None  # outer step of the checkpoint whose weights were loaded at the end as the best
     arm: str | None = None  # name of the arm that `arm_loss` and `arm_value` come from, see `against`
     benchmarks: list[BenchmarkScore] = field(default_factory=list)

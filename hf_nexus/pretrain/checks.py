@@ -52,7 +52,7 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         raise ValueError("max_steps: the run has no steps. Set it above 0, or to -1 and num_train_epochs above 0.")
     if training.save_strategy == SaveStrategy.BEST and training.metric_for_best_model is None:
         raise ValueError("metric_for_best_model: missing, and save_strategy is 'best'. Set it, to loss for example.")
-    _check_metric(training.metric_for_best_model, mixture)
+    _check_metric(training.metric_for_best_model, mixture, smoothed=training.label_smoothing_factor > 0)
     if training.push_to_hub and training.hub_model_id is not None:
         check_repo_id(training.hub_model_id)
     backends = {backend.lower(): backend for backend in DynamoBackend.list()}
@@ -70,12 +70,13 @@ def check_run(model: ModelArguments, mixture: MixtureConfig, training: PretrainC
         _try_optimizer(training)
 
 
-def _check_metric(metric: str | None, mixture: MixtureConfig) -> None:
+def _check_metric(metric: str | None, mixture: MixtureConfig, smoothed: bool = False) -> None:
     """Refuse a `metric_for_best_model` that no evaluation measures. It may begin with `eval_`."""
     held_out = [n for n, s in mixture.sources.items() if s.role == "ood" or s.eval_rows or s.eval_split]
     roles = {mixture.sources[name].role for name in held_out}
     means = ["", "ood_"] if roles == {"train", "ood"} else [""]  # OOD sources alone have one mean
-    known = [f"{part}{kind}" for part in [*means, *(f"{n}_" for n in held_out)] for kind in ("loss", "perplexity")]
+    kinds = ["loss"] if smoothed else ["loss", "perplexity"]
+    known = [f"{part}{kind}" for part in [*means, *(f"{n}_" for n in held_out)] for kind in kinds]
     if metric is not None and (name := metric.removeprefix("eval_")) not in known:
         raise ValueError(
             f"metric_for_best_model: {metric!r} is not measured.{nearest(name, known)} Use one of {', '.join(known)}."

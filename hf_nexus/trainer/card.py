@@ -63,7 +63,11 @@ class RunFacts:
 
     @property
     def per_token(self) -> bool:
-        """Whether losses are per token. If this process has not evaluated, the resumed training and its log tell."""
+        """
+        Whether losses are in nats per token. If this process has not evaluated, the resumed training and its log tell.
+        """
+        if self.args.label_smoothing_factor:
+            return False
         if self.labels_are_tokens is not None:
             return self.labels_are_tokens
         # Rows are also the unit of language models that take no number of loss tokens.

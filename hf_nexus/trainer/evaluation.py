@@ -147,10 +147,11 @@ class Evaluation:
         Evaluate several sets, given a function of the name of a set and the prefix of its metrics.
 
         Returns:
-            `dict[str, float]`: their metrics, the means over the sets, and perplexities if all labels are tokens.
+            `dict[str, float]`: their metrics, the means over the sets, and perplexities if all labels are tokens, and
+            not smoothed.
         """
         found: dict[str, Mapping[str, float]] = {}
-        tokens = True
+        tokens = not self._args.label_smoothing_factor
         for name in sets:
             found[name] = evaluate(name, f"{prefix}_{name}")
             tokens = tokens and bool(self.labels_are_tokens)

@@ -129,6 +129,7 @@ def test_several_processes_are_refused(base, tmp_path, monkeypatch):
         ({"minima": {"sources": ["letters", "signs"]}}, "signs.* are not among the training sources"),
         ({"question_sets": {"quiz": {"path": "no/such.jsonl"}}}, "no/such.jsonl"),
         ({"training": {"load_best_model_at_end": True}}, r"^arms\.adamw: load_best_model_at_end"),
+        ({"training": {"label_smoothing_factor": 0.1}}, r"^arms\.adamw: label_smoothing_factor is not supported"),
         ({"training": {"save_only_model": True}}, r"^arms\.adamw: save_only_model is not supported"),
         ({"training": {"fsdp": True, "gradient_cosine_steps": 0}}, r"^arms\.adamw: fsdp .* devices_per_run"),
         ({"primary": {"arm": "nexus", "metric": "minima_distance"}}, "'minima_distance' is not measured"),

@@ -56,6 +56,7 @@ WSD = "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"
         ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs: '3' is not allowed; it must be a mapping"),
         ("--save_strategy best", "metric_for_best_model: missing"),
         ("--metric_for_best_model eval_lettres_loss", "not measured. Did you mean 'letters_loss'?"),
+        ("--metric_for_best_model perplexity --label_smoothing_factor 0.1", "'perplexity' is not measured"),
         ("--push_to_hub --hub_model_id a/b/c", "hub_model_id='a/b/c' is not allowed"),
         ("--torch_compile_backend inducter", "'inducter' is not allowed. Did you mean 'inductor'?"),
         ("--optim_args a", "optim_args: 'a' is not allowed"),

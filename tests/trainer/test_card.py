@@ -324,6 +324,15 @@ def test_the_perplexity_of_token_losses_stays_on_the_card(make_trainer, sources,
     assert resumed.per_token == (several or counts)
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_smoothed_losses_have_no_perplexity(make_trainer, sources, several):
+    sets = {"text": Rows(4, 0), "law": Rows(4, 3)} if several else Rows(4, 0)
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": sets}, label_smoothing_factor=0.1)
+    assert not any("perplexity" in key for key in trainer.evaluate())
+    summary = summarize(trainer.run_facts())
+    assert summary.evaluations and not summary.has_perplexity and not summary.numbers
+
+
 def test_the_card_of_a_classifier_has_metrics_and_code(make_trainer, tmp_path, monkeypatch):
     kwargs = {"eval_dataset": Labelled(4, 1), "compute_metrics": lambda predictions: {"accuracy": 0.75}}
     sources = {"one": Labelled(16, 0), "two": Labelled(8, 2)}
