@@ -14,9 +14,10 @@ from .tasks import Task
 
 __all__ = ["BenchmarkScore", "read_scores"]
 
-# Fractions, which leaderboards and cards show in percent. Other metrics keep their unit.
-_FRACTIONS = {"acc", "acc_norm", "exact_match", "f1", "math_verify", "pass@1", "pass_at_1"}
-_IN_PERCENT = ("squadv2", "scrolls_")  # starts of the names of tasks that report F1 in percent already
+# Fractions, which leaderboards and cards show in percent: their names have one of these parts, such as
+# `prompt_level_strict_acc`. Other metrics keep their unit.
+_FRACTION = re.compile(r"(.*_)?(acc|accuracy|em|exact_match|f1|math_verify|pass(@|_at_)\d+)(_.*)?")
+_IN_PERCENT = ("squadv2", "scrolls_")  # starts of the names of tasks that report all but accuracies in percent already
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def read_scores(task: Task, results: Mapping[str, Any]) -> list[BenchmarkScore]:
 
 def _score(task: Task, name: str, key: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> BenchmarkScore:
     metric, _, kind = key.partition(",")
-    in_percent = float(row[key]) > 1 or (metric == "f1" and name.startswith(_IN_PERCENT))
-    unit = 100 if metric in _FRACTIONS and not in_percent else 1
+    in_percent = float(row[key]) > 1 or (name.startswith(_IN_PERCENT) and not metric.startswith("acc"))
+    unit = 100 if _FRACTION.fullmatch(metric) and not in_percent else 1
     stderr = row.get(f"{metric}_stderr,{kind}")
     leaves = [leaf for leaf in _leaves(name, results) if leaf in results["configs"]] or list(results["configs"])
     shots = sorted({results["n-shot"][leaf] for leaf in leaves if leaf in results["n-shot"]})

@@ -28,6 +28,27 @@ def test_an_f1_is_shown_in_percent_once(task, reported, shown):
     assert found.value == pytest.approx(shown)
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "unit"),
+    [
+        ("ifeval", "prompt_level_strict_acc", 100),
+        ("ifeval", "inst_level_loose_acc", 100),
+        ("drop", "em", 100),
+        ("bbq_generate", "accuracy_amb", 100),
+        ("humaneval_64", "pass@64", 100),
+        ("scrolls_quality", "em", 1),  # in percent already
+        ("scrolls_quality", "acc_norm", 100),
+        ("squadv2", "HasAns_f1", 1),
+        ("glue_cola", "mcc", 1),
+        ("wikitext", "bits_per_byte", 1),
+        ("truthfulqa_gen", "bleu_max", 1),
+    ],
+)
+def test_a_fraction_is_known_by_a_part_of_its_name(task, metric, unit):
+    (found,) = read_scores(Task(task), raw(task, f"{metric},none", 0.4))
+    assert found.value == pytest.approx(0.4 * unit)
+
+
 def test_a_limited_score_is_not_a_registered_result():
     (found,) = read_scores(Task("gsm8k", SUITE["gsm8k"], limit=10), raw())
     assert found.task_id is None and "first 10 examples" in found.notes
