@@ -1,9 +1,11 @@
 """Benchmark scores of a model: its `benchmark_results.json`, the card and `.eval_results`."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 from ..files import read_plain, write_atomic
@@ -11,9 +13,12 @@ from .card import save_card
 from .results import BenchmarkScore, save_results
 from .run_summary import SUMMARY_NAME, RunSummary
 
-__all__ = ["SCORES_NAME", "claim_scores", "record_scores"]
+__all__ = ["SCORES_NAME", "claim_scores", "record_scores", "set_aside"]
+
+logger = logging.getLogger(__name__)
 
 SCORES_NAME = "benchmark_results.json"
+_MEASURED = (SCORES_NAME, "closeness.json")
 
 
 def claim_scores(folder: Path, model: str | None) -> None:
@@ -54,6 +59,18 @@ def record_scores(folder: str | os.PathLike[str], scores: Sequence[BenchmarkScor
         summary.save(folder)
         benchmarks = summary.benchmarks
     save_results(benchmarks, folder)
+
+
+def set_aside(folder: str | os.PathLike[str]) -> None:
+    """
+    Rename the files of measurements on the weights of a folder, because training will replace the weights. Files that
+    start with `_` are not pushed, and later scores are not merged with theirs.
+    """
+    for path in (Path(folder, name) for name in _MEASURED):
+        if path.exists():
+            names = (path.with_stem(f"_{path.stem}-{number}") for number in count(1))
+            kept = path.rename(next(name for name in names if not name.exists()))
+            logger.warning(f"{path} was measured on earlier weights. It is kept as {kept.name}.")
 
 
 def _merged(new: list[BenchmarkScore], old: Sequence[BenchmarkScore]) -> list[BenchmarkScore]:

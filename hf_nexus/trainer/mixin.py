@@ -24,6 +24,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, log
 
 from ..evaluation.cosines import gradient_cosines
 from ..files import hidden, printable, require_folder, step_of, without_folders
+from ..hub.benchmarks import set_aside
 from ..hub.publisher import Publisher
 from ..hub.run_summary import RunSummary
 from ..hub.weights import convert_weights
@@ -430,6 +431,8 @@ class NexusTrainerMixin(_Base):
         self._random_states.begin()
         self._checkpoints.find_best(self.state)
         self.meter.begin(read_totals(resume_from_checkpoint))
+        if self.args.should_save and step < max_steps:
+            set_aside(self.args.output_dir)
         return prepared
 
     def _check_start(self, max_steps: int) -> None:

@@ -58,6 +58,22 @@ def test_the_card_and_registered_results_show_the_scores(tmp_path):
     assert len(RunSummary.load(tmp_path).benchmarks) == 3  # none twice
 
 
+def test_scores_of_earlier_weights_are_set_aside(make_trainer, sources, tmp_path):
+    """By every training that has steps."""
+    out = tmp_path / "out"
+    for value in (1.0, 2.0):
+        make_trainer(sources, save_strategy="steps", save_steps=2).train()
+        record_scores(out, [score("gsm8k", value)])
+        (out / "closeness.json").write_text("{}")
+    make_trainer(sources).train(resume_from_checkpoint=True)  # has ended
+    assert [(row.name, row.value) for row in load_scores(out)] == [("gsm8k", 2.0)]
+    make_trainer(sources, max_steps=3).train(resume_from_checkpoint=True)
+    record_scores(out, [score("bbh", 3.0)])
+    assert [(row.name, row.value) for row in load_scores(out)] == [("bbh", 3.0)]
+    kept = [json.loads((out / f"_benchmark_results-{i}.json").read_text())["scores"][0]["value"] for i in (1, 2)]
+    assert kept == [1.0, 2.0] and (out / "_closeness-2.json").exists() and not (out / "closeness.json").exists()
+
+
 def test_a_folder_never_mixes_two_models(tmp_path):
     claim_scores(tmp_path / "results", "org/one")
     record_scores(tmp_path / "results", [score()])
