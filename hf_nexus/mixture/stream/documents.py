@@ -135,7 +135,7 @@ class PackedLane:
             length += len(more)
             self._token += len(more)
             self._tokens += len(more)
-            self._pass, self._token_at = self.documents[0][0].at["pass"], self._read
+            self._pass, self._token_at = self.documents[0][0].passes, self._read
             if self._document_ended:
                 starts[length] = True
                 self._next_document()

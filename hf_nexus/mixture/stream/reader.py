@@ -33,6 +33,9 @@ _NETWORK_PACKAGES = {"aiohttp", "botocore", "gcsfs", "http", "httpcore", "httpco
 _NETWORK_PACKAGES |= {"urllib3"}
 # The position before the first row: the pass, the rows before it and before the block, and the block in the source.
 BEGINNING: dict[str, Any] = {"pass": 0, "since": 0, "first": 0, "block": None}
+# Passes without rows, per other part, after which a source counts as empty. Each pass has other shards of the source:
+# if only one of them has rows, one part in ten million ends by chance.
+_EMPTY_PASSES = 16
 # Errors that a retry does not solve.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -60,6 +63,11 @@ class Held:
     end: int
     places: np.ndarray  # of the lane of each row among those that share the part
 
+    @property
+    def passes(self) -> int:
+        """The passes with rows that ended before the block."""
+        return self.at["pass"] - self.at.get("empty", 0)
+
     def dealt(self, lane: Lane) -> np.ndarray:
         """Which rows of the block are those of a lane."""
         return np.flatnonzero(self.places == lane.place)
@@ -74,6 +82,8 @@ class PartReader:
     the run is. A position has what each has more than the least, unless there is one lane. Without sizes of rows, they
     are dealt in turn.
 
+    One of several parts may have no rows in a pass. Its next pass follows, which has other shards.
+
     Raises:
         SourceError: The source cannot be read (all methods that read).
     """
@@ -82,7 +92,8 @@ class PartReader:
         self.source = source
         self.partition = partition
         self._lane_count = lanes
-        self.pass_rows: int | None = None  # rows of the last whole pass
+        self.pass_rows: int | None = None  # rows of the last whole pass that had any
+        self._empty = 0  # passes without rows since
         self._next = at or BEGINNING
         self._held: deque[Held] = deque()
         self._blocks: Any = None
@@ -152,11 +163,23 @@ class PartReader:
 
     def _end_pass(self) -> None:
         pass_, since, first = (self._next[name] for name in ("pass", "since", "first"))
-        if first == since:
-            raise self.error(f"part {self.partition.index + 1} of {self.partition.count} of its shards has no rows.")
-        self.pass_rows = first - since
-        self._next |= {"pass": pass_ + 1, "since": first, "block": None}
+        if first > since:
+            self.pass_rows, self._empty = first - since, 0
+        else:
+            self._note_empty_pass()
+        # Not in place: it may be `BEGINNING`, or in the state of a lane.
+        self._next = self._next | {"pass": pass_ + 1, "since": first, "block": None}
         self._blocks = None
+
+    def _note_empty_pass(self) -> None:
+        index, count, before = self.partition.index, self.partition.count, self._next.get("empty", 0)
+        problem = f"part {index + 1} of {count} of its shards has no rows"
+        self._empty += 1
+        if self._empty > _EMPTY_PASSES * (count - 1):
+            raise self.error(problem + ("." if count == 1 else f" in {self._empty} passes in a row."))
+        if not before:
+            logger.warning("%s. It goes on with the shards of its next pass.", self.error(problem))
+        self._next = self._next | {"empty": before + 1}
 
     def _retried(self, read: Callable[[], Result]) -> Result:
         for attempt in range(ATTEMPTS):
@@ -200,7 +223,7 @@ class RowReader:
         self._states = states
         self._cut = lanes.parts(source.parts)
         self._parts: dict[int, PartReader] = {}
-        self._pass: dict[int, int] = {}  # of the last row of each part
+        self._pass: dict[int, int] = {}  # of the last row of each part, among the passes with rows
         self._of_part: dict[int, list[Lane]] = {}
         for slot, turn in own:
             lane = self.lane(slot, turn)
@@ -242,7 +265,7 @@ class RowReader:
                 end = min(last, held.end)
                 rows += part.fetch(held, np.arange(number, end) - held.first)
                 number = end
-                self._pass[part.partition.index] = held.at["pass"]
+                self._pass[part.partition.index] = held.passes
             part.forget(last)
         return rows
 

@@ -1,32 +1,42 @@
 """The rows of each global micro-batch depend on neither ranks nor workers, before or after a resume."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_nexus.mixture.stream.lanes import Lanes
 from hf_nexus.mixture.stream.progress import MicroBatchSampler
-from hf_nexus.mixture.stream.reader import RowReader
+from hf_nexus.mixture.stream.reader import RowReader, SourceError
 from hf_nexus.mixture.stream.sources import open_source
 
 from ...support.stream_documents import documents_of
 from ...support.stream_readers import Readers
 from ...support.streams import Replayed, sharded, texts
 
+
+def _is_early(row: dict[str, Any]) -> bool:
+    return row["x"] < 30
+
+
 SOURCES: dict[str, Any] = {
     "map-style": lambda: [{"x": x} for x in range(90)],
     "one file": lambda: sharded([97], 0),
     "few files": lambda: sharded([30, 17, 43], 0),
     "many files": lambda: sharded([5 + i % 4 for i in range(70)], 0),
+    "empty files": lambda: sharded([30 if i % 9 == 0 else 0 for i in range(27)], 0),
     "tiny": lambda: sharded([7, 8], 0),
     "replayed": lambda: Replayed(75, 0),
     "documents": lambda: documents_of(texts(60).to_iterable_dataset(3), 8),
     "documents of many files": lambda: documents_of(texts(140).to_iterable_dataset(33), 8),
+    "documents of empty files": lambda: documents_of(texts(140).to_iterable_dataset(33).filter(_is_early), 8),
     "few documents": lambda: documents_of(texts(30).to_iterable_dataset(2), 8),
 }
 NUMBERS = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4))  # ranks that divide 12 rows, and workers
@@ -87,6 +97,30 @@ def test_no_row_is_lost_or_repeated(
     assert sorted(first_pass) == list(range(sum(sizes)))
     found = Readers(dataset, ranks, workers, lanes, buffer_size=buffer).read(visits * lanes.turns, rows)
     assert Counter(x for batch in found for x in batch) == expected
+
+
+@pytest.mark.parametrize("kind", ["generator", "parquet"])
+def test_a_part_without_rows_goes_on_with_other_shards(tmp_path: Path, kind: str) -> None:
+    """Its passes without rows do not count for `max_epochs`."""
+    dataset: Any = sharded([12, 12, *[0] * 14], 0)
+    if kind == "parquet":
+        for i in range(16):
+            rows = range(12 * i, 12 * i + 12 if i < 2 else 12 * i)
+            table = pa.table({"x": pa.array(rows, pa.int64())})
+            with pq.ParquetWriter(tmp_path / f"{i:02}.parquet", table.schema) as file:
+                if rows:  # as other programs write no row group
+                    file.write_table(table)
+        dataset = load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True)
+    readers = Readers(dataset, 1, 1, Lanes(8, 8))
+    found, states = readers.read(1, 8), readers.states["a"].values()
+    assert {state["pass"] for state in states} == {0} < {0, *(state["at"]["pass"] for state in states)}
+    found += readers.read(39, 8)
+    assert {x for batch in found for x in batch} == set(range(24))
+
+
+def test_parts_without_rows_in_any_pass_are_an_error() -> None:
+    with pytest.raises(SourceError, match=r"part 1 of 4 of its shards has no rows in 49 passes in a row"):
+        Readers(sharded([1] * 16, 0).filter(lambda row: False), 1, 1, Lanes(8, 8)).read(1, 8)
 
 
 @pytest.mark.parametrize(("rows", "ranks", "workers", "lanes"), [
