@@ -258,6 +258,14 @@ def test_an_iterable_dataset_shows_its_layers():
     assert stream.with_format("arrow")._formatting.is_table
 
 
+def test_a_stream_of_files_shows_their_names_and_sizes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    Path(tmp_path, "a.jsonl").write_text('{"x": 1}\n')
+    stream = datasets.load_dataset("json", data_files=f"{tmp_path}/*.jsonl", split="train", streaming=True)
+    (file,) = stream._ex_iterable.kwargs["base_files"]
+    assert import_module("datasets.utils.file_utils").xgetsize(file) == 9
+
+
 FINGERPRINTS = """
 from datasets import Dataset, load_dataset
 a, b = (Dataset.from_list([{"x": text}] * 3) for text in "ab")

@@ -19,7 +19,7 @@ from .loading import Mixture
 from .packing import tokenizer_fingerprint
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
-from .stream.sources import is_streaming, layers
+from .stream.sources import is_streaming, layers, open_source
 from .training_data import TrainingData
 
 __all__ = ["compare_data", "describe_data", "describe_sources", "load_data_state", "save_data_state"]
@@ -151,6 +151,8 @@ def _describe(name: str, source: Any, mixture: Mixture | None, hash_of: Any = to
         return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):
         facts |= {"shards": documents.num_shards, "layers": _describe_layers(documents)}
+        if (sizes := open_source(name, documents, 1).sizes) is not None:
+            facts["cut by shard sizes"] = digest(sizes)
     return facts
 
 

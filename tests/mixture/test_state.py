@@ -140,6 +140,25 @@ def stream(tmp_path) -> Any:
     return make
 
 
+@pytest.mark.parametrize("other", [[1, *[3] * 7], [2, *[3] * 8], [3] * 8])
+def test_a_cut_by_the_sizes_of_files_is_described(tmp_path, other):
+    """A checkpoint without it was written when parts had equal numbers of files."""
+
+    def described(disk, rows):
+        files = [tmp_path / disk / f"{i}.jsonl" for i in range(len(rows))]
+        files[0].parent.mkdir()
+        for file, count in zip(files, rows, strict=True):
+            file.write_text('{"x": 1}\n' * count)
+        stream = load_dataset("json", data_files=[*map(str, files)], split="train", streaming=True)
+        return _describe("a", stream, None)
+
+    one = described("old", [2, *[3] * 7])
+    assert one == described("moved", [2, *[3] * 7]) != described("other", other)
+    former = {name: fact for name, fact in one.items() if name != "cut by shard sizes"}
+    assert compare_data({"a": former}, {"a": one}) == ["a: cut by shard sizes is new"]
+    assert "cut by shard sizes" not in described("equal", [3] * 9) | described("few", [2, *[3] * 6])
+
+
 def test_the_folders_of_files_are_described_and_may_move(stream):
     names = "a/x.jsonl", "b/x.jsonl", "b/y.jsonl"
     one = _describe("a", stream(*names, disk="old"), None)

@@ -1,5 +1,6 @@
 """Sources of rows: every kind of dataset, read for one partition in shuffled blocks, from which reading can resume."""
 
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.table import InMemoryTable
+from datasets.utils.file_utils import xgetsize
 from pyarrow import compute
 
 from ..digest import digest
@@ -35,8 +37,9 @@ __all__ = [
 CHUNK = 64
 # A block of large rows ends early.
 BLOCK_BYTES = 128 << 20
-# Shards of a part at least, because parts are equal to within the size of a shard.
-_SHARDS = 4
+# Shards of a part at least, because parts are equal to within the size of a shard, or of some part of it if sizes are
+# known: a part then has at least twice the size of the largest.
+_SHARDS, _LARGEST = 4, 2
 # Layers of a streaming dataset under which each shard holds its own rows, unless they count rows. Under others, such
 # as `skip` and `interleave_datasets`, the rows of a shard depend on the other shards.
 _DIVISIBLE = {
@@ -79,17 +82,28 @@ class Partition:
         """A generator for the source and `key`. All partitions draw the same unless their index is in `key`."""
         return np.random.default_rng((self.seed, zlib.crc32(self.source.encode()), *key))
 
-    def slices(self, order: list[int]) -> list[ShardSlice]:
+    def slices(self, order: list[int], sizes: list[int] | None = None) -> list[ShardSlice]:
         """
         The slices of shards that make up this partition, for shards in a given order. Each partition takes an equal
-        length of the shards laid end to end, which splits only the shards at its two ends.
+        length of the shards laid end to end, which splits only the shards at its two ends. `sizes` are those of the
+        shards in the order of their numbers, if they differ.
         """
-        start, end = self.index * len(order), (self.index + 1) * len(order)  # in units of 1 / count of a shard
+        lengths = [1] * len(order) if sizes is None else [max(1, sizes[shard]) for shard in order]
+        start, end = (self._border(index, lengths) for index in (self.index, self.index + 1))
         found = []
         for number in range(start // self.count, -(-end // self.count)):
             first = number * self.count
             found.append(ShardSlice(order[number], max(start - first, 0), min(end - first, self.count)))
         return found
+
+    def _border(self, index: int, lengths: list[int]) -> int:
+        """Where partition `index` starts among shards laid end to end, in units of 1 / count of a shard."""
+        rest = index * sum(lengths)  # in units of 1 / count of a length
+        for number, length in enumerate(lengths):
+            if rest < length * self.count:
+                return number * self.count + round(rest / length)
+            rest -= length * self.count
+        return len(lengths) * self.count
 
     def shuffled(self, part: ShardSlice, first: int, count: int, *key: int) -> np.ndarray:
         """Which of the `count` rows from row `first` of a shard are in a slice of it, in an order drawn for `key`."""
@@ -116,12 +130,14 @@ class Block:
 class Source(ABC):
     """
     A dataset as a reader sees it. `size` is its number of rows, where it is known. `parts` is the largest number of
-    parts in which it can be read without reading the others. `mark` is a hash of its first rows,
-    where each reader must read all rows and has read the first: it is then the same for all readers.
+    parts in which it can be read without reading the others. `sizes` are those of its shards, if parts are cut by
+    them. `mark` is a hash of its first rows, where each reader must read all rows and has read the first: it is then
+    the same for all readers.
     """
 
     size: int | None = None
     parts: int = 1
+    sizes: list[int] | None = None
     mark: int | None = None
 
     @abstractmethod
@@ -165,6 +181,9 @@ class ResumableStream(Source):
         self.divisible = all(_is_divisible(layer) for layer in layers(dataset))
         self.shards = dataset.num_shards if self.divisible else 1
         self.parts = max(1, self.shards // _SHARDS)
+        self.sizes = _unequal_sizes(dataset) if self.parts > 1 else None
+        if self.sizes is not None:
+            self.parts = max(1, min(self.parts, sum(self.sizes) // (_LARGEST * max(self.sizes))))
         self.block_rows = block_rows
         self.format = dataset._formatting.format_type if dataset._formatting else None
         # Tables take less memory than rows until rows are asked for.
@@ -185,7 +204,7 @@ class ResumableStream(Source):
         return f"shard {shard} of {self.shards}, after {position['row']} rows"
 
     def _slices(self, partition: Partition, pass_: int) -> list[ShardSlice]:
-        return partition.slices(partition.rng(pass_).permutation(self.shards).tolist())
+        return partition.slices(partition.rng(pass_).permutation(self.shards).tolist(), self.sizes)
 
     def _read(self, partition: Partition, pass_: int, part: ShardSlice, position: dict[str, Any]) -> Iterator[Block]:
         # A new object each time: `load_state_dict` also affects later iterations of the same object.
@@ -312,6 +331,24 @@ def _layer_anew(layer: Any) -> Any:
     if "ex_iterable" in vars(layer):
         new.ex_iterable = _layer_anew(layer.ex_iterable)
     return new
+
+
+def _unequal_sizes(dataset: Any) -> list[int] | None:
+    """
+    Bytes of each shard of a `datasets.IterableDataset` whose shards are files on a disk or on the Hub. `None` if they
+    are all the same, or not known.
+    """
+    for files in vars(layers(dataset)[-1]).get("kwargs", {}).values():
+        # Row groups of a file have its name.
+        if isinstance(files, list) and all(isinstance(f, str) for f in files) and len({*files}) == len(files):
+            try:  # for files on the Hub, `datasets` has listed the folders
+                known = all(os.path.isfile(file) or file.startswith("hf://") for file in files)
+                sizes = [xgetsize(file) for file in files] if known else []
+            except Exception:  # reading reports what is wrong
+                return None
+            if len({*sizes}) > 1:
+                return sizes
+    return None
 
 
 def _is_divisible(layer: Any) -> bool:

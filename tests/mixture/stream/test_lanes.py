@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hf_nexus.mixture.stream.lanes import Lanes
 from hf_nexus.mixture.stream.progress import MicroBatchSampler
 from hf_nexus.mixture.stream.reader import RowReader, SourceError
-from hf_nexus.mixture.stream.sources import open_source
+from hf_nexus.mixture.stream.sources import Partition, open_source
 
 from ...support.stream_documents import documents_of
 from ...support.stream_readers import Readers
@@ -121,6 +121,42 @@ def test_a_part_without_rows_goes_on_with_other_shards(tmp_path: Path, kind: str
 def test_parts_without_rows_in_any_pass_are_an_error() -> None:
     with pytest.raises(SourceError, match=r"part 1 of 4 of its shards has no rows in 49 passes in a row"):
         Readers(sharded([1] * 16, 0).filter(lambda row: False), 1, 1, Lanes(8, 8)).read(1, 8)
+
+
+def files_of(folder: Path, sizes: list[int]) -> Any:
+    """Rows 0, 1, ... in JSON files of some numbers of rows, all of the same length."""
+    ends, names = np.cumsum(sizes).tolist(), []
+    for size, end in zip(sizes, ends, strict=True):
+        names.append(str(folder / f"{len(names):03}.jsonl"))
+        Path(names[-1]).write_text("".join(f'{{"x": {x:5}}}\n' for x in range(end - size, end)))
+    return load_dataset("json", data_files=names, split="train", streaming=True)
+
+
+@pytest.mark.parametrize("sizes", [[475, *[25] * 19], [190, *[10 + 2 * i for i in range(20)], 200]])
+def test_files_are_read_in_proportion_to_their_sizes(tmp_path: Path, sizes: list[int]) -> None:
+    dataset, total = files_of(tmp_path, sizes), sum(sizes)
+    readers = Readers(dataset, 1, 1, Lanes(8, 8), buffer_size=64)
+    found = readers.read(total // 8, 8)
+    times = Counter(x for batch in found for x in batch)
+    largest = [times[x] for x in range(sizes[0])]
+    assert sum(largest) / sizes[0] > 0.8 and max(times.values()) <= 2
+    assert sum(state["pass"] for state in readers.states["a"].values()) <= 8  # few have ended before all
+    half = Readers(dataset, 2, 2, Lanes(8, 8), buffer_size=64)
+    assert half.read(10, 8) == found[:10]
+    assert Readers(dataset, 4, 1, Lanes(8, 8), half.states, 10, buffer_size=64).read(30, 8) == found[10:40]
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=8, max_size=40), st.integers(1, 8), st.integers(0, 9))
+def test_parts_of_known_sizes_are_about_equal(sizes: list[int], count: int, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
+    parts = [Partition("a", index, count, 0, 0) for index in range(count)]
+    cut = [part.slices(order, sizes) for part in parts]
+    units = Counter((of.shard, unit) for slices in cut for of in slices for unit in range(of.low, of.high))
+    assert units == Counter((shard, unit) for shard in order for unit in range(count))
+    assert [part.slices(order, [7] * len(sizes)) for part in parts] == [part.slices(order) for part in parts]
+    if min(sizes) and count <= sum(sizes) // (2 * max(sizes)):
+        each = [sum(sizes[of.shard] * (of.high - of.low) for of in slices) for slices in cut]
+        assert all(abs(size - sum(sizes)) <= sum(sizes) / 6 for size in each)
 
 
 @pytest.mark.parametrize(("rows", "ranks", "workers", "lanes"), [
