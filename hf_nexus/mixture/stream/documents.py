@@ -96,7 +96,8 @@ class PackedLane:
         self._read: int = state["documents"]
         self.taken: int = state["taken"]  # rows since the start of the run
         self._pass: int = state["pass"]  # of the last token
-        self._token_at = self._row_at = self._read  # documents at the last token, and at the last row
+        # Documents that were read, and the pass, at the last token and at the last row.
+        self._token_at = self._row_at = self._read, self._pass
         # The next documents, each with its block, as segments of text or tokens, `None` for an unusable row.
         self.documents: deque[tuple[Held, list[Document | np.ndarray] | None]] = deque()
         self._held: Held | None = None  # the block of the next document to read
@@ -112,8 +113,8 @@ class PackedLane:
             self.taken += len(more)
             dropped = 0 if more else dropped + 1
             if more:
-                self._row_at = self._read
-            elif dropped > PATIENCE and self._a_pass_since(self._row_at):
+                self._row_at = self._read, self._pass
+            elif dropped > PATIENCE and self._a_pass_since(*self._row_at, self._pass):
                 loss_on = self.packing.encoder.source.loss_on
                 raise self.part.error(
                     f"no row of a whole pass has a token to train on (loss_on={loss_on!r}). Raise sequence_length, or "
@@ -121,9 +122,9 @@ class PackedLane:
                 )
         return rows
 
-    def _a_pass_since(self, documents: int) -> bool:
-        """Whether the lane has read many documents since some number, and more than a pass has."""
-        return self._read - documents > max(PATIENCE, 2 * (self.part.pass_rows or self._read))
+    def _a_pass_since(self, documents: int, pass_: int, now: int) -> bool:
+        """Whether the lane has read many documents since some number, and a whole pass between two passes."""
+        return self._read - documents > PATIENCE and now > pass_ + 1
 
     def _pack(self, count: int) -> list[dict[str, torch.Tensor]]:
         """Read the next `count` rows, and return those with a token to train on."""
@@ -135,7 +136,8 @@ class PackedLane:
             length += len(more)
             self._token += len(more)
             self._tokens += len(more)
-            self._pass, self._token_at = self.documents[0][0].passes, self._read
+            self._pass = self.documents[0][0].passes
+            self._token_at = self._read, self._pass
             if self._document_ended:
                 starts[length] = True
                 self._next_document()
@@ -197,7 +199,7 @@ class PackedLane:
                     return tokens[self._token :]
                 self._segment, self._token = self._segment + 1, 0
             self._next_document()
-            if self._a_pass_since(self._token_at):
+            if self._a_pass_since(*self._token_at, held.passes):
                 raise self.part.error("a whole pass gave no token. Check the columns, and that not all is held out.")
 
     def _next_document(self) -> None:

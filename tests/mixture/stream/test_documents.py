@@ -159,6 +159,25 @@ def test_empty_documents_are_left_out_without_an_eos() -> None:
         read(start(stream_of(TEXTS, held_out=[Document(text).hash for text in TEXTS])), 1)
 
 
+@pytest.mark.parametrize(("text", "length"), [("", L), ("fox", 1)])
+def test_a_pass_without_tokens_ends_within_three_passes(text: str, length: int) -> None:
+    """Also if many lanes share a part, of which each has few documents."""
+    config = {} if not text else {"held_out": [Document(text).hash]}
+    stream = MixtureStream({"a": stream_of([text] * 6400, sequence_length=length, **config)})
+    stream.place(0, 1, 1, Lanes(slots=8, turns=8))
+    with pytest.raises(SourceError, match=r"pass [23],.*a whole pass gave no token"):
+        stream.__getitems__([(row, 0) for row in range(8)])
+
+
+def test_a_pass_without_targets_ends_within_three_passes() -> None:
+    rows = Dataset.from_dict({"text": ["fox jumps"] * 6400, "answer": [""] * 6400}).to_iterable_dataset()
+    columns = {"prompt_column": "text", "completion_column": "answer", "loss_on": "completion"}
+    stream = MixtureStream({"a": documents_of(rows, 2, **columns)})
+    stream.place(0, 1, 1, Lanes(slots=8, turns=8))
+    with pytest.raises(SourceError, match=r"pass [23],.*no row of a whole pass has a token to train on"):
+        stream.__getitems__([(row, 0) for row in range(8)])
+
+
 BAD = [None, 3, "half a pair \ud800"]
 
 
