@@ -145,6 +145,8 @@ def prepare_data(train: Any, weights: Any, dynamic: bool, whole: bool = False) -
     sources = mixture.train if mixture is not None else None if whole else split_sources(train)
     if sources is None:
         return TrainingData(train).with_weights({} if dynamic and weights is None else weights)
+    if dynamic and mixture is not None:
+        _check_max_epochs(mixture)
     dataset: MixtureDataset | MixtureStream
     if dynamic or any(map(_is_stream, sources.values())):
         buffer: dict[str, Any] = {} if mixture is None else {"buffer_size": mixture.config.buffer_size}
@@ -152,6 +154,15 @@ def prepare_data(train: Any, weights: Any, dynamic: bool, whole: bool = False) -
     else:
         dataset = MixtureDataset(sources)
     return TrainingData(dataset, mixture=mixture).with_weights(weights)
+
+
+def _check_max_epochs(mixture: Mixture) -> None:
+    for name, source in mixture.config.train_sources.items():
+        if source.max_epochs is not None and source.max_epochs != int(source.max_epochs):
+            raise ValueError(
+                f"sources.{name}.max_epochs: {source.max_epochs!r} is not allowed with a mixture_weights_function, "
+                "which leaves a source out after whole passes. It must be a whole number."
+            )
 
 
 def _is_stream(source: Any) -> bool:

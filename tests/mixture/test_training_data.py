@@ -177,3 +177,15 @@ def test_a_loaded_mixture_keeps_the_names_of_its_config():
     config = MixtureConfig.from_dict({"sources": {"input_ids": {"path": "a.jsonl"}}})
     data = prepare(Mixture(config, {"input_ids": ROWS}, {}, {"input_ids": None}, 0))
     assert data.names == ["input_ids"] and data.weights == {"input_ids": 1.0}
+
+
+def test_decided_weights_need_whole_numbers_of_max_epochs():
+    def prepared(max_epochs, dynamic):
+        source = {"path": "a.jsonl", "max_epochs": max_epochs}
+        config = MixtureConfig.from_dict({"sequence_length": 8, "sources": {"a": source}})
+        rows = Dataset.from_dict({"input_ids": [[1] * 8]})
+        return prepare_data(Mixture(config, {"a": rows}, {}, {"a": None}, 0), None, dynamic)
+
+    with pytest.raises(ValueError, match=r"sources\.a\.max_epochs: 0\.5 .*mixture_weights_function.* a whole number"):
+        prepared(0.5, dynamic=True)
+    assert prepared(2.0, dynamic=True).max_epochs == {"a": 2} and prepared(0.5, dynamic=False).max_epochs == {"a": 0.5}
