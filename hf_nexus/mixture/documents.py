@@ -131,6 +131,8 @@ def _load_columns(
     if not streaming:
         return whole(columns=columns), every.column_names
     builder.config.columns = columns  # a second builder would list the files of the repository again
+    # By default the rows of the first row group, with an error if it has none, as in a file without rows.
+    builder.config.batch_size = builder.config.batch_size or 2**31 - 1
     return builder.as_streaming_dataset(split), every.column_names
 
 

@@ -335,6 +335,14 @@ def test_every_kind_of_file_streams(load: Any) -> None:
         assert set(stream_texts(mixture.train["a"], 300).split(EOS)[:20]) == set(docs), path
 
 
+def test_a_stream_of_parquet_may_have_files_without_rows(load: Any, tmp_path: Path) -> None:
+    table = Dataset.from_dict({"text": texts(20)}).data.table
+    for i, rows in enumerate((0, 20, 0)):
+        pq.write_table(table.slice(0, rows), tmp_path / f"{i}.parquet", row_group_size=7)
+    mixture = load(a={"path": "*.parquet", "streaming": True, "weight": 1}, sequence_length=4)
+    assert set(stream_texts(mixture.train["a"], 300).split(EOS)[:20]) == set(texts(20))
+
+
 def test_streams_that_cannot_be_loaded_say_so(load: Any) -> None:
     write("a.jsonl", [*texts(5), None])
     stream = {"path": "a.jsonl", "streaming": True, "weight": 1}
