@@ -12,7 +12,7 @@ import numpy as np
 
 from .stages import normalized
 
-__all__ = ["DynamicSchedule", "SourceSchedule", "Windows"]
+__all__ = ["DynamicSchedule", "SourceSchedule", "WindowCounts"]
 
 # Draws per random stream. Any range of draws can be made without the ones before its block.
 _BLOCK = 4096
@@ -20,7 +20,7 @@ _KINDS = ("random", "stratified", "mixed", "blocked")
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowCounts:
     """The windows of a run, as the Trainer counts them. The last one of an epoch may be short."""
 
     inner_steps: int  # micro-batches of a window, k
@@ -64,7 +64,7 @@ class DynamicSchedule:
             target at the end of a stage stays so in the next, if it has a weight there. Two are controls. `"mixed"`:
             each micro-batch has rows of all sources, the product of rows and share of each, rounded up or down.
             `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
-        windows ([`Windows`], *optional*):
+        windows ([`WindowCounts`], *optional*):
             The windows of micro-batches, for `"blocked"`.
         rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
             For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
@@ -84,7 +84,7 @@ class DynamicSchedule:
         names: Sequence[str],
         seed: int = 0,
         kind: str = "random",
-        windows: Windows | None = None,
+        windows: WindowCounts | None = None,
         rows: int = 1,
         ranks: int = 1,
     ):
@@ -187,7 +187,7 @@ class SourceSchedule(DynamicSchedule):
         weights: Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]],
         seed: int = 0,
         kind: str = "random",
-        windows: Windows | None = None,
+        windows: WindowCounts | None = None,
         rows: int = 1,
         ranks: int = 1,
     ):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..trainer.distributed import check_paths
-from .fields import PretrainArguments, PretrainConfig
+from .fields import HardwareArguments, PretrainArguments, PretrainConfig
 from .model import config_of
 
-__all__ = ["Layout", "launched_sharding", "layout_of"]
+__all__ = ["Layout", "check_planned_layout", "launched_sharding", "layout_of"]
 
 _SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # by tensor parallelism, in equal parts
 
@@ -57,6 +57,34 @@ def launched_sharding(training: PretrainConfig) -> str:
     """`"fsdp2"` if the training arguments or the launcher say so, else `"ddp"`."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return "fsdp2" if training.fsdp or launched else "ddp"
+
+
+def check_planned_layout(hardware: HardwareArguments, args: PretrainConfig) -> None:
+    """
+    Refuse hardware that was named for a plan, and that this run does not have.
+
+    Raises:
+        ValueError: number of devices, `tp_size` or sharding differ.
+    """
+    if hardware.devices not in (None, args.world_size):
+        raise ValueError(
+            f"devices={hardware.devices} is for a plan only, and this run has {args.world_size}. Remove it and start "
+            f"the processes with `torchrun --nproc_per_node {hardware.devices} recipes/pretrain_3b.py ...`, or use "
+            f"`hf-nexus train CONFIG --devices {hardware.devices}`."
+        )
+    if (tp := hardware.tp_size) > 1:
+        raise ValueError(
+            f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "
+            "(docs/distributed.md)."
+        )
+    if (sharding := hardware.sharding) not in (None, launched := launched_sharding(args)):
+        how = "Remove the launcher's FSDP, or --sharding"
+        if sharding == "fsdp2":
+            how = (
+                "Replace it by --accelerate_config recipes/accelerate/fsdp2.yaml (of a checkout, or a file of "
+                "`accelerate config`), or by --fsdp --fsdp_config '{\"fsdp_version\": 2}'"
+            )
+        raise ValueError(f"sharding={sharding!r} is for a plan only, and this run uses {launched}. {how}.")
 
 
 def layout_of(arguments: PretrainArguments, devices: int) -> Layout:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..mixture.plan import PlanRow, mixture_plan
-from ..mixture.schedule import Windows
+from ..mixture.schedule import WindowCounts
 from ..mixture.stages import Stage, stage_borders, stages_of
 from .cost import CostEstimate, choose_sync, estimate_cost
 from .fields import PretrainArguments
@@ -52,7 +52,7 @@ def plan_run(arguments: PretrainArguments, devices: int, tokens: Mapping[str, in
     known = {name: size for name, size in sizes.items() if size is not None}
     streams = [name for name, source in sources.items() if source.streaming]
     finite = not streams and len(known) == len(sizes)
-    windows = Windows(window, sum(size // length for size in known.values()) // rows if finite else None)
+    windows = WindowCounts(window, sum(size // length for size in known.values()) // rows if finite else None)
     steps = windows.count(t.max_steps, t.num_train_epochs) if finite or t.max_steps > 0 else None
     total = None if steps is None else windows.micro_batches(steps) * rows * length
     if total is not None and total > 2**60:

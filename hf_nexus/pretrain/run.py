@@ -37,9 +37,9 @@ from ..trainer.mixin import NexusTrainer
 from ..trainer.support import check_one_gpu
 from .command_line import CommandLine, read_command_line
 from .console import loss_table, print_plan, say
-from .fields import HardwareArguments, PretrainArguments, PretrainConfig
+from .fields import PretrainArguments
 from .folder import claim_folder, find_checkpoint
-from .layout import launched_sharding
+from .layout import check_planned_layout
 from .model import build_model, config_of, model_config
 from .parsing import resolve
 from .plan import plan_run
@@ -229,10 +229,13 @@ def _write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: 
 
 
 def prepare_run(arguments: PretrainArguments) -> PretrainRun:
-    """Lock the output folder, load the data, print the plan, build the trainer and claim the folder."""
+    """
+    Lock the output folder, build the tokenizer and the model, load the data, print the plan, build the trainer and
+    claim the folder. What this run does not have of the planned hardware is refused first.
+    """
     args = arguments.training
     check_one_gpu(args, f"hf-nexus train CONFIG --devices {args.n_gpu}")  # before minutes of tokenizing
-    _check_planned(arguments.hardware, args)
+    check_planned_layout(arguments.hardware, args)
     with ExitStack() as stack:
         if args.process_index == 0:
             stack.enter_context(locked(arguments.folder))
@@ -269,29 +272,6 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             claim_folder(arguments, checkpoint, console)
         trainer.accelerator.wait_for_everyone()
         return PretrainRun(arguments, trainer, mixture, checkpoint, console, stack.pop_all())
-
-
-def _check_planned(hardware: HardwareArguments, args: PretrainConfig) -> None:
-    """Refuse hardware that was named for a plan, and that this run does not have."""
-    if hardware.devices not in (None, args.world_size):
-        raise ValueError(
-            f"devices={hardware.devices} is for a plan only, and this run has {args.world_size}. Remove it and start "
-            f"the processes with `torchrun --nproc_per_node {hardware.devices} recipes/pretrain_3b.py ...`, or use "
-            f"`hf-nexus train CONFIG --devices {hardware.devices}`."
-        )
-    if (tp := hardware.tp_size) > 1:
-        raise ValueError(
-            f"tp_size={tp} is for a plan only. For such a run, load the model with a DistributedConfig in a script "
-            "(docs/distributed.md)."
-        )
-    if (sharding := hardware.sharding) not in (None, launched := launched_sharding(args)):
-        how = "Remove the launcher's FSDP, or --sharding"
-        if sharding == "fsdp2":
-            how = (
-                "Replace it by --accelerate_config recipes/accelerate/fsdp2.yaml (of a checkout, or a file of "
-                "`accelerate config`), or by --fsdp --fsdp_config '{\"fsdp_version\": 2}'"
-            )
-        raise ValueError(f"sharding={sharding!r} is for a plan only, and this run uses {launched}. {how}.")
 
 
 def _build(

@@ -22,7 +22,7 @@ from ..mixture.isolation import (
     text_config,
 )
 from ..mixture.plan import mixture_plan
-from ..mixture.schedule import SourceSchedule, Windows
+from ..mixture.schedule import SourceSchedule, WindowCounts
 from ..mixture.stages import stage_borders
 from ..mixture.state import compare_data, describe_data, describe_sources, load_data_state, save_data_state
 from ..mixture.stream.dataset import MixtureStream
@@ -188,11 +188,11 @@ class Feed:
         """Micro-batches of the data loader in the order of training."""
         return self._progress.in_order(batches) if self._progress and self._progress.ahead else batches
 
-    def _windows(self, batch_size: int) -> tuple[Windows, int]:
+    def _windows(self, batch_size: int) -> tuple[WindowCounts, int]:
         """The windows of map-style sources, and their number in the run."""
         args = self._args
         epoch = max(1, len(self.data.dataset) // (batch_size * self._ranks))
-        windows = Windows(args.gradient_accumulation_steps, epoch)
+        windows = WindowCounts(args.gradient_accumulation_steps, epoch)
         return windows, windows.count(args.max_steps, args.num_train_epochs)
 
     def _shares_of_first_rank(self, shares: np.ndarray) -> np.ndarray:

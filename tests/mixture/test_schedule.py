@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, Windows
+from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule, WindowCounts
 from hf_nexus.mixture.stages import normalized
 
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
@@ -147,7 +147,7 @@ def test_bad_stages_are_refused(stages, error):
 
 @pytest.mark.parametrize("kind", ["mixed", "blocked"])
 def test_controls_draw_the_same_with_dynamic_weights(kind):
-    settings = {"kind": kind, "windows": Windows(4), "rows": 6, "ranks": 2}
+    settings = {"kind": kind, "windows": WindowCounts(4), "rows": 6, "ranks": 2}
     schedule, names = SourceSchedule(STAGES, 1, **settings), ["a", "b", "c"]
     dynamic, shares = DynamicSchedule(names, 1, **settings), {start: normalized(w, names) for start, w in STAGES}
     current, drawn = shares[0], []
@@ -172,7 +172,7 @@ def test_a_mixed_micro_batch_has_all_sources_by_their_shares(weights, each, rank
 
 
 def test_a_blocked_window_has_one_source_and_windows_differ():
-    windows = Windows(4, epoch=10)  # windows of 4, 4 and 2 micro-batches
+    windows = WindowCounts(4, epoch=10)  # windows of 4, 4 and 2 micro-batches
     drawn = SourceSchedule(WEIGHTS, 1, "blocked", windows).sources(0, 30_000).reshape(-1, 10)
     assert (drawn[:, :4] == drawn[:, :1]).all() and (drawn[:, 4:8] == drawn[:, 4:5]).all()
     assert (drawn[:, 8] == drawn[:, 9]).all()
@@ -195,7 +195,7 @@ def test_an_unknown_kind_is_refused():
 
 
 def test_windows_are_counted_as_the_trainer_does() -> None:
-    windows = Windows(4, epoch=10)  # of 4, 4 and 2 micro-batches
+    windows = WindowCounts(4, epoch=10)  # of 4, 4 and 2 micro-batches
     assert [windows.micro_batches(step) for step in range(6)] == [0, 4, 8, 10, 14, 18]
     assert windows.count(-1, 1.5) == 5 and windows.count(7, 1.5) == 7
-    assert Windows(4).micro_batches(5) == 20
+    assert WindowCounts(4).micro_batches(5) == 20

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ..schedule import DynamicSchedule, Windows
+from ..schedule import DynamicSchedule, WindowCounts
 from ..stages import normalized
 from ..step_effects import StepEffects
 from ..tags import StreamState, tag_of
@@ -62,7 +62,7 @@ class StreamProgress:
         self._broadcast = broadcast
         self._k = inner_steps
         self._read_ahead = read_ahead
-        self._schedule_settings = stream.seed, kind, Windows(inner_steps), rows, stream.ranks
+        self._schedule_settings = stream.seed, kind, WindowCounts(inner_steps), rows, stream.ranks
         self.begin(0, None)
 
     def begin(self, step: int, saved: Mapping[str, Any] | None) -> None:
