@@ -280,10 +280,10 @@ def test_distance_against_gain_marks_each_arm_and_each_run(records, drawn):
 @pytest.mark.parametrize(
     "records",
     [
-        make_records({"adamw": 0.0}, (1,), points=1),
+        pytest.param(make_records({"adamw": 0.0}, (1,), points=1), marks=pytest.mark.slow),
         pytest.param(make_records(ARMS, (1,), points=1, sources=("one",)), marks=pytest.mark.slow),
         pytest.param([make_run("adamw", 1), make_run("nexus", 2, 0.02)], marks=pytest.mark.slow),
-        make_records(ARMS, (1,), nan_from=0),
+        pytest.param(make_records(ARMS, (1,), nan_from=0), marks=pytest.mark.slow),
         [make_run("adamw", 1, nan_from=5), make_run("_a$b^{", 1, 0.02, sources=("_x", "$y", "z%{"))],
         pytest.param(
             make_records({"adamw": 0.0} | {f"{i} arm of a fairly long name {i}": 0.01 * i for i in range(8)}, (1,)),

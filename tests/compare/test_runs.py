@@ -180,6 +180,7 @@ def test_the_sample_of_a_stream_is_what_all_arms_read_first(streams, tmp_path, m
 TWO_STEPS = {"max_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 1}, "save_strategy": "no"}
 
 
+@pytest.mark.slow
 def test_arms_with_other_batches_share_their_measurements(base, streams, tmp_path, monkeypatch):
     """Their first ones are on the same weights. All train on the rows of streams that they are measured on."""
     arms = {"adamw": {"nexus": False}, "nexus": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}}

@@ -280,7 +280,7 @@ def test_isolated_documents_are_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rows", "documents"])
-@pytest.mark.parametrize("step", [10, 30])
+@pytest.mark.parametrize("step", [pytest.param(10, marks=pytest.mark.slow), 30])
 def test_the_first_batch_reads_the_buffer_and_a_batch_at_most(tmp_path: Path, kind: str, step: int) -> None:
     read: list[int] = []
 

@@ -52,6 +52,7 @@ def test_a_source_is_the_same_in_every_environment(name: str) -> None:
     assert hashlib.sha256("\0".join(builtin_documents(name)).encode()).hexdigest()[:16] == DIGESTS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_generated_sources_are_those_of_the_generator(name: str) -> None:
     assert corpus(name) == builtin_documents(name)
