@@ -14,6 +14,7 @@ import submitit
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment, as_completed
 
 from ..files import read_json, write_atomic
+from ..trainer.loader_workers import keep_from_forkserver
 from .workers import Call, CallResult, call_on_rank
 
 __all__ = ["call_in_jobs", "make_executor"]
@@ -57,12 +58,8 @@ def _keep_signal_to_this_process(number: int) -> None:
     Let processes that read data ignore the signal before a time limit, which Slurm sends to all processes of a job.
     They would inherit submitit's handler and queue the job again, too: the second request fails, and with it the run.
     """
-    handler = signal.signal(number, signal.SIG_IGN)
-    if multiprocessing.get_all_start_methods()[0] == "forkserver":  # from Python 3.14; it keeps what is ignored now
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
-    signal.signal(number, handler)
+    if multiprocessing.get_all_start_methods()[0] == "forkserver":  # from Python 3.14
+        keep_from_forkserver(number)
     os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_IGN))
 
 

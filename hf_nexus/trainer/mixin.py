@@ -41,6 +41,7 @@ from .config import nexus_settings, save_settings, warn_of_changes
 from .distributed import count_paths, is_wrapped, parallelism_of, reduce_over
 from .evaluation import Evaluation, countable, held_back, without_speed_of_sets
 from .feed import Feed
+from .loader_workers import keep_signals_from_workers
 from .meter import TrainingMeter, read_totals
 from .optimizers import create_matrix_optimizer
 from .precision import precision_is_chosen, widen_weights
@@ -369,11 +370,20 @@ class NexusTrainerMixin(_Base):
         self._feed.resume(checkpoint)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The base class's data loader. Batches of evaluations keep the lengths of concatenated rows."""
-        if description == "Training" or self._plain:
+        """
+        The base class's data loader, whose workers outlive a signal. Batches of evaluations keep the lengths of
+        concatenated rows.
+        """
+        if self._plain:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
-        with changed(self, data_collator=self._evaluation.counting(self.data_collator, dataset)):
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        collate = self.data_collator
+        if description != "Training":
+            collate = self._evaluation.counting(collate, dataset)
+        with changed(self, data_collator=collate):
+            loader = super()._get_dataloader(dataset, description, *args, **kwargs)
+        if self.args.dataloader_num_workers:
+            keep_signals_from_workers(loader, self.args)
+        return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The base class's collator. Training micro-batches are tagged with their source."""

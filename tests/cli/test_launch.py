@@ -134,7 +134,8 @@ def test_two_processes_train_and_a_failure_is_kept(tmp_path):
 )
 def test_a_signal_reaches_the_processes_which_save_a_checkpoint(tmp_path, number, flags, word):
     out = tmp_path / "out"
-    run = start(write_config(tmp_path), out, "--devices", "2", "--max_steps", "100000", "--save_steps", "20", *flags)
+    flags = ["--max_steps", "100000", "--save_steps", "20", "--dataloader_num_workers", "2", *flags]
+    run = start(write_config(tmp_path), out, "--devices", "2", *flags)
     deadline = time.monotonic() + 300
     while not (out / "checkpoint-20").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
