@@ -31,7 +31,7 @@ __all__ = ["UploaderProcess"]
 
 logger = logging.getLogger(__name__)
 
-_COMMAND = [sys.executable, "-m", f"{__package__}.uploader_process"]
+_CODE = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.uploader_process import main; main()"
 
 
 class UploaderProcess:
@@ -42,8 +42,9 @@ class UploaderProcess:
         self._token = token
         # Only the process of a notebook in Colab can read its secrets.
         self._secret = hidden(get_token()) if token is None and is_google_colab() else None
-        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-        self._environment = {**os.environ, "PYTHONPATH": path}  # to find this package
+        # It imports what this process would: `-m` would look into the current folder first.
+        self._command = [sys.executable, "-P", "-c", _CODE, *sys.path]
+        self._environment = dict(os.environ)
         if endpoint is not None:  # `create_repo` of an existing repository reads the address from the environment only
             self._environment["HF_ENDPOINT"] = endpoint
         self._process: subprocess.Popen[str] | None = None
@@ -57,7 +58,7 @@ class UploaderProcess:
         """
         try:
             process = subprocess.run(
-                _COMMAND,
+                self._command,
                 input=self._settings(target=asdict(target), seconds=seconds),
                 timeout=seconds + 10,
                 env=self._environment,
@@ -87,7 +88,7 @@ class UploaderProcess:
         try:
             with open(self.folder / LOG_NAME, "a") as log:
                 self._process = subprocess.Popen(
-                    _COMMAND,
+                    self._command,
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
@@ -176,7 +177,3 @@ def _serve(folder: Path, api: HfApi, retry: RetryPolicy) -> None:
                     print(time.strftime("%F %T"), text, file=sys.stderr, flush=True)
             if wake.wait(None if failure is None else retry.delay(failures)):
                 failures = 0
-
-
-if __name__ == "__main__":
-    main()

@@ -113,6 +113,17 @@ def test_without_an_upload_process_checkpoints_wait_on_disk(
     assert "could not be started" in caplog.text
 
 
+def test_the_upload_process_imports_what_the_run_does(
+    publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules with the names of standard ones are in the current folder, and behind those in the path."""
+    for name in ("queue", "uuid"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path)])
+    assert publish().check() == REPO
+
+
 def test_one_queue_has_one_sender(
     hub: HubServer, publish: Callable[..., Publisher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
