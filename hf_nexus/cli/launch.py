@@ -40,6 +40,7 @@ def launch(command_line: CommandLine, argv: list[str], accelerate_config: str | 
     if devices is not None and 0 < here < devices:
         raise ValueError(f"--devices {devices}: this machine has {here}. Use {here} or fewer, or add --use_cpu.")
     sys.stdout.flush()
+    os.environ["PYTHONSAFEPATH"] = "1"  # `-m` would look for modules in the current folder first
     command = ["-m", "hf_nexus.cli", "train", *argv]
     try:
         if accelerate_config is None:

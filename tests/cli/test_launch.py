@@ -21,6 +21,12 @@ from tests.support.tiny_config import STEPS, write_config
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _keep_environment(monkeypatch):
+    """The launcher changes this variable of its process, which ends with it."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+
+
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """The arguments of torchrun or `accelerate launch`, which start nothing."""
@@ -35,6 +41,7 @@ def test_devices_start_torchrun(launched):
         cli.main(["train", "demo", "--devices", "2", "--max_steps", "3", "--use_cpu"])
     assert stop.value.code == 0
     assert " ".join(launched) == "--standalone --nproc_per_node 2 -m hf_nexus.cli train demo --max_steps 3 --use_cpu"
+    assert os.environ["PYTHONSAFEPATH"] == "1"
 
 
 def test_a_file_of_accelerate_starts_its_launcher(launched, tmp_path):
@@ -105,10 +112,11 @@ def test_train_prints_before_it_loads_torch():
 
 
 def start(config: Path, output: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "hf_nexus.cli", "train", str(config), "--output_dir", str(output), *flags]
+    (config.parent / "queue.py").write_text("raise ImportError('the wrong module')")
+    command = [sys.executable, "-P", "-m", "hf_nexus.cli", "train", str(config), "--output_dir", str(output), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=config.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
