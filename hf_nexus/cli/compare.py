@@ -1,5 +1,6 @@
 """The command `hf-nexus compare`."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,7 +51,7 @@ def compare(
     from ..terminal import new_console
 
     console, differences = new_console(), difference or ()
-    command = f"hf-nexus compare {config}" + (f" --output_dir {output_dir}" if output_dir else "")
+    command = shlex.join(["hf-nexus", "compare", config, *(["--output_dir", output_dir] if output_dir else [])])
     if plan:
         print_plan(whole, command, differences, console)
         return

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -434,7 +435,7 @@ class Comparison:
 
     def _details(self, records: Sequence[RunRecord], seconds: float | None) -> dict[str, Any]:
         details: dict[str, Any] = {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "machine": describe_hardware(),
             "devices per run": self.config.devices_per_run,
             "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -416,7 +417,8 @@ class QueueStatus:
         if self.waiting:
             steps = ", ".join(str(step) for step in self.waiting)
             why = f" ({self.error})" if self.error and not self.refused else ""
-            line += f" Not yet on the Hub: step {steps}{why}. Send the rest with: hf-nexus push {output_dir}"
+            push = shlex.join(["hf-nexus", "push", str(output_dir)])
+            line += f" Not yet on the Hub: step {steps}{why}. Send the rest with: {push}"
         if self.lost:
             line += f" Lost: {'; '.join(self.lost)}"
         if self.refused:

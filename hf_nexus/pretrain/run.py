@@ -256,8 +256,8 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             _check_tokens(mixture, tokenizer, config_of(arguments).vocab_size)
         print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
         if not args.report_to:
-            curves = f"pip install trackio, add --report_to trackio, and run: trackio show --project {args.project}"
-            say(console, f"Live curves in a browser: {curves}")
+            show = shlex.join(["trackio", "show", "--project", args.project])
+            say(console, f"Live curves in a browser: pip install trackio, add --report_to trackio, and run: {show}")
         trainer = NexusTrainer(model=model, args=args, train_dataset=mixture, processing_class=tokenizer)
         trainer.wait_after_training = False  # an evaluation and a report follow
         if not arguments.model.continues:

@@ -29,3 +29,10 @@ def test_a_folder_has_one_comparison(tmp_path, monkeypatch):
 def test_no_option_is_ignored(options, problem, tmp_path):
     with pytest.raises(ValueError, match=problem):
         compare("compare", str(tmp_path), **options)
+
+
+def test_the_command_of_a_plan_can_be_pasted(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr("hf_nexus.compare.plan.print_plan", lambda whole, command, *others: commands.append(command))
+    compare("compare", str(tmp_path / "my runs"), plan=True)
+    assert commands == [f"hf-nexus compare compare --output_dir '{tmp_path}/my runs'"]

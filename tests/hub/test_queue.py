@@ -317,3 +317,8 @@ def test_a_status_never_misses_a_job_that_is_sent_meanwhile(
     monkeypatch.setattr(UploadQueue, first, then_sent)
     status = QueueStatus.read(queue.folder)
     assert status.waiting or status.pushed_step == 1
+
+
+def test_the_command_that_sends_the_rest_can_be_pasted() -> None:
+    status = QueueStatus("alice/model@main", None, None, waiting=(2,), error=None, permanent=False)
+    assert status.line("runs/my run").endswith("Send the rest with: hf-nexus push 'runs/my run'")
