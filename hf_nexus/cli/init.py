@@ -1,5 +1,6 @@
 """The command `hf-nexus init`."""
 
+import io
 import os
 import sys
 from glob import glob
@@ -27,7 +28,10 @@ def init(
 
     if sys.platform == "win32":  # its shells leave globs to the program, and hide which were in quotes
         files = [file for path in files for file in _as_of_a_shell(path)]
-    print(starter_yaml(files, ood or (), tokenizer), end="")
+    content = starter_yaml(files, ood or (), tokenizer)
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # a file is read as UTF-8
+        sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
+    print(content, end="")
 
 
 def _as_of_a_shell(path: str) -> list[str]:

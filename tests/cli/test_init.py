@@ -1,5 +1,6 @@
 """`hf-nexus init`: only the configuration is on stdout, and errors are one line."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,16 @@ def test_only_the_yaml_is_on_stdout(tmp_path, monkeypatch, capsys):
     content = yaml.safe_load(printed.out)
     assert list(content) == ["model", "data", "training"] and content["data"]["sources"]["b"]["role"] == "ood"
     assert printed.out.startswith("# Written by: hf-nexus init a.jsonl --ood b.jsonl\n")
+
+
+def test_a_file_gets_utf_8_on_any_system(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(starter, "starter_yaml", lambda files, *others: " ".join(files))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    with pytest.raises(SystemExit):
+        cli.main(["init", "données.jsonl", "文.jsonl"])
+    sys.stdout.flush()
+    assert written.getvalue().decode() == "données.jsonl 文.jsonl"
 
 
 @pytest.mark.parametrize(
