@@ -171,8 +171,10 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     configs = [f"hf_nexus/pretrain/configs/{name}.yaml" for name in ("demo", "130m", "300m", "1b", "3b")]
     data = ["hf_nexus/py.typed", "hf_nexus/hub/template.md", "hf_nexus/compare/configs/compare.yaml"]
     assert {*configs, *data} <= names
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "License-Expression: Apache-2.0" in metadata and "hf-nexus = hf_nexus.cli.app:main" in entry_points
+    for file in ("LICENSE", "hf_nexus/mixture/builtin/python-license.txt"):
+        assert any(name.endswith(f".dist-info/licenses/{file}") for name in names)
+    assert "License-Expression: Apache-2.0 AND PSF-2.0\n" in metadata
+    assert "hf-nexus = hf_nexus.cli.app:main" in entry_points
 
 
 def test_names_of_tests_are_short():
