@@ -178,14 +178,13 @@ def _held_out(
     if source.role == "ood" and hashes is not None:
         return documents, hashes
     if source.eval_split is not None:
-        found = _eval_split(packer.encoder, cache_dir)
-    elif source.eval_rows is None:
+        split = _eval_split(packer.encoder, cache_dir)
+        return split, packer.hash_documents(split)
+    if source.eval_rows is None:
         return None
-    elif hashes is not None:
+    if hashes is not None:
         return _smallest_hashes(packer, documents, hashes, source.eval_rows)
-    else:
-        found = _first_documents(packer, documents, source.eval_rows)
-    return found, packer.hash_documents(found)
+    return _first_documents(packer, documents, source.eval_rows)
 
 
 def _smallest_hashes(
@@ -198,15 +197,15 @@ def _smallest_hashes(
     return documents.select(first[:count]), distinct[:count]
 
 
-def _first_documents(packer: SourcePacker, documents: IterableDataset, count: int) -> Dataset:
-    """The first `count` different documents of a stream."""
+def _first_documents(packer: SourcePacker, documents: IterableDataset, count: int) -> tuple[Dataset, np.ndarray]:
+    """The first `count` different documents of a stream, and their hashes."""
     encoder, source = packer.encoder, packer.encoder.source
     found: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(rows_of(encoder.name, source, source.split, documents)):
         if document := encoder.document(row, number):  # neither skipped nor empty
             found.setdefault(document.hash, {column: row[column] for column in source.columns.values()})
         if len(found) == count:
-            return _stored(list(found.values()), documents)
+            return _stored(list(found.values()), documents), np.array(list(found), dtype=np.int64)
     raise _too_few_documents(packer, count, len(found))
 
 

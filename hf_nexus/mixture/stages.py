@@ -11,7 +11,7 @@ from ..strict import Bound, check, check_fields
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Stage", "Weight", "normalized", "parse_stages", "shares_of", "stage_borders", "stages_of"]
+__all__ = ["Stage", "StageWeights", "Weight", "normalized", "parse_stages", "shares_of", "stage_borders", "stages_of"]
 
 
 Weight = Annotated[float, Bound(least=0, most=1e9)]
@@ -96,6 +96,16 @@ def stage_borders(stages: Iterable[Stage], max_steps: int) -> list[tuple[int, di
             borders.append((first, stage.weights))
         first = end
     return borders
+
+
+class StageWeights:
+    """The weights of stages as a function of the outer step."""
+
+    def __init__(self, stages: list[Stage], max_steps: int):
+        self.borders = stage_borders(stages, max_steps)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        return next(weights for first, weights in reversed(self.borders) if first <= step)
 
 
 def normalized(weights: Mapping[str, float], names: Sequence[str]) -> "np.ndarray":

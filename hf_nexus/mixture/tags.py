@@ -47,10 +47,12 @@ class TaggedRows(list):
         self.tag = tag
 
 
-def take_rows(sources: Sequence[str], take: Callable[[str, list[int]], Iterable[Any]]) -> TaggedRows:
+def take_rows(
+    sources: Sequence[str], take: Callable[[str, list[int]], Iterable[Any]], states: Sequence[StreamState] = ()
+) -> TaggedRows:
     """
     A micro-batch with a row of each of `sources`, (B,). `take` gets a source and the positions of its rows, and
-    returns these rows.
+    returns these rows. It may append to `states`.
     """
     positions: dict[str, list[int]] = {}
     for i, source in enumerate(sources):
@@ -60,7 +62,7 @@ def take_rows(sources: Sequence[str], take: Callable[[str, list[int]], Iterable[
         for i, row in zip(where, take(source, where), strict=True):
             rows[i] = row
     counts = {source: len(where) for source, where in positions.items()}
-    return TaggedRows(rows, MicroBatchTag(counts))
+    return TaggedRows(rows, MicroBatchTag(counts, tuple(states)))
 
 
 class TaggingCollator:  # a class, not a closure: data loader workers may have to pickle it

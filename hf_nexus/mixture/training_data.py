@@ -11,11 +11,11 @@ import torch
 from .config import refuse_splits
 from .indexed import MixtureDataset, holds_datasets
 from .loading import Mixture
-from .stages import Stage, shares_of, stage_borders, stages_of
+from .stages import Stage, shares_of, stages_of
 from .stream.dataset import MixtureStream
 from .stream.documents import StreamedDocuments
 
-__all__ = ["StageWeights", "TrainingData", "prepare_data", "split_sources"]
+__all__ = ["TrainingData", "prepare_data", "split_sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +114,6 @@ class TrainingData:
         sets = evaluation if isinstance(evaluation, Mapping) else {}
         found = {name: sets.get(name, rows) for name, rows in self.dataset.sources.items()} if self.has_sources else {}
         return {name: None if _is_stream(rows) else rows for name, rows in found.items()}
-
-
-class StageWeights:
-    """The weights of stages as a function of the outer step."""
-
-    def __init__(self, stages: list[Stage], max_steps: int):
-        self.borders = stage_borders(stages, max_steps)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        return next(weights for first, weights in reversed(self.borders) if first <= step)
 
 
 def prepare_data(train: Any, weights: Any, dynamic: bool, whole: bool = False) -> TrainingData:

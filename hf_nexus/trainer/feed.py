@@ -23,13 +23,13 @@ from ..mixture.isolation import (
 )
 from ..mixture.plan import mixture_plan
 from ..mixture.schedule import SourceSchedule, WindowCounts
-from ..mixture.stages import stage_borders
+from ..mixture.stages import StageWeights, stage_borders
 from ..mixture.state import compare_data, describe_data, describe_sources, load_data_state, save_data_state
 from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.lanes import Lanes
 from ..mixture.stream.progress import MicroBatchSampler, StreamProgress, WeightsFunction, steps_ahead
 from ..mixture.stream.reader import SourceError
-from ..mixture.training_data import StageWeights, TrainingData, prepare_data
+from ..mixture.training_data import TrainingData, prepare_data
 from .distributed import broadcast, gather, max_over_ranks
 from .support import check_arguments, check_exchange, check_same
 from .window import Window
@@ -285,7 +285,7 @@ class Feed:
             # The other ranks continued: their loaders have requested more, and wait for the first rank's weights.
             for further in range(step, min(step + progress.steps_ahead, args.max_steps - 1) + 1):
                 progress.decide_shares(further)
-        ended, names = set(progress.exhausted(window.states)), self.data.names
+        ended, names = progress.exhausted(window.states), self.data.names
         marks = [[s.mark for s in window.states if s.source == name and s.mark is not None] for name in names]
         highest, lowest = ([max((sign * mark for mark in of), default=-(2**32)) for of in marks] for sign in (1, -1))
         own = [window.error is not None, *(name in ended for name in names), *highest, *lowest]

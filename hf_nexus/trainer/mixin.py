@@ -57,9 +57,9 @@ from .support import (
     check_trainable,
     check_trl_arguments,
     check_vocabulary,
-    check_walked,
     choose_greater_is_better,
     optimizer_settings,
+    refuse_unwalked,
     warn_of_one_inner_step,
     warn_of_shards,
 )
@@ -430,7 +430,7 @@ class NexusTrainerMixin(_Base):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.nexus:
             # The filter waits for the device at each loss, also at the zeros before the last micro-batch of a window.
-            # `_walk_window` replaces losses that are not finite.
+            # `_walk_window` replaces a window without a finite loss.
             self.args.logging_nan_inf_filter = False
             if self.is_fsdp_enabled:
                 check_sharded(prepared[0])
@@ -620,8 +620,8 @@ class NexusTrainerMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the base class does. `on_save` may change the new checkpoint."""
-        if self.args.nexus and self.accelerator.gradient_state.sync_gradients:
-            check_walked(self._window, self._window.inputs, type(self))
+        if self.args.nexus and self.accelerator.gradient_state.sync_gradients and not self._window.complete:
+            refuse_unwalked(len(self._window.inputs), len(self._window), type(self))
         self._checkpoints.report_completed()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._checkpoints.seal_again()

@@ -44,10 +44,10 @@ __all__ = [
     "check_trained",
     "check_trl_arguments",
     "check_vocabulary",
-    "check_walked",
     "check_windows",
     "choose_greater_is_better",
     "optimizer_settings",
+    "refuse_unwalked",
     "warn_of_buffers",
     "warn_of_one_inner_step",
     "warn_of_shards",
@@ -175,14 +175,13 @@ def check_windows(windows: list[tuple[list[str], list[dict[str, Any]]]]) -> None
             )
 
 
-def check_walked(window: Sized, inputs: Sized, kind: type) -> None:
+def refuse_unwalked(inputs: int, of: int, kind: type) -> None:
     """Refuse a `training_step` of a trainer of this `kind` that keeps micro-batches of a window from the update."""
-    if len(inputs) < len(window):
-        raise ValueError(
-            f"training_step() of {kind.__name__} passed on {len(inputs)} of {len(window)} micro-batches, so the "
-            "optimizer stepped without the Nexus update. Call super().training_step() for each, or let the mixin call "
-            "yours: `class MyTrainer(NexusTrainerMixin, YourTrainer)`, where YourTrainer extends Trainer."
-        )
+    raise ValueError(
+        f"training_step() of {kind.__name__} passed on {inputs} of {of} micro-batches, so the optimizer stepped "
+        "without the Nexus update. Call super().training_step() for each, or let the mixin call yours: "
+        "`class MyTrainer(NexusTrainerMixin, YourTrainer)`, where YourTrainer extends Trainer."
+    )
 
 
 def warn_of_buffers(changed: Iterable[str]) -> None:

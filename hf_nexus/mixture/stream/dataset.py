@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,9 +113,7 @@ class MixtureStream(torch.utils.data.Dataset):
             states.append(StreamState(name, ordinal, lanes, reader.source.mark))
             return rows
 
-        rows = take_rows([self.names[position] for _, position in indices], take)
-        rows.tag = replace(rows.tag, states=tuple(states))
-        return rows
+        return take_rows([self.names[position] for _, position in indices], take, states)
 
     def _reader(self, name: str, owner: int) -> RowReader:
         """The reader of the lanes that a worker owns."""

@@ -258,8 +258,9 @@ def _read_documents(lanes: Sequence[PackedLane]) -> None:
         for lane, _, places in members:
             for place in places:
                 found.append((lane, held, lane.segments(next(rows), held.block, place)))
-    short = [segments[0] for *_, segments in found if segments is not None and len(segments) == 1]
-    encoded = iter(lanes[0].packing.encoder.encode(short))
+    short = [segments for *_, segments in found if segments is not None and len(segments) == 1]
+    tokens = lanes[0].packing.encoder.encode([segment for (segment,) in short])
+    for segments, of_document in zip(short, tokens, strict=True):
+        segments[0] = of_document
     for lane, held, segments in found:
-        is_short = segments is not None and len(segments) == 1
-        lane.documents.append((held, [next(encoded)] if is_short else segments))
+        lane.documents.append((held, segments))

@@ -101,8 +101,9 @@ class StreamProgress:
 
     def index_of(self, number: int) -> Any:
         """
-        Number and source of a micro-batch, or of each of its rows if they are mixed. Micro-batches are requested in
-        order. Those before the first step of a resumed run are skipped by the loader, so `None` is returned for them.
+        Number within its source and source of a micro-batch, or of each of its rows if they are mixed. Micro-batches
+        are requested in order. Those before the first step of a resumed run are skipped by the loader, so `None` is
+        returned for them.
 
         Raises:
             SourceError: every source that has a weight was read `max_epochs` times.
@@ -173,11 +174,10 @@ class StreamProgress:
     def _limit(self, source: str) -> float:
         return self.max_epochs.get(source, np.inf)
 
-    def exhausted(self, states: Sequence[StreamState]) -> list[str]:
+    def exhausted(self, states: Sequence[StreamState]) -> set[str]:
         """Sources in use that have been read `max_epochs` times on this rank after a window with these positions."""
         passes = [(s.source, state["pass"]) for s in states for state in s.lanes.values()]
-        finished = {source for source, pass_ in passes if pass_ >= self._limit(source)}
-        return [name for name in self.stream.names if name in finished and name not in self.left_out]
+        return {source for source, pass_ in passes if pass_ >= self._limit(source)} - self.left_out.keys()
 
     def leave_out(self, source: str, step: int) -> None:
         """Leave out a source that has ended at a step, from the first step that no data loader has asked for."""
@@ -235,8 +235,8 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
     A data loader gives its requests to its workers in turn. With workers, micro-batches are requested in an order in
     which each worker gets those of the lanes that it owns, and the run puts them back in order.
 
-    `index_of` returns number and source of a micro-batch, or of each of its rows if they are mixed, or `None` if a
-    resumed run skips it. It is called in order, `ahead` micro-batches before the request. With
+    `index_of` returns the number within its source and the source of a micro-batch, or of each of its rows if they are
+    mixed, or `None` if a resumed run skips it. It is called in order, `ahead` micro-batches before the request. With
     `(owners - 1) * (sources + 1)` planned ahead, there is always one for the next worker. `rows` are those of a
     micro-batch over all ranks.
     """
