@@ -214,7 +214,7 @@ class Snapshot(Buffers):
     def __init__(self, tensors: Sequence[Tensor], device: str | torch.device | None = None):
         super().__init__(tensors, device)
         self._side: _SideStream | None = None
-        self._saved = False
+        self._displaced: Sequence[int] = ()  # indices of the tensors to restore
 
     @torch.no_grad()
     def save(self) -> None:
@@ -225,7 +225,7 @@ class Snapshot(Buffers):
             if self._side is None:
                 self._side = _SideStream(self._all_tensors[0].device)
             self._side.copy(self.values, self.tensors)
-        self._saved = True  # not earlier: an interrupted copy must not be restored
+        self._displaced = range(len(self.values))  # not earlier: an interrupted copy must not be restored
 
     def wait(self) -> None:
         """Make the device of the tensors, not the host, wait until an offloaded copy is complete."""
@@ -235,16 +235,16 @@ class Snapshot(Buffers):
     @torch.no_grad()
     def restore(self) -> None:
         """Copy the snapshot back into the tensors, if it was saved and not restored since."""
-        if self._saved:
+        if displaced := self._displaced:
             self.wait()
-            torch._foreach_copy_(self.tensors, self.values, non_blocking=True)
+            torch._foreach_copy_(self.tensors_at(displaced), [self.values[i] for i in displaced], non_blocking=True)
             torch.clear_autocast_cache()
-            self._saved = False
+            self._displaced = ()
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Context in which the tensors have the values of the snapshot, if there is one to restore."""
-        if not self._saved:
+        if not self._displaced:
             yield
             return
         # `.data` hides the writes from autograd, whose saved tensors have their values back afterwards.
@@ -257,9 +257,24 @@ class Snapshot(Buffers):
         finally:
             torch._foreach_copy_(tensors, current)
 
+    @torch.no_grad()
     def minus_current(self, indices: Sequence[int]) -> list[Tensor]:
-        """New tensors `snapshot - tensor` at `indices`, on the device of the tensors."""
+        """
+        New tensors `snapshot - tensor` at `indices`, on the device of the tensors. An offloaded snapshot also restores
+        these tensors, so that each value crosses the bus once.
+        """
         self.wait()
-        differences = self.to_device(indices)
-        torch._foreach_sub_(differences, self.tensors_at(indices))
+        values, tensors = [self.values[i] for i in indices], self.tensors_at(indices)
+        if not self.offloaded:
+            differences = self.to_device(indices)
+            torch._foreach_sub_(differences, tensors)
+            return differences
+        differences = []
+        for value, tensor in zip(values, tensors, strict=True):
+            start = value.to(tensor.device, non_blocking=True)
+            differences.append(start - tensor)
+            tensor.copy_(start)
+        torch.clear_autocast_cache()
+        restored = set(indices)  # not earlier: an interruption leaves some of them displaced
+        self._displaced = [i for i in self._displaced if i not in restored]
         return differences

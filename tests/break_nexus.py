@@ -55,14 +55,23 @@ BREAKS = {
         "steps below the rounding floor taken": ("if self.inner_lr >= self.min_inner_lr else 0.0", ""),
     },
     "tensors.py": {
-        "never marked as saved": ("self._saved = True", "self._saved = False"),
+        "never marked as saved": ("self._displaced = range(len(self.values))", "self._displaced = ()"),
         "marked as saved before the copy": (
             "        if not self.offloaded:\n            torch._foreach_copy_(self.values",
-            "        self._saved = True\n        if not self.offloaded:\n            torch._foreach_copy_(self.values",
+            "        self._displaced = range(len(self.values))\n        if not self.offloaded:\n"
+            "            torch._foreach_copy_(self.values",
         ),
         "marked as restored before the copy": (
-            "        if self._saved:\n",
-            "        if self._saved:\n            self._saved = False\n",
+            "        if displaced := self._displaced:\n",
+            "        if displaced := self._displaced:\n            self._displaced = ()\n",
+        ),
+        "marked as restored before the difference": (
+            "        differences = []\n",
+            "        differences, self._displaced = [], ()\n",
+        ),
+        "restored before the difference": (
+            "            differences.append(start - tensor)\n            tensor.copy_(start)\n",
+            "            tensor.copy_(start)\n            differences.append(start - tensor)\n",
         ),
         "unusable steps multiplied by zero": ("found_inf=(~apply).to(torch.float32)", "found_inf=torch.zeros(())"),
         "moved before an offloaded snapshot is complete": ("            self._side.wait()", "            pass"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_nexus import Nexus, controls
 from hf_nexus import tensors as tensors_module
@@ -105,20 +106,30 @@ class LateCopies:
             self.pending = None
 
 
+def unpinned(buffers: Buffers) -> list[torch.Tensor]:
+    tensors = buffers.tensors
+    buffers._values = buffers._values or [torch.empty_like(t, device="cpu", requires_grad=False) for t in tensors]
+    return buffers._values
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """Snapshots take the off-device path on the CPU, where there is no second device."""
+    monkeypatch.setattr(Buffers, "offloaded", True)
+    monkeypatch.setattr(Buffers, "values", property(unpinned))
+    monkeypatch.setattr(tensors_module, "_SideStream", LateCopies)
+
+
 @pytest.mark.parametrize("direction", ["gradient", "random"])
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
-def test_an_offloaded_snapshot_gives_the_same_update(monkeypatch, direction, gamma):
-    """There is no second device here: the off-device path is taken on the CPU, with a staging limit of three rows."""
+def test_an_offloaded_snapshot_gives_the_same_update(request, monkeypatch, direction, gamma):
+    """The staging limit is three rows."""
     staged = []
 
     def add_staged(target, tensor, scale, real=controls._add_staged_):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "to", lambda rows, device: staged.append(rows.nbytes) or rows)
             real(target, tensor, scale)
-
-    def unpinned(self: Buffers) -> list[torch.Tensor]:
-        self._values = self._values or [torch.empty_like(t, requires_grad=False) for t in self.tensors]
-        return self._values
 
     def update() -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -133,9 +144,7 @@ def test_an_offloaded_snapshot_gives_the_same_update(monkeypatch, direction, gam
         return [p.grad for p in params] + [p.detach() for p in params]
 
     expected = update()
-    monkeypatch.setattr(Buffers, "offloaded", True)
-    monkeypatch.setattr(Buffers, "values", property(unpinned))
-    monkeypatch.setattr(tensors_module, "_SideStream", LateCopies)
+    request.getfixturevalue("offloaded")
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     monkeypatch.setattr(controls, "STAGING_BYTES", 3 * 8 * 4)
     monkeypatch.setattr(controls, "_add_staged_", add_staged)
@@ -144,6 +153,92 @@ def test_an_offloaded_snapshot_gives_the_same_update(monkeypatch, direction, gam
         assert max(staged) == 3 * 8 * 4
     else:
         assert not staged
+
+
+class Uploads(TorchDispatchMode):
+    """Counts the bytes that are copied from the CPU to another device."""
+
+    sent = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = func.overloadpacket.__name__
+        if kind == "_to_copy":
+            self._count(torch.device(kwargs["device"]), args[0])
+        elif kind in ("copy_", "_foreach_copy_"):
+            targets, tensors = ([arg] if isinstance(arg, torch.Tensor) else arg for arg in args[:2])
+            for target, tensor in zip(targets, tensors, strict=True):
+                self._count(target.device, tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, device: torch.device, tensor: torch.Tensor) -> None:
+        self.sent += tensor.nbytes * (device.type != tensor.device.type)
+
+
+def test_an_offloaded_snapshot_is_uploaded_once_per_window(monkeypatch):
+    """The device is that of tensors without data."""
+    monkeypatch.setattr(Buffers, "values", property(unpinned))
+    tensors = [torch.empty(10, 8, device="meta"), torch.empty(3, device="meta"), torch.empty(7, device="meta")]
+    snapshot = Snapshot(tensors, "cpu")
+    assert snapshot.offloaded
+    monkeypatch.setattr(snapshot, "_side", SimpleNamespace(copy=lambda *lists: None, wait=lambda: None))
+    snapshot.save()
+    with Uploads() as uploads:
+        snapshot.minus_current([0, 2])
+        snapshot.restore()
+    assert uploads.sent == sum(t.nbytes for t in tensors)
+
+
+def test_an_interrupted_difference_is_restored(offloaded, monkeypatch):
+    tensors = [torch.randn(4, 3) for _ in range(3)]
+    before, copy, calls = [t.clone() for t in tensors], torch.Tensor.copy_, []
+
+    def interrupted(target, value):
+        calls.append(1)
+        if len(calls) == 2:  # the first is back, then Ctrl-C
+            raise KeyboardInterrupt
+        return copy(target, value)
+
+    snapshot = Snapshot(tensors)
+    snapshot.save()
+    snapshot.wait()
+    torch._foreach_mul_(tensors, 1.1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        snapshot.minus_current([0, 1])
+    assert torch.equal(tensors[0], before[0]) and not torch.equal(tensors[1], before[1])
+    snapshot.restore()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_a_difference_of_some_leaves_the_others_to_restore(offloaded):
+    tensors = [torch.ones(2), torch.ones(2)]
+    snapshot = Snapshot(tensors)
+    snapshot.save()
+    snapshot.wait()
+    torch._foreach_mul_(tensors, 2.0)
+    assert torch.equal(snapshot.minus_current([0])[0], -torch.ones(2))
+    assert tensors[0].eq(1).all() and tensors[1].eq(2).all()
+    with snapshot.swapped_in():
+        assert tensors[0].eq(1).all() and tensors[1].eq(1).all()
+    snapshot.restore()
+    assert tensors[0].eq(1).all() and tensors[1].eq(1).all()
+
+
+def test_an_autocast_sees_what_an_offloaded_snapshot_restores(offloaded):
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    snapshot = Snapshot(list(layer.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        snapshot.save()
+        snapshot.wait()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.mul_(2)
+        torch.clear_autocast_cache()
+        assert not torch.equal(layer(x), expected)
+        snapshot.minus_current([0, 1])
+        snapshot.restore()
+        assert torch.equal(layer(x), expected)
 
 
 def test_sums_of_a_device_without_float64_are_taken_on_the_cpu():

@@ -197,7 +197,7 @@ def after(function: Callable, bomb: Callable[[], None]) -> Callable:
 
 def before_restoring(restore: Callable, bomb: Callable[[], None]) -> Callable:
     def wrapped(snapshot: Snapshot) -> None:
-        if snapshot._saved:  # later calls do nothing
+        if snapshot._displaced:  # later calls do nothing
             bomb()
         restore(snapshot)
 
