@@ -266,9 +266,7 @@ class Snapshot(Buffers):
         self.wait()
         values, tensors = [self.values[i] for i in indices], self.tensors_at(indices)
         if not self.offloaded:
-            differences = self.to_device(indices)
-            torch._foreach_sub_(differences, tensors)
-            return differences
+            return list(torch._foreach_sub(values, tensors))
         differences = []
         for value, tensor in zip(values, tensors, strict=True):
             start = value.to(tensor.device, non_blocking=True)

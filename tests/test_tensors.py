@@ -90,6 +90,14 @@ def test_a_snapshot_restores_exactly_in_place_and_once():
     assert not torch.equal(tensors[0], before[0])
 
 
+def test_a_difference_on_one_device_makes_no_copy(monkeypatch):
+    tensors = [torch.randn(4, 3), torch.randn(3, 4).t()]
+    snapshot = Snapshot(tensors)
+    snapshot.save()
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args, **kwargs: pytest.fail("copied"))
+    assert [d.stride() for d in snapshot.minus_current([0, 1])] == [t.stride() for t in tensors]
+
+
 class LateCopies:
     """A stream that copies as late as it may: when it is waited for."""
 
