@@ -1,6 +1,7 @@
 """The data of a run: the order of the rows, agreement between ranks, and the state in checkpoints."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,19 @@ class Feed:
         return lanes
 
     @property
+    def prefetch_factor(self) -> int | None:
+        """Micro-batches that each worker of the data loader reads ahead. `None` without workers."""
+        args = self._args
+        given, workers = args.dataloader_prefetch_factor, args.dataloader_num_workers
+        if given is not None or not workers:
+            return given
+        # Training takes k at once. With torch's 2, the workers would stop before that, and training wait for the rest.
+        return max(2, math.ceil(args.gradient_accumulation_steps / workers))
+
+    @property
     def _read_ahead(self) -> int:
         """Micro-batches that the workers of the data loader are asked for before it is their turn."""
-        return self._args.dataloader_num_workers * (self._args.dataloader_prefetch_factor or 2)
+        return self._args.dataloader_num_workers * (self.prefetch_factor or 0)
 
     def in_order(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Micro-batches of the data loader in the order of training."""

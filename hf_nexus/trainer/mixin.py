@@ -371,15 +371,16 @@ class NexusTrainerMixin(_Base):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """
-        The base class's data loader, whose workers outlive a signal. Batches of evaluations keep the lengths of
-        concatenated rows.
+        The base class's data loader, whose workers outlive a signal and read a window ahead. Batches of evaluations
+        keep the lengths of concatenated rows.
         """
         if self._plain:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
-        collate = self.data_collator
-        if description != "Training":
-            collate = self._evaluation.counting(collate, dataset)
-        with changed(self, data_collator=collate):
+        if description == "Training":
+            own = changed(self.args, dataloader_prefetch_factor=self._feed.prefetch_factor)
+        else:
+            own = changed(self, data_collator=self._evaluation.counting(self.data_collator, dataset))
+        with own:
             loader = super()._get_dataloader(dataset, description, *args, **kwargs)
         if self.args.dataloader_num_workers:
             keep_signals_from_workers(loader, self.args)

@@ -85,6 +85,27 @@ def test_changed_weights_are_followed(tmp_path: Path) -> None:
     assert feed.data.weights == {"a": 1.0, "b": 0.0} and feed.data.dataset.seed == 5
 
 
+@pytest.mark.parametrize(
+    ("k", "workers", "given", "factor"),
+    [
+        (8, 2, None, 4),
+        (9, 2, None, 5),
+        (3, 2, None, 2),
+        (8, 1, None, 8),
+        (8, 16, None, 2),
+        (8, 2, 1, 1),
+        (8, 0, None, None),
+    ],
+)
+def test_workers_read_a_window_ahead_unless_set_otherwise(tmp_path: Path, k, workers, given, factor) -> None:
+    config = {"dataloader_num_workers": workers, "dataloader_prefetch_factor": given}
+    args = make_args(tmp_path, gradient_accumulation_steps=1, mixture_weights=WEIGHTS, **config)
+    feed = Feed(streams(), args)
+    args.gradient_accumulation_steps = k  # as in a hyperparameter search
+    assert feed.prefetch_factor == factor
+    assert factor is None or given or feed.prefetch_factor * workers >= k
+
+
 def test_first_rows_are_of_the_evaluation_set_if_there_is_one(tmp_path: Path) -> None:
     train, held_out = {"a": Rows(8, 0), "b": Rows(8, 1)}, Rows(3, 7)
     found = Feed(train, make_args(tmp_path)).first_rows(4, {"b": held_out, "law": held_out})

@@ -187,6 +187,19 @@ def test_dataloader_workers_change_nothing(make_trainer, sources):
     assert torch.equal(weights(plain), weights(workers))
 
 
+@pytest.mark.parametrize("nexus", [False, True])
+def test_loaders_of_training_read_a_window_ahead(make_trainer, sources, nexus):
+    config = {"dataloader_num_workers": 1, "nexus": nexus}
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": sources}, **config)
+    of_training, of_evaluation = trainer.get_train_dataloader(), trainer.get_eval_dataloader("text")
+    assert (of_training.prefetch_factor, of_evaluation.prefetch_factor) == (4, 2)
+    assert trainer.args.dataloader_prefetch_factor is None
+    given = make_trainer(sources, dataloader_prefetch_factor=3, **config)
+    assert given.get_train_dataloader().prefetch_factor == 3
+    plain = make_trainer(sources["text"], **config)
+    assert plain.get_train_dataloader().prefetch_factor == (4 if nexus else 2)
+
+
 def test_one_plain_dataset_uses_the_stock_loader(make_trainer, sources):
     trainer = make_trainer(sources["text"], max_steps=3)
     trainer.train()
