@@ -50,6 +50,7 @@ HOOKS = {
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
     "_get_num_items_in_batch": ["batch_samples", "device"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
+    "floating_point_ops": ["inputs"],
     "log": ["logs", "start_time"],
     "_get_dataloader": [
         "dataset",

@@ -617,6 +617,18 @@ class NexusTrainerMixin(_Base):
         self.model.train()
         return cosines
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The base class's count. The Trainer's walks over all modules: once per window and size of micro-batches."""
+        count: Any = super().floating_point_ops
+        name = getattr(self.model, "main_input_name", "input_ids")
+        main = inputs.get(name) if isinstance(inputs, Mapping) else None
+        trainers = getattr(count, "__func__", None) is Trainer.floating_point_ops
+        if self._plain or not trainers or not isinstance(main, Tensor):
+            return count(inputs)
+        if (size := main.numel()) not in self._window.flops:
+            self._window.flops[size] = count(inputs)
+        return self._window.flops[size]
+
     # ---- After an outer step ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

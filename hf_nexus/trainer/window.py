@@ -41,6 +41,7 @@ class Window:
     items: Tensor | None = None  # divisors of the losses, (k,): loss tokens, or their mean over the ranks
     same: Tensor | None = None  # whether the hashes of all ranks' sources and settings agree (0-d), if compared
     inputs: list[Any] = field(default_factory=list)  # what `training_step` was called with so far
+    flops: dict[int, int] = field(default_factory=dict)  # of a micro-batch, by the elements of its main input
 
     def take(self, batches: Iterable[Any], tagged: bool) -> Iterator[Any]:
         """Yield micro-batches until one cannot be read, and note their tags. With `tagged`, a tag is required."""

@@ -200,6 +200,35 @@ def test_loaders_of_training_read_a_window_ahead(make_trainer, sources, nexus):
     assert plain.get_train_dataloader().prefetch_factor == (4 if nexus else 2)
 
 
+@pytest.mark.parametrize("nexus", [False, True])
+def test_operations_are_the_trainers_counted_once_per_window(make_trainer, monkeypatch, nexus):
+    class Upstream(NexusTrainer):
+        floating_point_ops = Trainer.floating_point_ops
+
+    class Twice(Trainer):
+        def floating_point_ops(self, inputs):
+            return 2 * super().floating_point_ops(inputs)
+
+    class NexusTwice(NexusTrainerMixin, Twice):
+        pass
+
+    def run(cls):
+        walks.clear()
+        trainer = make_trainer(sources, trainer_class=cls, nexus=nexus, max_steps=5)
+        trainer.train()
+        return trainer.state.total_flos, len(walks)
+
+    walks, counted = [], PreTrainedModel.num_parameters
+    monkeypatch.setattr(
+        PreTrainedModel, "num_parameters", lambda *args, **kwargs: walks.append(1) or counted(*args, **kwargs)
+    )
+    sources = {"long": Rows(40, 0), "short": Rows(40, 1, length=8)}
+    total, once = run(NexusTrainer)
+    assert (total, 5 * 4) == run(Upstream) and total > 0
+    assert 5 <= once <= 10  # one or two lengths in each window
+    assert run(NexusTwice) == (2 * total, 5 * 4)
+
+
 def test_one_plain_dataset_uses_the_stock_loader(make_trainer, sources):
     trainer = make_trainer(sources["text"], max_steps=3)
     trainer.train()
