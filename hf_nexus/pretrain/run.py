@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -37,7 +38,7 @@ from ..trainer.mixin import NexusTrainer
 from ..trainer.support import check_one_gpu
 from .command_line import CommandLine, read_command_line
 from .console import loss_table, print_plan, say
-from .fields import PretrainArguments
+from .fields import PretrainArguments, PretrainConfig
 from .folder import claim_folder, find_checkpoint
 from .layout import check_planned_layout
 from .model import build_model, config_of, model_config
@@ -206,11 +207,21 @@ class PretrainRun:
         if last := last_checkpoint(folder):
             how, resume = "by starting the run as before, with", "--resume_from_checkpoint last"
             one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) == processes
-            if one_machine and not self.trainer.is_fsdp_enabled:  # else, --devices would start something else
+            # Else, --devices or the saved fields would start something else.
+            if one_machine and not self.trainer.is_fsdp_enabled and not _launcher_decides(self.trainer.args):
                 devices = f" --devices {processes}" if processes > 1 else ""
                 how, resume = "with", f"hf-nexus train {shlex.quote(str(folder / CONFIG_NAME))}{devices} {resume}"
             hint = f"continue {Path(last).name} {how}:\n{resume}"
         say(self.console, f"{event} after step {self.trainer.state.global_step}; {hint}")
+
+
+def _launcher_decides(args: PretrainConfig) -> bool:
+    """Whether `accelerate launch` has chosen what the fields, which are saved, do not say."""
+    return (
+        (args.mixed_precision != "no" and not (args.bf16 or args.fp16))
+        or (parse_flag_from_env("ACCELERATE_USE_CPU") and not args.use_cpu)
+        or (os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" and not args.torch_compile)
+    )
 
 
 def _write_report(arguments: PretrainArguments, trainer: NexusTrainer, mixture: Mixture, console: Console) -> None:

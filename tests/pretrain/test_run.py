@@ -389,11 +389,39 @@ def test_the_command_to_go_on_starts_the_same_processes(monkeypatch, capsys, wor
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    trainer = Namespace(args=Namespace(world_size=world), is_fsdp_enabled=fsdp, state=Namespace(global_step=4))
+    flags = dict.fromkeys(("bf16", "fp16", "use_cpu", "torch_compile"), False)
+    args = Namespace(world_size=world, mixed_precision="no", **flags)
+    assert how_to_go_on(capsys, args, fsdp) == f"{command}_from_checkpoint last\n"
+
+
+def how_to_go_on(capsys, args, fsdp=False) -> str:
+    """What an interrupted run in the folder `out` prints after the checkpoint."""
+    trainer = Namespace(args=args, is_fsdp_enabled=fsdp, state=Namespace(global_step=4))
     run = PretrainRun(Namespace(folder=Path("out")), trainer, None, None, Console(), ExitStack())
     run._print_how_to_resume("Interrupted")
     printed = capsys.readouterr().out
-    assert printed == f"Interrupted after step 4; continue checkpoint-3 {command}_from_checkpoint last\n"
+    start = "Interrupted after step 4; continue checkpoint-3 "
+    assert printed.startswith(start), printed
+    return printed.removeprefix(start)
+
+
+@pytest.mark.parametrize(
+    ("variable", "on", "off", "field"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "no", "bf16"),
+        ("ACCELERATE_USE_CPU", "True", "False", "use_cpu"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "NO", "torch_compile"),
+    ],
+)
+def test_the_command_to_go_on_keeps_what_a_launcher_chose(config, monkeypatch, capsys, variable, on, off, field):
+    """`accelerate launch` sets variables, and the command reads the saved fields."""
+    monkeypatch.setattr("hf_nexus.pretrain.run.last_checkpoint", lambda folder: "out/checkpoint-3")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    as_before, directly = "by starting the run as before, with:\n--resume", "with:\nhf-nexus train"
+    for value, said, words in ((on, "false", as_before), (on, "true", directly), (off, "false", directly)):
+        monkeypatch.setenv(variable, value)
+        args = parse_arguments(["--config", str(config), f"--{field}", said]).training
+        assert how_to_go_on(capsys, args).startswith(words)
 
 
 def test_an_error_in_training_keeps_its_traceback(config, tmp_path, monkeypatch):
