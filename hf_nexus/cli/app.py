@@ -153,6 +153,8 @@ def train(
     argv, planned = [config, *context.args], [] if devices is None else ["--devices", str(devices)]
     with one_line_errors(debug=context.obj):
         command_line = read_command_line(["--config", *argv, *planned])
+        if command_line.dry_run and accelerate_config is not None:
+            raise ValueError("--accelerate_config: a plan does not read it. Pass --devices and --sharding instead.")
         if not command_line.dry_run and (devices is not None or accelerate_config is not None):
             from .launch import launch
 

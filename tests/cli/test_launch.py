@@ -80,6 +80,7 @@ def test_the_status_of_the_processes_is_that_of_the_command(monkeypatch, capsys,
         ("--devices 2 --max_step 3", "Did you mean '--max_steps'"),
         ("--devices 8", "--devices 8: this machine has 4"),
         ("--accelerate_config none.yaml", "there is no file 'none.yaml'"),
+        ("--accelerate_config two.yaml --dry_run", "a plan does not read it. Pass --devices and --sharding"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_launch(launched, monkeypatch, flags, words):
