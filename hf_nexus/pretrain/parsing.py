@@ -79,6 +79,8 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         )
     with naming(name, "", flags["training"]):
         training = PretrainConfig(**values["training"])
+        if "num_train_epochs" in flags["training"] and training.max_steps > 0:  # a file may hold both
+            raise ValueError(f"--num_train_epochs: max_steps={training.max_steps} overrides it. Add --max_steps -1.")
         for stage in stages_of(training.mixture_weights or []):
             normalized(stage.weights, list(mixture.train_sources))
         check_run(model, mixture, training, here=not dry_run)

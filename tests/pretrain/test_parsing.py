@@ -36,6 +36,15 @@ def test_flags_override_the_yaml_in_every_section(config):
     assert arguments.training.learning_rate == 1e-2  # from the YAML
 
 
+def test_a_flag_for_epochs_is_not_ignored(write):
+    path = write(training={"max_steps": 7, "num_train_epochs": 3.0})  # as in every saved configuration
+    assert planned(path).training.max_steps == 7
+    for steps in ([], ["--max_steps", "7"]):
+        with pytest.raises(ValueError, match=r"^--num_train_epochs: max_steps=7 overrides it. Add --max_steps -1\.$"):
+            planned(path, "--num_train_epochs", "2", *steps)
+    assert planned(path, "--num_train_epochs", "2", "--max_steps", "-1").training.num_train_epochs == 2
+
+
 def test_config_fields_override_those_of_the_file(write):
     """Also those of a saved configuration, and they leave the others."""
     path = write(model={"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2})
