@@ -5,13 +5,14 @@ import os
 import re
 import sys
 import warnings
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["format_bytes", "is_live", "new_console", "new_table", "quieten"]
+__all__ = ["format_bytes", "format_number", "is_live", "new_console", "new_table", "quieten"]
 
 # Records of the Trainer that are left out.
 _RECORDS = re.compile(
@@ -56,6 +57,11 @@ def new_table(title: str, *columns: str, texts: int = 1) -> "Table":
 def format_bytes(count: int) -> str:
     """A size with its unit."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def format_number(value: float, digits: int) -> str:
+    """A number rounded to so many significant digits, without an exponent."""
+    return f"{Decimal(f'{value:.{digits}g}'):,f}"
 
 
 def quieten() -> None:

@@ -10,7 +10,7 @@ from ..hub.results import HeldOutLoss
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
-from ..terminal import format_bytes, new_table
+from ..terminal import format_bytes, format_number, new_table
 from ..trainer.support import ONE_INNER_STEP
 from .advice import ENDS_EARLY, stable_steps, warnings_of
 from .cost import CostEstimate
@@ -139,16 +139,17 @@ def _memory_table(memory: MemoryEstimate) -> Table:
 def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | None) -> Table:
     """An estimate as a table, for the whole run if its number of steps is known."""
     assumed = f"--peak_tflops {hardware.peak_tflops:g} --mfu {hardware.mfu:g}"
-    rows = {"arithmetic per step": f"{cost.compute:.3g} s ({assumed})"}
+    rows = {"arithmetic per step": f"{format_number(cost.compute, 3)} s ({assumed})"}
     if cost.devices > 1:
         links = " ".join(f"--{link} {getattr(hardware, link):g}" for link in cost.links)
-        sent = f"{cost.during + cost.after:.3g} s for {format_bytes(cost.sent)} per device ({links})"
+        sent = f"{format_number(cost.during + cost.after, 3)} s for {format_bytes(cost.sent)} per device ({links})"
         hidden = "with or without overlap with the backward pass" if cost.during else "without overlap"
         rows |= {f"sent per step, {cost.sharding}": sent, "step": f"{_range(cost.best, cost.worst, 's')}, {hidden}"}
     if steps is not None:
-        low, high = (steps * seconds / 86400 for seconds in (cost.best, cost.worst))
-        hours = 24 * cost.devices
-        rows["run"] = f"{_range(low, high, 'days')} for {steps:,} steps"
+        low, high = steps * cost.best, steps * cost.worst
+        unit, size = ("days", 86400) if high >= 864 else ("s", 1)
+        hours = cost.devices / 3600
+        rows["run"] = f"{_range(low / size, high / size, unit)} for {steps:,} steps"
         rows["device hours"] = _range(low * hours, high * hours)
         if (price := hardware.price_per_hour) is not None:
             rows["price"] = f"{_range(low * hours * price, high * hours * price)} (--price_per_hour {price:g})"
@@ -157,7 +158,7 @@ def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | Non
 
 def _range(low: float, high: float, unit: str = "") -> str:
     """Both numbers with three digits and no exponent, or one if they agree."""
-    first, last = (f"{float(f'{value:.3g}'):,.10g}" for value in (low, high))
+    first, last = (format_number(value, 3) for value in (low, high))
     return f"{first if first == last else f'{first} to {last}'} {unit}".strip()
 
 

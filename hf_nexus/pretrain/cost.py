@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..terminal import format_number
 from .fields import PretrainArguments
 from .layout import Layout
 
@@ -130,5 +131,5 @@ def choose_sync(arguments: PretrainArguments, parameters: int, tokens_per_step: 
         choices.remove("node")
     steps = {sync: estimate_cost(arguments, parameters, tokens_per_step, layout, sync).worst for sync in choices}
     best = next(sync for sync, seconds in steps.items() if seconds <= 1.05 * min(steps.values()))
-    times = ", ".join(f"{sync} {seconds:.3g} s" for sync, seconds in steps.items())
+    times = ", ".join(f"{sync} {format_number(seconds, 3)} s" for sync, seconds in steps.items())
     return f"{best} (steps without overlap: {times}; the largest groups of ranks within 5 % of the fastest)"

@@ -98,8 +98,27 @@ def test_stages_are_planned_from_both_sections(tmp_path, where):
     ],
 )
 def test_the_table_says_what_overlaps(flags, words):
-    arguments = planned("3b", *flags)
-    plan = plan_run(arguments, 64)
+    assert words in costs("3b", 64, *flags)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "flags", "rows"),
+    [
+        ("3b", 64, ["--max_steps", "20"], ["run 74.8 to 104 s for 20 steps"]),
+        ("3b", 64, ["--max_steps", "2000"], ["run 0.0866 to 0.121 days for 2,000 steps"]),
+        ("3b", 64, ["--price_per_hour", "1e10"], ["price 20,000,000,000,000 to 27,800,000,000,000 "]),
+        ("demo", 1, [], ["arithmetic per step 0.0000", "run 0.01", "device hours 0.00000"]),
+    ],
+)
+def test_numbers_of_any_size_have_no_exponent(config, devices, flags, rows):
+    text = " ".join(costs(config, devices, *flags).replace("│", " ").split())
+    assert all(row in text for row in rows), text
+
+
+def costs(config: str, devices: int, *flags: str) -> str:
+    """The printed table of a plan's cost."""
+    arguments = planned(config, *flags)
+    plan = plan_run(arguments, devices)
     console = Console(width=200, file=io.StringIO())
     console.print(cost_table(plan.cost, arguments.hardware, plan.steps))
-    assert words in console.file.getvalue()
+    return console.file.getvalue()
