@@ -4,6 +4,7 @@ from fractions import Fraction
 
 from transformers import SchedulerType
 
+from ..terminal import format_number
 from ..trainer.support import ONE_INNER_STEP
 from .fields import PretrainArguments, PretrainConfig
 from .plan import RunPlan
@@ -28,11 +29,11 @@ def warnings_of(arguments: PretrainArguments, plan: RunPlan) -> list[str]:
     of_step, of_run = _shares(arguments, plan)
     designed = max(1, arguments.model.accelerators)
     on = f" on {plan.devices} devices instead of {designed}" if plan.devices != designed else ""
-    if of_run != 1:
-        found.append(f"The run{on} has {_times(of_run)} the configuration's tokens. Change max_steps to compensate.")
-    if of_step != 1:
+    if share := _times(of_run):
+        found.append(f"The run{on} has {share} the configuration's tokens. Change max_steps to compensate.")
+    if share := _times(of_step):
         found.append(
-            f"A step{on} has {_times(of_step)} the configuration's tokens, for which the learning rate was chosen. "
+            f"A step{on} has {share} the configuration's tokens, for which the learning rate was chosen. "
             "Change gradient_accumulation_steps or per_device_train_batch_size to compensate."
         )
     return found
@@ -61,4 +62,8 @@ def _shares(arguments: PretrainArguments, plan: RunPlan) -> tuple[Fraction, Frac
 
 
 def _times(share: Fraction) -> str:
-    return f"{share.limit_denominator(1000)} of" if share <= 1 else f"{float(share):.4g} times"
+    """A share in words: a fraction if it is a short one, else four digits. Empty if these are those of 1."""
+    digits = format_number(float(share), 4)
+    if digits == "1":
+        return ""
+    return f"{digits} times" if share > 1 else f"{share if share.denominator <= 1000 else digits} of"

@@ -26,6 +26,9 @@ def test_a_configuration_on_its_own_devices_fits(config, devices):
         (8, ["--gradient_accumulation_steps", "64"], None, None),
         (64, ["--max_steps", "15000"], "1/2 of", None),
         (128, [], "2 times", "2 times"),
+        (64, ["--max_steps", "10"], "0.0003333 of", None),
+        (64, ["--max_steps", "29991"], "0.9997 of", None),
+        (64, ["--max_steps", "29999"], None, None),
     ],
 )
 def test_tokens_are_compared_with_those_of_the_file(devices, flags, run, step):
