@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .tensors import Buffers, Snapshot, add_scaled_, global_norm
+from .tensors import Buffers, Snapshot, add_scaled_, global_norm, shard
 
 __all__ = ["GradientSum", "RandomPath", "Settings", "fill_normal_"]
 
@@ -45,6 +45,11 @@ class Settings:
                 raise ValueError(
                     f"Nexus got a {p.dtype} parameter of shape {tuple(p.shape)}, which would round inner steps away. "
                     "Keep the weights in float32 (`model.float()`) and compute under bfloat16 autocast."
+                )
+            if norm is None and shard(p).shape != p.shape:
+                raise ValueError(
+                    f"Nexus got a sharded parameter of shape {tuple(p.shape)}, and a rank would step by the norm of "
+                    "its own shards. Pass norm=, which returns the norm over all shards, or use NexusTrainer."
                 )
         if direction not in ("gradient", "random"):
             raise ValueError(f"direction={direction!r} is not known; use 'gradient' or 'random'.")

@@ -58,13 +58,13 @@ class Nexus(Settings):
         snapshot_device (`str` or `torch.device`, *optional*):
             Device of the snapshot, for example `"cpu"`. Defaults to the device of the parameters.
         norm (`Callable[[Sequence[int], Sequence[Tensor]], Tensor]`, *optional*):
-            Norm (0-d) over all shards, given the indices of parameters and their local gradients. Defaults to the norm
-            of these gradients.
+            Norm (0-d) over all shards, given the indices of parameters and their local gradients. Required if a
+            parameter is sharded. Defaults to the norm of these gradients.
         key (`tuple[int, ...]` or a `list` of them, *optional*, defaults to `(0,)`):
             Key of random directions: a seed, and a shard or rank if they must differ. Or a list: one per parameter.
 
     Raises:
-        ValueError: negative `inner_lr`, unknown `direction`, no parameters, or a dtype of less than 32 bits.
+        ValueError: negative `inner_lr`, unknown `direction`, no parameters, under 32 bits, shards without `norm`.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)

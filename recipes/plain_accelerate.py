@@ -15,7 +15,8 @@ prints the held-out loss of each source before and after training. It takes half
     accelerate launch recipes/plain_accelerate.py --steps 100 --inner_lr 0.1
     torchrun --nproc_per_node 2 recipes/plain_accelerate.py
 
-Each process adds its own rows to every micro-batch.
+Each process adds its own rows to every micro-batch. For weights that FSDP2 shards, `Nexus` needs a `norm`: see
+docs/distributed_sharded.md.
 """
 
 import argparse

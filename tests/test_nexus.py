@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_nexus import Nexus
@@ -282,6 +285,14 @@ class TestThroughTrainer:
 # ---- The window ----
 
 
+@pytest.fixture
+def two_ranks():
+    """A mesh of this process and one that does not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
 class TestWindow:
     @pytest.mark.parametrize("direction", ["gradient", "random"])
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -425,3 +436,17 @@ class TestWindow:
             Nexus([])
         with pytest.raises(ValueError, match="bfloat16"):
             Nexus([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])
+
+    def test_sharded_parameters_need_a_norm_over_all_shards(self, two_ranks):
+        def param(*placements):
+            local = DTensor.from_local(torch.ones(2, 4), two_ranks, placements, run_check=False)
+            return nn.Parameter(local)
+
+        plain = nn.Parameter(torch.ones(3))
+        Nexus([plain, param(Replicate())])
+        with pytest.raises(ValueError, match=r"sharded parameter of shape \(4, 4\).*Pass norm=.*NexusTrainer"):
+            Nexus([plain, param(Shard(0))])
+        nexus = Nexus([plain, param(Shard(0))], norm=lambda indices, gradients: torch.tensor(2.0))
+        with nexus.window():
+            nexus.params[0].sum().backward()
+            assert nexus.inner_step() == 2
