@@ -1,10 +1,12 @@
 """Muon for the matrices of a model and AdamW for the other parameters, as one optimizer."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
@@ -139,9 +141,18 @@ def create_matrix_optimizer(
     muon = {"lr": args.learning_rate, **muon_options(args.optim_args)}
     decays = (args.weight_decay, 0.0)
     groups = [
-        [{"params": p, "weight_decay": d} for p, d in zip(kind, decays, strict=True)] for kind in (matrices, others)
+        [{"params": p, "weight_decay": d} for part, d in zip(kind, decays, strict=True) for p in _by_mesh(part)]
+        for kind in (matrices, others)
     ]
     return MuonWithAdamW(*groups, muon=muon, adamw=adamw)
+
+
+def _by_mesh(params: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters of one device mesh each, because a fused kernel takes no others. The Trainer splits its groups so."""
+    found: dict[Any, list[Tensor]] = defaultdict(list)
+    for p in params:
+        found[p.device_mesh if isinstance(p, DTensor) else None].append(p)
+    return list(found.values())
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[int]:

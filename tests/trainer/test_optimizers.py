@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
@@ -216,6 +219,35 @@ def test_muon_needs_a_row_of_each_matrix_for_each_shard(build) -> None:
     assert len(create(shards=3).param_groups) == len(create().param_groups)
     with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight' of shape \(3, 16\) over 4 ranks"):
         create(shards=4)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_parameters_of_different_meshes_are_stepped_apart(build, mesh: DeviceMesh) -> None:
+    """As under tensor parallelism, which leaves norms as they are, and shards biases."""
+
+    def stepped(*sharded: str) -> torch.Tensor:
+        trainer = build("muon, fused", model=tiny_llama())
+        for name in sharded:
+            module, _, key = name.rpartition(".")
+            owner = trainer.model.get_submodule(module)
+            setattr(owner, key, nn.Parameter(distribute_tensor(getattr(owner, key), mesh, [Shard(0)])))
+        optimizer = trainer.create_optimizer()
+        for p in trainer.model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+        return torch.cat([p.detach().flatten() for p in whole])
+
+    layer = "model.layers.0"
+    parts = (f"{layer}.mlp.up_proj.weight", f"{layer}.input_layernorm.weight", "lm_head.weight")
+    torch.testing.assert_close(stepped(*parts), stepped())
 
 
 @pytest.mark.parametrize(("replicas", "sharded", "shards"), [(None, True, 4), (2, True, 2), (2, False, 1)])
