@@ -77,7 +77,7 @@ class NexusConfigMixin:
             Log the gradient cosine of each pair of sources at the restored weights every this many outer steps, and
             at the end (0: never). One measurement costs about S^2/2 backward passes for S sources.
         matrix_optimizer (`str`, *optional*):
-            `"muon"` trains the matrices between the embeddings and the output layer with torch's Muon, and the other
+            `"muon"` trains the matrices between the embeddings and the head with torch's Muon, and the other
             parameters with `optim`, which must be AdamW. Muon's options are in `optim_args`, for example
             `"muon_lr=0.01,muon_momentum=0.95"`. `learning_rate` and `weight_decay` apply to both optimizers.
         upcast_weights (`bool`, *optional*, defaults to `True`):

@@ -113,7 +113,7 @@ def create_matrix_optimizer(
 ) -> MuonWithAdamW:
     """
     The optimizer of `matrix_optimizer="muon"`: Muon for trainable 2-D weights of at least two rows and columns that
-    are not an embedding or the output layer, AdamW for the other parameters.
+    are not part of an embedding or of the head, AdamW for the other parameters.
 
     `adamw` has the options of AdamW, without `optim_args`, and `decaying` the names of the parameters with weight
     decay. `shards` is the number of ranks over which the model will be sharded.
@@ -135,8 +135,8 @@ def create_matrix_optimizer(
                 )
     if not any(matrices):
         raise ValueError(
-            "matrix_optimizer='muon' found no trainable matrix in the model (AdamW has embeddings and the output "
-            "layer). Leave it out."
+            "matrix_optimizer='muon' found no trainable matrix in the model (AdamW has embeddings and the head). "
+            "Leave it out."
         )
     muon = {"lr": args.learning_rate, **muon_options(args.optim_args)}
     decays = (args.weight_decay, 0.0)
@@ -156,9 +156,17 @@ def _by_mesh(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    """Ids of the parameters of embeddings and output layers."""
-    tables: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    for module in model.modules():  # adapters wrap the model that has the output layer
-        if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
-            tables.append(head)
-    return {id(p) for table in tables for p in table.parameters()}
+    """Ids of the parameters of embeddings, their adapters, and heads."""
+    found: set[int] = set()
+    for module in model.modules():  # adapters wrap the model that has the head
+        if isinstance(module, nn.Embedding) or isinstance(getattr(module, "base_layer", None), nn.Embedding):
+            found |= _ids(module)
+        if isinstance(module, PreTrainedModel):
+            found |= _ids(module) - _ids(module.base_model)  # no head if the model is its own base
+            if (head := module.get_output_embeddings()) is not None:
+                found |= _ids(head)
+    return found
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(p) for p in module.parameters()}

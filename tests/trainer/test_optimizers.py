@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
@@ -198,6 +199,31 @@ def test_muon_gets_hidden_matrices_with_the_trainers_decay(build, tied: bool) ->
     assert ("lm_head.weight" in kinds["adamw"]) is not tied
 
 
+def of_muon(trainer: Any) -> set[str]:
+    """The names of the parameters that Muon trains."""
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    groups = [group for group in trainer.create_optimizer().param_groups if "momentum" in group]
+    return {names[id(p)] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_muon_leaves_the_head_of_a_classifier_to_adamw(build, task: str) -> None:
+    body = {name for name, _ in tiny_llama().named_parameters() if "_proj" in name}
+    model = getattr(transformers, f"LlamaFor{task}")(tiny_llama().config)
+    found = of_muon(build("muon", model=model))
+    assert {name.split("layers.")[-1] for name in found} == {name.split("layers.")[-1] for name in body}
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"trainable_token_indices": [1, 2]}, {"target_modules": ["embed_tokens", "q_proj"]}]
+)
+def test_muon_leaves_adapters_of_embeddings_to_adamw(build, adapter: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **adapter})
+    found = of_muon(build("muon", model=peft.get_peft_model(tiny_llama(), config)))
+    assert len(found) == 2 and all("q_proj.lora_" in name for name in found)
+
+
 def test_muon_leaves_output_adapters_and_single_rows_to_adamw(build) -> None:
     peft = pytest.importorskip("peft")
     for rank, expected in ((2, {"q_proj"}), (1, None)):
@@ -208,9 +234,7 @@ def test_muon_leaves_output_adapters_and_single_rows_to_adamw(build) -> None:
             with pytest.raises(ValueError, match="no trainable matrix"):
                 trainer.create_optimizer()
             continue
-        names = {id(p): name for name, p in model.named_parameters()}
-        groups = [group for group in trainer.create_optimizer().param_groups if "momentum" in group]
-        assert {names[id(p)].split(".lora")[0].split(".")[-1] for g in groups for p in g["params"]} == expected
+        assert {name.split(".lora")[0].split(".")[-1] for name in of_muon(trainer)} == expected
 
 
 def test_muon_needs_a_row_of_each_matrix_for_each_shard(build) -> None:
