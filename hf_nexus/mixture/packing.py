@@ -223,7 +223,9 @@ class SourcePacker:
 
     def _map_batches(self, step: str, documents: Dataset, *args: Any, **options: Any) -> Dataset:
         """A pass over documents in batches of a limited size, by several processes if the mixture says so."""
-        num_proc = min(self.num_proc, len(documents)) if self.num_proc else None
+        # Each process would get a copy of all token files, which no cache file of `datasets` holds.
+        in_place = self.encoder.source.tokens_column and not documents.cache_files
+        num_proc = min(self.num_proc, len(documents)) if self.num_proc and not in_place else None
         size = max(1, documents.data.nbytes // max(1, documents.data.num_rows))  # mean bytes of a document
         batch_size = min(BATCH_SIZE, max(1, BYTES_PER_BATCH // size))
         return self._map(step, documents, *args, batch_size=batch_size, num_proc=num_proc, **options)

@@ -96,12 +96,15 @@ def test_an_empty_index_is_an_error(tmp_path, index):
         load(tmp_path / ("a.ds" if "ds" in index else "a.bin"))
 
 
-def test_tokens_are_not_copied_to_name_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(InMemoryTable, "__reduce__", lambda table: pytest.fail("the table was pickled"))
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_tokens_are_not_copied_for_caches_or_processes(tmp_path, monkeypatch, num_proc):
+    pickled = []
+    monkeypatch.setattr(InMemoryTable, "__getstate__", lambda table: pickled.append(table) or {"table": table.table})
     write_ds(tmp_path / "a.ds", DOCUMENTS)
     source = {"path": str(tmp_path), "tokens_column": "input_ids", "eval_rows": 3}
-    config = MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 4})
+    config = MixtureConfig.from_dict({"sources": {"a": source}, "sequence_length": 4, "num_proc": num_proc})
     load_mixture(config, tiny_tokenizer(), cache_dir=tmp_path / "cache")
+    assert not pickled
 
 
 def test_an_index_that_is_missing_or_wrong_is_an_error(tmp_path, monkeypatch):
