@@ -147,8 +147,10 @@ class SourcePacker:
 
     def hash_documents(self, documents: Dataset) -> np.ndarray:
         """The hash of each document, `(len(documents),)` int64."""
-        columns = self.encoder.source.columns
-        key = [columns, None if "text_column" in columns else self.fingerprint]
+        source = self.encoder.source
+        # What the checks of rows depend on: the next pass names no row. Those of text depend on nothing.
+        checks = [self.fingerprint, source.loss_on, self.encoder.packed_length]
+        key = [source.columns, None if "text_column" in source.columns else checks]
         hashed = self._map_batches("hash", documents, self._hash, {"hash": Value("int64")}, key, with_indices=True)
         return hashed.with_format("numpy")["hash"][:]
 

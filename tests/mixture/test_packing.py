@@ -234,6 +234,27 @@ def test_hashes_of_messages_do_not_depend_on_the_template(tmp_path: Path) -> Non
     assert packer(tmp_path, tokenizer, messages_column="messages").hash_documents(other).tolist() == hashes[0][:1]
 
 
+def test_rows_that_other_settings_refuse_are_named(tmp_path: Path) -> None:
+    tokenizer, long = tiny_tokenizer(), BATCH_SIZE + 44
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ loop.length if m.content == 'dog' }}{{ m.content }}{% endfor %}"
+    )
+    chats = [[{"role": "user", "content": text}] for text in ["fox"] * long + ["dog"]]
+    pairs = Dataset.from_dict({"prompt": chats, "completion": chats[::-1]})
+    columns = {"prompt_column": "prompt", "completion_column": "completion"}
+    tokens = Dataset.from_dict({"input_ids": [[20, 21, 22, 23]] * long + [[20]]})
+    packed = packer(tmp_path, tokenizer, tokens_column="input_ids", packed=True)
+    packed.encoder.packed_length = 4
+    for rows, lenient, strict in (
+        (pairs, packer(tmp_path, tokenizer, **columns), packer(tmp_path, tokenizer, **columns, loss_on="completion")),
+        (tokens, packer(tmp_path, tokenizer, tokens_column="input_ids"), packed),
+    ):
+        lenient.pack_documents(rows, 4)
+        lenient.hash_documents(rows)
+        with pytest.raises(ValueError, match=rf"row {long}\b"):
+            strict.hash_documents(rows)
+
+
 def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     fingerprint = tokenizer_fingerprint(tokenizer)
