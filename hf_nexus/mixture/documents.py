@@ -97,7 +97,7 @@ def load_documents(
                 documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
         # Some streams do not know their columns before their first row.
         available = available or documents.column_names or list(next(iter(documents), {}))
-        if not available:
+        if not available or (isinstance(documents, Dataset) and not len(documents)):
             raise ValueError("it has no rows")
     if "tools" in available and (source.messages_column or source.prompt_column):
         logger.warning("sources.%s: the column 'tools' is not read: chats are rendered without their tools.", name)
@@ -206,7 +206,10 @@ def _load_tokens(splits: Mapping[str, Any], split: str) -> Dataset:
 def _load_saved(source: SourceConfig, split: str) -> Dataset:
     if source.subset is not None:
         raise ValueError(f"the saved folder has no subset {source.subset!r}. Remove it.")
-    saved = datasets.load_from_disk(source.path).with_format(None)  # its format may turn messages into arrays
+    try:
+        saved = datasets.load_from_disk(source.path).with_format(None)  # its format may turn messages into arrays
+    except IndexError:  # `datasets` has written no file for it
+        raise ValueError("a saved dataset or split has no rows. Save the others without it.") from None
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise ValueError(f"the saved folder has no split {split!r}, only {', '.join(saved)}.")

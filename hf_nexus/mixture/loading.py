@@ -228,7 +228,9 @@ def _eval_split(encoder: DocumentEncoder, cache_dir: str | None) -> Dataset:
             "in 'validation[:1000]'."
         )
     documents = _text_only(load_documents(name, source, match[1], cache_dir, streaming=True)[0], source)
-    rows = islice(rows_of(name, source, split, documents), int(match[2]) if match[2] else None)
+    rows = [*islice(rows_of(name, source, split, documents), int(match[2]) if match[2] else None)]
+    if not rows:
+        raise ValueError(f"sources.{name}.eval_split: {split!r} has no rows. Name another split, or use eval_rows.")
     return _stored([{column: row.get(column) for column in source.columns.values()} for row in rows], documents)
 
 

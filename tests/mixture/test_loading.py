@@ -609,6 +609,23 @@ def test_a_source_that_cannot_be_used_is_named_with_the_reason(
         load(a=source, sequence_length=64)
 
 
+@pytest.mark.parametrize("shards", [None, 1])
+def test_saved_datasets_without_rows_are_errors(load: Any, shards: int | None) -> None:
+    full, empty = (Dataset.from_dict({"text": texts(n)}) for n in (9, 0))
+    empty.save_to_disk("empty", num_shards=shards)
+    DatasetDict(train=full, test=empty).save_to_disk("splits", num_shards=shards and {"train": 1, "test": 1})
+    for source in ({"path": "empty"}, {"path": "splits", "eval_split": "test"}):
+        with pytest.raises(ValueError, match=rf"sources\.a: '{source['path']}'.* has no rows"):
+            load(a=source)
+
+
+def test_a_held_out_split_of_a_stream_has_rows(load: Any) -> None:
+    write("a.jsonl", texts(9))
+    source = {"path": "a.jsonl", "streaming": True, "weight": 1, "split": "train+train", "eval_split": "train[:0]"}
+    with pytest.raises(ValueError, match=r"sources\.a\.eval_split: 'train\[:0\]' has no rows"):
+        load(a=source)
+
+
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_bytes_that_are_no_utf8_are_an_error_with_their_row(load: Any, num_proc: int | None) -> None:
     Path("a.jsonl").write_bytes(
