@@ -177,7 +177,7 @@ def test_only_what_the_assistant_says_is_learned(make, tokenizer):
     for name, source in conversations().items():
         for row, messages in zip(trainer.train_dataset.sources[name], source["messages"], strict=True):
             said = tokenizer.decode([label for label in row["labels"] if label != -100])
-            assert said == messages[1]["content"] + EOS
+            assert said == " " + messages[1]["content"] + EOS
             assert tokenizer.decode(row["input_ids"]).startswith(f"Q: {messages[0]['content']}")
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry][-1]

@@ -12,15 +12,16 @@ __all__ = ["CHAT_TEMPLATE", "EOS_TOKEN", "PAD_TOKEN", "train_tokenizer"]
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|padding|>"
-# A chat template for any tokenizer. `generation` marks the messages of the assistant and their end tokens.
+# A chat template for any tokenizer. `generation` marks the messages of the assistant and their end tokens. A
+# generation prompt lacks the space before the message, because tokenizers join it to the first word.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if message.role == "assistant" -%}
-A: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+A:{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}
 {%- else -%}
 Q: {{ message.content }}
 {% endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt %}A: {% endif -%}"""
+{%- if add_generation_prompt %}A:{% endif -%}"""
 # A merge stays within a word and the space before it, one digit, a run of signs or a run of white space.
 _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 

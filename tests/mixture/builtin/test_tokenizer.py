@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_nexus.mixture.builtin.tokenizer import EOS_TOKEN, PAD_TOKEN, train_tokenizer
+from hf_nexus.mixture.builtin.tokenizer import CHAT_TEMPLATE, EOS_TOKEN, PAD_TOKEN, train_tokenizer
 
 SIZE = 300
 WORDS = ["sum", "root", "square", "cube", "ratio", "share"]
@@ -79,6 +79,17 @@ def test_padding_works_in_a_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = tokenizer(["The", "The square of"], padding=True)
     assert batch["input_ids"][0][1:] == [1, 1]
     assert batch["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_a_generation_prompt_ends_where_answers_begin(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chat = [{"role": "user", "content": "The number"}, {"role": "assistant", "content": "square root"}]
+    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert tokenizer.decode(whole["input_ids"]) == f"Q: The number\nA: square root{EOS_TOKEN}"
+    assert tokenizer.convert_ids_to_tokens(whole["input_ids"][len(prompt) :]) == ["Ġsquare", "Ġroot", EOS_TOKEN]
+    assert whole["input_ids"][: len(prompt)] == prompt
+    assert whole["assistant_masks"] == [0] * len(prompt) + [1] * 3
 
 
 @pytest.mark.slow
