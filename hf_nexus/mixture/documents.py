@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 # Characters per call of a tokenizer, which takes about 150 bytes for each. Longer texts are tokenized in segments.
 SEGMENT = 1_000_000
+# Values of messages that are no JSON. Arrow makes dates of texts, and it is not known how they were written.
+_DATES = (date, time, timedelta)
+_NOT_JSON = (*_DATES, Decimal, bytes)
 # What the templates of transformers enclose the turns of the assistant in.
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _UTF8 = "Convert the files to UTF-8, for instance with `iconv -f latin1 -t utf-8` (`-f utf-16` for UTF-16 of Windows)."
@@ -425,7 +428,7 @@ class DocumentEncoder:
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         for number, conversation in enumerate(zip(*columns.values(), strict=True), first_row):
             try:
-                prompt, *completion = _as_json(list(conversation))
+                prompt, *completion = _as_json([[*map(self._readable, part)] for part in conversation])
                 messages = [message for part in (prompt, *completion) for message in part]
                 text, length = str(render(messages)), 0
                 if self.source.loss_on == "completion":
@@ -443,6 +446,11 @@ class DocumentEncoder:
             turns = messages if self.source.loss_on == "assistant" else None
             documents.append(Document(text, length, turns, chat=json.dumps(messages, sort_keys=True)))
         return documents
+
+    def _readable(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message without values that are no JSON under keys that the template does not name, such as its time."""
+        template = str(self.tokenizer.chat_template)
+        return {key: value for key, value in message.items() if not isinstance(value, _NOT_JSON) or key in template}
 
     def _require(self, columns: dict[str, list], first_row: int, allowed: Callable[[Any], bool], what: str) -> None:
         for key, values in columns.items():
@@ -495,19 +503,18 @@ def _as_json(value: Any) -> Any:
     makes floats of all numbers of a key if one is a float, so whole floats become integers again.
 
     Raises:
-        ValueError: it holds a date, a decimal or bytes. Arrow makes dates of texts, and it is not known how they were
-            written. Templates have no text for the others.
+        ValueError: it holds a date, a decimal or bytes, for which templates have no text.
     """
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items() if item is not None}
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
-    if isinstance(value, date | time | timedelta):
+    if isinstance(value, _DATES):
         raise ValueError(
             f"it holds the date {value}, not its text. Arrow reads text of JSON lines as dates if all values of a key "
             "are dates. Save the file as Parquet with text, or the arguments of tool calls as a JSON string"
         )
-    if isinstance(value, Decimal | bytes):
+    if isinstance(value, _NOT_JSON):
         raise ValueError(f"it holds {value!r}, which is not JSON. Save it as text or as a number of 64 bits")
     return [_as_json(item) for item in value] if isinstance(value, list) else value
 

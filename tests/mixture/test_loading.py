@@ -518,6 +518,25 @@ def test_messages_with_dates_in_place_of_their_text_are_refused(load: Any) -> No
     assert "2024-05-01" in documents(chatty, mixture.train["a"])[0]
 
 
+@pytest.mark.parametrize("value", ["2024-05-01T10:00:00", Decimal("1.50"), b"fox"])
+def test_values_that_no_template_reads_are_no_obstacle(load: Any, value: Any) -> None:
+    chats = [[{"role": "user", "content": text, "created": value}] for text in texts(20)]
+    source = {"path": "chats.parquet", "messages_column": "messages", "eval_rows": 2}
+    if isinstance(value, str):  # Arrow makes dates of such text
+        source["path"] = write("chats.jsonl", chats, column="messages")
+    else:
+        pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), "chats.parquet")
+    chatty = tiny_tokenizer()
+    chatty.chat_template = TEMPLATE
+    for stream in ({}, {"streaming": True, "weight": 1}):
+        rows = load(a=source | stream, with_=chatty, sequence_length=4).train["a"]
+        found = stream_texts(rows, 99).split(EOS) if stream else documents(chatty, rows)
+        assert {f"[user]{text}" for text in texts(20)} >= {*found[1:-1]} and len(found) > 10
+    chatty.chat_template = TEMPLATE.replace("m.content", "m.created")
+    with pytest.raises(ValueError, match=r"sources\.a: .* row 0: it holds"):
+        load(a=source, with_=chatty, sequence_length=4)
+
+
 @pytest.mark.parametrize("value", [Decimal("1.50"), b"fox"])
 def test_messages_that_json_cannot_hold_are_refused(load: Any, value: Any) -> None:
     chat = [{"role": "user", "content": "fox", "tool_calls": [{"arguments": {"given": value}}]}]
