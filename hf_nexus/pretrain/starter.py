@@ -33,6 +33,7 @@ __all__ = ["starter_yaml"]
 _MINUTES, _EPOCHS, _TOKENS_PER_PARAMETER, _LEAST_STEPS, _K = 5, 4, 20, 100, 4
 _MOST = 20_000_000  # tokens of a source
 _HELD_OUT = 200  # documents of a source at most
+_OOD, _OOD_BYTES = 20_000, 16_000  # tokens of an OOD source, and bytes that fill a few of the longest rows
 _SHAPES = ((128, 4), (192, 6), (256, 8), (384, 8), (512, 12), (768, 12))  # width and layers
 
 
@@ -104,8 +105,11 @@ def _source(
     documents = documents.select_columns(list(source.columns.values()))
     unit = "documents" if source.sample_by == "document" else f"documents (each {source.sample_by})"
     _say(f"{path}: {len(documents):,} {unit}, read from {' and '.join(source.columns.values())}")
-    limits: dict[str, Any] = {"max_tokens": 20_000}
-    if role == "train":
+    if role == "ood":
+        # The first document that exceeds max_tokens is not read, so long ones must fit. A token has a byte or more.
+        sizes = itertools.accumulate(len(repr(row).encode()) for row in documents)
+        limits: dict[str, Any] = {"max_tokens": max(_OOD, next((size for size in sizes if size >= _OOD_BYTES), 0))}
+    else:
         # Copies of a held-out document are not trained on.
         distinct = len({hash(repr(row)) for row in itertools.islice(documents, 20 * _HELD_OUT)})
         held_out = min(_HELD_OUT, max(4, len(documents) // 20), distinct // 4)

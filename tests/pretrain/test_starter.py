@@ -163,6 +163,19 @@ def test_a_short_file_has_short_rows(fast):
     assert data["sequence_length"] == 32
 
 
+def write_rows(path: str, texts: list[str]) -> None:
+    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize("sizes", [[90_000] * 3, [100, 90_000, 100], [100] * 6 + [90_000] * 2])
+def test_long_ood_documents_do_not_shorten_rows(fast, sizes):
+    write_rows("web.jsonl", documents("abcd", 80, 0) * 20)
+    write_rows("law.jsonl", ["1 2 3 4 " * (size // 8) for size in sizes])
+    short, long = (yaml.safe_load(starter.starter_yaml(["web.jsonl"], ood))["data"] for ood in ([], ["law.jsonl"]))
+    assert long["sequence_length"] == short["sequence_length"] >= 128
+    assert long["sources"]["law"]["max_tokens"] >= 90_000
+
+
 def test_a_mixture_alone_gets_the_same_training_settings():
     sources: dict[str, Any] = {"code": {"path": "code.jsonl", "text_column": "content", "eval_rows": 4}}
     Path("mixture.yaml").write_text(yaml.safe_dump({"sources": sources, "sequence_length": 32}))
