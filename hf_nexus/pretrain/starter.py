@@ -32,7 +32,7 @@ __all__ = ["starter_yaml"]
 
 _MINUTES, _EPOCHS, _TOKENS_PER_PARAMETER, _LEAST_STEPS, _K = 5, 4, 20, 100, 4
 _MOST = 20_000_000  # tokens of a source
-_HELD_OUT = 200  # documents of a source at most
+_HELD_OUT, _HELD_OUT_BYTES = 200, 400_000  # documents of a source at most, and their bytes if they are more than four
 _OOD, _OOD_BYTES = 20_000, 16_000  # tokens of an OOD source, and bytes that fill a few of the longest rows
 _SHAPES = ((128, 4), (192, 6), (256, 8), (384, 8), (512, 12), (768, 12))  # width and layers
 
@@ -112,7 +112,8 @@ def _source(
     else:
         # Copies of a held-out document are not trained on.
         distinct = len({hash(repr(row)) for row in itertools.islice(documents, 20 * _HELD_OUT)})
-        held_out = min(_HELD_OUT, max(4, len(documents) // 20), distinct // 4)
+        most = min(_HELD_OUT, len(documents) // 20, _HELD_OUT_BYTES * len(documents) // documents.data.nbytes)
+        held_out = min(max(4, most), distinct // 4)
         limits = {"max_tokens": _MOST, "eval_rows": held_out or None}
     return replace(source, **limits), documents.data.nbytes
 

@@ -176,6 +176,13 @@ def test_long_ood_documents_do_not_shorten_rows(fast, sizes):
     assert long["sources"]["law"]["max_tokens"] >= 90_000
 
 
+def test_few_long_documents_are_held_out(fast):
+    write_rows("books.jsonl", ["1 2 3 4 " * size for size in range(5_000, 5_200)])
+    write_rows("poems.jsonl", ["1 2 3 4 " * size for size in range(20, 220)])
+    sources = yaml.safe_load(starter.starter_yaml(["books.jsonl", "poems.jsonl"]))["data"]["sources"]
+    assert sources["books"]["eval_rows"] == 9 and sources["poems"]["eval_rows"] == 10
+
+
 def test_a_mixture_alone_gets_the_same_training_settings():
     sources: dict[str, Any] = {"code": {"path": "code.jsonl", "text_column": "content", "eval_rows": 4}}
     Path("mixture.yaml").write_text(yaml.safe_dump({"sources": sources, "sequence_length": 32}))
