@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from .config import SourceConfig
 from .token_files import index_of
 
-__all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "is_saved", "means_files"]
+__all__ = ["card_lists_files", "data_files", "find_files", "is_remote", "is_saved", "listed_options", "means_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,14 @@ def _several_formats(base: str, found: dict[str, tuple[str, ...]], formats: dict
         f"the files have several formats, such as {_listed(examples.values())}; use files of one of "
         f"{', '.join(_FORMATS)}, for instance {pattern!r}."
     )
+
+
+def listed_options(builder: str, source: SourceConfig, columns: Iterable[str]) -> dict[str, Any]:
+    """As `_options`, for columns of files that a dataset on the Hub or a card lists, whose headers are not read."""
+    if builder in ("csv", "tsv") and source.sample_by == "document":
+        quoting = {"quoting": csv.QUOTE_NONE} if builder == "tsv" else {}
+        return {"converters": dict.fromkeys(columns, str), "keep_default_na": False, **quoting}
+    return _options(builder, (), source)
 
 
 def _options(builder: str, files: Iterable[str], source: SourceConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..files import printable, without_credentials
 from .config import BUILTIN_PREFIX, SourceConfig
-from .data_files import card_lists_files, data_files, is_saved, means_files
+from .data_files import card_lists_files, data_files, is_saved, listed_options, means_files
 from .token_files import index_of, read_token_files
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def load_documents(
                 documents = _load_tokens(files["token_files"], split)
             else:
                 columns = list(named.values())
-                documents, available = _load_columns(columns, split, streaming, cache_dir=cache_dir, **files)
+                documents, available = _load_columns(columns, source, split, streaming, cache_dir=cache_dir, **files)
         # Some streams do not know their columns before their first row.
         available = available or documents.column_names or list(next(iter(documents), {}))
         if not available or (isinstance(documents, Dataset) and not len(documents)):
@@ -113,20 +114,25 @@ def load_documents(
 
 
 def _load_columns(
-    columns: list[str], split: str, streaming: bool, **files: Any
+    columns: list[str], source: SourceConfig, split: str, streaming: bool, **files: Any
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """Documents with these columns of Parquet files (all if none are given), and all columns, if they are known."""
     whole = partial(datasets.load_dataset, trust_remote_code=False, split=split, streaming=streaming, **files)
-    if not columns or ("data_files" in files and files["path"] != "parquet"):
+    if "data_files" in files and not (columns and files["path"] == "parquet"):
         return whole(), []
     try:
         builder = datasets.load_dataset_builder(**files)
-    except ValueError as error:  # without a network, the columns of an earlier call may be in the cache
-        try:
-            return whole(columns=columns), columns
-        except Exception:
-            raise error from None  # such as one that lists the subsets
+    except ValueError as error:  # without a network, the rows of an earlier call may be in the cache
+        for kind in ("parquet", "text", "csv", "tsv", "json"):
+            with suppress(Exception):
+                if kind == "parquet":
+                    return whole(columns=columns), columns
+                return whole(**listed_options(kind, source, columns)), []
+        raise error from None  # such as one that lists the subsets
     if not isinstance(builder, Parquet):
+        kind = "tsv" if isinstance(builder, Csv) and builder.config.sep == "\t" else builder.name
+        return whole(**listed_options(kind, source, columns)), []
+    if not columns:
         return whole(), []
     every = next(iter(builder.as_streaming_dataset().values()))
     if not set(columns) <= set(every.column_names):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -134,10 +135,32 @@ def test_a_path_that_is_not_local_is_loaded_from_the_hub(load: Any, monkeypatch:
         asked.append((path, name, kwargs["split"], kwargs["revision"]))
         return Dataset.from_dict({"body": texts(9)})
 
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda **files: None)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda **files: SimpleNamespace(name="web"))
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     load(web={"path": "org/web", "subset": "en", "split": "train[:9]", "revision": "v1", "text_column": "body"})
     assert asked == [("org/web", "en", "train[:9]", "v1")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_files_that_a_card_lists_are_read_as_others_are(load: Any, tokenizer: Any, stream: bool) -> None:
+    card, prose = (
+        "---\nconfigs:\n- config_name: default\n  data_files: '*.{0}'\n---\n",
+        "the fox\n\njumps over\nthe dog",
+    )
+    for name, text in {"txt": prose, "csv": 'text\nNA\n"007"\n', "tsv": 'text\n"fox\nNA\n'}.items():
+        Path(f"a-{name}").mkdir()
+        Path(f"a-{name}", "README.md").write_text(card.format(name))
+        Path(f"a-{name}", f"a.{name}").write_text(text)
+
+    def read(name: str, **options: Any) -> set[str]:
+        source = {"path": f"a-{name}", "weight": 1, "streaming": stream, **options}
+        rows = load(a=source, sequence_length=2).train["a"]
+        return {*(stream_texts(rows, 99).split(EOS) if stream else documents(tokenizer, rows))}
+
+    assert prose in read("txt") and read("txt", sample_by="paragraph") >= {"the fox"}
+    assert "NA" in read("csv") and '"fox' in read("tsv")
+    with pytest.raises(ValueError, match=r"sources\.a: 'a-csv'.*sample_by='line' is for \.txt files"):
+        read("csv", sample_by="line")
 
 
 def write_damaged(path: Path) -> None:
@@ -179,10 +202,15 @@ for options in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_only_the_named_columns_of_the_hub_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network, the copy in the cache is read."""
+@pytest.mark.parametrize("kind", ["parquet", "txt", "tsv"])
+def test_what_the_source_names_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The named columns of Parquet files, or text as it is. Without a network, the copy in the cache is read."""
     (tmp_path / "web").mkdir()
-    write_damaged(tmp_path / "web" / "a.parquet")
+    if kind == "parquet":
+        write_damaged(tmp_path / "web" / "a.parquet")
+    else:
+        for number, text in enumerate(texts(9)):
+            (tmp_path / "web" / f"{number}.{kind}").write_text(f'text\n"{text}\n')
     with HubServer(tmp_path / "hub") as hub, impatient_client(monkeypatch, xet=False):
         api(hub).create_repo("alice/web", repo_type="dataset")
         api(hub).upload_folder(repo_id="alice/web", repo_type="dataset", folder_path=tmp_path / "web")
