@@ -47,7 +47,8 @@ LAST = ("last", "true")
 STAGING_DIR = "_incomplete"
 # The files of a checkpoint and their sizes in bytes. It is written last.
 MANIFEST_NAME = "manifest.json"
-# transformers puts this file into a checkpoint that it begins because of a SIGTERM, and removes it at the end.
+# transformers puts this file into a checkpoint that it begins because of a SIGTERM, and removes it at the end. A
+# checkpoint that has both files was complete before, and the new one of the same step is in the other folder.
 SENTINEL = "checkpoint-is-incomplete.txt"
 # Without one of each, the Trainer would start the optimizer, the learning rate or the random numbers again.
 _STATES = ("optimizer*", "scheduler.pt", "rng_state*.pth")
@@ -110,7 +111,7 @@ def _unfinished(checkpoint: Path) -> str | None:
     """Why a checkpoint was not written to its end, as far as it can be seen without a manifest."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    if (checkpoint / SENTINEL).exists():
+    if (checkpoint / SENTINEL).exists() and not (checkpoint / MANIFEST_NAME).exists():
         return f"it was not written to its end, as {SENTINEL} shows"
     state = checkpoint / TRAINER_STATE_NAME
     return None if state.is_file() and state.stat().st_size else f"{TRAINER_STATE_NAME} is missing or empty"
@@ -207,6 +208,11 @@ def recover(run_dir: str | Path) -> None:
     for staged in checkpoints_of(_staging(Path(run_dir))):
         if is_complete(staged) and not is_complete(Path(run_dir, staged.name)):
             _publish(staged)
+    for checkpoint in checkpoints_of(run_dir):  # a mark that stays would look like a SIGTERM in this run
+        if (checkpoint / MANIFEST_NAME).exists():
+            (checkpoint / SENTINEL).unlink(missing_ok=True)
+        elif [path.name for path in checkpoint.glob("*")] == [SENTINEL]:
+            shutil.rmtree(checkpoint)
     _clear(Path(run_dir))
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_nexus import NexusTrainer
-from hf_nexus.trainer.checkpoints import STAGING_DIR, is_complete, last_checkpoint
+from hf_nexus.trainer.checkpoints import MANIFEST_NAME, SENTINEL, STAGING_DIR, is_complete, last_checkpoint
 from tests.support.faults import SAVING, Call, K, before, in_move, make, model, weights
 
 
@@ -56,7 +56,7 @@ def unfinished(out: Path, ranks: int = 1) -> list[str]:
     states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     found = []
     for folder in out.glob("checkpoint-*"):
-        if (folder / "checkpoint-is-incomplete.txt").exists():
+        if (folder / SENTINEL).exists() and not (folder / MANIFEST_NAME).exists():
             continue  # marked by transformers
         if not is_complete(folder):
             found.append(f"{folder.name} is not complete")

@@ -110,7 +110,10 @@ def test_incomplete_checkpoints_are_passed_over_when_resuming(saving, tmp_path):
     saving().train()
     run = tmp_path / "run"
     fake_checkpoint(run, 7, complete=False)
-    (fake_checkpoint(run, 8) / "checkpoint-is-incomplete.txt").touch()
+    marked = fake_checkpoint(run, 8)
+    (marked / MANIFEST_NAME).unlink()  # with it, the mark is of a second save of a complete checkpoint
+    assert last_checkpoint(run) == str(marked)
+    (marked / "checkpoint-is-incomplete.txt").touch()
     assert get_last_checkpoint(str(run)) == str(run / "checkpoint-8")  # the one that the Trainer would choose
     assert last_checkpoint(run) == str(run / "checkpoint-3")
     again = saving(model=tiny_llama(seed=5), max_steps=4)

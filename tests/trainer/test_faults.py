@@ -348,3 +348,30 @@ def test_a_just_in_time_checkpoint_that_fails_is_passed_over(tmp_path, undisturb
         terminated(tmp_path, place, 2 * K + 1)
     assert (tmp_path / "checkpoint-2").is_dir()
     assert_resumes(tmp_path, *undisturbed, start=1)
+
+
+def test_a_failed_save_after_sigterm_keeps_the_one_before(tmp_path, undisturbed):
+    """transformers saves the same step again, and puts its sentinel file into the complete checkpoint."""
+
+    def place(trainer, bomb):
+        trainer.callback_handler.callbacks.insert(0, AtEvents(lambda event: bomb(), "on_save"))
+        save = faults.before(trainer._save_rng_state, Bomb(3))
+        return patch.object(trainer, "_save_rng_state", save)
+
+    with pytest.raises(RuntimeError, match="injected"):
+        terminated(tmp_path, place, 2, **SAVING)
+    assert (tmp_path / "checkpoint-2" / fault_processes.SENTINEL).exists()
+    assert_resumes(tmp_path, *undisturbed, start=2)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_mark_of_an_earlier_sigterm_stops_no_run(tmp_path, complete):
+    if complete:
+        make(tmp_path, **SAVING).train()
+    (tmp_path / "checkpoint-2").mkdir(exist_ok=True)
+    (tmp_path / "checkpoint-2" / fault_processes.SENTINEL).touch()
+    with fault_processes.keeping_handler():
+        trainer = make(tmp_path, enable_jit_checkpoint=True, **SAVING)
+        trainer.train()
+    assert trainer.state.global_step == STEPS and not trainer.stopped_by_sigterm
+    assert is_complete(tmp_path / "checkpoint-2")
