@@ -332,13 +332,19 @@ class FinalFlush:
         atexit.register(self.end)
 
     def wait(self, seconds: float) -> QueueStatus:
-        """Flush now, and print what is on the Hub and what is not unless that line was printed before."""
+        """
+        Flush now, and print what is on the Hub and what is not unless that line was printed before. Ctrl-C ends only
+        the flush.
+        """
         self._left = 0.0  # if this flush is incomplete, do not wait again at exit
         waiting = self.publisher.status().waiting
         if waiting and seconds:
             steps = ", ".join(str(step) for step in waiting)
             print(f"Uploading step {steps} to the Hub, for at most {seconds:g} s (Ctrl-C to stop).", flush=True)
-        status = self.publisher.flush(seconds)
+        try:
+            status = self.publisher.flush(seconds)
+        except KeyboardInterrupt:
+            status = self.publisher.status()
         if status.complete:
             self._left = self.seconds
             self.publisher.close()  # the next job starts the process again
@@ -353,8 +359,6 @@ class FinalFlush:
         try:
             if self.publisher.output_dir.exists():  # otherwise there is nothing to send
                 self.wait(self._left if seconds is None else seconds)
-        except KeyboardInterrupt:
-            self._print(self.publisher.status())
         finally:
             self.publisher.close()
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -253,6 +254,18 @@ def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
     assert digests({name: files[name] for name in MODEL}) == digests(content(out, *MODEL))
     resumable = {f"last-checkpoint/{name}": data for name, data in content(out / "checkpoint-4").items()}
     assert digests({name: files.get(name, b"") for name in resumable}) == digests(resumable)
+
+
+def test_ctrl_c_ends_the_wait_for_the_hub_and_not_the_run(
+    hub: HubServer, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail("/commit/", status=500)
+    trainer = make(hub_strategy="every_save")
+    monkeypatch.setattr(Publisher, "flush", Mock(side_effect=KeyboardInterrupt))
+    assert trainer.train().global_step == 4
+    assert trainer.push_to_hub() is None
+    trainer._publishing._final_flush.end()
+    assert "Not yet on the Hub: step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("token", "repo_id"), [("hf_unknown", REPO), (READER, REPO), (ALICE, "bob/model")])
