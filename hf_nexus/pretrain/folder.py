@@ -19,20 +19,20 @@ __all__ = ["claim_folder", "find_checkpoint"]
 def find_checkpoint(arguments: PretrainArguments) -> str | None:
     """
     The checkpoint that `resume_from_checkpoint` names: a path, or the newest of the folder for `last` and `true`.
-    `None` for a new run. If torchrun has restarted the run after a failure, the newest of the folder.
+    `None` for a new run. If torchrun has restarted the run after a failure, the newest of the folder in any case.
 
     Raises:
         ValueError: nothing to resume from, or a new run in a folder with checkpoints that may not be deleted.
     """
     args, folder = arguments.training, arguments.folder
-    if (args.resume_from_checkpoint or "false").lower() != "false":
-        return resolve_checkpoint(args.resume_from_checkpoint, str(folder))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         # A start that was refused, because an earlier run has the folder, is restarted as well.
         saved = folder / CONFIG_NAME  # on the disk of the first node only
         ours = not saved.exists() or yaml.safe_load(saved.read_text(encoding="utf-8")) == arguments.resolved
         if ours and (last := last_checkpoint(folder)):
             return last
+    if (args.resume_from_checkpoint or "false").lower() != "false":
+        return resolve_checkpoint(args.resume_from_checkpoint, str(folder))
     if not checkpoints_of(folder):
         return None
     demo = Path(load_config("demo")["training"]["output_dir"])

@@ -264,6 +264,9 @@ def test_a_run_that_torchrun_has_restarted_is_resumed(config, finished, tmp_path
             assert found(folder) == str(folder / "checkpoint-6")
         with pytest.raises(ValueError, match="already holds checkpoints"):
             found(folder, "--seed", "3")
+        given = ("--resume_from_checkpoint", str(folder / "checkpoint-3"))
+        assert found(folder, *given) == str(folder / ("checkpoint-3" if count == "0" else "checkpoint-6"))
+        assert found(folder, *given, "--seed", "3") == given[1]
 
 
 @pytest.mark.slow
