@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..evaluation.answers import ANSWER_MARK, final_answer
 from ..evaluation.losses import losses_of, mean_losses
 from ..evaluation.questions import answer_scores
-from ..files import write_atomic
+from ..files import checkpoints_of, write_atomic
 from ..lock import locked
 from ..mixture.stream.dataset import MixtureStream
 from ..mixture.stream.documents import StreamedDocuments
@@ -26,7 +26,7 @@ from ..pretrain.fields import PretrainConfig
 from ..pretrain.parsing import parse_arguments
 from ..pretrain.run import PretrainRun, prepare_run
 from ..strict import dump_yaml, read_yaml
-from ..trainer.checkpoints import last_checkpoint
+from ..trainer.checkpoints import STAGING_DIR, is_complete, last_checkpoint
 from .config import ComparisonConfig, QuestionSet
 from .records import RECORD_NAME, LossPoint, Pairs, RunRecord
 
@@ -135,7 +135,9 @@ class Run:
             return self.load() or self._train()
 
     def _train(self) -> RunRecord:
-        resume = ["--resume_from_checkpoint", "last"] if last_checkpoint(self.folder) else []
+        # Looked for first: one that a killed process has completed, to which `prepare_run` gives its name.
+        unnamed = any(map(is_complete, checkpoints_of(self.folder / STAGING_DIR)))
+        resume = ["--resume_from_checkpoint", "last"] if unnamed or last_checkpoint(self.folder) else []
         run = prepare_run(parse_arguments(["--config", str(self.folder / SETTINGS_NAME), *resume]))
         if not self.trial:
             batch = run.trainer.cosine_rows = shared_settings(self.config, [_BATCH])[_BATCH]

@@ -248,9 +248,10 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
     check_one_gpu(args, f"hf-nexus train CONFIG --devices {args.n_gpu}")  # before minutes of tokenizing
     check_planned_layout(arguments.hardware, args)
     with ExitStack() as stack:
-        if args.process_index == 0:
-            stack.enter_context(locked(arguments.folder))
-            recover(arguments.folder)
+        with one_process_first(args):  # the others see what it recovers
+            if args.process_index == 0:
+                stack.enter_context(locked(arguments.folder))
+                recover(arguments.folder)
         checkpoint = find_checkpoint(arguments)
         console = new_console(quiet=args.process_index > 0)
         if args.cpu_threads is not None:

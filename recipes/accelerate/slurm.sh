@@ -33,9 +33,12 @@ export MAIN_HOST
 MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 resume=()
-if compgen -G "$output/checkpoint-*" > /dev/null; then
-  resume=(--resume_from_checkpoint last)
-fi
+# The second is one that a killed run has completed, and that gets its name when training starts.
+for saved in "$output/checkpoint-*" "$output/_incomplete/checkpoint-*/manifest.json"; do
+  if compgen -G "$saved" > /dev/null; then
+    resume=(--resume_from_checkpoint last)
+  fi
+done
 
 # Without this variable, srun gives a task one core, whatever sbatch was given.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -19,6 +19,7 @@ from hf_nexus.hub.publisher import FinalFlush
 from hf_nexus.hub.queue import QUEUE_NAME
 from hf_nexus.pretrain.parsing import parse_arguments
 from hf_nexus.pretrain.run import PretrainRun, prepare_run
+from hf_nexus.trainer.checkpoints import STAGING_DIR
 from hf_nexus.trainer.config import NexusConfig
 from hf_nexus.trainer.mixin import NexusTrainer
 from tests.support.comparison import make_comparison
@@ -266,7 +267,8 @@ def test_the_end_of_a_worker_does_not_wait_for_the_hub(finished, tmp_path, monke
     assert any(queue.iterdir()) and queue not in FinalFlush._open
 
 
-def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [True, False], ids=["", "killed before the checkpoint got its name"])
+def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monkeypatch, named):
     run, record = finished
     training = run.config.training | {"save_strategy": "steps", "save_steps": 3}
     broken = one_run(make_comparison(Path(run.config.base), tmp_path, training=training), tmp_path / "run")
@@ -283,6 +285,9 @@ def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monke
         broken.train()
     assert broken.load() is None
     earlier = json.loads((broken.folder / "checkpoint-3" / "totals.json").read_text())["seconds"]
+    if not named:
+        (broken.folder / STAGING_DIR).mkdir()
+        (broken.folder / "checkpoint-3").rename(broken.folder / STAGING_DIR / "checkpoint-3")
     again = broken.train()
     assert len(calls) < 2 * STEPS * 4  # not from the start
     assert again.curve == record.curve

@@ -71,8 +71,11 @@ def test_a_folder_that_is_not_searched_is_refused(start, tmp_path, capfd, flag):
     assert "OUTPUT_DIR" in capfd.readouterr().err and not (tmp_path / "launched").exists()
 
 
-def test_the_job_resumes_and_is_requeued_before_the_time_limit(start, tmp_path):
-    (tmp_path / "mine/checkpoint-40").mkdir(parents=True)
+@pytest.mark.parametrize("saved", ["checkpoint-40/manifest.json", "_incomplete/checkpoint-40/manifest.json"])
+def test_the_job_resumes_and_is_requeued_before_the_time_limit(start, tmp_path, saved):
+    manifest = tmp_path / "mine" / saved
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
     job = start(str(ACCELERATE / "multi_node.yaml"), OUTPUT_DIR="mine", TRAINING_TAKES="600")
     try:
         deadline = time.monotonic() + 180
