@@ -239,7 +239,8 @@ class SaveOnSignal(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) == self._request:  # the Trainer may have restored one that was before it
+                    signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a worker of a data loader, which ends with its parent

@@ -15,6 +15,7 @@ from hf_nexus.pretrain import progress
 from hf_nexus.pretrain.progress import SaveOnSignal, TrainingProgress
 from hf_nexus.pretrain.run import main
 from hf_nexus.trainer.checkpoints import is_complete
+from tests.support.fault_processes import keeping_handler
 from tests.support.saved_weights import same, saved_weights
 
 ARGS = SimpleNamespace(eval_strategy="steps", save_strategy="steps", world_size=1)
@@ -178,6 +179,15 @@ def test_ctrl_c_says_what_it_waits_for(step, world_size, after):
 def test_a_second_ctrl_c_does_not_wait(interrupted):
     folder, text = interrupted(times=2)
     assert not list(folder.glob("checkpoint-*")) and "nothing was saved yet" in text
+
+
+def test_sigterm_after_training_has_its_first_handler():
+    """The Trainer restores it at the end of training, and not the one of its just-in-time checkpoints."""
+    with keeping_handler():
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        with SaveOnSignal(Console(quiet=True)).listening(sigterm=True):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_processes_agree_on_the_step_after_which_they_save(monkeypatch):
