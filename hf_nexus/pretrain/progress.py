@@ -222,6 +222,7 @@ class SaveOnSignal(TrainerCallback):
         self.console = console
         self.requested: int | None = None  # the signal that a process got
         self._saved_after = "step"
+        self._saved: int | None = None  # the step of the last checkpoint
         self._process = os.getpid()
         self._key = f"hf_nexus/last_step/{next(_RUNS)}"  # in the store of all processes
 
@@ -251,6 +252,14 @@ class SaveOnSignal(TrainerCallback):
         self.requested = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stopped(self, state: Any) -> int | None:
+        """The signal that has ended training. Without a checkpoint of its last step, a complete run shall go on."""
+        return self.requested if state.global_step < state.max_steps or state.global_step == self._saved else None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step."""
+        self._saved = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop after this step, or on several processes after the one on which they agree."""

@@ -166,7 +166,8 @@ class PretrainRun:
         Train, evaluate the last step if it is not evaluated yet, save, report, and release the output folder.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, which saves a checkpoint. A second one does not wait.
+            KeyboardInterrupt: after Ctrl-C, which saves a checkpoint. A second one does not wait. If one after the
+                last step comes too late for a checkpoint, the run goes on to its end.
         """
         with self.lock:
             try:
@@ -184,9 +185,10 @@ class PretrainRun:
         sigterm = trainer.args.enable_jit_checkpoint and trainer.args.world_size > 1
         with progress.shown(), signals.listening(sigterm):
             trainer.train(resume_from_checkpoint=self.checkpoint)
-        if signals.requested == signal.SIGINT:
+        stopped = signals.stopped(trainer.state)
+        if stopped == signal.SIGINT:
             raise KeyboardInterrupt
-        if signals.requested or trainer.stopped_by_sigterm:  # the sender wants the machine, not an evaluation
+        if stopped or trainer.stopped_by_sigterm:  # the sender wants the machine, not an evaluation
             self._print_how_to_resume("Terminated")
             raise SystemExit(128 + signal.SIGTERM)
         evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}

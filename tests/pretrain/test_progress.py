@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from hf_nexus.pretrain.run import main
 from hf_nexus.trainer.checkpoints import is_complete
 from tests.support.fault_processes import keeping_handler
 from tests.support.saved_weights import same, saved_weights
+from tests.support.tiny_config import STEPS
 
 ARGS = SimpleNamespace(eval_strategy="steps", save_strategy="steps", world_size=1)
 LOGS = {"loss": 4.5, "loss/code": 4.0, "loss/law": 5.0, "path_cosine": 0.125, "tokens_per_second": 1234.0}
@@ -135,7 +137,15 @@ def test_each_set_is_counted_from_its_first_batch():
 
 
 @pytest.fixture
-def interrupted(config, tmp_path, monkeypatch, capsys):
+def handled():
+    """Ctrl-C raises an error. A process in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def interrupted(config, tmp_path, monkeypatch, capsys, handled):
     """`interrupted(times)` presses Ctrl-C in step 3 of a run, and returns its folder and what it printed."""
 
     def run(times):
@@ -153,9 +163,7 @@ def interrupted(config, tmp_path, monkeypatch, capsys):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return tmp_path / "cut", capsys.readouterr().out
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
-    yield run
-    signal.signal(signal.SIGINT, before)
+    return run
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(interrupted, finished, capsys):
@@ -165,6 +173,17 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(interrupted, finished, cap
     main(["--config", *command.split()[2:]])
     assert f"Resuming after step 3 from {folder / 'checkpoint-3'}" in capsys.readouterr().out
     assert same(saved_weights(folder), saved_weights(finished))
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_ctrl_c_after_the_last_step_loses_nothing(config, tmp_path, monkeypatch, handled, saves):
+    """A checkpoint comes too late. A run that has one of its last step stops."""
+    monkeypatch.setattr(TrainingProgress, "on_train_end", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    flags = ["--config", str(config), "--output_dir", str(tmp_path), "--save_strategy", "steps" if saves else "no"]
+    with pytest.raises(SystemExit) if saves else nullcontext():
+        main([*flags, "--save_steps", str(STEPS)])
+    assert (tmp_path / f"checkpoint-{STEPS}").exists() == saves
+    assert (tmp_path / "README.md").exists() != saves
 
 
 @pytest.mark.parametrize(("step", "world_size", "after"), [(2, 1, "evaluation"), (0, 1, "step"), (2, 2, "step")])
