@@ -1,6 +1,7 @@
 """The upload queue: jobs are what was saved, the newest is never dropped, and damaged jobs block nothing."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -208,6 +209,20 @@ def test_a_linked_checkpoint_of_the_run_is_sent(tmp_path: Path, monkeypatch: pyt
     walk = _inodes
     monkeypatch.setattr("hf_nexus.hub.queue._inodes", lambda run: [shutil.rmtree(checkpoint, True), *walk(run)])
     assert queue.refused() == [], "during the check"
+    assert queue.refused() == []
+
+
+@pytest.mark.parametrize("missed", [1, 2])
+def test_a_checkpoint_that_moves_refuses_no_job_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
+) -> None:
+    """Rotation moves it from a folder that is counted later to one that was counted before."""
+    checkpoint = write_checkpoint(tmp_path, 2)
+    queue = UploadQueue(tmp_path / QUEUE_NAME)
+    queue.add(*checkpoint_files(checkpoint, "checkpoint"), 2, "title", Target(REPO), write_once=checkpoint)
+    walk, counts = _inodes, itertools.count()
+    monkeypatch.setattr("hf_nexus.hub.queue._inodes", lambda run: walk(queue.folder if next(counts) < missed else run))
+    assert len(queue.refused()) == (missed > 1), "during the check"
     assert queue.refused() == []
 
 
