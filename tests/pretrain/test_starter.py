@@ -176,6 +176,7 @@ def test_long_ood_documents_do_not_shorten_rows(fast, sizes):
     assert long["sources"]["law"]["max_tokens"] >= 90_000
 
 
+@pytest.mark.slow
 def test_few_long_documents_are_held_out(fast):
     write_rows("books.jsonl", ["1 2 3 4 " * size for size in range(5_000, 5_200)])
     write_rows("poems.jsonl", ["1 2 3 4 " * size for size in range(20, 220)])
