@@ -261,7 +261,7 @@ class Snapshot(Buffers):
     def minus_current(self, indices: Sequence[int]) -> list[Tensor]:
         """
         New tensors `snapshot - tensor` at `indices`, on the device of the tensors. An offloaded snapshot also restores
-        these tensors, so that each value crosses the bus once.
+        these tensors, which saves a second upload.
         """
         self.wait()
         values, tensors = [self.values[i] for i in indices], self.tensors_at(indices)

@@ -643,7 +643,7 @@ class NexusTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the numbers of the window, the sources and the Hub in each training log line."""
-        # A script may log losses of its own on one rank, which cannot sum over all, and evaluate as "train".
+        # A script may also log a loss, on one rank only, which would wait for a sum over all, or evaluate as "train".
         step, ours = self.state.global_step, self.is_in_train and not self._plain
         if ours and {"loss", "learning_rate"} <= logs.keys():
             if self._walker.nexus is not None:

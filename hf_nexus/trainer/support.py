@@ -247,12 +247,18 @@ def check_arguments(
             "use_cache=True would let the documents of a packed row attend to each other. Leave it at False, or set "
             "isolate_documents to false."
         )
-    if (steps := args.gradient_cosine_steps) and not sources:
+    if args.gradient_cosine_steps:
+        _check_cosines(args.gradient_cosine_steps, sources, unread)
+
+
+def _check_cosines(steps: int, sources: bool, unread: Iterable[str]) -> None:
+    """Refuse source cosines of data that cannot give the rows for them. Arguments are those of `check_arguments`."""
+    if not sources:
         raise ValueError(
             f"gradient_cosine_steps={steps} needs a train_dataset of several sources. Pass a dict of them, or set it "
             "to 0."
         )
-    for name in unread if steps else ():
+    for name in unread:
         raise ValueError(
             f"gradient_cosine_steps={steps} needs rows that can be read at any time, and source {name!r} is a stream. "
             "Give it a map-style evaluation set (eval_split or eval_rows), or set it to 0."

@@ -841,7 +841,7 @@ def test_token_counts_are_complete_at_the_end(make_trainer, sources):
 
 
 def test_only_the_lines_of_the_trainer_have_its_numbers(make_trainer, sources, monkeypatch):
-    """A script that logs a loss of its own on one rank must not wait for the others."""
+    """A script may log a loss on one rank only, which must not wait for the others."""
 
     class Ours(NexusTrainer):
         def compute_loss(self, *args, **kwargs):
