@@ -151,8 +151,11 @@ def _describe(name: str, source: Any, mixture: Mixture | None, hash_of: Any = to
         return facts | {"rows": len(documents), "sample": sample(documents)}
     if is_streaming(documents):
         facts |= {"shards": documents.num_shards, "layers": _describe_layers(documents)}
-        if (sizes := open_source(name, documents, 1).sizes) is not None:
-            facts["cut by shard sizes"] = digest(sizes)
+        opened: Any = open_source(name, documents, 1)
+        if opened.sizes is not None:
+            facts["cut by shard sizes"] = digest(opened.sizes)
+        if opened.block_rows > 1:
+            facts["rows of a block"] = opened.block_rows
     return facts
 
 

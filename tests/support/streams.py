@@ -90,7 +90,7 @@ def kinds() -> dict[str, Callable[[], dict[str, Any]]]:
         },
         "replay": lambda: {
             "a": Replayed(11, 0),
-            "b": sharded([5, 6], 100).shuffle(seed=1, buffer_size=4),
+            "b": sharded([5, 6], 100).shuffle(seed=1, buffer_size=4).take(11),
             "c": table(9, 200),
         },
     }

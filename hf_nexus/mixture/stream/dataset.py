@@ -23,9 +23,10 @@ class MixtureStream(torch.utils.data.Dataset):
     ranks and data loader workers: each process reads the lanes that its micro-batches need.
 
     The collator gets rows as the dataset returns them: `with_format("torch")` avoids lists of integers. Torch iterable
-    datasets, and streams after `shuffle`, cannot return to a position: each worker reads all of their rows, and a
-    resume reads the pass again from its start. Rows have another order in each pass. Streams are shuffled in blocks of
-    half of `buffer_size` rows, which all parts of a source share.
+    datasets cannot return to a position: each worker reads all of their rows, and a resume reads the pass again from
+    its start. Rows have another order in each pass. Streams are shuffled in blocks of half of `buffer_size` rows,
+    which all parts of a source share. These blocks take the place of `shuffle` of a stream, whose buffer counts if it
+    is larger.
 
     Raises:
         ValueError: There is no source, or one is empty or not a dataset.

@@ -53,8 +53,9 @@ _DIVISIBLE = {
 }
 # Settings of these layers that count rows over all shards, such as `with_indices` of map and filter.
 _COUNTING = ("with_indices", "drop_last_batch", "is_batch_accumulate_arrow_table_function")
-# Layers that hold rows back, so their position cannot be stored.
+# Layers of `.shuffle()`, which hold rows back, so their position cannot be stored. It also sets the size of batches.
 _BUFFERING = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
+_SHUFFLING = {*_BUFFERING, "RebatchedArrowExamplesIterable"}
 
 
 class ShardSlice(NamedTuple):
@@ -234,7 +235,8 @@ def _slice_start(number: int) -> dict[str, Any]:
 class ReplayedStream(Source):
     """
     An iterable that cannot return to a position: a torch `IterableDataset`, or a `datasets.IterableDataset` with a
-    shuffle buffer. Every process reads all rows and keeps its own. A resume reads the pass again from its start.
+    shuffle buffer that decides which rows it has, as before `take`. Every process reads all rows and keeps its own. A
+    resume reads the pass again from its start.
     """
 
     def __init__(self, dataset: Any, block_rows: int):
@@ -273,7 +275,8 @@ class ReplayedStream(Source):
 
 def open_source(name: str, dataset: Any, block_rows: int) -> Source:
     """
-    The source for a dataset, by its kind. Streams are read in blocks of `block_rows`.
+    The source for a dataset, by its kind. Streams are read in blocks of `block_rows`, or of half of the shuffle buffer
+    of the dataset if that is larger.
 
     Raises:
         ValueError: The dataset is split by node already.
@@ -286,9 +289,10 @@ def open_source(name: str, dataset: Any, block_rows: int) -> Source:
             )
         if dataset._formatting is not None and dataset._formatting.is_table:  # collators take rows
             dataset = dataset.with_format(None)
+        dataset, buffered = _unbuffered(dataset)
         buffering = any(type(layer).__name__ in _BUFFERING for layer in layers(dataset))
         kind = ReplayedStream if buffering else ResumableStream
-        return kind(dataset, block_rows)
+        return kind(dataset, max(block_rows, buffered // 2))
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ReplayedStream(dataset, block_rows)
     return MapStyleSource(dataset)
@@ -310,6 +314,31 @@ def layers(dataset: Any) -> list[Any]:
         todo += vars(layer).get("ex_iterables", [])
         todo += [vars(layer)["ex_iterable"]] if "ex_iterable" in vars(layer) else []
     return found
+
+
+def _unbuffered(dataset: Any) -> tuple[Any, int]:
+    """
+    A `datasets.IterableDataset` without the shuffle buffers under which rows stay the same, and the size of the
+    largest: blocks of rows are shuffled anyway. Rows do not stay the same if a layer after the buffer counts them.
+    """
+    after, largest, layer = list[Any](), 0, dataset._ex_iterable
+    while "ex_iterable" in vars(layer):
+        if type(layer).__name__ in _BUFFERING:
+            while type(layer).__name__ in _SHUFFLING:
+                largest, layer = max(largest, vars(layer).get("buffer_size", 0)), layer.ex_iterable
+        elif _is_divisible(layer):
+            after.append(layer)
+            layer = layer.ex_iterable
+        else:
+            break
+    if not largest:
+        return dataset, 0
+    for outer in reversed(after):
+        inner, layer = layer, copy(outer)
+        layer.ex_iterable = inner
+    new = dataset.shard(1, 0)
+    new._ex_iterable = layer
+    return new, largest
 
 
 def _anew(dataset: Any) -> Any:

@@ -93,7 +93,7 @@ def test_rows_are_shuffled_by_seed_within_half_the_buffer() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_workers_read_each_row_once(workers: int) -> None:
-    for dataset in (Replayed(), sharded([45, 45]), sharded([90]).shuffle(seed=0, buffer_size=8)):
+    for dataset in (Replayed(), sharded([45, 45]), sharded([45, 45]).shuffle(seed=0, buffer_size=8)):
         stream = start(dataset, workers=max(1, workers))
         sampler = BatchSampler(MicroBatchSampler(lambda i: (i, 0), 30, 3), 3, drop_last=True)
         loader = DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list)
@@ -148,6 +148,11 @@ def kinds(tmp_path: Path) -> dict[str, Any]:
         "taken": generated.take(60),
         "interleaved": interleave_datasets([stream, generated], probabilities=[0.5, 0.5], seed=1),
         "shuffled": generated.shuffle(seed=0, buffer_size=10),
+        "shuffled and mapped": files["parquet"]
+        .shuffle(seed=0)
+        .map(**twice, batched=True, batch_size=7)
+        .shuffle(seed=1),
+        "shuffled and taken": generated.shuffle(seed=0, buffer_size=10).take(60),
         "replayed": Replayed(),
     }
 
@@ -423,11 +428,32 @@ def test_upstream_has_the_layers_that_we_know() -> None:
     for other in (*counting, stream.skip(1), stream.take(1), interleave_datasets([stream, stream]), stream.repeat(2)):
         source = open_source("a", other, 5)
         assert isinstance(source, ResumableStream) and source.shards == 1
-    assert isinstance(open_source("a", stream.shuffle(buffer_size=4), 5), ReplayedStream)
+    names = [type(layer).__name__ for layer in layers(table.shuffle(buffer_size=4))]
+    assert names[:2] == ["BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"]
+    assert names[2:] == ["RebatchedArrowExamplesIterable", "ArrowExamplesIterable"]
     assert table._ex_iterable.iter_arrow is not None and stream._ex_iterable.iter_arrow is None
     assert table._formatting is None and table.with_format("torch")._formatting.format_type == "torch"
     assert table.with_format("arrow")._formatting.is_table
     assert table._distributed is None
+
+
+def test_blocks_take_the_place_of_a_shuffle_buffer() -> None:
+    def opened(stream: Any) -> Any:
+        return open_source("a", stream, 5)
+
+    table = Dataset.from_dict({"x": range(10)}).to_iterable_dataset(2)
+    for stream in (sharded([5, 5]), table):
+        shuffled = stream.shuffle(seed=1, buffer_size=40)
+        for other in (shuffled, shuffled.map(lambda row: row), shuffled.filter(bool).shuffle(buffer_size=7)):
+            source = opened(other)
+            assert isinstance(source, ResumableStream) and (source.shards, source.block_rows) == (2, 20)
+            left = {type(layer).__name__ for layer in layers(source.dataset)}
+            assert not left & {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
+        assert opened(stream.shuffle(buffer_size=4)).block_rows == 5
+        assert opened(stream.take(7).shuffle(buffer_size=40)).shards == 1
+        for other in (shuffled.take(3), shuffled.map(lambda row, i: row, with_indices=True), shuffled.repeat(2)):
+            assert isinstance(opened(other), ReplayedStream)
+        assert len(layers(shuffled)) > len(layers(stream))  # it is not changed
 
 
 def test_parquet_row_groups_before_the_position_are_not_read(tmp_path: Path) -> None:

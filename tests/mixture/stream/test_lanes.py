@@ -80,7 +80,7 @@ def test_no_row_is_lost_or_repeated(
     if kind == "map-style":
         dataset = Dataset.from_list(list(dataset))
     elif kind == "replayed":
-        dataset = dataset.shuffle(seed=3, buffer_size=7)
+        dataset = dataset.shuffle(seed=3, buffer_size=7).take(sum(sizes))
     rows, lanes = ranks * batch, Lanes.of_run(ranks * batch, ranks, workers)
     own = [(slot, turn) for slot in range(lanes.slots) for turn in range(lanes.turns)]
     reader = RowReader("a", open_source("a", dataset, buffer // 2), 0, lanes, 0, own, {})
