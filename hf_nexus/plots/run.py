@@ -29,11 +29,11 @@ _OOD_COLORS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#AA4499", "#999933")
 
 
 def plot_run(
-    log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path, unit: str = "tokens"
+    log_history: Sequence[Mapping[str, Any]], sources: Sequence[str], folder: str | Path, per_token: bool = True
 ) -> list[Path]:
     """
     Draw each plot that the log has data for: `training.png` and `gradient_cosines.png`. Returns their paths. Without
-    matplotlib, a warning says how to install it. Losses are means over a `unit`, "tokens" or "rows".
+    matplotlib, a warning says how to install it. The axis of losses says whether they are in nats per token.
 
     `training.png` shows the held-out losses: training sources solid, OOD sources dashed, means thick. If no evaluation
     set has the name of a source, all are solid. The training loss, of Nexus a path loss, is dotted. A log without an
@@ -49,7 +49,10 @@ def plot_run(
         ['training.png']
     """
     try:
-        plots = {TRAINING_PLOT: _training(log_history, sources, unit), COSINES_PLOT: _cosines(log_history, sources)}
+        plots = {
+            TRAINING_PLOT: _training(log_history, sources, per_token),
+            COSINES_PLOT: _cosines(log_history, sources),
+        }
     except ImportError as error:
         logger.warning(f"The plots of the run are left out. {error}")
         return []
@@ -70,9 +73,9 @@ def _last(points: _Points) -> float:
 # ---- Losses and path cosines ----
 
 
-def _training(log: Sequence[Mapping[str, Any]], sources: Sequence[str], unit: str) -> "Figure | None":
+def _training(log: Sequence[Mapping[str, Any]], sources: Sequence[str], per_token: bool) -> "Figure | None":
     losses, axis_label = _loss_curves(log, sources)
-    axis_label += " (nats per token)" * (unit == "tokens")
+    axis_label += " (nats per token)" * per_token
     cosine, inner_lr = _series(log, "path_cosine"), _series(log, "inner_lr")
     if len({value for value in inner_lr.values() if math.isfinite(value)}) < 2:
         inner_lr = {}

@@ -129,7 +129,7 @@ def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **kno
     """
     summary = summarize(facts, **known)
     if plots:
-        drawn = {path.name for path in plot_run(facts.log_history, facts.data.names, folder, facts.unit)}
+        drawn = {path.name for path in plot_run(facts.log_history, facts.data.names, folder, facts.per_token)}
         summary.plot = TRAINING_PLOT if TRAINING_PLOT in drawn else None
         summary.cosine_plot = COSINES_PLOT if COSINES_PLOT in drawn else None
     save_card(summary, folder)

@@ -656,7 +656,8 @@ class NexusTrainerMixin(_Base):
             self.meter.update_totals(step)
         super().log(logs, start_time)
         if ended:
-            send_plots(self.callback_handler.callbacks, self.state, self.data.names, self.meter.unit)
+            per_token = self.run_facts().per_token
+            send_plots(self.callback_handler.callbacks, self.state, self.data.names, per_token)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether to save with `save_strategy="best"`: the best so far, or one that a callback asked to be saved."""

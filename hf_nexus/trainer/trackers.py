@@ -12,11 +12,11 @@ __all__ = ["send_plots"]
 logger = logging.getLogger(__name__)
 
 
-def send_plots(callbacks: list[TrainerCallback], state: TrainerState, sources: list[str], unit: str) -> None:
+def send_plots(callbacks: list[TrainerCallback], state: TrainerState, sources: list[str], per_token: bool) -> None:
     """
     Send the plots of the card, as `plots/<name>`, to the trackers among the callbacks that show images. Trackers close
-    in `on_train_end`, so it is called before. `unit` is as for [`plot_run`]. An error is a warning: a plot must not
-    cost a run.
+    in `on_train_end`, so it is called before. `per_token` is as for [`plot_run`]. An error is a warning: a plot must
+    not cost a run.
     """
     trackers = [c for c in callbacks if isinstance(c, TensorBoardCallback | WandbCallback | TrackioCallback)]
     if not trackers or not state.is_world_process_zero:
@@ -25,7 +25,7 @@ def send_plots(callbacks: list[TrainerCallback], state: TrainerState, sources: l
         from ..plots.run import plot_run
 
         with TemporaryDirectory() as folder:
-            for plot in plot_run(state.log_history, sources, folder, unit):
+            for plot in plot_run(state.log_history, sources, folder, per_token):
                 for tracker in trackers:
                     _send(tracker, f"plots/{plot.stem}", plot, state.global_step)
     except Exception as error:

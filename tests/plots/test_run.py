@@ -102,7 +102,7 @@ def test_a_plain_loss_is_no_path_loss(drawn, monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "set_ylabel", lambda axes, text, **style: labels.append(text))
     log = [{key: value for key, value in entry.items() if key != "path_cosine"} for entry in make_log()]
     assert "training" in drawn(log) and "code" in drawn([entry for entry in log if "loss" in entry])
-    run._training(log, SOURCES, "rows")
+    run._training(log, SOURCES, False)
     assert labels == ["held-out loss (nats per token)", "loss in training (nats per token)", "held-out loss"]
 
 

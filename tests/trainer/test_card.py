@@ -5,10 +5,12 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import transformers
+from transformers.integrations import TensorBoardCallback
 
 from hf_nexus.hub.card import END, run_card
 from hf_nexus.hub.check import check_card
@@ -350,3 +352,20 @@ def test_the_card_of_a_classifier_has_metrics_and_code(make_trainer, tmp_path, m
     monkeypatch.chdir(tmp_path / "out")
     exec(code, found := {})
     assert type(found["model"]) is transformers.BertForSequenceClassification
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_plots_of_smoothed_losses_name_no_nats(make_trainer, sources, monkeypatch, smoothing):
+    drawn = []
+
+    def plot_run(log, names, folder, per_token):
+        drawn.append(per_token)
+        return []
+
+    monkeypatch.setattr("hf_nexus.plots.run.plot_run", plot_run)
+    monkeypatch.setattr("hf_nexus.trainer.card.plot_run", plot_run)
+    trainer = make_trainer(sources, max_steps=1, label_smoothing_factor=smoothing)
+    trainer.add_callback(TensorBoardCallback(MagicMock()))
+    trainer.train()
+    trainer.write_card()
+    assert drawn == [not smoothing] * 2
