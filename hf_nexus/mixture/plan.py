@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..terminal import format_number
 from .stages import normalized
 
 __all__ = ["PlanRow", "mixture_plan"]
@@ -92,5 +93,5 @@ def _check_epochs(row: PlanRow, rows: list[PlanRow], total_tokens: int) -> None:
         fix = f"Set sources.{row.source}.weight to at most {weight} of the sum of weights, {fewer}, or raise it."
     raise ValueError(
         f"sources.{row.source}.max_epochs: a share of {row.share:.4g} of {total_tokens:,} tokens repeats its "
-        f"{row.tokens:,} tokens {epochs:.3g} times, but {row.max_epochs:g} are allowed. {fix}"
+        f"{row.tokens:,} tokens {format_number(epochs, 4)} times, but at most {row.max_epochs:g} is allowed. {fix}"
     )

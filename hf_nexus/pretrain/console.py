@@ -149,7 +149,7 @@ def cost_table(cost: CostEstimate, hardware: HardwareArguments, steps: int | Non
         low, high = steps * cost.best, steps * cost.worst
         unit, size = ("days", 86400) if high >= 864 else ("s", 1)
         hours = cost.devices / 3600
-        rows["run"] = f"{_range(low / size, high / size, unit)} for {steps:,} steps"
+        rows["run"] = f"{_range(low / size, high / size, unit)} for {steps:,} step{'s' * (steps != 1)}"
         rows["device hours"] = _range(low * hours, high * hours)
         if (price := hardware.price_per_hour) is not None:
             rows["price"] = f"{_range(low * hours * price, high * hours * price)} (--price_per_hour {price:g})"

@@ -38,7 +38,7 @@ def test_all_tokens_of_the_run_are_accounted_for(sources: dict[str, tuple[int, f
 def test_exceeded_max_epochs_name_the_key_and_usable_numbers() -> None:
     tokens, weights, caps = {"web": 8000, "code": 1000}, {"web": 0.5, "code": 0.5}, {"code": 3.0, "web": None}
     with pytest.raises(
-        ValueError, match=r"^sources\.code\.max_epochs: .*1,000 tokens 5 times, but 3 are allowed"
+        ValueError, match=r"^sources\.code\.max_epochs: .*1,000 tokens 5 times, but at most 3 is allowed"
     ) as e:
         mixture_plan(tokens, weights, 10_000, caps)
     weight = float(re.search(r"sources\.code\.weight to at most ([\d.]+)", str(e.value))[1])
@@ -92,7 +92,7 @@ def test_a_stage_after_the_end_of_the_run_takes_nothing() -> None:
 
 def test_max_epochs_hold_for_all_stages_together() -> None:
     tokens, caps = {"web": 16_400, "code": 1000}, {"web": None, "code": 1.7}
-    with pytest.raises(ValueError, match=r"^sources\.code\.max_epochs: .* 1\.8 times, but 1\.7") as error:
+    with pytest.raises(ValueError, match=r"^sources\.code\.max_epochs: .* 1\.8 times, but at most 1\.7 is") as error:
         mixture_plan(tokens, STAGES, 10_000, caps)
     assert "Lower its weights in the stages, to at most 0.17 of all tokens" in str(error.value)
     mixture_plan(tokens, STAGES, 10_000, {"code": 1.8})
