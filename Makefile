@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# One BLAS thread per test worker: more threads would compete for the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# One BLAS thread per test worker: more threads would compete for the cores. Bytecode is cached, also where the
+# environment says otherwise: each of many processes would compile the package and its tests again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q
 
-.PHONY: demo compare cards schema rehearsal test test-all test-lowest test-newest test-wheel docs docs-test recipes build lint format lock gpu-report clean
+.PHONY: demo compare cards schema rehearsal test test-ranks test-all test-lowest test-newest test-wheel docs docs-test recipes build lint format lock gpu-report clean
 
 # PUSH=1 starts a Hub on this machine, pushes to it during training, and loads the pushed model.
 demo: $(READY)
@@ -26,7 +27,11 @@ schema: $(READY)
 	$(BIN)/python -m tests.cli.test_schema
 
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" --ignore tests/trainer/distributed --ignore tests/recipes
+
+# The same update on two and on four processes.
+test-ranks: $(READY)
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" tests/trainer/distributed
 
 test-all: $(READY)
 	@start=$$(date +%s); $(PYTEST) -n 2 --dist loadfile; status=$$?; \
@@ -76,9 +81,10 @@ docs: .venv/.docs
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
-# Every command of the README and of the headers of recipes/, including those that take minutes.
+# Every command of the README and of the headers of recipes/, including those that take minutes, and benchmarks with
+# lm-eval.
 recipes: .venv/.eval
-	$(PYTEST) -n 2 tests/recipes
+	$(PYTEST) -n 2 tests/recipes tests/cli/test_benchmark.py
 
 .venv/.eval: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[eval]'

@@ -218,7 +218,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("a: 1\n---\nb: 2", "another document"),
         ("a: \0", "unacceptable character"),
         ('a: "\\UFFFFFFFF"', "not valid YAML"),
-        ("[" * 100_000, "nested levels"),
+        ("[" * 2000, "nested levels"),
         ("a: " + "[" * 30 + "]" * 30, "nested levels"),
         ("a: &a [*a]", "nested levels"),
         ("a: &a {b: *a}", "nested levels"),

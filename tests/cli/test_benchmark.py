@@ -36,6 +36,7 @@ def run(*argv):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks up processes in /proc")
+@pytest.mark.slow
 def test_ctrl_c_kills_the_child_and_keeps_the_scores(model, stand_in):
     child = stand_in("""
         if settings["task"] == "gsm8k":
@@ -142,6 +143,7 @@ def real(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_local_task_runs_offline_from_file_to_card(real, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -267,7 +267,11 @@ def test_the_end_of_a_worker_does_not_wait_for_the_hub(finished, tmp_path, monke
     assert any(queue.iterdir()) and queue not in FinalFlush._open
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["", "killed before the checkpoint got its name"])
+@pytest.mark.parametrize(
+    "named",
+    [pytest.param(True, marks=pytest.mark.slow), False],
+    ids=["", "killed before the checkpoint got its name"],
+)
 def test_an_interrupted_run_resumes_to_the_same_record(finished, tmp_path, monkeypatch, named):
     run, record = finished
     training = run.config.training | {"save_strategy": "steps", "save_steps": 3}

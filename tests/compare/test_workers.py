@@ -68,40 +68,43 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CallResult]:
         "other": partial(_write_after, reached, path),
         "a": partial(_meet, a, b),
         "b": partial(_meet, b, a),
-        "bad": _fail,
-        "method": _start_method,
-        "good": partial(sum, [1, 2]),
         "always killed": _die,
     }
     calls = [Call(name, function, folder / name / "log.txt") for name, function in made.items()]
+    return {result.call.name: result for result in call_in_workers(calls, 2)}
+
+
+def test_a_failed_call_does_not_stop_others(tmp_path):
+    functions = _fail, _start_method, partial(sum, [1, 2])
+    calls = [Call(str(i), function, tmp_path / str(i) / "log.txt") for i, function in enumerate(functions)]
     multiprocessing.set_start_method("spawn", force=True)  # which the process of a call would take over
     try:
-        return {result.call.name: result for result in call_in_workers(calls, 2)}
+        bad, method, good = call_in_workers(calls, 1)
     finally:
         multiprocessing.set_start_method(USUAL, force=True)
-
-
-def test_failed_and_killed_calls_do_not_stop_others(results):
-    assert results["bad"].error == "OSError: no space"
-    assert str(results["always killed"].error).startswith("the process was killed")
-    assert results["good"].value == 3 and results["good"].error is None
-    log = results["bad"].call.log.read_text()
+    assert bad.error == "OSError: no space"
+    log = bad.call.log.read_text()
     assert log.startswith("before the error") and "Traceback" in log
+    assert good.value == 3 and good.error is None
+    # Each evaluation starts workers of its data loader. Spawned ones would import torch for seconds.
+    assert method.value == USUAL
 
 
+@pytest.mark.slow
+def test_a_call_that_is_always_killed_is_an_error(results):
+    assert str(results["always killed"].error).startswith("the process was killed")
+
+
+@pytest.mark.slow
 def test_a_killed_call_leaves_no_worker_idle(results):
     """After it, as many calls are made at a time as before."""
     assert results["a"].error is None and results["b"].error is None
 
 
+@pytest.mark.slow
 def test_a_killed_call_is_made_again_after_the_others(results):
     assert results["killed"].value == "enough memory" and results["other"].error is None
     assert [*results][-2:] == ["killed", "always killed"]
-
-
-def test_processes_of_a_call_are_started_as_in_any_run(results):
-    """Each evaluation starts workers of its data loader. Spawned ones would import torch for seconds."""
-    assert results["method"].value == USUAL
 
 
 def _fork_and_die(child: Path, late: Path) -> bool:
@@ -153,6 +156,7 @@ def _wait_and_end_with(other: Path, own: Path) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_calls_in_progress_at_once(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it

@@ -88,10 +88,10 @@ def measure(arguments: Any, make_trainer: Any, folder: Path, document: int | Non
     "flags",
     [
         [],
-        ["--no_nexus"],
         *(
             pytest.param(flags, marks=pytest.mark.slow)
             for flags in (
+                ["--no_nexus"],
                 ["--isolate_documents", "false"],
                 ["--bf16"],
                 ["--activation_checkpointing"],

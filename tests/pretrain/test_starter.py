@@ -167,7 +167,10 @@ def write_rows(path: str, texts: list[str]) -> None:
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-@pytest.mark.parametrize("sizes", [[90_000] * 3, [100, 90_000, 100], [100] * 6 + [90_000] * 2])
+@pytest.mark.parametrize(
+    "sizes",
+    [[90_000] * 3, *(pytest.param(s, marks=pytest.mark.slow) for s in ([100, 90_000, 100], [100] * 6 + [90_000] * 2))],
+)
 def test_long_ood_documents_do_not_shorten_rows(fast, sizes):
     write_rows("web.jsonl", documents("abcd", 80, 0) * 20)
     write_rows("law.jsonl", ["1 2 3 4 " * (size // 8) for size in sizes])

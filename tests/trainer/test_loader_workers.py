@@ -68,9 +68,8 @@ def start():
         process.communicate()
 
 
-@pytest.mark.parametrize(
-    "method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_outlive_a_signal_to_all_processes(start, method):
     process = start(method)
     workers = json.loads(process.stdout.readline())

@@ -228,7 +228,8 @@ def test_saving_the_model_queues_it_and_does_not_wait(
 # ---- What fails ----
 
 
-@pytest.mark.parametrize("fault", [pytest.param({"status": 500}, marks=pytest.mark.slow), {"status": 403}])
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}])
+@pytest.mark.slow
 def test_a_hub_that_stays_down_costs_its_time_bound_at_most(
     hub: HubServer, make: Callable[..., Any], tmp_path: Path, fault: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

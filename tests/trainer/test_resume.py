@@ -89,9 +89,8 @@ def saved_state(folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "schedule"),
     [
-        *((kind, "random") for kind in kinds()),
-        ("mix", "stratified"),
-        *(pytest.param(k, "stratified", marks=pytest.mark.slow) for k in kinds() if k != "mix"),
+        *(pytest.param(k, "random", marks=pytest.mark.slow) if k == "documents" else (k, "random") for k in kinds()),
+        *(pytest.param(k, "stratified", marks=pytest.mark.slow) for k in kinds()),
     ],
 )
 def test_resumed_at_any_step_a_run_ends_as_if_it_had_not_been(
@@ -513,7 +512,9 @@ def scheduled(shares: Any, kind: str = "random") -> list[str]:
     return [schedule.names[s] for s in schedule.sources(0, STEPS * K)]
 
 
-@pytest.mark.parametrize(("kind", "schedule"), [("map-style", "stratified"), ("mix", "random")])
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("mix", "random"), pytest.param("map-style", "stratified", marks=pytest.mark.slow)]
+)
 def test_stages_change_sources_and_decide_the_macro_loss(tmp_path: Path, kind: str, schedule: str) -> None:
     held_out = {"trainer_kwargs": {"eval_dataset": {name: table(4, 9) for name in "abc"}}}
     trainer = run(tmp_path / "whole", mixture(kinds()[kind](), STAGES), source_schedule=schedule, **held_out)
@@ -581,8 +582,8 @@ def run_with(function: Any, out: Path, resume: Any = None, kind: str = "mix", **
 @pytest.mark.parametrize(
     ("make_function", "workers"),
     [
-        pytest.param(Wandering, 0, marks=pytest.mark.slow),
-        (Wandering, 2),
+        (Wandering, 0),
+        pytest.param(Wandering, 2, marks=pytest.mark.slow),
         pytest.param(lambda: pure, 0, marks=pytest.mark.slow),
         pytest.param(lambda: pure, 2, marks=pytest.mark.slow),
     ],
@@ -646,10 +647,11 @@ def test_a_source_at_max_epochs_hands_over_its_weight(
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_map_style_source_over_max_epochs_is_refused(tmp_path: Path, streams: bool) -> None:
     sources = {"a": table(14), "b": table(40, 100).to_iterable_dataset(2) if streams else table(40, 100)}
-    with pytest.raises(ValueError, match=r"sources\.a\.max_epochs: .*1 are allowed"):
+    with pytest.raises(ValueError, match=r"sources\.a\.max_epochs: .*at most 1 is allowed"):
         run(tmp_path, mixture(sources, {"a": 2, "b": 1}, a=1))
 
 
+@pytest.mark.slow
 def test_a_source_ends_for_a_loader_that_reads_ahead(tmp_path: Path) -> None:
     config = {"max_steps": 10}
     trainer = run(tmp_path / "whole", limited(), dataloader_num_workers=2, **config)
@@ -733,7 +735,11 @@ def last_row(trainer: Recorder, step: int) -> int:
 
 @pytest.mark.parametrize(
     ("error", "workers"),
-    [(ValueError("bad bytes"), 0), (TimeoutError("slow"), 0), pytest.param(ValueError("bad bytes"), 2)],
+    [
+        (ValueError("bad bytes"), 0),
+        (TimeoutError("slow"), 0),
+        pytest.param(ValueError("bad bytes"), 2, marks=pytest.mark.slow),
+    ],
     ids=["row", "network", "workers"],
 )
 def test_a_failing_source_leaves_a_checkpoint_to_resume(
@@ -833,7 +839,7 @@ def from_files(bucket: str, cache: Path, streaming: bool) -> Any:
     return load_mixture(MixtureConfig.from_dict(config), tokenizer, cache_dir=cache)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_files_of_all_kinds_resume_exactly(bucket: str, tmp_path: Path, streaming: bool) -> None:
     config = {"source_schedule": "stratified", "trainer_kwargs": {"processing_class": tiny_tokenizer()}}
     config["trainer_kwargs"]["processing_class"].chat_template = MARKING

@@ -215,7 +215,7 @@ def test_loader_workers_resume_as_accelerate_skips(tmp_path: Path, workers: int)
         assert [b["x"] for b in loader(states, first)] == [b["x"] for b in expected[first:]]
 
 
-@pytest.mark.parametrize("kind", ["rows", "documents"])
+@pytest.mark.parametrize("kind", ["rows", pytest.param("documents", marks=pytest.mark.slow)])
 def test_a_late_resume_reads_no_more_than_buffer_and_batch(kind: str) -> None:
     from ...support.stream_documents import documents_of
 

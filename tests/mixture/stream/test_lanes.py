@@ -42,7 +42,7 @@ SOURCES: dict[str, Any] = {
 NUMBERS = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4))  # ranks that divide 12 rows, and workers
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     kind=st.sampled_from(list(SOURCES)),
     before=NUMBERS,
