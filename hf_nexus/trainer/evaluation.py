@@ -24,6 +24,8 @@ _LABELS = ("labels", "shift_labels")
 _IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
 # The key of the lengths of concatenated rows in a batch.
 _LENGTHS = "nexus_row_lengths"
+# What the Trainer adds to every line of the log: the place in the run, of no set.
+_OF_RUN = ("epoch", "num_input_tokens_seen")
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -201,7 +203,7 @@ class _RowLengths:  # a class, not a closure: data loader workers may have to pi
 
 def metric_of_set(key: str, prefix: str) -> str:
     """The key of a metric of the evaluation set whose metrics begin with `prefix`."""
-    return key if key == "epoch" or key.startswith(f"{prefix}_") else f"{prefix}_{key.removeprefix('eval_')}"
+    return key if key in _OF_RUN or key.startswith(f"{prefix}_") else f"{prefix}_{key.removeprefix('eval_')}"
 
 
 def without_speed_of_sets(metrics: Mapping[str, float], sets: list[str], prefix: str) -> dict[str, float]:

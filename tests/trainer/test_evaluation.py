@@ -194,6 +194,14 @@ def stock(trainer: Any, model: Any, **kwargs: Any) -> Trainer:
     return Trainer(model, TrainingArguments(**{**kept, "accelerator_config": None}), **kwargs)
 
 
+def test_the_tokens_of_a_run_are_of_no_set(make_trainer, sources, sets):
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": sets}, include_num_input_tokens_seen="all")
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert [key for key in metrics if "tokens_seen" in key] == ["num_input_tokens_seen"]
+    assert metrics["num_input_tokens_seen"] == trainer.state.num_input_tokens_seen > 0
+
+
 def test_without_nexus_a_plain_dataset_has_the_base_evaluation(make_trainer, rows):
     ours = make_trainer(Rows(8, 1), nexus=False, per_device_eval_batch_size=3)
     found = ours.evaluate(rows)
