@@ -25,6 +25,8 @@ def own_arguments(args: Any, converted: bool = False) -> Any:
     if not isinstance(own, NexusConfigMixin):
         for f in fields(NexusConfigMixin):
             setattr(own, f.name, f.default)
+    # The Trainer writes into its `gradient_accumulation_kwargs`.
+    own.accelerator_config = copy.deepcopy(own.accelerator_config)
     return own
 
 
