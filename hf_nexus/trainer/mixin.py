@@ -607,8 +607,9 @@ class NexusTrainerMixin(_Base):
         trained, device = [p for p in self.model.parameters() if p.requires_grad], self.args.device
 
         def loss(batch: Any) -> Tensor:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, dict(batch))  # type: ignore[return-value]  # no outputs
+            with self.compute_loss_context_manager(), self._without_averages():
+                items = self._get_num_items_in_batch([batch], device)
+                return self.compute_loss(self.model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
 
         losses = {name: partial(loss, self._prepare_inputs(collate(of_source))) for name, of_source in rows.items()}
         self.model.eval()

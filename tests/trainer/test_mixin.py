@@ -748,6 +748,19 @@ def test_gradient_cosines_on_request(make_trainer, sources):
     assert [entry["step"] for entry in stopped.state.log_history if "cosine/text/code" in entry] == [0, 2]
 
 
+def test_cosines_are_of_the_loss_that_is_trained_on(make_trainer, sources):
+    def summed(outputs, labels, num_items_in_batch):
+        logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+    found = []
+    for kwargs in ({}, {"compute_loss_func": summed}):
+        trainer = make_trainer(sources, max_steps=1, gradient_cosine_steps=1, trainer_kwargs=kwargs)
+        trainer.train()
+        found.append([entry["cosine/text/code"] for entry in trainer.state.log_history if "cosine/text/code" in entry])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and len(found[1]) == 2
+
+
 def test_each_pair_of_sources_logs_its_own_cosine(make_trainer, sources):
     """Names may hold a hyphen: a-b and c are another pair than a and b-c."""
     named = dict(zip(("a-b", "c", "a", "b-c"), [*sources.values(), sources["text"]], strict=True))
