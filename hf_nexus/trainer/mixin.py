@@ -143,7 +143,6 @@ class NexusTrainerMixin(_Base):
         self.wait_after_training = True
         self._best: tuple[int, int] | None = None  # see `RunFacts`
         self.cosine_rows: int | None = None  # see `source_cosines`; other runs may be measured on as many
-        self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         if parent is not None:
             check_trl_arguments(parent, users, on=not self._plain)
         self._trl = SourcePreparation(self._feed, parent)
@@ -421,6 +420,7 @@ class NexusTrainerMixin(_Base):
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step
         self._walker.reset()  # the wrapped model and its parameters may be new
+        self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         self._widen_weights()  # those that were unfrozen since
         if not self._plain:
             self._check_start(max_steps)

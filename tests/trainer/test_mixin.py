@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from hf_nexus import MixtureConfig, NexusConfig, NexusTrainer, NexusTrainerMixin, load_mixture
 from hf_nexus.hub.publisher import Publisher
 from hf_nexus.trainer.config import save_settings, warn_of_changes
+from tests.support.faults import AtEvents
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -759,6 +760,20 @@ def test_cosines_are_of_the_loss_that_is_trained_on(make_trainer, sources):
         trainer.train()
         found.append([entry["cosine/text/code"] for entry in trainer.state.log_history if "cosine/text/code" in entry])
     assert found[1] == pytest.approx(found[0], rel=1e-4) and len(found[1]) == 2
+
+
+def test_a_new_start_logs_the_first_cosines_again(make_trainer, sources):
+    """With a smaller batch, after the memory was exhausted: its log is empty."""
+    trainer = make_trainer(sources, max_steps=2, gradient_cosine_steps=2, auto_find_batch_size=True)
+
+    def exhaust(event):
+        if trainer._train_batch_size == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.add_callback(AtEvents(exhaust, "on_pre_optimizer_step"))
+    trainer.train()
+    assert trainer._train_batch_size == 1
+    assert [entry["step"] for entry in trainer.state.log_history if "cosine/text/code" in entry] == [0, 2]
 
 
 def test_each_pair_of_sources_logs_its_own_cosine(make_trainer, sources):
