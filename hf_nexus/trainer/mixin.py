@@ -699,12 +699,15 @@ class NexusTrainerMixin(_Base):
         """
         sets: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         evaluate: Any = super().evaluate
+        keeps = self._plain or eval_dataset is None or isinstance(eval_dataset, str)
 
         def evaluate_set(name: str, prefix: str) -> dict[str, float]:
             dataset = name if eval_dataset is None else sets[name]
             return evaluate(dataset, ignore_keys=ignore_keys, metric_key_prefix=prefix, **kwargs)
 
-        with self.meter.paused(), self._walker.at_start():
+        # The Trainer would keep one loader with its workers for all sets that are given.
+        own = changed(self.args, dataloader_persistent_workers=keeps and self.args.dataloader_persistent_workers)
+        with self.meter.paused(), self._walker.at_start(), own:
             if self._plain or not isinstance(sets, Mapping):
                 return evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs)
             check_sets((), sets)

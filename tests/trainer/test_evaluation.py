@@ -194,6 +194,18 @@ def stock(trainer: Any, model: Any, **kwargs: Any) -> Trainer:
     return Trainer(model, TrainingArguments(**{**kept, "accelerator_config": None}), **kwargs)
 
 
+def test_workers_that_persist_read_the_set_that_is_given(make_trainer, sources, sets):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "nexus": False}
+    trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": sets["law"]}, **settings)
+    expected = {name: pytest.approx(token_loss(trainer.model, rows), rel=1e-6) for name, rows in sets.items()}
+    assert trainer.evaluate(sets["text"])["eval_loss"] == expected["text"]
+    assert trainer.evaluate()["eval_loss"] == expected["law"]
+    metrics = trainer.evaluate(sets)
+    assert {name: metrics[f"eval_{name}_loss"] for name in sets} == expected
+    loader = trainer._eval_dataloaders["eval"]
+    assert trainer.evaluate()["eval_loss"] == expected["law"] and trainer._eval_dataloaders == {"eval": loader}
+
+
 def test_the_tokens_of_a_run_are_of_no_set(make_trainer, sources, sets):
     trainer = make_trainer(sources, trainer_kwargs={"eval_dataset": sets}, include_num_input_tokens_seen="all")
     trainer.train()
