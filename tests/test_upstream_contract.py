@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_a_hook_exists_with_these_parameters(method):
 def test_a_card_has_these_arguments_by_position():
     parameters = list(inspect.signature(Trainer.create_model_card).parameters)
     assert parameters[1:7] == ["language", "license", "tags", "model_name", "finetuned_from", "tasks"]
+
+
+def test_a_loader_without_a_length_has_no_limit_of_epochs():
+    trainer = SimpleNamespace(get_total_train_batch_size=lambda args: 2, get_sp_size=lambda: 1, num_examples=len)
+    args = SimpleNamespace(max_steps=3, num_train_epochs=1, gradient_accumulation_steps=1)
+    for loader, epochs in ((iter([]), sys.maxsize), ([1], 3)):
+        assert Trainer.set_initial_training_values(trainer, args, loader)[0] == epochs
 
 
 def test_the_arguments_are_set_before_the_device_is(tmp_path):

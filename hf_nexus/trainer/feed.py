@@ -406,16 +406,13 @@ class Feed:
                 *(checkpoint, saved, args.train_batch_size),
             )
 
-    def passes_before(self, checkpoint: str, epochs: int, batches: int) -> tuple[int, int]:
+    def passes_before(self, checkpoint: str) -> tuple[int, int]:
         """
-        The passes over the data before a checkpoint, and the micro-batches of the pass after them: those given, which
-        the Trainer computes from the length, or those of the checkpoint, if the data is one dataset without a length.
+        The passes over data without a length before a checkpoint, and the micro-batches of the pass after them.
         """
-        if self.data.has_sources or _size(self.data.dataset) is not None:
-            return epochs, batches
         saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         passes, part = divmod(saved.epoch or 0.0, 1)
-        # A pass over such a dataset counts as one of all steps.
+        # A pass over such data counts as one of all steps.
         return int(passes), round(part * saved.max_steps * self._args.gradient_accumulation_steps)
 
     def _reads_too_far(self, saved: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ collaborator that does not know the trainer: `Feed` (which rows come next), `Win
 `TrainingMeter` (counts and averages), `Evaluation`, `StagedCheckpoints` and `RandomStates`, `Publishing`.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -414,7 +415,8 @@ class NexusTrainerMixin(_Base):
         )
         if self._plain or resume_from_checkpoint is None or self.args.ignore_data_skip or not self.state.global_step:
             return place
-        return self._feed.passes_before(resume_from_checkpoint, *place)
+        # The Trainer computes the place from the length of the loader. Without one, epochs have no limit.
+        return self._feed.passes_before(resume_from_checkpoint) if num_train_epochs == sys.maxsize else place
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""

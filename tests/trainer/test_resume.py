@@ -191,6 +191,27 @@ def test_a_plain_stream_resumes_in_any_pass(tmp_path: Path, rows: int, shuffled:
     assert [longer[step] for step in range(3, STEPS)] == [expected.micro_batches[step] for step in range(3, STEPS)]
 
 
+@pytest.mark.parametrize("own_loader", [True, False])
+def test_data_that_the_constructor_lacks_resumes_in_any_pass(
+    tmp_path: Path, own_loader: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a subclass with its own data loader, or set later. A pass has two outer steps."""
+    data = table(4 * K).remove_columns("x").with_format("torch")
+    if own_loader:
+        loader = functools.partial(torch.utils.data.DataLoader, data, 2)
+        monkeypatch.setattr(Recorder, "get_train_dataloader", lambda self: self.accelerator.prepare(loader()))
+
+    def train(folder: str, resume: str | None = None) -> Recorder:
+        trainer = make(tmp_path / folder, None, seed=5 if resume else 0)
+        trainer.train_dataset = None if own_loader else data
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    expected = train("whole")
+    for step in (1, 3, 4):
+        assert differences(train("resumed", checkpoint(expected, step)), expected, step) == []
+
+
 def test_sources_packed_here_and_elsewhere_cannot_be_mixed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Load all of them as one mixture"):
         make(tmp_path, kinds()["mix"](), source_schedule="mixed", mixture_weights=WEIGHTS)
