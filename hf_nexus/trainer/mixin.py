@@ -45,7 +45,7 @@ from .feed import Feed
 from .loader_workers import keep_signals_from_workers
 from .meter import TrainingMeter, read_totals
 from .optimizers import create_matrix_optimizer
-from .precision import precision_is_chosen, widen_weights
+from .precision import precision_is_chosen, widen_weights, with_state
 from .publishing import Publishing, card_fields
 from .sharded import is_sharded, load_model, load_optimizer
 from .support import (
@@ -181,6 +181,7 @@ class NexusTrainerMixin(_Base):
                 AcceleratorState._reset_state()  # of another trainer with the same arguments
             with changed(self.args, parallelism_config=parallelism_of(self.args)):
                 super().create_accelerator_and_postprocess()
+            self._as_created = partial(with_state, self.accelerator, dict(vars(self.accelerator.state)))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model of `model_init`, in float32."""
@@ -332,7 +333,7 @@ class NexusTrainerMixin(_Base):
             SourceError: the network failed for too long, or a source has a row that cannot be used.
         """
         run_dir = self._get_output_dir(kwargs.get("trial", args[0] if args else None))
-        with self._checkpoints.in_folder(run_dir, resume_from_checkpoint) as checkpoint:
+        with self._checkpoints.in_folder(run_dir, resume_from_checkpoint) as checkpoint, self._as_created():
             if self.publisher is not None:
                 self.publisher.queue.clean()
             self._feed.resume(checkpoint)
@@ -709,7 +710,7 @@ class NexusTrainerMixin(_Base):
 
         # The Trainer would keep one loader with its workers for all sets that are given.
         own = changed(self.args, dataloader_persistent_workers=keeps and self.args.dataloader_persistent_workers)
-        with self.meter.paused(), self._walker.at_start(), own:
+        with self.meter.paused(), self._walker.at_start(), self._as_created(), own:
             if self._plain or not isinstance(sets, Mapping):
                 return evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix, **kwargs)
             check_sets((), sets)
@@ -771,7 +772,7 @@ class NexusTrainerMixin(_Base):
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict one set at the restored weights."""
         check_predicted(test_dataset)
-        with self._walker.at_start():
+        with self._walker.at_start(), self._as_created():
             return super().predict(test_dataset, *args, **kwargs)
 
     # ---- Saving ----

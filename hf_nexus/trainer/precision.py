@@ -1,13 +1,16 @@
 """The types of weights: float32 while they are trained, whatever a checkpoint was stored in."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_bf16_available
 from torch import nn
 from transformers.utils import is_peft_available, logging
 
-__all__ = ["has_bfloat16", "precision_is_chosen", "widen_weights"]
+__all__ = ["has_bfloat16", "precision_is_chosen", "widen_weights", "with_state"]
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +66,21 @@ def widen_weights(model: nn.Module, args: Any, chosen: bool) -> None:
         "for their gradients and for each moment of the optimizer: 69 to 99.7 % of an inner step is lost in bfloat16. "
         f"The model computes in {'bfloat16 (autocast)' if args.mixed_precision == 'bf16' else 'float32'}."
     )
+
+
+@contextmanager
+def with_state(accelerator: Accelerator, state: Mapping[str, Any]) -> Iterator[None]:
+    """
+    Inside the context, the state that all accelerators share is that with which this one was created. It decides the
+    type of autocast, and a later trainer, or only its arguments, replace it.
+    """
+    shared = vars(accelerator.state)
+    before = dict(shared)
+    shared.update(state)
+    try:
+        yield
+    finally:
+        shared.update(before)
 
 
 def _of_adapters(model: nn.Module) -> set[nn.Parameter]:

@@ -41,6 +41,29 @@ def float32(**shape: Any) -> torch.nn.Module:
 # ---- What is trained, and in what it computes ----
 
 
+@pytest.mark.parametrize("other", [NexusTrainer, Trainer])
+@pytest.mark.parametrize("use", [NexusTrainer.train, NexusTrainer.evaluate, lambda t: t.predict(t.eval_dataset)])
+def test_another_trainer_changes_no_type_of_the_first(make_trainer, sources, tmp_path, monkeypatch, other, use):
+    """Without a type, autocast takes that of the device: float16 on CUDA, and bfloat16 on a CPU."""
+    found, autocast = [], torch.autocast
+
+    def note(*args, **kwargs):
+        found.append(kwargs["dtype"])
+        return autocast(*args, **kwargs)
+
+    trainer = make_trainer(sources, tiny_llama(dtype=BF16), {"eval_dataset": sources["text"]}, max_steps=1)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    if other is NexusTrainer:
+        args = NexusConfig(str(tmp_path), use_cpu=True, report_to="none", nexus=False)
+    second = other(tiny_llama(), args, train_dataset=sources["text"])
+    assert second.accelerator.mixed_precision == "no"
+    monkeypatch.setattr(torch, "autocast", note)
+    use(trainer)
+    assert {*found} == {BF16} and second.accelerator.mixed_precision == "no"
+    TrainingArguments(str(tmp_path), use_cpu=True)  # it empties the state that all accelerators share
+    use(trainer)
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_16_bit_checkpoint_trains_as_in_float32(make_trainer, sources, dtype, tied, caplog):
