@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sized
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Feed:
         self._args = args
         self._whole = whole
         self._weights_function = weights_function
+        # Of the last data loader, and of that of the training: a callback may make others.
+        self._last_progress: StreamProgress | None = None
         self._progress: StreamProgress | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
@@ -117,6 +120,10 @@ class Feed:
 
     # ---- Before the first step ----
 
+    def apart(self, dataset: Any) -> Any:
+        """A training set for one data loader: streams have a place, which other loaders do not move."""
+        return copy(dataset) if isinstance(dataset, MixtureStream) else dataset
+
     def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
         """The order of a training set; `None` for a plain dataset, which keeps the Trainer's order."""
         check_exchange(dataset)
@@ -130,7 +137,7 @@ class Feed:
             workers, mixed = max(1, args.dataloader_num_workers), args.source_schedule == "mixed"
             lanes = self._lanes(rows, workers)
             dataset.place(args.process_index // self.copies, self._ranks, workers, lanes, mixed)
-            self._progress = progress = StreamProgress(
+            self._last_progress = progress = StreamProgress(
                 dataset,
                 self._weights_function or staged,
                 k,
@@ -230,8 +237,9 @@ class Feed:
         )
 
     def begin(self, step: int) -> None:
-        """Go to the position of an outer step, before the data loader starts its workers."""
+        """Train on the last data loader from the position of an outer step on, before it starts its workers."""
         self.first_step, self._resumed_from = step, None
+        self._progress = self._last_progress
         if self.data.has_sources:
             self._note_sources()
         if self._progress is not None:

@@ -378,6 +378,7 @@ class NexusTrainerMixin(_Base):
         if self._plain:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         if description == "Training":
+            dataset = self._feed.apart(dataset)
             own = changed(self.args, dataloader_prefetch_factor=self._feed.prefetch_factor)
         else:
             own = changed(self, data_collator=self._evaluation.counting(self.data_collator, dataset))

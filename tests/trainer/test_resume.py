@@ -26,6 +26,7 @@ from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.schedule import DynamicSchedule, SourceSchedule
 from hf_nexus.mixture.stages import Stage, stage_borders, stages_of
 from hf_nexus.mixture.stream.reader import SourceError
+from hf_nexus.tensors import random_state_kept
 from hf_nexus.trainer.checkpoints import last_checkpoint
 
 from ..support.fault_processes import KILLS, Terminate, in_a_process, keeping_handler
@@ -210,6 +211,30 @@ def test_data_that_the_constructor_lacks_resumes_in_any_pass(
     expected = train("whole")
     for step in (1, 3, 4):
         assert differences(train("resumed", checkpoint(expected, step)), expected, step) == []
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_begin", "on_step_end"])
+@pytest.mark.parametrize(("kind", "workers"), [("mix", 0), ("map-style", 0), ("mix", 2)])
+def test_another_data_loader_moves_no_training(
+    whole: Whole, tmp_path: Path, kind: str, workers: int, event: str
+) -> None:
+    expected = whole(kind, workers=workers)
+
+    def trained(folder: str, resume: str | None = None) -> Recorder:
+        data = mixture(kinds()[kind]())
+        trainer = make(tmp_path / folder, data, seed=5 if resume else 0, dataloader_num_workers=workers)
+
+        def look(event: str) -> None:
+            with random_state_kept(trainer.args.device):  # a data loader draws a seed
+                next(iter(trainer.get_train_dataloader()))
+
+        trainer.add_callback(AtEvents(look, event))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    looking = trained("looking")
+    assert differences(looking, expected, 0) == []
+    assert differences(trained("resumed", checkpoint(looking, 2)), expected, 2) == []
 
 
 def test_sources_packed_here_and_elsewhere_cannot_be_mixed(tmp_path: Path) -> None:
