@@ -170,8 +170,8 @@ class Case:
         else:
             mixture = MixtureDataset(sources)
             # The order that NexusTrainer draws for these sources.
-            schedule = SourceSchedule(dict.fromkeys(sources, 1.0), SEED)
-            dataset = Subset(mixture, list(MixtureSampler(mixture, schedule, self.rows * WORLD_SIZE)))
+            schedule = SourceSchedule(dict.fromkeys(sources, 1.0), SEED, rows=self.rows * WORLD_SIZE)
+            dataset = Subset(mixture, list(MixtureSampler(mixture, schedule)))
             args = TrainingArguments(**settings, train_sampling_strategy="sequential")
         args.device  # noqa: B018  # initializes the process group
         if spec.launch == "fsdp2" and not CUDA:

@@ -90,8 +90,8 @@ class MixtureDataset(torch.utils.data.Dataset):
 
 class MixtureSampler(torch.utils.data.Sampler[int]):
     """
-    Row indices of a [`MixtureDataset`]. Each group of `rows` indices (batch size per device * number of ranks)
-    is one micro-batch, of one source or mixed.
+    Row indices of a [`MixtureDataset`]. Each group of `schedule.rows` indices is one micro-batch over all ranks, of
+    one source or mixed.
 
     The run is one sequence of micro-batches, and `total rows // rows` of them make an epoch, for any weights. Each
     source is read in an order drawn from (seed, source, pass): each pass has another order, and holds every row once.
@@ -100,8 +100,9 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         ValueError: a source of positive weight has fewer rows than one micro-batch.
     """
 
-    def __init__(self, dataset: MixtureDataset, schedule: SourceSchedule, rows: int):
+    def __init__(self, dataset: MixtureDataset, schedule: SourceSchedule):
         assert schedule.names == dataset.names
+        rows = schedule.rows
         for name, size, share in zip(dataset.names, dataset.sizes, schedule.shares, strict=True):
             if share > 0 and size < rows:
                 raise ValueError(
@@ -110,7 +111,6 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
                 )
         self.dataset = dataset
         self.schedule = schedule
-        self.rows = rows
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,20 +119,20 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
 
     def micro_batches_per_epoch(self) -> int:
         """Micro-batches of one epoch."""
-        return len(self.dataset) // self.rows
+        return len(self.dataset) // self.schedule.rows
 
     def __len__(self) -> int:
-        return self.micro_batches_per_epoch() * self.rows
+        return self.micro_batches_per_epoch() * self.schedule.rows
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.micro_batches_per_epoch()
-        read = np.zeros(len(self.dataset.names), dtype=np.int64)
+        rows, read = self.schedule.rows, np.zeros(len(self.dataset.names), dtype=np.int64)
         for sources in self._sources(0, start):
-            read += np.bincount(sources.ravel(), minlength=len(read)) * (self.rows if sources.ndim == 1 else 1)
+            read += np.bincount(sources.ravel(), minlength=len(read)) * (rows if sources.ndim == 1 else 1)
         readers = [self._read(source, int(count)) for source, count in enumerate(read)]
         for sources in self._sources(start, start + self.micro_batches_per_epoch()):
             for of_micro_batch in sources:
-                for source in np.broadcast_to(of_micro_batch, self.rows):
+                for source in np.broadcast_to(of_micro_batch, rows):
                     yield next(readers[source])
 
     def _sources(self, start: int, stop: int) -> Iterator[np.ndarray]:

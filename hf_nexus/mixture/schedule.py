@@ -66,8 +66,10 @@ class DynamicSchedule:
             `"blocked"`: all micro-batches of a window have one source, drawn from the weights.
         windows ([`WindowCounts`], *optional*):
             The windows of micro-batches, for `"blocked"`.
-        rows (`int`, *optional*, defaults to 1), ranks (`int`, *optional*, defaults to 1):
-            For `"mixed"`: rows of a micro-batch over all ranks, and the number of ranks, which get equal parts.
+        rows (`int`, *optional*, defaults to 1):
+            Rows of a micro-batch over all ranks.
+        ranks (`int`, *optional*, defaults to 1):
+            For `"mixed"`: the number of ranks, which get equal parts of a micro-batch.
 
     Raises:
         ValueError: The kind is unknown, or mixes micro-batches of one row.
@@ -97,6 +99,7 @@ class DynamicSchedule:
         self.names = list(names)
         self.seed = seed
         self.kind = kind
+        self.rows = rows
         self._windows = windows
         # Equally spaced points put each source into a micro-batch as often as its share asks for. Each rank gets every
         # `ranks`-th point, and so the same mix.

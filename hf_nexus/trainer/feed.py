@@ -253,7 +253,7 @@ class Feed:
             sampler.generator = self._generator
 
     def begin_epoch(self, epoch: int) -> None:
-        """Go to an epoch, also on a resume, where Accelerate does not and random states are loaded after the order."""
+        """Go to an epoch. On a resume, Accelerate may not, and random states are loaded after the order is drawn."""
         self._generator.manual_seed(self._seed + epoch)
         if (set_epoch := getattr(self._sampler, "set_epoch", None)) is not None:
             set_epoch(epoch)

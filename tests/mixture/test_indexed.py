@@ -10,14 +10,14 @@ from hf_nexus.mixture.schedule import SourceSchedule
 
 def build(sizes: dict[str, int], rows: int, seed: int = 0, weights=None, kind="random") -> MixtureSampler:
     dataset = MixtureDataset({name: [{"row": (name, i)} for i in range(n)] for name, n in sizes.items()})
-    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed, kind, rows=rows), rows)
+    return MixtureSampler(dataset, SourceSchedule(weights or dict(sizes), seed, kind, rows=rows))
 
 
 def micro_batches(sampler: MixtureSampler, epoch: int) -> list[list[tuple[str, int]]]:
     sampler.set_epoch(epoch)
-    indices = list(sampler)
+    indices, n = list(sampler), sampler.schedule.rows
     rows = [sampler.dataset[i]["row"] for i in indices]
-    return [rows[i : i + sampler.rows] for i in range(0, len(rows), sampler.rows)]
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 @settings(max_examples=30)
