@@ -139,7 +139,7 @@ class Nexus(Settings):
         self.pseudo_gradient_norm = self._norm(indices, p)
 
     def restore(self) -> None:
-        """Restore the parameters if they are displaced: needed only if a signal kept a window from being left."""
+        """Restore the parameters if they are displaced, as after a signal that kept a window from being left."""
         self._snapshot.restore()
 
     def at_start(self) -> AbstractContextManager[None]:

@@ -8,8 +8,8 @@ From documents to rows of L tokens, in three passes over Arrow files:
 Each pass is a `Dataset.map` into a cache file named after everything that its result depends on. Packing is a separate
 pass in one process, which carries the incomplete row from batch to batch. A source loses fewer than L tokens, and with
 `loss_on` also the rows without a target. Its rows depend neither on the batch size nor on the number of processes.
-Tokens are on disk twice, at 4 bytes each, and the position of each token in its document once, at 2 bytes. With
-`loss_on`, labels are there as well.
+Tokens are on disk twice, at 4 bytes each, and the position of each token in its document once, at 2 bytes, or
+4 above L = 65,536. With `loss_on`, labels are there as well.
 """
 
 import json

@@ -32,7 +32,7 @@ class StreamState:
 class MicroBatchTag:
     """
     Facts about a micro-batch that its tensors do not show: collators may pair rows or concatenate them. `take_rows`
-    makes it, and `Window.take` removes it, or makes one for a micro-batch of another loader.
+    makes it, and [`pop_tag`] removes it before the model sees the batch.
     """
 
     rows: Mapping[str, int]  # by source

@@ -107,7 +107,7 @@ def _documents(arguments: PretrainArguments, plan: RunPlan, loaded: Mixture | No
     if bos is None:
         ends += ", and a BOS starts it if the tokenizer adds one"
     if why is None:
-        return f"{ends}; no attention from one to another ({planned_attention(arguments)}, as a probe shows)"
+        return f"{ends}; no attention from one to another ({planned_attention(arguments)}, probed on a tiny model)"
     return f"{ends}; attention reaches across them in a row ({why})"
 
 

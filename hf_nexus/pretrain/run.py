@@ -267,7 +267,7 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             if arguments.mixture.isolate_documents:  # before minutes of tokenizing
                 choose_isolation(True, isolation_problem(model, use_cache=False))
             mixture = load_mixture(arguments.mixture, tokenizer)
-            _check_tokens(mixture, tokenizer, config_of(arguments).vocab_size)
+            _check_tokens(mixture, tokenizer, model.config.get_text_config().vocab_size)
         print_plan(arguments, plan_run(arguments, args.world_size, mixture.tokens), console, mixture)
         if not args.report_to:
             show = shlex.join(["trackio", "show", "--project", args.project])

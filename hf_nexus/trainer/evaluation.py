@@ -16,12 +16,10 @@ from ..evaluation.losses import TokenMean, mean_losses, perplexities
 from .distributed import sum_over_ranks
 from .window import has_token_labels
 
-__all__ = ["Evaluation", "countable", "held_back", "metric_of_set"]
+__all__ = ["Evaluation", "held_back", "metric_of_set"]
 
 # Labels that mark loss tokens. A collator that shifts `labels` adds `shift_labels`.
 _LABELS = ("labels", "shift_labels")
-# The label that a segmentation model of transformers ignores, in its configuration. Other models ignore -100.
-_IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
 # The key of the lengths of concatenated rows in a batch.
 _LENGTHS = "nexus_row_lengths"
 # What the Trainer adds to every line of the log: the place in the run, of no set.
@@ -174,16 +172,6 @@ def _all_rows(inputs: Any) -> bool:
         return False
     shape = inputs["labels"].shape[:1]
     return all(value.shape[:1] == shape for value in inputs.values() if isinstance(value, Tensor))
-
-
-def countable(inputs: Any, model: Any) -> Any:
-    """A batch with -100 in place of the label that the model ignores: the Trainer counts all others as loss tokens."""
-    config = getattr(model, "config", None)
-    ignored = [label for name in _IGNORED if (label := getattr(config, name, None)) is not None]
-    if not ignored or not has_token_labels(inputs):
-        return inputs
-    labels = inputs["labels"].long()  # masks of images may be bytes
-    return {**inputs, "labels": labels.masked_fill(labels == ignored[0], -100)}
 
 
 class _RowLengths:  # a class, not a closure: data loader workers may have to pickle it

@@ -155,7 +155,7 @@ class Feed:
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
             schedule = SourceSchedule(borders, self._seed, args.source_schedule, windows, rows, self._ranks)
-            sampler = MixtureSampler(dataset, schedule, rows)
+            sampler = MixtureSampler(dataset, schedule)
             self._check_epochs(borders, windows.micro_batches(steps), rows)
             return sampler
         return None

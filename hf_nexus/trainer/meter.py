@@ -81,22 +81,22 @@ def read_totals(checkpoint: str | None) -> dict[str, Any]:
 class _Interval:
     """
     Sums since the last log line, given to `add_*`, counted by `_count_*` and logged by `read`. Tensors stay on the
-    device until then. A log line and a checkpoint add `new_*` to the totals and clear them. So a ratio that is logged
-    is one of two `new_*`, or of two others.
+    device until then. Those of `new_*` are since the last update of the totals, which a checkpoint makes as well: a
+    log line must not divide one of them by another sum.
     """
 
     loss: dict[str, Any] = field(default_factory=lambda: defaultdict(float))  # of micro-batches of one source
     tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # of micro-batches of one source
     mixed_tokens: Any = 0  # of all other micro-batches
-    new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
-    new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # since the last update of the totals
+    new_tokens: dict[str, Any] = field(default_factory=lambda: defaultdict(int))
+    new_rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     cosine: Any = 0  # of the paths of windows, of which these were `cosines`
     cosines: int = 0
     norm: Any = 0  # of their pseudo-gradients, of which these were `norms`
     norms: int = 0
     finite: Any = 0  # windows with a finite loss
     windows: int = 0
-    new_skipped: int = 0  # inner steps, since the last update of the totals
+    new_skipped: int = 0  # inner steps
     flos: float | None = None  # at the start of the interval
     started: float = field(default_factory=time.perf_counter)
     paused: float = 0.0

@@ -40,7 +40,7 @@ from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
 from .config import nexus_settings, save_settings, warn_of_changes
 from .distributed import count_paths, is_wrapped, parallelism_of, reduce_over
-from .evaluation import Evaluation, countable, held_back, without_speed_of_sets
+from .evaluation import Evaluation, held_back, without_speed_of_sets
 from .feed import Feed
 from .loader_workers import keep_signals_from_workers
 from .meter import TrainingMeter, read_totals
@@ -66,7 +66,7 @@ from .support import (
 )
 from .trackers import send_plots
 from .trl import SourcePreparation, for_parent, is_of_trl, metrics_aside, naming_a_missing_template, trl_parent
-from .window import Walker, Window, has_token_labels
+from .window import Walker, Window, countable, has_token_labels
 
 __all__ = ["NexusTrainer", "NexusTrainerMixin"]
 
@@ -152,9 +152,9 @@ class NexusTrainerMixin(_Base):
         shown = self.data.dataset if self._trl.shown is None else self._trl.shown
         sets = {"train_dataset": shown, "eval_dataset": evaluation}
         given |= {name: rows for name, rows in sets.items() if rows is not None}  # a constructor may not take both
-        collate_packed = given.get("data_collator") or default_data_collator  # packed rows are full
+        collate_packed = given.get("data_collator") or default_data_collator  # they are full: none is padded
         if self.data.all_packed and getattr(given.get("processing_class"), "pad_token", None) is None:
-            # Also of evaluation rows that are not packed: the Trainer's would ask the tokenizer for a padding token.
+            # For evaluation rows that are not packed as well. The Trainer's own collator needs a padding token.
             given["data_collator"] = collate_packed
         folder = Path(settings.output_dir).absolute()
         if not self._plain and settings.should_save and not folder.is_dir():
@@ -523,22 +523,20 @@ class NexusTrainerMixin(_Base):
         return changed(self.args, average_tokens_across_devices=False)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """The base class's count of loss tokens, of labels that it can count."""
-        if not self._plain:
-            batch_samples = [countable(batch, self.model) for batch in batch_samples]
-        items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is None or self.args.average_tokens_across_devices:
-            return items
+        """The loss tokens of labels that the base class can count, on this rank."""
+        if self._plain:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        items = super()._get_num_items_in_batch([countable(batch, self.model) for batch in batch_samples], device)
         # The Trainer divides by the number of ranks that read the same rows, even if it counts on one rank only.
-        return items * self._feed.copies
+        return None if items is None else items * self._feed.copies
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
-        One micro-batch of the base class's loop. With Nexus, all micro-batches of a window except the last are kept,
-        and the last one runs the whole window.
+        One micro-batch of the base class's loop. With Nexus, the micro-batches of a window are kept, and the last one
+        runs the whole window.
 
         Returns:
-            `Tensor`: 0-d. With Nexus, zero for the kept ones, then the token-weighted mean path loss of the window.
+            `Tensor`: 0-d. With Nexus, zero for all but the last, then the token-weighted mean path loss of the window.
         """
         window = self._window
         if window.complete:  # no window was fetched
@@ -623,7 +621,7 @@ class NexusTrainerMixin(_Base):
         return cosines
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """The base class's count. The Trainer's walks over all modules: once per window and size of micro-batches."""
+        """The base class's count, once per window and size of micro-batches: the Trainer's walks over all modules."""
         count: Any = super().floating_point_ops
         name = getattr(self.model, "main_input_name", "input_ids")
         main = inputs.get(name) if isinstance(inputs, Mapping) else None

@@ -152,7 +152,7 @@ def check_same(rank: int, differences: list[str]) -> None:
 
 
 def optimizer_settings(optimizer: Any) -> list[dict[str, Any]]:
-    """The settings of each parameter group, without tensors, whose values the device may not know yet."""
+    """The settings of each parameter group, without tensors: reading one would wait for the device."""
     kinds = int | float | str | tuple
     return [{key: value for key, value in of.items() if isinstance(value, kinds)} for of in optimizer.param_groups]
 

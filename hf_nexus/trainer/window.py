@@ -18,13 +18,26 @@ from ..nexus import Nexus
 from .distributed import PathGroups, Shards, compress, gather, reduce_over, reshard, share_buffers, sum_over_ranks
 from .support import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
 
-__all__ = ["Walker", "Window", "has_token_labels", "inner_lr_scale"]
+__all__ = ["Walker", "Window", "countable", "has_token_labels", "inner_lr_scale"]
+
+# The label that a segmentation model of transformers ignores, in its configuration. Other models ignore -100.
+_IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
 
 
 def has_token_labels(inputs: Any) -> bool:
     """Whether a batch has one label per token: integers of shape (B, T)."""
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+
+
+def countable(inputs: Any, model: Any) -> Any:
+    """A batch with -100 in place of the label that the model ignores: the Trainer counts all others as loss tokens."""
+    config = getattr(model, "config", None)
+    ignored = [label for name in _IGNORED if (label := getattr(config, name, None)) is not None]
+    if not ignored or not has_token_labels(inputs):
+        return inputs
+    labels = inputs["labels"].long()  # masks of images may be bytes
+    return {**inputs, "labels": labels.masked_fill(labels == ignored[0], -100)}
 
 
 @dataclass
@@ -140,9 +153,9 @@ class Divisors:
     """
     What a loss may be divided by: the count of loss tokens, and the number of micro-batches.
 
-    Whether it is depends on the model (BERT and T5 ignore the count) and on `compute_loss`. So it is measured: a loss
-    A / n + B has the derivative -A / n^2 in n. Where it is not `measured`, a loss is taken as divided by the count:
-    FSDP2 allows no input that requires a gradient.
+    Which of them divides a loss depends on the model (BERT and T5 ignore the count) and on `compute_loss`. So it is
+    measured: of a loss A / n + B, which is divided by n in part, the derivative in n is -A / n^2. FSDP2 allows no
+    input that requires a gradient. So `measured` is false there, and a loss counts as divided by `items`.
 
     `items` is the count to divide by, and `tokens` the loss tokens of this micro-batch on this rank. The attributes
     `items` and `steps` are what to give to the loss.

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nexus.evaluation.losses import TokenMean, mean_losses, perplexities, perplexity
 from hf_nexus.mixture import MixtureConfig, load_mixture
-from hf_nexus.trainer.evaluation import Evaluation, countable
+from hf_nexus.trainer.evaluation import Evaluation
 from tests.support.tiny import Rows, tiny_llama
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.trainer.distributed.losses_worker import METRICS, Classes, Isolated, Pixels, own_loss, segmenter
@@ -163,14 +163,6 @@ def test_ignored_pixels_are_not_counted(make_trainer, batch, nexus):
     assert trainer.evaluate(pixels)["eval_loss"] == pytest.approx(by_hand, rel=1e-5)
     trainer.train()
     assert trainer.meter.trained_tokens == {"text": int((Pixels(8, 1).labels != 255).sum())}
-
-
-def test_a_class_of_rows_may_have_the_number_of_ignored_pixels():
-    rows = {"labels": torch.tensor([255, 3])}
-    assert countable(rows, segmenter()) is rows
-    assert countable({"labels": torch.tensor([[255, 3]], dtype=torch.uint8)}, segmenter())["labels"].tolist() == [
-        [-100, 3]
-    ]
 
 
 def test_an_evaluation_between_steps_changes_no_window(make_trainer, sources, sets):

@@ -10,7 +10,8 @@ import torch
 from hf_nexus import Nexus, NexusConfig
 from hf_nexus.mixture.stream.reader import SourceError
 from hf_nexus.mixture.tags import MicroBatchTag, TaggedRows, TaggingCollator
-from hf_nexus.trainer.window import Walker, Window, inner_lr_scale
+from hf_nexus.trainer.window import Walker, Window, countable, inner_lr_scale
+from tests.trainer.distributed.losses_worker import segmenter
 
 TOKENS = torch.tensor([3, 1])
 
@@ -216,3 +217,11 @@ def test_a_walker_refuses_parameters_that_the_optimizer_lacks() -> None:
     walker = Walker(NexusConfig("out", use_cpu=True, report_to="none"))
     with pytest.raises(ValueError, match="'bias' is trainable, but the optimizer does not train it"):
         walker.begin(model, torch.optim.SGD([model.weight]))
+
+
+def test_a_class_of_rows_may_have_the_number_of_ignored_pixels():
+    rows = {"labels": torch.tensor([255, 3])}
+    assert countable(rows, segmenter()) is rows
+    assert countable({"labels": torch.tensor([[255, 3]], dtype=torch.uint8)}, segmenter())["labels"].tolist() == [
+        [-100, 3]
+    ]
