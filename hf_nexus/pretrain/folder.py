@@ -53,5 +53,5 @@ def claim_folder(arguments: PretrainArguments, checkpoint: str | None, console: 
             console.print(f"Deleting {old}, of an earlier run.")
             delete_checkpoint(old)
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
-    header = "# The resolved configuration of a run, which `--config` with the path of this file repeats."
+    header = "# The resolved configuration. `--config` with the path of this file repeats the run, if launched alike."
     write_atomic(arguments.folder / CONFIG_NAME, f"{header}\n# {versions}\n{dump_yaml(arguments.resolved)}")

@@ -23,7 +23,7 @@ _FILES = {
     "tokenizer*.json": "tokenizer",
     "chat_template.jinja": "format of conversations",
     "checkpoint-*": "checkpoints; `--resume_from_checkpoint last` continues the newest",
-    CONFIG_NAME: "configuration; `hf-nexus train` with its path and another `--output_dir` repeats the run",
+    CONFIG_NAME: "configuration; with its path and another `--output_dir`, the command that trained repeats the run",
     "nexus.yaml": "settings of the Nexus update",
     "trainer_state.json": "all log entries",
     "run_summary.json": "content of the card; `hf-nexus card` renders it again",
