@@ -5,7 +5,7 @@ from fractions import Fraction
 from transformers import SchedulerType
 
 from ..terminal import format_number
-from ..trainer.support import ONE_INNER_STEP
+from ..trainer.checks import ONE_INNER_STEP
 from .fields import PretrainArguments, PretrainConfig
 from .plan import RunPlan
 

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from ..files import nearest
 from ..hub.publisher import check_repo_id
 from ..mixture.config import MixtureConfig
-from ..trainer.support import check_arguments, check_fsdp
+from ..trainer.checks import check_arguments, check_fsdp
 from .fields import ModelArguments, PretrainConfig
 from .model import build_model, model_config
 

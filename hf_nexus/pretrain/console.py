@@ -11,7 +11,7 @@ from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
 from ..terminal import format_bytes, format_number, new_table
-from ..trainer.support import ONE_INNER_STEP
+from ..trainer.checks import ONE_INNER_STEP
 from .advice import ENDS_EARLY, stable_steps, warnings_of
 from .cost import CostEstimate
 from .fields import HardwareArguments, PretrainArguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.training_args import OptimizerNames
 
-from ..trainer.support import check_fsdp
+from ..trainer.checks import check_fsdp
 from .fields import PretrainArguments
 from .layout import Layout
 from .model import build_model, joined_documents, model_config, planned_attention

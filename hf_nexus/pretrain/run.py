@@ -33,9 +33,9 @@ from ..mixture.packing import largest_token, tokenizer_fingerprint
 from ..mixture.texts import tokenizer_of_sources
 from ..terminal import new_console
 from ..trainer.checkpoints import last_checkpoint, recover
+from ..trainer.checks import check_one_gpu
 from ..trainer.distributed import one_process_first
 from ..trainer.mixin import NexusTrainer
-from ..trainer.support import check_one_gpu
 from .command_line import CommandLine, read_command_line
 from .console import loss_table, print_plan, say
 from .fields import PretrainArguments, PretrainConfig

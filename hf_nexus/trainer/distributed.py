@@ -116,14 +116,14 @@ def gather(value: Any) -> list[Any]:
 # - if it can walk several paths: `reduce_over`, `share_buffers`; if `reduce_dtype` works with it: `compress`; all
 #   three find DDP by `_ddp_modules`;
 # - if the user applies it, and not Accelerate: `trainer/mixin.py` (`_prepare_for_training`);
-# - if it shards weights: `Shards`, `reshard`, `trainer/mixin.py` (`sharded`), `trainer/support.py` (`check_sharded`),
+# - if it shards weights: `Shards`, `reshard`, `trainer/mixin.py` (`sharded`), `trainer/checks.py` (`check_sharded`),
 #   `docs/distributed_sharded.md`; if its parameters are no DTensors, whose sizes are those of all ranks: `controls.py`
 #   (`min_inner_lr`), `nexus.py`, `trainer/window.py` (`begin`), `trainer/card.py` (`_size`);
 # - if it does not average gradients, or walks a path on each rank and has no `no_sync`: `trainer/mixin.py`
 #   (`_micro_step`); if the model inside cannot compute gradients alone: `trainer/mixin.py` (`source_cosines`);
-# - if Accelerate has a type for it, or a setting is not possible with it: `trainer/support.py` (`check_launch`, or for
+# - if Accelerate has a type for it, or a setting is not possible with it: `trainer/checks.py` (`check_launch`, or for
 #   the wrapped model a check like `check_sharded`; under FSDP the type is `FSDP` on any device),
-#   `tests/trainer/test_support.py`, `docs/troubleshooting.md`. `tests/trainer/distributed/fsdp_worker.py`
+#   `tests/trainer/test_checks.py`, `docs/troubleshooting.md`. `tests/trainer/distributed/fsdp_worker.py`
 #   (`launched_as`) pretends a type;
 # - if the class of the model gets another name: `trainer/mixin.py` (`_save`); if the model inside has other weights
 #   than a saved one: the other hooks under "Saving" there, and a module like `trainer/sharded.py`;

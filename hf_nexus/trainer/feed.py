@@ -32,8 +32,8 @@ from ..mixture.stream.lanes import Lanes
 from ..mixture.stream.progress import MicroBatchSampler, StreamProgress, WeightsFunction, steps_ahead
 from ..mixture.stream.reader import SourceError
 from ..mixture.training_data import TrainingData, prepare_data
+from .checks import check_arguments, check_exchange, check_same
 from .distributed import broadcast, gather, max_over_ranks
-from .support import check_arguments, check_exchange, check_same
 from .window import Window
 
 __all__ = ["Feed"]

@@ -38,17 +38,7 @@ from ..tensors import random_state_kept
 from .arguments import adopt, arguments_by_name, changed, own_arguments, samples_sources
 from .card import CARD_FILES, RunFacts, write_card
 from .checkpoints import RandomStates, StagedCheckpoints
-from .config import nexus_settings, save_settings, warn_of_changes
-from .distributed import count_paths, is_wrapped, parallelism_of, reduce_over
-from .evaluation import Evaluation, held_back, without_speed_of_sets
-from .feed import Feed
-from .loader_workers import keep_signals_from_workers
-from .meter import TrainingMeter, read_totals
-from .optimizers import create_matrix_optimizer
-from .precision import precision_is_chosen, widen_weights, with_state
-from .publishing import Publishing, card_fields
-from .sharded import is_sharded, load_model, load_optimizer
-from .support import (
+from .checks import (
     SAME_ON_RANKS,
     Launch,
     check_launch,
@@ -59,14 +49,23 @@ from .support import (
     check_trl_arguments,
     check_vocabulary,
     choose_greater_is_better,
-    optimizer_settings,
     refuse_unwalked,
     warn_of_one_inner_step,
     warn_of_shards,
 )
+from .config import nexus_settings, save_settings, warn_of_changes
+from .distributed import count_paths, is_wrapped, parallelism_of, reduce_over
+from .evaluation import Evaluation, held_back, without_speed_of_sets
+from .feed import Feed
+from .loader_workers import keep_signals_from_workers
+from .meter import TrainingMeter, read_totals
+from .optimizers import create_matrix_optimizer
+from .precision import precision_is_chosen, widen_weights, with_state
+from .publishing import Publishing, card_fields
+from .sharded import is_sharded, load_model, load_optimizer
 from .trackers import send_plots
 from .trl import SourcePreparation, for_parent, is_of_trl, metrics_aside, naming_a_missing_template, trl_parent
-from .window import Walker, Window, countable, has_token_labels
+from .window import Walker, Window, countable, has_token_labels, optimizer_settings
 
 __all__ = ["NexusTrainer", "NexusTrainerMixin"]
 

@@ -103,7 +103,7 @@ def muon_options(optim_args: str | None) -> dict[str, Any]:
 # - if torch lacks the algorithm: a module with it, and its test;
 # - if it can be sharded (what computes each element alone can): runs like those of Muon,
 #   `tests/trainer/distributed/fsdp_worker.py` (`muon`), `tests/trainer/distributed/test_fsdp.py`; if not, an error:
-#   `trainer/support.py` (`check_fsdp`), `tests/trainer/test_support.py`, `docs/distributed.md`;
+#   `trainer/checks.py` (`check_fsdp`), `tests/trainer/test_checks.py`, `docs/distributed.md`;
 # - if its state is larger than AdamW's: `pretrain/memory.py`, `pretrain/plan.py` (`checkpoint_copy`),
 #   `pretrain/console.py` (`_run_rows`, `_memory_table`), `tests/pretrain/test_memory.py`,
 #   `tests/pretrain/test_plan.py`, `docs/cost.md`, `docs/checkpoints.md`;

@@ -15,10 +15,10 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..mixture.stream.reader import SourceError
 from ..mixture.tags import MicroBatchTag, StreamState, pop_tag
 from ..nexus import Nexus
+from .checks import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
 from .distributed import PathGroups, Shards, compress, gather, reduce_over, reshard, share_buffers, sum_over_ranks
-from .support import check_trained, check_windows, warn_of_buffers, warn_of_short_steps
 
-__all__ = ["Walker", "Window", "countable", "has_token_labels", "inner_lr_scale"]
+__all__ = ["Walker", "Window", "countable", "has_token_labels", "inner_lr_scale", "optimizer_settings"]
 
 # The label that a segmentation model of transformers ignores, in its configuration. Other models ignore -100.
 _IGNORED = ("semantic_loss_ignore_index", "loss_ignore_index")
@@ -38,6 +38,12 @@ def countable(inputs: Any, model: Any) -> Any:
         return inputs
     labels = inputs["labels"].long()  # masks of images may be bytes
     return {**inputs, "labels": labels.masked_fill(labels == ignored[0], -100)}
+
+
+def optimizer_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """The settings of each parameter group, without tensors: reading one would wait for the device."""
+    kinds = int | float | str | tuple
+    return [{key: value for key, value in of.items() if isinstance(value, kinds)} for of in optimizer.param_groups]
 
 
 @dataclass

@@ -46,7 +46,6 @@ __all__ = [
     "check_vocabulary",
     "check_windows",
     "choose_greater_is_better",
-    "optimizer_settings",
     "refuse_unwalked",
     "warn_of_buffers",
     "warn_of_one_inner_step",
@@ -149,12 +148,6 @@ def check_same(rank: int, differences: list[str]) -> None:
             f"The ranks were given different data or settings. From rank 0 to rank {rank}, {'; '.join(differences)}. "
             "Give all ranks the same."
         )
-
-
-def optimizer_settings(optimizer: Any) -> list[dict[str, Any]]:
-    """The settings of each parameter group, without tensors: reading one would wait for the device."""
-    kinds = int | float | str | tuple
-    return [{key: value for key, value in of.items() if isinstance(value, kinds)} for of in optimizer.param_groups]
 
 
 def check_windows(windows: list[tuple[list[str], list[dict[str, Any]]]]) -> None:

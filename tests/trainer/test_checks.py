@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_nexus.trainer import support
+from hf_nexus.trainer import checks
 from tests.support.tiny import Rows, tiny_llama
 
 INSTEAD = "torchrun --nproc_per_node"
@@ -30,35 +30,35 @@ def test_other_launches_are_refused(build, monkeypatch, kind):
         build()
 
 
-def launch(**facts) -> support.Launch:
-    return support.Launch(**{"kind": DistributedType.FSDP, **facts})
+def launch(**facts) -> checks.Launch:
+    return checks.Launch(**{"kind": DistributedType.FSDP, **facts})
 
 
 def test_fsdp1_is_refused(build):
     with pytest.raises(ValueError, match=r"FSDP1.*set fsdp_version to 2"):
-        support.check_launch(build().args, launch(fsdp_version=1))
+        checks.check_launch(build().args, launch(fsdp_version=1))
 
 
 @pytest.mark.parametrize("facts", [{"fsdp_version": 2}, {"kind": DistributedType.MULTI_GPU, "sharded_at_load": True}])
 def test_local_mode_is_refused_for_a_sharded_model(build, facts):
-    support.check_launch(build(inner_sync="node").args, launch(**facts))
+    checks.check_launch(build(inner_sync="node").args, launch(**facts))
     with pytest.raises(ValueError, match="inner_sync='node' or 'global', or DDP"):
-        support.check_launch(build(inner_sync="local").args, launch(**facts))
+        checks.check_launch(build(inner_sync="local").args, launch(**facts))
 
 
 @pytest.mark.parametrize("facts", [{"fsdp_version": 2}, {"sharded_at_load": True}])
 def test_a_reduction_dtype_without_effect_is_refused(build, facts):
-    support.check_launch(build(reduce_dtype="bfloat16").args, launch(kind=DistributedType.MULTI_CPU))
+    checks.check_launch(build(reduce_dtype="bfloat16").args, launch(kind=DistributedType.MULTI_CPU))
     with pytest.raises(ValueError, match=r"reduce_dtype='bfloat16' has no effect on a sharded model.*bf16=True"):
-        support.check_launch(build(reduce_dtype="bfloat16").args, launch(**facts))
-    support.check_launch(build(reduce_dtype="bfloat16", nexus=False).args, launch(**facts))
+        checks.check_launch(build(reduce_dtype="bfloat16").args, launch(**facts))
+    checks.check_launch(build(reduce_dtype="bfloat16", nexus=False).args, launch(**facts))
     with pytest.raises(ValueError, match=r"'bfloat16' is for inner gradients, .* to 'node' or 'global'"):
         build(reduce_dtype="bfloat16", inner_sync="local")
 
 
 def test_parameters_that_fsdp_leaves_out_are_refused():
     with pytest.raises(ValueError, match="'weight' is trainable, but FSDP2 does not shard it"):
-        support.check_sharded(torch.nn.Linear(2, 2))
+        checks.check_sharded(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_parallelism_inside_the_model_is_refused(build, monkeypatch, size, why):
 
 
 def test_pipeline_parallelism_is_refused(build):
-    support.check_launch(build().args, launch(kind=DistributedType.MULTI_CPU, sharded_at_load=True, tensor_size=2))
+    checks.check_launch(build().args, launch(kind=DistributedType.MULTI_CPU, sharded_at_load=True, tensor_size=2))
     with pytest.raises(ValueError, match="each rank has other layers"):
-        support.check_launch(
+        checks.check_launch(
             build().args, launch(kind=DistributedType.MULTI_GPU, sharded_at_load=True, pipeline_size=2)
         )
 
@@ -124,7 +124,7 @@ def test_data_parallel_is_refused_with_the_torchrun_line(build, monkeypatch):
     for has_sources in (False, True):  # without Nexus, only their losses are counted in another way
         off = SimpleNamespace(nexus=False, n_gpu=4, checkpoint_async=False)
         with pytest.raises(ValueError, match=f"{INSTEAD} 4") if has_sources else nullcontext():
-            support.check_launch(off, launch(kind=DistributedType.NO, has_sources=has_sources))
+            checks.check_launch(off, launch(kind=DistributedType.NO, has_sources=has_sources))
 
 
 def test_models_spread_at_load_time_are_refused(build):
@@ -183,7 +183,7 @@ def test_a_snapshot_on_the_host_of_an_apple_gpu_is_refused():
         checkpoint_async=False, n_gpu=1, nexus=True, snapshot_device="cpu", device=torch.device("mps")
     )
     with pytest.raises(ValueError, match="snapshot_device='cpu' is not possible on an Apple GPU"):
-        support.check_launch(args, launch(kind=DistributedType.NO))
+        checks.check_launch(args, launch(kind=DistributedType.NO))
 
 
 def test_a_trainer_may_name_classes_that_are_missing():
@@ -191,7 +191,7 @@ def test_a_trainer_may_name_classes_that_are_missing():
         def __init__(self, model: "MissingModel", args: TrainingArguments | None = None):  # noqa: F821
             super().__init__(model, args)
 
-    support.check_trl_arguments(Parent, None, on=True)
+    checks.check_trl_arguments(Parent, None, on=True)
 
 
 @pytest.mark.parametrize(("sharded", "strategy"), [(True, "every_save"), (True, "checkpoint"), (False, "every_save")])
