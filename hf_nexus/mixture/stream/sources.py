@@ -168,7 +168,12 @@ class MapStyleSource(Source):
 
     def _fetch(self, numbers: list[int]) -> list:
         fetch = getattr(self.dataset, "__getitems__", None)
-        return fetch(numbers) if fetch is not None else [self.dataset[i] for i in numbers]
+        try:
+            return fetch(numbers) if fetch is not None else [self.dataset[i] for i in numbers]
+        except AttributeError:  # the numpy format fails if only the first row is null
+            if len(numbers) == 1:
+                raise
+            return [row for i in numbers for row in self._fetch([i])]
 
 
 class ResumableStream(Source):
@@ -405,11 +410,20 @@ def _read_chunks(chunks: Iterator[Any], limit: int, most: int) -> tuple[list[Any
     return held, rows, False
 
 
-def _row_bytes(row: Any) -> int:
-    """Approximate memory of a row. Each integer of a list takes a pointer and an object."""
-    values = row.values() if isinstance(row, dict) else ()
-    lists = sum(len(v) if isinstance(v, str) else 36 * len(v) for v in values if isinstance(v, str | list))
-    return lists + sum(v.nbytes for v in values if isinstance(v, np.ndarray | torch.Tensor))
+def _row_bytes(value: Any) -> int:
+    """Approximate memory of a row or one of its values. Each integer of a list takes a pointer and an object."""
+    if isinstance(value, dict):
+        return sum(map(_row_bytes, value.values()))
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, list | tuple):
+        nested = value and not isinstance(value[0], int | float)
+        return sum(map(_row_bytes, value)) if nested else 36 * len(value)
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.nbytes
+    if (bands := getattr(value, "getbands", None)) is not None:  # an image of PIL
+        return value.width * value.height * len(bands())
+    return 0
 
 
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -446,9 +460,11 @@ def _fetch_from_tables(tables: list[pa.Table], features: Any, format: str | None
     def fetch(numbers: list[int]) -> list:
         try:
             return block.__getitems__(numbers)
-        except UnicodeDecodeError:
+        except (AttributeError, UnicodeDecodeError) as error:  # the numpy format fails if only the first row is null
             if len(numbers) > 1:
                 return [row for i in numbers for row in fetch([i])]
+            if isinstance(error, AttributeError):
+                raise
             return [{name: _decoded(table[name][numbers[0]]) for name in table.column_names}]
 
     return fetch

@@ -14,12 +14,14 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader
 
+from hf_nexus.mixture.stream import sources
 from hf_nexus.mixture.stream.dataset import MixtureStream
 from hf_nexus.mixture.stream.progress import MicroBatchSampler, StreamProgress
 from hf_nexus.mixture.stream.reader import SourceError, wait
-from hf_nexus.mixture.stream.sources import ReplayedStream, ResumableStream, layers, open_source
+from hf_nexus.mixture.stream.sources import Partition, ReplayedStream, ResumableStream, layers, open_source
 from hf_nexus.mixture.tags import _KEY, StreamState, TaggingCollator
 
 
@@ -454,6 +456,26 @@ def test_blocks_take_the_place_of_a_shuffle_buffer() -> None:
         for other in (shuffled.take(3), shuffled.map(lambda row, i: row, with_indices=True), shuffled.repeat(2)):
             assert isinstance(opened(other), ReplayedStream)
         assert len(layers(shuffled)) > len(layers(stream))  # it is not changed
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 3000,
+        b"x" * 3000,
+        [1] * 100,
+        [[[0.5] * 10] * 10],
+        {"array": np.zeros(400), "sampling_rate": 16_000},
+        torch.zeros(800),
+        Image.new("RGB", (32, 32)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_block_of_rows_is_limited_by_their_memory(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 600_000)
+    stream = IterableDataset.from_generator(lambda: ({"x": value} for _ in range(2000)))
+    block = next(open_source("a", stream, 2000).blocks(Partition("a", 0, 1, 0, 0), 0, None))
+    assert 128 <= len(block.order) < 320
 
 
 def test_parquet_row_groups_before_the_position_are_not_read(tmp_path: Path) -> None:

@@ -215,6 +215,19 @@ def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path) -> None:
     assert sorted(first_pass(source))[1:] == sorted(TEXTS[:33] + TEXTS[34:])
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_null_rows_of_tokens_are_skipped(streamed: bool) -> None:
+    """The numpy format fails if the first of several rows is null."""
+    tokens = [[20 + i, 30] for i in range(40)]
+    rows = Dataset.from_dict({"ids": [row for pair in tokens for row in (None, pair)]})
+    rows = (rows.to_iterable_dataset(2) if streamed else rows).with_format("numpy")
+    source = documents_of(rows, 3, tokens_column="ids", on_error="skip")
+    found = torch.cat(read(start(source), 20)[0])
+    assert sorted(found[:, 0].tolist()) == list(range(20, 60))
+    with pytest.raises(SourceError, match=r"tokens_column: row .* holds None"):
+        read(start(documents_of(rows, 3, tokens_column="ids")), 20)
+
+
 def test_lanes_share_reads_and_calls_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
     call, fetch = PreTrainedTokenizerFast.__call__, PartReader.fetch
