@@ -148,6 +148,9 @@ class SourcePacker:
     def hash_documents(self, documents: Dataset) -> np.ndarray:
         """The hash of each document, `(len(documents),)` int64."""
         source = self.encoder.source
+        if source.tokens_column and (column := documents.data.column(source.tokens_column)).null_count:
+            # The numpy format of a batch fails, without a row number, if its first row is null.
+            self.encoder.documents({source.tokens_column: [None]}, pc.index(pc.is_null(column), True).as_py())
         # What the checks of rows depend on: the next pass names no row. Those of text depend on nothing.
         checks = [self.fingerprint, source.loss_on, self.encoder.packed_length]
         key = [source.columns, None if "text_column" in source.columns else checks]

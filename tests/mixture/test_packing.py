@@ -255,6 +255,16 @@ def test_rows_that_other_settings_refuse_are_named(tmp_path: Path) -> None:
             strict.hash_documents(rows)
 
 
+def test_a_null_row_of_tokens_is_named(tmp_path: Path) -> None:
+    """The numpy format fails if the first row of a batch is null."""
+    for place in (0, 5):
+        rows = [[20, 21]] * 5
+        rows.insert(place, None)
+        documents = Dataset.from_dict({"input_ids": rows}).with_format("numpy")
+        with pytest.raises(ValueError, match=rf"tokens_column: row {place} holds None"):
+            packer(tmp_path, tiny_tokenizer(), tokens_column="input_ids").hash_documents(documents)
+
+
 def test_the_fingerprint_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     fingerprint = tokenizer_fingerprint(tokenizer)
