@@ -201,13 +201,14 @@ class PackedRowCollator:
         self.flatten = flatten
 
     def __call__(self, rows: list) -> Any:
-        if "position_ids" not in rows[0]:
+        lengths = {len(row["position_ids"]) if "position_ids" in row else 0 for row in rows}
+        if 0 in lengths or len(lengths) > 1:  # packed rows have one length
             return self.others(rows)
         batch = self.collate([{key: row[key] for key in row if key != "position_ids"} for row in rows])
         self._keep_labels(batch, rows)
         if not self.isolate:
             return batch
-        ids, positions = batch["input_ids"], torch.stack([row["position_ids"] for row in rows])
+        ids, positions = batch["input_ids"], torch.stack([torch.as_tensor(row["position_ids"]).long() for row in rows])
         mask = batch.pop("attention_mask", None)
         if ids.numel() != positions.numel() or (mask is not None and not mask.all()):
             raise ValueError(
@@ -228,7 +229,7 @@ class PackedRowCollator:
         """Undo that a collator has made labels of the tokens, without the token that the tokenizer pads with."""
         if "labels" not in batch or "labels" not in rows[0]:  # predictions need none
             return
-        ids, own = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        ids, own = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("input_ids", "labels"))
         if batch["labels"].shape != ids.shape:
             return
         ignored = ids[batch["labels"] == -100].unique()

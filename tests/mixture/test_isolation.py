@@ -240,6 +240,14 @@ def test_rows_that_were_not_packed_are_left_to_the_collator(rows):
     assert batch.keys() == {"input_ids", "labels"} and batch["labels"].equal(rows)
 
 
+def test_rows_of_others_may_have_positions(rows):
+    lists = [{name: value.tolist() for name, value in row.items()} for row in packed_rows(rows)]
+    own, given = (isolated(default_data_collator)(batch) for batch in (packed_rows(rows), lists))
+    assert own.keys() == given.keys() and all(own[name].equal(given[name]) for name in own)
+    ragged = [{name: value[: 9 + i] for name, value in row.items()} for i, row in enumerate(lists)]
+    assert isolated(len)(ragged) == 3  # the wrapped collator has them as they are
+
+
 def test_boundaries_of_whole_rows_are_dropped(rows):
     flattening = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = isolated(flattening)(packed_rows(rows))
