@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
 
@@ -165,7 +166,9 @@ def _describe_layers(dataset: Any) -> list[str]:
     """
     found = []
     for layer in layers(dataset):
-        settings = vars(layer)
+        # Probabilities may be an array.
+        arrays = {key: value.tolist() for key, value in vars(layer).items() if isinstance(value, np.ndarray)}
+        settings = vars(layer) | arrays
         decided = {key: settings[key] for key in _DECIDING if settings.get(key)}
         if not settings.get("batched"):
             decided.pop("batch_size", None)

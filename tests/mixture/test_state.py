@@ -4,6 +4,7 @@ import re
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
@@ -104,6 +105,7 @@ def test_other_rows_are_described_otherwise(one, other):
         (generated(made=object()), generated(made=object())),
         (STREAM.map(doubled, fn_kwargs={"w": object()}), STREAM.map(doubled, fn_kwargs={"w": object()})),
         (STREAM.map(len), STREAM.map(len, batch_size=7)),
+        [interleave_datasets([STREAM, STREAM], kind([0.5, 0.5]), seed=1) for kind in (list, np.array)],
     ],
 )
 def test_the_same_rows_are_described_the_same(one, other):
