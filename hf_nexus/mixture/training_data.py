@@ -198,7 +198,8 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     column = train_dataset.with_format(None)["source"][:]  # a transform may leave it out
     # A column of that name can hold something else, such as an address for each row.
     otherwise = "or, if it does not name sources, pass train_dataset.remove_columns('source')."
-    if missing := sum(value is None for value in column):
+    classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel, where -1 is no label
+    if missing := sum(value is None or (classes is not None and value == -1) for value in column):
         raise ValueError(
             f"The dataset's `source` column is empty in {missing} of {len(column)} rows: name theirs, {otherwise}"
         )
@@ -207,7 +208,6 @@ def split_sources(train_dataset: Any) -> dict[str, Any] | None:
     labels = np.asarray(column)
     # A transform may read the column, and chooses what the rows hold.
     rows = train_dataset if train_dataset.format["type"] == "custom" else train_dataset.remove_columns("source")
-    classes = getattr(train_dataset.features["source"], "names", None)  # of a ClassLabel
     names = {label: str(label) if classes is None else classes[label] for label in dict.fromkeys(labels.tolist())}
     if len(names) > len(labels) / 2:
         raise ValueError(

@@ -154,6 +154,13 @@ def test_a_source_column_makes_sources():
     assert split_sources(rows.to_iterable_dataset()) is None
 
 
+def test_a_class_label_may_be_missing():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"source": datasets.ClassLabel(names=["a", "b"])})
+    with pytest.raises(ValueError, match="`source` column is empty in 1 of 5 rows"):
+        split_sources(datasets.Dataset.from_dict({"source": [0, 1, -1, 0, 1]}, features=features))
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [
