@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,6 +144,9 @@ def _first_rows(name: str, known: dict[str, Any]) -> tuple[list[dict[str, Any]],
     """The first rows of a source, and the builder of `datasets` that reads it."""
     source = SourceConfig(**known)
     documents, _ = load_documents(name, source, source.split, streaming=True, every_column=True)
+    for column, feature in (documents.features or {}).items():
+        if getattr(feature, "decode", False):  # audio and video need packages that text does not
+            documents = documents.cast_column(column, replace(feature, decode=False))
     return list(islice(rows_of(name, source, source.split, documents), 100)), documents.info.builder_name
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Audio, Dataset
 
 from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.mixture.texts import guess_columns, guess_source, tokenizer_of_sources
@@ -85,6 +85,12 @@ def test_a_row_without_text_is_named(missing):
     path = write("a.jsonl", [{"text": "a"}, missing])
     with pytest.raises(ValueError, match=r"a\.jsonl: row 1 has no 'text', or null\. Repair"):
         guess_source("a", path)
+
+
+def test_media_next_to_text_is_not_decoded():
+    clips = Dataset.from_dict({"text": ["a b"] * 4, "clip": [{"bytes": b"no sound", "path": None}] * 4})
+    clips.cast_column("clip", Audio()).to_parquet("clips.parquet")
+    assert guess_source("a", "clips.parquet").columns == {"text_column": "text"}
 
 
 def test_text_next_to_prompts_is_a_warning(caplog):
