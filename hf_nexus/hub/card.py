@@ -254,6 +254,8 @@ def _flow(value: object) -> str:
 
 
 def _setting(value: object) -> str:
+    if isinstance(value, dict):  # shares, such as those of sources by their sizes
+        value = {key: float(f"{share:.4g}") if isinstance(share, float) else share for key, share in value.items()}
     return _cell(_flow(value).strip("{}"))
 
 

@@ -85,7 +85,8 @@ class RunSummary:
     changed_hyperparameters: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)  # last logged metrics, such as `path_cosine`
     repo_id: str | None = None  # the repository that the example loads; None for the folder of the card
-    prompt: str = "The"  # text that the example continues
+    prompt: str = "The"  # text that the example continues, or answers
+    chat: bool = False  # whether the model was trained on messages, which the example sends by the chat template
     # Hub id or path of the model that was trained further. None if the model was trained from scratch, or if the base
     # model of an adapter has no name. Of an absolute path, only the name is kept.
     base_model: str | None = None
@@ -105,6 +106,7 @@ class RunSummary:
     versions: dict[str, str] = field(default_factory=dict)  # by distribution name
     plot: str | None = None  # name of a file in the folder of the card
     cosine_plot: str | None = None  # as well
+    cosine_rows: int | None = None  # rows of each source whose gradients it compares
     pipeline_tag: str | None = "text-generation"  # the Hub's name of the model's task; None if it is not known
     auto_class: str | None = LANGUAGE_MODEL  # class of transformers that loads the model; None: no example on the card
 

@@ -92,6 +92,12 @@ class TrainingData:
         return self.mixture is not None or len(self._streamed()) == len(self.names)
 
     @property
+    def has_messages(self) -> bool:
+        """Whether a source of a mixture holds the messages of conversations."""
+        sources = {} if self.mixture is None else self.mixture.config.train_sources
+        return any(source.messages_column for source in sources.values())
+
+    @property
     def isolate_documents(self) -> bool | None:
         """The field of a mixture. Rows of other streams of documents are not isolated."""
         return False if self.mixture is None else self.mixture.config.isolate_documents

@@ -60,6 +60,8 @@ class RunFacts:
     # The outer step of the best checkpoint, if its weights were loaded at the end, and how long the log was then.
     best: tuple[int, int] | None = None
     labels_are_tokens: bool | None = None  # of evaluations; `None` if this process has not evaluated
+    cosine_rows: int | None = None  # of each source, for `gradient_cosine_steps`
+    chat: bool = False  # whether the model was trained on messages
 
     @property
     def per_token(self) -> bool:
@@ -104,6 +106,7 @@ def summarize(facts: RunFacts, **known: Any) -> RunSummary:
         **_hyperparameters(args),
         "numbers": {key: float(last[key]) for key in (*_NUMBERS, *metrics) if key in last},
         **purpose,
+        **({"chat": True, "prompt": "What can you do?"} if facts.chat else {}),
         "per_token": facts.per_token,
         "best_step": None if facts.best is None else facts.best[0],
         "repo_id": args.hub_model_id,
@@ -132,6 +135,7 @@ def write_card(facts: RunFacts, folder: str | Path, *, plots: bool = True, **kno
         drawn = {path.name for path in plot_run(facts.log_history, facts.data.names, folder, facts.per_token)}
         summary.plot = TRAINING_PLOT if TRAINING_PLOT in drawn else None
         summary.cosine_plot = COSINES_PLOT if COSINES_PLOT in drawn else None
+        summary.cosine_rows = facts.cosine_rows if summary.cosine_plot else None
     save_card(summary, folder)
     save_results(summary.benchmarks, folder)
     summary.save(folder)
@@ -216,7 +220,7 @@ def _hyperparameters(args: Any) -> dict[str, Any]:
     # TRL's defaults have bf16=True, which is allowed on a CPU only if a CPU is asked for.
     plain.use_cpu = args.device.type == "cpu"
     plain.__post_init__()
-    plain.use_cpu = False
+    plain.use_cpu, plain.dataloader_pin_memory = False, not args.use_cpu
     plain.accelerator_config.pop("use_configured_state", None)  # as the set-up of the devices does
     if args.nexus:
         plain.logging_nan_inf_filter = args.logging_nan_inf_filter  # set by the trainer, not by the user

@@ -931,6 +931,7 @@ class NexusTrainerMixin(_Base):
 
     def run_facts(self) -> RunFacts:
         """The facts of this run for its card."""
+        chats = self.data.has_messages or trl_parent(type(self)) is not None
         return RunFacts(
             args=self.args,
             model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
@@ -945,6 +946,8 @@ class NexusTrainerMixin(_Base):
             dynamic_weights=self._feed.dynamic_weights,
             best=self._best,
             labels_are_tokens=self._evaluation.labels_are_tokens,
+            cosine_rows=self.cosine_rows or self.args.per_device_train_batch_size,
+            chat=chats and getattr(self.processing_class, "chat_template", None) is not None,
         )
 
     def write_card(self, folder: str | Path | None = None, *, plots: bool = True, **known: Any) -> RunSummary:

@@ -117,6 +117,17 @@ def test_tasks_of_one_dataset_are_not_merged_in_the_index():
     assert found == [("easy", [1.0]), ("hard", [2.0])]
 
 
+def test_the_example_of_a_chat_model_sends_a_message():
+    text = str(run_card(make_run(chat=True, prompt="Hello!")))
+    assert 'messages = [{"role": "user", "content": "Hello!"}]' in text
+    assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True" in text and "tokenizer(" not in text
+
+
+def test_shares_by_size_have_four_digits():
+    settings = NEXUS | {"mixture_weights": {"a": 0.6408544726301736, "b": 0.3591455273698264}}
+    assert tables(str(run_card(make_run(nexus=settings))))["`mixture_weights`"] == ["a: 0.6409, b: 0.3591"]
+
+
 def test_a_training_time_that_is_not_known_is_left_out():
     assert "Training time: 0:03:20" in str(run_card(make_run(seconds=200.2)))
     for seconds in (None, math.nan, math.inf):

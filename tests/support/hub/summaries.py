@@ -55,6 +55,7 @@ def full_run() -> RunSummary:
             BenchmarkScore("LAMBADA", "EleutherAI/lambada_openai", "acc", 12.5),
         ],
         cosine_plot="gradient_cosines.png",
+        cosine_rows=8,
     )
     run.mixture.append(MixtureRow("web", None, 0.0, None, 0, "odc-by", "org/web"))
     other = replace(run, evaluations=[HeldOutLoss("code", "train", 8.3, 3.1), HeldOutLoss("cpp", "ood", None, 4.0)])
