@@ -31,7 +31,7 @@ LoRA adapters for a model of the Hub on a streamed dataset, pushed to the Hub. U
     python recipes/finetune.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --lora_r 16 \\
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming --block_size 1024 \\
         --do_train --do_eval --max_eval_samples 500 --max_steps 1000 --gradient_accumulation_steps 8 --bf16 \\
-        --output_dir runs/smol --push_to_hub
+        --learning_rate 2e-4 --inner_lr 0.01 --output_dir runs/smol --push_to_hub
 """
 
 import logging

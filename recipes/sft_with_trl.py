@@ -17,7 +17,8 @@ A pretrained model with LoRA on your own files, whose rows hold {"messages": [..
 
     accelerate launch recipes/sft_with_trl.py --model_name_or_path Qwen/Qwen3-0.6B \\
         --files '{"chat": "chat.jsonl", "code": "code.jsonl"}' --mixture_weights '{"chat": 0.6, "code": 0.4}' \\
-        --lora_r 16 --output_dir runs/sft --gradient_accumulation_steps 8 --max_steps 1000
+        --lora_r 16 --learning_rate 2e-4 --inner_lr 0.01 --gradient_accumulation_steps 8 --max_steps 1000 \\
+        --output_dir runs/sft
 
 A base model without a chat template learns a plain one (`Q: ... A: ...`), or that of `--chat_template_path`.
 The loss is on the messages of the assistant only. A model whose template TRL does not know, such as SmolLM2's, needs
@@ -205,6 +206,8 @@ def main() -> None:
     after = trainer.evaluate()
     if args.push_to_hub:
         trainer.push_to_hub()  # with the card of this evaluation
+    else:
+        trainer.create_model_card()
     for name in sources:
         print(f"{name}: loss {before[f'eval_{name}_loss']:.3f} -> {after[f'eval_{name}_loss']:.3f}")
 
