@@ -47,7 +47,7 @@ _FIELDS_HELP = f"Commented configurations: {Path(__file__).parents[1] / 'pretrai
 _TRAIN_HELP = (
     f"For example: hf-nexus train mine.yaml --output_dir runs/mine --resume_from_checkpoint last\n\n{_FIELDS_HELP}"
 )
-_PLAN_HELP = f"For example: hf-nexus plan 3b --devices 8 --sharding fsdp2 --mfu 0.35\n\n{_FIELDS_HELP}"
+_PLAN_HELP = f"For example: hf-nexus plan mine.yaml --devices 8 --sharding fsdp2 --mfu 0.35\n\n{_FIELDS_HELP}"
 
 
 class _Completing(TyperCommand):

@@ -75,7 +75,7 @@ def resolve(command_line: CommandLine) -> PretrainArguments:
         raise ValueError(
             f"The configuration {name!r} needs an accelerator, and this machine has none. Run the demo: "
             "hf-nexus train demo (in a checkout also accelerate launch recipes/pretrain_3b.py --config demo). "
-            "Or plan this one: add --dry_run."
+            f"Or plan this one: hf-nexus plan {name}."
         )
     with naming(name, "", flags["training"]):
         training = PretrainConfig(**values["training"])

@@ -195,7 +195,7 @@ class _Pace:
         if self._end is None:
             return ""
         seconds = round(max(0, self._end - time.monotonic()))
-        return f"{'over ' * self._more}{timedelta(seconds=seconds)} left"
+        return f"{'> ' * self._more}{timedelta(seconds=seconds)} left"
 
     def _due(self, kind: str, strategy: str, steps: int, state: Any) -> int:
         """How many come in this run: each after so many steps or an epoch, and one after the last step."""

@@ -96,13 +96,15 @@ def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
             )
         return last
     path = Path(wanted)
+    if not (path / TRAINER_STATE_NAME).exists() and (found := checkpoints_of(path)):
+        raise ValueError(f"{wanted} is a folder of checkpoints. Resume from one of them, such as {found[-1]}.")
     has_manifest = (path / MANIFEST_NAME).exists()
     flaw = (_flaw(path, converted=True) if has_manifest else _unfinished(path)) or _lacking(path)
     if flaw is not None:
         changed = f" If you changed the folder yourself, delete its {MANIFEST_NAME}." if has_manifest else ""
         raise ValueError(
-            f"Can't find a valid checkpoint at {wanted}: {flaw}. Resume from an earlier one, or with "
-            f"resume_from_checkpoint=True from the newest that is complete.{changed}"
+            f"Can't find a valid checkpoint at {wanted}: {flaw}. Resume from an earlier one, or from the newest that "
+            f"is complete (resume_from_checkpoint=True, or --resume_from_checkpoint last).{changed}"
         )
     return wanted
 

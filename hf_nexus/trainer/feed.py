@@ -389,9 +389,11 @@ class Feed:
             return saved.get("stream")
         found = f"{checkpoint} cannot be resumed exactly: {'; '.join(differences)}."
         if not self._args.allow_mixture_change:
+            batch = " (per_device_train_batch_size times the ranks)" if "rows of a micro-batch" in found else ""
             raise ValueError(
-                f"{found} Restore the data, or pass allow_mixture_change=True (--allow_mixture_change True): weights "
-                "and optimizer are resumed, and streams are read from their beginning."
+                f"{found} Restore the data or setting{batch}, or pass allow_mixture_change=True "
+                "(--allow_mixture_change True): weights and optimizer are resumed, and streams are read from their "
+                "beginning."
             )
         streams = isinstance(self.data.dataset, MixtureStream)
         what = ", and streams are read from their beginning" if streams else " at the same place in the schedule"

@@ -93,9 +93,9 @@ def test_the_time_left_counts_evaluations_and_checkpoints(monkeypatch):
         state.global_step = step
         event("step_end", 1 if step > 1 else 100)  # the first one starts workers
         if step == 4:  # evaluations are due now, at 8 and at the end
-            assert bars._pace.left() == f"over {timedelta(seconds=6 * 1 + 3 * 40)} left"
+            assert bars._pace.left() == f"> {timedelta(seconds=6 * 1 + 3 * 40)} left"
             event("evaluate", 20)
-    assert bars._pace.left() == f"over {timedelta(seconds=5 * 1 + 2 * 30)} left"  # no checkpoint was timed yet
+    assert bars._pace.left() == f"> {timedelta(seconds=5 * 1 + 2 * 30)} left"  # no checkpoint was timed yet
     event("save", 300)
     assert bars._pace.left() == f"{timedelta(seconds=5 * 1 + 2 * 30 + 300)} left"
     now[0] += 7  # without an event, as in an evaluation

@@ -128,6 +128,13 @@ def test_resuming_from_an_incomplete_checkpoint_is_refused(saving, tmp_path, nam
         saving().train(resume_from_checkpoint=str(tmp_path / "run" / name))
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(saving, tmp_path):
+    for step in (7, 12):
+        fake_checkpoint(tmp_path / "run", step)
+    with pytest.raises(ValueError, match=r"run is a folder of checkpoints. .* such as .*checkpoint-12"):
+        saving().train(resume_from_checkpoint=str(tmp_path / "run"))
+
+
 def test_resuming_without_a_checkpoint_is_refused(saving):
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         saving().train(resume_from_checkpoint=True)
