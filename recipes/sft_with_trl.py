@@ -68,6 +68,7 @@ class NexusSFTConfig(NexusConfigMixin, SFTConfig):
     output_dir: str | None = "runs/sft"
     assistant_only_loss: bool = True
     gradient_accumulation_steps: int = 4
+    eval_on_start: bool = True
 
     def __post_init__(self) -> None:
         if self.bf16 is None:  # SFTConfig would choose True, also without a GPU.
@@ -200,7 +201,6 @@ def main() -> None:
         peft_config=adapters,
     )
 
-    before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     after = trainer.evaluate()
@@ -208,6 +208,7 @@ def main() -> None:
         trainer.push_to_hub()  # with the card of this evaluation
     else:
         trainer.create_model_card()
+    before = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)  # on start
     for name in sources:
         print(f"{name}: loss {before[f'eval_{name}_loss']:.3f} -> {after[f'eval_{name}_loss']:.3f}")
 

@@ -111,13 +111,17 @@ def _size(config: ComparisonConfig, left: int, records: Sequence[RunRecord]) -> 
     if timed:
         speed = sum(record.end.tokens for record in timed) / sum(record.seconds for record in timed)
         hours = todo / speed * plan.devices / 3600
-        text = f"{hours:.2g} for what is left, at {speed:,.0f} tokens/s in {len(timed)} runs"
+        text = f"{_hours(hours)} for what is left, at {speed:,.0f} tokens/s in {len(timed)} runs"
     else:
         hours = todo / plan.tokens_per_step * plan.cost.worst * plan.devices / 3600
-        text = f"not known: no run has finished here. The arithmetic of what is left takes {hours:.2g} on the "
+        text = f"not known: no run has finished here. The arithmetic of what is left takes {_hours(hours)} on the "
         text += "accelerator that `hf-nexus plan` assumes (computed, not measured)"
     rows["device hours"] = f"{text}; without minima searches and question sets"
     return rows
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2g}" if hours >= 0.01 else "under 0.01"
 
 
 def _plan(config: ComparisonConfig, settings: Mapping[str, Any]) -> RunPlan:

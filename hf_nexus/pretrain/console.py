@@ -7,6 +7,8 @@ from rich.table import Table
 from transformers import SchedulerType
 
 from ..hub.results import HeldOutLoss
+from ..mixture.builtin.corpus import BUILTIN_SOURCES
+from ..mixture.config import BUILTIN_PREFIX, SourceConfig
 from ..mixture.loading import Mixture
 from ..mixture.plan import PlanRow
 from ..mixture.plan_tables import plan_table, stage_table
@@ -30,7 +32,7 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
         console.print(f"The plan of the mixture needs the sizes of the sources ({names}): they are not tokenized yet.")
     else:
         sources, ood = arguments.mixture.sources, arguments.mixture.ood_sources
-        licenses = {name: loaded.licenses[name] if loaded else source.license for name, source in sources.items()}
+        licenses = {name: loaded.licenses[name] if loaded else _license(source) for name, source in sources.items()}
         sizes = {name: loaded.eval_tokens[name] if loaded else source.known_tokens for name, source in ood.items()}
         console.print(plan_table(plan.mixture, licenses=licenses, ood_tokens=sizes))
         for row in plan.mixture:
@@ -52,6 +54,12 @@ def print_plan(arguments: PretrainArguments, plan: RunPlan, console: Console, lo
     for warning in warnings_of(arguments, plan):
         if loaded is None or warning != ONE_INNER_STEP:  # the trainer warns of it too
             console.print(warning, style="yellow")
+
+
+def _license(source: SourceConfig) -> str | None:
+    """The licence of a source that is not loaded."""
+    builtin = BUILTIN_SOURCES.get(source.path.removeprefix(BUILTIN_PREFIX))
+    return source.license or (builtin.license if builtin and source.path.startswith(BUILTIN_PREFIX) else None)
 
 
 def _targets(row: PlanRow, part: str, loaded: Mixture | None) -> str:

@@ -282,6 +282,8 @@ def prepare_run(arguments: PretrainArguments) -> PretrainRun:
             trainer.check_data(checkpoint)  # before the folder is changed
             step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
             say(console, f"Resuming after step {step} from {checkpoint}")
+            if 0 < args.max_steps <= step:
+                say(console, "All steps are trained already. What follows is the evaluation and the report.")
         if args.should_save:
             claim_folder(arguments, checkpoint, console)
         trainer.accelerator.wait_for_everyone()

@@ -44,6 +44,12 @@ def test_a_stream_of_unknown_size_is_planned_where_known(tmp_path):
     assert row.count("unknown") == 3 and "75.0%" in row  # license, size, epochs
 
 
+def test_the_licences_of_built_in_text_are_planned(tmp_path):
+    sources = {"own": {"path": "builtin/code", "weight": 1, "tokens": 900}, "other": CODE}
+    rows = {line.split()[0]: line for line in plan_of(tmp_path, sources=sources)[1:] if line}
+    assert "PSF-2.0" in rows["own"] and "PSF-2.0" not in rows["other"]
+
+
 def test_the_plan_counts_targets_apart_where_they_are_fewer(tmp_path):
     pairs = {"path": "org/pairs", "tokens": 10_000, "prompt_column": "a", "completion_column": "b", "weight": 1}
     sources = {"code": CODE, "pairs": pairs | {"loss_on": "completion"}}

@@ -232,9 +232,10 @@ def test_a_resumed_run_ends_in_the_same_weights(config, finished, tmp_path):
         assert min(entry["step"] for entry in log if "eval_loss" in entry) == 0  # the table begins at step 0
 
 
-def test_a_finished_run_can_be_resumed_to_the_same_end(config, finished, tmp_path):
+def test_a_finished_run_can_be_resumed_to_the_same_end(config, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "copy")
     run(config, tmp_path / "copy", "--resume_from_checkpoint", "true")
+    assert "All steps are trained already." in capsys.readouterr().out
     assert same_weights(finished, tmp_path / "copy")
 
 
