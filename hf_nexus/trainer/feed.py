@@ -62,11 +62,12 @@ class Feed:
         # Of the last data loader, and of that of the training: a callback may make others.
         self._last_progress: StreamProgress | None = None
         self._progress: StreamProgress | None = None
+        self._last_sampler: Any = None
+        self._sampler: Any = None
         self._resumed: Mapping[str, Any] | None = None
         self._resumed_from: str | None = None  # the checkpoint that was compared for the next training
         self.first_step = 0  # the outer step at which training began or was resumed
         self.copies = 1  # number of ranks that read the same rows, as under tensor parallelism
-        self._sampler: Any = None
         self._generator = torch.Generator()  # of the Trainer's samplers
         self.set_data(train)
 
@@ -132,6 +133,7 @@ class Feed:
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
         rows, k = batch_size * self._ranks, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
+            dataset.seed = self._seed  # of the copy
             staged = StageWeights(self.data.stages, args.max_steps)
             several = self.dynamic_weights and args.world_size > 1
             workers, mixed = max(1, args.dataloader_num_workers), args.source_schedule == "mixed"
@@ -236,10 +238,13 @@ class Feed:
             collate, eos_token_id, isolate, flatten, others, getattr(tokenizer, "bos_token_id", None)
         )
 
+    def take_loader(self) -> None:
+        """Train on the last data loader that was made, whatever others are made from now on."""
+        self._progress, self._sampler = self._last_progress, self._last_sampler
+
     def begin(self, step: int) -> None:
-        """Train on the last data loader from the position of an outer step on, before it starts its workers."""
+        """Start at the position of an outer step, before the data loader starts its workers."""
         self.first_step, self._resumed_from = step, None
-        self._progress = self._last_progress
         if self.data.has_sources:
             self._note_sources()
         if self._progress is not None:
@@ -247,7 +252,7 @@ class Feed:
 
     def follow_epochs(self, sampler: Any) -> None:
         """Let a sampler draw the order of each epoch from the seed and the epoch. It may be of any class."""
-        self._sampler = sampler
+        self._last_sampler = sampler
         self._generator.manual_seed(self._seed)
         if hasattr(sampler, "generator") and sampler.generator is None:  # it would draw from the global random state
             sampler.generator = self._generator

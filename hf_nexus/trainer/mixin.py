@@ -422,6 +422,7 @@ class NexusTrainerMixin(_Base):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step
+        self._feed.take_loader()
         self._walker.reset()  # the wrapped model and its parameters may be new
         self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         self._widen_weights()  # those that were unfrozen since

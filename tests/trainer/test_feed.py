@@ -73,7 +73,7 @@ def test_other_data_than_that_of_the_checkpoint_is_refused(tmp_path: Path, caplo
 def test_a_source_that_cannot_be_read_ends_the_window(tmp_path: Path) -> None:
     feed = Feed(streams(), make_args(tmp_path, mixture_weights=WEIGHTS))
     feed.sampler(feed.data.dataset, 2)
-    feed.begin(0)
+    feed.take_loader()
     with pytest.raises(SourceError, match="the disk is gone"):
         feed.agree(Window(error=SourceError("the disk is gone")), 0)
 

@@ -391,15 +391,19 @@ def test_optuna_finds_an_inner_learning_rate(make_trainer, sources):
     assert tried[best.hyperparameters["inner_lr"]] == best.objective == min(tried.values())
 
 
-def test_streams_follow_a_changed_seed(make_trainer):
+@pytest.mark.parametrize("search", [False, True])
+def test_streams_follow_a_changed_seed(make_trainer, monkeypatch, search):
     def stream(rows):
         return datasets.Dataset.from_list([{k: v.tolist() for k, v in rows[i].items()} for i in range(40)])
 
     streams = {name: stream(Rows(40, i)).to_iterable_dataset() for i, name in enumerate(("text", "code"))}
     shares = {"mixture_weights": {"text": 1, "code": 1}}
     changed = make_trainer(streams, **shares)
-    changed.args.seed = 7
-    given = make_trainer(streams, seed=7, **shares)
+    if search:  # it changes the arguments when the training has begun
+        monkeypatch.setattr(changed, "_hp_search_setup", lambda trial: setattr(changed.args, "data_seed", 7))
+    else:
+        changed.args.data_seed = 7
+    given = make_trainer(streams, data_seed=7, **shares)
     for trainer in (changed, given):
         trainer.train()
     assert torch.equal(weights(changed.model), weights(given.model))
