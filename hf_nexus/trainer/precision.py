@@ -77,10 +77,13 @@ def with_state(accelerator: Accelerator, state: Mapping[str, Any]) -> Iterator[N
     shared = vars(accelerator.state)
     before = dict(shared)
     shared.update(state)
+    inside = dict(shared)
     try:
         yield
     finally:
-        shared.update(before)
+        if shared == inside:  # else a trainer was made inside
+            shared.clear()
+            shared.update(before)
 
 
 def _of_adapters(model: nn.Module) -> set[nn.Parameter]:

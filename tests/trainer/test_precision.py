@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load, load_file
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_nexus import NexusConfig, NexusTrainer
 from hf_nexus.hub.publisher import Publisher
@@ -60,8 +61,22 @@ def test_another_trainer_changes_no_type_of_the_first(make_trainer, sources, tmp
     monkeypatch.setattr(torch, "autocast", note)
     use(trainer)
     assert {*found} == {BF16} and second.accelerator.mixed_precision == "no"
-    TrainingArguments(str(tmp_path), use_cpu=True)  # it empties the state that all accelerators share
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert not vars(AcceleratorState)["_shared_state"]  # that of all accelerators, which the arguments have emptied
     use(trainer)
+    assert Trainer(tiny_llama(), args).accelerator.mixed_precision == "no"
+
+
+def test_a_trainer_that_is_made_in_a_training_keeps_its_type(make_trainer, sources, tmp_path):
+    made = []
+
+    class Make(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args = TrainingArguments(str(tmp_path), use_cpu=True, bf16=True, report_to="none")
+            made.append(Trainer(tiny_llama(), args, eval_dataset=sources["text"]))
+
+    make_trainer(sources, trainer_kwargs={"callbacks": [Make()]}, max_steps=1).train()
+    assert made[0].accelerator.state.mixed_precision == made[0].accelerator.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
