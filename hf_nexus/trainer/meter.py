@@ -156,6 +156,7 @@ class TrainingMeter:
         self._interval = _Interval()
         self._pauses = 0  # of those that are not over, one inside the other
         self._effects = StepEffects()
+        self._warned = False  # of a window without a usable gradient
 
     def end(self) -> None:
         """Stop the time of training."""
@@ -183,8 +184,9 @@ class TrainingMeter:
         cosine = nexus.path_cosine if nexus.steps_taken > 1 else None
         path = nexus.pseudo_gradient_norm, cosine, len(losses) - nexus.steps_taken, losses.isfinite().any()
         self._effects.add(partial(self._count_path, *path))
-        if not nexus.steps_taken:
-            logger.warning_once(
+        if not nexus.steps_taken and not self._warned:
+            self._warned = True
+            logger.warning(
                 f"Step {self._effects.step}: no inner step had a usable gradient (zero or not finite), so the "
                 "weights stay as they are. Further steps like this show up in inner_steps_skipped only."
             )

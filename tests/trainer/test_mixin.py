@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -410,15 +409,14 @@ def test_a_window_without_a_usable_gradient_changes_nothing(make_trainer, source
     import logging
 
     logging.getLogger("transformers").propagate = True
-    transformers.utils.logging.warning_once.cache_clear()  # warnings of other tests are ignored
-    trainer = make_trainer(sources, max_steps=3)
-    poison(trainer, {5, 6, 7, 8, 10})
+    trainer = make_trainer(sources, max_steps=4)
+    poison(trainer, {5, 6, 7, 8, 10, 13, 14, 15, 16})
     with caplog.at_level(logging.WARNING):
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert [entry["inner_steps_skipped"] for entry in logs] == [0, 4, 5]
-    assert [math.isnan(entry["loss"]) for entry in logs] == [False, True, False]
-    assert "no inner step had a usable gradient" in caplog.text
+    assert [entry["inner_steps_skipped"] for entry in logs] == [0, 4, 5, 9]
+    assert [math.isnan(entry["loss"]) for entry in logs] == [False, True, False, True]
+    assert caplog.text.count("no inner step had a usable gradient") == 1
     assert weights(trainer).isfinite().all()
 
 
