@@ -269,10 +269,11 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
         planned: list[deque[tuple[int, int]]] = [deque() for _ in range(self.owners)]
         ends: dict[int, int] = {}  # the number after those of each source
         source = worker = 0  # of the last request, and the worker that gets the next one
+        skipped = [(0, 0)] * self.rows
         for number in range(self.micro_batches):
             index = self.index_of(number)
             if index is None:
-                yield 0, 0
+                yield skipped
                 continue
             if isinstance(index, list):
                 yield index

@@ -141,12 +141,12 @@ class PartReader:
 
     def _deal(self, block: Block, at: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
         """The place of the lane of each row, and how much more text than the least each lane has after the block."""
-        places, text = (
-            (at["first"] + np.arange(len(block.order))) % self._lane_count,
-            at.get("text", [0] * self._lane_count),
-        )
-        if self._lane_count == 1 or block.sizes is None:
+        if self._lane_count == 1:
+            return np.broadcast_to(np.int64(0), len(block.order)), []  # without memory: a block may be a whole source
+        places = (at["first"] + np.arange(len(block.order))) % self._lane_count
+        if block.sizes is None:
             return places, []
+        text = at.get("text", [0] * self._lane_count)
         order = self.partition.rng(at["pass"], self.partition.index, at["first"]).permutation(self._lane_count)
         lightest = [(text[place], rank, place) for rank, place in enumerate(order.tolist())]  # random among equal ones
         heapq.heapify(lightest)
