@@ -30,6 +30,7 @@ def read(feed: Feed, steps: int, first: int = 0) -> list[list[int]]:
     """The rows of each micro-batch of some outer steps, noted as by the trainer."""
     sampler = feed.sampler(feed.data.dataset, 2)
     assert sampler is not None
+    feed.take_loader()
     feed.begin(first)
     found, pairs = [], itertools.islice(iter(sampler), 4 * first, None)
     for step in range(first, first + steps):
