@@ -97,8 +97,6 @@ class Feed:
         if self._args.mixture_weights != self._weights:
             self._weights = self._args.mixture_weights
             self.data = self.data.with_weights(self._weights)
-        if isinstance(self.data.dataset, MixtureStream):
-            self.data.dataset.seed = self._seed
 
     @property
     def _seed(self) -> int:
@@ -133,7 +131,7 @@ class Feed:
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
         rows, k = batch_size * self._ranks, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
-            dataset.seed = self._seed  # of the copy
+            dataset.seed = self._seed
             staged = StageWeights(self.data.stages, args.max_steps)
             several = self.dynamic_weights and args.world_size > 1
             workers, mixed = max(1, args.dataloader_num_workers), args.source_schedule == "mixed"
@@ -422,9 +420,7 @@ class Feed:
             )
 
     def passes_before(self, checkpoint: str) -> tuple[int, int]:
-        """
-        The passes over data without a length before a checkpoint, and the micro-batches of the pass after them.
-        """
+        """Of data without a length: the passes before a checkpoint, and the micro-batches of the pass after them."""
         saved = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         passes, part = divmod(saved.epoch or 0.0, 1)
         # A pass over such data counts as one of all steps.

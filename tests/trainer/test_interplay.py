@@ -400,13 +400,14 @@ def test_streams_follow_a_changed_seed(make_trainer, monkeypatch, search):
     shares = {"mixture_weights": {"text": 1, "code": 1}}
     changed = make_trainer(streams, **shares)
     if search:  # it changes the arguments when the training has begun
-        monkeypatch.setattr(changed, "_hp_search_setup", lambda trial: setattr(changed.args, "data_seed", 7))
+        monkeypatch.setattr(changed, "_hp_search_setup", lambda trial: setattr(changed.args, "seed", 7))
     else:
-        changed.args.data_seed = 7
-    given = make_trainer(streams, data_seed=7, **shares)
-    for trainer in (changed, given):
+        changed.args.seed = 7
+    given, other = (make_trainer(streams, seed=seed, **shares) for seed in (7, 8))
+    for trainer in (changed, given, other):
         trainer.train()
     assert torch.equal(weights(changed.model), weights(given.model))
+    assert not torch.equal(weights(changed.model), weights(other.model))
 
 
 # ---- Parameters that change ----
