@@ -608,10 +608,12 @@ class NexusTrainerMixin(_Base):
         rows = self._feed.first_rows(self.cosine_rows or self.args.per_device_train_batch_size, self.eval_dataset)
         trained, device = [p for p in self.model.parameters() if p.requires_grad], self.args.device
 
+        compute_loss: Any = self.compute_loss  # without the outputs
+
         def loss(batch: Any) -> Tensor:
             with self.compute_loss_context_manager(), self._without_averages():
                 items = self._get_num_items_in_batch([batch], device)
-                return self.compute_loss(self.model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
+                return compute_loss(self.model, dict(batch), num_items_in_batch=items)
 
         losses = {name: partial(loss, self._prepare_inputs(collate(of_source))) for name, of_source in rows.items()}
         self.model.eval()

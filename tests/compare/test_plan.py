@@ -40,7 +40,7 @@ def test_a_plan_without_runs_says_what_it_cannot_know(config):
     assert f"{arms} arms x 3 seeds, {3 * arms} not finished" in text
     assert f"{60 * 16 * 128:,} per run, {3 * arms * 60 * 16 * 128:,} in all runs" in text
     assert f"{2 * arms} runs, {2 * arms * 30 * 16 * 128:,} tokens" in text
-    assert "device hours │ not known: no run has finished here." in text
+    assert "device hours │ not known: no run has finished here." in text and "under 0.01" in text
     assert "Seeds that a difference needs: not known" in text and "hf-nexus compare mine.yaml --pilot" in text
     assert not Path(config.output_dir).exists()
 

@@ -16,6 +16,7 @@ from hf_nexus.hub.card import END, run_card
 from hf_nexus.hub.check import check_card
 from hf_nexus.hub.results import BenchmarkScore
 from hf_nexus.hub.run_summary import RunSummary
+from hf_nexus.mixture import MixtureConfig, load_mixture
 from hf_nexus.trainer.card import CARD_FILES, evaluations, summarize
 from hf_nexus.trainer.publishing import card_fields
 from tests.support.tiny import VOCAB, Rows, tiny_llama
@@ -131,6 +132,27 @@ def test_the_card_before_the_first_step_has_no_plots(make_trainer, sources, tmp_
     make_trainer(sources).write_card(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["README.md", "run_summary.json"]
     assert "![" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("column", "chat"), [("text", False), ("messages", True)])
+def test_the_card_knows_what_the_model_was_trained_on(make_trainer, tmp_path, column, chat):
+    tokenizer, text = tiny_tokenizer(), "the fox jumps " * 40
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    value = text if column == "text" else [{"role": "user", "content": text}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({column: value}) + "\n")
+    config = {"sequence_length": 8, "sources": {"a": {"path": str(tmp_path / "a.jsonl"), f"{column}_column": column}}}
+    mixture = load_mixture(MixtureConfig.from_dict(config), tokenizer, cache_dir=tmp_path / "cache")
+    model = tiny_llama(vocab_size=len(tokenizer))
+    trainer = make_trainer(mixture, model, {"processing_class": tokenizer}, per_device_train_batch_size=3)
+    run = summarize(trainer.run_facts())
+    assert (run.chat, trainer.run_facts().cosine_rows) == (chat, 3)
+    assert run.prompt == ("What can you do?" if chat else "The")
+
+
+def test_memory_is_pinned_without_a_choice_of_the_user(make_trainer, tmp_path):
+    """A CPU that the user has chosen needs none."""
+    trainer = make_trainer(Rows(8, 0), use_cpu=False)
+    assert "dataloader_pin_memory" not in summarize(trainer.run_facts()).changed_hyperparameters
 
 
 def test_one_plain_dataset_has_no_mixture(make_trainer, tmp_path):
