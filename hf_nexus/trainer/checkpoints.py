@@ -96,7 +96,7 @@ def resolve_checkpoint(resume: str | bool | None, folder: str) -> str | None:
             )
         return last
     path = Path(wanted)
-    if not (path / TRAINER_STATE_NAME).exists() and (found := checkpoints_of(path)):
+    if found := checkpoints_of(path):
         raise ValueError(f"{wanted} is a folder of checkpoints. Resume from one of them, such as {found[-1]}.")
     has_manifest = (path / MANIFEST_NAME).exists()
     flaw = (_flaw(path, converted=True) if has_manifest else _unfinished(path)) or _lacking(path)

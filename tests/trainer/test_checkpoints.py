@@ -128,9 +128,13 @@ def test_resuming_from_an_incomplete_checkpoint_is_refused(saving, tmp_path, nam
         saving().train(resume_from_checkpoint=str(tmp_path / "run" / name))
 
 
-def test_the_folder_of_a_run_is_no_checkpoint(saving, tmp_path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_folder_of_a_run_is_no_checkpoint(saving, tmp_path, finished):
+    """That of a finished run has a state of the Trainer as well."""
     for step in (7, 12):
         fake_checkpoint(tmp_path / "run", step)
+    if finished:
+        shutil.copy(tmp_path / "run" / "checkpoint-12" / "trainer_state.json", tmp_path / "run")
     with pytest.raises(ValueError, match=r"run is a folder of checkpoints. .* such as .*checkpoint-12"):
         saving().train(resume_from_checkpoint=str(tmp_path / "run"))
 
