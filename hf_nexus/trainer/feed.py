@@ -97,6 +97,8 @@ class Feed:
         if self._args.mixture_weights != self._weights:
             self._weights = self._args.mixture_weights
             self.data = self.data.with_weights(self._weights)
+        if isinstance(self.data.dataset, MixtureStream):
+            self.data.dataset.seed = self._seed
 
     @property
     def _seed(self) -> int:
@@ -121,6 +123,7 @@ class Feed:
 
     def apart(self, dataset: Any) -> Any:
         """A training set for one data loader: streams have a place, which other loaders do not move."""
+        self.refresh()  # a copy does not follow
         return copy(dataset) if isinstance(dataset, MixtureStream) else dataset
 
     def sampler(self, dataset: Any, batch_size: int) -> torch.utils.data.Sampler | None:
@@ -131,7 +134,6 @@ class Feed:
         # Accelerate distributes batches to the ranks in turn: W consecutive batches share a source on W ranks.
         rows, k = batch_size * self._ranks, args.gradient_accumulation_steps
         if isinstance(dataset, MixtureStream):
-            dataset.seed = self._seed
             staged = StageWeights(self.data.stages, args.max_steps)
             several = self.dynamic_weights and args.world_size > 1
             workers, mixed = max(1, args.dataloader_num_workers), args.source_schedule == "mixed"
