@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,18 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         self.dataset = dataset
         self.schedule = schedule
         self.epoch = 0
+        self._first = (0, 0)  # of a resumed run: its first epoch, and micro-batch in that
 
     def set_epoch(self, epoch: int) -> None:
         """Read epoch number `epoch` next."""
         self.epoch = epoch
+
+    def skip_to(self, epoch: int, micro_batch: int) -> None:
+        """
+        Begin an epoch at one of its micro-batches. A resumed run skips the rows before it, but Accelerate asks for
+        their indices: they are all 0, and cost no Python code.
+        """
+        self._first = epoch, micro_batch
 
     def micro_batches_per_epoch(self) -> int:
         """Micro-batches of one epoch."""
@@ -125,12 +134,18 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
         return self.micro_batches_per_epoch() * self.schedule.rows
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.micro_batches_per_epoch()
+        start, (epoch, first) = self.epoch * self.micro_batches_per_epoch(), self._first
+        skipped = first if epoch == self.epoch else 0
+        rest = self._indices(start + skipped, start + self.micro_batches_per_epoch())
+        return chain(repeat(0, skipped * self.schedule.rows), rest)
+
+    def _indices(self, start: int, stop: int) -> Iterator[int]:
+        """Row indices of the micro-batches `start <= i < stop` of the run."""
         rows, read = self.schedule.rows, np.zeros(len(self.dataset.names), dtype=np.int64)
         for sources in self._sources(0, start):
             read += np.bincount(sources.ravel(), minlength=len(read)) * (rows if sources.ndim == 1 else 1)
         readers = [self._read(source, int(count)) for source, count in enumerate(read)]
-        for sources in self._sources(start, start + self.micro_batches_per_epoch()):
+        for sources in self._sources(start, stop):
             for of_micro_batch in sources:
                 for source in np.broadcast_to(of_micro_batch, rows):
                     yield next(readers[source])

@@ -152,7 +152,14 @@ class Feed:
             if not self.dynamic_weights:
                 borders = [(step * k, shares) for step, shares in staged.borders]
                 self._check_epochs(borders, args.max_steps * k, rows)
-            return MicroBatchSampler(progress.index_of, args.max_steps * k, rows, dataset.owners, progress.ahead)
+            return MicroBatchSampler(
+                progress.index_of,
+                args.max_steps * k,
+                rows,
+                dataset.owners,
+                progress.ahead,
+                first=lambda: progress.sent + 1,
+            )
         if isinstance(dataset, MixtureDataset):
             windows, steps = self._windows(batch_size)
             borders = [(windows.micro_batches(s), shares) for s, shares in stage_borders(self.data.stages, steps)]
@@ -238,9 +245,14 @@ class Feed:
             collate, eos_token_id, isolate, flatten, others, getattr(tokenizer, "bos_token_id", None)
         )
 
-    def take_loader(self) -> None:
-        """Train on the last data loader that was made, whatever others are made from now on."""
+    def take_loader(self, epoch: int, micro_batch: int) -> None:
+        """
+        Train on the last data loader that was made, whatever others are made from now on, from a micro-batch of an
+        epoch on.
+        """
         self._progress, self._sampler = self._last_progress, self._last_sampler
+        if isinstance(self._sampler, MixtureSampler):
+            self._sampler.skip_to(epoch, micro_batch)
 
     def begin(self, step: int) -> None:
         """Start at the position of an outer step, before the data loader starts its workers."""

@@ -414,15 +414,16 @@ class NexusTrainerMixin(_Base):
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if self._plain or resume_from_checkpoint is None or self.args.ignore_data_skip or not self.state.global_step:
-            return place
         # The Trainer computes the place from the length of the loader. Without one, epochs have no limit.
-        return self._feed.passes_before(resume_from_checkpoint) if num_train_epochs == sys.maxsize else place
+        endless = num_train_epochs == sys.maxsize and not self._plain
+        if endless and resume_from_checkpoint and self.state.global_step and not self.args.ignore_data_skip:
+            place = self._feed.passes_before(resume_from_checkpoint)
+        self._feed.take_loader(*place)
+        return place
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model as the base class does, and start the collaborators at the current step."""
         step = self.state.global_step
-        self._feed.take_loader()
         self._walker.reset()  # the wrapped model and its parameters may be new
         self._cosines_at = -1  # the step of the last source cosines: the last step may be logged twice
         self._widen_weights()  # those that were unfrozen since

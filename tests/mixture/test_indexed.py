@@ -50,6 +50,20 @@ def test_mixed_micro_batches_hold_each_row_of_a_pass_once():
     assert all(sorted(read[start : start + 12]) == list(range(12)) for start in range(0, 48, 12))
 
 
+@pytest.mark.parametrize("kind", ["random", "stratified", "mixed"])
+@pytest.mark.parametrize("skipped", [1, 3, 9])
+def test_an_epoch_may_begin_at_any_micro_batch(kind, skipped):
+    whole, resumed = (build({"a": 25, "b": 15}, 4, kind=kind) for _ in range(2))
+    resumed.skip_to(1, skipped)
+    for epoch in range(3):
+        whole.set_epoch(epoch)
+        resumed.set_epoch(epoch)
+        expected = list(whole)
+        if epoch == 1:
+            expected[: 4 * skipped] = [0] * 4 * skipped
+        assert list(resumed) == expected and len(resumed) == len(expected)
+
+
 def test_each_pass_over_a_source_has_its_own_order():
     sampler = build({"only": 50}, 1)
     assert micro_batches(sampler, 0) != micro_batches(sampler, 1)

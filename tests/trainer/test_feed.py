@@ -30,7 +30,7 @@ def read(feed: Feed, steps: int, first: int = 0) -> list[list[int]]:
     """The rows of each micro-batch of some outer steps, noted as by the trainer."""
     sampler = feed.sampler(feed.data.dataset, 2)
     assert sampler is not None
-    feed.take_loader()
+    feed.take_loader(0, 0)
     feed.begin(first)
     found, pairs = [], itertools.islice(iter(sampler), 4 * first, None)
     for step in range(first, first + steps):
@@ -61,6 +61,17 @@ def test_a_saved_feed_goes_on_with_the_same_rows(tmp_path: Path) -> None:
     assert read(second, 2, first=2) == whole[4:]
 
 
+def test_the_order_of_map_style_sources_begins_at_the_place(tmp_path: Path) -> None:
+    sources = {"a": Rows(8, 0), "b": Rows(8, 1)}
+    whole, resumed = (Feed(sources, make_args(tmp_path, mixture_weights=WEIGHTS)) for _ in range(2))
+    expected, sampler = (list(whole.sampler(whole.data.dataset, 2)), resumed.sampler(resumed.data.dataset, 2))
+    resumed.take_loader(0, 5)  # there is no sampler before
+    assert list(sampler) == expected
+    resumed.follow_epochs(sampler)
+    resumed.take_loader(0, 5)
+    assert list(sampler) == [0] * 10 + expected[10:]
+
+
 def test_other_data_than_that_of_the_checkpoint_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = make_args(tmp_path)
     Feed({"a": Rows(8, 0), "b": Rows(8, 1)}, args).save(str(tmp_path), 2, 2)
@@ -74,7 +85,7 @@ def test_other_data_than_that_of_the_checkpoint_is_refused(tmp_path: Path, caplo
 def test_a_source_that_cannot_be_read_ends_the_window(tmp_path: Path) -> None:
     feed = Feed(streams(), make_args(tmp_path, mixture_weights=WEIGHTS))
     feed.sampler(feed.data.dataset, 2)
-    feed.take_loader()
+    feed.take_loader(0, 0)
     with pytest.raises(SourceError, match="the disk is gone"):
         feed.agree(Window(error=SourceError("the disk is gone")), 0)
 

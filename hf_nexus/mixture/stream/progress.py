@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -102,14 +103,12 @@ class StreamProgress:
     def index_of(self, number: int) -> Any:
         """
         Number within its source and source of a micro-batch, or of each of its rows if they are mixed. Micro-batches
-        are requested in order. Those before the first step of a resumed run are skipped by the loader, so `None` is
-        returned for them.
+        are requested in order.
 
         Raises:
             SourceError: every source that has a weight was read `max_epochs` times.
         """
-        if number <= self.sent:
-            return None
+        assert number == self.sent + 1
         step = number // self._k
         if number % self._k == 0:
             self._starts[step] = self._start()
@@ -236,9 +235,11 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
     which each worker gets those of the lanes that it owns, and the run puts them back in order.
 
     `index_of` returns the number within its source and the source of a micro-batch, or of each of its rows if they are
-    mixed, or `None` if a resumed run skips it. It is called in order, `ahead` micro-batches before the request. With
-    `(owners - 1) * (sources + 1)` planned ahead, there is always one for the next worker. `rows` are those of a
-    micro-batch over all ranks.
+    mixed. It is called in order, `ahead` micro-batches before the request. With `(owners - 1) * (sources + 1)` planned
+    ahead, there is always one for the next worker. `rows` are those of a micro-batch over all ranks.
+
+    `first` returns the number of the first micro-batch that is read. A resumed run skips the rows before it, but
+    Accelerate asks for their indices: they are all the same, and cost no Python code.
     """
 
     def __init__(
@@ -248,33 +249,35 @@ class MicroBatchSampler(torch.utils.data.Sampler[tuple[int, int]]):
         rows: int,
         owners: int = 1,
         ahead: int = 0,
+        first: Callable[[], int] = lambda: 0,
     ):
         self.index_of = index_of
         self.micro_batches = micro_batches
         self.rows = rows
         self.owners = owners
         self.ahead = ahead
+        self.first = first
 
     def __len__(self) -> int:
         return self.micro_batches * self.rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in self._requests():
+        first = self.first()
+        return chain(repeat((0, 0), first * self.rows), self._indices(first))
+
+    def _indices(self, first: int) -> Iterator[tuple[int, int]]:
+        for index in self._requests(first):
             if isinstance(index, list):
                 yield from index
             else:
                 yield from ((index[0] * self.rows + row, index[1]) for row in range(self.rows))
 
-    def _requests(self) -> Iterator[Any]:
+    def _requests(self, first: int) -> Iterator[Any]:
         planned: list[deque[tuple[int, int]]] = [deque() for _ in range(self.owners)]
         ends: dict[int, int] = {}  # the number after those of each source
         source = worker = 0  # of the last request, and the worker that gets the next one
-        skipped = [(0, 0)] * self.rows
-        for number in range(self.micro_batches):
+        for number in range(first, self.micro_batches):
             index = self.index_of(number)
-            if index is None:
-                yield skipped
-                continue
             if isinstance(index, list):
                 yield index
                 continue

@@ -178,15 +178,13 @@ def test_each_worker_is_asked_for_its_own_turns_only(workers: int, skipped: int)
     counts: Counter[int] = Counter({0: 5, 1: 2, 2: 11})
     expected: list[Any] = []
 
-    def index_of(number: int) -> tuple[int, int] | None:
-        if number < skipped:
-            return None
+    def index_of(number: int) -> tuple[int, int]:
         source = (0, 0, 1, 0, 2, 0, 1)[number % 7]
         expected.append((counts[source], source))
         counts[source] += 1
         return expected[-1]
 
-    sampler = MicroBatchSampler(index_of, 80 + skipped, 1, workers, (workers - 1) * 4)
+    sampler = MicroBatchSampler(index_of, 80 + skipped, 1, workers, (workers - 1) * 4, first=lambda: skipped)
     requests = list(sampler)[skipped:]
     assert all(ordinal % workers == i % workers for i, (ordinal, _) in enumerate(requests))
     assert set(expected) < set(requests) or sorted(expected) == sorted(requests)
