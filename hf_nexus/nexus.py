@@ -26,7 +26,7 @@ from .tensors import Snapshot, add_scaled_, clear_gradients, find_gradients, set
 __all__ = ["Nexus"]
 
 
-class Path:
+class GradientPath:
     """Steps (1) to (3) of one window. The snapshot holds theta_0, the parameters hold theta_m."""
 
     def __init__(self, snapshot: Snapshot, inner_lr: float):
@@ -99,7 +99,7 @@ class Nexus(Settings):
                 self._usable: list[Tensor] = []  # per inner step: 0-d bool
                 self._indices: list[list[int]] = []  # per inner step: which parameters had a gradient
                 clear_gradients(self.params)
-                self._path = self._start_control() or Path(self._snapshot, self.inner_lr)
+                self._path = self._start_control() or GradientPath(self._snapshot, self.inner_lr)
                 yield self
                 self._load_pseudo_gradient()
             except BaseException:

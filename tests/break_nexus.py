@@ -22,7 +22,7 @@ BREAKS = {
         "pseudo-gradient not divided by gamma": ("self._inner_lr * steps)", "steps)"),
         "no path: all gradients taken at theta_0": ("        add_scaled_(self.", "        1 or add_scaled_(self."),
         "no snapshot": ("snapshot.save()  # (1)", "snapshot.values"),
-        "the path of an inner_lr of 0": ("self._start_control() or Path", "Path"),
+        "the path of an inner_lr of 0": ("self._start_control() or GradientPath", "GradientPath"),
         "no restore": ("self._snapshot.restore()\n", "pass\n"),
         "restored only once": ("self.restore()  # again", "pass  # again"),
         "skipped steps counted in k": ("= sum(self.taken), None", "= len(self.taken), None"),

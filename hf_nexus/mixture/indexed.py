@@ -104,7 +104,7 @@ class MixtureSampler(torch.utils.data.Sampler[int]):
     def __init__(self, dataset: MixtureDataset, schedule: SourceSchedule):
         assert schedule.names == dataset.names
         rows = schedule.rows
-        for name, size, share in zip(dataset.names, dataset.sizes, schedule.shares, strict=True):
+        for name, size, share in zip(dataset.names, dataset.sizes, schedule.largest_shares, strict=True):
             if share > 0 and size < rows:
                 raise ValueError(
                     f"Source {name!r} has {size} rows, fewer than one micro-batch of {rows} (batch size per device "

@@ -25,7 +25,7 @@ _PROBE = 4
 # Share of the effect of one document on the next that rounding may leave when the documents are kept apart.
 _ROUNDING = 1e-4
 # What collators add that lay rows end to end.
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_ROW_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def text_config(model: Any) -> PreTrainedConfig:
@@ -215,7 +215,7 @@ class PackedRowCollator:
                 "The collator pads the rows, and only documents in rows without padding can be isolated. Pack them to "
                 "one length, or set isolate_documents to false."
             )
-        for name in _BOUNDARIES:  # those of whole rows
+        for name in _ROW_BORDERS:  # those of whole rows
             batch.pop(name, None)
         batch["position_ids"] = positions.view(ids.shape)
         if "labels" in batch:

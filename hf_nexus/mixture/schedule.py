@@ -166,7 +166,7 @@ class SourceSchedule(DynamicSchedule):
             As in [`DynamicSchedule`].
 
     Attributes:
-        names (`list[str]`), shares (`np.ndarray`):
+        names (`list[str]`), largest_shares (`np.ndarray`):
             The sources, and the largest share of each in any stage, both (S,).
 
     Raises:
@@ -201,7 +201,7 @@ class SourceSchedule(DynamicSchedule):
         super().__init__(list(stages[0][1]), seed, kind, windows, rows, ranks)
         self.first = np.array(first)
         self.stage_shares = np.stack([normalized(weights, self.names) for _, weights in stages])
-        self.shares = self.stage_shares.max(axis=0)
+        self.largest_shares = self.stage_shares.max(axis=0)
         self._stratified = array("i")
 
     def sources(self, start: int, stop: int) -> np.ndarray:

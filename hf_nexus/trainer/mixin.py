@@ -570,7 +570,7 @@ class NexusTrainerMixin(_Base):
         Returns:
             `Tensor`: the mean loss, 0-d. With `whole`, its part of the window's loss.
         """
-        divisors = self._window.divisors(i, measured=not self.sharded, whole=whole)
+        divisors = self._window.divisors(i, differentiable=not self.sharded, whole=whole)
         alone = self.args.nexus and self._walker.groups.alone  # each rank walks its own path
         with (
             self.accelerator.no_sync(model) if alone else nullcontext(),

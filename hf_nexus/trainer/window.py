@@ -122,15 +122,15 @@ class Window:
         self.items = total / ranks
         return total.sum()
 
-    def divisors(self, i: int, measured: bool, whole: bool = False) -> "Divisors":
+    def divisors(self, i: int, differentiable: bool, whole: bool = False) -> "Divisors":
         """
-        The divisors of the loss of micro-batch `i`: its own, or those of the `whole` window. `measured` says whether
-        they may require gradients.
+        The divisors of the loss of micro-batch `i`: its own, or those of the `whole` window. They require gradients
+        if they are to be `differentiable`.
         """
         steps = len(self) if whole else 1
         if self.items is None or self.tokens is None:
-            return Divisors(None, None, steps, measured)
-        return Divisors(self.items.sum() if whole else self.items[i], self.tokens[i], steps, measured)
+            return Divisors(None, None, steps, differentiable)
+        return Divisors(self.items.sum() if whole else self.items[i], self.tokens[i], steps, differentiable)
 
     def mean_of_part(self, i: int, part: Tensor) -> Tensor:
         """The mean loss of micro-batch `i`, given its part of the window's loss."""
@@ -161,15 +161,15 @@ class Divisors:
 
     Which of them divides a loss depends on the model (BERT and T5 ignore the count) and on `compute_loss`. So it is
     measured: of a loss A / n + B, which is divided by n in part, the derivative in n is -A / n^2. FSDP2 allows no
-    input that requires a gradient. So `measured` is false there, and a loss counts as divided by `items`.
+    input that requires a gradient. So `differentiable` is false there, and a loss counts as divided by `items`.
 
     `items` is the count to divide by, and `tokens` the loss tokens of this micro-batch on this rank. The attributes
     `items` and `steps` are what to give to the loss.
     """
 
-    def __init__(self, items: Tensor | None, tokens: Tensor | None, steps: int, measured: bool):
-        self._tokens, self._measured, self._steps = tokens, measured, steps
-        self._leaf = None if items is None else items.clone().requires_grad_(measured)
+    def __init__(self, items: Tensor | None, tokens: Tensor | None, steps: int, differentiable: bool):
+        self._tokens, self._differentiable, self._steps = tokens, differentiable, steps
+        self._leaf = None if items is None else items.clone().requires_grad_(differentiable)
         self.items = self._leaf if self._leaf is None else self._leaf * 1  # a loss function may change it in place
         self.steps: Any = steps if steps == 1 else torch.tensor(float(steps), requires_grad=True)
 
@@ -183,7 +183,7 @@ class Divisors:
             times = torch.where(_part(loss, self.steps).abs() > loss.abs() / 2, self._steps, 1)
         if self._leaf is None or self._tokens is None:
             return loss * times / self._steps
-        part, items = _part(loss, self._leaf) if self._measured else loss, self._leaf.detach()
+        part, items = _part(loss, self._leaf) if self._differentiable else loss, self._leaf.detach()
         divided = (part + (loss - part) * (self._tokens / items)) * times
         # BERT's mean over no token is not a number. Other ranks or micro-batches have tokens.
         return torch.where((self._tokens == 0) & (items > 0), 0.0, divided)

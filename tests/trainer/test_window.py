@@ -90,7 +90,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 def test_a_loss_is_divided_by_the_count_once(kind: str, whole: bool) -> None:
     tokens, items = torch.tensor([3, 1]), torch.tensor([2.5, 4.5])  # the other rank has 2 and 8
     window = Window([{"a": 2}, {"b": 2}], unit="tokens", tokens=tokens, items=items)
-    divisors = window.divisors(0, measured=True, whole=whole)
+    divisors = window.divisors(0, differentiable=True, whole=whole)
     weight = torch.tensor(1.0, requires_grad=True)
     loss = LOSSES[kind](6.0 * weight, 2.0 * weight, divisors.items, divisors.steps)
     loss.backward()
@@ -103,7 +103,7 @@ def test_a_loss_is_divided_by_the_count_once(kind: str, whole: bool) -> None:
 @pytest.mark.parametrize("divided", [False, True])
 def test_a_loss_without_a_count_is_a_mean(divided: bool) -> None:
     window = Window([{"a": 2}, {"b": 2}])
-    divisors = window.divisors(0, measured=True, whole=True)
+    divisors = window.divisors(0, differentiable=True, whole=True)
     weight = torch.tensor(2.0, requires_grad=True)
     loss = weight / divisors.steps if divided else weight * 1
     loss.backward()
@@ -113,7 +113,7 @@ def test_a_loss_without_a_count_is_a_mean(divided: bool) -> None:
 
 def test_a_part_that_is_not_divided_is_a_mean() -> None:
     """The losses of mixtures of experts have such a part."""
-    divisors = Window([{"a": 2}], tokens=torch.tensor([4]), items=torch.tensor([2.0])).divisors(0, measured=True)
+    divisors = Window([{"a": 2}], tokens=torch.tensor([4]), items=torch.tensor([2.0])).divisors(0, differentiable=True)
     weight = torch.tensor(1.0, requires_grad=True)
     loss = 6.0 * weight / divisors.items + 0.5 * weight
     loss.backward()
@@ -124,7 +124,7 @@ def test_a_part_that_is_not_divided_is_a_mean() -> None:
 def test_a_mean_over_no_token_adds_nothing(own: float, whole: bool) -> None:
     """Other micro-batches of the window have tokens, or other ranks in this one."""
     window = Window([{"a": 2}, {"b": 2}], unit="tokens", tokens=torch.tensor([0, 3]), items=torch.tensor([own, 4.5]))
-    divisors = window.divisors(0, measured=True, whole=whole)
+    divisors = window.divisors(0, differentiable=True, whole=whole)
     logits = torch.zeros(2, 5, requires_grad=True)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor([-100, -100]))
     loss.backward()
@@ -135,7 +135,7 @@ def test_a_mean_over_no_token_adds_nothing(own: float, whole: bool) -> None:
 
 def test_a_loss_that_is_not_a_number_stays_so() -> None:
     window = Window([{"a": 2}], unit="tokens", tokens=torch.tensor([3]), items=torch.tensor([3.0]))
-    assert window.divisors(0, measured=True).divide(torch.tensor(math.nan)).isnan()
+    assert window.divisors(0, differentiable=True).divide(torch.tensor(math.nan)).isnan()
 
 
 def test_without_token_labels_rows_are_counted() -> None:
