@@ -34,8 +34,8 @@ MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 resume=()
 # The second is one that a killed run has completed, and that gets its name when training starts.
-for saved in "$output/checkpoint-*" "$output/_incomplete/checkpoint-*/manifest.json"; do
-  if compgen -G "$saved" > /dev/null; then
+for saved in "$output/checkpoint-*" "$output/_incomplete/checkpoint-*"; do
+  if compgen -G "$saved/manifest.json" > /dev/null; then
     resume=(--resume_from_checkpoint last)
   fi
 done

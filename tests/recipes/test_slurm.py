@@ -88,3 +88,9 @@ def test_the_job_resumes_and_is_requeued_before_the_time_limit(start, tmp_path, 
         assert (tmp_path / "requeued").read_text().split() == ["requeue", "41"]
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_job_without_a_complete_checkpoint_starts_anew(start, tmp_path):
+    (tmp_path / "mine" / "checkpoint-40").mkdir(parents=True)  # one that was copied in part, for example
+    assert start(str(ACCELERATE / "multi_node.yaml"), OUTPUT_DIR="mine").wait(180) == 0
+    assert "--resume_from_checkpoint" not in launched(tmp_path)[1]
